@@ -1,0 +1,43 @@
+"""What a person sees when something is wrong: one line, an exit code, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the person can mend. The message names the file, the place in it and the remedy. Exit code 2."""
+
+    exit_code = 2
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is truncated, incomplete or of another shape than its config says. Exit code 3."""
+
+    exit_code = 3
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `UserError` or a failing disk ends in one line on stderr and the error's exit code."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "free some space and run the same command again",
+            errno.EACCES: "choose a folder you may write to",
+            errno.EROFS: "choose a folder you may write to",
+            errno.ENOENT: "check the path",
+        }
+        if error.errno not in remedies:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}; {remedies[error.errno]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Chatting with a checkpoint and measuring what it knows."""
