@@ -1,0 +1,248 @@
+"""The tokenizer: byte-level BPE over `tokenizers`, in the folder layout that transformers, vLLM and llama.cpp open.
+
+Nothing is normalised and all 256 bytes are tokens, so any Unicode text comes back from its tokens unchanged.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from errors import UserError
+from text.chat_template import CHAT_TEMPLATE
+
+SPECIAL_TOKENS: tuple[str, ...] = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<think>",
+    "</think>",
+    "<|fim_prefix|>",
+    "<|fim_suffix|>",
+    "<|fim_middle|>",
+)
+
+# Qwen2's splitting rule, which llama.cpp knows as "qwen2". A digit is a piece of its own (groups of three would burn a
+# sixth of 6400 tokens), and no piece joins letters with a following '>' or '|': BPE can never build a special token.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Token shards are uint16, and 65,535 is left free as a mark.
+MAX_VOCAB_SIZE = 65_535
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+
+
+class Tokenizer:
+    """Text to token ids and back. Text stays text: a special token that is spelled out in it is encoded as letters."""
+
+    def __init__(self, raw: tokenizers.Tokenizer) -> None:
+        """Raises `UserError` unless the special tokens are the project's, at the lowest ids."""
+        for number, token in enumerate(SPECIAL_TOKENS):
+            if raw.token_to_id(token) != number:
+                raise UserError(
+                    f"special token {token!r} has id {raw.token_to_id(token)}, not {number}; "
+                    "use a tokenizer made by train_tokenizer.py"
+                )
+        # This flag is not part of tokenizer.json: it is lost by every copy, file or pickle, and is set anew here.
+        raw.encode_special_tokens = True
+        self.raw = raw
+        self.vocab_size = raw.get_vocab_size()
+        self.special_ids: dict[str, int] = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
+        self.unk_id, self.bos_id, self.eos_id, self.pad_id = range(4)
+        self.token_bytes = self._count_bytes()
+        self.fingerprint = self._fingerprint()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Open a tokenizer or checkpoint folder. Raises `UserError` when tokenizer.json is missing or broken."""
+        file = Path(folder) / "tokenizer.json"
+        try:
+            text = file.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{file}: {error.strerror}; name a folder written by train_tokenizer.py or a checkpoint folder"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8; make it anew with train_tokenizer.py") from error
+        try:
+            raw = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{file}: not a tokenizer ({error}); make it anew with train_tokenizer.py") from error
+        try:
+            return cls(raw)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+
+    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
+        return _from_json, (self.raw.to_str(),)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, each under a temporary name first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "tokenizer.json", self.raw.to_str(pretty=True) + "\n")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+            "additional_special_tokens": list(SPECIAL_TOKENS[4:]),
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 131072,  # DeepSeek-V3's context; the model's own limit is in its config.json
+            "added_tokens_decoder": {
+                str(number): {
+                    "content": token,
+                    "lstrip": False,
+                    "normalized": False,
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": True,
+                }
+                for number, token in enumerate(SPECIAL_TOKENS)
+            },
+            "chat_template": CHAT_TEMPLATE,
+        }
+        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text alone. Half a surrogate pair, which is no character, becomes U+FFFD."""
+        return self.raw.encode(_characters(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts on all cores."""
+        encodings = self.raw.encode_batch_fast([_characters(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of the ids. Bytes that form no character become U+FFFD."""
+        return self.raw.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+    def _count_bytes(self) -> np.ndarray:
+        """How many bytes of text each id stands for, (vocab,) int32; 0 for special tokens."""
+        count = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, number in self.raw.get_vocab(with_added_tokens=False).items():
+            count[number] = len(token)  # the byte-level alphabet has one letter a byte
+        count[: len(SPECIAL_TOKENS)] = 0
+        return count
+
+    def _fingerprint(self) -> str:
+        """16 hex digits of all that decides how text becomes ids; the same after being saved by other tools."""
+        content = json.loads(self.raw.to_str())
+        added = [(token["id"], token["content"]) for token in content["added_tokens"]]
+        model = content["model"]
+        parts = [model["vocab"], model["merges"], added, content["pre_tokenizer"], content["normalizer"]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come. A character split over several tokens is given out once it is whole.
+
+    All that `push` and `flush` return, joined, equals `tokenizer.decode` of the same ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._byte_of = _byte_letters()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the characters it completes, maybe none. An id outside the vocabulary is nothing."""
+        if token_id < len(SPECIAL_TOKENS):
+            data = b"" if self._skip_special_tokens else SPECIAL_TOKENS[token_id].encode()
+        else:
+            token = self._tokenizer.raw.id_to_token(token_id) or ""
+            data = bytes(self._byte_of[letter] for letter in token)
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """End the text; return U+FFFD for a character that was left unfinished. The decoder can be used anew."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max_token_bytes: int = 15) -> Tokenizer:
+    """Byte-level BPE of exactly `vocab_size` tokens; the same texts in the same order give the same tokenizer.
+
+    `max_token_bytes` keeps a token to five Chinese characters or an English word: Chinese has no spaces, so a piece is
+    a whole clause, and a sentence repeated on every page of a corpus would otherwise be learnt as one token, with each
+    of its beginnings. Memory grows with the text, about 45 bytes a byte: long pieces are rarely met twice.
+    Raises `UserError` when the texts are too few to make that many tokens.
+    """
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab_size {vocab_size}: must be from {MIN_VOCAB_SIZE} (special tokens and bytes) "
+            f"to {MAX_VOCAB_SIZE} (token shards hold 16 bits)"
+        )
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=max_token_bytes + 1,  # tokenizers keeps what is shorter than this
+        show_progress=False,
+    )
+    raw.train_from_iterator((_characters(text) for text in texts), trainer)
+    made = raw.get_vocab_size()
+    if made != vocab_size:
+        raise UserError(
+            f"the data gave only {made} of {vocab_size} tokens; add data, pass --vocab_size {made} or less, "
+            "or pass --min_frequency 1"
+        )
+    return Tokenizer(raw)
+
+
+def _from_json(content: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(content))
+
+
+def _characters(text: str) -> str:
+    """The text without half surrogate pairs, which a broken JSON escape leaves and UTF-8 cannot hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's byte-level alphabet: printable Latin-1 letters stand for their own byte, the rest follow from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _write(file: Path, content: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
