@@ -1,0 +1,281 @@
+"""The hyperparameters of a DeepSeek-V3 and its presets.
+
+The fields are those of a Hugging Face `deepseek_v3` config.json, with the same names and meanings, so a config.json of
+either side is read by the other. `python LMConfig.py` prints what each preset costs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from errors import UserError, command_line
+
+# Written into config.json for other programs, without a meaning of their own here.
+FIXED = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "rope_interleave": True,
+    "use_cache": True,
+    "torch_dtype": "float32",
+}
+# Fields that other programs write and that change nothing in what is computed here.
+IGNORED = {
+    "_name_or_path", "auto_map", "aux_loss_alpha", "dtype", "ep_size", "head_dim", "num_local_experts", "num_mtp_layers",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pretraining_tp", "qk_head_dim", "return_dict",
+    "seq_aux", "transformers_version", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder",
+    "problem_type", "quantization_config", "rope_scaling", "rope_parameters", "rope_theta",
+}  # fmt: skip
+
+
+class ConfigError(UserError):
+    """A hyperparameter that is misspelled, of the wrong type, or at odds with another."""
+
+
+@dataclass
+class LMConfig:
+    """Architecture of DeepSeek-V3 (arXiv 2412.19437, sections 2 and 4.2). Sizes are counts of features or of modules.
+
+    Raises:
+        ConfigError: when a field is outside its domain or two fields contradict each other.
+    """
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    intermediate_size: int = 1408  # of the dense layers
+    moe_intermediate_size: int = 256  # of one routed or shared expert
+    num_hidden_layers: int = 8
+    num_nextn_predict_layers: int = 1  # D, the depth of multi-token prediction (section 2.2)
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None  # MLA expands one latent for every head: always equal to num_attention_heads
+    n_shared_experts: int = 1
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 4
+    n_group: int = 4
+    topk_group: int = 2
+    first_k_dense_replace: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    q_lora_rank: int | None = 256
+    kv_lora_rank: int = 128
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # YaRN; None unless the context was extended
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02  # DeepSeek-V3 itself: 0.006
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int | None = 3
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_types()
+        self._check_values()
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Size of one query or key head: the part without and the part with RoPE."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether layer `index` routes to experts; the first layers are dense. MTP layers count on from the last."""
+        return index >= self.first_k_dense_replace
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> LMConfig:
+        """The preset `name`, with `changes` to single fields."""
+        if name not in PRESETS:
+            raise ConfigError(
+                f"model.preset: no preset {name!r}{_did_you_mean(name, PRESETS)}; one of {', '.join(PRESETS)}"
+            )
+        known = {f.name for f in fields(cls)}
+        for key in changes:
+            if key not in known:
+                raise ConfigError(f"model.{key}: no such field{_did_you_mean(key, known)}")
+        return replace(cls(**PRESETS[name]), num_key_value_heads=None, **changes)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], place: str = "config") -> LMConfig:
+        """Read the content of a `deepseek_v3` config.json, of transformers 4 or 5.
+
+        Args:
+            data: the JSON object; `place` names its file in error messages.
+        """
+        data = dict(data)
+        if data.get("model_type", "deepseek_v3") != "deepseek_v3":
+            raise ConfigError(f"{place}: model_type is {data['model_type']!r}; only 'deepseek_v3' is read")
+        for key in ("moe_layer_freq", "scoring_func", "topk_method", "rope_interleave"):
+            if data.get(key, FIXED[key]) != FIXED[key]:
+                raise ConfigError(
+                    f"{place}: {key} is {data[key]!r}; DeepSeek-V3 has {FIXED[key]!r}, nothing else is read"
+                )
+        rope = data.get("rope_parameters") or {}
+        theta = data.get("rope_theta", rope.get("rope_theta", 10000.0))
+        scaling = data.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
+        kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"
+        if kind not in ("default", "yarn"):
+            raise ConfigError(f"{place}: RoPE scaling of type {kind!r}; only 'yarn' or none is read")
+        known = {f.name for f in fields(cls)}
+        for key in data:
+            if key in known | IGNORED | set(FIXED):
+                continue
+            if near := _did_you_mean(key, known):
+                raise ConfigError(f"{place}: no such field {key!r}{near}")
+            warnings.warn(f"{place}: {key!r} is not a field of DeepSeek-V3 and is ignored", stacklevel=2)
+        values = {key: value for key, value in data.items() if key in known}
+        values.update(rope_theta=float(theta), rope_scaling=dict(scaling) if kind == "yarn" else None)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> LMConfig:
+        """Read `folder`/config.json."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: not found; give a checkpoint folder (it holds config.json and model.safetensors)"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf8"))
+        except ValueError as error:
+            raise ConfigError(f"{path}: not valid JSON ({error}); restore the file") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: not a JSON object; restore the file")
+        return cls.from_dict(data, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json, as transformers 4 and 5 both read it."""
+        return {**FIXED, **asdict(self)}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `folder`/config.json."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        (Path(folder) / "config.json").write_text(text, encoding="utf8")
+
+    def _check_types(self) -> None:
+        """Each value against its annotation: YAML and JSON bring strings and floats where integers are meant."""
+        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, Any]": dict}
+        for f in fields(self):
+            value, (kind, *optional) = getattr(self, f.name), str(f.type).split(" | ")
+            wrong = not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool")
+            if wrong and not (value is None and optional):
+                raise ConfigError(f"{f.name} = {value!r}: {f.type} expected")
+
+    def _check_values(self) -> None:
+        """Every rule that the network relies on, each with what to change."""
+        zero_allowed = {"num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "attention_dropout",
+                        "bos_token_id", "eos_token_id", "pad_token_id"}  # fmt: skip
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if value < 0 or (value == 0 and f.name not in zero_allowed):
+                    raise ConfigError(f"{f.name} = {value}: must be positive")
+        per_group = self.n_routed_experts // self.n_group
+        rules = [
+            (self.num_key_value_heads == self.num_attention_heads,
+             f"num_key_value_heads = {self.num_key_value_heads}: MLA has one key and value per attention head; leave it out"),
+            (self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim = {self.qk_rope_head_dim}: RoPE turns pairs; make it even"),
+            (self.first_k_dense_replace <= self.num_hidden_layers,
+             f"first_k_dense_replace = {self.first_k_dense_replace}: more than num_hidden_layers = {self.num_hidden_layers}"),
+            (self.n_routed_experts % self.n_group == 0,
+             f"n_group = {self.n_group}: does not divide n_routed_experts = {self.n_routed_experts}"),
+            (per_group >= 2, f"n_group = {self.n_group}: a group needs at least 2 experts, its score is the sum of its two "
+             f"best; lower n_group or raise n_routed_experts = {self.n_routed_experts}"),
+            (self.topk_group <= self.n_group, f"topk_group = {self.topk_group}: more than n_group = {self.n_group}"),
+            (self.num_experts_per_tok <= self.topk_group * per_group,
+             f"num_experts_per_tok = {self.num_experts_per_tok}: the {self.topk_group} chosen groups hold only "
+             f"{self.topk_group * per_group} experts; raise topk_group or lower num_experts_per_tok"),
+            (self.hidden_act == "silu", f"hidden_act = {self.hidden_act!r}: DeepSeek-V3 has 'silu'"),
+            (self.attention_dropout == 0, f"attention_dropout = {self.attention_dropout}: DeepSeek-V3 has none; set 0"),
+        ]  # fmt: skip
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            rules.append(
+                (token is None or token < self.vocab_size, f"{name} = {token}: outside vocab_size = {self.vocab_size}")
+            )
+        if self.rope_scaling is not None:
+            for key in ("factor", "original_max_position_embeddings"):
+                value = self.rope_scaling.get(key)
+                rules.append(
+                    (
+                        isinstance(value, (int, float)) and value > 0,
+                        f"rope_scaling.{key} = {value!r}: YaRN needs a positive number",
+                    )
+                )
+            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+            rules.append((kind == "yarn", f"rope_scaling.type = {kind!r}: only 'yarn' is known"))
+        for holds, message in rules:
+            if not holds:
+                raise ConfigError(message)
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        hidden_size=256, intermediate_size=768, moe_intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, q_lora_rank=128, kv_lora_rank=64,
+        qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, max_position_embeddings=1024,
+    ),
+    "26m": dict(
+        hidden_size=384, intermediate_size=1024, moe_intermediate_size=192, num_hidden_layers=8, num_attention_heads=6,
+        n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, q_lora_rank=192, kv_lora_rank=96,
+        qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, max_position_embeddings=4096,
+    ),
+    "64m": dict(),
+    "145m-moe": dict(
+        hidden_size=640, intermediate_size=1728, moe_intermediate_size=320, num_hidden_layers=12, num_attention_heads=10,
+        q_lora_rank=320, kv_lora_rank=128,
+    ),
+    "1b-moe": dict(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, moe_intermediate_size=512, num_hidden_layers=16,
+        num_attention_heads=16, n_routed_experts=32, num_experts_per_tok=4, n_group=4, topk_group=2, q_lora_rank=512,
+        kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128,
+    ),
+    "v2-lite": dict(
+        vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
+        num_nextn_predict_layers=0, num_attention_heads=16, n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6,
+        n_group=1, topk_group=1, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, bos_token_id=100000, eos_token_id=100001, pad_token_id=None,
+    ),
+    "deepseek-v3": dict(
+        vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+        num_attention_heads=128, n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4,
+        first_k_dense_replace=3, routed_scaling_factor=2.5, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, max_position_embeddings=163840, initializer_range=0.006,
+        rope_scaling={"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+                      "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+        bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Print the size and the cost of every preset."""
+    from model.counts import table  # the only look upwards: a command for people, not an import of the module
+
+    print(table({name: LMConfig.preset(name) for name in PRESETS}))
+
+
+if __name__ == "__main__":
+    command_line(main)

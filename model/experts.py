@@ -1,0 +1,171 @@
+"""The experts of an MoE layer as few large products: dropless, and without a host round trip on CUDA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from LMConfig import LMConfig
+
+# CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work), and CUDA's grouped
+# products want aligned groups: each expert's rows are padded to a multiple of this.
+ROW_BLOCK = 128
+SMALL_ROW_BLOCK = 8
+
+
+class Experts(nn.Module):
+    """SwiGLU experts, stored stacked: gate_up_proj (E, 2 * I, D) and down_proj (E, D, I).
+
+    Shapes: N tokens, K experts a token, E experts, D hidden, I intermediate, R padded rows.
+    """
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        count, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
+
+    def forward(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """sum_k weight_k * expert_k(x) for each token (Eq. 12, the routed part). Returns (N, D)."""
+        if torch.is_autocast_enabled(x_ND.device.type):
+            x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
+        gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
+        plan = Plan.of(indices_NK, self.gate_up_proj.shape[0])
+        x_RD = _Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
+        weights_R1 = _Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten()).unsqueeze(1)
+        gate, up = grouped_linear(x_RD, gate_up, plan).chunk(2, dim=-1)
+        # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
+        inner = F.silu(gate) * up * weights_R1.to(x_RD.dtype)
+        return _Combine.apply(grouped_linear(inner, down, plan), plan.token_of_row, plan.row_of_choice)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each (token, choice) goes among the rows sorted by expert. Padding rows hold token 0 and are never read.
+
+    Attributes:
+        counts: (E,) tokens of each expert; ends: (E,) int32, one past the last row of each expert, padding included.
+        token_of_row, choice_of_row: (R,) the token, and the flat (token, choice), that a row holds.
+        row_of_choice: (N, K) the row that holds it.
+    """
+
+    counts: Tensor
+    ends: Tensor
+    token_of_row: Tensor
+    choice_of_row: Tensor
+    row_of_choice: Tensor
+
+    @staticmethod
+    def of(indices_NK: Tensor, experts: int) -> Plan:
+        """Sort the choices by expert and pad each expert's rows to a whole number of blocks."""
+        tokens, top_k = indices_NK.shape
+        choices = tokens * top_k
+        block = ROW_BLOCK if choices >= experts * ROW_BLOCK // 4 else SMALL_ROW_BLOCK if tokens > 1 else 1
+        expert_of_choice = indices_NK.flatten()
+        sorted_experts, order = expert_of_choice.sort(stable=True)
+        counts = count_choices(expert_of_choice, experts)
+        padded = (counts + block - 1) // block * block
+        ends = padded.cumsum(0)
+        first_row, first_sorted = ends - padded, counts.cumsum(0) - counts
+        row_of_sorted = torch.arange(choices, device=order.device) + (first_row - first_sorted)[sorted_experts]
+        # On CUDA the number of rows is not known to the host: take the most there can be.
+        most = choices + min(experts, choices) * (block - 1)
+        rows = (most + block - 1) // block * block if indices_NK.is_cuda else int(ends[-1])
+        row_of_choice = torch.empty_like(expert_of_choice).scatter_(0, order, row_of_sorted)
+        choice_of_row = torch.zeros(rows, dtype=order.dtype, device=order.device).scatter_(0, row_of_sorted, order)
+        return Plan(counts, ends.int(), choice_of_row // top_k, choice_of_row, row_of_choice.view(tokens, top_k))
+
+
+def count_choices(indices: Tensor, experts: int) -> Tensor:
+    """How often each expert was chosen, (E,) int64; unlike bincount, without a host round trip."""
+    flat = indices.flatten()
+    return torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def grouped_linear(x_RD: Tensor, weight_EOD: Tensor, plan: Plan) -> Tensor:
+    """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O)."""
+    if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
+        return F.grouped_mm(x_RD, weight_EOD.transpose(-2, -1), offs=plan.ends)
+    return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist())
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """A loop over the experts that writes into one buffer, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x_RD: Tensor, weight_EOD: Tensor, ends: list[int]) -> Tensor:
+        ctx.save_for_backward(x_RD, weight_EOD)
+        ctx.ends = ends
+        # Where the number of rows is only bounded (CUDA in float32), those past the last expert must still be numbers.
+        make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
+        out = make(x_RD.shape[0], weight_EOD.shape[1])
+        for expert, rows in _spans(ends):
+            torch.mm(x_RD[rows], weight_EOD[expert].t(), out=out[rows])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RD, weight_EOD = ctx.saved_tensors
+        grad_x, grad_weight = torch.zeros_like(x_RD), torch.zeros_like(weight_EOD)
+        grad_RO = grad_RO.contiguous()
+        for expert, rows in _spans(ctx.ends):
+            torch.mm(grad_RO[rows], weight_EOD[expert], out=grad_x[rows])
+            torch.mm(grad_RO[rows].t(), x_RD[rows], out=grad_weight[expert])
+        return grad_x, grad_weight, None
+
+
+def _spans(ends: list[int]) -> list[tuple[int, slice]]:
+    """The experts that have rows, each with its rows."""
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if end > start]
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copy each token to its rows. Its gradient is a gather and a sum over k, where autograd's own would scatter."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_choice)
+        return x_ND.index_select(0, token_of_row)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (row_of_choice,) = ctx.saved_tensors
+        return _gather_sum(grad_RD, row_of_choice), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Sum each token's rows: the transpose of `_Dispatch`."""
+
+    @staticmethod
+    def forward(ctx, y_RD: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of_row)
+        return _gather_sum(y_RD, row_of_choice)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (token_of_row,) = ctx.saved_tensors
+        # Padding rows get token 0's gradient here; it ends where their weight, which is 0, multiplies it.
+        return grad_ND.index_select(0, token_of_row), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Put the weight of each choice into its row, 0 into padding rows; the gradient goes the way back."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_choice)
+        return weights.new_zeros(choice_of_row.shape[0]).scatter_(0, row_of_choice, weights)
+
+    @staticmethod
+    def backward(ctx, grad_R: Tensor) -> tuple[Tensor, None, None]:
+        (row_of_choice,) = ctx.saved_tensors
+        return grad_R.index_select(0, row_of_choice), None, None
+
+
+def _gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
+    """(R, D), (N, K) -> (N, D). The sum over k is taken in float32."""
+    tokens, top_k = row_of_choice.shape
+    return rows_RD.index_select(0, row_of_choice.flatten()).view(tokens, top_k, -1).sum(1)

@@ -1,0 +1,40 @@
+"""One Transformer layer: attention and feed-forward, each after a norm and added to the residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from LMConfig import LMConfig
+from model.attention import Visibility
+from model.cache import LatentCache
+from model.mla import MultiHeadLatentAttention
+from model.moe import DeepseekMoE, Routing, SwiGLU
+from model.norm import RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """MLA, then a dense SwiGLU in the first `first_k_dense_replace` layers and DeepSeekMoE in the others (Figure 2)."""
+
+    def __init__(self, config: LMConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = config.is_moe_layer(layer)
+        self.mlp = DeepseekMoE(config) if self.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visibility: Visibility,
+        cache: LatentCache | None = None,
+        real_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """x: (batch, time, hidden) -> the same, and what the router did (None in a dense layer)."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, visibility, cache)
+        inner = self.post_attention_layernorm(x)
+        if self.is_moe:
+            out, routing = self.mlp(inner, real_BT)
+            return x + out, routing
+        return x + self.mlp(inner), None

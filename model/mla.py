@@ -1,0 +1,91 @@
+"""Multi-head Latent Attention (DeepSeek-V3 section 2.1.1), naive and absorbed side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from LMConfig import LMConfig
+from model.attention import Visibility, attend
+from model.cache import LatentCache
+from model.norm import RMSNorm
+from model.rope import rotate, softmax_scale
+
+# Up to this many new positions the absorbed form reads the latents as they are; beyond, expanding them once is cheaper.
+ABSORB_UP_TO = 8
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Keys and values come from one small latent c^KV per position; with RoPE, one shared key k^R beside it.
+
+    Shapes: B batch, T new positions, S all positions, H heads, C = kv_lora_rank + rope.
+    """
+
+    def __init__(self, config: LMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = config.num_attention_heads
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.rank = config.kv_lora_rank
+        self.scale = softmax_scale(config)
+        hidden, bias = config.hidden_size, config.attention_bias
+        query_size = self.heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_size, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)  # W^DQ
+            # The inner norms keep eps 1e-6 whatever rms_norm_eps says, as in the released code.
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)  # W^UQ and W^QR
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=bias)  # W^DKV and W^KR
+        self.kv_a_layernorm = RMSNorm(self.rank, eps=1e-6)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)  # W^UK and W^UV
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], visibility: Visibility, cache: LatentCache | None = None
+    ) -> Tensor:
+        """x: (B, T, hidden) -> (B, T, hidden). With a cache, its positions come first and the new ones are added."""
+        q_BTHQ = self._queries(x, rope)
+        latent_BSC = self._latents(x, rope)
+        if cache is not None:
+            latent_BSC = cache.append(self.layer, latent_BSC)
+        if cache is not None and x.shape[1] <= ABSORB_UP_TO:
+            out = self.attend_absorbed(q_BTHQ, latent_BSC, visibility)
+        else:
+            out = self.attend_naive(q_BTHQ, latent_BSC, visibility)
+        return self.o_proj(out.flatten(2))
+
+    def attend_naive(self, q_BTHQ: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+        """Expand the latents to keys and values of every head (Eq. 3 to 5), then attend: for training and prefill."""
+        c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
+        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
+        k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotated key for all heads
+        return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, visibility)
+
+    def attend_absorbed(self, q_BTHQ: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+        """The same numbers, reading the latents only: (q W^UK) c = q (W^UK c), and W^UV after the weighted sum."""
+        w_uk, w_uv = self.kv_b_proj.weight.to(q_BTHQ.dtype).view(self.heads, -1, self.rank).split((self.nope, self.value), 1)
+        q_nope, q_rope = q_BTHQ.transpose(1, 2).split((self.nope, self.rope), dim=-1)
+        q_BHTC = torch.cat((q_nope @ w_uk, q_rope), dim=-1)
+        batch, _, time, _ = q_BHTC.shape
+        # All heads share the latents, so heads and new positions form the rows of one product.
+        scores = q_BHTC.flatten(1, 2) @ latent_BSC.transpose(1, 2)
+        scores = scores.float().view(batch, self.heads, time, -1) * self.scale
+        allowed = visibility.mask(time, latent_BSC.shape[1], q_BHTC.device)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        weights = scores.softmax(dim=-1).to(q_BHTC.dtype)
+        out_BHTR = (weights.flatten(1, 2) @ latent_BSC[..., : self.rank]).view(batch, self.heads, time, self.rank)
+        return (out_BHTR @ w_uv.transpose(1, 2)).transpose(1, 2)
+
+    def _queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, T, H, nope + rope), the RoPE part rotated (Eq. 6 to 9)."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
+        return torch.cat((q_nope, rotate(q_rope, rope)), dim=-1)
+
+    def _latents(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, T, C): [c^KV after its norm ; k^R after RoPE] (Eq. 1 and 2), which is also what is cached."""
+        c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
+        return torch.cat((self.kv_a_layernorm(c_kv), rotate(k_rope.unsqueeze(2), rope).squeeze(2)), dim=-1)

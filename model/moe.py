@@ -1,0 +1,127 @@
+"""DeepSeekMoE with auxiliary-loss-free load balancing (DeepSeek-V3 section 2.1.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from LMConfig import LMConfig
+from model.experts import Experts, count_choices
+from model.norm import Float32Buffers
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer, and the shared experts: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., hidden) -> (..., hidden)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Routing(NamedTuple):
+    """What the router did with the tokens of one forward pass.
+
+    Attributes:
+        counts: (E,) float32, how many tokens chose each expert.
+        balance_loss: scalar float32, the sequence-wise balance loss (Eq. 17 to 20, before alpha), each sequence weighted by
+            its number of real tokens, so that sums over micro-batches and ranks stay sums over tokens.
+    """
+
+    counts: Tensor
+    balance_loss: Tensor
+
+
+class Router(Float32Buffers):
+    """Sigmoid affinities, group-limited top-k, and the bias that balances the load by choosing only."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))  # the centroids e_i
+        # A buffer, not a parameter: no gradient, no weight decay, no optimiser state. Saved and loaded.
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (N, hidden) -> weights (N, K) float32, indices (N, K), scores s (N, E) float32."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores = F.linear(x_ND.float(), self.weight.float()).sigmoid()  # Eq. 15: s = sigmoid(u^T e)
+        indices = self.choose(scores.detach())
+        weights = scores.gather(1, indices)  # Eq. 16: s + b chooses the experts, s alone weighs them
+        if self.config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
+        return weights * self.config.routed_scaling_factor, indices, scores
+
+    @torch.no_grad()
+    def choose(self, scores_NE: Tensor) -> Tensor:
+        """The K experts with the highest s + b within the best groups (Eq. 16 and node-limited routing). (N, K)."""
+        config = self.config
+        biased = scores_NE + self.e_score_correction_bias
+        if config.topk_group < config.n_group:
+            groups = biased.unflatten(1, (config.n_group, -1))
+            group_scores = groups.topk(2, dim=-1).values.sum(-1)
+            best = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
+            lost = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+            # -inf, not 0: a chosen group may hold negative biased scores, which must still win over a lost group.
+            biased = groups.masked_fill(lost.unsqueeze(-1), float("-inf")).flatten(1)
+        return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+class DeepseekMoE(nn.Module):
+    """Shared experts for every token plus K of E routed experts (Eq. 12). No token is dropped."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        inner = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, inner) if inner else None
+
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x: (batch, time, hidden); real: (batch, time) bool, False where a position is padding and is not counted."""
+        x_ND = x_BTD.flatten(0, 1)
+        weights, indices, scores = self.gate(x_ND)
+        out = self.experts(x_ND, weights, indices).view_as(x_BTD)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x_BTD)
+        return out, routing(scores.unflatten(0, x_BTD.shape[:2]), indices.unflatten(0, x_BTD.shape[:2]), real_BT)
+
+
+def routing(scores_BTE: Tensor, indices_BTK: Tensor, real_BT: Tensor | None) -> Routing:
+    """Loads and the sequence-wise balance loss, each sequence for itself.
+
+    Eq. 18: f_i = E / (K T) * #tokens that chose i (no gradient); Eq. 19, 20: P_i = mean over t of s_i / sum_j s_j;
+    Eq. 17: L = sum_i f_i P_i, which is 1 at perfect balance.
+    """
+    batch, time, experts = scores_BTE.shape
+    top_k = indices_BTK.shape[-1]
+    chosen_BTE = torch.zeros_like(scores_BTE).scatter_(2, indices_BTK, 1.0)
+    probability_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)
+    if real_BT is None:
+        length_B1 = scores_BTE.new_full((batch, 1), time)
+    else:
+        length_B1 = real_BT.sum(1, keepdim=True).to(scores_BTE)
+        chosen_BTE, probability_BTE = chosen_BTE * real_BT.unsqueeze(-1), probability_BTE * real_BT.unsqueeze(-1)
+    counts_BE = chosen_BTE.sum(1)
+    f_BE = counts_BE * experts / (top_k * length_B1.clamp(min=1))
+    p_BE = probability_BTE.sum(1) / length_B1.clamp(min=1)
+    return Routing(counts_BE.sum(0), ((f_BE * p_BE).sum(1, keepdim=True) * length_B1).sum())
+
+
+@torch.no_grad()
+def update_bias(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
+    """b_i += gamma * sign(mean load - load_i), in place, once an optimiser step (section 2.1.2, gamma is `speed`).
+
+    Args:
+        bias_E: the router's buffer; counts_E: loads of the whole step, summed over micro-batches and ranks.
+    """
+    counts = counts_E.to(bias_E)
+    bias_E += speed * torch.sign(counts.mean() - counts)

@@ -1,0 +1,56 @@
+"""Multi-token prediction (DeepSeek-V3 section 2.2): a chain of D extra layers, each predicting one token further."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from LMConfig import LMConfig
+from model.attention import Visibility
+from model.cache import LatentCache
+from model.layer import DecoderLayer
+from model.moe import Routing
+from model.norm import RMSNorm
+
+
+class SharedHead(nn.Module):
+    """The norm before the output head, which itself is the main model's."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MTPLayer(DecoderLayer):
+    """Depth k: joins the hidden state of position t with the embedding of token t+k and predicts token t+k+1.
+
+    Embedding and output head are the main model's. `layer` counts on from the main layers, as in the released weights.
+    """
+
+    def __init__(self, config: LMConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)  # M_k
+        self.shared_head = SharedHead(config)
+
+    def join(self, hidden_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:
+        """Eq. 21. The released weights expect [embedding ; hidden]; the paper prints the other order."""
+        return self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1))
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        embedding_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visibility: Visibility,
+        cache: LatentCache | None = None,
+        real_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """Returns the state for the next depth (before `shared_head.norm`), (batch, time, hidden), and the routing.
+
+        Args:
+            hidden_BTD: the state of depth k-1, before its final norm.
+            embedding_BTD: the embedding of the token k places further on.
+        """
+        return super().forward(self.join(hidden_BTD, embedding_BTD), rope, visibility, cache, real_BT)

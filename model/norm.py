@@ -1,0 +1,36 @@
+"""RMSNorm, and the buffers that stay in float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., size). The mean square is taken in float32; the result has the type of x."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own buffers keep float32 through `.to(dtype)`, `.bfloat16()` and the like.
+
+    The router's bias moves by gamma = 1e-3 a step and RoPE's angles reach thousands of radians: bfloat16 holds neither.
+    """
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in buffers.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self

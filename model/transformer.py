@@ -1,0 +1,196 @@
+"""The whole network: embedding, layers, output head and the MTP chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from LMConfig import LMConfig
+from model.attention import Visibility
+from model.cache import LatentCache
+from model.experts import Experts
+from model.layer import DecoderLayer
+from model.moe import Router, Routing
+from model.mtp import MTPLayer
+from model.norm import RMSNorm
+from model.rope import RotaryEmbedding
+
+
+class Output(NamedTuple):
+    """What a forward pass returns. Logits are computed when asked for: losses over chunks never hold all of them.
+
+    Attributes:
+        hidden: (batch, time, hidden) after the final norm.
+        state: (batch, time, hidden) before the final norm, which is what MTP continues from.
+        head: (vocab, hidden) weight of the output head.
+        mtp_hidden: for each MTP depth k = 1 .. D, (batch, time, hidden) after its norm; position t predicts token t+k+1.
+        counts: (MoE layers, experts) float32, loads of this pass, the MTP layers' last; or None without MoE layers.
+        balance_loss: scalar float32, summed over MoE layers, weighted by tokens (see `model.moe.Routing`).
+    """
+
+    hidden: Tensor
+    state: Tensor
+    head: Tensor
+    mtp_hidden: tuple[Tensor, ...]
+    counts: Tensor | None
+    balance_loss: Tensor | None
+
+    @property
+    def logits(self) -> Tensor:
+        """(batch, time, vocab) float32, of the main model."""
+        return F.linear(self.hidden, self.head.to(self.hidden.dtype)).float()
+
+    def mtp_logits(self, depth: int) -> Tensor:
+        """(batch, time, vocab) float32 of MTP depth 1 .. D."""
+        return F.linear(self.mtp_hidden[depth - 1], self.head.to(self.hidden.dtype)).float()
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm; named `model` inside the whole, as Hugging Face names it."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MiniDeepSeek(nn.Module):
+    """DeepSeek-V3 as a plain module: `MiniDeepSeek(config)(input_ids).logits`.
+
+    Args:
+        config: the hyperparameters; weights start from a normal distribution of std `config.initializer_range`.
+    """
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        depths = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+        self.mtp = nn.ModuleList(MTPLayer(config, index) for index in depths)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.apply(self._initialise)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        mtp: bool = False,
+    ) -> Output:
+        """Run the network over (batch, time) token ids.
+
+        Args:
+            position_ids: (batch, time); counted from 0, or from the end of the cache, when left out.
+            segment_ids: (batch, time); positions attend within their own segment only; a negative id marks padding.
+            cache: latents of the positions before these; the new ones are added to it.
+            mtp: also run the MTP chain over the tokens at hand (training; `speculative` generation runs it by itself).
+        """
+        batch, time = input_ids.shape
+        if position_ids is None:
+            position_ids = self._positions(time, cache, input_ids.device)
+        rope = self.rotary(position_ids)
+        if cache is not None and cache.padding is not None:
+            visibility = Visibility.padded(time, cache.length + time, cache.padding)
+        elif segment_ids is not None:
+            visibility = Visibility.packed(segment_ids)
+        else:
+            visibility = Visibility()
+        real = None if segment_ids is None else segment_ids >= 0
+
+        embedding = self.model.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(input_ids.device.type):
+            # A bfloat16 residual stream, as DeepSeek-V3's; autocast alone would carry it in float32.
+            embedding = embedding.to(torch.get_autocast_dtype(input_ids.device.type))
+        state, routings = embedding, []
+        for layer in self.model.layers:
+            state, routing = self._run(layer, state, rope, visibility, cache, real)
+            routings.append(routing)
+        mtp_hidden, mtp_state = [], state
+        for depth, layer in enumerate(self.mtp if mtp else [], start=1):
+            # Position t meets token t+depth. The last `depth` positions meet nothing real: losses leave them out.
+            ahead = embedding.roll(-depth, dims=1)
+            counted = torch.arange(time, device=input_ids.device).expand(batch, time) < time - depth
+            counted = counted if real is None else counted & real
+            mtp_state, routing = self._run(layer, mtp_state, ahead, rope, visibility, None, counted)
+            mtp_hidden.append(layer.shared_head.norm(mtp_state))
+            routings.append(routing)
+        seen: list[Routing] = [routing for routing in routings if routing is not None]
+        return Output(
+            hidden=self.model.norm(state),
+            state=state,
+            head=self.lm_head.weight,
+            mtp_hidden=tuple(mtp_hidden),
+            counts=torch.stack([routing.counts for routing in seen]) if seen else None,
+            balance_loss=torch.stack([routing.balance_loss for routing in seen]).sum() if seen else None,
+        )
+
+    def draft(self, state: Tensor, next_ids: Tensor, depth: int, cache: LatentCache) -> tuple[Tensor, Tensor]:
+        """One MTP depth while decoding: logits of the token after the next, and the state for the following depth.
+
+        Args:
+            state: (batch, time, hidden) before the final norm (depth 1), or of the depth before.
+            next_ids: (batch, time) the token `depth` places after each position.
+            depth: 1 .. D; cache: made with `mtp=True`.
+        """
+        layer = self.mtp[depth - 1]
+        held, time = cache.lengths[self.config.num_hidden_layers + depth - 1], next_ids.shape[1]
+        positions = torch.arange(held, held + time, device=next_ids.device)[None]
+        embedding = self.model.embed_tokens(next_ids).to(state.dtype)
+        state, _ = layer(state, embedding, self.rotary(positions), Visibility(), cache)
+        return F.linear(layer.shared_head.norm(state[:, -1:]), self.lm_head.weight.to(state.dtype)).float(), state
+
+    def routers(self) -> list[Router]:
+        """The routers in the order of `Output.counts`."""
+        return [layer.mlp.gate for layer in [*self.model.layers, *self.mtp] if layer.is_moe]
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Prompt and completion, (batch, time + new); see `model.generate.generate` for the options."""
+        from model.generate import generate  # model.generate needs this class
+
+        return generate(self, input_ids, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MiniDeepSeek:
+        """Open a Hugging Face checkpoint folder of a `deepseek_v3` model; see `model.hf.load_pretrained`."""
+        from model.hf import load_pretrained
+
+        return load_pretrained(folder, dtype, device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and generation_config.json; see `model.hf.save_pretrained`."""
+        from model.hf import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Routing | None]:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def _positions(self, time: int, cache: LatentCache | None, device: torch.device) -> Tensor:
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + time, device=device)[None]
+        if cache is not None and cache.padding is not None:
+            positions = (positions - cache.padding[:, None]).clamp(min=0)
+        return positions
+
+    def _initialise(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
