@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from errors import UserError
+from text.json_rows import kind_of
 
 if TYPE_CHECKING:
     from text.tokenizer import Tokenizer
@@ -62,12 +63,12 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
     before = None
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise UserError(f"message {number} is {_kind(message)}; it must be an object with 'role' and 'content'")
+            raise UserError(f"message {number} is {kind_of(message)}; it must be an object with 'role' and 'content'")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in ROLE_MARKS:
             raise UserError(f"message {number} has the unknown role {role!r}; use system, user, assistant or tool")
         if not isinstance(content, str):
-            raise UserError(f"message {number} ({role}): 'content' is {_kind(content)}; it must be text")
+            raise UserError(f"message {number} ({role}): 'content' is {kind_of(content)}; it must be text")
         if before not in ALLOWED_BEFORE[role]:
             place = "at the beginning" if before is None else f"after {before!r}"
             raise UserError(f"message {number}: role {role!r} cannot come {place}; {_remedy(role)}")
@@ -137,11 +138,6 @@ def _layout(
     if add_generation_prompt:
         pieces.append((special[ROLE_MARKS["assistant"]], 0))
     return pieces
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
-    return "missing" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _remedy(role: str) -> str:
