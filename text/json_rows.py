@@ -110,7 +110,7 @@ def _begins_array(first_line: bytes) -> bool:
 
 def _parse_line(line: bytes) -> object:
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip()
     except UnicodeDecodeError as error:
         byte = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
         return RowError("not UTF-8", f"{byte} is not UTF-8; if it is GBK, convert it: iconv -f GBK -t UTF-8")
