@@ -1,0 +1,116 @@
+"""A run's checkpoints: ordinary Hugging Face folders with the training state in a sub-folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from errors import DamagedCheckpoint, UserError
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
+from training.optim import load_state_tensors, state_tensors
+
+STEP = re.compile(r"step-(\d+)$")
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimiser steps done; tokens: counted labels so far; seconds: of training, over all sittings.
+        finished: the budget is spent. run: settings that must not change between sittings.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+    run: dict[str, object] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path, model: MiniDeepSeek, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Write all of a checkpoint under a temporary name, flush it, and give it its name: complete or not there."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        (temporary / "training").mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save(temporary)
+        state = state_tensors(optimizer, model)
+        state["rng"] = torch.get_rng_state()
+        save_file(state, temporary / "training" / "state.safetensors")
+        (temporary / "training" / "progress.json").write_text(json.dumps(asdict(progress), indent=2), encoding="utf8")
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = newest(folder.parent)
+        safe = f"the checkpoint before it is intact: {kept}" if kept else "no checkpoint was there before"
+        raise UserError(f"{folder}: could not be saved ({error}); {safe}; free some space and use --resume") from None
+
+
+def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> None:
+    """Optimiser and random state of `folder`, into objects that already hold its weights."""
+    path = folder / "training" / "state.safetensors"
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); delete {folder} and use --resume") from None
+    torch.set_rng_state(state.pop("rng"))
+    try:
+        load_state_tensors(optimizer, model, state)
+    except KeyError as error:
+        raise DamagedCheckpoint(
+            f"{path}: state of an unknown parameter {error}; delete {folder} and use --resume"
+        ) from None
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run was at this checkpoint."""
+    path = folder / "training" / "progress.json"
+    try:
+        return Progress(**json.loads(path.read_text(encoding="utf8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error}); delete {folder} and use --resume") from None
+
+
+def steps(out: Path) -> list[Path]:
+    """The step checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in out.glob("step-*") if (match := STEP.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest(out: Path) -> Path | None:
+    """`out`/final when the run is complete, else the last step checkpoint, else None."""
+    if (out / "final").is_dir():
+        return out / "final"
+    return steps(out)[-1] if steps(out) else None
+
+
+def keep_last(out: Path, count: int) -> None:
+    """Delete all but the last `count` step checkpoints."""
+    for path in steps(out)[: -count or None]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,109 @@
+"""What a run tells: a progress bar, a line now and then, metrics.jsonl, and wandb when asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+COLUMNS = (
+    ("loss", "loss {:.4f}"),
+    ("mtp_loss", "mtp {:.3f}"),
+    ("lr", "lr {:.2e}"),
+    ("grad_norm", "norm {:.2f}"),
+    ("tokens_per_second", "{:,.0f} tok/s"),
+    ("mfu", "mfu {:.1%}"),
+    ("max_vio_worst", "MaxVio {:.2f}"),
+    ("val_bits_per_byte", "val {:.4f} bits/byte"),
+)
+
+
+class RunLog:
+    """Writes the metrics of one run folder; does nothing on other ranks.
+
+    Args:
+        out: the run folder; step: metrics of later steps are dropped, they are about to be made again.
+        wandb: name of a wandb project, or empty. Without a key or a network it logs offline into the run folder.
+    """
+
+    def __init__(self, out: Path, step: int, active: bool, wandb: str, config: dict[str, Any]) -> None:
+        self.active = active
+        self.path = out / "metrics.jsonl"
+        self.wandb = None
+        if not active:
+            return
+        self._forget_after(step)
+        self.console = Console()
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True,
+        )  # fmt: skip
+        self.task = self.bar.add_task(out.name, total=1.0)
+        if wandb:
+            import wandb as library  # slow to import, and rarely wanted
+
+            online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
+            self.wandb = library.init(
+                project=wandb, name=out.name, dir=str(out), config=config, mode="online" if online else "offline"
+            )
+
+    def __enter__(self) -> RunLog:
+        if self.active:
+            self.file = open(self.path, "a", encoding="utf8")  # noqa: SIM115: closed in __exit__
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.active:
+            self.bar.stop()
+            self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+    def progress(self, share: float) -> None:
+        """Move the bar to `share` of the budget."""
+        if self.active:
+            self.bar.update(self.task, completed=share)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """One object into metrics.jsonl, one line on the terminal."""
+        if not self.active:
+            return
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        values = dict(metrics)
+        if metrics.get("max_vio"):
+            values["max_vio_worst"] = max(metrics["max_vio"])
+        shown = [form.format(values[name]) for name, form in COLUMNS if values.get(name) is not None]
+        self.bar.console.print(f"step {metrics['step']:>6}  " + "  ".join(shown), highlight=False, soft_wrap=True)
+        if self.wandb is not None:
+            flat = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+            layers = metrics.get("max_vio") or []
+            flat.update({f"max_vio/layer_{index}": value for index, value in enumerate(layers)})
+            self.wandb.log(flat, step=metrics["step"])
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines that a resumed run writes again, and a line that a crash cut short."""
+        kept = [json.dumps(entry) for entry in read_metrics(self.path) if entry["step"] <= step] if step else []
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+        os.replace(temporary, self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line that was cut short is left out."""
+    entries = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+    return entries

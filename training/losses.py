@@ -1,0 +1,126 @@
+"""The losses: `loss(model, batch) -> (sum, count, metrics)`, normalised later by the counted tokens of a whole step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # a label that does not count
+CHUNK_ELEMENTS = 2**22  # logits held at a time
+
+Batch = dict[str, Tensor]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(h W^T)[label] over chunks of positions: the logits of a batch never exist together.
+
+    The gradient of a chunk is ready when its softmax is, so it is formed at once and only scaled in `backward`.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
+        weight = head_VD.to(hidden_ND.dtype)
+        rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        grad_hidden = torch.empty_like(hidden_ND) if with_grad else None
+        grad_head = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        for start in range(0, hidden_ND.shape[0], rows):
+            part = slice(start, start + rows)
+            counted = labels_N[part] != IGNORE
+            target = labels_N[part].clamp(min=0).unsqueeze(1)
+            logits = (hidden_ND[part] @ weight.t()).float()
+            log_z = logits.logsumexp(-1, keepdim=True)
+            total += ((log_z - logits.gather(1, target)).squeeze(1) * counted).sum()
+            if with_grad:
+                # d(-log p_y)/dz = p - onehot(y)
+                grad = logits.sub_(log_z).exp_()
+                grad.scatter_add_(1, target, torch.full_like(log_z, -1.0))
+                grad = grad.mul_(counted.unsqueeze(1)).to(weight.dtype)
+                grad_hidden[part] = grad @ weight
+                grad_head += grad.t() @ hidden_ND[part]
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = head_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype), None, None
+
+
+def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross entropy in nats, float32, over the labels that count.
+
+    Args:
+        hidden: (..., hidden); head: (vocab, hidden); labels: (...) token ids, -100 where nothing counts.
+    """
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), head, labels.flatten(), with_grad)
+
+
+def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each label in nats, float32, 0 where nothing counts; without gradient. Shape of `labels`."""
+    rows = max(64, CHUNK_ELEMENTS // head.shape[0])
+    weight, flat, wanted = head.to(hidden.dtype), hidden.flatten(0, -2), labels.flatten()
+    with torch.no_grad():
+        parts = [
+            F.cross_entropy((flat[i : i + rows] @ weight.t()).float(), wanted[i : i + rows], reduction="none")
+            for i in range(0, flat.shape[0], rows)
+        ]
+    return torch.cat(parts).view_as(labels)
+
+
+def labels_ahead(batch: Batch, depth: int) -> Tensor:
+    """What MTP depth k predicts at position t: the label of position t+k, if it lies in the same segment (Eq. 24)."""
+    labels = batch["labels"]
+    ahead = torch.full_like(labels, IGNORE)
+    ahead[:, :-depth] = labels[:, depth:]
+    if "segment_ids" in batch:
+        segments = batch["segment_ids"]
+        ahead[:, :-depth].masked_fill_(segments[:, depth:] != segments[:, :-depth], IGNORE)
+    return ahead
+
+
+@dataclass
+class NextTokenLoss:
+    """Cross entropy, plus lambda / D * the MTP losses (Eq. 25), plus alpha * the sequence-wise balance loss (Eq. 17).
+
+    All three are sums over tokens and divided by the same count, the labels of the main model, so that micro-batches and
+    ranks add up to exactly the loss of the whole batch. An MTP depth has a few labels fewer than it is divided by.
+
+    Attributes:
+        mtp: whether the MTP chain runs at all.
+        mtp_weight: lambda; balance_weight: alpha. The trainer moves both along their schedules.
+    """
+
+    mtp: bool = True
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-4
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns the loss sum (to be divided), the count of labels, and sums for the log (main, mtp, balance, counts)."""
+        labels = batch["labels"]
+        inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
+        out = model(**inputs, mtp=self.mtp)
+        count = (labels != IGNORE).sum()
+        main = cross_entropy_sum(out.hidden, out.head, labels)
+        total, metrics = main, {"main": main.detach()}
+        if out.mtp_hidden:
+            depths = [
+                cross_entropy_sum(hidden, out.head, labels_ahead(batch, depth))
+                for depth, hidden in enumerate(out.mtp_hidden, start=1)
+            ]
+            mtp = torch.stack(depths).mean()
+            total = total + self.mtp_weight * mtp
+            metrics["mtp"] = mtp.detach()
+        if out.counts is not None:
+            real = labels.numel() if "segment_ids" not in batch else (batch["segment_ids"] >= 0).sum()
+            # Per token of the sequence; brought to the scale of the counted labels, which may be fewer.
+            balance = out.balance_loss * count / real
+            total = total + self.balance_weight * balance
+            metrics["balance"] = balance.detach() / out.counts.shape[0]
+            metrics["counts"] = out.counts.detach()
+        return total, count, metrics

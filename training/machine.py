@@ -1,0 +1,63 @@
+"""What the machine can do: number format, measured matrix-product peak, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the products: bf16 or fp32; `auto` takes bf16 where the hardware multiplies it (else it is emulated)."""
+    if name == "auto":
+        return torch.bfloat16 if has_bf16_units(device) else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: one of auto, bf16, fp32 (float16 is not supported: it needs loss scaling)")
+    return DTYPES[name]
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """CUDA since Ampere, and CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    """Products in `dtype`, weights and their updates in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:
+    """FLOP/s of a plain (size, size) matrix product on all threads: the best of several, which MFU is measured against."""
+    size = size * 4 if device.type == "cuda" else size
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    a @ b
+    while time.perf_counter() < end:
+        _synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory used so far, in bytes: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

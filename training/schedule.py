@@ -1,0 +1,57 @@
+"""How long a run lasts, and what changes along it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from errors import UserError
+
+
+@dataclass
+class Budget:
+    """The end of a run: whichever of the given limits comes first.
+
+    Every schedule is a function of the share of the budget that is spent, so "train for two hours" ends with a finished
+    model as well as "train for 1000 steps" does.
+    """
+
+    max_steps: int | None
+    max_minutes: float | None
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the budget spent after `step` steps and `seconds` of training, 0 .. 1."""
+        shares = [0.0]
+        if self.max_steps is not None:
+            shares.append(step / max(self.max_steps, 1))
+        if self.max_minutes is not None:
+            shares.append(seconds / (60 * self.max_minutes))
+        return min(max(shares), 1.0)
+
+
+def learning_rate(progress: float, peak: float, warmup: float, decay_from: float, final_ratio: float) -> float:
+    """Linear warm-up, constant, cosine (DeepSeek-V3 section 4.2).
+
+    Args:
+        progress: share of the budget at the end of the step; `warmup` and `decay_from` are shares too.
+        final_ratio: the last rate over the peak.
+    """
+    if progress < warmup:
+        return peak * progress / warmup
+    if progress <= decay_from or decay_from >= 1:
+        return peak
+    cosine = 0.5 * (1 + math.cos(math.pi * (progress - decay_from) / (1 - decay_from)))
+    return peak * (final_ratio + (1 - final_ratio) * cosine)
+
+
+def value_at(schedule: float | dict[str, float], progress: float, name: str = "schedule") -> float:
+    """A constant, or steps written as {share of the run: value from there on}, such as {0: 0.3, 0.68: 0.1}."""
+    if isinstance(schedule, (int, float)):
+        return float(schedule)
+    try:
+        knots = sorted((float(share), float(value)) for share, value in schedule.items())
+    except ValueError:
+        raise UserError(f"{name}: {schedule!r} must map shares of the run (0 to 1) to numbers") from None
+    if not knots or knots[0][0] != 0:
+        raise UserError(f"{name}: {schedule!r} must begin at share 0 of the run")
+    return [value for share, value in knots if share <= progress][-1]

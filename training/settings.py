@@ -1,0 +1,126 @@
+"""What every training script takes from its YAML file and its command line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from errors import UserError
+from LMConfig import LMConfig
+from training.optim import OptimSettings
+
+
+@dataclass
+class StageSettings:
+    """Settings of any stage.
+
+    Args:
+        out: run folder: checkpoints, metrics.jsonl, resolved config.
+        resume: continue the run in `out` from its newest checkpoint.
+        seed: of weights and data order.
+        device: auto, cpu or cuda.
+        dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
+        threads: CPU threads; 0 means as many as there are cores.
+        max_steps: end after so many optimiser steps.
+        max_tokens: end after so many tokens.
+        max_minutes: end after so many minutes of training.
+        epochs: end after so many passes over the data, when no other end is given.
+        sequence_length: tokens a row.
+        batch_tokens: tokens an optimiser step, over all ranks.
+        micro_tokens: tokens a forward pass on one rank; the rest is accumulated.
+        optim: optimiser and learning rate.
+        mtp_weight: weight of the multi-token-prediction loss; a number or {share of the run: value}.
+        balance_weight: weight of the sequence-wise balance loss; a number or {share of the run: value}.
+        bias_speed: speed of the router's balancing bias; a number or {share of the run: value}.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        compile: torch.compile each layer.
+        log_every: steps between log lines.
+        val_every: steps between validations; 0: only before the first and after the last step.
+        val_tokens: most held-out tokens to validate on.
+        save_every: steps between checkpoints; 0: only at the end.
+        keep: step checkpoints kept.
+        wandb: name of a wandb project; empty: no wandb.
+        on_error: skip or stop, for a row of data that cannot be read.
+    """
+
+    out: str
+    resume: bool = False
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    max_minutes: float | None = None
+    epochs: float = 1.0
+    sequence_length: int = 512
+    batch_tokens: int = 32768
+    micro_tokens: int = 8192
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    mtp_weight: float | dict[str, float] = 0.3
+    balance_weight: float | dict[str, float] = 1e-4
+    bias_speed: float | dict[str, float] = 1e-3
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 10
+    val_every: int = 0
+    val_tokens: int = 262144
+    save_every: int = 500
+    keep: int = 2
+    wandb: str = ""
+    on_error: str = "skip"
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_tokens", "micro_tokens", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("max_steps", "max_tokens", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name} {value}: must be positive")
+        if self.batch_tokens < self.sequence_length:
+            raise UserError(f"--batch_tokens {self.batch_tokens}: less than one row of {self.sequence_length} tokens")
+        if self.on_error not in ("skip", "stop"):
+            raise UserError(f"--on_error {self.on_error}: one of skip, stop")
+
+
+Settings = TypeVar("Settings", bound=StageSettings)
+
+
+def parse(kind: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
+    """Read `--config FILE` and the command line over it into `kind`; `--help` and `--print_config` as usual."""
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of these settings; the command line wins over it")
+    parser.add_class_arguments(kind)
+    try:
+        values = parser.instantiate_classes(parser.parse_args(arguments))
+    except ArgumentError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None
+    given = vars(values)
+    given.pop("config", None)
+    return kind(**given)
+
+
+def model_config(choice: dict[str, Any], **forced: Any) -> LMConfig:
+    """`{preset: 64m, num_hidden_layers: 4}` as a configuration; `forced` fields (the tokenizer's) win."""
+    changes = dict(choice)
+    preset = changes.pop("preset", "demo")
+    return LMConfig.preset(preset, **{**changes, **forced})
+
+
+def save_resolved(settings: StageSettings, path: Path) -> None:
+    """Keep what the run really used beside its results, ready for `--config`."""
+    text = yaml.safe_dump(_plain(asdict(settings)), allow_unicode=True, sort_keys=False)
+    path.write_text(text, encoding="utf8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,55 @@
+"""Held-out loss in bits per byte, which does not depend on the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import MiniDeepSeek
+from training.losses import Batch, token_losses
+from training.machine import autocast
+from training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Attributes: bits_per_byte; nats_per_token; counts: (MoE layers, experts) loads on the held-out text, or None."""
+
+    bits_per_byte: float
+    nats_per_token: float
+    counts: Tensor | None
+
+
+@torch.no_grad()
+def evaluate(
+    model: MiniDeepSeek, batches: Iterable[Batch], token_bytes: np.ndarray, dtype: torch.dtype, ranks: Ranks
+) -> HeldOut:
+    """Summed -log2 p of the labels over the bytes that they stand for, over all ranks.
+
+    Args:
+        batches: the same on every rank; each rank takes its share of them.
+        token_bytes: (vocab,) bytes of each token; special tokens stand for none, but their loss counts.
+    """
+    sizes = torch.from_numpy(np.ascontiguousarray(token_bytes)).to(ranks.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    moe_layers = sum(layer.is_moe for layer in model.model.layers)
+    counts = torch.zeros(moe_layers, model.config.n_routed_experts, dtype=torch.float64, device=ranks.device)
+    for index, batch in enumerate(batches):
+        if index % ranks.world != ranks.rank:
+            continue
+        inputs = {key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()}
+        labels: Tensor = inputs.pop("labels")
+        with autocast(dtype, ranks.device):
+            out = model(**inputs)
+        nats = token_losses(out.hidden, out.head, labels).double().sum()
+        counted = labels >= 0
+        sums += torch.stack([nats, counted.sum().double(), sizes[labels.clamp(min=0)][counted].double().sum()])
+        if out.counts is not None:
+            counts += out.counts
+    nats, tokens, size = ranks.sum(sums).tolist()
+    return HeldOut(nats / math.log(2) / max(size, 1), nats / max(tokens, 1), ranks.sum(counts) if moe_layers else None)
