@@ -1,0 +1,101 @@
+"""Documents of CSV files, with line numbers, where one broken row costs only itself."""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Iterator
+
+from text.data_file import DataFile, FileProblem, Row, conversion
+
+
+def read_csv(file: DataFile) -> Iterator[Row]:
+    """The wanted column of a CSV file with a header line, quoted as RFC 4180 says.
+
+    A quote that is not closed would make one row of all that follows. Strict parsing notices it at the next quote, at
+    the row limit or at the end of the file; then only the row's first line is given up and reading goes on with the
+    second. Raises `FileProblem` when the header is broken or has no such column.
+    """
+    csv.field_size_limit(file.row_limit)  # the module's own limit, 131,072, is less than an honest long document
+    with file.open() as stream:
+        feed = _RowFeed(file.lines(stream), file.row_limit)
+        rows = csv.reader(feed, strict=True)
+        try:
+            header = next(rows)
+        except StopIteration:
+            return
+        except (csv.Error, _RowTooLong) as error:
+            if "\0" in feed.row[-1][1]:
+                raise _no_bytes() from error
+            raise FileProblem("broken header", 1, f"no CSV header ({error})", "begin with column names") from error
+        if any("\0" in name for name in header):
+            raise _no_bytes()
+        if file.column not in header:
+            raise file.no_column(header, 1)
+        place = header.index(file.column)
+        while True:
+            feed.start_row()
+            try:
+                fields = next(rows)
+            except StopIteration:
+                return
+            except (csv.Error, _RowTooLong) as error:
+                _count_broken_row(file, feed, error)
+                feed.give_back()
+                continue
+            line = feed.row[0][0]
+            if len(fields) == len(header):
+                if file.usable(fields[place], line):
+                    yield fields[place], line
+            elif not fields:
+                file.report.drop("empty", file.path, line)
+            else:
+                problem = f"{len(fields)} fields where the header has {len(header)}"
+                file.bad("field count", line, problem, "put text with commas or quotes in quotes")
+                feed.give_back()
+
+
+class _RowTooLong(Exception):
+    """More characters than the limit without an end of the row."""
+
+
+class _RowFeed:
+    """The lines that csv.reader asks for; remembers those of the row at hand, to give back all but the first."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]], limit: int) -> None:
+        self._lines = lines
+        self._limit = limit
+        self._returned: deque[tuple[int, str]] = deque()
+        self.start_row()
+
+    def start_row(self) -> None:
+        self.row: list[tuple[int, str]] = []
+        self._size = 0
+
+    def give_back(self) -> None:
+        self._returned.extendleft(reversed(self.row[1:]))
+
+    def __iter__(self) -> _RowFeed:
+        return self
+
+    def __next__(self) -> str:
+        numbered = self._returned.popleft() if self._returned else next(self._lines)
+        self.row.append(numbered)
+        self._size += len(numbered[1])
+        if self._size > self._limit:
+            raise _RowTooLong(f"more than {self._limit:,} characters")
+        return numbered[1]
+
+
+def _count_broken_row(file: DataFile, feed: _RowFeed, error: Exception) -> None:
+    line = feed.row[0][0]
+    if "\0" in feed.row[-1][1]:  # refused by the csv module itself before Python 3.11
+        file.usable("\0", line)
+    elif "new-line" in str(error):
+        file.bad("stray carriage return", line, "a carriage return in the row", "quote the text or end lines with \\n")
+    else:
+        file.bad("broken quote", line, "a quote that is not closed or not doubled", 'write " inside quotes as ""')
+
+
+def _no_bytes() -> FileProblem:
+    return FileProblem("undecodable", 1, "NUL bytes, as UTF-16 has them", conversion("UTF-16LE", "utf-16-le"))
