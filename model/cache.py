@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from LMConfig import LMConfig
 
@@ -58,12 +58,21 @@ class LatentCache:
         self.lengths[layer] = end
         return self.latents[layer, :, :end]
 
-    def truncate(self, length: int) -> None:
-        """Forget every position from `length` on: a draft that was not accepted."""
-        self.lengths = [min(held, length) for held in self.lengths]
+    def truncate(self, length: int, layer: int | None = None) -> None:
+        """Forget every position from `length` on, in one layer or in all: drafts that did not come true."""
+        for index in range(len(self.lengths)) if layer is None else [layer]:
+            self.lengths[index] = min(self.lengths[index], length)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep the given rows of the batch (integers or bool), in this order."""
         self.latents = self.latents[:, rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What a cache should hold: the type that the network computes in, under autocast or without."""
+    weight = next(model.parameters())
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype

@@ -71,7 +71,18 @@ def human(number: float, unit: str = "") -> str:
 
 def table(configs: dict[str, LMConfig], time: int = 512) -> str:
     """One line a configuration, for `python LMConfig.py`."""
-    rows = [("preset", "total", "activated", "MTP adds", "cache/token", "MHA would", "ratio", f"train FLOPs/token at {time}")]
+    rows = [
+        (
+            "preset",
+            "total",
+            "activated",
+            "MTP adds",
+            "cache/token",
+            "MHA would",
+            "ratio",
+            f"train FLOPs/token at {time}",
+        )
+    ]
     for name, config in configs.items():
         costs = count(config, time)
         rows.append(

@@ -35,10 +35,9 @@ class Experts(nn.Module):
         gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
         plan = Plan.of(indices_NK, self.gate_up_proj.shape[0])
         x_RD = _Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
-        weights_R1 = _Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten()).unsqueeze(1)
-        gate, up = grouped_linear(x_RD, gate_up, plan).chunk(2, dim=-1)
+        weights_R = _Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
         # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
-        inner = F.silu(gate) * up * weights_R1.to(x_RD.dtype)
+        inner = _WeightedSwiGLU.apply(grouped_linear(x_RD, gate_up, plan), weights_R.to(x_RD.dtype))
         return _Combine.apply(grouped_linear(inner, down, plan), plan.token_of_row, plan.row_of_choice)
 
 
@@ -109,9 +108,12 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
         x_RD, weight_EOD = ctx.saved_tensors
-        grad_x, grad_weight = torch.zeros_like(x_RD), torch.zeros_like(weight_EOD)
+        spans = _spans(ctx.ends)
+        complete = ctx.ends[-1] == x_RD.shape[0]
+        grad_x = torch.empty_like(x_RD) if complete else torch.zeros_like(x_RD)
+        grad_weight = torch.empty_like(weight_EOD) if len(spans) == len(ctx.ends) else torch.zeros_like(weight_EOD)
         grad_RO = grad_RO.contiguous()
-        for expert, rows in _spans(ctx.ends):
+        for expert, rows in spans:
             torch.mm(grad_RO[rows], weight_EOD[expert], out=grad_x[rows])
             torch.mm(grad_RO[rows].t(), x_RD[rows], out=grad_weight[expert])
         return grad_x, grad_weight, None
@@ -119,7 +121,32 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _spans(ends: list[int]) -> list[tuple[int, slice]]:
     """The experts that have rows, each with its rows."""
-    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if end > start]
+    return [
+        (e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if end > start
+    ]
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """silu(gate) * up * weight for gate_up (R, 2 * I) = [gate | up] and weight (R,), keeping only its inputs."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).mul_(weight.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        scaled = grad * weight.unsqueeze(1)
+        torch.mul(scaled, activated, out=grad_up)
+        grad_weight = activated.mul_(up).mul_(grad).sum(-1)
+        grad_gate.copy_(torch.ops.aten.silu_backward(scaled.mul_(up), gate))
+        return grad_gate_up, grad_weight
 
 
 class _Dispatch(torch.autograd.Function):

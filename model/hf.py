@@ -102,7 +102,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         files = [folder / WEIGHTS]
     elif index.is_file():
         try:
-            files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()})
+            files = sorted(
+                {folder / name for name in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()}
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DamagedCheckpoint(f"{index}: not a list of shards; restore the file") from None
         if strange := [file for file in files if file.parent != folder]:
@@ -137,13 +139,17 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, devi
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     if config.num_nextn_predict_layers and not any(name.startswith("mtp.") for name in state):
-        print(f"notice: {folder} says num_nextn_predict_layers = {config.num_nextn_predict_layers} but holds no MTP weights")
+        print(
+            f"notice: {folder} says num_nextn_predict_layers = {config.num_nextn_predict_layers} but holds no MTP weights"
+        )
         config.num_nextn_predict_layers = 0
     model = MiniDeepSeek(config)
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in state:
-            raise DamagedCheckpoint(f"{folder}: weight {name} is missing; use another checkpoint, or correct config.json")
+            raise DamagedCheckpoint(
+                f"{folder}: weight {name} is missing; use another checkpoint, or correct config.json"
+            )
         if state[name].shape != tensor.shape:
             raise DamagedCheckpoint(
                 f"{folder}: weight {name} has shape {tuple(state[name].shape)}, config.json says {tuple(tensor.shape)}"

@@ -65,7 +65,9 @@ class MultiHeadLatentAttention(nn.Module):
 
     def attend_absorbed(self, q_BTHQ: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
         """The same numbers, reading the latents only: (q W^UK) c = q (W^UK c), and W^UV after the weighted sum."""
-        w_uk, w_uv = self.kv_b_proj.weight.to(q_BTHQ.dtype).view(self.heads, -1, self.rank).split((self.nope, self.value), 1)
+        w_uk, w_uv = (
+            self.kv_b_proj.weight.to(q_BTHQ.dtype).view(self.heads, -1, self.rank).split((self.nope, self.value), 1)
+        )
         q_nope, q_rope = q_BTHQ.transpose(1, 2).split((self.nope, self.rope), dim=-1)
         q_BHTC = torch.cat((q_nope @ w_uk, q_rope), dim=-1)
         batch, _, time, _ = q_BHTC.shape

@@ -161,7 +161,9 @@ class MiniDeepSeek(nn.Module):
         return generate(self, input_ids, **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MiniDeepSeek:
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> MiniDeepSeek:
         """Open a Hugging Face checkpoint folder of a `deepseek_v3` model; see `model.hf.load_pretrained`."""
         from model.hf import load_pretrained
 

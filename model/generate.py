@@ -1,0 +1,104 @@
+"""Generation: prefill once, then one token a step from the latent cache; speculative with the MTP chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from model.cache import LatentCache, compute_dtype
+from model.sampling import Sampling
+from model.speculative import stream_speculative
+from model.transformer import MiniDeepSeek
+
+
+def generate(
+    model: MiniDeepSeek,
+    input_ids: Tensor,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_token_id: int | Iterable[int] | None = None,
+    speculative: bool = False,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Continue every row of a batch.
+
+    Args:
+        input_ids: (batch, time) prompts, shorter ones padded on the left (any token; `attention_mask` says where).
+        max_new_tokens: at most so many; fewer when every row has met a stop token.
+        eos_token_id: one or several stop tokens; None never stops early.
+        speculative: draft with the MTP chain and verify with one pass: the same greedy tokens, fewer passes.
+        seed: of the sampling; None draws on torch's global generator.
+        attention_mask: (batch, time) 1 for tokens, 0 for left padding.
+    Returns:
+        (batch, time + new) prompt and completion; after its stop token a row holds the stop token's padding.
+    """
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    if speculative:
+        if temperature != 0 or repetition_penalty != 1 or input_ids.shape[0] != 1:
+            raise UserError("speculative generation: greedy, without penalty and for a single prompt only")
+        if not model.mtp:
+            raise UserError("speculative generation: this checkpoint has no MTP layer; leave --speculative out")
+        new = list(stream_speculative(model, input_ids, max_new_tokens, stop_tokens(eos_token_id)))
+        return torch.cat((input_ids, input_ids.new_tensor(new).view(1, -1)), dim=1)
+    steps = list(stream(model, input_ids, max_new_tokens, sampling, stop_tokens(eos_token_id), seed, attention_mask))
+    return torch.cat((input_ids, *(ids.unsqueeze(1) for ids in steps)), dim=1)
+
+
+def stop_tokens(eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
+    """None, one id or several as a tuple."""
+    if eos_token_id is None:
+        return ()
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+
+
+@torch.inference_mode()
+def stream(
+    model: MiniDeepSeek,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: tuple[int, ...] = (),
+    seed: int | None = None,
+    attention_mask: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, (batch,), step by step; see `generate`."""
+    batch, time = input_ids.shape
+    padding = _left_padding(attention_mask)
+    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+    # One position less than all: the last token is never read.
+    cache = LatentCache(model.config, batch, time + max_new_tokens, compute_dtype(model), input_ids.device, padding)
+    fill = stop[0] if stop else 0
+    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    ids, seen = input_ids, input_ids
+    for step in range(max_new_tokens):
+        out = model(ids, cache=cache)
+        logits = torch.nn.functional.linear(out.hidden[:, -1], out.head.to(out.hidden.dtype)).float()
+        chosen = sampling.choose(logits, seen, generator)
+        chosen = torch.where(running, chosen, torch.full_like(chosen, fill))
+        yield chosen
+        for token in stop:
+            running = running & (chosen != token)
+        if stop and not running.any():
+            return
+        ids = chosen.unsqueeze(1)
+        if sampling.repetition_penalty != 1 and step + 1 < max_new_tokens:
+            seen = torch.cat((seen, ids), dim=1)
+
+
+def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
+    """(batch,) padding positions on the left of each row, or None when there are none."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    padding = attention_mask.shape[1] - attention_mask.sum(1)
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    if not torch.equal(attention_mask.bool(), positions[None] >= padding[:, None]):
+        raise UserError("attention_mask: padding must be on the left of each row, before all of its tokens")
+    return padding
