@@ -66,12 +66,12 @@ class _DraftChain:
 
     def draft(self, states: Tensor, tokens: list[int]) -> list[int]:
         """D tokens after `tokens`. states: (1, new, hidden) of the main model at the positions it has seen since."""
-        known, line = len(tokens), list(tokens)
+        known, line, carried = len(tokens), list(tokens), list(self.carried)
         for depth in range(1, len(self.model.mtp) + 1):
             layer = self.model.config.num_hidden_layers + depth - 1
             start = self.cache.lengths[layer]
-            if (carried := self.carried[depth - 1]) is not None:
-                states = torch.cat((carried, states), dim=1)
+            if (doubtful := carried[depth - 1]) is not None:
+                states = torch.cat((doubtful, states), dim=1)
             ids = torch.tensor([line[start + depth : start + depth + states.shape[1]]], device=states.device)
             logits, states = self.model.draft(states, ids, depth, self.cache)
             self.cache.truncate(known - depth, layer)
