@@ -74,7 +74,7 @@ class _DraftChain:
                 states = torch.cat((doubtful, states), dim=1)
             ids = torch.tensor([line[start + depth : start + depth + states.shape[1]]], device=states.device)
             logits, states = self.model.draft(states, ids, depth, self.cache)
-            self.cache.truncate(known - depth, layer)
+            self.cache.truncate(max(known - depth, 0), layer)
             # The next depth's first doubtful position is one before this one's.
             at = known - depth - 1 - start
             self.carried[depth] = states[:, at : at + 1] if at >= 0 else None
