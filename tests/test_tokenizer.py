@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from errors import UserError
+from text.compression import KINDS, kind_of_line, measure_compression
+from text.sampling import sample_by_size
 from text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, train_bpe
+from train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,3 +191,126 @@ def test_the_fingerprint_follows_the_content_not_the_file(folder: Path, tokenize
     assert Tokenizer.from_folder(folder).fingerprint == tokenizer.fingerprint
     assert train_bpe(TEXTS, 341).fingerprint != tokenizer.fingerprint
     assert train_bpe([*TEXTS, "Zebrazebra " * 500], 340).fingerprint != tokenizer.fingerprint
+
+
+def write_corpus(folder: Path) -> Path:
+    path = folder / "corpus.csv"
+    rows = ['"' + text.replace('"', '""') + '"' for text in TEXTS]
+    path.write_text("\n".join(["text", *rows]), encoding="utf-8")
+    return path
+
+
+def run_script(*options: str, threads: int = 2) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "train_tokenizer.py", *options],
+        cwd=ROOT,
+        env=os.environ | {"RAYON_NUM_THREADS": str(threads), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_script_writes_equal_files_for_equal_data(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    files = []
+    for threads in (1, 2):  # the order in which threads count pairs must not matter
+        out = tmp_path / str(threads)
+        done = run_script("--data", str(corpus), "--out", str(out), "--vocab_size", "330", threads=threads)
+        assert done.returncode == 0, done.stderr
+        files.append([(out / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")])
+        assert Tokenizer.from_folder(out).vocab_size == 330
+        for word in [*KINDS, "held out", "bytes/token", "MB/s", "peak memory"]:
+            assert word in done.stdout
+    assert files[0] == files[1]
+
+
+def test_the_script_samples_as_much_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    corpus = write_corpus(tmp_path)
+    train_tokenizer(str(corpus), str(tmp_path / "out"), vocab_size=300, sample_mb=0.02)
+    assert "300 documents, 0.1 MB; training on" in capsys.readouterr().out
+    assert Tokenizer.from_folder(tmp_path / "out").vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"vocab_size": 6400}, "the data gave only .* of 6400 tokens; add data, pass --vocab_size"),
+        ({"vocab_size": 70_000}, "--vocab_size 70000: must be from 269"),
+        ({"sample_mb": 0.0}, "--sample_mb 0.0: must be above 0"),
+        ({"column": "body"}, "corpus.csv.*body"),
+        ({"data": "nowhere.csv"}, "nowhere.csv: no such file"),
+    ],
+)
+def test_the_script_names_what_is_wrong(tmp_path: Path, options: dict, what: str) -> None:
+    arguments = {"data": str(write_corpus(tmp_path)), "out": str(tmp_path / "out"), "vocab_size": 300} | options
+    with pytest.raises(UserError, match=what):
+        train_tokenizer(**arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run_script("--data", str(tmp_path / "nowhere.csv"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_failed_save_keeps_the_old_file(folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (folder / "tokenizer.json").read_bytes()
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        train_bpe(TEXTS, 300).save(folder)
+    assert (folder / "tokenizer.json").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(max_size=30), max_size=40), size=st.integers(1, 200), seed=st.integers(0, 5))
+def test_a_sample_has_the_size_and_the_order_of_the_corpus(texts: list[str], size: int, seed: int) -> None:
+    sample = sample_by_size(texts, size, seed)
+    assert sample.size == sum(len(text.encode()) for text in sample.texts) or max(map(len, sample.texts)) < size
+    assert sample.size <= size
+    assert (sample.documents_seen, sample.size_seen) == (len(texts), sum(len(text.encode()) for text in texts))
+    rest = iter(texts)
+    assert all(any(whole.startswith(text) for whole in rest) for text in sample.texts)
+    assert sample_by_size(texts, size, seed) == sample
+    if sample.size_seen <= size:
+        assert sample.texts == texts
+
+
+def test_a_sample_is_spread_over_the_whole_corpus() -> None:
+    """Also where late documents are much shorter than early ones, which fill gaps that early ones leave."""
+    lengths = [10 + 90 * (number < 5000) for number in range(10_000)]
+    texts = [str(number).zfill(length) for number, length in enumerate(lengths)]
+    numbers = [int(text) for text in sample_by_size(texts, 110_000, seed=0).texts]
+    early, late = sum(number < 5000 for number in numbers), sum(number >= 5000 for number in numbers)
+    assert 800 < early < 1200 and 800 < late < 1200
+    assert all(any(start <= number < start + 500 for number in numbers) for start in range(0, 10_000, 500))
+
+
+def test_lines_are_told_apart_by_kind(tokenizer: Tokenizer) -> None:
+    kinds = {
+        "今天天气真好，我们去公园吧": "Chinese",
+        "The weather is fine today.": "English",
+        "2024-02-29 13:45": "digits",
+        "    for (i = 0; i < n; i++) {": "code",
+        "ab": None,
+        "Привет, как дела сегодня": None,
+    }
+    assert {line: kind_of_line(line) for line in kinds} == kinds
+    rows = measure_compression(tokenizer, ["今天天气真好，我们去公园吧\n", "2024-02-29\nab"])
+    assert [(row.kind, row.source) for row in rows] == [
+        ("Chinese", "built-in"),
+        ("Chinese", "held out"),
+        ("English", "built-in"),
+        ("digits", "built-in"),
+        ("digits", "held out"),
+        ("code", "built-in"),
+        ("all", "held out"),
+    ]
+    digits, everything = rows[4], rows[6]
+    assert (digits.characters, digits.bytes, digits.tokens) == (11, 11, len(tokenizer.encode("2024-02-29\n")))
+    assert everything.characters == 14 + 13

@@ -180,7 +180,18 @@ class StreamDecoder:
         return rest
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max_token_bytes: int = 15) -> Tokenizer:
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise `UserError` unless a tokenizer can have that many tokens."""
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab_size {vocab_size}: must be from {MIN_VOCAB_SIZE} (special tokens and bytes) "
+            f"to {MAX_VOCAB_SIZE} (token shards hold 16 bits)"
+        )
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max_token_bytes: int = 15, progress: bool = False
+) -> Tokenizer:
     """Byte-level BPE of exactly `vocab_size` tokens; the same texts in the same order give the same tokenizer.
 
     `max_token_bytes` keeps a token to five Chinese characters or an English word: Chinese has no spaces, so a piece is
@@ -188,11 +199,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max
     of its beginnings. Memory grows with the text, about 45 bytes a byte: long pieces are rarely met twice.
     Raises `UserError` when the texts are too few to make that many tokens.
     """
-    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(
-            f"--vocab_size {vocab_size}: must be from {MIN_VOCAB_SIZE} (special tokens and bytes) "
-            f"to {MAX_VOCAB_SIZE} (token shards hold 16 bits)"
-        )
+    check_vocab_size(vocab_size)
     raw = tokenizers.Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -207,7 +214,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max
         special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=max_token_bytes + 1,  # tokenizers keeps what is shorter than this
-        show_progress=False,
+        show_progress=progress,
     )
     raw.train_from_iterator((_characters(text) for text in texts), trainer)
     made = raw.get_vocab_size()
@@ -240,9 +247,13 @@ def _byte_letters() -> dict[str, int]:
 
 
 def _write(file: Path, content: str) -> None:
+    """Replace a file in one step, so that a full disk never leaves half of it."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""Train the byte-level BPE tokenizer on a corpus.
+
+    python train_tokenizer.py --data corpus.csv --out out/tokenizer
+
+writes tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` opens, and prints how far the
+tokenizer shortens Chinese, English, digits and code.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from errors import UserError, command_line
+from text.compression import Compression, measure_compression
+from text.readers import Corpus
+from text.sampling import Sample, sample_by_size
+from text.tokenizer import check_vocab_size, train_bpe
+
+HELD_OUT_EVERY = 100
+
+
+def train_tokenizer(
+    data: str,
+    out: str,
+    vocab_size: int = 6400,
+    column: str | None = None,
+    sample_mb: float = 32.0,
+    min_frequency: int = 2,
+    max_token_bytes: int = 15,
+    seed: int = 0,
+    on_error: Literal["skip", "stop"] = "skip",
+    encoding: str = "utf-8",
+) -> None:
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens; the same data give the same files.
+
+    Args:
+        data: files, folders or Hub names, parted by commas: csv, jsonl, json, parquet, arrow, txt
+        out: folder for tokenizer.json and tokenizer_config.json
+        vocab_size: number of tokens, special tokens and bytes included; at most 65535
+        column: the column or field that holds the text (default: text)
+        sample_mb: train on this much of the corpus, spread over all of it; training takes about 45 times as much
+            memory
+        min_frequency: join two tokens only if they are met together this often
+        max_token_bytes: the longest token; 15 bytes are five Chinese characters
+        seed: of the sample
+        on_error: skip (count and report) or stop at rows that cannot be read
+        encoding: of text files, for example gb18030
+    """
+    check_vocab_size(vocab_size)
+    if sample_mb <= 0:
+        raise UserError(f"--sample_mb {sample_mb}: must be above 0")
+    corpus = Corpus(data, column, on_error, encoding)
+    sample = read_sample(corpus, int(sample_mb * 1e6), seed)
+    print(f"{sample.documents_seen:,} documents, {sample.size_seen / 1e6:.1f} MB", end="; ")
+    print(f"training on {len(sample.texts):,} documents, {sample.size / 1e6:.1f} MB")
+    for line in corpus.report.summary():
+        print(f"  {line}")
+
+    held_out = sample.texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    del sample.texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    begin = time.perf_counter()
+    tokenizer = train_bpe(sample.texts, vocab_size, min_frequency, max_token_bytes, progress=sys.stderr.isatty())
+    seconds = time.perf_counter() - begin
+    tokenizer.save(out)
+
+    print(f"trained in {seconds:.1f} s, {sample.size / 1e6 / seconds:.2f} MB/s, peak memory {peak_memory_mb():,.0f} MB")
+    print_table(measure_compression(tokenizer, held_out))
+    print(f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}: {Path(out) / 'tokenizer.json'}")
+
+
+def read_sample(corpus: Corpus, size: int, seed: int) -> Sample:
+    """Texts of at most `size` bytes from the whole corpus, with a progress bar over its files."""
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading", total=corpus.size or None)
+
+        def texts():
+            for document in corpus:
+                bar.update(task, completed=corpus.position)
+                yield document.text
+
+        return sample_by_size(texts(), size, seed)
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def print_table(rows: list[Compression]) -> None:
+    """Characters and bytes a token, by kind of text."""
+    table = Table("text", "source", "characters", "characters/token", "bytes/token")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        per_token = (f"{row.characters / row.tokens:.2f}", f"{row.bytes / row.tokens:.2f}")
+        table.add_row(row.kind, row.source, f"{row.characters:,}", *per_token)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    command_line(lambda: jsonargparse.auto_cli(train_tokenizer, as_positional=False))
