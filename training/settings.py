@@ -15,7 +15,7 @@ from LMConfig import LMConfig
 from training.optim import OptimSettings
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StageSettings:
     """Settings of any stage.
 

@@ -1,0 +1,85 @@
+"""Pretrain a Mini DeepSeek-V3 on raw text (DeepSeek-V3 sections 2 and 4.2).
+
+    python pretrain.py --config configs/64m.yaml --data seq_monkey.csv --tokenizer out/tokenizer --out out/pretrain
+    torchrun --nproc_per_node 8 pretrain.py ...        the same options
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dataset import PretrainDataset, open_sources, validation_batches
+from errors import UserError, command_line
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
+from training.losses import NextTokenLoss
+from training.settings import StageSettings, model_config, parse
+from training.stage import begin, check_vocabulary, open_checkpoint
+from training.trainer import Trainer
+
+
+@dataclass(kw_only=True)
+class PretrainSettings(StageSettings):
+    """Settings of pretraining.
+
+    Args:
+        data: files, folders or Hub ids of text, separated by commas; PATH=WEIGHT sets a source's share of the mixture.
+        tokenizer: folder that train_tokenizer.py wrote; may be left out with --ckpt.
+        ckpt: checkpoint folder to start from instead of random weights.
+        model: preset and changes to single fields of LMConfig, such as {preset: 64m, num_hidden_layers: 4}.
+        shards: folder for the tokenised corpus, made once and used again.
+        column: name of the text column or field; found by itself when it is `text`.
+        workers: processes that tokenise; 0 means one a core.
+        val_fraction: share of the documents held out.
+        isolate: keep documents of one row from attending to each other (DeepSeek-V3 does not).
+    """
+
+    data: str
+    tokenizer: str = ""
+    ckpt: str = ""
+    model: dict[str, Any] = field(default_factory=lambda: {"preset": "64m"})
+    shards: str = "data/shards"
+    column: str | None = None
+    workers: int = 0
+    val_fraction: float = 0.005
+    isolate: bool = False
+
+
+def main() -> None:
+    settings = parse(PretrainSettings, __doc__ or "")
+    ranks = begin(settings)
+    if settings.ckpt:
+        model, tokenizer = open_checkpoint(settings.ckpt)
+    elif settings.tokenizer:
+        tokenizer = Tokenizer.from_folder(settings.tokenizer)
+        config = model_config(
+            settings.model,
+            vocab_size=tokenizer.vocab_size,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+        model = MiniDeepSeek(config)
+        check_vocabulary(config, tokenizer, settings.tokenizer)
+    else:
+        raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
+
+    sources = open_sources(
+        settings.data,
+        tokenizer,
+        settings.shards,
+        main=ranks.main,
+        column=settings.column,
+        workers=settings.workers,
+        val_fraction=settings.val_fraction,
+        on_error=settings.on_error,
+    )
+    dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
+    validation = validation_batches(sources, settings.sequence_length, settings.val_tokens, settings.micro_tokens)
+    Trainer(settings, ranks, model, tokenizer, dataset, NextTokenLoss(mtp=bool(model.mtp)), validation).run()
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,44 @@
+"""How every stage begins: seed, ranks, and a model with the tokenizer it was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
+from training.ranks import Ranks
+from training.settings import StageSettings
+
+
+def begin(settings: StageSettings) -> Ranks:
+    """Join the other ranks, set threads and seed: the same weights on every rank."""
+    ranks = Ranks.start(settings.device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    return ranks
+
+
+def open_checkpoint(folder: str) -> tuple[MiniDeepSeek, Tokenizer]:
+    """The fp32 model of a checkpoint folder and its tokenizer."""
+    model = MiniDeepSeek.from_pretrained(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    check_vocabulary(model.config, tokenizer, folder)
+    return model, tokenizer
+
+
+def check_vocabulary(config: LMConfig, tokenizer: Tokenizer, place: str | Path) -> None:
+    """A model can only be used with the tokenizer it was trained with."""
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"{place}: the model knows {config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; "
+            "use the tokenizer that the checkpoint was trained with"
+        )
+    for name in ("bos", "eos"):
+        ours, theirs = getattr(tokenizer, f"{name}_id"), getattr(config, f"{name}_token_id")
+        if ours != theirs:
+            raise UserError(f"{place}: {name}_token_id is {theirs} in config.json and {ours} in the tokenizer; they must agree")
