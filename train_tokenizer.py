@@ -80,7 +80,8 @@ def train_tokenizer(
 def read_sample(corpus: Corpus, size: int, seed: int) -> Sample:
     """Texts of at most `size` bytes from the whole corpus, with a progress bar over its files."""
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=corpus.size or None)
 
         def texts():

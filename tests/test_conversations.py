@@ -211,6 +211,7 @@ def test_only_the_first_examples_are_kept(tmp_path: Path) -> None:
         (b"[\n" + LINE + b",\n" + LINE[:20], ":3: the JSON array breaks off in element 2"),
         (b"[\n" + LINE + b"\n" + LINE + b"]", ":3: the JSON array breaks off in element 1"),
         (b"[\n" + LINE + b",\n", "the JSON array breaks off in element 2"),
+        (b"[\n" + LINE + b',\n{"messages":\n[\n{"role" "user"}]}]', ":5: the JSON array breaks off in element 2"),
         (b"[", "the JSON array breaks off in element 1"),
         (b"[\n" + LINE + b"]\n" + LINE, "text follows the end of the JSON array"),
         (b'[\n{"output": "' + "答".encode("gbk") + b'"}]', ":2: byte 0xb4 is not UTF-8; if it is GBK, convert it"),

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.progress import Progress
 
 from errors import UserError
@@ -38,7 +39,10 @@ class ChatReport:
         """The report for people, about one screen however much went wrong."""
         lines = self.read.lines()
         if self.dropped:
-            lines.append(f"  {self.dropped} dropped: the first answer ends after {self.sequence_length} tokens")
+            length = self.sequence_length
+            lines.append(
+                f"  {self.dropped} dropped: the first answer ends after {length} tokens; a longer row keeps more"
+            )
         if self.cut:
             lines.append(f"  {self.cut} cut after the last turn that fits into {self.sequence_length} tokens")
         if self.unanswered:
@@ -71,7 +75,8 @@ class EncodedChats:
         id_type = np.min_scalar_type(tokenizer.vocab_size - 1)
         kept: list[tuple[np.ndarray, np.ndarray]] = []
         files = [file for path in paths for file in json_files(path)]
-        with Progress(transient=True, disable=not progress) as bar:
+        console = Console(stderr=True)
+        with Progress(transient=True, console=console, disable=not (progress and console.is_terminal)) as bar:
             task = bar.add_task("encoding conversations", total=sum(file.stat().st_size for file in files))
             for file in files:
                 conversations = read_conversations(file, on_error, report.read)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from errors import UserError
 from text.chat_template import CHAT_TEMPLATE
@@ -175,9 +175,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """End the text; return U+FFFD for a character that was left unfinished. The decoder can be used anew."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -211,7 +209,7 @@ def train_bpe(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=max_token_bytes + 1,  # tokenizers keeps what is shorter than this
         show_progress=progress,
