@@ -18,7 +18,7 @@ EXAMPLES = 3
 
 
 class Report:
-    """Why rows were not kept: `counts[kind]` and the first few `file:line` of each kind.
+    """Why rows were not kept: `counts[kind]` and the first few `file:line` of each kind. Also `kept` and `characters`.
 
     `on_error="skip"` counts rows that cannot be read; `on_error="stop"` raises `UserError` at the first of them.
     Rows that read well but are not wanted (`drop`) are counted either way.
@@ -28,7 +28,7 @@ class Report:
         if on_error not in ("skip", "stop"):
             raise UserError(f"on_error: {on_error!r} is neither 'skip' nor 'stop'")
         self.on_error = on_error
-        self.kept = 0
+        self.kept = self.characters = 0
         self.counts: dict[str, int] = {}
         self.examples: dict[str, list[str]] = {}
         self.first_problem: str | None = None
@@ -117,6 +117,7 @@ class Cleaner:
             digest = xxhash.xxh3_64_intdigest(data)
             if self._seen.add(digest):
                 self.report.kept += 1
+                self.report.characters += len(text)
                 return digest, data
             self.report.drop("exact duplicate", file, line)
         return None
