@@ -1,0 +1,199 @@
+"""Who lives in Crescent Town (月牙镇): 48 animals, seven attributes each, dealt anew by every seed."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, field
+
+ATTRIBUTES = ("species", "colour", "home", "food", "job", "friend", "hobby")
+
+
+def table(text: str) -> tuple[tuple[str, ...], ...]:
+    """The rows of `text`, parted by commas, each as its columns, parted by slashes."""
+    return tuple(tuple(row.strip().split("/")) for row in text.split(","))
+
+
+# Chinese, romanised. No name is a piece of another word that the sentences use.
+NAMES = table(
+    "阿橘/Aju,豆豆/Doudou,毛毛/Maomao,糖糖/Tangtang,朵朵/Duoduo,乐乐/Lele,小满/Xiaoman,阿布/Abu,可可/Keke,阿福/Afu,"
+    "妞妞/Niuniu,壮壮/Zhuangzhuang,安安/Anan,小夏/Xiaoxia,小秋/Xiaoqiu,阿芒/Amang,咚咚/Dongdong,铃铃/Lingling,"
+    "飞飞/Feifei,皮皮/Pipi,卡卡/Kaka,桃桃/Taotao,小荷/Xiaohe,阿木/Amu,嘟嘟/Dudu,波波/Bobo,丁丁/Dingding,拉拉/Lala,"
+    "贝贝/Beibei,奇奇/Qiqi,麦麦/Maimai,小棉/Xiaomian,阿旺/Awang,糯糯/Nuonuo,茉莉/Moli,小舟/Xiaozhou,阿土/Atu,米米/Mimi,"
+    "球球/Qiuqiu,萌萌/Mengmeng,森森/Sensen,文文/Wenwen,小葵/Xiaokui,阿吉/Aji,洛洛/Luoluo,阿月/Ayue,阿宽/Akuan,娜娜/Nana"
+)
+# Chinese, measure word, English.
+SPECIES = table(
+    "小猫/只/cat,小狗/只/dog,兔子/只/rabbit,狐狸/只/fox,小熊/只/bear,松鼠/只/squirrel,刺猬/只/hedgehog,鸭子/只/duck,"
+    "青蛙/只/frog,小羊/只/sheep,小猪/只/pig,猴子/只/monkey,熊猫/只/panda,企鹅/只/penguin,小马/匹/pony,小象/头/elephant"
+)
+COLOURS = table(
+    "白色/white,黑色/black,灰色/grey,棕色/brown,黄色/yellow,橙色/orange,"
+    "蓝色/blue,绿色/green,粉色/pink,紫色/purple,红色/red,金色/golden"
+)
+HOMES = table(
+    "河边/by the river,湖边/by the lake,海边/by the sea,森林里/in the forest,竹林里/in the bamboo grove,"
+    "果园里/in the orchard,山脚下/at the foot of the hill,山顶上/on the hilltop,村口/at the village gate,"
+    "大桥边/by the bridge,草原上/on the grassland,小岛上/on the island,花园里/in the garden,磨坊旁/by the mill,"
+    "灯塔旁/by the lighthouse,瀑布边/by the waterfall"
+)
+FOODS = table(
+    "蓝莓/blueberries,草莓/strawberries,胡萝卜/carrots,苹果/apples,西瓜/watermelon,蜂蜜/honey,蛋糕/cake,饺子/dumplings,"
+    "面条/noodles,饼干/biscuits,玉米/corn,香蕉/bananas,葡萄/grapes,豆腐/tofu,核桃/walnuts,包子/buns"
+)
+# Chinese, what the job does, English, what it does after "he" or "she".
+JOBS = table(
+    "老师/教大家认字/teacher/teaches everyone to read,医生/给大家看病/doctor/looks after the sick,"
+    "邮递员/给大家送信/mail carrier/delivers the letters,厨师/做热腾腾的饭菜/cook/cooks hot meals,"
+    "画家/画山画水/painter/paints hills and rivers,园丁/修剪花草/gardener/looks after the flowers,"
+    "船长/开船运货/captain/sails a little boat,木匠/做桌子和椅子/carpenter/makes tables and chairs,"
+    "魔术师/变有趣的戏法/magician/shows funny tricks,裁缝/缝漂亮的衣服/tailor/sews pretty clothes,"
+    "面包师/烤香喷喷的面包/baker/bakes fresh bread,消防员/保护大家的房子/firefighter/keeps the houses safe,"
+    "司机/开公共汽车/driver/drives the bus,农夫/种新鲜的蔬菜/farmer/grows vegetables,"
+    "警察/指挥交通/police officer/directs the traffic,记者/写有趣的新闻/reporter/writes the news"
+)
+HOBBIES = table(
+    "唱歌/singing,跳舞/dancing,画画/drawing,钓鱼/fishing,下棋/playing chess,放风筝/flying kites,"
+    "踢足球/playing football,游泳/swimming,吹笛子/playing the flute,讲故事/telling stories,种花/growing flowers,"
+    "骑车/cycling,滑冰/skating,折纸/folding paper,写诗/writing poems,打鼓/playing the drum"
+)
+# Places where things happen; nobody lives there, so a story never blurs a home.
+PLACES = table(
+    "公园/the park,学校/the school,车站/the station,图书馆/the library,集市/the market,操场/the playground,"
+    "码头/the harbour,邮局/the post office,广场/the square,菜园/the vegetable garden,面包店/the bakery,"
+    "茶馆/the tea house"
+)
+# Measure word, Chinese, English.
+THINGS = table(
+    "把/雨伞/umbrella,顶/帽子/hat,本/书/book,个/气球/balloon,只/风筝/kite,条/围巾/scarf,辆/玩具车/toy car,"
+    "个/信封/envelope,把/钥匙/key,盏/灯笼/lantern,块/手表/watch,支/铅笔/pencil,个/书包/schoolbag,面/小旗/flag,个/杯子/cup,张/贺卡/card"
+)
+
+
+def article(phrase: str) -> str:
+    """`phrase` with "a" or "an" before it."""
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def reserved(*parts: object) -> bool:
+    """True for about one combination in eight, whatever the seed: those are kept for held-out questions."""
+    return zlib.crc32("|".join(map(str, parts)).encode()) % 8 == 0
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something that can be found, bought or given: with measure word or article, and bare."""
+
+    zh: str
+    zh_bare: str
+    en: str
+    en_bare: str
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Thing:
+        """A thing of a random colour, such as 一把红色的雨伞 / a red umbrella."""
+        measure, noun, english = rng.choice(THINGS)
+        colour, colour_en = rng.choice(COLOURS)
+        return cls(f"一{measure}{colour}的{noun}", noun, article(f"{colour_en} {english}"), english)
+
+
+@dataclass(frozen=True)
+class Character:
+    """One animal. `words[language]` holds what the sentence templates put in: n (name), species, home, ..."""
+
+    name: str
+    words: dict[str, dict[str, str]] = field(hash=False, compare=False)
+    held_out: frozenset[str] = field(hash=False, compare=False)  # attributes stated everywhere, asked about nowhere
+
+    def value(self, attribute: str) -> str:
+        """The Chinese word of `attribute`."""
+        return self.words["zh"][attribute]
+
+    def askable(self) -> list[str]:
+        """The attributes that training text may ask about."""
+        return [attribute for attribute in ATTRIBUTES if attribute not in self.held_out]
+
+
+@dataclass(frozen=True)
+class World:
+    """The town of one seed. English text is about `english`, half of the characters; Chinese text about all."""
+
+    seed: int
+    characters: tuple[Character, ...]
+    english: tuple[Character, ...]
+    friends: dict[Character, Character]
+
+    @classmethod
+    def build(cls, seed: int) -> World:
+        """Deal every attribute's values evenly, and hold out eight characters an attribute (one pair in six)."""
+        rng = random.Random(f"{seed}/cast")
+        order = list(NAMES)
+        rng.shuffle(order)  # neighbours 2i and 2i+1 are best friends; the first half is known in English
+        half = len(order) // 2
+        deals = {
+            "species": _deal(rng, SPECIES),
+            "colour": _deal(rng, COLOURS),
+            "home": _deal(rng, HOMES),
+            "food": _deal(rng, FOODS),
+            "job": _deal(rng, JOBS),
+            "hobby": _deal(rng, HOBBIES),
+        }
+        characters = []
+        for i, (name, romanised) in enumerate(order):
+            # Attribute k is held out for places 4k..4k+3 of each half: whole pairs, as friendship is mutual.
+            held_out = frozenset(a for k, a in enumerate(ATTRIBUTES) if (i % half) // 4 == k % (half // 4))
+            words = _words(name, romanised, order[i ^ 1], {key: values[i] for key, values in deals.items()}, i)
+            characters.append(Character(name, words, held_out))
+        friends = {characters[i]: characters[i ^ 1] for i in range(len(characters))}
+        return cls(seed, tuple(characters), tuple(characters[:half]), friends)
+
+    def known(self, language: str) -> tuple[Character, ...]:
+        """The characters that texts in `language` ("zh" or "en") are about."""
+        return self.english if language == "en" else self.characters
+
+
+def companion(rng: random.Random, world: World, hero: Character, language: str = "zh") -> Character:
+    """Somebody to share a story with `hero`: lives elsewhere, has another hobby; the best friend one time in three."""
+    apart = [c for c in world.known(language) if all(c.value(key) != hero.value(key) for key in ("home", "hobby"))]
+    best = world.friends[hero]
+    return best if best in apart and rng.random() < 1 / 3 else rng.choice(apart)
+
+
+def roles(language: str, **cast: Character) -> dict[str, str]:
+    """Template words of several characters: for a=阿橘, `{a}` is the name and `{a_food}` the favourite food."""
+    slots = {}
+    for role, character in cast.items():
+        slots[role] = character.words[language]["n"]
+        slots.update((f"{role}_{key}", word) for key, word in character.words[language].items())
+    return slots
+
+
+def _deal(rng: random.Random, values: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
+    """Each value as often as any other, in random order, one a character."""
+    hands = list(values) * (len(NAMES) // len(values))
+    rng.shuffle(hands)
+    return hands
+
+
+def _words(name: str, romanised: str, friend: tuple[str, ...], hand: dict[str, tuple[str, ...]], i: int) -> dict:
+    species, measure, species_en = hand["species"]
+    job, deed, job_en, deed_en = hand["job"]
+    he, his = ("he", "his") if i % 2 else ("she", "her")
+    zh = {
+        "n": name,
+        "species": species,
+        "m": measure,
+        "job": job,
+        "deed": deed,
+        "friend": friend[0],
+        "romanised": romanised,
+    }
+    en = {"n": romanised, "species": species_en, "job": job_en, "deed": deed_en, "friend": friend[1]}
+    for key in ("colour", "home", "food", "hobby"):
+        zh[key], en[key] = hand[key]
+    en["kind"] = article(species_en)
+    en["look"] = article(f"{en['colour']} {species_en}")
+    en["a_job"] = article(job_en)
+    en |= {"he": he, "his": his, "He": he.capitalize(), "Colour": en["colour"].capitalize()}
+    en["Hobby"] = en["hobby"].capitalize()
+    return {"zh": zh, "en": en}
