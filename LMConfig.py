@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,19 @@ FIXED = {
 }
 # Fields that other programs write and that change nothing in what is computed here.
 IGNORED = {
-    "_name_or_path", "auto_map", "aux_loss_alpha", "dtype", "ep_size", "head_dim", "num_local_experts", "num_mtp_layers",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pretraining_tp", "qk_head_dim", "return_dict",
-    "seq_aux", "transformers_version", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder",
-    "problem_type", "quantization_config", "rope_scaling", "rope_parameters", "rope_theta",
+    "_name_or_path", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
+    "id2label", "is_encoder_decoder", "label2id", "num_local_experts", "num_mtp_layers", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pretraining_tp", "problem_type", "qk_head_dim",
+    "quantization_config", "return_dict", "rope_parameters", "rope_scaling", "rope_theta", "seq_aux",
+    "transformers_version",
+}  # fmt: skip
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MAY_BE_ZERO = {
+    "attention_dropout", "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", *TOKENS
+}  # fmt: skip
+YARN_FIELDS = {
+    "attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings", "rope_theta", "rope_type", "truncate", "type",
 }  # fmt: skip
 
 
@@ -100,14 +110,13 @@ class LMConfig:
     def preset(cls, name: str, **changes: Any) -> LMConfig:
         """The preset `name`, with `changes` to single fields."""
         if name not in PRESETS:
-            raise ConfigError(
-                f"model.preset: no preset {name!r}{_did_you_mean(name, PRESETS)}; one of {', '.join(PRESETS)}"
-            )
+            near = _did_you_mean(name, PRESETS)
+            raise ConfigError(f"model.preset: no preset {name!r}{near}; one of {', '.join(PRESETS)}")
         known = {f.name for f in fields(cls)}
         for key in changes:
             if key not in known:
-                raise ConfigError(f"model.{key}: no such field{_did_you_mean(key, known)}")
-        return replace(cls(**PRESETS[name]), num_key_value_heads=None, **changes)
+                raise ConfigError(f"model.{key}: no such field{_did_you_mean(key, known)}; see LMConfig.py")
+        return replace(cls(**PRESETS[name]), **{"num_key_value_heads": None, **changes})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], place: str = "config") -> LMConfig:
@@ -121,13 +130,13 @@ class LMConfig:
             raise ConfigError(f"{place}: model_type is {data['model_type']!r}; only 'deepseek_v3' is read")
         for key in ("moe_layer_freq", "scoring_func", "topk_method", "rope_interleave"):
             if data.get(key, FIXED[key]) != FIXED[key]:
-                raise ConfigError(
-                    f"{place}: {key} is {data[key]!r}; DeepSeek-V3 has {FIXED[key]!r}, nothing else is read"
-                )
-        rope = data.get("rope_parameters") or {}
-        theta = data.get("rope_theta", rope.get("rope_theta", 10000.0))
-        scaling = data.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
-        kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"
+                raise ConfigError(f"{place}: {key} is {data[key]!r}; only DeepSeek-V3's {FIXED[key]!r} is read")
+        rope = [data.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+        if not all(isinstance(part, dict) for part in rope):
+            raise ConfigError(f"{place}: rope_scaling and rope_parameters must be JSON objects; restore the file")
+        theta = next((part["rope_theta"] for part in (*rope, data) if "rope_theta" in part), cls.rope_theta)
+        scaling = {key: value for key, value in (rope[0] or rope[1]).items() if key != "rope_theta"}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "yarn"):
             raise ConfigError(f"{place}: RoPE scaling of type {kind!r}; only 'yarn' or none is read")
         known = {f.name for f in fields(cls)}
@@ -135,10 +144,11 @@ class LMConfig:
             if key in known | IGNORED | set(FIXED):
                 continue
             if near := _did_you_mean(key, known):
-                raise ConfigError(f"{place}: no such field {key!r}{near}")
+                raise ConfigError(f"{place}: no such field {key!r}{near}; correct the name")
             warnings.warn(f"{place}: {key!r} is not a field of DeepSeek-V3 and is ignored", stacklevel=2)
-        values = {key: value for key, value in data.items() if key in known}
-        values.update(rope_theta=float(theta), rope_scaling=dict(scaling) if kind == "yarn" else None)
+        # transformers 4 leaves out a pad_token_id that is null.
+        values = {"pad_token_id": None} | {key: value for key, value in data.items() if key in known}
+        values.update(rope_theta=theta, rope_scaling=scaling if kind == "yarn" else None)
         try:
             return cls(**values)
         except ConfigError as error:
@@ -149,9 +159,7 @@ class LMConfig:
         """Read `folder`/config.json."""
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise ConfigError(
-                f"{path}: not found; give a checkpoint folder (it holds config.json and model.safetensors)"
-            )
+            raise ConfigError(f"{path}: not found; give a checkpoint folder (config.json and model.safetensors)")
         try:
             data = json.loads(path.read_text(encoding="utf8"))
         except ValueError as error:
@@ -161,8 +169,11 @@ class LMConfig:
         return cls.from_dict(data, str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, as transformers 4 and 5 both read it."""
-        return {**FIXED, **asdict(self)}
+        """The content of config.json, as transformers 4 and 5 both read it; no word of YaRN where it is not used."""
+        data = {**FIXED, **asdict(self)}
+        if self.rope_scaling is None:
+            del data["rope_scaling"]
+        return data
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json."""
@@ -176,57 +187,68 @@ class LMConfig:
             value, (kind, *optional) = getattr(self, f.name), str(f.type).split(" | ")
             wrong = not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool")
             if wrong and not (value is None and optional):
-                raise ConfigError(f"{f.name} = {value!r}: {f.type} expected")
+                raise ConfigError(f"{f.name} = {value!r}: of another type; set {f.type}")
 
     def _check_values(self) -> None:
-        """Every rule that the network relies on, each with what to change."""
-        zero_allowed = {"num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "attention_dropout",
-                        "bos_token_id", "eos_token_id", "pad_token_id"}  # fmt: skip
+        """Signs first, then every rule that the network relies on."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                if value < 0 or (value == 0 and f.name not in zero_allowed):
-                    raise ConfigError(f"{f.name} = {value}: must be positive")
-        per_group = self.n_routed_experts // self.n_group
-        rules = [
-            (self.num_key_value_heads == self.num_attention_heads,
-             f"num_key_value_heads = {self.num_key_value_heads}: MLA has one key and value per attention head; leave it out"),
-            (self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim = {self.qk_rope_head_dim}: RoPE turns pairs; make it even"),
-            (self.first_k_dense_replace <= self.num_hidden_layers,
-             f"first_k_dense_replace = {self.first_k_dense_replace}: more than num_hidden_layers = {self.num_hidden_layers}"),
-            (self.n_routed_experts % self.n_group == 0,
-             f"n_group = {self.n_group}: does not divide n_routed_experts = {self.n_routed_experts}"),
-            (per_group >= 2, f"n_group = {self.n_group}: a group needs at least 2 experts, its score is the sum of its two "
-             f"best; lower n_group or raise n_routed_experts = {self.n_routed_experts}"),
-            (self.topk_group <= self.n_group, f"topk_group = {self.topk_group}: more than n_group = {self.n_group}"),
-            (self.num_experts_per_tok <= self.topk_group * per_group,
-             f"num_experts_per_tok = {self.num_experts_per_tok}: the {self.topk_group} chosen groups hold only "
-             f"{self.topk_group * per_group} experts; raise topk_group or lower num_experts_per_tok"),
-            (self.hidden_act == "silu", f"hidden_act = {self.hidden_act!r}: DeepSeek-V3 has 'silu'"),
-            (self.attention_dropout == 0, f"attention_dropout = {self.attention_dropout}: DeepSeek-V3 has none; set 0"),
-        ]  # fmt: skip
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            token = getattr(self, name)
-            rules.append(
-                (token is None or token < self.vocab_size, f"{name} = {token}: outside vocab_size = {self.vocab_size}")
-            )
-        if self.rope_scaling is not None:
-            for key in ("factor", "original_max_position_embeddings"):
-                value = self.rope_scaling.get(key)
-                rules.append(
-                    (
-                        isinstance(value, (int, float)) and value > 0,
-                        f"rope_scaling.{key} = {value!r}: YaRN needs a positive number",
-                    )
-                )
-            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
-            rules.append((kind == "yarn", f"rope_scaling.type = {kind!r}: only 'yarn' is known"))
-        for holds, message in rules:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if value < 0 or (value == 0 and f.name not in MAY_BE_ZERO):
+                least = "0 or more" if f.name in MAY_BE_ZERO else "a positive number"
+                raise ConfigError(f"{f.name} = {value}: out of range; set {least}")
+        for holds, field, complaint in self._rules():
             if not holds:
-                raise ConfigError(message)
+                raise ConfigError(f"{field} = {getattr(self, field)!r}: {complaint}")
+        for holds, field, complaint in [] if self.rope_scaling is None else _yarn_rules(self.rope_scaling):
+            if not holds:
+                raise ConfigError(f"rope_scaling.{field}: {complaint}")
+
+    def _rules(self) -> list[tuple[bool, str, str]]:
+        """Each rule: whether it holds, the field, what is wrong and what to change."""
+        heads, layers, experts = self.num_attention_heads, self.num_hidden_layers, self.n_routed_experts
+        groups, chosen, per_group = self.n_group, self.topk_group, self.n_routed_experts // self.n_group
+        rules = [
+            (self.num_key_value_heads == heads, "num_key_value_heads",
+             f"MLA has a key and a value for every head; leave it out or set it to num_attention_heads = {heads}"),
+            (self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE turns pairs of features; make it even"),
+            (self.first_k_dense_replace <= layers, "first_k_dense_replace",
+             f"more dense layers than layers; lower it to num_hidden_layers = {layers} or less"),
+            (experts % groups == 0, "n_group",
+             f"groups of equal size are needed; choose a divisor of n_routed_experts = {experts}"),
+            (per_group >= 2, "n_group", "a group needs at least 2 experts, for its score is the sum of its two best; "
+             f"lower n_group or raise n_routed_experts = {experts}"),
+            (chosen <= groups, "topk_group", f"there are fewer groups; lower it to n_group = {groups} or less"),
+            (self.num_experts_per_tok <= chosen * per_group, "num_experts_per_tok",
+             f"the chosen groups hold only {chosen * per_group} experts; lower it or raise topk_group = {chosen}"),
+            (self.hidden_act == "silu", "hidden_act", "DeepSeek-V3 has 'silu', nothing else is built; leave it out"),
+            (self.attention_dropout == 0, "attention_dropout", "DeepSeek-V3 has none; set it to 0"),
+        ]  # fmt: skip
+        for name in TOKENS:
+            token = getattr(self, name)
+            inside = token is None or token < self.vocab_size
+            rules.append((inside, name, f"no such token; lower it or raise vocab_size = {self.vocab_size}"))
+        return rules
 
 
-def _did_you_mean(word: str, known: Any) -> str:
+def _yarn_rules(yarn: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    """The same for rope_scaling, where a misspelled key would silently change the attention."""
+    kind, truncate = yarn.get("rope_type", yarn.get("type")), yarn.get("truncate", True)
+    rules = []
+    for key in yarn:
+        near = _did_you_mean(key, YARN_FIELDS)
+        rules.append((key in YARN_FIELDS, key, f"YaRN has no such field{near}; correct it or leave it out"))
+    rules.append((kind == "yarn", f"type = {kind!r}", "only 'yarn' is built; set it or leave rope_scaling out"))
+    rules.append((truncate is True, f"truncate = {truncate!r}", "ranges are whole pairs here; leave it out"))
+    for key in ("factor", "original_max_position_embeddings"):
+        value = yarn.get(key)
+        holds = isinstance(value, (int, float)) and value > 0
+        rules.append((holds, f"{key} = {value!r}", "YaRN needs it; set a positive number"))
+    return rules
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -244,8 +266,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "64m": dict(),
     "145m-moe": dict(
-        hidden_size=640, intermediate_size=1728, moe_intermediate_size=320, num_hidden_layers=12, num_attention_heads=10,
-        q_lora_rank=320, kv_lora_rank=128,
+        hidden_size=640, intermediate_size=1728, moe_intermediate_size=320, num_hidden_layers=12,
+        num_attention_heads=10, q_lora_rank=320, kv_lora_rank=128,
     ),
     "1b-moe": dict(
         vocab_size=32000, hidden_size=1024, intermediate_size=2816, moe_intermediate_size=512, num_hidden_layers=16,
@@ -254,9 +276,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "v2-lite": dict(
         vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
-        num_nextn_predict_layers=0, num_attention_heads=16, n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6,
-        n_group=1, topk_group=1, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-        v_head_dim=128, bos_token_id=100000, eos_token_id=100001, pad_token_id=None,
+        num_nextn_predict_layers=0, num_attention_heads=16, n_shared_experts=2, n_routed_experts=64,
+        num_experts_per_tok=6, n_group=1, topk_group=1, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, bos_token_id=100000, eos_token_id=100001, pad_token_id=None,
     ),
     "deepseek-v3": dict(
         vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
