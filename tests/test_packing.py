@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from dataset import ChatDataset
 from errors import UserError
+from LMConfig import LMConfig
+from model import MiniDeepSeek
 from text.chat_template import encode_chat
 from text.packing import cut_at_turn, pack_best_fit, write_row
 from text.tokenizer import Tokenizer, train_bpe
@@ -63,11 +65,11 @@ def segments(batch: dict[str, torch.Tensor]) -> list[dict[str, tuple[int, ...]]]
         ids, labels, numbers, positions = (
             batch[name][row].tolist() for name in ("input_ids", "labels", "segment_ids", "position_ids")
         )
-        assert numbers == sorted(numbers)
-        for number in sorted(set(numbers)):
+        for number in dict.fromkeys(numbers):
             begin, end = numbers.index(number), len(numbers) - numbers[::-1].index(number)
             assert positions[begin:end] == list(range(end - begin))
-            if ids[begin] == 3:
+            assert set(numbers[begin:end]) == {number}
+            if number < 0:
                 assert set(ids[begin:]) == {3}
                 assert set(labels[begin:]) == {-100}
             else:
@@ -112,6 +114,22 @@ def test_labels_are_the_answers_and_their_end(chats: ChatDataset, tokenizer: Tok
         assert answers and all(answer.startswith("number") for answer in answers)
         assert segment["ids"][0] == tokenizer.bos_id
         assert segment["labels"][-1] == tokenizer.eos_id
+
+
+def test_packed_logits_are_those_of_each_conversation_alone(chats: ChatDataset) -> None:
+    config = LMConfig.preset("demo", vocab_size=290, hidden_size=32, num_hidden_layers=2)
+    torch.manual_seed(0)
+    model = MiniDeepSeek(config).eval()
+    batch = chats.batch(range(4))
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")}
+        packed = model(**inputs).logits
+        for row in range(4):
+            for number in batch["segment_ids"][row].unique():
+                here = batch["segment_ids"][row] == number
+                if number >= 0:
+                    alone = model(batch["input_ids"][row][here][None]).logits[0]
+                    torch.testing.assert_close(packed[row][here], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_without_packing_each_conversation_has_its_row(path: str, chats: ChatDataset, tokenizer: Tokenizer) -> None:
@@ -270,6 +288,6 @@ def test_no_label_crosses_into_the_next_conversation() -> None:
     assert row == {
         "input_ids": [1, 20, 21, 1, 30, 3, 3],
         "labels": [-100, 21, 2, 30, 2, -100, -100],
-        "segment_ids": [0, 0, 0, 1, 1, 2, 2],
+        "segment_ids": [0, 0, 0, 1, 1, -1, -1],
         "position_ids": [0, 1, 2, 0, 1, 0, 1],
     }

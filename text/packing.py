@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 IGNORED_LABEL = -100
+PADDING_SEGMENT = -1
 
 
 def cut_at_turn(mask: Sequence[int], sequence_length: int) -> int:
@@ -60,12 +61,13 @@ def write_row(conversations: Sequence[tuple[np.ndarray, np.ndarray]], sequence_l
     """One row of a batch: input_ids, labels, segment_ids and position_ids, each (sequence_length,) int64.
 
     conversations: (ids, mask) pairs. labels[t] is the token that position t must predict, or -100. Each conversation
-    is a segment 0, 1, ... whose positions start at 0; the padding behind them is the last segment and has no labels.
+    is a segment 0, 1, ... whose positions start at 0. The padding behind them is segment -1, which the routers do not
+    count, and has no labels.
     """
     row = {
         "input_ids": np.full(sequence_length, pad_id, dtype=np.int64),
         "labels": np.full(sequence_length, IGNORED_LABEL, dtype=np.int64),
-        "segment_ids": np.full(sequence_length, len(conversations), dtype=np.int64),
+        "segment_ids": np.full(sequence_length, PADDING_SEGMENT, dtype=np.int64),
         "position_ids": np.zeros(sequence_length, dtype=np.int64),
     }
     begin = 0
