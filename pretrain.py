@@ -9,14 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset import PretrainDataset, open_sources, validation_batches
+from dataset import PretrainDataset
 from errors import UserError, command_line
 from model import MiniDeepSeek
+from text.sources import open_sources
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
 from training.settings import StageSettings, model_config, parse
 from training.stage import begin, check_vocabulary, open_checkpoint
 from training.trainer import Trainer
+from training.validation import held_out_batches
 
 
 @dataclass(kw_only=True)
@@ -76,7 +78,8 @@ def main() -> None:
         on_error=settings.on_error,
     )
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
-    validation = validation_batches(sources, settings.sequence_length, settings.val_tokens, settings.micro_tokens)
+    held_out = PretrainDataset(sources, settings.sequence_length, split="val") if settings.val_fraction else None
+    validation = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens) if held_out else []
     Trainer(settings, ranks, model, tokenizer, dataset, NextTokenLoss(mtp=bool(model.mtp)), validation).run()
     ranks.stop()
 

@@ -31,13 +31,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             counted = labels_N[part] != IGNORE
             target = labels_N[part].clamp(min=0).unsqueeze(1)
-            logits = (hidden_ND[part] @ weight.t()).float()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            total += ((log_z - logits.gather(1, target)).squeeze(1) * counted).sum()
+            log_p = (hidden_ND[part] @ weight.t()).log_softmax(-1, dtype=torch.float32)
+            total -= (log_p.gather(1, target).squeeze(1) * counted).sum()
             if with_grad:
                 # d(-log p_y)/dz = p - onehot(y)
-                grad = logits.sub_(log_z).exp_()
-                grad.scatter_add_(1, target, torch.full_like(log_z, -1.0))
+                grad = log_p.exp_()
+                grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
                 grad = grad.mul_(counted.unsqueeze(1)).to(weight.dtype)
                 grad_hidden[part] = grad @ weight
                 grad_head += grad.t() @ hidden_ND[part]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,24 @@ from model import MiniDeepSeek
 from training.losses import Batch, token_losses
 from training.machine import autocast
 from training.ranks import Ranks
+
+
+class HeldOutRows(Protocol):
+    """A data set of held-out samples, in order."""
+
+    sequence_length: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> Batch: ...
+
+
+def held_out_batches(dataset: HeldOutRows, most_tokens: int, micro_tokens: int) -> list[Batch]:
+    """The samples in batches of `micro_tokens`; if there are more than `most_tokens`, evenly spread ones."""
+    wanted = max(min(len(dataset), most_tokens // dataset.sequence_length), 1)
+    rows = [index * len(dataset) // wanted for index in range(wanted)]
+    size = max(micro_tokens // dataset.sequence_length, 1)
+    return [dataset.batch(rows[start : start + size]) for start in range(0, wanted, size)]
 
 
 @dataclass(frozen=True)

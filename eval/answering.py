@@ -1,0 +1,85 @@
+"""A checkpoint that answers: its model in the fastest type of the machine, its tokenizer, and the chat layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from errors import UserError
+from model import MiniDeepSeek
+from model.generate import generate, stream
+from model.sampling import Sampling
+from model.speculative import stream_speculative
+from text.chat_template import Message, encode_chat, encode_chats
+from text.tokenizer import StreamDecoder, Tokenizer
+from training.machine import choose_dtype
+from training.ranks import Ranks
+from training.stage import open_checkpoint
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model and its tokenizer, ready to generate."""
+
+    model: MiniDeepSeek
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, ckpt: str, device: str = "auto", dtype: str = "auto") -> Answerer:
+        """Load a checkpoint folder for inference."""
+        place = Ranks.start(device).device
+        model, tokenizer = open_checkpoint(ckpt)
+        return cls(model.to(place, choose_dtype(dtype, place)).eval(), tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    def stream_reply(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int | None = None,
+        speculative: bool = False,
+    ) -> Iterator[tuple[str, int]]:
+        """Pieces of the answer to the last message, whole characters only, each with the number of tokens so far."""
+        ids, _ = encode_chat(self.tokenizer, messages, add_generation_prompt=True)
+        prompt = torch.tensor([ids], device=self.device)
+        stop = (self.tokenizer.eos_id,)
+        room = self.model.config.max_position_embeddings - len(ids)
+        if room < 1:
+            raise UserError(f"the conversation has {len(ids)} tokens, the model reads {len(ids) + room}; start anew with /reset")
+        limit = min(max_new_tokens, room)
+        if speculative:
+            if sampling.temperature > 0 or not self.model.mtp:
+                raise UserError("--speculative needs --temperature 0 and a checkpoint with an MTP layer")
+            tokens = stream_speculative(self.model, prompt, limit, stop)
+        else:
+            tokens = (int(step) for step in stream(self.model, prompt, limit, sampling, stop, seed))
+        decoder = StreamDecoder(self.tokenizer, skip_special_tokens=False)
+        for count, token in enumerate(tokens, start=1):
+            if token in stop:
+                yield decoder.flush(), count
+                return
+            yield decoder.push(token), count
+        yield decoder.flush(), limit
+
+    def reply(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 64, **sampling: float) -> list[str]:
+        """Answer many conversations in one batch, greedily unless `sampling` says otherwise."""
+        encoded = [ids for ids, _ in encode_chats(self.tokenizer, conversations, add_generation_prompt=True)]
+        longest = max(map(len, encoded))
+        pad = self.tokenizer.pad_id
+        prompt = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
+        eos = self.tokenizer.eos_id
+        out = generate(
+            self.model, prompt, max_new_tokens=max_new_tokens, eos_token_id=eos, attention_mask=mask, **sampling
+        )
+        answers = []
+        for row in out[:, longest:].tolist():
+            ids = row[: row.index(eos)] if eos in row else row
+            answers.append(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return answers

@@ -1,0 +1,126 @@
+"""Talk to a checkpoint in the terminal.
+
+    python eval/chat.py --ckpt out/sft/final
+    python eval/chat.py --ckpt out/sft/final --once "你好" --temperature 0
+
+Commands while talking: /reset forgets the conversation, /system TEXT sets the system prompt, /quit ends.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import jsonargparse
+
+from errors import UserError, command_line
+from eval.answering import Answerer
+from model.sampling import Sampling
+from text.chat_template import Message
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
+
+
+class Conversation:
+    """The messages so far, and the answerer that continues them."""
+
+    def __init__(
+        self, answerer: Answerer, system: str, sampling: Sampling, max_new_tokens: int, seed: int | None, speculative: bool
+    ) -> None:
+        self.answerer, self.sampling = answerer, sampling
+        self.max_new_tokens, self.seed, self.speculative = max_new_tokens, seed, speculative
+        self.system = system
+        self.messages: list[Message] = []
+
+    def ask(self, question: str) -> None:
+        """Print the answer as it comes, then the speed on stderr; both turns join the history."""
+        asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
+        prompt: list[Message] = [{"role": "system", "content": self.system}, *asked] if self.system else asked
+        answer, count, start = "", 0, time.perf_counter()
+        pieces = self.answerer.stream_reply(prompt, self.sampling, self.max_new_tokens, self.seed, self.speculative)
+        try:
+            for piece, count in pieces:
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass  # the person has read enough; what was said stays in the history
+        print()
+        seconds = time.perf_counter() - start
+        print(f"[{count} tokens, {count / max(seconds, 1e-9):.1f} tok/s]", file=sys.stderr)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def command(self, line: str) -> bool:
+        """Obey a line that starts with '/'. Returns False when the person wants to leave."""
+        name, _, rest = line.partition(" ")
+        if name == "/quit":
+            return False
+        if name == "/reset":
+            self.messages = []
+            print("(forgotten)")
+        elif name == "/system":
+            self.system, self.messages = rest.strip(), []
+            print(f"(system prompt: {self.system or 'none'})")
+        else:
+            print(HELP)
+        return True
+
+
+def chat(
+    ckpt: str,
+    once: str | None = None,
+    system: str = "",
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.9,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int | None = None,
+    speculative: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Talk to a checkpoint in the terminal.
+
+    Args:
+        ckpt: checkpoint folder
+        once: answer this one question and end
+        system: system prompt
+        temperature: 0 always takes the likeliest token
+        top_k: keep the k likeliest tokens; 0 is off
+        top_p: keep the likeliest tokens up to this much probability; 1 is off
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 is off
+        repetition_penalty: above 1, repeats become less likely
+        max_new_tokens: longest answer, in tokens
+        seed: makes sampling repeatable
+        speculative: draft with the MTP layer (needs --temperature 0)
+        device: auto, cpu or cuda
+        dtype: auto, bf16 or fp32
+    """
+    try:
+        sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    except ValueError as error:
+        raise UserError(f"chat.py: {error}") from None
+    talk = Conversation(Answerer.open(ckpt, device, dtype), system, sampling, max_new_tokens, seed, speculative)
+    if once is not None:
+        talk.ask(once)
+        return
+    print(f"Mini DeepSeek-V3, {ckpt}. {HELP}.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.startswith("/"):
+            if not talk.command(line):
+                return
+        elif line:
+            try:
+                talk.ask(line)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command_line(lambda: jsonargparse.auto_cli(chat, as_positional=False))

@@ -1,0 +1,132 @@
+"""Perplexity and bits per byte of a text file under a checkpoint.
+
+    python eval/perplexity.py --ckpt out/pretrain/final --file book.txt --json
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jsonargparse
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from errors import UserError, command_line
+from eval.answering import Answerer
+from training.losses import IGNORE, token_losses
+
+BLOCK = 2**20  # characters tokenised at a time
+
+
+@dataclass(frozen=True)
+class Score:
+    """Attributes: nll in nats, summed over `tokens`; bytes of the text in UTF-8; bits_per_byte; perplexity a token."""
+
+    nll: float
+    tokens: int
+    bytes: int
+    bits_per_byte: float
+    perplexity: float
+
+
+@torch.inference_mode()
+def score_text(answerer: Answerer, blocks: Iterator[str], window: int = 0, batch: int = 8) -> Score:
+    """Score every token once, with at least half a window of context (all there is at the beginning).
+
+    Args:
+        blocks: the text in pieces. window: tokens a pass; 0 means the model's context, at most 1024.
+    """
+    window = min(window or 1024, answerer.model.config.max_position_embeddings)
+    nll, tokens, size, rows = 0.0, 0, 0, []
+    # The text follows the end of another document, as in pretraining.
+    line, scored = [answerer.tokenizer.eos_id], 1
+    for block in [*blocks, None]:
+        if block is not None:
+            size += len(block.encode("utf8"))
+            line += answerer.tokenizer.encode(block)
+        while len(line) > window or (block is None and scored < len(line)):
+            piece = line[: window + 1]
+            rows.append((piece, scored))
+            # The next window starts half a window on and scores what this one has not.
+            step = max(len(piece) - 1 - window // 2, 1)
+            scored = len(piece) - step
+            line = line[step:]
+            if len(rows) == batch:
+                nll, tokens, rows = nll + _score(answerer, rows), tokens + _counted(rows), []
+    if rows:
+        nll, tokens = nll + _score(answerer, rows), tokens + _counted(rows)
+    return Score(nll, tokens, size, nll / math.log(2) / max(size, 1), math.exp(min(nll / max(tokens, 1), 700)))
+
+
+def _counted(rows: list[tuple[list[int], int]]) -> int:
+    return sum(len(piece) - scored for piece, scored in rows)
+
+
+def _score(answerer: Answerer, rows: list[tuple[list[int], int]]) -> float:
+    """Nats of the tokens from `scored` on in each row; shorter rows are padded on the right, where nobody looks."""
+    longest = max(len(piece) for piece, _ in rows) - 1
+    ids = torch.full((len(rows), longest), answerer.tokenizer.pad_id)
+    labels = torch.full((len(rows), longest), IGNORE)
+    for row, (piece, scored) in enumerate(rows):
+        ids[row, : len(piece) - 1] = torch.tensor(piece[:-1])
+        labels[row, scored - 1 : len(piece) - 1] = torch.tensor(piece[scored:])
+    out = answerer.model(ids.to(answerer.device))
+    return token_losses(out.hidden, out.head, labels.to(answerer.device)).double().sum().item()
+
+
+def read_blocks(path: Path) -> Iterator[str]:
+    """The file in pieces that end at a line's end where there is one."""
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: empty; give a file with text")
+        with codecs.open(str(path), encoding="utf-8-sig") as file:
+            while block := file.read(BLOCK):
+                yield block + file.readline()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a text file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert it with iconv -f GB18030 -t UTF-8") from None
+
+
+def perplexity(
+    ckpt: str, file: str, json: bool = False, window: int = 0, device: str = "auto", dtype: str = "auto"
+) -> None:
+    """Perplexity and bits per byte of a text file.
+
+    Args:
+        ckpt: checkpoint folder
+        file: UTF-8 text
+        json: print one JSON object instead of a sentence
+        window: tokens a pass; 0 means the model's context, at most 1024
+        device: auto, cpu or cuda
+        dtype: auto, bf16 or fp32
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a text file")
+    answerer = Answerer.open(ckpt, device, dtype)
+    total = math.ceil(path.stat().st_size / BLOCK)
+    blocks = track(read_blocks(path), "scoring", total=total, console=Console(stderr=True), transient=True)
+    score = score_text(answerer, iter(blocks), window)
+    print(as_json(score) if json else as_sentence(score))
+
+
+def as_json(score: Score) -> str:
+    return json.dumps(asdict(score))
+
+
+def as_sentence(score: Score) -> str:
+    return (
+        f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.2f} a token "
+        f"({score.tokens:,} tokens, {score.bytes:,} bytes, {score.nll:,.1f} nats)"
+    )
+
+
+if __name__ == "__main__":
+    command_line(lambda: jsonargparse.auto_cli(perplexity, as_positional=False))

@@ -1,0 +1,123 @@
+"""Exact answers: ask a checkpoint a file of questions and compare its replies to the letter.
+
+    python eval/questions.py --ckpt out/demo/sft/final --file data/demo/heldout_questions.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonargparse
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from errors import UserError, command_line
+from eval.answering import Answerer
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of the file: `question`, its one right `answer`, and the `kind` that scores are grouped by."""
+
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A question with what the model said."""
+
+    question: Question
+    reply: str
+
+    @property
+    def correct(self) -> bool:
+        """Equal to the letter, white space at the ends aside."""
+        return self.reply.strip() == self.question.answer.strip()
+
+
+def read_questions(path: Path) -> list[Question]:
+    """JSONL with `question`, `answer` and optionally `kind`."""
+    questions = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give JSONL with question and answer") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            questions.append(Question(str(row["question"]), str(row["answer"]), str(row.get("kind", "all"))))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}:{number}: not an object with 'question' and 'answer'; correct the line") from None
+    if not questions:
+        raise UserError(f"{path}: no questions in it; give JSONL with question and answer")
+    return questions
+
+
+def ask(answerer: Answerer, questions: list[Question], batch: int = 64, max_new_tokens: int = 48) -> list[Result]:
+    """Greedy answers in batches of similar length, in the order of the questions."""
+    order = sorted(range(len(questions)), key=lambda index: len(questions[index].question))
+    results: list[Result | None] = [None] * len(questions)
+    starts = range(0, len(order), batch)
+    for start in track(starts, "asking", console=Console(stderr=True), transient=True):
+        part = order[start : start + batch]
+        replies = answerer.reply(
+            [[{"role": "user", "content": questions[index].question}] for index in part], max_new_tokens
+        )
+        for index, reply in zip(part, replies, strict=True):
+            results[index] = Result(questions[index], reply)
+    return [result for result in results if result is not None]
+
+
+def accuracy(results: list[Result]) -> dict[str, float]:
+    """Share of right answers for each kind, and under `all` for the whole."""
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for result in results:
+        kinds[result.question.kind].append(result.correct)
+        if result.question.kind != "all":
+            kinds["all"].append(result.correct)
+    return {kind: sum(right) / len(right) for kind, right in sorted(kinds.items())}
+
+
+def questions(
+    ckpt: str, file: str, json: bool = False, show: int = 5, device: str = "auto", dtype: str = "auto"
+) -> None:
+    """Share of questions answered to the letter.
+
+    Args:
+        ckpt: checkpoint folder
+        file: JSONL with question, answer and kind
+        json: print one JSON object instead of a table
+        show: wrong answers to show
+        device: auto, cpu or cuda
+        dtype: auto, bf16 or fp32
+    """
+    asked = read_questions(Path(file))
+    results = ask(Answerer.open(ckpt, device, dtype), asked)
+    scores = accuracy(results)
+    if json:
+        print(as_json(scores))
+        return
+    table = Table("kind", "questions", "exact answers")
+    for kind, share in scores.items():
+        count = sum(kind in (result.question.kind, "all") for result in results)
+        table.add_row(kind, str(count), f"{share:.1%}")
+    console = Console()
+    console.print(table)
+    for result in [result for result in results if not result.correct][:show]:
+        console.print(f"{result.question.question}\n  wanted {result.question.answer}\n  got    {result.reply}", markup=False)
+
+
+def as_json(scores: dict[str, float]) -> str:
+    return json.dumps(scores)
+
+
+if __name__ == "__main__":
+    command_line(lambda: jsonargparse.auto_cli(questions, as_positional=False))
