@@ -9,16 +9,19 @@ see only their own segment, and `position_ids`, which begin at 0 in each.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from errors import UserError
+from text.encoded_chats import EncodedChats
 from text.order import block_shares, mixed, shuffled
+from text.packing import IGNORED_LABEL, PADDING_SEGMENT, pack_best_fit, write_row
 from text.shard_set import ShardSet
-
-IGNORED = -100
+from text.tokenizer import Tokenizer
 
 
 class PretrainDataset:
@@ -89,18 +92,106 @@ class PretrainDataset:
         """The samples of these indices."""
         length = self.sequence_length
         inputs = np.full((len(indices), length), self._eos_id, np.int64)
-        labels = np.full((len(indices), length), IGNORED, np.int64)
+        labels = np.full((len(indices), length), IGNORED_LABEL, np.int64)
+        padding = np.ones((len(indices), length), bool)
         for row, index in enumerate(indices):
             source, window = self.locate(index)
             stream = self._streams[source]
             tokens = stream.read(window * length, min((window + 1) * length + 1, stream.tokens))
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, : len(tokens) - 1] = tokens[1:]
+            padding[row, : len(tokens) - 1] = False
         batch = {"input_ids": inputs, "labels": labels}
         if self._isolate:
-            labels[inputs == self._eos_id] = IGNORED
+            labels[inputs == self._eos_id] = IGNORED_LABEL
             batch |= _segments(inputs == self._eos_id)
+            batch["segment_ids"][padding] = PADDING_SEGMENT
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+class ChatDataset:
+    """Conversations for fine-tuning, packed into rows in which none sees another.
+
+    Sample i is the same on every machine: epoch i // len(self) shuffles the conversations by (seed, epoch), packs
+    them anew and shuffles the rows. `report` counts what was read, cut and skipped; `validation` is the held-out part
+    as a data set of its own, or None.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        seed: int = 0,
+        on_error: str = "skip",
+        packing: bool = True,
+        val_fraction: float = 0.0,
+        progress: bool = True,
+    ) -> None:
+        """Read and encode the files or folders in `paths`; `packing=False` gives each conversation its own row.
+
+        Raises `UserError` for a file that cannot be read and when there is nothing to learn.
+        """
+        self.sequence_length, self.seed, self.packing = sequence_length, seed, packing
+        self.chats = EncodedChats.read(paths, tokenizer, sequence_length, on_error, progress)
+        self.report = self.chats.report
+        self._pad_id = tokenizer.pad_id
+        train, held = self.chats.split(val_fraction)
+        self.validation = self._part(held) if len(held) else None
+        self._choose(train)
+
+    def _part(self, members: np.ndarray) -> ChatDataset:
+        part = copy.copy(self)
+        part.validation = None
+        part._choose(members)
+        return part
+
+    def _choose(self, members: np.ndarray) -> None:
+        self._members = members
+        self._epochs: dict[int, list[np.ndarray]] = {}
+        self._length = len(self._rows(0))
+
+    def __len__(self) -> int:
+        """Rows in an epoch; the same in each, as best-fit's number of rows depends on the lengths alone."""
+        return self._length
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Positions of `len` samples, padding included."""
+        return len(self) * self.sequence_length
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """input_ids, labels, segment_ids, position_ids of the samples, each (len(indices), sequence_length) int64."""
+        rows = []
+        for index in indices:
+            epoch, place = divmod(int(index), len(self))
+            conversations = [self.chats[member] for member in self._rows(epoch)[place]]
+            rows.append(write_row(conversations, self.sequence_length, self._pad_id))
+        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+    def filled(self) -> float:
+        """The share of positions that hold conversations rather than padding."""
+        return float(self.chats.positions(self._members).sum() / self.tokens_per_epoch)
+
+    def print_summary(self) -> None:
+        """What was read and what the rows look like, on one screen."""
+        rows = f"{len(self)} rows of {self.sequence_length} tokens, {self.filled():.1%} filled"
+        held = f"; {len(self.validation)} rows held out" if self.validation else ""
+        print("\n".join([*self.report.lines(), rows + held]))
+
+    def _rows(self, epoch: int) -> list[np.ndarray]:
+        """The conversations of each row of an epoch. A batch reaches over at most the two epochs that are kept."""
+        if epoch not in self._epochs:
+            random = np.random.default_rng([self.seed, epoch])
+            members = random.permutation(self._members)
+            if self.packing:
+                packed = pack_best_fit(self.chats.positions(members), self.sequence_length)
+                rows = [members[row] for row in packed]
+            else:
+                rows = list(members[:, None])
+            self._epochs = {kept: rows for kept, rows in self._epochs.items() if kept == epoch - 1}
+            self._epochs[epoch] = [rows[place] for place in random.permutation(len(rows))]
+        return self._epochs[epoch]
 
 
 def _segments(is_end: np.ndarray) -> dict[str, np.ndarray]:
