@@ -1,0 +1,70 @@
+# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, report       (DATA=my.csv for your own text)
+# make chat   talk to the result
+# make test   every test, the demo path at a tiny size among them
+# make lint   make bench   make clean-demo
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
+
+DATA ?=
+WORLD := data/demo
+OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
+TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
+
+.PHONY: demo chat test lint bench clean-demo
+.DELETE_ON_ERROR:
+
+demo: $(OUT)/sft/final/config.json
+	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl
+	@echo "talk to it: make chat$(if $(DATA), DATA=$(DATA))"
+
+chat: $(VENV)/installed
+	@test -d $(OUT)/sft/final || { echo "error: $(OUT)/sft/final is not there yet; run make demo first" >&2; exit 2; }
+	@$(RUN) eval/chat.py --ckpt $(OUT)/sft/final
+
+test: $(VENV)/installed-dev
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/installed-dev
+	$(RUN) bench/train_step.py
+	$(RUN) bench/decode.py
+
+clean-demo:
+	rm -rf $(OUT) $(WORLD) data/shards
+
+# Each stage makes a folder, and make skips what is there. An interrupted stage goes on from its last checkpoint.
+$(WORLD)/pretrain.csv: $(VENV)/installed
+	$(RUN) -m text.world --out $(WORLD)
+
+$(OUT)/tokenizer/tokenizer.json: $(TEXT) | $(VENV)/installed
+	$(RUN) train_tokenizer.py --data $(TEXT) --out $(OUT)/tokenizer
+
+$(OUT)/pretrain/final/config.json: $(OUT)/tokenizer/tokenizer.json
+	$(RUN) pretrain.py --config configs/demo/pretrain.yaml --data $(TEXT) --tokenizer $(OUT)/tokenizer \
+	    --out $(OUT)/pretrain --resume true
+	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+
+$(OUT)/sft/final/config.json: $(OUT)/pretrain/final/config.json $(WORLD)/pretrain.csv
+	$(RUN) full_sft.py --config configs/demo/sft.yaml --ckpt $(OUT)/pretrain/final --data $(WORLD)/sft.jsonl \
+	    --out $(OUT)/sft --resume true
+	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+
+# A CUDA build of torch is several GB: without an NVIDIA driver the CPU build is asked for first.
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"error: Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}; run make PYTHON=python3.12 ...")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { echo "error: python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "installing requirements into $(VENV) (a few minutes, once)"
+	@$(RUN) -c 'import torch' 2>/dev/null || { ! command -v nvidia-smi >/dev/null && $(RUN) -m pip install -q "torch==$(TORCH)+cpu" 2>/dev/null; } \
+	    || $(RUN) -m pip install -q "torch==$(TORCH)"
+	$(RUN) -m pip install -q -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(RUN) -m pip install -q -r requirements-dev.txt
+	@touch $@

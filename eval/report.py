@@ -1,0 +1,124 @@
+"""What the stages of one run folder achieved: a table, sample answers and curves.
+
+    python eval/report.py --out out/demo --questions data/demo/heldout_questions.jsonl
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonargparse
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dataset import PretrainDataset
+from errors import UserError, command_line
+from eval.answering import Answerer
+from eval.questions import Result, accuracy, ask, read_questions
+from model import MiniDeepSeek
+from text.sources import open_sources
+from training.losses import Batch
+from training.plots import draw_run
+from training.ranks import Ranks
+from training.validation import evaluate, held_out_batches
+
+STAGES = ("pretrain", "sft")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a model, its held-out bits per byte, and its exact answers by kind."""
+
+    name: str
+    bits_per_byte: float
+    accuracy: dict[str, float]
+
+
+def report(out: str, questions: str = "", samples: int = 6, device: str = "auto", dtype: str = "auto") -> None:
+    """Measure untrained weights and every stage of a run folder on the same held-out text and questions.
+
+    Args:
+        out: folder that holds the stages' runs: pretrain, sft
+        questions: JSONL with question, answer and kind; empty: no questions
+        samples: conversations to show
+        device: auto, cpu or cuda
+        dtype: auto, bf16 or fp32
+    """
+    runs = [Path(out) / stage for stage in STAGES if (Path(out) / stage / "final").is_dir()]
+    if not runs:
+        raise UserError(f"{out}: no finished stage in it (pretrain/final, sft/final); run make demo first")
+    answerers = {run.name: Answerer.open(str(run / "final"), device, dtype) for run in runs}
+    first = answerers[runs[0].name]
+    torch.manual_seed(0)
+    untrained = MiniDeepSeek(first.model.config).to(first.device, first.model.lm_head.weight.dtype).eval()
+    answerers = {"untrained": Answerer(untrained, first.tokenizer), **answerers}
+
+    batches = _held_out(runs[0], first)
+    asked = read_questions(Path(questions)) if questions else []
+    ranks = Ranks(0, 1, first.device)
+    rows, results = [], []
+    for name, answerer in answerers.items():
+        bits = evaluate(answerer.model, batches, first.tokenizer.token_bytes, torch.float32, ranks).bits_per_byte
+        results = ask(answerer, asked) if asked else []
+        rows.append(Row(name, bits, accuracy(results)))
+
+    folder = Path(out) / "report"
+    folder.mkdir(exist_ok=True)
+    for run in runs:
+        picture = draw_run(run)
+        if picture is not None:
+            picture.replace(folder / f"{run.name}.png")
+    shown = random.Random(0).sample(results, min(samples, len(results)))
+    (folder / "report.md").write_text(_markdown(rows, shown, runs), encoding="utf8")
+    _print(rows, shown)
+    Console().print(f"report: {folder / 'report.md'}, curves: {', '.join(str(folder / (run.name + '.png')) for run in runs)}")
+
+
+def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
+    """The documents that pretraining held out, as it cut them."""
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf8"))
+    names = ("column", "val_fraction", "on_error")
+    sources = open_sources(
+        settings["data"], answerer.tokenizer, settings["shards"], main=True, **{name: settings[name] for name in names}
+    )
+    held_out = PretrainDataset(sources, settings["sequence_length"], split="val")
+    return held_out_batches(held_out, settings["val_tokens"], settings["micro_tokens"])
+
+
+def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table, shared by the terminal and the file."""
+    kinds = [kind for kind in rows[0].accuracy if kind != "all"]
+    header = ["model", "bits per byte", *(["exact answers", *kinds] if rows[0].accuracy else [])]
+    lines = []
+    for row in rows:
+        scores = [f"{row.accuracy[kind]:.0%}" for kind in ["all", *kinds]] if row.accuracy else []
+        lines.append([row.name, f"{row.bits_per_byte:.3f}", *scores])
+    return header, lines
+
+
+def _print(rows: list[Row], shown: list[Result]) -> None:
+    header, lines = _cells(rows)
+    table = Table(*header, title="held out: never seen in training")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.print(table)
+    for result in shown:
+        mark = "right" if result.correct else f"wanted: {result.question.answer}"
+        console.print(f"> {result.question.question}\n{result.reply}    ({mark})", markup=False, highlight=False)
+
+
+def _markdown(rows: list[Row], shown: list[Result], runs: list[Path]) -> str:
+    header, lines = _cells(rows)
+    table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
+    talk = [f"> {result.question.question}\n>\n> **{result.reply}** ({result.question.answer})\n" for result in shown]
+    pictures = [f"## {run.name}\n\n![{run.name}]({run.name}.png)\n" for run in runs]
+    return "\n".join(["# Report", "", *table, "", "## Held-out questions (and the right answers)", "", *talk, *pictures])
+
+
+if __name__ == "__main__":
+    command_line(lambda: jsonargparse.auto_cli(report, as_positional=False))
