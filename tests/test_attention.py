@@ -1,0 +1,138 @@
+"""The attention kernels: chunks on CPU, the fused one, flash-attn; each against plain operations."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import attention
+from model.attention import Visibility, _attend_segments, attend, causal
+
+
+def reference(q, k, v, scale, mask) -> torch.Tensor:
+    """softmax(q k^T * scale) v in plain operations; mask: bool, broadcastable to (batch, heads, queries, keys)."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
+
+
+def attention_case(queries: int, keys: int, kind: str, value_size: int):
+    """Random q, k, v with gradients, a visibility and the mask that it stands for."""
+    q, k = torch.randn(2, queries, 3, 6), torch.randn(2, keys, 3, 6)
+    tensors = [x.requires_grad_() for x in (q, k, torch.randn(2, keys, 3, value_size))]
+    visibility = Visibility()
+    mask = causal(queries, keys, q.device)
+    if kind == "packed":
+        segments = (torch.rand(2, queries) < 0.1).cumsum(1)
+        visibility = Visibility.packed(segments)
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    elif kind == "padded":
+        padding = torch.tensor([keys // 3, 0])
+        visibility = Visibility.padded(queries, keys, padding)
+        columns = torch.arange(keys)
+        itself = columns[None, :] == columns[keys - queries :, None]
+        mask = (mask & (columns >= padding[:, None, None])) | (mask & itself)
+        mask = mask[:, None]
+    return tensors, visibility, mask
+
+
+CASES = [
+    (1, 1, "causal", 6), (1, 37, "causal", 6), (5, 5, "causal", 4), (127, 127, "causal", 9), (128, 128, "packed", 6),
+    (129, 129, "causal", 4), (300, 300, "causal", 6), (300, 300, "packed", 8), (300, 300, "padded", 4),
+    (130, 171, "causal", 5), (33, 270, "padded", 6),
+]  # fmt: skip
+
+
+def assert_equals_reference(queries: int, keys: int, kind: str, value_size: int) -> None:
+    """Outputs and all three gradients."""
+    tensors, visibility, mask = attention_case(queries, keys, kind, value_size)
+    out, expected = attend(*tensors, 0.37, visibility), reference(*tensors, 0.37, mask)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    direction = torch.randn_like(out)
+    grads = torch.autograd.grad(out, tensors, direction)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, tensors, direction), strict=True):
+        torch.testing.assert_close(grad, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chunked_attention_and_its_gradient_equal_the_reference(case):
+    assert_equals_reference(*case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fused_attention_and_its_gradient_equal_the_reference(case, monkeypatch):
+    monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
+    assert_equals_reference(*case)
+
+
+@pytest.mark.parametrize("kind", ["causal", "packed"])
+def test_fused_kernels_get_one_head_size(kind, monkeypatch):
+    monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
+    sizes = []
+    fused = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        sizes.append((q.shape[-1], k.shape[-1], v.shape[-1]))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    tensors, visibility, _ = attention_case(9, 9, kind, 4)
+    assert attend(*tensors, 0.3, visibility).shape == (2, 9, 3, 4)
+    assert sizes == [(6, 6, 6)]
+
+
+def test_a_model_longer_than_the_chunks_gives_the_same_logits(tiny_model, monkeypatch):
+    model = tiny_model()
+    ids = torch.randint(0, 61, (1, 40))
+    chunked = model(ids).logits
+    monkeypatch.setattr(attention, "LONGEST_CHUNKED", 39)
+    torch.testing.assert_close(model(ids).logits, chunked, atol=1e-4, rtol=1e-4)
+
+
+def fake_flash_attn(calls: list[str]) -> SimpleNamespace:
+    """The two functions of flash-attn by plain operations; they insist on one head size, as the kernels do."""
+
+    def flash_attn_func(q, k, v, softmax_scale, causal):
+        calls.append("whole")
+        assert causal and q.shape == k.shape == v.shape
+        mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+        return reference(q.float(), k.float(), v.float(), softmax_scale, mask).to(q.dtype)
+
+    def flash_attn_varlen_func(q, k, v, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal):
+        calls.append("segments")
+        assert causal and q.shape == k.shape == v.shape and q.dim() == 3
+        assert starts_q.dtype == starts_k.dtype == torch.int32 and torch.equal(starts_q, starts_k)
+        lengths = starts_q.diff().tolist()
+        assert starts_q[0] == 0 and sum(lengths) == q.shape[0] and max(lengths) <= min(longest_q, longest_k)
+        parts = [
+            flash_attn_func(a[None], b[None], c[None], softmax_scale, True)[0]
+            for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        ]
+        return torch.cat(parts)
+
+    return SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+
+
+def test_segments_for_flash_attn_equal_the_masked_reference():
+    q, k, v = torch.randn(3, 2, 11, 3, 6).unbind()
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, -1, -1], [2, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]])
+    out = _attend_segments(fake_flash_attn([]), q, k, v, 0.3, segments)
+    mask = causal(11, 11, q.device) & (segments[:, None, :, None] == segments[:, None, None, :])
+    torch.testing.assert_close(out, reference(q, k, v, 0.3, mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "call"), [("causal", "whole"), ("packed", "segments"), ("padded", None)])
+def test_flash_attn_is_used_where_it_applies_with_the_same_numbers(kind, call, monkeypatch):
+    calls: list[str] = []
+    monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
+    monkeypatch.setattr(attention, "flash_attention", lambda: fake_flash_attn(calls))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    tensors, visibility, mask = attention_case(20, 20, kind, 4)
+    tensors = [x.detach().bfloat16() for x in tensors]
+    out = attend(*tensors, 0.37, visibility)
+    assert out.shape == (2, 20, 3, 4)
+    assert calls[:1] == ([call] if call else [])
+    expected = reference(*(x.float() for x in tensors), 0.37, mask)
+    assert (out.float() - expected).norm() / expected.norm() < 2e-2

@@ -1,0 +1,113 @@
+"""Rotary embedding: interleaved pairs, relative positions, YaRN's frequencies and temperature."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import DeepseekV3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from model.rope import RotaryEmbedding, attention_factor, inverse_frequencies, rotate, softmax_scale
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1}
+
+
+def test_rope_turns_interleaved_pairs(tiny_config):
+    config = tiny_config(qk_rope_head_dim=16)
+    x = torch.randn(2, 5, 3, 16)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 30, 31]])
+    turned = rotate(x, RotaryEmbedding(config)(positions))
+    for pair in range(8):
+        angle = positions.double() * config.rope_theta ** (-2 * pair / 16)
+        number = torch.complex(x[..., 2 * pair].double(), x[..., 2 * pair + 1].double())
+        expected = number * torch.polar(torch.ones_like(angle), angle).unsqueeze(-1)
+        torch.testing.assert_close(turned[..., 2 * pair].double(), expected.real, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(turned[..., 2 * pair + 1].double(), expected.imag, atol=1e-5, rtol=1e-5)
+
+
+def test_products_depend_on_the_distance_of_positions_only(tiny_config):
+    rope = RotaryEmbedding(tiny_config())
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def product(m: int, n: int) -> torch.Tensor:
+        return (rotate(q, rope(torch.tensor([[m]]))) * rotate(k, rope(torch.tensor([[n]])))).sum()
+
+    torch.testing.assert_close(product(9, 4), product(25, 20), atol=1e-4, rtol=1e-4)
+    assert (product(9, 4) - product(9, 6)).abs() > 1e-2
+
+
+def test_angles_stay_float32_in_a_bfloat16_model(tiny_model, tiny_config):
+    model = tiny_model().bfloat16()
+    assert model.rotary.inv_freq.dtype == torch.float32
+    positions = torch.tensor([[63]])
+    for half, whole in zip(model.rotary(positions), RotaryEmbedding(tiny_config())(positions), strict=True):
+        assert torch.equal(half, whole)
+
+
+def test_frequencies_are_not_part_of_a_checkpoint(tiny_model):
+    assert not [name for name in tiny_model().state_dict() if "inv_freq" in name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mscale": 1.0, "mscale_all_dim": 1.0},
+        {"mscale": 0.7, "mscale_all_dim": 1.2},
+        {"mscale_all_dim": 0.7},
+        {"attention_factor": 1.5},
+        {"beta_fast": 8, "beta_slow": 2},
+        {"factor": 40.0, "original_max_position_embeddings": 4096},
+    ],
+)
+def test_yarn_equals_the_reference(changes, tiny_config):
+    yarn = {**YARN, **changes}
+    config = tiny_config(qk_rope_head_dim=32, rope_scaling=yarn, max_position_embeddings=1024)
+    theirs = DeepseekV3Config(
+        qk_rope_head_dim=32, max_position_embeddings=1024, rope_parameters={**yarn, "rope_theta": config.rope_theta}
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    torch.testing.assert_close(inverse_frequencies(config), frequencies)
+    assert attention_factor(config) == pytest.approx(factor)
+    cos, _ = RotaryEmbedding(config)(torch.tensor([[0]]))
+    torch.testing.assert_close(cos, torch.full_like(cos, factor))
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones_by_the_factor(tiny_config):
+    config = tiny_config(qk_rope_head_dim=64, rope_scaling=YARN)
+    plain, slowed = inverse_frequencies(tiny_config(qk_rope_head_dim=64)), inverse_frequencies(config)
+    turns = 256 * plain / (2 * math.pi)  # over the original context
+    assert torch.equal(slowed[turns > 32], plain[turns > 32])
+    torch.testing.assert_close(slowed[-1], plain[-1] / 4)
+    assert ((slowed <= plain) & (slowed >= plain / 4 * 0.9999)).all()
+
+
+def test_yarns_ranges_use_the_original_context_length(tiny_config):
+    def frequencies(original: int, longest: int) -> torch.Tensor:
+        yarn = {**YARN, "original_max_position_embeddings": original}
+        config = tiny_config(qk_rope_head_dim=32, rope_scaling=yarn, max_position_embeddings=longest)
+        return inverse_frequencies(config)
+
+    assert torch.equal(frequencies(256, 1024), frequencies(256, 8192))
+    assert not torch.equal(frequencies(256, 1024), frequencies(1024, 1024))
+
+
+def test_softmax_scale_is_that_of_the_whole_query_head(tiny_config):
+    assert softmax_scale(tiny_config()) == pytest.approx((12 + 8) ** -0.5)
+
+
+def test_mscale_enters_the_softmax_scale_squared(tiny_config):
+    scaled = tiny_config(rope_scaling={**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7})
+    assert softmax_scale(scaled) == pytest.approx(20**-0.5 * (0.1 * 0.7 * math.log(40) + 1) ** 2)
+    assert softmax_scale(tiny_config(rope_scaling=YARN)) == pytest.approx(20**-0.5)
+
+
+def test_config_json_says_nothing_of_yarn_when_the_context_was_not_extended(tiny_config, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_scaling" not in data and "yarn" not in json.dumps(data)
+    tiny_config(rope_scaling=YARN).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["rope_scaling"] == YARN
