@@ -17,7 +17,8 @@ from text import world as world_module
 from text.world import FILES, arithmetic_problem, generate, held_out_arithmetic_problem
 from text.world_cast import ATTRIBUTES, NAMES, World
 from text.world_facts import fact_questions
-from text.world_numbers import states_held_out
+from text.world_numbers import held_out_sum, states_held_out
+from text.world_reading import scene
 from text.world_talk import ASKED, FIRST_PERSON
 
 SEED = 3
@@ -135,12 +136,13 @@ def test_no_held_out_question_is_in_the_training_files(folder, questions):
 
 
 def test_no_held_out_sum_is_stated_in_any_form_or_direction(questions, training_texts):
-    sums = {tuple(sorted(numbers_in(q["answer"]))) for q in questions if q["kind"] == "arithmetic"}
-    assert all(a + b == c for a, b, c in sums)
+    asked = {tuple(sorted(numbers_in(q["answer"]))) for q in questions if q["kind"] == "arithmetic"}
+    assert all(a + b == c and held_out_sum(a, b) for a, b, c in asked)
     for text in training_texts:
         numbers = numbers_in(text)
         for i in range(len(numbers) - 2):
-            assert tuple(sorted(numbers[i : i + 3])) not in sums, text
+            a, b, c = sorted(numbers[i : i + 3])
+            assert a + b != c or not held_out_sum(a, b), text
 
 
 def test_no_held_out_comparison_is_stated_either_way_round(questions, training_texts):
@@ -156,6 +158,18 @@ def test_no_held_out_sequence_is_continued(questions, training_texts):
     for text in training_texts:
         numbers = numbers_in(text)
         assert not held_out & {tuple(numbers[i : i + 5]) for i in range(len(numbers) - 4)}, text
+
+
+def test_held_out_readings_have_who_with_what_that_training_never_has(town):
+    seen = {False: set(), True: set()}
+    rng = random.Random(0)
+    for held_out, pairs in seen.items():
+        while len(pairs) < 500:
+            story, _ = scene(rng, town, "zh", held_out)
+            who = min((c.name for c in town.characters if c.name in story), key=story.index)
+            things = re.findall("一[^一，。]*?色的[^，。去忘]*", story)
+            pairs |= {(who, things[0])} if things else set()
+    assert not seen[False] & seen[True]
 
 
 def test_one_fact_in_six_is_held_out(town):
@@ -280,7 +294,7 @@ def test_arithmetic_refuses_an_unknown_level():
         arithmetic_problem(random.Random(0), 5)
 
 
-@pytest.mark.parametrize("scale", [0, -1, float("nan")])
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
 def test_a_scale_that_is_not_positive_is_refused(tmp_path, scale):
     with pytest.raises(UserError, match="--scale"):
         generate(tmp_path, scale=scale)

@@ -11,22 +11,25 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from errors import UserError, command_line
-from text import world_stories_en, world_stories_zh
 from text.world_cast import World
 from text.world_chats import chat, held_out_questions
 from text.world_facts import entry, roll_call
 from text.world_lessons import lesson
 from text.world_numbers import arithmetic_problem, held_out_arithmetic_problem, states_held_out
-from text.world_talk import conversation, diary, gossip, letter, riddle, romanised_name, two_languages
+from text.world_stories_en import story as story_en
+from text.world_stories_zh import story as story_zh
+from text.world_talk import conversation, diary, gossip, letter, riddle, romanised_names, two_languages
 
 __all__ = ["arithmetic_problem", "documents", "generate", "held_out_arithmetic_problem"]
 
@@ -40,26 +43,26 @@ FILES = ("pretrain.csv", "sft.jsonl", "heldout.txt", "heldout_questions.jsonl")
 # Writers of documents with their weights, by language.
 WRITERS = {
     "zh": (
-        (entry, 27),
-        (lambda rng, world, language: world_stories_zh.story(rng, world), 24),
-        (conversation, 7),
-        (gossip, 6),
-        (letter, 4),
-        (lambda rng, world, language: diary(rng, world), 4),
-        (lambda rng, world, language: riddle(rng, world), 3),
-        (roll_call, 5),
-        (lambda rng, world, language: two_languages(rng, world), 2),
-        (lambda rng, world, language: romanised_name(rng, world), 1),
-        (lesson, 24),
+        (partial(entry, language="zh"), 27),
+        (story_zh, 24),
+        (partial(conversation, language="zh"), 7),
+        (partial(gossip, language="zh"), 6),
+        (partial(letter, language="zh"), 4),
+        (diary, 4),
+        (riddle, 3),
+        (partial(roll_call, language="zh"), 5),
+        (two_languages, 2),
+        (romanised_names, 1),
+        (partial(lesson, language="zh"), 24),
     ),
     "en": (
-        (entry, 36),
-        (lambda rng, world, language: world_stories_en.story(rng, world), 16),
-        (conversation, 7),
-        (gossip, 7),
-        (letter, 4),
-        (roll_call, 5),
-        (lesson, 30),
+        (partial(entry, language="en"), 36),
+        (story_en, 16),
+        (partial(conversation, language="en"), 7),
+        (partial(gossip, language="en"), 7),
+        (partial(letter, language="en"), 4),
+        (partial(roll_call, language="en"), 5),
+        (partial(lesson, language="en"), 30),
     ),
 }
 
@@ -75,7 +78,7 @@ def documents(world: World, stream: str, characters: int) -> Iterator[str]:
     while sum(written.values()) < characters:
         language = "en" if written["en"] < ENGLISH_SHARE * sum(written.values()) else "zh"
         writers, weights = zip(*WRITERS[language], strict=True)
-        document = rng.choices(writers, weights=weights)[0](rng, world, language)
+        document = rng.choices(writers, weights=weights)[0](rng, world)
         if len(document) > ROW_CHARACTERS or states_held_out(document):
             continue
         written[language] += len(document)
@@ -88,8 +91,8 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     The same seed and scale give the same bytes; the held-out files depend on the seed alone. Rows go to disk as they
     are made; each file appears under its name when it is whole. Raises UserError when `scale` or `out` cannot be used.
     """
-    if not scale > 0:
-        raise UserError(f"--scale {scale}: the size must be above 0; 1.0 gives about 6.5 million characters")
+    if not 0 < scale < math.inf:
+        raise UserError(f"--scale {scale}: the size must be a number above 0; 1.0 gives about 6.5 million characters")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder with --out")
     out.mkdir(parents=True, exist_ok=True)

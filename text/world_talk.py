@@ -166,7 +166,7 @@ def two_languages(rng: random.Random, world: World) -> str:
     return head + "\n" + "\n".join(pairs)
 
 
-def romanised_name(rng: random.Random, world: World) -> str:
+def romanised_names(rng: random.Random, world: World) -> str:
     """A few names in both writings, for characters who are otherwise met in Chinese only."""
     some = rng.sample(world.characters, 4)
     return "".join(f"{c.name}的英文名字是{c.words['zh']['romanised']}。" for c in some)
