@@ -1,19 +1,20 @@
 """Supervised fine-tuning of all weights on conversations: loss on the assistant's words and the token that ends its turn.
 
-    python full_sft.py --ckpt out/pretrain/final --data chats.jsonl --out out/sft
+python full_sft.py --ckpt out/pretrain/final --data chats.jsonl --out out/sft
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dataset import ChatDataset, chat_batches
+from dataset import ChatDataset
 from errors import command_line
 from training.losses import NextTokenLoss
 from training.optim import OptimSettings
 from training.settings import StageSettings, parse
 from training.stage import begin, open_checkpoint
 from training.trainer import Trainer
+from training.validation import held_out_batches
 
 
 @dataclass(kw_only=True)
@@ -42,11 +43,14 @@ def main() -> None:
     ranks = begin(settings)
     model, tokenizer = open_checkpoint(settings.ckpt)
     paths = [path for path in settings.data.split(",") if path]
-    options = dict(on_error=settings.on_error, packing=settings.packing, val_fraction=settings.val_fraction)
+    options = dict(
+        on_error=settings.on_error, packing=settings.packing, val_fraction=settings.val_fraction, progress=ranks.main
+    )
     dataset = ChatDataset(paths, tokenizer, settings.sequence_length, settings.seed, **options)
     if ranks.main:
         dataset.print_summary()
-    validation = chat_batches(dataset, settings.val_tokens, settings.micro_tokens)
+    held_out = dataset.validation
+    validation = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens) if held_out else []
     Trainer(settings, ranks, model, tokenizer, dataset, NextTokenLoss(mtp=bool(model.mtp)), validation).run()
     ranks.stop()
 

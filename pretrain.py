@@ -1,7 +1,7 @@
 """Pretrain a Mini DeepSeek-V3 on raw text (DeepSeek-V3 sections 2 and 4.2).
 
-    python pretrain.py --config configs/64m.yaml --data seq_monkey.csv --tokenizer out/tokenizer --out out/pretrain
-    torchrun --nproc_per_node 8 pretrain.py ...        the same options
+python pretrain.py --config configs/64m.yaml --data seq_monkey.csv --tokenizer out/tokenizer --out out/pretrain
+torchrun --nproc_per_node 8 pretrain.py ...        the same options
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ class Answerer:
         stop = (self.tokenizer.eos_id,)
         room = self.model.config.max_position_embeddings - len(ids)
         if room < 1:
-            raise UserError(f"the conversation has {len(ids)} tokens, the model reads {len(ids) + room}; start anew with /reset")
+            raise UserError(
+                f"the conversation has {len(ids)} tokens, the model reads {len(ids) + room}; start anew with /reset"
+            )
         limit = min(max_new_tokens, room)
         if speculative:
             if sampling.temperature > 0 or not self.model.mtp:
@@ -67,7 +69,9 @@ class Answerer:
             yield decoder.push(token), count
         yield decoder.flush(), limit
 
-    def reply(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 64, **sampling: float) -> list[str]:
+    def reply(
+        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 64, **sampling: float
+    ) -> list[str]:
         """Answer many conversations in one batch, greedily unless `sampling` says otherwise."""
         encoded = [ids for ids, _ in encode_chats(self.tokenizer, conversations, add_generation_prompt=True)]
         longest = max(map(len, encoded))

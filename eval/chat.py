@@ -11,12 +11,11 @@ from __future__ import annotations
 import sys
 import time
 
-import jsonargparse
-
 from errors import UserError, command_line
 from eval.answering import Answerer
 from model.sampling import Sampling
 from text.chat_template import Message
+from training.settings import call
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
 
@@ -25,7 +24,13 @@ class Conversation:
     """The messages so far, and the answerer that continues them."""
 
     def __init__(
-        self, answerer: Answerer, system: str, sampling: Sampling, max_new_tokens: int, seed: int | None, speculative: bool
+        self,
+        answerer: Answerer,
+        system: str,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int | None,
+        speculative: bool,
     ) -> None:
         self.answerer, self.sampling = answerer, sampling
         self.max_new_tokens, self.seed, self.speculative = max_new_tokens, seed, speculative
@@ -123,4 +128,4 @@ def chat(
 
 
 if __name__ == "__main__":
-    command_line(lambda: jsonargparse.auto_cli(chat, as_positional=False))
+    command_line(lambda: call(chat, __doc__ or ""))

@@ -1,6 +1,6 @@
 """Perplexity and bits per byte of a text file under a checkpoint.
 
-    python eval/perplexity.py --ckpt out/pretrain/final --file book.txt --json
+python eval/perplexity.py --ckpt out/pretrain/final --file book.txt --json
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jsonargparse
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +19,7 @@ from rich.progress import track
 from errors import UserError, command_line
 from eval.answering import Answerer
 from training.losses import IGNORE, token_losses
+from training.settings import call
 
 BLOCK = 2**20  # characters tokenised at a time
 
@@ -129,4 +129,4 @@ def as_sentence(score: Score) -> str:
 
 
 if __name__ == "__main__":
-    command_line(lambda: jsonargparse.auto_cli(perplexity, as_positional=False))
+    command_line(lambda: call(perplexity, __doc__ or ""))

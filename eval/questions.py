@@ -1,6 +1,6 @@
 """Exact answers: ask a checkpoint a file of questions and compare its replies to the letter.
 
-    python eval/questions.py --ckpt out/demo/sft/final --file data/demo/heldout_questions.jsonl
+python eval/questions.py --ckpt out/demo/sft/final --file data/demo/heldout_questions.jsonl
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import jsonargparse
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from errors import UserError, command_line
 from eval.answering import Answerer
+from training.settings import call
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ def questions(
     console = Console()
     console.print(table)
     for result in [result for result in results if not result.correct][:show]:
-        console.print(f"{result.question.question}\n  wanted {result.question.answer}\n  got    {result.reply}", markup=False)
+        console.print(
+            f"{result.question.question}\n  wanted {result.question.answer}\n  got    {result.reply}", markup=False
+        )
 
 
 def as_json(scores: dict[str, float]) -> str:
@@ -120,4 +122,4 @@ def as_json(scores: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    command_line(lambda: jsonargparse.auto_cli(questions, as_positional=False))
+    command_line(lambda: call(questions, __doc__ or ""))

@@ -1,6 +1,6 @@
 """What the stages of one run folder achieved: a table, sample answers and curves.
 
-    python eval/report.py --out out/demo --questions data/demo/heldout_questions.jsonl
+python eval/report.py --out out/demo --questions data/demo/heldout_questions.jsonl
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import jsonargparse
 import torch
 import yaml
 from rich.console import Console
@@ -24,6 +23,7 @@ from text.sources import open_sources
 from training.losses import Batch
 from training.plots import draw_run
 from training.ranks import Ranks
+from training.settings import call
 from training.validation import evaluate, held_out_batches
 
 STAGES = ("pretrain", "sft")
@@ -75,7 +75,9 @@ def report(out: str, questions: str = "", samples: int = 6, device: str = "auto"
     shown = random.Random(0).sample(results, min(samples, len(results)))
     (folder / "report.md").write_text(_markdown(rows, shown, runs), encoding="utf8")
     _print(rows, shown)
-    Console().print(f"report: {folder / 'report.md'}, curves: {', '.join(str(folder / (run.name + '.png')) for run in runs)}")
+    Console().print(
+        f"report: {folder / 'report.md'}, curves: {', '.join(str(folder / (run.name + '.png')) for run in runs)}"
+    )
 
 
 def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
@@ -117,8 +119,10 @@ def _markdown(rows: list[Row], shown: list[Result], runs: list[Path]) -> str:
     table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
     talk = [f"> {result.question.question}\n>\n> **{result.reply}** ({result.question.answer})\n" for result in shown]
     pictures = [f"## {run.name}\n\n![{run.name}]({run.name}.png)\n" for run in runs]
-    return "\n".join(["# Report", "", *table, "", "## Held-out questions (and the right answers)", "", *talk, *pictures])
+    return "\n".join(
+        ["# Report", "", *table, "", "## Held-out questions (and the right answers)", "", *talk, *pictures]
+    )
 
 
 if __name__ == "__main__":
-    command_line(lambda: jsonargparse.auto_cli(report, as_positional=False))
+    command_line(lambda: call(report, __doc__ or ""))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from errors import UserError
 from LMConfig import LMConfig
@@ -94,17 +96,41 @@ Settings = TypeVar("Settings", bound=StageSettings)
 
 def parse(kind: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
     """Read `--config FILE` and the command line over it into `kind`; `--help` and `--print_config` as usual."""
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(description=description, exit_on_error=False, formatter_class=RawFormatter)
     parser.add_argument("--config", action="config", help="YAML file of these settings; the command line wins over it")
     parser.add_class_arguments(kind)
+    given = _parse(parser, kind, arguments)
+    given.pop("config", None)
+    return kind(**given)
+
+
+def call(function: Callable[..., None], description: str, arguments: list[str] | None = None) -> None:
+    """Call a function with its parameters from the command line."""
+    parser = ArgumentParser(description=description, exit_on_error=False, formatter_class=RawFormatter)
+    parser.add_function_arguments(function)
+    function(**_parse(parser, function, arguments))
+
+
+class RawFormatter(DefaultHelpFormatter):
+    """Keeps the line breaks of a script's docstring in --help."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text
+
+
+def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str] | None) -> dict[str, Any]:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parameters = inspect.signature(kind).parameters.values()
+    flags = {f"--{parameter.name}" for parameter in parameters if parameter.annotation in (bool, "bool")}
+    for index, argument in enumerate(arguments):
+        # `--resume` alone means `--resume true`.
+        if argument in flags and (arguments[index + 1 : index + 2] or ["--"])[0].startswith("-"):
+            arguments[index] = f"{argument}=true"
     try:
-        values = parser.instantiate_classes(parser.parse_args(arguments))
+        return vars(parser.instantiate_classes(parser.parse_args(arguments)))
     except ArgumentError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None
-    given = vars(values)
-    given.pop("config", None)
-    return kind(**given)
 
 
 def model_config(choice: dict[str, Any], **forced: Any) -> LMConfig:

@@ -41,4 +41,6 @@ def check_vocabulary(config: LMConfig, tokenizer: Tokenizer, place: str | Path) 
     for name in ("bos", "eos"):
         ours, theirs = getattr(tokenizer, f"{name}_id"), getattr(config, f"{name}_token_id")
         if ours != theirs:
-            raise UserError(f"{place}: {name}_token_id is {theirs} in config.json and {ours} in the tokenizer; they must agree")
+            raise UserError(
+                f"{place}: {name}_token_id is {theirs} in config.json and {ours} in the tokenizer; they must agree"
+            )

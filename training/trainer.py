@@ -150,7 +150,9 @@ class Trainer:
         if not self.progress.finished:
             self.ranks.say(f"interrupted: saved {self.out / name}; the same command with --resume goes on from there")
         else:
-            self.ranks.say(f"finished: {self.out / name} after {self.progress.step} steps, {self.progress.tokens:,} tokens")
+            self.ranks.say(
+                f"finished: {self.out / name} after {self.progress.step} steps, {self.progress.tokens:,} tokens"
+            )
 
     def _step(self) -> StepResult:
         """One optimiser step: accumulate, normalise by all counted labels, clip, update weights and router biases."""
@@ -254,13 +256,17 @@ class Trainer:
         if found is None:
             return False
         if not self.settings.resume:
-            raise UserError(f"{self.out}: holds a run already ({found.name}); add --resume to go on with it, or choose another --out")
+            raise UserError(
+                f"{self.out}: holds a run already ({found.name}); add --resume to go on with it, or choose another --out"
+            )
         fixed = self.progress.run
         self.progress = read_progress(found)
         for name, value in fixed.items():
             before = self.progress.run.get(name, value)
             if before != value:
-                raise UserError(f"{found}: was trained with {name} = {before}, not {value}; a run cannot change it midway")
+                raise UserError(
+                    f"{found}: was trained with {name} = {before}, not {value}; a run cannot change it midway"
+                )
         self.progress.finished = self.budget.progress(self.progress.step, self.progress.seconds) >= 1
         if self.progress.finished and found.name == "final":
             return True
