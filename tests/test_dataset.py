@@ -133,7 +133,10 @@ def test_a_tiny_validation_split_is_filled_up(small: ShardSet) -> None:
     data = PretrainDataset([(small, 1.0)], 512, split="val")
     batch = data.batch([0])
     assert len(data) == 1
-    assert int((batch["labels"] != -100).sum()) == small.split("val").tokens - 1
+    count = small.split("val").tokens - 1
+    assert int((batch["labels"] != -100).sum()) == count
+    segments = PretrainDataset([(small, 1.0)], 512, split="val", isolate=True).batch([0])["segment_ids"]
+    assert (segments[0, count:] == -1).all() and (segments[0, :count] >= 0).all()
 
 
 def test_isolation_makes_a_segment_of_each_document(big: ShardSet) -> None:

@@ -26,7 +26,7 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        step: optimiser steps done; tokens: counted labels so far; seconds: of training, over all sittings.
+        step: optimiser steps done; tokens: positions seen, counted or not; seconds: of training, over all sittings.
         finished: the budget is spent. run: settings that must not change between sittings.
     """
 

@@ -40,11 +40,11 @@ class Dataset(Protocol):
 
 @dataclass
 class StepResult:
-    """Sums of one optimiser step over micro-batches and ranks. `loss` is the normalised total loss."""
+    """One optimiser step over all micro-batches and ranks. `loss` is the normalised total loss, `labels` what counted."""
 
     loss: float
     grad_norm: float
-    tokens: int
+    labels: int
     metrics: dict[str, float]
     counts: Tensor | None
 
@@ -126,7 +126,7 @@ class Trainer:
             lr = self._set_rates(self.budget.progress(progress.step + 1, progress.seconds))
             result = self._step()
             progress.step += 1
-            progress.tokens += result.tokens
+            progress.tokens += self.rows * settings.sequence_length
             progress.seconds, stop = self._agree(time.perf_counter() - origin)
             share = self.budget.progress(progress.step, progress.seconds)
             progress.finished = share >= 1
@@ -183,9 +183,9 @@ class Trainer:
         if counts is not None:
             for router, load in zip(self.model.routers(), counts, strict=False):
                 update_bias(router.e_score_correction_bias, load, self.bias_speed)
-        tokens = int(totals.pop("count").item())
+        labels = int(totals.pop("count").item())
         means = {name: value.item() / count for name, value in totals.items()}
-        return StepResult(means.pop("loss"), norm.item(), tokens, means, counts)
+        return StepResult(means.pop("loss"), norm.item(), labels, means, counts)
 
     def _set_rates(self, share: float) -> float:
         """Move learning rate, loss weights and bias speed along their schedules."""
@@ -212,6 +212,7 @@ class Trainer:
             "tokens_per_second": rate,
             "mfu": mfu,
             "seconds": self.progress.seconds,
+            "labels": result.labels,
             "memory": peak_memory(self.ranks.device),
         }
         for name, key in (("mtp", "mtp_loss"), ("balance", "balance_loss")):
