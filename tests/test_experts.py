@@ -1,0 +1,176 @@
+"""The fast expert path against a plain loop, and its CUDA branch without CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from model.experts import ROW_BLOCK, SMALL_ROW_BLOCK, Experts, Plan, count_choices
+from model.moe import DeepseekMoE
+
+EXPERTS, CHOSEN, HIDDEN = 8, 3, 32
+
+
+@pytest.fixture
+def experts(tiny_config) -> Experts:
+    module = Experts(tiny_config())
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return module
+
+
+@pytest.fixture
+def on_cuda(monkeypatch) -> None:
+    """Every tensor claims to be on CUDA: the branch that a GPU would take, in the CPU's memory."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+
+
+def plain_loop(experts: Experts, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Eq. 12, the routed part: one expert after the other, its own tokens only."""
+    out = torch.zeros_like(x)
+    for expert in range(experts.gate_up_proj.shape[0]):
+        token, k = torch.where(indices == expert)
+        gate, up = (x[token] @ experts.gate_up_proj[expert].to(x.dtype).T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ experts.down_proj[expert].to(x.dtype).T
+        out = out.index_add(0, token, y * weights[token, k, None].to(x.dtype))
+    return out
+
+
+def balanced(tokens: int) -> torch.Tensor:
+    return torch.rand(tokens, EXPERTS).topk(CHOSEN, dim=-1).indices
+
+
+CHOICES = {
+    "small blocks": lambda: balanced(30),
+    "whole blocks": lambda: balanced(300),
+    "one token": lambda: balanced(1),
+    "all tokens to one expert": lambda: torch.full((40, 1), 5),
+    "the last experts get nothing": lambda: balanced(40) % 4,
+    "the first experts get nothing": lambda: balanced(300) % 3 + 5,
+    "a block filled to its last row": lambda: torch.arange(EXPERTS).repeat(ROW_BLOCK, 1)[:, :CHOSEN],
+}
+
+
+def values_and_gradients(forward, experts: Experts, x, weights, indices, direction) -> list[torch.Tensor]:
+    """Output and the gradients of x, of the routing weights and of both matrices."""
+    inputs = [x.detach().requires_grad_(), weights.detach().requires_grad_(), *experts.parameters()]
+    out = forward(*inputs[:2], indices)
+    return [out.detach(), *torch.autograd.grad(out, inputs, direction.to(out.dtype))]
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_gradients_of_the_fast_path_equal_a_plain_loops(case, experts):
+    indices = CHOICES[case]()
+    x, weights = torch.randn(len(indices), HIDDEN), torch.rand(indices.shape)
+    direction = torch.randn_like(x)
+    fast = values_and_gradients(experts, experts, x, weights, indices, direction)
+    loop = values_and_gradients(lambda *a: plain_loop(experts, *a), experts, x, weights, indices, direction)
+    for ours, expected in zip(fast, loop, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_no_token_is_dropped_however_uneven_the_load(experts):
+    x = torch.randn(500, HIDDEN)
+    out = experts(x, torch.ones(500, 1), torch.full((500, 1), 2))
+    assert (out.abs().sum(1) > 0).all()
+
+
+def test_autocast_computes_in_bfloat16_with_float32_gradients(experts):
+    indices = balanced(60)
+    x, weights = torch.randn(60, HIDDEN), torch.rand(60, CHOSEN)
+    direction = torch.randn_like(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = values_and_gradients(experts, experts, x, weights, indices, direction)
+    assert fast[0].dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in fast[1:])
+    loop = values_and_gradients(lambda *a: plain_loop(experts, *a), experts, x, weights, indices, direction)
+    for ours, expected in zip(fast, loop, strict=True):
+        assert (ours.float() - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_every_choice_has_a_row_of_its_own_among_its_experts(case):
+    indices = CHOICES[case]()
+    plan = Plan.of(indices, EXPERTS)
+    rows = plan.row_of_choice.flatten()
+    assert len(rows.unique()) == indices.numel()
+    assert torch.equal(plan.choice_of_row[rows], torch.arange(indices.numel()))
+    assert torch.equal(plan.token_of_row[rows], torch.arange(indices.numel()) // indices.shape[1])
+    assert torch.equal(torch.searchsorted(plan.ends, rows.int(), right=True), indices.flatten())
+    assert torch.equal(plan.counts, indices.flatten().bincount(minlength=EXPERTS))
+    assert int(plan.ends[-1]) == len(plan.token_of_row)
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(300, ROW_BLOCK), (30, SMALL_ROW_BLOCK), (1, 1)])
+def test_rows_come_in_blocks_so_that_few_shapes_occur(tokens, block):
+    sizes = Plan.of(balanced(tokens), EXPERTS).ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    assert (sizes % block == 0).all()
+
+
+def test_choices_are_counted(experts):
+    assert count_choices(torch.tensor([[3, 0], [3, 1]]), 5).tolist() == [1, 1, 0, 2, 0]
+
+
+class PoisonedGroups(torch.autograd.Function):
+    """Grouped products whose rows past the last group are NaN, values and gradients: on a GPU they are arbitrary."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x, weight)
+        ctx.spans = [slice(a, b) for a, b in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
+        out = x.new_full((x.shape[0], weight.shape[-1]), float("nan"))
+        for rows, matrix in zip(ctx.spans, weight, strict=True):
+            out[rows] = x[rows] @ matrix
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.full_like(x, float("nan")), torch.empty_like(weight)
+        for expert, rows in enumerate(ctx.spans):
+            grad_x[rows] = grad[rows] @ weight[expert].T
+            grad_weight[expert] = x[rows].T @ grad[rows]
+        return grad_x, grad_weight, None
+
+
+@pytest.mark.parametrize("product", [F.grouped_mm, lambda x, weight, offs: PoisonedGroups.apply(x, weight, offs)])
+@pytest.mark.parametrize("case", CHOICES)
+def test_cuda_branch_equals_a_plain_loop(case, product, experts, on_cuda, monkeypatch):
+    used = []
+    monkeypatch.setattr(F, "grouped_mm", lambda x, weight, offs: used.append(1) or product(x, weight, offs=offs))
+    indices = CHOICES[case]()
+    x, weights = torch.randn(len(indices), HIDDEN).bfloat16(), torch.rand(indices.shape)
+    direction = torch.randn(x.shape)
+    fast = values_and_gradients(experts, experts, x, weights, indices, direction)
+    assert len(used) == 2
+    loop = values_and_gradients(lambda *a: plain_loop(experts, *a), experts, x.float(), weights, indices, direction)
+    for ours, expected in zip(fast, loop, strict=True):
+        assert (ours.float() - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_float32_on_cuda_equals_a_plain_loop(experts, on_cuda):
+    indices = balanced(30)
+    x, weights = torch.randn(30, HIDDEN), torch.rand(30, CHOSEN)
+    direction = torch.randn_like(x)
+    fast = values_and_gradients(experts, experts, x, weights, indices, direction)
+    loop = values_and_gradients(lambda *a: plain_loop(experts, *a), experts, x, weights, indices, direction)
+    for ours, expected in zip(fast, loop, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 300])
+def test_cuda_branch_never_asks_the_host(tokens, tiny_config, on_cuda):
+    # A tensor without data raises when .item(), .tolist() or a size that depends on data asks for a number of it.
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        layer = DeepseekMoE(tiny_config())
+        x = torch.empty(1, tokens, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+        out, report = layer(x)
+        (out.float().sum() + report.balance_loss).backward()
+    assert out.shape == x.shape == x.grad.shape and out.dtype == torch.bfloat16
+    assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
+
+
+def test_cpu_branch_asks_for_the_row_count(tiny_config):
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # so the test above can fail
+        DeepseekMoE(tiny_config())(torch.empty(1, 30, HIDDEN))
