@@ -23,7 +23,7 @@ import text.parts
 import text.shards
 from errors import UserError
 from text.parts import Documents, _hold_out
-from text.shard_set import ShardSet, read_index
+from text.shard_set import ShardSet, read_index, write_safely
 from text.shards import open_or_wait, prepare_shards
 from text.tokenizer import Tokenizer, train_bpe
 
@@ -174,6 +174,7 @@ def test_interrupted_work_goes_on_to_the_same_bytes(
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert 0 < sum(encoded) < len(TEXTS)
     assert content(tmp_path) == content(made)
+    assert not (tmp_path / "failed.json").exists()
     assert read_index(tmp_path)["report"] == read_index(made)["report"]
 
 
@@ -196,7 +197,7 @@ prepare_shards({str(corpus)!r}, Tokenizer.from_folder({str(tmp_path / "tokenizer
     run = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, check=False)
     assert run.returncode == -signal.SIGKILL
     assert len(read_index(tmp_path)["parts"]) == 1
-    assert list(tmp_path.glob("*.tmp"))
+    (tmp_path / "train-00009.bin.tmp").write_bytes(b"left by a killed run")
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert content(tmp_path) == content(made)
     assert not list(tmp_path.glob("*.tmp"))
@@ -213,13 +214,24 @@ def test_a_full_disk_loses_nothing_that_was_finished(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*train-00001.bin"):
         prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert sorted(file.name for file in tmp_path.glob("train-*")) == ["train-00000.bin", "train-00000.npy"]
     monkeypatch.setattr(os, "fsync", sync)
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert content(tmp_path) == content(made)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def pieces():
+        yield np.arange(10, dtype=np.uint16)
+        raise KeyboardInterrupt
+
+    (tmp_path / "index.json").write_bytes(b"before")
+    with pytest.raises(KeyboardInterrupt):
+        write_safely(tmp_path / "index.json", pieces())
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
 
 
 def test_a_changed_tokenizer_is_noticed(
@@ -272,6 +284,9 @@ def test_a_damaged_shard_is_named_and_made_again(
         file.write_bytes(data)
     with pytest.raises(UserError, match=r"train-00002\.\w+: .*; delete it and prepare the shards again"):
         ShardSet.open(copy)
+    if damage in ("size", "missing"):
+        with pytest.raises(UserError, match="train-00002"):
+            ShardSet.open(copy, checksums=False)
     prepare_shards(str(corpus), tokenizer, copy, **OPTIONS)
     assert f"{file.name}: " in capsys.readouterr().out
     assert content(copy) == content(made)

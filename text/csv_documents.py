@@ -18,13 +18,13 @@ def read_csv(file: DataFile) -> Iterator[Row]:
     """
     csv.field_size_limit(file.row_limit)  # the module's own limit, 131,072, is less than an honest long document
     with file.open() as stream:
-        feed = _RowFeed(file.lines(stream), file.row_limit)
+        feed = _RowFeed(file.lines(stream))
         rows = csv.reader(feed, strict=True)
         try:
             header = next(rows)
         except StopIteration:
             return
-        except (csv.Error, _RowTooLong) as error:
+        except csv.Error as error:
             if "\0" in feed.row[-1][1]:
                 raise _no_bytes() from error
             raise FileProblem("broken header", 1, f"no CSV header ({error})", "begin with column names") from error
@@ -39,7 +39,7 @@ def read_csv(file: DataFile) -> Iterator[Row]:
                 fields = next(rows)
             except StopIteration:
                 return
-            except (csv.Error, _RowTooLong) as error:
+            except csv.Error as error:
                 _count_broken_row(file, feed, error)
                 feed.give_back()
                 continue
@@ -55,22 +55,16 @@ def read_csv(file: DataFile) -> Iterator[Row]:
                 feed.give_back()
 
 
-class _RowTooLong(Exception):
-    """More characters than the limit without an end of the row."""
-
-
 class _RowFeed:
     """The lines that csv.reader asks for; remembers those of the row at hand, to give back all but the first."""
 
-    def __init__(self, lines: Iterator[tuple[int, str]], limit: int) -> None:
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
-        self._limit = limit
         self._returned: deque[tuple[int, str]] = deque()
         self.start_row()
 
     def start_row(self) -> None:
         self.row: list[tuple[int, str]] = []
-        self._size = 0
 
     def give_back(self) -> None:
         self._returned.extendleft(reversed(self.row[1:]))
@@ -81,13 +75,10 @@ class _RowFeed:
     def __next__(self) -> str:
         numbered = self._returned.popleft() if self._returned else next(self._lines)
         self.row.append(numbered)
-        self._size += len(numbered[1])
-        if self._size > self._limit:
-            raise _RowTooLong(f"more than {self._limit:,} characters")
         return numbered[1]
 
 
-def _count_broken_row(file: DataFile, feed: _RowFeed, error: Exception) -> None:
+def _count_broken_row(file: DataFile, feed: _RowFeed, error: csv.Error) -> None:
     line = feed.row[0][0]
     if "\0" in feed.row[-1][1]:  # refused by the csv module itself before Python 3.11
         file.usable("\0", line)

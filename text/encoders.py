@@ -20,7 +20,7 @@ import numpy as np
 from errors import UserError
 
 # More cores than this are used by threads inside the processes, so that memory does not grow with the machine.
-MAX_PROCESSES = 8
+MAX_PROCESSES = 4
 # Batches under way for each process: one it works on and two that wait, so that it never does.
 QUEUED = 3
 

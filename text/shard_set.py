@@ -182,8 +182,10 @@ def write_safely(file: Path, pieces: Iterable[np.ndarray]) -> tuple[int, str]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(file)  # a failed write does not say where
         raise
     return size, digest.hexdigest()
 
