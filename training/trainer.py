@@ -123,7 +123,7 @@ class Trainer:
         stop = False
         while not stop and not progress.finished:
             # The rate of a step is that of its end, so that the first is not 0 and the last is the final one.
-            lr = self._set_rates(self.budget.progress(progress.step + 1, progress.seconds))
+            lr = self._set_rates(max(self.budget.progress(progress.step + 1, progress.seconds), 1e-4))
             result = self._step()
             progress.step += 1
             progress.tokens += self.rows * settings.sequence_length
