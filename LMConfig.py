@@ -176,9 +176,10 @@ class LMConfig:
         return data
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `folder`/config.json."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / "config.json").write_text(text, encoding="utf8")
+        """Write `folder`/config.json, complete or not at all."""
+        partial = Path(folder) / ".config.json.partial"
+        partial.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf8")
+        partial.replace(Path(folder) / "config.json")
 
     def _check_types(self) -> None:
         """Each value against its annotation: YAML and JSON bring strings and floats where integers are meant."""

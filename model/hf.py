@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -68,10 +69,12 @@ def from_hugging_face(tensors: dict[str, Tensor], config: LMConfig) -> dict[str,
         try:
             out[f"{prefix}.down_proj"] = torch.stack([parts[i, "down"] for i in range(count)])
             both = [torch.cat((parts[i, "gate"], parts[i, "up"])) for i in range(count)]
+            out[f"{prefix}.gate_up_proj"] = torch.stack(both)
         except KeyError as missing:
             index, kind = missing.args[0]
             raise DamagedCheckpoint(f"weight {prefix}.{index}.{kind}_proj.weight is missing") from None
-        out[f"{prefix}.gate_up_proj"] = torch.stack(both)
+        except RuntimeError as error:
+            raise DamagedCheckpoint(f"weights {prefix} differ in shape from expert to expert ({error})") from None
     if config.tie_word_embeddings and "model.embed_tokens.weight" in out:
         out["lm_head.weight"] = out["model.embed_tokens.weight"]
     return out
@@ -92,7 +95,9 @@ def save_pretrained(model: MiniDeepSeek, folder: str | Path) -> None:
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": False}
     if config.pad_token_id is not None:
         generation["pad_token_id"] = config.pad_token_id
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf8")
+    partial = folder / ".generation_config.json.partial"
+    partial.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf8")
+    os.replace(partial, folder / "generation_config.json")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -140,7 +145,9 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, devi
         raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     if config.num_nextn_predict_layers and not any(name.startswith("mtp.") for name in state):
         print(
-            f"notice: {folder} says num_nextn_predict_layers = {config.num_nextn_predict_layers} but holds no MTP weights"
+            f"notice: {folder} holds no MTP weights, though its config.json says "
+            f"num_nextn_predict_layers = {config.num_nextn_predict_layers}: opened without MTP",
+            file=sys.stderr,
         )
         config.num_nextn_predict_layers = 0
     model = MiniDeepSeek(config)
