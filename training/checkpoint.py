@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ def save_checkpoint(
     folder: Path, model: MiniDeepSeek, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
     """Write all of a checkpoint under a temporary name, flush it, and give it its name: complete or not there."""
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary, before = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "before"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         (temporary / "training").mkdir(parents=True)
@@ -53,9 +54,12 @@ def save_checkpoint(
         (temporary / "training" / "progress.json").write_text(json.dumps(asdict(progress), indent=2), encoding="utf8")
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():  # the end of a run that was given a larger budget
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(folder, before)
         os.replace(temporary, folder)
         _flush(folder.parent)
+        shutil.rmtree(before, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = newest(folder.parent)
@@ -96,15 +100,24 @@ def steps(out: Path) -> list[Path]:
 
 def newest(out: Path) -> Path | None:
     """`out`/final when the run is complete, else the last step checkpoint, else None."""
-    if (out / "final").is_dir():
+    found = steps(out)
+    if (out / "final").is_dir() and not (found and _steps_done(found[-1]) > _steps_done(out / "final")):
         return out / "final"
-    return steps(out)[-1] if steps(out) else None
+    # A complete run that was given a larger budget has step checkpoints beyond its old end.
+    return found[-1] if found else None
 
 
 def keep_last(out: Path, count: int) -> None:
     """Delete all but the last `count` step checkpoints."""
     for path in steps(out)[: -count or None]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps_done(folder: Path) -> float:
+    try:
+        return read_progress(folder).step
+    except DamagedCheckpoint:
+        return math.inf  # not passed over: whoever opens it is told what is wrong with it
 
 
 def _flush(path: Path) -> None:

@@ -37,9 +37,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d(-log p_y)/dz = p - onehot(y)
                 grad = log_p.exp_()
                 grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-                grad = grad.mul_(counted.unsqueeze(1)).to(weight.dtype)
-                grad_hidden[part] = grad @ weight
-                grad_head += grad.t() @ hidden_ND[part]
+                grad = grad.to(weight.dtype)
+                # Labels that do not count are struck out where rows are narrow: in h and in its gradient.
+                kept = counted.unsqueeze(1).to(weight.dtype)
+                torch.mul(grad @ weight, kept, out=grad_hidden[part])
+                grad_head += grad.t() @ (hidden_ND[part] * kept)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_VD.dtype
         return total

@@ -145,7 +145,7 @@ class Trainer:
     def _finish(self) -> None:
         """Save the end of the run, or the point where it was interrupted."""
         name = "final" if self.progress.finished else f"step-{self.progress.step}"
-        if not (self.out / name).is_dir():
+        if self.progress.finished or not (self.out / name).is_dir():
             self._save(name)
         if not self.progress.finished:
             self.ranks.say(f"interrupted: saved {self.out / name}; the same command with --resume goes on from there")
@@ -271,7 +271,14 @@ class Trainer:
         self.progress.finished = self.budget.progress(self.progress.step, self.progress.seconds) >= 1
         if self.progress.finished and found.name == "final":
             return True
-        self.model.load_state_dict(MiniDeepSeek.from_pretrained(found).state_dict())
+        saved = MiniDeepSeek.from_pretrained(found)
+        for name, value in asdict(self.model.config).items():
+            before = getattr(saved.config, name)
+            if before != value:
+                raise UserError(
+                    f"{found}: was trained with model.{name} = {before}, not {value}; a run cannot change it midway"
+                )
+        self.model.load_state_dict(saved.state_dict())
         load_training_state(found, self.model, self.optimizer)
         self.ranks.say(f"resuming from {found}: step {self.progress.step}, {self.progress.tokens:,} tokens")
         return True
