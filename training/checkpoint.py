@@ -94,17 +94,16 @@ def read_progress(folder: Path) -> Progress:
 
 def steps(out: Path) -> list[Path]:
     """The step checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in out.glob("step-*") if (match := STEP.match(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in out.glob("step-*") if STEP.match(path.name)), key=_step)
 
 
 def newest(out: Path) -> Path | None:
     """`out`/final when the run is complete, else the last step checkpoint, else None."""
-    found = steps(out)
-    if (out / "final").is_dir() and not (found and _steps_done(found[-1]) > _steps_done(out / "final")):
-        return out / "final"
+    found, final = steps(out), out / "final"
+    if not final.is_dir():
+        return found[-1] if found else None
     # A complete run that was given a larger budget has step checkpoints beyond its old end.
-    return found[-1] if found else None
+    return found[-1] if found and _step(found[-1]) > _step(final) else final
 
 
 def keep_last(out: Path, count: int) -> None:
@@ -113,11 +112,14 @@ def keep_last(out: Path, count: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _steps_done(folder: Path) -> float:
+def _step(folder: Path) -> float:
+    """How many steps a checkpoint has behind it; a `final` that does not tell stays the newest."""
+    if match := STEP.match(folder.name):
+        return int(match[1])
     try:
         return read_progress(folder).step
     except DamagedCheckpoint:
-        return math.inf  # not passed over: whoever opens it is told what is wrong with it
+        return math.inf
 
 
 def _flush(path: Path) -> None:

@@ -89,8 +89,9 @@ def labels_ahead(batch: Batch, depth: int) -> Tensor:
 class NextTokenLoss:
     """Cross entropy, plus lambda / D * the MTP losses (Eq. 25), plus alpha * the sequence-wise balance loss (Eq. 17).
 
-    All three are sums over tokens and divided by the same count, the labels of the main model, so that micro-batches and
-    ranks add up to exactly the loss of the whole batch. An MTP depth has a few labels fewer than it is divided by.
+    All three are sums over tokens and divided by the same count, the labels of the main model, so that micro-batches
+    and ranks add up to the loss of the whole batch: exactly, except that where micro-batches differ in their share of
+    labels, the balance loss weighs them by it. An MTP depth has a few labels fewer than it is divided by.
 
     Attributes:
         mtp: whether the MTP chain runs at all.
@@ -102,7 +103,7 @@ class NextTokenLoss:
     balance_weight: float = 1e-4
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns the loss sum (to be divided), the count of labels, and sums for the log (main, mtp, balance, counts)."""
+        """Returns the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
         out = model(**inputs, mtp=self.mtp)
@@ -118,7 +119,7 @@ class NextTokenLoss:
             total = total + self.mtp_weight * mtp
             metrics["mtp"] = mtp.detach()
         if out.counts is not None:
-            real = labels.numel() if "segment_ids" not in batch else (batch["segment_ids"] >= 0).sum()
+            real = labels.numel() if "segment_ids" not in batch else (batch["segment_ids"] >= 0).sum().clamp(min=1)
             # Per token of the sequence; brought to the scale of the counted labels, which may be fewer.
             balance = out.balance_loss * count / real
             total = total + self.balance_weight * balance

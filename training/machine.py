@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the products: bf16 or fp32; `auto` takes bf16 where the hardware multiplies it (else it is emulated)."""
+    """The type of the products: bf16 or fp32; `auto` takes bf16 where hardware has it (elsewhere it is emulated)."""
     if name == "auto":
         return torch.bfloat16 if has_bf16_units(device) else torch.float32
     if name not in DTYPES:
@@ -36,7 +36,7 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of a plain (size, size) matrix product on all threads: the best of several, which MFU is measured against."""
+    """FLOP/s of a plain (size, size) matrix product on all threads, best of several: what MFU is measured against."""
     size = size * 4 if device.type == "cuda" else size
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds

@@ -11,7 +11,7 @@ from training.log import read_metrics
 
 
 def draw_run(out: Path) -> Path | None:
-    """Draw `out`/curves.png: loss, held-out bits per byte, learning rate, speed, balance, expert loads. None without metrics."""
+    """Draw `out`/curves.png: losses, bits per byte, learning rate, speed, expert loads. None without metrics."""
     import matplotlib  # slow to import, and wanted once a run
 
     matplotlib.use("Agg")

@@ -40,7 +40,7 @@ class Dataset(Protocol):
 
 @dataclass
 class StepResult:
-    """One optimiser step over all micro-batches and ranks. `loss` is the normalised total loss, `labels` what counted."""
+    """One optimiser step over all micro-batches and ranks. `loss`: normalised total; `labels`: how many counted."""
 
     loss: float
     grad_norm: float
@@ -114,7 +114,7 @@ class Trainer:
         return newest(self.out) or self.out
 
     def _loop(self, log: RunLog, fresh: bool, mfu_per_rate: float) -> None:
-        """Steps until the budget is spent or a signal came. Time spent on validating and saving is not training time."""
+        """Steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
         if fresh and self.validation:
             log.write(self._untrained_entry())
@@ -258,7 +258,7 @@ class Trainer:
             return False
         if not self.settings.resume:
             raise UserError(
-                f"{self.out}: holds a run already ({found.name}); add --resume to go on with it, or choose another --out"
+                f"{self.out}: holds a run already ({found.name}); add --resume to go on, or choose another --out"
             )
         fixed = self.progress.run
         self.progress = read_progress(found)
@@ -325,7 +325,8 @@ class Trainer:
         ends = [f"{steps} steps"] if steps else []
         ends += [f"{minutes:g} minutes"] if minutes else []
         self.ranks.say(
-            f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, MTP adds {human(costs.mtp)}\n"
+            f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
+            f"MTP adds {human(costs.mtp)}\n"
             f"machine    {self.ranks.world} x {device.type}, {torch.get_num_threads()} threads, "
             f"{str(self.dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
             f"batch      {self.rows} rows of {self.settings.sequence_length} tokens = {self.ranks.world} ranks x "
