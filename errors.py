@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -19,6 +21,16 @@ class DamagedCheckpoint(UserError):
     exit_code = 3
 
 
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Give an `OSError` the name of `file` where it has none: a write that fails does not say where."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+
+
 def command_line(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` or a failing disk ends in one line on stderr and the error's exit code."""
     try:
@@ -28,10 +40,9 @@ def command_line(main: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         remedies = {
-            errno.ENOSPC: "free some space and run the same command again",
-            errno.EACCES: "choose a folder you may write to",
-            errno.EROFS: "choose a folder you may write to",
-            errno.ENOENT: "check the path",
+            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
+            **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
+            **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the path"),
         }
         if error.errno not in remedies:
             raise

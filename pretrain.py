@@ -53,6 +53,10 @@ def main() -> None:
     ranks = begin(settings)
     if settings.ckpt:
         model, tokenizer = open_checkpoint(settings.ckpt)
+        if settings.tokenizer and Tokenizer.from_folder(settings.tokenizer).fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{settings.tokenizer}: not the tokenizer that {settings.ckpt} was trained with; leave --tokenizer out"
+            )
     elif settings.tokenizer:
         tokenizer = Tokenizer.from_folder(settings.tokenizer)
         config = model_config(

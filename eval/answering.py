@@ -67,7 +67,7 @@ class Answerer:
                 yield decoder.flush(), count
                 return
             yield decoder.push(token), count
-        yield decoder.flush(), limit
+        # A character that the limit cut is left out.
 
     def reply(
         self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 64, **sampling: float

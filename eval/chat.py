@@ -44,7 +44,7 @@ class Conversation:
         answer, count, start = "", 0, time.perf_counter()
         pieces = self.answerer.stream_reply(prompt, self.sampling, self.max_new_tokens, self.seed, self.speculative)
         try:
-            for piece, count in pieces:
+            for piece, count in pieces:  # noqa: B007
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:

@@ -5,7 +5,6 @@ python eval/perplexity.py --ckpt out/pretrain/final --file book.txt --json
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 from collections.abc import Iterator
@@ -83,9 +82,7 @@ def _score(answerer: Answerer, rows: list[tuple[list[int], int]]) -> float:
 def read_blocks(path: Path) -> Iterator[str]:
     """The file in pieces that end at a line's end where there is one."""
     try:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: empty; give a file with text")
-        with codecs.open(str(path), encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             while block := file.read(BLOCK):
                 yield block + file.readline()
     except OSError as error:
@@ -114,6 +111,8 @@ def perplexity(
     total = math.ceil(path.stat().st_size / BLOCK)
     blocks = track(read_blocks(path), "scoring", total=total, console=Console(stderr=True), transient=True)
     score = score_text(answerer, iter(blocks), window)
+    if not score.tokens:
+        raise UserError(f"{path}: empty; give a file with text")
     print(as_json(score) if json else as_sentence(score))
 
 

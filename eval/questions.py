@@ -45,7 +45,7 @@ def read_questions(path: Path) -> list[Question]:
     """JSONL with `question`, `answer` and optionally `kind`."""
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give JSONL with question and answer") from None
     for number, line in enumerate(lines, start=1):

@@ -49,8 +49,8 @@ def report(out: str, questions: str = "", samples: int = 6, device: str = "auto"
         dtype: auto, bf16 or fp32
     """
     runs = [Path(out) / stage for stage in STAGES if (Path(out) / stage / "final").is_dir()]
-    if not runs:
-        raise UserError(f"{out}: no finished stage in it (pretrain/final, sft/final); run make demo first")
+    if not runs or runs[0].name != "pretrain":
+        raise UserError(f"{out}: no finished pretraining in it (pretrain/final); run make demo first")
     answerers = {run.name: Answerer.open(str(run / "final"), device, dtype) for run in runs}
     first = answerers[runs[0].name]
     torch.manual_seed(0)

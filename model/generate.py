@@ -77,7 +77,8 @@ def stream(
     cache = LatentCache(model.config, batch, time + max_new_tokens, compute_dtype(model), input_ids.device, padding)
     fill = stop[0] if stop else 0
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-    ids, seen = input_ids, input_ids
+    # Padding is not text that could be repeated: the row's own last token stands in for it.
+    ids, seen = input_ids, input_ids if padding is None else input_ids.where(attention_mask.bool(), input_ids[:, -1:])
     for step in range(max_new_tokens):
         out = model(ids, cache=cache)
         logits = torch.nn.functional.linear(out.hidden[:, -1], out.head.to(out.hidden.dtype)).float()

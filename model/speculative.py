@@ -21,8 +21,8 @@ def stream_speculative(
 ) -> Iterator[int]:
     """Greedy tokens of one prompt, the same as plain decoding's, up to D + 1 a pass.
 
-    The main model reads the last token and its D drafts at once. It keeps the drafts that it would have chosen itself, and
-    adds one token of its own.
+    The main model reads the last token and its D drafts at once. It keeps the drafts that it would have chosen itself,
+    and adds one token of its own.
 
     Args:
         input_ids: (1, time). accepted: receives the number of drafts kept by each pass.
@@ -34,7 +34,7 @@ def stream_speculative(
     out = model(input_ids, cache=cache)
     tokens = [*input_ids[0].tolist(), int(out.logits[0, -1].argmax())]
     states, written = out.state, 0
-    while True:
+    while max_new_tokens > 0:
         for token in tokens[time + written :]:
             written += 1
             yield token

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from errors import naming
+
 COLUMNS = (
     ("loss", "loss {:.4f}"),
     ("mtp_loss", "mtp {:.3f}"),
@@ -54,7 +56,7 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         if self.active:
-            self.file = open(self.path, "a", encoding="utf8")  # noqa: SIM115: closed in __exit__
+            self.file = open(self.path, "a", encoding="utf8")  # noqa: SIM115 (closed in __exit__)
             self.bar.start()
         return self
 
@@ -63,7 +65,8 @@ class RunLog:
     ) -> None:
         if self.active:
             self.bar.stop()
-            self.file.close()
+            with naming(self.path):
+                self.file.close()
             if self.wandb is not None:
                 self.wandb.finish()
 
@@ -76,8 +79,9 @@ class RunLog:
         """One object into metrics.jsonl, one line on the terminal."""
         if not self.active:
             return
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
         values = dict(metrics)
         if metrics.get("max_vio"):
             values["max_vio_worst"] = max(metrics["max_vio"])
@@ -93,8 +97,9 @@ class RunLog:
         """Drop the lines that a resumed run writes again, and a line that a crash cut short."""
         kept = [json.dumps(entry) for entry in read_metrics(self.path) if entry["step"] <= step] if step else []
         temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf8")
-        os.replace(temporary, self.path)
+        with naming(self.path):
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+            os.replace(temporary, self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

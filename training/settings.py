@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from errors import UserError
+from errors import UserError, naming
 from LMConfig import LMConfig
 from training.optim import OptimSettings
 
@@ -143,7 +143,8 @@ def model_config(choice: dict[str, Any], **forced: Any) -> LMConfig:
 def save_resolved(settings: StageSettings, path: Path) -> None:
     """Keep what the run really used beside its results, ready for `--config`."""
     text = yaml.safe_dump(_plain(asdict(settings)), allow_unicode=True, sort_keys=False)
-    path.write_text(text, encoding="utf8")
+    with naming(path):
+        path.write_text(text, encoding="utf8")
 
 
 def _plain(value: Any) -> Any:

@@ -80,6 +80,12 @@ class Trainer:
                 f"--batch_tokens {settings.batch_tokens}: {self.rows} rows do not divide among {ranks.world} ranks; "
                 f"choose a multiple of {ranks.world * settings.sequence_length}"
             )
+        longest = model.config.max_position_embeddings
+        if settings.sequence_length > longest:
+            raise UserError(
+                f"--sequence_length {settings.sequence_length}: the model reads {longest} tokens; "
+                "lower it, or give a new model a larger max_position_embeddings"
+            )
         self.micro_rows = max(settings.micro_tokens // settings.sequence_length, 1)
         self.budget = self._budget()
         self.progress = Progress(run=self._fixed())
