@@ -56,7 +56,7 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         if self.active:
-            self.file = open(self.path, "a", encoding="utf8")  # noqa: SIM115 (closed in __exit__)
+            self.file = open(self.path, "a", encoding="utf8")
             self.bar.start()
         return self
 
