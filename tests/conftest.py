@@ -1,17 +1,26 @@
-"""Small models that several test files share."""
+"""Small models, a small world and a way to run scripts that several test files share."""
 
 from __future__ import annotations
 
+import csv
+import inspect
+import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+import pretrain
+from errors import command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.norm import RMSNorm
+from text.tokenizer import Tokenizer, train_bpe
+from text.world import generate
 
 TINY = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
@@ -57,3 +66,86 @@ def tiny_model(tiny_config) -> Callable[..., MiniDeepSeek]:
         return model
 
     return make
+
+
+class Run(NamedTuple):
+    """What a script left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call_main(main: Callable[[], None], *arguments: object) -> int:
+    """A script's `main` in this process, as its command line calls it. Returns the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [Path(inspect.getfile(main)).name, *map(str, arguments)])
+        patch.setattr("training.trainer.measured_peak", lambda *_: 1e9)  # half a second a run
+        try:
+            command_line(main)
+        except SystemExit as end:
+            return int(end.code)
+    return 0
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture) -> Callable[..., Run]:
+    """`run(main, *arguments)`: exit code and output of a script, without the seconds that a process takes to start."""
+
+    def run(main: Callable[[], None], *arguments: object) -> Run:
+        capsys.readouterr()
+        code = call_main(main, *arguments)
+        return Run(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo world in small: pretrain.csv, sft.jsonl, heldout.txt, heldout_questions.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    generate(folder, scale=0.01)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(world: Path) -> Tokenizer:
+    """600 tokens of the world's own text."""
+    with open(world / "pretrain.csv", encoding="utf8", newline="") as file:
+        return train_bpe([row["text"] for row in csv.DictReader(file)], 600)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as train_tokenizer.py writes it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return folder
+
+
+RECIPE = dict(
+    model=dict(
+        preset="demo", hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
+    ),
+    sequence_length=64, batch_tokens=1024, micro_tokens=512, dtype="fp32", device="cpu", log_every=1, val_tokens=1024,
+    val_fraction=0.1, workers=1, optim=dict(lr=5e-3),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pretrain_arguments(world: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command line of a small pretraining run, all but --out and its end; the tokenised corpus is shared."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf8")
+    given = {"config": folder / "tiny.yaml", "data": world / "pretrain.csv", "tokenizer": tokenizer_folder}
+    given["shards"] = folder / "shards"
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def pretrained(pretrain_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run folder of pretrain.py. Tests copy what they change."""
+    out = tmp_path_factory.mktemp("stages") / "pretrain"
+    assert call_main(pretrain.main, *pretrain_arguments, "--out", out, "--max_steps", 40) == 0
+    return out
