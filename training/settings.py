@@ -127,7 +127,7 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
         if argument in flags and (arguments[index + 1 : index + 2] or ["--"])[0].startswith("-"):
             arguments[index] = f"{argument}=true"
     try:
-        return vars(parser.instantiate_classes(parser.parse_args(arguments)))
+        return vars(parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None

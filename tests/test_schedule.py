@@ -1,0 +1,68 @@
+"""Every schedule is a function of the share of the budget that is spent."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from errors import UserError
+from training.schedule import Budget, learning_rate, value_at
+
+RATE = dict(peak=2.0, warmup=0.1, decay_from=0.6, final_ratio=0.25)
+
+
+@pytest.mark.parametrize(("share", "rate"), [(0.0, 0.0), (0.05, 1.0), (0.1, 2.0), (0.3, 2.0), (0.6, 2.0), (1.0, 0.5)])
+def test_the_rate_warms_up_stays_and_falls_to_its_end(share, rate):
+    assert learning_rate(share, **RATE) == pytest.approx(rate)
+
+
+def test_the_fall_is_a_cosine():
+    for part in (0.25, 0.5, 0.75):
+        want = 0.5 + (2.0 - 0.5) * (1 + math.cos(math.pi * part)) / 2
+        assert learning_rate(0.6 + 0.4 * part, **RATE) == pytest.approx(want)
+
+
+def test_the_rate_jumps_nowhere_and_never_rises_after_the_warm_up():
+    rates = [learning_rate(step / 1000, **RATE) for step in range(1001)]
+    assert max(abs(a - b) for a, b in pairwise(rates)) < 0.021
+    assert all(a >= b for a, b in pairwise(rates[100:]))
+
+
+def test_without_warm_up_or_fall_the_rate_is_the_peak():
+    assert {learning_rate(share, 3.0, 0.0, 1.0, 0.1) for share in (0.0, 0.5, 1.0)} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("budget", "step", "seconds", "share"),
+    [
+        (Budget(200, None), 50, 1e9, 0.25),
+        (Budget(None, 2.0), 10**9, 30.0, 0.25),
+        (Budget(200, 2.0), 50, 60.0, 0.5),
+        (Budget(200, 2.0), 150, 60.0, 0.75),
+        (Budget(200, 2.0), 0, 0.0, 0.0),
+        (Budget(200, 2.0), 201, 0.0, 1.0),
+        (Budget(None, 2.0), 5, 500.0, 1.0),
+    ],
+)
+def test_the_share_is_that_of_the_limit_that_comes_first(budget, step, seconds, share):
+    assert budget.progress(step, seconds) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.0, 0.3), (0.67, 0.3), (0.68, 0.1), (0.99, 0.1), (1.0, 0.0)])
+def test_a_value_changes_at_its_shares(share, value):
+    schedule = {"0.68": 0.1, "0": 0.3, "1": 0.0}  # YAML and the command line bring strings, in any order
+    assert value_at(schedule, share) == value
+
+
+def test_a_number_is_its_own_schedule():
+    assert value_at(0.3, 0.9) == value_at(0.3, 0.0) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "what"), [({0.1: 0.3}, "begin at share 0"), ({}, "begin at share 0"), ({"late": 1.0}, "shares of the")]
+)
+def test_an_impossible_schedule_is_named(schedule, what):
+    with pytest.raises(UserError, match=f"bias_speed.*{what}"):
+        value_at(schedule, 0.5, "bias_speed")

@@ -1,0 +1,156 @@
+"""Settings come from YAML and the command line, and what a run used can be used again."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import full_sft
+import pretrain
+from errors import UserError
+from full_sft import SFTSettings
+from pretrain import PretrainSettings
+from training.settings import StageSettings, call, model_config, parse, save_resolved
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(kw_only=True)
+class DemoSettings(StageSettings):
+    """Settings of a stage.
+
+    Args:
+        model: fields of the model.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+def read(*arguments: object) -> DemoSettings:
+    return parse(DemoSettings, "", ["--out", "o", *map(str, arguments)])
+
+
+def write_yaml(folder: Path, **values: object) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf8")
+    return path
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = write_yaml(tmp_path, seed=5, batch_tokens=4096, optim={"lr": 0.5, "clip": 2.0}, model={"preset": "26m"})
+    settings = read("--config", path, "--seed", 7, "--optim.lr", 0.25, "--model.num_hidden_layers", 3)
+    assert (settings.seed, settings.batch_tokens, settings.optim.lr, settings.optim.clip) == (7, 4096, 0.25, 2.0)
+    assert settings.model == {"preset": "26m", "num_hidden_layers": 3}
+
+
+def test_defaults_are_deepseek_v3s_optimiser():
+    settings = read()
+    assert (settings.optim.betas, settings.optim.weight_decay, settings.optim.clip) == ((0.9, 0.95), 0.1, 1.0)
+    assert settings.resume is False
+
+
+@pytest.mark.parametrize("flag", [["--resume"], ["--resume", "true"], ["--resume=true"]])
+def test_a_flag_needs_no_value(flag):
+    settings = read(*flag, "--seed", 3)
+    assert settings.resume is True and settings.seed == 3
+
+
+@pytest.mark.parametrize("name", ["mtp_weight", "balance_weight", "bias_speed"])
+def test_a_weight_can_change_along_the_run(name, tmp_path):
+    path = write_yaml(tmp_path, **{name: {0: 0.3, 0.68: 0.1}})
+    by_file, by_line = read("--config", path), read(f"--{name}", "{0: 0.3, 0.68: 0.1}")
+    for settings in (by_file, by_line):
+        assert {float(share): value for share, value in getattr(settings, name).items()} == {0.0: 0.3, 0.68: 0.1}
+
+
+def test_what_a_run_used_can_be_used_again(tmp_path):
+    settings = read("--optim.lr", 0.25, "--mtp_weight", "{0: 0.3, 0.5: 0.1}", "--model.preset", "demo", "--resume")
+    save_resolved(settings, tmp_path / "config.yaml")
+    assert asdict(parse(DemoSettings, "", ["--config", str(tmp_path / "config.yaml")])) == asdict(settings)
+
+
+@pytest.mark.parametrize("kind", [PretrainSettings, SFTSettings])
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_is_valid_for_its_script(kind, file):
+    """A recipe is one of either script: it names a model or not."""
+    is_pretraining = "model" in yaml.safe_load(file.read_text(encoding="utf8"))
+    if is_pretraining == (kind is PretrainSettings):
+        rest = {PretrainSettings: ["--tokenizer", "t"], SFTSettings: ["--ckpt", "c"]}[kind]
+        settings = parse(kind, "", ["--config", str(file), "--data", "d", "--out", "o", *rest])
+        if is_pretraining:
+            config = model_config(settings.model)
+            assert settings.sequence_length <= config.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--optim.lrr", 1], "lrr"),
+        (["--sed", 1], "sed"),
+        (["--max_steps", "many"], "max_steps"),
+        (["--max_steps", 0], "--max_steps 0: must be positive"),
+        (["--max_minutes", -1], "--max_minutes -1.0: must be positive"),
+        (["--log_every", 0], "--log_every 0: must be at least 1"),
+        (["--batch_tokens", 100], "--batch_tokens 100: less than one row of 512 tokens"),
+        (["--on_error", "ignore"], "--on_error ignore: one of skip, stop"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(arguments, what):
+    with pytest.raises(UserError, match=what) as caught:
+        read(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["optim:\n  lrr: 1.0\n", "sequence_lenght: 3\n", "seed: [1\n", "- 1\n"])
+def test_a_wrong_line_in_a_recipe_is_one_line(content, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(content, encoding="utf8")
+    with pytest.raises(UserError) as caught:
+        read("--config", path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_preset_can_be_changed_field_by_field_and_the_tokenizer_wins():
+    config = model_config({"preset": "26m", "num_hidden_layers": 3, "vocab_size": 7}, vocab_size=600)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (384, 3, 600)
+
+
+@pytest.mark.parametrize("script", [pretrain, full_sft], ids=["pretrain", "full_sft"])
+def test_help_explains_every_option(script, monkeypatch, capsys):
+    kind = {pretrain: PretrainSettings, full_sft: SFTSettings}[script]
+    with pytest.raises(SystemExit) as end:
+        parse(kind, script.__doc__, ["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and script.__doc__.splitlines()[0] in shown
+    explanations = dict(
+        re.findall(r"^ {8}(\w+): (.+?)[.;]?$", f"{StageSettings.__doc__}\n{kind.__doc__}", re.MULTILINE)
+    )
+    text = " ".join(shown.split())
+    for option in fields(kind):
+        assert f"--{option.name}" in shown
+        assert explanations[option.name] in text, f"{option.name} is not explained"
+
+
+def test_a_function_is_called_with_the_command_line():
+    seen = {}
+
+    def function(ckpt: str, json: bool = False, window: int = 0) -> None:
+        """Do it.
+
+        Args:
+            ckpt: folder
+            json: as JSON
+            window: tokens
+        """
+        seen.update(ckpt=ckpt, json=json, window=window)
+
+    call(function, "", ["--ckpt", "c", "--json", "--window", "8"])
+    assert seen == {"ckpt": "c", "json": True, "window": 8}
+    with pytest.raises(UserError, match="ckpt"):
+        call(function, "", ["--window", "8"])
