@@ -193,6 +193,12 @@ class _Permute(torch.autograd.Function):
 
 
 def _gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
-    """(R, D), (N, K) -> (N, D). The sum over k is taken in float32."""
-    tokens, top_k = row_of_choice.shape
-    return rows_RD.index_select(0, row_of_choice.flatten()).view(tokens, top_k, -1).sum(1)
+    """(R, D), (N, K) -> (N, D): the sum of each token's K rows."""
+    if rows_RD.is_cuda:
+        return rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).sum(1)
+    # On CPU K additions of contiguous rows are several times faster than a sum over a middle axis.
+    first, *others = row_of_choice.unbind(1)
+    total = rows_RD.index_select(0, first)
+    for rows in others:
+        total += rows_RD.index_select(0, rows)
+    return total

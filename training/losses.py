@@ -31,17 +31,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             counted = labels_N[part] != IGNORE
             target = labels_N[part].clamp(min=0).unsqueeze(1)
-            log_p = (hidden_ND[part] @ weight.t()).log_softmax(-1, dtype=torch.float32)
-            total -= (log_p.gather(1, target).squeeze(1) * counted).sum()
+            # Normalised in float32 inside the kernel; in bfloat16 what leaves it is rounded, as its gradient is anyway.
+            p = (hidden_ND[part] @ weight.t()).softmax(-1)
+            nll = -p.gather(1, target).float().clamp(min=torch.finfo(torch.float32).tiny).log()
+            total += (nll.squeeze(1) * counted).sum()
             if with_grad:
                 # d(-log p_y)/dz = p - onehot(y)
-                grad = log_p.exp_()
-                grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-                grad = grad.to(weight.dtype)
+                p[torch.arange(p.shape[0], device=p.device), target.squeeze(1)] -= 1  # scatter_add_ would copy all of p
                 # Labels that do not count are struck out where rows are narrow: in h and in its gradient.
                 kept = counted.unsqueeze(1).to(weight.dtype)
-                torch.mul(grad @ weight, kept, out=grad_hidden[part])
-                grad_head += grad.t() @ (hidden_ND[part] * kept)
+                torch.mul(p @ weight, kept, out=grad_hidden[part])
+                grad_head += p.t() @ (hidden_ND[part] * kept)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_VD.dtype
         return total
@@ -59,7 +59,9 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         hidden: (..., hidden); head: (vocab, hidden); labels: (...) token ids, -100 where nothing counts.
     """
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), head, labels.flatten(), with_grad)
+    # The types are chosen here; autocast would carry every softmax through memory in float32.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden.flatten(0, -2), head, labels.flatten(), with_grad)
 
 
 def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
