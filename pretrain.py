@@ -31,7 +31,9 @@ class PretrainSettings(StageSettings):
         ckpt: checkpoint folder to start from instead of random weights.
         model: preset and changes to single fields of LMConfig, such as {preset: 64m, num_hidden_layers: 4}.
         shards: folder for the tokenised corpus, made once and used again.
-        column: name of the text column or field; found by itself when it is `text`.
+        column: name of the text column or field, if it is not `text`.
+        encoding: of text files, for example gb18030.
+        min_chars: shorter documents are left out.
         workers: processes that tokenise; 0 means one a core.
         val_fraction: share of the documents held out.
         isolate: keep documents of one row from attending to each other (DeepSeek-V3 does not).
@@ -43,6 +45,8 @@ class PretrainSettings(StageSettings):
     model: dict[str, Any] = field(default_factory=lambda: {"preset": "64m"})
     shards: str = "data/shards"
     column: str | None = None
+    encoding: str = "utf-8"
+    min_chars: int = 1
     workers: int = 0
     val_fraction: float = 0.005
     isolate: bool = False
@@ -77,13 +81,17 @@ def main() -> None:
         settings.shards,
         main=ranks.main,
         column=settings.column,
+        encoding=settings.encoding,
+        min_chars=settings.min_chars,
         workers=settings.workers,
         val_fraction=settings.val_fraction,
         on_error=settings.on_error,
     )
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
-    held_out = PretrainDataset(sources, settings.sequence_length, split="val") if settings.val_fraction else None
-    validation = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens) if held_out else []
+    validation = []
+    if settings.val_fraction:
+        held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
+        validation = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
     Trainer(settings, ranks, model, tokenizer, dataset, NextTokenLoss(mtp=bool(model.mtp)), validation).run()
     ranks.stop()
 

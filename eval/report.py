@@ -83,7 +83,7 @@ def report(out: str, questions: str = "", samples: int = 6, device: str = "auto"
 def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
     """The documents that pretraining held out, as it cut them."""
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf8"))
-    names = ("column", "val_fraction", "on_error")
+    names = ("column", "encoding", "min_chars", "val_fraction", "on_error")
     sources = open_sources(
         settings["data"], answerer.tokenizer, settings["shards"], main=True, **{name: settings[name] for name in names}
     )

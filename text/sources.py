@@ -13,20 +13,25 @@ from text.tokenizer import Tokenizer
 
 
 def split_weights(data: str) -> list[tuple[str, float]]:
-    """`a.csv=2,b.jsonl` -> [("a.csv", 2.0), ("b.jsonl", 1.0)]. A name that exists is never cut at its '='."""
-    sources = []
+    """`a.csv=2,b.jsonl` -> [("a.csv", 2.0), ("b.jsonl", 1.0)]; without any weight all of it is one source of weight 1.
+
+    A name that exists is never cut at its '='.
+    """
+    sources, weighted = [], False
     for entry in (part.strip() for part in data.split(",")):
         path, mark, weight = entry.rpartition("=")
         if not mark or Path(entry).exists():
             path, weight = entry, "1"
+        else:
+            weighted = True
         try:
             share = float(weight)
         except ValueError:
             raise UserError(f"--data {entry}: {weight!r} is not a weight; write PATH=NUMBER") from None
-        if not path or not share > 0:
+        if not path or not 0 < share < float("inf"):
             raise UserError(f"--data {data}: each entry is PATH or PATH=WEIGHT with a weight above 0")
         sources.append((path, share))
-    return sources
+    return sources if weighted else [(data, 1.0)]
 
 
 def open_sources(
@@ -39,8 +44,8 @@ def open_sources(
     """
     opened = []
     for path, weight in split_weights(data):
-        # Another tokenizer or another file of the same name is another folder: nothing finished is overwritten.
-        key = hashlib.sha256(f"{Path(path).absolute()}|{tokenizer.fingerprint}".encode()).hexdigest()[:8]
+        # Two files of one name in different folders must not meet in one.
+        key = hashlib.sha256(str(Path(path).absolute()).encode()).hexdigest()[:8]
         folder = Path(shards) / f"{Path(path).stem or 'data'}-{key}"
         if main:
             opened.append((prepare_shards(path, tokenizer, folder, workers=workers, **options), weight))

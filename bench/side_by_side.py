@@ -1,0 +1,101 @@
+"""Two or more programs measured in turn, each in its own process: A B A B ..., so that a noisy machine is noisy to all."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Contender:
+    """A program in its own process. It prints "ready", then answers each line it is sent with a JSON object of numbers."""
+
+    name: str
+    command: list[str]
+    results: list[dict[str, float]] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Start the process and wait until it has warmed up."""
+        self.process = subprocess.Popen(
+            [sys.executable, *self.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._read()
+
+    def run(self, keep: bool = True) -> None:
+        """One measurement."""
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        result = self._read()
+        if keep:
+            self.results.append(result)
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def median(self, key: str) -> float:
+        return statistics.median(result[key] for result in self.results)
+
+    def spread(self, key: str) -> tuple[float, float]:
+        """Smallest and largest."""
+        values = [result[key] for result in self.results]
+        return min(values), max(values)
+
+    def _read(self) -> dict[str, float]:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"error: {self.name} ended early; run: python {' '.join(self.command)}")
+
+
+def serve(measure: Callable[[], dict[str, float]], warm_up: int = 2) -> None:
+    """The other side of `Contender`: measure once for each line on stdin, and report the peak memory too."""
+    for _ in range(warm_up):
+        measure()
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        result = measure()
+        result["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(result), flush=True)
+
+
+def compare(contenders: list[Contender], rounds: int) -> None:
+    """Start all, then measure them in turn."""
+    for contender in contenders:
+        contender.start()
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.run()
+    for contender in contenders:
+        contender.stop()
+
+
+def verdict(ours: Contender, peer: Contender, key: str) -> str:
+    """The ratio of medians, or a refusal where the ranges overlap."""
+    ratio = ours.median(key) / peer.median(key)
+    (low, high), (peer_low, peer_high) = ours.spread(key), peer.spread(key)
+    if low <= peer_high and peer_low <= high:
+        return f"{ratio:.2f}x, but the ranges overlap: no difference shown"
+    return f"{ratio:.2f}x"
+
+
+def table(contenders: list[Contender], columns: dict[str, str]) -> str:
+    """Median (smallest - largest) of each column."""
+    lines = [
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    ]
+    for contender in contenders:
+        cells = []
+        for key, form in columns.items():
+            low, high = contender.spread(key)
+            cells.append(f"{form.format(contender.median(key))} ({form.format(low)} - {form.format(high)}) {key}")
+        lines.append(f"{contender.name:>28}  " + "  ".join(cells))
+    return "\n".join(lines)

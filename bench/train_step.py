@@ -1,0 +1,105 @@
+"""One training step against transformers' DeepseekV3: same weights, batch, type and optimiser, in turn.
+
+python bench/train_step.py [--preset 64m] [--dtype bf16] [--rows 8] [--length 512] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from side_by_side import Contender, compare, serve, table, verdict
+
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from model.counts import count
+from training.losses import NextTokenLoss
+from training.machine import DTYPES, autocast, measured_peak
+from training.optim import OptimSettings, build_optimizer
+
+PEERS = ("eager", "batched_mm", "grouped_mm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="64m")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", default=PEERS, help="experts_implementation of transformers")
+    parser.add_argument("--json", help="write the measurements to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+        return
+    config = LMConfig.preset(options.preset, num_nextn_predict_layers=0)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        MiniDeepSeek(config).save_pretrained(folder)
+        arguments = [__file__, "--folder", folder, "--dtype", options.dtype]
+        arguments += ["--rows", str(options.rows), "--length", str(options.length)]
+        ours = Contender("ours", [*arguments, "--worker", "ours"])
+        peers = [Contender(f"transformers {peer}", [*arguments, "--worker", peer]) for peer in options.peers]
+        compare([ours, *peers], options.rounds)
+    print(
+        f"{options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, AdamW; medians of {options.rounds}"
+    )
+    print(table([ours, *peers], {"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"}))
+    peak = measured_peak(DTYPES[options.dtype], torch.device("cpu"))
+    share = ours.median("tokens/s") * count(config, options.length).flops / peak
+    print(f"matrix-product peak {peak / 1e9:,.0f} GFLOP/s; ours uses {share:.0%} of it")
+    best = max(peers, key=lambda peer: peer.median("tokens/s"))
+    print(f"tokens/s against {best.name}: {verdict(ours, best, 'tokens/s')}")
+    print(f"peak memory against {best.name}: {verdict(ours, best, 'memory_mb')}")
+    if options.json:
+        results = {contender.name: contender.results for contender in [ours, *peers]}
+        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
+
+
+def work(options: argparse.Namespace) -> None:
+    """Train in this process, a step for each line on stdin."""
+    dtype, device = DTYPES[options.dtype], torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 6400, (options.rows, options.length + 1), generator=generator)
+    if options.worker == "ours":
+        model = MiniDeepSeek.from_pretrained(options.folder)
+        loss_of = NextTokenLoss(mtp=False)
+
+        def loss() -> torch.Tensor:
+            total, labels, _ = loss_of(model, {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]})
+            return total / labels
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            options.folder, dtype=torch.float32, experts_implementation=options.worker
+        ).train()
+
+        def loss() -> torch.Tensor:
+            return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
+
+    optimizer = build_optimizer(model, OptimSettings(lr=1e-4))
+
+    def measure() -> dict[str, float]:
+        start = time.perf_counter()
+        with autocast(dtype, device):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"tokens/s": options.rows * options.length / (time.perf_counter() - start)}
+
+    serve(measure, warm_up=3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
