@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of all weights on conversations: loss on the assistant's words and the token that ends its turn.
+"""Fine-tune all weights on conversations: loss on the assistant's words and the token that ends its turn.
 
 python full_sft.py --ckpt out/pretrain/final --data chats.jsonl --out out/sft
 """

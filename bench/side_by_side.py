@@ -1,4 +1,4 @@
-"""Two or more programs measured in turn, each in its own process: A B A B ..., so that a noisy machine is noisy to all."""
+"""Programs measured in turn, each in its own process: A B A B ..., so that a noisy machine is noisy to all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 @dataclass
 class Contender:
-    """A program in its own process. It prints "ready", then answers each line it is sent with a JSON object of numbers."""
+    """A program in its own process. It prints `{}` when warm, then answers each line with a JSON object of numbers."""
 
     name: str
     command: list[str]

@@ -50,7 +50,8 @@ def main() -> None:
         peers = [Contender(f"transformers {peer}", [*arguments, "--worker", peer]) for peer in options.peers]
         compare([ours, *peers], options.rounds)
     print(
-        f"{options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, AdamW; medians of {options.rounds}"
+        f"{options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, AdamW; "
+        f"medians of {options.rounds}"
     )
     print(table([ours, *peers], {"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"}))
     peak = measured_peak(DTYPES[options.dtype], torch.device("cpu"))

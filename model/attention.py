@@ -42,7 +42,7 @@ class Visibility:
         return Visibility((allowed & real) | (allowed & itself))
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """Bool mask broadcastable to (batch, heads, queries, keys) for the last `queries` positions; None: all visible."""
+        """Bool, broadcastable to (batch, heads, queries, keys), for the last `queries` positions; None: all visible."""
         if self.allowed is not None or queries == 1:
             return self.allowed
         return causal(queries, keys, device)
@@ -89,8 +89,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
 class _ChunkedAttention(torch.autograd.Function):
     """Attention on CPU: rows of queries at a time, each against only the keys that causality leaves it.
 
-    The plain products of a chunk run three times as fast, forward and backward, as the fused CPU kernel (docs/lab-log.md),
-    for the price of keeping the weights, time^2 / 2 numbers a head.
+    The plain products of a chunk run three times as fast, forward and backward, as the fused CPU kernel
+    (docs/lab-log.md), for the price of keeping the weights, time^2 / 2 numbers a head.
     """
 
     @staticmethod
@@ -131,7 +131,7 @@ def _chunks(queries: int, past: int) -> list[tuple[slice, int]]:
 
 
 def _attend_segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor) -> Tensor:
-    """Isolated packing with flash-attn's variable-length kernel: each run of one segment id is a sequence of its own."""
+    """Isolated packing with flash-attn's variable-length kernel: each run of one segment id is its own sequence."""
     batch, time = segment_ids.shape
     new = torch.ones_like(segment_ids, dtype=torch.bool)
     new[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]

@@ -9,7 +9,7 @@ from LMConfig import LMConfig
 
 
 class LatentCache:
-    """For each layer and position the normalised latent c^KV and the rotated k^R, side by side: kv_lora_rank + rope numbers.
+    """Of each layer and position the normalised latent c^KV and the rotated k^R: kv_lora_rank + rope numbers.
 
     Ordinary multi-head attention would keep heads * (qk + v) numbers.
 

@@ -36,8 +36,8 @@ def count(config: LMConfig, time: int = 512) -> Costs:
     all_total, all_activated = _parameters(config)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     embedding = config.vocab_size * config.hidden_size
-    # 6 FLOPs a weight in a product (2 forward, 4 backward; PaLM, appendix B). Looking up an embedding is none, and MTP runs
-    # the shared head once more for each depth.
+    # 6 FLOPs a weight in a product (2 forward, 4 backward; PaLM, appendix B). Looking up an embedding is none, and
+    # MTP runs the shared head once more for each depth.
     products = all_activated - (0 if config.tie_word_embeddings else embedding)
     products += config.num_nextn_predict_layers * embedding
     attention = (layers + config.num_nextn_predict_layers) * heads * time * (config.qk_head_dim + config.v_head_dim)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 
-# CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work), and CUDA's grouped
-# products want aligned groups: each expert's rows are padded to a multiple of this.
+# CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work), and CUDA's
+# grouped products want aligned groups: each expert's rows are padded to a multiple of this.
 ROW_BLOCK = 128
 SMALL_ROW_BLOCK = 8
 

@@ -23,7 +23,7 @@ SINGLE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 
 
 def to_hugging_face(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """Our state dict under the released checkpoint's names: single experts, MTP layers counted on from the main ones."""
+    """Our state dict under the released names: single experts, MTP layers counted on from the main ones."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = re.sub(r"^mtp\.(\d+)\.", lambda m: f"model.layers.{config.num_hidden_layers + int(m[1])}.", name)
@@ -122,7 +122,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118: not a dict
+                names = file.keys()  # not a dict: it cannot be iterated itself
+                tensors.update({name: file.get_tensor(name) for name in names})
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); use an older checkpoint") from None
     return tensors

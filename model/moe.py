@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.experts import Experts, count_choices
+from model.experts import Experts
 from model.norm import Float32Buffers
 
 
@@ -32,8 +32,8 @@ class Routing(NamedTuple):
 
     Attributes:
         counts: (E,) float32, how many tokens chose each expert.
-        balance_loss: scalar float32, the sequence-wise balance loss (Eq. 17 to 20, before alpha), each sequence weighted by
-            its number of real tokens, so that sums over micro-batches and ranks stay sums over tokens.
+        balance_loss: scalar float32, the sequence-wise balance loss (Eq. 17 to 20, before alpha), each sequence
+            weighted by its number of real tokens, so that sums over micro-batches and ranks stay sums over tokens.
     """
 
     counts: Tensor

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+    """Root mean square norm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()

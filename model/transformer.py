@@ -28,7 +28,7 @@ class Output(NamedTuple):
         hidden: (batch, time, hidden) after the final norm.
         state: (batch, time, hidden) before the final norm, which is what MTP continues from.
         head: (vocab, hidden) weight of the output head.
-        mtp_hidden: for each MTP depth k = 1 .. D, (batch, time, hidden) after its norm; position t predicts token t+k+1.
+        mtp_hidden: for each MTP depth k = 1 .. D, (batch, time, hidden) after its norm; position t predicts t+k+1.
         counts: (MoE layers, experts) float32, loads of this pass, the MTP layers' last; or None without MoE layers.
         balance_loss: scalar float32, summed over MoE layers, weighted by tokens (see `model.moe.Routing`).
     """
