@@ -142,12 +142,6 @@ def model_config(choice: dict[str, Any], **forced: Any) -> LMConfig:
 
 def save_resolved(settings: StageSettings, path: Path) -> None:
     """Keep what the run really used beside its results, ready for `--config`."""
-    text = yaml.safe_dump(_plain(asdict(settings)), allow_unicode=True, sort_keys=False)
+    text = yaml.safe_dump(asdict(settings), allow_unicode=True, sort_keys=False)
     with naming(path):
         path.write_text(text, encoding="utf8")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
