@@ -1,0 +1,434 @@
+"""The one loop: exact resumes, exact accumulation, one bias update a step, budgets, signals and what is logged."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from itertools import count, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import training.trainer
+from errors import UserError
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from model.moe import update_bias
+from text.tokenizer import Tokenizer
+from training.log import read_metrics
+from training.losses import Batch, NextTokenLoss
+from training.optim import OptimSettings, build_optimizer
+from training.ranks import Ranks
+from training.settings import StageSettings
+from training.trainer import Trainer, max_violation
+
+VOCAB, TIME, ROWS = 600, 16, 8
+CONTRACT = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
+
+
+class Rows:
+    """Sample i is drawn by the seed i. `before` is called with the numbers of every batch."""
+
+    sequence_length = TIME
+
+    def __init__(self, before: Callable[[Sequence[int]], None] = lambda _: None) -> None:
+        self.before = before
+
+    def __len__(self) -> int:
+        return 40
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        self.before(indices)
+        rows = [torch.randint(VOCAB, (TIME + 1,), generator=torch.Generator().manual_seed(i)) for i in indices]
+        ids = torch.stack(rows) % 50 + 100
+        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch) -> None:
+    monkeypatch.setattr(training.trainer, "measured_peak", lambda *_: 1e9)
+
+
+@pytest.fixture
+def make(tiny_config, tokenizer: Tokenizer, tmp_path) -> Callable[..., Trainer]:
+    """`make(out, dataset, world, model fields, **settings)`: a trainer of a fresh model, validated on 4 rows."""
+
+    def make(
+        out: str = "run", dataset: Rows | None = None, world: int = 1, model: dict | None = None, **changes: object
+    ) -> Trainer:
+        given = dict(
+            batch_tokens=ROWS * TIME, micro_tokens=ROWS * TIME, sequence_length=TIME, log_every=1, save_every=0,
+            dtype="fp32", bias_speed=0.01, max_steps=4,
+        )  # fmt: skip
+        settings = StageSettings(out=str(tmp_path / out), **{**given, **changes})
+        torch.manual_seed(settings.seed)
+        config: LMConfig = tiny_config(vocab_size=VOCAB, **(model or {}))
+        ranks, validation = Ranks(0, world, torch.device("cpu")), [Rows().batch(range(100, 104))]
+        loss = NextTokenLoss(mtp=bool(config.num_nextn_predict_layers))
+        return Trainer(settings, ranks, MiniDeepSeek(config), tokenizer, dataset or Rows(), loss, validation)
+
+    return make
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint but the clock's."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != "progress.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def biases(model: MiniDeepSeek) -> torch.Tensor:
+    return torch.stack([router.e_score_correction_bias.clone() for router in model.routers()])
+
+
+def steps_logged(trainer: Trainer) -> list[int]:
+    return [entry["step"] for entry in read_metrics(trainer.out / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("micro_rows", [ROWS, 3], ids=["one batch", "accumulated"])
+def test_resume_is_bit_exact(micro_rows, make):
+    options = dict(max_steps=5, save_every=2, micro_tokens=micro_rows * TIME, balance_weight=0.1)
+    whole = make(**options)
+    whole.run()
+    want, log = files(whole.out / "final"), read_metrics(whole.out / "metrics.jsonl")
+    shutil.rmtree(whole.out / "final")
+    shutil.rmtree(whole.out / "step-4")
+    torch.rand(17)  # whatever happened to the random numbers meanwhile
+    again = make(**options, resume=True)
+    assert again.run() == whole.out / "final"
+    assert files(whole.out / "final") == want
+    now = read_metrics(whole.out / "metrics.jsonl")
+    clock = {"tokens_per_second", "mfu", "seconds", "memory"}
+    without = [[{k: v for k, v in entry.items() if k not in clock} for entry in entries] for entries in (log, now)]
+    assert without[0] == without[1] and [entry["step"] for entry in now] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_resume_forgets_the_steps_it_makes_again(make):
+    """A run that died at step 3 had logged more than it saved, and its last line only half."""
+
+    def die(indices: Sequence[int]) -> None:
+        if indices[0] >= 3 * ROWS:
+            raise RuntimeError("the machine died")
+
+    died = make(dataset=Rows(die), save_every=2)
+    with pytest.raises(RuntimeError, match="the machine died"):
+        died.run()
+    with open(died.out / "metrics.jsonl", "a", encoding="utf8") as file:
+        file.write('{"step": 4, "lo')
+    assert steps_logged(died) == [0, 1, 2, 3]
+    make(resume=True, save_every=2).run()
+    assert steps_logged(died) == [0, 1, 2, 3, 4]
+    assert (died.out / "metrics.jsonl").read_text(encoding="utf8").count("\n") == 5
+
+
+def test_resume_without_a_run_begins_one(make):
+    assert make(resume=True, max_steps=1).run().name == "final"
+
+
+@pytest.mark.parametrize("micro_rows", [1, 2, 3])
+def test_accumulation_changes_nothing(micro_rows, make):
+    # With a large epsilon AdamW does not turn the rounding of a tiny gradient into a whole step.
+    options = dict(max_steps=3, optim=OptimSettings(eps=1e-2), balance_weight=0.1)
+    whole, parts = make("whole", **options), make("parts", **options, micro_tokens=micro_rows * TIME)
+    for trainer in (whole, parts):
+        trainer.run()
+    for name, value in parts.model.state_dict().items():
+        torch.testing.assert_close(value, whole.model.state_dict()[name], rtol=1e-4, atol=1e-6)
+    assert torch.equal(biases(parts.model), biases(whole.model))
+    ours, theirs = (read_metrics(trainer.out / "metrics.jsonl")[1:] for trainer in (parts, whole))
+    for key in ("loss", "total_loss", "mtp_loss", "balance_loss", "grad_norm", "labels", "tokens", "val_loss"):
+        assert [e[key] for e in ours if key in e] == pytest.approx([e[key] for e in theirs if key in e], rel=1e-4)
+
+
+def test_labels_that_do_not_count_leave_the_mean_over_those_that_do(make):
+    """Micro-batches with few and with many labels: the step's loss is the mean over labels, not over micro-batches."""
+
+    class Uneven(Rows):
+        def batch(self, indices: Sequence[int]) -> Batch:
+            batch = super().batch(indices)
+            counted = torch.tensor([1 + index % ROWS for index in indices])
+            return {**batch, "labels": batch["labels"].masked_fill(torch.arange(TIME) >= counted[:, None], -100)}
+
+    one = make("one", Uneven(), max_steps=1, balance_weight=0.0)
+    four = make("four", Uneven(), max_steps=1, balance_weight=0.0, micro_tokens=2 * TIME)
+    entries = []
+    for trainer in (one, four):
+        trainer.run()
+        entries.append(read_metrics(trainer.out / "metrics.jsonl")[1])
+    assert entries[0]["labels"] == entries[1]["labels"] == sum(range(1, ROWS + 1))
+    for key in ("loss", "mtp_loss", "grad_norm"):
+        assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-4)
+
+
+def test_a_step_without_labels_changes_no_weight(make):
+    class Unlabelled(Rows):
+        def batch(self, indices: Sequence[int]) -> Batch:
+            batch = super().batch(indices)
+            return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    trainer = make(dataset=Unlabelled(), max_steps=1, optim=OptimSettings(weight_decay=0.0))
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.run()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    assert read_metrics(trainer.out / "metrics.jsonl")[1]["loss"] == 0
+
+
+def test_the_bias_moves_once_a_step_by_the_counts_of_all_micro_batches(make, monkeypatch):
+    trainer = make(max_steps=1, micro_tokens=2 * TIME, model={"num_nextn_predict_layers": 2})
+    with torch.no_grad():
+        for router in trainer.model.routers():
+            router.e_score_correction_bias.uniform_(-0.3, 0.3)
+    before, counts, call = biases(trainer.model), [], NextTokenLoss.__call__
+
+    def spy(loss: NextTokenLoss, *inputs: object):
+        result = call(loss, *inputs)
+        counts.append(result[2]["counts"])
+        return result
+
+    monkeypatch.setattr(NextTokenLoss, "__call__", spy)
+    trainer.run()  # which also validates, before and after
+    assert len(counts) == 4 and counts[0].shape == (4, 8)  # two MoE layers and both MTP layers
+    want = before.clone()
+    for bias, load in zip(want, sum(counts), strict=True):
+        update_bias(bias, load, 0.01)
+    assert torch.equal(biases(trainer.model), want) and not torch.equal(before, want)
+
+
+def test_validation_moves_nothing(make):
+    trainer = make()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    entry = trainer._validate()
+    assert entry["val_bits_per_byte"] > 0 and trainer.model.training
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_weight_decay_is_on_matrices_only_and_the_bias_is_no_parameter(tiny_model):
+    model = tiny_model(attention_bias=True)
+    decayed, free = build_optimizer(model, OptimSettings(weight_decay=0.1)).param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for name in [names[id(p)] for p in decayed["params"]]:
+        assert not name.endswith(("norm.weight", "layernorm.weight", "bias"))
+    for name in [names[id(p)] for p in free["params"]]:
+        assert name.endswith(("norm.weight", "layernorm.weight", "bias"))
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    pointers = {p.data_ptr() for group in (decayed, free) for p in group["params"]}
+    assert all(router.e_score_correction_bias.data_ptr() not in pointers for router in model.routers())
+
+
+def test_the_gradient_is_clipped(make):
+    """A clip of 1e-9 under epsilon 1 leaves weights all but where they were; the norm that is logged is unclipped."""
+    trainer = make(max_steps=1, optim=OptimSettings(clip=1e-9, eps=1.0, weight_decay=0.0))
+    before = trainer.model.lm_head.weight.clone()
+    trainer.run()
+    assert (trainer.model.lm_head.weight - before).abs().max() < 1e-9
+    assert read_metrics(trainer.out / "metrics.jsonl")[1]["grad_norm"] > 0.01
+
+
+def test_every_logged_step_has_the_keys_people_rely_on(make):
+    trainer = make(max_steps=7, log_every=3, val_every=2)
+    trainer.run()
+    entries = read_metrics(trainer.out / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [0, 1, 2, 3, 4, 6, 7]
+    assert all(entry.keys() >= CONTRACT for entry in entries)
+    assert [entry["step"] for entry in entries if "val_bits_per_byte" in entry] == [0, 2, 4, 6, 7]
+    assert [entry["tokens"] for entry in entries] == [entry["step"] * ROWS * TIME for entry in entries]
+    for entry in entries[1:]:
+        assert entry["mtp_loss"] > 0 and entry["balance_loss"] > 0 and entry["memory"] > 1e6
+        assert entry["tokens_per_second"] > 0 and entry["mfu"] > 0 and entry["grad_norm"] > 0
+        assert len(entry["max_vio"]) == 3  # two MoE layers and the MTP layer
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(entries))
+    load = torch.tensor(entries[-1]["expert_load"])
+    assert load.shape == (2, 8)
+    torch.testing.assert_close(load.sum(1), torch.ones(2))
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_labels(make):
+    trainer = make()
+    entry, batch = trainer._validate(), trainer.validation[0]
+    logits = trainer.model(batch["input_ids"]).logits
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum").item()
+    size = sum(len(trainer.tokenizer.raw.id_to_token(token)) for token in batch["labels"].flatten().tolist())
+    assert entry["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert entry["val_loss"] == pytest.approx(nats / batch["labels"].numel(), rel=1e-5)
+
+
+def test_max_violation_is_the_worst_load_over_the_mean():
+    assert max_violation(torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 2.0, 2.0, 4.0]])) == [0.0, 1.0]
+
+
+def test_the_weights_follow_their_schedules(make, monkeypatch):
+    seen, call = [], NextTokenLoss.__call__
+
+    def spy(loss: NextTokenLoss, *inputs: object):
+        seen.append((loss.mtp_weight, loss.balance_weight))
+        return call(loss, *inputs)
+
+    monkeypatch.setattr(NextTokenLoss, "__call__", spy)
+    trainer = make(
+        max_steps=4, mtp_weight={"0": 0.3, "0.75": 0.1}, balance_weight={"0": 1e-3, "0.5": 0.0}, bias_speed=0
+    )
+    before = biases(trainer.model)
+    trainer.run()
+    assert seen == [(0.3, 1e-3), (0.3, 0.0), (0.1, 0.0), (0.1, 0.0)]
+    assert torch.equal(biases(trainer.model), before)
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"max_steps": 6}, 6),
+        ({"max_steps": None, "max_tokens": 5 * ROWS * TIME + 1}, 6),
+        ({"max_steps": 3, "max_tokens": 100 * ROWS * TIME}, 3),
+        ({"max_steps": None}, 5),
+        ({"max_steps": None, "epochs": 0.5}, 3),
+    ],
+    ids=["steps", "tokens", "whichever is first", "one epoch", "half an epoch"],
+)
+def test_the_schedule_ends_with_the_budget(budget, steps, make):
+    optim = OptimSettings(lr=1e-3, final_lr_ratio=0.25, warmup=0.0, decay_from=0.5)
+    trainer = make(**budget, optim=optim)
+    assert trainer.run() == trainer.out / "final"
+    last = read_metrics(trainer.out / "metrics.jsonl")[-1]
+    assert last["step"] == steps and last["lr"] == pytest.approx(1e-3 * 0.25) and "val_bits_per_byte" in last
+
+
+def test_a_budget_of_minutes_ends_with_a_finished_model(make, monkeypatch):
+    ticks = count(step=3.0)
+    monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    optim = OptimSettings(lr=1e-3, final_lr_ratio=0.1, warmup=0.0, decay_from=0.5)
+    trainer = make(max_steps=None, max_minutes=1.0, optim=optim)
+    assert trainer.run() == trainer.out / "final"
+    entries = read_metrics(trainer.out / "metrics.jsonl")
+    assert entries[-1]["seconds"] >= 60 > entries[-2]["seconds"]
+    assert entries[-1]["lr"] < 1.3e-4 < 9.9e-4 < entries[2]["lr"]
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(make):
+    first = make()
+    first.run()
+    before = files(first.out / "final")
+    with pytest.raises(UserError, match=r"run: holds a run already \(final\); add --resume"):
+        make().run()
+    assert files(first.out / "final") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"seed": 1}, "seed = 0, not 1"),
+        ({"batch_tokens": 2 * ROWS * TIME}, f"rows = {ROWS}, not {2 * ROWS}"),
+        ({"model": {"kv_lora_rank": 20}}, "model.kv_lora_rank = 16, not 20"),
+    ],
+    ids=["seed", "batch", "model"],
+)
+def test_a_resume_that_would_change_the_run_is_refused(change, what, make):
+    make(max_steps=2).run()
+    with pytest.raises(UserError, match=what):
+        make(resume=True, **change).run()
+
+
+def test_a_complete_run_says_so_and_is_left_alone(make, capsys):
+    first = make()
+    first.run()
+    before = files(first.out)
+    assert make(resume=True).run() == first.out / "final"
+    assert "already complete after 4 steps" in capsys.readouterr().out
+    assert files(first.out) == before
+
+
+def test_a_larger_budget_goes_on_from_the_end(make):
+    make(max_steps=2, save_every=1).run()
+    trainer = make(max_steps=5, resume=True, save_every=2)
+    assert trainer.run() == trainer.out / "final"
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5]
+    saved = MiniDeepSeek.from_pretrained(trainer.out / "final").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
+    assert make(max_steps=5, resume=True).run() == trainer.out / "final"
+    assert not list(trainer.out.glob(".*"))
+
+
+def test_the_last_checkpoints_are_kept(make):
+    trainer = make(max_steps=7, save_every=1, keep=2)
+    trainer.run()
+    assert sorted(path.name for path in trainer.out.iterdir() if path.is_dir()) == ["final", "step-5", "step-6"]
+
+
+def interrupt_at(step: int, *numbers: int) -> Rows:
+    """Rows in which the signals `numbers` arrive while step `step` computes."""
+
+    def before(indices: Sequence[int]) -> None:
+        if indices[0] == (step - 1) * ROWS:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    return Rows(before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_resume_goes_on(number, make, capsys):
+    whole = make("whole")
+    whole.run()
+    handler = signal.getsignal(number)
+    trainer = make(dataset=interrupt_at(2, number))
+    assert trainer.run() == trainer.out / "step-2"
+    assert signal.getsignal(number) is handler
+    assert "the same command with --resume goes on from there" in capsys.readouterr().out
+    assert steps_logged(trainer) == [0, 1, 2] and not (trainer.out / "final").exists()
+    make(resume=True).run()
+    assert files(trainer.out / "final") == files(whole.out / "final")
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4]
+
+
+def test_an_interrupted_extension_goes_on_from_where_it_was(make):
+    make(max_steps=2).run()
+    assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
+    trainer = make(max_steps=6, resume=True)
+    trainer.run()
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_signal_stops_at_once(make):
+    trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(trainer.out.glob("step-*")) and not (trainer.out / "final").exists()
+
+
+def test_rows_that_do_not_divide_among_the_ranks_are_refused(make):
+    with pytest.raises(UserError, match=f"{ROWS} rows do not divide among 3 ranks; choose a multiple of {3 * TIME}"):
+        make(world=3)
+
+
+def test_rows_longer_than_the_model_reads_are_refused(make):
+    with pytest.raises(UserError, match="--sequence_length 128: the model reads 64 tokens"):
+        make(sequence_length=128, batch_tokens=1024)
+
+
+def test_recomputing_activations_gives_the_same_step(make):
+    trainers = [make("kept", max_steps=2), make("recomputed", max_steps=2, gradient_checkpointing=True)]
+    for trainer in trainers:
+        trainer.run()
+    kept, recomputed = (trainer.model.state_dict() for trainer in trainers)
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_wandb_is_told_each_step_and_stays_offline_without_a_key(make, monkeypatch):
+    told = SimpleNamespace(options={}, steps=[], finished=0)
+    library = SimpleNamespace(
+        log=lambda values, step: told.steps.append((step, values)), finish=lambda: setattr(told, "finished", 1)
+    )
+    library.init = lambda **options: told.options.update(options) or library
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    make(wandb="mini", max_steps=2).run()
+    assert (told.options["project"], told.options["mode"], told.finished) == ("mini", "offline", 1)
+    assert [step for step, _ in told.steps] == [0, 1, 2]
+    assert "max_vio/layer_2" in told.steps[1][1] and told.steps[1][1]["loss"] > 0
