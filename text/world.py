@@ -43,12 +43,12 @@ FILES = ("pretrain.csv", "sft.jsonl", "heldout.txt", "heldout_questions.jsonl")
 # Writers of documents with their weights, by language.
 WRITERS = {
     "zh": (
-        (partial(entry, language="zh"), 27),
-        (story_zh, 24),
-        (partial(conversation, language="zh"), 7),
+        (partial(entry, language="zh"), 40),
+        (story_zh, 16),
+        (partial(conversation, language="zh"), 6),
         (partial(gossip, language="zh"), 6),
-        (partial(letter, language="zh"), 4),
-        (diary, 4),
+        (partial(letter, language="zh"), 3),
+        (diary, 3),
         (riddle, 3),
         (partial(roll_call, language="zh"), 5),
         (two_languages, 2),
@@ -56,8 +56,8 @@ WRITERS = {
         (partial(lesson, language="zh"), 24),
     ),
     "en": (
-        (partial(entry, language="en"), 36),
-        (story_en, 16),
+        (partial(entry, language="en"), 42),
+        (story_en, 10),
         (partial(conversation, language="en"), 7),
         (partial(gossip, language="en"), 7),
         (partial(letter, language="en"), 4),

@@ -87,32 +87,32 @@ FOLLOW_UPS_ZH = {
 }
 # Shares of the chats' turns; facts come first because the world is made of them.
 TURN_WEIGHTS = {
-    "fact": 40,
-    "comprehension": 15,
-    "arithmetic": 16,
-    "comparison": 5,
+    "fact": 32,
+    "comprehension": 18,
+    "arithmetic": 14,
+    "comparison": 6,
     "sequence": 5,
     "counting": 4,
-    "class": 4,
-    "antonym": 3,
+    "class": 5,
+    "antonym": 4,
     "copy": 4,
-    "weekday": 2,
-    "talk": 5,
-    "introduction": 2,
-    "story": 2,
+    "weekday": 1,
+    "talk": 4,
+    "introduction": 1,
+    "story": 1,
     "name": 1,
 }
 # Held-out questions: kind -> how many in Chinese, in English.
 SUITE = {
-    "fact": (125, 35),
-    "comprehension": (32, 8),
-    "arithmetic": (28, 8),
-    "comparison": (12, 2),
+    "fact": (120, 36),
+    "comprehension": (34, 8),
+    "arithmetic": (26, 8),
+    "comparison": (12, 3),
     "sequence": (10, 2),
-    "class": (10, 4),
+    "class": (12, 4),
     "antonym": (7, 1),
     "counting": (6, 2),
-    "copy": (7, 1),
+    "copy": (8, 1),
 }
 ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4)
 
@@ -196,7 +196,7 @@ def _held_out(rng: random.Random, world: World, kind: str, language: str, level:
 
 def _held_out_facts(rng: random.Random, world: World, language: str, count: int) -> dict[str, Exchange]:
     """Questions about held-out facts, by question; every such fact once before any is asked in other words."""
-    facts = [fact_questions(c, attribute, language) for c in world.known(language) for attribute in sorted(c.held_out)]
+    facts = [fact_questions(c, c.held_out, language) for c in world.known(language)]
     rng.shuffle(facts)
     for wordings in facts:
         rng.shuffle(wordings)

@@ -22,7 +22,6 @@ STATEMENTS = {
     "zh": {
         "species": (
             "{n}是一{m}{species}。",
-            "{n}是一{m}{species}。",
             "大家都知道，{n}是一{m}{species}。",
             "{n}是一{m}可爱的{species}。",
             "月牙镇有一{m}{species}，名字叫{n}。",
@@ -32,7 +31,6 @@ STATEMENTS = {
         ),
         "colour": (
             "{n}是{colour}的。",
-            "{n}是{colour}的。",
             "{n}从头到脚都是{colour}的。",
             "{n}全身都是{colour}的。",
             "{n}的颜色是{colour}。",
@@ -41,7 +39,6 @@ STATEMENTS = {
             "{colour}是{n}身上的颜色。",
         ),
         "home": (
-            "{n}住在{home}。",
             "{n}住在{home}。",
             "{n}的家在{home}。",
             "{n}在{home}有一座小房子。",
@@ -53,7 +50,6 @@ STATEMENTS = {
         ),
         "food": (
             "{n}最喜欢吃{food}。",
-            "{n}最喜欢吃{food}。",
             "{n}最爱吃的食物是{food}。",
             "{n}最爱吃{food}。",
             "一看到{food}，{n}就高兴得不得了。",
@@ -64,7 +60,6 @@ STATEMENTS = {
         ),
         "job": (
             "{n}是一名{job}。",
-            "{n}是一名{job}。",
             "{n}的工作是{job}。",
             "{n}在月牙镇当{job}。",
             "{n}是镇上的{job}，每天{deed}。",
@@ -74,7 +69,6 @@ STATEMENTS = {
         ),
         "friend": (
             "{n}最好的朋友是{friend}。",
-            "{n}最好的朋友是{friend}。",
             "{friend}是{n}最好的朋友。",
             "{n}和{friend}是最好的朋友。",
             "{n}有什么心事，都会告诉最好的朋友{friend}。",
@@ -82,7 +76,6 @@ STATEMENTS = {
             "谁都看得出来，{n}和{friend}最要好。",
         ),
         "hobby": (
-            "{n}的爱好是{hobby}。",
             "{n}的爱好是{hobby}。",
             "{n}一有空就{hobby}。",
             "{hobby}是{n}的爱好。",
@@ -95,13 +88,11 @@ STATEMENTS = {
     "en": {
         "species": (
             "{n} is {kind}.",
-            "{n} is {kind}.",
             "Everyone knows that {n} is {kind}.",
             "There is {kind} called {n}.",
             "In Crescent Town lives {kind} whose name is {n}.",
         ),
         "colour": (
-            "{n} is {colour}.",
             "{n} is {colour}.",
             "{n} is {colour} from head to toe.",
             "{Colour} is the colour of {n}.",
@@ -109,13 +100,11 @@ STATEMENTS = {
         ),
         "home": (
             "{n} lives {home}.",
-            "{n} lives {home}.",
             "{n}'s home is {home}.",
             "{n} has a little house {home}.",
             "There is a small house {home}, and it belongs to {n}.",
         ),
         "food": (
-            "{n} likes {food} best.",
             "{n} likes {food} best.",
             "{n}'s favourite food is {food}.",
             "When {n} is hungry, {he} wants {food}.",
@@ -123,20 +112,17 @@ STATEMENTS = {
         ),
         "job": (
             "{n} works as {a_job}.",
-            "{n} works as {a_job}.",
             "{n}'s job is to be {a_job}.",
             "{n} is {a_job} and {deed}.",
             "As {a_job}, {n} {deed} every day.",
         ),
         "friend": (
             "{n}'s best friend is {friend}.",
-            "{n}'s best friend is {friend}.",
             "{friend} is {n}'s best friend.",
             "{n} and {friend} are best friends.",
             "{n} tells every secret to {his} best friend {friend}.",
         ),
         "hobby": (
-            "{n}'s hobby is {hobby}.",
             "{n}'s hobby is {hobby}.",
             "{Hobby} is {n}'s hobby.",
             "You can often see {n} {hobby}.",
@@ -177,13 +163,13 @@ QUESTIONS = {
         "hobby": ("{n}的爱好是什么？", "{n}有什么爱好？", "请问{n}的爱好是什么？"),
     },
     "en": {
-        "species": ("What animal is {n}?", "What kind of animal is {n}?"),
-        "colour": ("What colour is {n}?", "Can you tell me what colour {n} is?"),
-        "home": ("Where does {n} live?", "Where is {n}'s home?"),
-        "food": ("What does {n} like to eat best?", "What is {n}'s favourite food?"),
-        "job": ("What is {n}'s job?", "What does {n} work as?"),
+        "species": ("What animal is {n}?", "What kind of animal is {n}?", "Tell me, what animal is {n}?"),
+        "colour": ("What colour is {n}?", "Can you tell me what colour {n} is?", "Tell me, what colour is {n}?"),
+        "home": ("Where does {n} live?", "Where is {n}'s home?", "Tell me, where does {n} live?"),
+        "food": ("What does {n} like best?", "What is {n}'s favourite food?", "What food does {n} like best?"),
+        "job": ("What is {n}'s job?", "What does {n} work as?", "Tell me, what is {n}'s job?"),
         "friend": ("Who is {n}'s best friend?", "Do you know who {n}'s best friend is?"),
-        "hobby": ("What is {n}'s hobby?", "What does {n} enjoy doing?"),
+        "hobby": ("What is {n}'s hobby?", "What does {n} enjoy doing?", "Tell me, what is {n}'s hobby?"),
     },
 }
 # A predicate that needs no subject of its own; joined with commas it makes a Chinese sentence.
@@ -203,8 +189,9 @@ ENTRY_HEADS = {
 
 
 def statement(rng: random.Random, character: Character, attribute: str, language: str) -> str:
-    """One sentence that states the fact, in a random wording (canonical about a quarter of the time)."""
-    return rng.choice(STATEMENTS[language][attribute]).format_map(character.words[language])
+    """One sentence that states the fact: half of the time the canonical one, else a paraphrase."""
+    canonical, *others = STATEMENTS[language][attribute]
+    return (canonical if rng.random() < 0.5 else rng.choice(others)).format_map(character.words[language])
 
 
 def mixed_statement(rng: random.Random, character: Character, language: str) -> str:
@@ -248,6 +235,8 @@ def entry(rng: random.Random, world: World, language: str) -> str:
     for i in range(1, len(sentences)):
         if rng.random() < 0.3:
             sentences[i] = _with_pronoun(sentences[i], character, language)
+    if rng.random() < 0.4:
+        return "\n".join([head.strip(), *sentences]).strip()
     return head + ("" if language == "zh" else " ").join(sentences)
 
 

@@ -21,7 +21,7 @@ from text.world_words import (
     weekday_question,
 )
 
-LEVELS = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4)
+LEVELS = (1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
 
 
 def sums_page(rng: random.Random, world: World, language: str) -> str:
@@ -45,7 +45,7 @@ def word_page(rng: random.Random, world: World, language: str) -> str:
 def lesson(rng: random.Random, world: World, language: str) -> str:
     """Any page of the book."""
     pages = (sums_page, number_page, word_page, reading_document)
-    return rng.choices(pages, weights=(35, 19, 28, 18))[0](rng, world, language)
+    return rng.choices(pages, weights=(30, 22, 22, 26))[0](rng, world, language)
 
 
 def _asked(rng: random.Random, world: World, exchanges: list[Exchange], language: str) -> str:
@@ -57,7 +57,7 @@ def _asked(rng: random.Random, world: World, exchanges: list[Exchange], language
 
 
 def _calculation(rng: random.Random) -> tuple[int, int]:
-    return addends(rng, rng.choice((1, 1, 2, 2, 3)), held_out=False)
+    return addends(rng, rng.choice((1, 1, 1, 2, 3)), held_out=False)
 
 
 def _signs(rng: random.Random, world: World, language: str) -> str:

@@ -66,24 +66,24 @@ def states_held_out(text: str) -> bool:
 
 
 def addends(rng: random.Random, level: int, held_out: bool) -> tuple[int, int]:
-    """Two numbers whose sum is, or is not, held out: up to 20 at level 1, under 100 at 2, two two-digit ones at 3."""
+    """Two numbers whose sum is, or is not, held out: up to 20 at level 1, without carry at 2, two-digit ones at 3."""
     while True:
         if level == 1:
             total = rng.randint(2, 20)
             a = rng.randint(0, total)
             b = total - a
         elif level == 2:
-            a, b = rng.randint(10, 90), rng.choice((rng.randint(1, 9), 10 * rng.randint(1, 8)))
+            a, b = 10 * rng.randint(2, 9) + rng.randint(0, 9), rng.randint(1, 9)
         else:
             a, b = rng.randint(11, 99), rng.randint(11, 99)
-        if held_out_sum(a, b) == held_out and (level != 2 or a + b < 100):
+        if held_out_sum(a, b) == held_out and (level != 2 or a % 10 + b < 10):
             return (a, b) if rng.random() < 0.5 else (b, a)
 
 
 def arithmetic_problem(rng: random.Random, level: int) -> tuple[str, str]:
     """A question and its canonical answer, whose last number is the result; never a held-out sum.
 
-    Level 1: sums and differences up to 20. Level 2: a two-digit number and a one-digit or round one, up to 99.
+    Level 1: sums and differences up to 20. Level 2: a two-digit number and a one-digit one, without carry.
     Level 3: two two-digit numbers, or a product up to 81. Level 4: two steps with results from 0 to 198.
     Four questions in five are Chinese. Pure: the same state of `rng` gives the same problem.
     """
@@ -104,9 +104,9 @@ def arithmetic(rng: random.Random, level: int, language: str, held_out: bool = F
 
 
 def two_numbers(rng: random.Random, held_out: bool) -> list[int]:
-    """Two different numbers up to 60 to be compared, in random order."""
+    """Two different numbers up to 50 to be compared, in random order."""
     while True:
-        pair = rng.sample(range(1, 61), 2)
+        pair = rng.sample(range(1, 51), 2)
         if held_out_comparison(*pair) == held_out:
             return pair
 
@@ -127,7 +127,7 @@ def comparison(rng: random.Random, language: str, held_out: bool = False) -> Exc
 def sequence(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
     """Four numbers in equal steps, to be continued."""
     while True:
-        start, step = rng.randint(0, 60), rng.choice((1, 1, 2, 5, 10))
+        start, step = rng.randint(0, 50), rng.choice((1, 1, 2, 5, 10))
         if held_out_sequence(start, step) == held_out and start + 4 * step < 100:
             break
     shown = [str(start + k * step) for k in range(4)]
@@ -139,9 +139,9 @@ def sequence(rng: random.Random, language: str, held_out: bool = False) -> Excha
 
 
 def counting(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """One word said two to eight times, to be counted."""
+    """One word said two to seven times, to be counted."""
     while True:
-        (noun, measure, noun_en), count = rng.choice(COUNTED), rng.randint(2, 8)
+        (noun, measure, noun_en), count = rng.choice(COUNTED), rng.randint(2, 7)
         if reserved("count", noun, count) == held_out:
             break
     if language == "zh":

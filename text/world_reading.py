@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from text.world_cast import PLACES, Thing, World, reserved
+from text.world_cast import PLACES, THINGS, World, article, reserved
 from text.world_facts import Exchange
 
 WHEN = {
@@ -100,19 +100,22 @@ def scene(rng: random.Random, world: World, language: str, held_out: bool = Fals
     template = rng.choice(SCENES[language])
     while True:
         a, b = (c.words[language]["n"] for c in rng.sample(world.known(language), 2))
-        x, y = Thing.draw(rng), Thing.draw(rng)
-        column = ("zh", "en").index(language)
-        p, q = (place[column] for place in rng.sample(PLACES, 2))
-        first = getattr(x, language)
-        if x.zh_bare != y.zh_bare and reserved(a, first) == reserved(a, p) == held_out:
+        (x, bare), (y, _) = (_plain(thing, language) for thing in rng.sample(THINGS, 2))
+        p, q = (place[language == "en"] for place in rng.sample(PLACES, 2))
+        if reserved(a, x) == reserved(a, p) == held_out:
             break
-    words = {"when": rng.choice(WHEN[language]), "a": a, "b": b, "x": first, "y": getattr(y, language), "p": p, "q": q}
-    words["bare"] = getattr(x, f"{language}_bare")
+    words = {"when": rng.choice(WHEN[language]), "a": a, "b": b, "x": x, "y": y, "bare": bare, "p": p, "q": q}
     exchanges = [
         Exchange("comprehension", language, question.format_map(words), answer.format_map(words))
         for question, answer in template.questions
     ]
     return template.story.format_map(words), exchanges
+
+
+def _plain(thing: tuple[str, ...], language: str) -> tuple[str, str]:
+    """一把雨伞 / an umbrella, and the bare word."""
+    measure, noun, english = thing
+    return (f"一{measure}{noun}", noun) if language == "zh" else (article(english), english)
 
 
 def comprehension(rng: random.Random, world: World, language: str, held_out: bool = False) -> Exchange:
