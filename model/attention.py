@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 CHUNK = 128  # query rows at a time on CPU
@@ -65,7 +66,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
     if q.device.type == "cpu" and q.shape[1] <= LONGEST_CHUNKED:
         mask = visibility.mask(q.shape[1], k.shape[1], q.device)
         mask = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        return _ChunkedAttention.apply(q, k, v, mask, scale)
+        # Autocast would carry each softmax through memory in float32; the kernel computes in float32 anyway.
+        with torch.autocast("cpu", enabled=False):
+            return _ChunkedAttention.apply(q, k, v, mask, scale)
     # The fused kernels want one head size for q, k and v: zeros added to v change nothing and are cut off again.
     if value_size < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - value_size))
@@ -97,7 +100,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         batch, queries, heads, _ = q.shape
         past = k.shape[1] - queries
-        q, k, v = (x.transpose(1, 2).reshape(batch * heads, x.shape[1], -1) for x in (q, k, v))
+        q, k, v = (rearrange(x, "b t h d -> (b h) t d") for x in (q, k, v))
         out, weights = v.new_empty(batch * heads, queries, v.shape[-1]), []
         for rows, end in _chunks(queries, past):
             scores = torch.bmm(q[:, rows], k[:, :end].transpose(1, 2)).mul_(scale)
@@ -107,13 +110,13 @@ class _ChunkedAttention(torch.autograd.Function):
             out[:, rows] = torch.bmm(weights[-1], v[:, :end])
         ctx.save_for_backward(q, k, v, *weights)
         ctx.scale, ctx.heads = scale, heads
-        return out.view(batch, heads, queries, -1).transpose(1, 2)
+        return rearrange(out, "(b h) t d -> b t h d", h=heads)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *weights = ctx.saved_tensors
-        batch, queries, heads, _ = grad.shape
-        grad = grad.transpose(1, 2).reshape(batch * heads, queries, -1)
+        queries = grad.shape[1]
+        grad = rearrange(grad, "b t h d -> (b h) t d")
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (rows, end), weight in zip(_chunks(queries, k.shape[1] - queries), weights, strict=True):
             grad_v[:, :end] += torch.bmm(weight.transpose(1, 2), grad[:, rows])
@@ -121,7 +124,8 @@ class _ChunkedAttention(torch.autograd.Function):
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype).mul_(ctx.scale)
             grad_q[:, rows] = torch.bmm(grad_scores, k[:, :end])
             grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
-        return *(x.view(batch, heads, x.shape[1], -1).transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None, None
+        gradients = (rearrange(x, "(b h) t d -> b t h d", h=ctx.heads) for x in (grad_q, grad_k, grad_v))
+        return *gradients, None, None
 
 
 def _chunks(queries: int, past: int) -> list[tuple[slice, int]]:

@@ -67,6 +67,21 @@ def test_fused_attention_and_its_gradient_equal_the_reference(case, monkeypatch)
     assert_equals_reference(*case)
 
 
+@pytest.mark.parametrize("kind", ["causal", "packed", "padded"])
+def test_attention_in_bfloat16_under_autocast_stays_near_the_reference(kind):
+    tensors, visibility, mask = attention_case(150, 150, kind, 4)
+    half = [x.detach().bfloat16().requires_grad_() for x in tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(*half, 0.37, visibility)
+    expected = reference(*(x.float() for x in half), 0.37, mask)
+    direction = torch.randn_like(expected)
+    assert out.dtype == torch.bfloat16
+    pairs = [(out, expected)]
+    pairs += zip(torch.autograd.grad(out, half, direction.bfloat16()), torch.autograd.grad(expected, half, direction))
+    for ours, wanted in pairs:
+        assert (ours.float() - wanted.float()).norm() / wanted.float().norm() < 2e-2
+
+
 @pytest.mark.parametrize("kind", ["causal", "packed"])
 def test_fused_kernels_get_one_head_size(kind, monkeypatch):
     monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
