@@ -76,9 +76,9 @@ def test_attention_in_bfloat16_under_autocast_stays_near_the_reference(kind):
     expected = reference(*(x.float() for x in half), 0.37, mask)
     direction = torch.randn_like(expected)
     assert out.dtype == torch.bfloat16
-    pairs = [(out, expected)]
-    pairs += zip(torch.autograd.grad(out, half, direction.bfloat16()), torch.autograd.grad(expected, half, direction))
-    for ours, wanted in pairs:
+    grads = torch.autograd.grad(out, half, direction.bfloat16())
+    expected_grads = torch.autograd.grad(expected, half, direction)
+    for ours, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
         assert (ours.float() - wanted.float()).norm() / wanted.float().norm() < 2e-2
 
 
