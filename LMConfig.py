@@ -259,6 +259,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         hidden_size=256, intermediate_size=768, moe_intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, q_lora_rank=128, kv_lora_rank=64,
         qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64, max_position_embeddings=1024,
+        # A few hundred steps must do: large first weights and one matrix for embedding and head learn in fewer of them.
+        initializer_range=0.05, tie_word_embeddings=True,
     ),
     "26m": dict(
         hidden_size=384, intermediate_size=1024, moe_intermediate_size=192, num_hidden_layers=8, num_attention_heads=6,

@@ -12,6 +12,8 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 DATA ?=
 WORLD := data/demo
 OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
+# The made-up world repeats its sentences: without a limit, whole phrases would become tokens that hide the names in them.
+SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
 .PHONY: demo chat test lint bench clean-demo
@@ -43,7 +45,7 @@ $(WORLD)/pretrain.csv: $(VENV)/installed
 	$(RUN) -m text.world --out $(WORLD)
 
 $(OUT)/tokenizer/tokenizer.json: $(TEXT) | $(VENV)/installed
-	$(RUN) train_tokenizer.py --data $(TEXT) --out $(OUT)/tokenizer
+	$(RUN) train_tokenizer.py --data $(TEXT) --out $(OUT)/tokenizer $(SHORT_TOKENS)
 
 $(OUT)/pretrain/final/config.json: $(OUT)/tokenizer/tokenizer.json
 	$(RUN) pretrain.py --config configs/demo/pretrain.yaml --data $(TEXT) --tokenizer $(OUT)/tokenizer \
