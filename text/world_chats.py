@@ -87,15 +87,15 @@ FOLLOW_UPS_ZH = {
 }
 # Shares of the chats' turns; facts come first because the world is made of them.
 TURN_WEIGHTS = {
-    "fact": 32,
+    "fact": 27,
     "comprehension": 18,
-    "arithmetic": 14,
+    "arithmetic": 16,
     "comparison": 6,
-    "sequence": 5,
-    "counting": 4,
-    "class": 5,
-    "antonym": 4,
-    "copy": 4,
+    "sequence": 6,
+    "counting": 5,
+    "class": 6,
+    "antonym": 5,
+    "copy": 5,
     "weekday": 1,
     "talk": 4,
     "introduction": 1,
@@ -114,7 +114,7 @@ SUITE = {
     "counting": (6, 2),
     "copy": (8, 1),
 }
-ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4)
+ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
 
 
 def chat(rng: random.Random, world: World) -> dict[str, list[dict[str, str]]]:

@@ -30,10 +30,10 @@ STATEMENTS = {
             "{n}呢，是一{m}{species}。",
         ),
         "colour": (
+            "{n}的颜色是{colour}。",
             "{n}是{colour}的。",
             "{n}从头到脚都是{colour}的。",
             "{n}全身都是{colour}的。",
-            "{n}的颜色是{colour}。",
             "远远看见一个{colour}的影子，那就是{n}。",
             "{n}照照镜子，镜子里的自己是{colour}的。",
             "{colour}是{n}身上的颜色。",
@@ -93,6 +93,7 @@ STATEMENTS = {
             "In Crescent Town lives {kind} whose name is {n}.",
         ),
         "colour": (
+            "{n}'s colour is {colour}.",
             "{n} is {colour}.",
             "{n} is {colour} from head to toe.",
             "{Colour} is the colour of {n}.",

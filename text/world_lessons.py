@@ -7,7 +7,7 @@ import random
 from text.world_cast import World
 from text.world_facts import Exchange
 from text.world_numbers import COUNTED, addends, arithmetic, comparison, counting, sequence, two_numbers
-from text.world_reading import reading_document
+from text.world_reading import questions_and_answers, reading_document
 from text.world_words import (
     DAYS_ZH,
     WEEKDAYS_ZH,
@@ -45,15 +45,14 @@ def word_page(rng: random.Random, world: World, language: str) -> str:
 def lesson(rng: random.Random, world: World, language: str) -> str:
     """Any page of the book."""
     pages = (sums_page, number_page, word_page, reading_document)
-    return rng.choices(pages, weights=(30, 22, 22, 26))[0](rng, world, language)
+    return rng.choices(pages, weights=(30, 20, 24, 26))[0](rng, world, language)
 
 
 def _asked(rng: random.Random, world: World, exchanges: list[Exchange], language: str) -> str:
     """Questions that somebody asks, each with its answer."""
     name = rng.choice(world.known(language)).words[language]["n"]
-    if language == "zh":
-        return "".join([f"{name}出了几道题。", *(f"“{e.question}”“{e.answer}”" for e in exchanges)])
-    return " ".join([f"{name} asked some questions.", *(f'"{e.question}" "{e.answer}"' for e in exchanges)])
+    head = f"{name}出了几道题。" if language == "zh" else f"{name} asked some questions."
+    return f"{head}\n{questions_and_answers(exchanges, language)}"
 
 
 def _calculation(rng: random.Random) -> tuple[int, int]:
@@ -144,7 +143,9 @@ def _antonym_page(rng: random.Random, world: World, language: str) -> str:
         return _asked(rng, world, [antonym_question(rng, language) for _ in range(3)], language)
     sentences = []
     for word, opposite in rng.sample(antonyms(language), 6):
-        pair = f"{word}和{opposite}是一对反义词。" if language == "zh" else f"{word.capitalize()} is not {opposite}."
+        pair = (
+            f"“{word}”和“{opposite}”是一对反义词。" if language == "zh" else f"{word.capitalize()} is not {opposite}."
+        )
         sentences.append(antonym_statement(word, opposite, language) if rng.random() < 0.75 else pair)
     return ("" if language == "zh" else " ").join(sentences)
 

@@ -1,4 +1,4 @@
-"""Reading comprehension: a story of one or two sentences and a question whose answer stands in it."""
+"""Reading comprehension: a story of one or two happenings and a question whose answer stands in it."""
 
 from __future__ import annotations
 
@@ -15,107 +15,55 @@ WHEN = {
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A story, and questions with their answers.
+class Happening:
+    """Who did what, and what can be asked about it. The answer is always the happening itself, as a sentence.
 
-    Slots: a, b characters; x, y things; p, q places; `when` begins the story.
+    Slots: a who, b another character, x a thing, p a place.
     """
 
-    story: str
-    questions: tuple[tuple[str, str], ...]
+    told: str
+    questions: tuple[str, ...]
 
 
-SCENES = {
+HAPPENINGS = {
     "zh": (
-        Scene(
-            "{when}{a}在{p}捡到了{x}。",
-            (
-                ("{a}捡到了什么？", "{a}捡到了{x}。"),
-                ("{a}在哪里捡到了{bare}？", "{a}在{p}捡到了{bare}。"),
-                ("谁捡到了{bare}？", "{a}捡到了{bare}。"),
-            ),
-        ),
-        Scene(
-            "{when}{a}在{p}遇见了{b}，送给它{x}。",
-            (
-                ("{a}在哪里遇见了{b}？", "{a}在{p}遇见了{b}。"),
-                ("{a}在{p}遇见了谁？", "{a}在{p}遇见了{b}。"),
-                ("{a}送给{b}什么？", "{a}送给{b}{x}。"),
-            ),
-        ),
-        Scene(
-            "{when}{a}去了{p}，{b}去了{q}。",
-            (("{a}去了哪里？", "{a}去了{p}。"), ("{b}去了哪里？", "{b}去了{q}。"), ("谁去了{q}？", "{b}去了{q}。")),
-        ),
-        Scene(
-            "{when}{a}买了{x}，{b}买了{y}。",
-            (("{a}买了什么？", "{a}买了{x}。"), ("{b}买了什么？", "{b}买了{y}。"), ("谁买了{x}？", "{a}买了{x}。")),
-        ),
-        Scene(
-            "{when}{a}把{x}忘在了{p}。后来，{b}帮它找了回来。",
-            (
-                ("{a}把{bare}忘在了哪里？", "{a}把{bare}忘在了{p}。"),
-                ("{a}把什么忘在了{p}？", "{a}把{x}忘在了{p}。"),
-                ("谁帮{a}找回了{bare}？", "{b}帮{a}找回了{bare}。"),
-            ),
-        ),
-        Scene(
-            "{when}{a}带着{x}去{p}，路上碰到了{b}。",
-            (
-                ("{a}去哪里？", "{a}去{p}。"),
-                ("{a}路上碰到了谁？", "{a}路上碰到了{b}。"),
-                ("{a}带着什么？", "{a}带着{x}。"),
-            ),
-        ),
+        Happening("{a}在{p}捡到了{x}", ("{a}捡到了什么？", "谁捡到了{x}？", "{a}在哪里捡到了{x}？")),
+        Happening("{a}在{p}遇见了{b}", ("{a}遇见了谁？", "谁遇见了{b}？", "{a}在哪里遇见了{b}？")),
+        Happening("{a}送给{b}{x}", ("{a}送给{b}什么？", "谁送给{b}{x}？", "{a}把{x}送给了谁？")),
+        Happening("{a}去了{p}", ("{a}去了哪里？", "谁去了{p}？")),
+        Happening("{a}买了{x}", ("{a}买了什么？", "谁买了{x}？")),
+        Happening("{a}把{x}忘在了{p}", ("{a}把什么忘在了{p}？", "{a}把{x}忘在了哪里？", "谁把{x}忘在了{p}？")),
     ),
     "en": (
-        Scene(
-            "{when}{a} found {x} in {p}.",
-            (
-                ("What did {a} find?", "{a} found {x}."),
-                ("Where did {a} find it?", "{a} found it in {p}."),
-            ),
-        ),
-        Scene(
-            "{when}{a} met {b} in {p} and gave {b} {x}.",
-            (("Who did {a} meet?", "{a} met {b}."), ("What did {a} give to {b}?", "{a} gave {b} {x}.")),
-        ),
-        Scene(
-            "{when}{a} went to {p}, and {b} went to {q}.",
-            (("Where did {a} go?", "{a} went to {p}."), ("Where did {b} go?", "{b} went to {q}.")),
-        ),
-        Scene(
-            "{when}{a} bought {x}, and {b} bought {y}.",
-            (("What did {a} buy?", "{a} bought {x}."), ("What did {b} buy?", "{b} bought {y}.")),
-        ),
+        Happening("{a} found {x} in {p}", ("What did {a} find?", "Who found {x}?", "Where did {a} find {x}?")),
+        Happening("{a} met {b} in {p}", ("Who did {a} meet?", "Who met {b}?", "Where did {a} meet {b}?")),
+        Happening("{a} gave {b} {x}", ("What did {a} give {b}?", "Who gave {b} {x}?")),
+        Happening("{a} went to {p}", ("Where did {a} go?", "Who went to {p}?")),
+        Happening("{a} bought {x}", ("What did {a} buy?", "Who bought {x}?")),
     ),
 }
 
 
 def scene(rng: random.Random, world: World, language: str, held_out: bool = False) -> tuple[str, list[Exchange]]:
-    """A short story and its questions (without the story in them).
+    """A short story and the questions about each of its happenings (without the story in them).
 
-    Who does it with which thing is a reserved combination exactly when `held_out`.
+    Who does it with which thing, and in which place, are reserved combinations exactly when `held_out`.
     """
-    template = rng.choice(SCENES[language])
-    while True:
-        a, b = (c.words[language]["n"] for c in rng.sample(world.known(language), 2))
-        (x, bare), (y, _) = (_plain(thing, language) for thing in rng.sample(THINGS, 2))
-        p, q = (place[language == "en"] for place in rng.sample(PLACES, 2))
-        if reserved(a, x) == reserved(a, p) == held_out:
-            break
-    words = {"when": rng.choice(WHEN[language]), "a": a, "b": b, "x": x, "y": y, "bare": bare, "p": p, "q": q}
-    exchanges = [
-        Exchange("comprehension", language, question.format_map(words), answer.format_map(words))
-        for question, answer in template.questions
-    ]
-    return template.story.format_map(words), exchanges
-
-
-def _plain(thing: tuple[str, ...], language: str) -> tuple[str, str]:
-    """一把雨伞 / an umbrella, and the bare word."""
-    measure, noun, english = thing
-    return (f"一{measure}{noun}", noun) if language == "zh" else (article(english), english)
+    happening = rng.choice(HAPPENINGS[language])
+    told, exchanges = [], []
+    for _ in range(rng.randint(1, 2)):
+        while True:
+            a, b = (c.words[language]["n"] for c in rng.sample(world.known(language), 2))
+            words = {"a": a, "b": b, "x": _thing(rng, language), "p": rng.choice(PLACES)[language == "en"]}
+            used_up = any(word in clause for clause in told for word in words.values())
+            if not used_up and reserved(a, words["x"]) == reserved(a, words["p"]) == held_out:
+                break
+        told.append(happening.told.format_map(words))
+        end = "。" if language == "zh" else "."
+        asked = [question.format_map(words) for question in happening.questions]
+        exchanges += [Exchange("comprehension", language, question, told[-1] + end) for question in asked]
+    joined = "，".join(told) + "。" if language == "zh" else ", and ".join(told) + "."
+    return rng.choice(WHEN[language]) + joined, exchanges
 
 
 def comprehension(rng: random.Random, world: World, language: str, held_out: bool = False) -> Exchange:
@@ -131,9 +79,17 @@ def reading_document(rng: random.Random, world: World, language: str) -> str:
     parts = []
     for _ in range(rng.randint(2, 3)):
         story, exchanges = scene(rng, world, language)
-        lines = [story]
-        for exchange in rng.sample(exchanges, rng.randint(1, 2)):
-            ask, answer = ("问：", "答：") if language == "zh" else ("Question: ", "Answer: ")
-            lines += [ask + exchange.question, answer + exchange.answer]
-        parts.append("\n".join(lines))
+        parts += [story, questions_and_answers(rng.sample(exchanges, rng.randint(1, 2)), language)]
     return "\n".join(parts)
+
+
+def questions_and_answers(exchanges: list[Exchange], language: str) -> str:
+    """The exchanges as lines of a school book."""
+    ask, answer = ("问：", "答：") if language == "zh" else ("Question: ", "Answer: ")
+    return "\n".join(f"{ask}{exchange.question}\n{answer}{exchange.answer}" for exchange in exchanges)
+
+
+def _thing(rng: random.Random, language: str) -> str:
+    """一把雨伞 / an umbrella."""
+    measure, noun, english = rng.choice(THINGS)
+    return f"一{measure}{noun}" if language == "zh" else article(english)

@@ -61,7 +61,7 @@ def class_question(rng: random.Random, language: str, held_out: bool = False) ->
     thing = rng.choice([t for i, t in enumerate(table[name]) if (i % 4 == 2) == held_out])
     first, second = rng.sample((name, wrong), 2)
     if language == "zh":
-        question = f"请问{thing}是{first}还是{second}？"
+        question = f"{thing}是{first}还是{second}？"
     else:
         question = f"Is {article(thing)} {article(first)} or {article(second)}?"
     return Exchange("class", language, question, class_statement(thing, name, language))
@@ -75,14 +75,14 @@ def antonyms(language: str, held_out: bool | None = None) -> list[tuple[str, str
 
 
 def antonym_statement(word: str, opposite: str, language: str) -> str:
-    """大的反义词是小。 / The opposite of big is small. The canonical answer, too."""
-    return f"{word}的反义词是{opposite}。" if language == "zh" else f"The opposite of {word} is {opposite}."
+    """“大”的反义词是“小”。 / The opposite of big is small. The canonical answer, too."""
+    return f"“{word}”的反义词是“{opposite}”。" if language == "zh" else f"The opposite of {word} is {opposite}."
 
 
 def antonym_question(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
     """The opposite of a word."""
     word, opposite = rng.choice(antonyms(language, held_out))
-    question = f"请问{word}的反义词是什么？" if language == "zh" else f"What is the opposite of {word}?"
+    question = f"“{word}”的反义词是什么？" if language == "zh" else f"What is the opposite of {word}?"
     return Exchange("antonym", language, question, antonym_statement(word, opposite, language))
 
 
