@@ -21,6 +21,7 @@ COLUMNS = (
     ("tokens_per_second", "{:,.0f} tok/s"),
     ("mfu", "mfu {:.1%}"),
     ("max_vio_worst", "MaxVio {:.2f}"),
+    ("memory_gb", "{:.1f} GB"),
     ("val_bits_per_byte", "val {:.4f} bits/byte"),
 )
 
@@ -85,6 +86,8 @@ class RunLog:
         values = dict(metrics)
         if metrics.get("max_vio"):
             values["max_vio_worst"] = max(metrics["max_vio"])
+        if metrics.get("memory"):
+            values["memory_gb"] = metrics["memory"] / 1e9
         shown = [form.format(values[name]) for name, form in COLUMNS if values.get(name) is not None]
         self.bar.console.print(f"step {metrics['step']:>6}  " + "  ".join(shown), highlight=False, soft_wrap=True)
         if self.wandb is not None:
