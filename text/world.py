@@ -35,7 +35,7 @@ __all__ = ["arithmetic_problem", "documents", "generate", "held_out_arithmetic_p
 
 ROW_CHARACTERS = 512
 PRETRAIN_CHARACTERS = 6_500_000  # at scale 1
-CHATS = 14_000  # at scale 1
+CHATS = 40_000  # at scale 1
 HELDOUT_CHARACTERS = 36_000
 ENGLISH_SHARE = 0.2
 FILES = ("pretrain.csv", "sft.jsonl", "heldout.txt", "heldout_questions.jsonl")

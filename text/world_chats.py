@@ -137,7 +137,7 @@ def held_out_questions(world: World) -> list[dict[str, str]]:
         for language, count in zip(("zh", "en"), counts, strict=True):
             drawn = _held_out_facts(rng, world, language, count) if kind == "fact" else {}
             while len(drawn) < count:
-                exchange = _held_out(rng, world, kind, language, level=2 if len(drawn) % 4 == 3 else 1)
+                exchange = _held_out(rng, world, kind, language, level=1 + len(drawn) % 2)
                 drawn[exchange.question] = exchange
             for i, exchange in enumerate(drawn.values(), start=1):
                 name = f"{kind}-{language}-{i:03d}"
