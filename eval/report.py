@@ -92,19 +92,21 @@ def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
 
 
 def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table, shared by the terminal and the file."""
-    kinds = [kind for kind in rows[0].accuracy if kind != "all"]
-    header = ["model", "bits per byte", *(["exact answers", *kinds] if rows[0].accuracy else [])]
-    lines = []
-    for row in rows:
-        scores = [f"{row.accuracy[kind]:.0%}" for kind in ["all", *kinds]] if row.accuracy else []
-        lines.append([row.name, f"{row.bits_per_byte:.3f}", *scores])
+    """Header and lines of the table, shared by the terminal and the file: a column for each model."""
+    header = ["held out: never seen in training", *(row.name for row in rows)]
+    lines = [["bits per byte", *(f"{row.bits_per_byte:.3f}" for row in rows)]]
+    if rows[0].accuracy:
+        kinds = ["all", *(kind for kind in rows[0].accuracy if kind != "all")]
+        names = {"all": "exact answers"}
+        lines += [[names.get(kind, f"  {kind}"), *(f"{row.accuracy[kind]:.0%}" for row in rows)] for kind in kinds]
     return header, lines
 
 
 def _print(rows: list[Row], shown: list[Result]) -> None:
     header, lines = _cells(rows)
-    table = Table(*header, title="held out: never seen in training")
+    table = Table(*header)
+    for column in table.columns[1:]:
+        column.justify = "right"
     for line in lines:
         table.add_row(*line)
     console = Console()
