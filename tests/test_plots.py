@@ -1,0 +1,59 @@
+"""A run's curves show what its metrics say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot
+
+from training.log import read_metrics
+from training.plots import draw_run
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that were drawn, kept from being closed until the test is over."""
+    figures, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    yield figures
+    for figure in figures:
+        close(figure)
+
+
+def run_folder(folder: Path, *entries: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf8")
+    return folder
+
+
+def test_a_real_run_is_drawn_from_its_metrics(pretrained, tmp_path, drawn):
+    entries = read_metrics(pretrained / "metrics.jsonl")
+    picture = draw_run(run_folder(tmp_path / "run", *entries))
+    assert picture == tmp_path / "run" / "curves.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+    (figure,) = drawn
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    losses = panels["training loss"].lines
+    assert losses[0].get_ydata().tolist() == [entry["loss"] for entry in entries[1:]]
+    assert losses[1].get_ydata().tolist() == [entry["mtp_loss"] for entry in entries[1:]]
+    held_out = panels["held-out text"].lines[0]
+    assert held_out.get_xdata().tolist() == [0, entries[-1]["tokens"]]
+    assert held_out.get_ydata().tolist() == [entries[0]["val_bits_per_byte"], entries[-1]["val_bits_per_byte"]]
+    assert panels["learning rate"].lines[0].get_ydata().tolist() == [entry["lr"] for entry in entries[1:]]
+    assert panels["speed"].lines[0].get_ydata().tolist() == [entry["tokens_per_second"] for entry in entries[1:]]
+    assert panels["expert balance"].lines[0].get_ydata().tolist() == [max(entry["max_vio"]) for entry in entries[1:]]
+    load = panels["expert load on held-out text"].images[0].get_array()
+    assert load.tolist() == [[share * 8 for share in layer] for layer in entries[-1]["expert_load"]]
+
+
+def test_a_run_without_experts_or_validation_is_drawn_too(tmp_path, drawn):
+    entry = {"step": 1, "tokens": 10, "loss": 3.0, "lr": 0.1, "tokens_per_second": 5.0}
+    assert draw_run(run_folder(tmp_path / "run", entry)).is_file()
+    assert any("no MoE layer" in text.get_text() for axis in drawn[0].axes for text in axis.texts)
+
+
+def test_a_run_without_metrics_has_no_curves(tmp_path):
+    assert draw_run(tmp_path) is None
+    assert draw_run(run_folder(tmp_path / "run")) is None
