@@ -109,7 +109,8 @@ def perplexity(
         raise UserError(f"{path}: no such file; give a text file")
     answerer = Answerer.open(ckpt, device, dtype)
     total = math.ceil(path.stat().st_size / BLOCK)
-    blocks = track(read_blocks(path), "scoring", total=total, console=Console(stderr=True), transient=True)
+    bar = Console(stderr=True)
+    blocks = track(read_blocks(path), "scoring", total=total, console=bar, transient=True, disable=not bar.is_terminal)
     score = score_text(answerer, iter(blocks), window)
     if not score.tokens:
         raise UserError(f"{path}: empty; give a file with text")

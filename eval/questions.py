@@ -66,7 +66,8 @@ def ask(answerer: Answerer, questions: list[Question], batch: int = 64, max_new_
     order = sorted(range(len(questions)), key=lambda index: len(questions[index].question))
     results: list[Result | None] = [None] * len(questions)
     starts = range(0, len(order), batch)
-    for start in track(starts, "asking", console=Console(stderr=True), transient=True):
+    bar = Console(stderr=True)
+    for start in track(starts, "asking", console=bar, transient=True, disable=not bar.is_terminal):
         part = order[start : start + batch]
         replies = answerer.reply(
             [[{"role": "user", "content": questions[index].question}] for index in part], max_new_tokens

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from errors import UserError
+from errors import UserError, naming
 from text.chat_template import CHAT_TEMPLATE
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -248,7 +248,7 @@ def _write(file: Path, content: str) -> None:
     """Replace a file in one step, so that a full disk never leaves half of it."""
     temporary = file.with_name(file.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        with naming(file), temporary.open("w", encoding="utf-8", newline="\n") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

@@ -96,7 +96,7 @@ Settings = TypeVar("Settings", bound=StageSettings)
 
 def parse(kind: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
     """Read `--config FILE` and the command line over it into `kind`; `--help` and `--print_config` as usual."""
-    parser = ArgumentParser(description=description, exit_on_error=False, formatter_class=RawFormatter)
+    parser = _parser(description)
     parser.add_argument("--config", action="config", help="YAML file of these settings; the command line wins over it")
     parser.add_class_arguments(kind)
     given = _parse(parser, kind, arguments)
@@ -106,7 +106,7 @@ def parse(kind: type[Settings], description: str, arguments: list[str] | None = 
 
 def call(function: Callable[..., None], description: str, arguments: list[str] | None = None) -> None:
     """Call a function with its parameters from the command line."""
-    parser = ArgumentParser(description=description, exit_on_error=False, formatter_class=RawFormatter)
+    parser = _parser(description)
     parser.add_function_arguments(function)
     function(**_parse(parser, function, arguments))
 
@@ -116,6 +116,12 @@ class RawFormatter(DefaultHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text
+
+
+def _parser(description: str) -> ArgumentParser:
+    return ArgumentParser(
+        description=description, exit_on_error=False, allow_abbrev=False, formatter_class=RawFormatter
+    )
 
 
 def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str] | None) -> dict[str, Any]:
