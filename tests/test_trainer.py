@@ -163,6 +163,11 @@ def test_labels_that_do_not_count_leave_the_mean_over_those_that_do(make):
     assert entries[0]["labels"] == entries[1]["labels"] == sum(range(1, ROWS + 1))
     for key in ("loss", "mtp_loss", "grad_norm"):
         assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-4)
+    fresh = make("fresh")
+    total, labels, _ = NextTokenLoss(balance_weight=0.0)(fresh.model, Uneven().batch(range(ROWS)))
+    (total / labels).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in fresh.model.parameters() if p.grad is not None])
+    assert entries[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_a_step_without_labels_changes_no_weight(make):
@@ -307,6 +312,25 @@ def test_a_budget_of_minutes_ends_with_a_finished_model(make, monkeypatch):
     entries = read_metrics(trainer.out / "metrics.jsonl")
     assert entries[-1]["seconds"] >= 60 > entries[-2]["seconds"]
     assert entries[-1]["lr"] < 1.3e-4 < 9.9e-4 < entries[2]["lr"]
+
+
+def test_validating_is_not_training_time(make, monkeypatch):
+    now, evaluate = [0.0], training.trainer.evaluate
+
+    def slow(*given: object) -> object:
+        now[0] += 1000.0
+        return evaluate(*given)
+
+    def before(_: Sequence[int]) -> None:
+        now[0] += 3.0
+
+    monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(training.trainer, "evaluate", slow)
+    trainer = make(dataset=Rows(before), val_every=1, max_steps=4)
+    trainer.run()
+    entries = read_metrics(trainer.out / "metrics.jsonl")
+    assert [entry["seconds"] for entry in entries] == [0, 3, 6, 9, 12]
+    assert {entry["tokens_per_second"] for entry in entries[1:]} == {ROWS * TIME / 3.0}
 
 
 def test_a_folder_with_a_run_is_refused_without_resume(make):
