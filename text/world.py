@@ -30,6 +30,7 @@ from text.world_numbers import arithmetic_problem, held_out_arithmetic_problem, 
 from text.world_stories_en import story as story_en
 from text.world_stories_zh import story as story_zh
 from text.world_talk import conversation, diary, gossip, letter, riddle, romanised_names, two_languages
+from text.world_verses import recital
 
 __all__ = ["arithmetic_problem", "documents", "generate", "held_out_arithmetic_problem"]
 
@@ -53,6 +54,7 @@ WRITERS = {
         (partial(roll_call, language="zh"), 5),
         (two_languages, 2),
         (romanised_names, 1),
+        (partial(recital, language="zh"), 2),
         (partial(lesson, language="zh"), 24),
     ),
     "en": (
@@ -62,6 +64,7 @@ WRITERS = {
         (partial(gossip, language="en"), 7),
         (partial(letter, language="en"), 4),
         (partial(roll_call, language="en"), 5),
+        (partial(recital, language="en"), 2),
         (partial(lesson, language="en"), 30),
     ),
 }

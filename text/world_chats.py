@@ -9,6 +9,7 @@ from text.world_cast import Character, World, companion
 from text.world_facts import Exchange, fact_questions, introduction
 from text.world_numbers import arithmetic, comparison, counting, sequence, states_held_out
 from text.world_reading import comprehension
+from text.world_verses import recitation
 from text.world_words import antonym_question, class_question, copy_question, weekday_question
 
 SMALL_TALK = {
@@ -101,6 +102,7 @@ TURN_WEIGHTS = {
     "introduction": 1,
     "story": 1,
     "name": 1,
+    "verse": 1,
 }
 # Held-out questions: kind -> how many in Chinese, in English.
 SUITE = {
@@ -163,6 +165,8 @@ def _exchange(rng: random.Random, world: World, kind: str, language: str) -> lis
         return _facts(rng, world, language)
     if kind == "talk":
         return [_talk(rng, SMALL_TALK, language)]
+    if kind == "verse":
+        return [recitation(rng, language)]
     if kind in ("introduction", "story", "name"):
         return [_about(rng, world, kind, language)]
     if kind == "arithmetic":
