@@ -1,0 +1,198 @@
+"""The whole path of `make demo` at a tiny size, through the real scripts: from nothing to a model that chats."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import full_sft
+from eval.questions import questions
+from eval.report import report
+from full_sft import SFTSettings
+from model import MiniDeepSeek
+from pretrain import PretrainSettings
+from text.tokenizer import Tokenizer
+from training.log import read_metrics
+from training.settings import call, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = """
+model: {preset: demo, hidden_size: 64, num_hidden_layers: 2, intermediate_size: 96, moe_intermediate_size: 32}
+sequence_length: 64
+batch_tokens: 1024
+micro_tokens: 512
+dtype: fp32
+log_every: 1
+val_tokens: 2048
+val_fraction: 0.1
+workers: 1
+optim: {lr: 5.0e-3}
+"""
+
+
+def python(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """Run a script of the project as a person does, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, **options)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    return done
+
+
+def begin_and_terminate(out: Path, *arguments: object) -> str:
+    """Start pretrain.py, end it with SIGTERM once it has logged three steps; returns what it printed."""
+    command = [sys.executable, "pretrain.py", *map(str, arguments), "--out", str(out)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        end = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < end and len(read_metrics(out / "metrics.jsonl")) < 4:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        shown, complaints = (part.decode() for part in process.communicate(timeout=100))
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "Traceback" not in complaints, complaints[-2000:]
+    return shown
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """Every stage once; pretraining is terminated and resumed on the way."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "tiny.yaml").write_text(TINY, encoding="utf8")
+    python("-m", "text.world", "--out", folder / "world", "--scale", 0.01)
+    corpus = folder / "world" / "pretrain.csv"
+    python("train_tokenizer.py", "--data", corpus, "--out", folder / "tokenizer", "--vocab_size", 500)
+    arguments = ["--config", folder / "tiny.yaml", "--data", corpus, "--tokenizer", folder / "tokenizer"]
+    arguments += ["--shards", folder / "shards", "--max_steps", 60]
+    shown = begin_and_terminate(folder / "pretrain", *arguments)
+    (saved,) = (folder / "pretrain").glob("step-*")
+    assert f"interrupted: saved {saved}; the same command with --resume goes on from there" in shown
+    done = python("pretrain.py", *arguments, "--out", folder / "pretrain", "--resume")
+    assert f"resuming from {saved}" in done.stdout and "finished: " in done.stdout
+    chats = ["--ckpt", folder / "pretrain" / "final", "--data", folder / "world" / "sft.jsonl"]
+    shape = [
+        "--sequence_length",
+        64,
+        "--batch_tokens",
+        1024,
+        "--micro_tokens",
+        512,
+        "--log_every",
+        1,
+        "--dtype",
+        "fp32",
+    ]
+    python("full_sft.py", *chats, *shape, "--out", folder / "sft", "--max_steps", 30, "--optim.lr", 5e-3)
+    asked = (folder / "world" / "heldout_questions.jsonl").read_text(encoding="utf8").splitlines()[::30]
+    (folder / "asked.jsonl").write_text("\n".join(asked), encoding="utf8")
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "steps", "fall"), [("pretrain", 60, 1.0), ("sft", 30, 0.5)])
+def test_the_loss_falls_in_each_stage(stage, steps, fall, path):
+    entries = read_metrics(path / stage / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == list(range(steps + 1))
+    assert entries[-1]["loss"] < entries[1]["loss"] - fall
+    assert entries[-1]["val_bits_per_byte"] < entries[0]["val_bits_per_byte"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_each_stage_leaves_a_complete_folder(stage, path):
+    names = {str(file.relative_to(path / stage)) for file in (path / stage).rglob("*") if file.is_file()}
+    final = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert names >= {"config.yaml", "metrics.jsonl", *(f"final/{name}" for name in final)}
+    assert "final/training/state.safetensors" in names
+    assert not [name for name in names if "partial" in name or name.endswith((".tmp", ".part"))]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_transformers_opens_the_result_with_the_same_logits(stage, path):
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = path / stage / "final"
+    theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ours, tokenizer = MiniDeepSeek.from_pretrained(folder), Tokenizer.from_folder(folder)
+    text = "月牙镇的小明有3个苹果。 Crescent Town"
+    ids = tokenizer.encode(text)
+    assert their_tokenizer.encode(text, add_special_tokens=False) == ids
+    with torch.no_grad():
+        logits = ours(torch.tensor([ids])).logits
+        torch.testing.assert_close(theirs(torch.tensor([ids])).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_result_chats(path):
+    done = python("eval/chat.py", "--ckpt", path / "sft" / "final", "--once", "你好", "--temperature", 0)
+    assert done.stdout.strip() and "tok/s]" in done.stderr
+
+
+def test_the_questions_are_scored_by_kind(path, run):
+    asked = (path / "asked.jsonl").read_text(encoding="utf8").splitlines()
+    options = ["--ckpt", path / "sft" / "final", "--file", path / "asked.jsonl", "--json"]
+    done = run(lambda: call(questions, ""), *options)
+    scores = json.loads(done.out)
+    assert set(scores) == {"all", *(json.loads(line)["kind"] for line in asked)}
+    assert all(0 <= score <= 1 for score in scores.values())
+
+
+def test_the_report_shows_both_stages(path, run):
+    options = ["--out", path, "--questions", path / "asked.jsonl", "--samples", 2]
+    done = run(lambda: call(report, ""), *options)
+    assert done.code == 0, done.err
+    page = (path / "report" / "report.md").read_text(encoding="utf8")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    bits = dict(zip(table[0][1:], map(float, table[2][1:]), strict=True))
+    assert list(bits) == ["untrained", "pretrain", "sft"] and bits["pretrain"] < bits["untrained"] - 0.5
+    for stage in ("pretrain", "sft"):
+        assert (path / "report" / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_stage_is_not_trained_again(path, run):
+    options = ["--ckpt", path / "pretrain" / "final", "--data", path / "world" / "sft.jsonl", "--out", path / "sft"]
+    shape = ["--sequence_length", 64, "--batch_tokens", 1024, "--max_steps", 30]
+    before = (path / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
+    done = run(full_sft.main, *options, *shape, "--resume")
+    assert done.code == 0 and "already complete after 30 steps" in done.out
+    assert (path / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def commands(*variables: str) -> list[list[str]]:
+    """What `make demo` would run, without what installs."""
+    done = subprocess.run(["make", "-n", "demo", *variables], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+    return [line[1:] for line in lines if line and line[0] == ".venv/bin/python" and "pip" not in line]
+
+
+def test_make_demo_runs_the_stages_in_order(tmp_path):
+    world, out = tmp_path / "world", tmp_path / "out"
+    made = commands(f"WORLD={world}", f"OUT={out}")
+    scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
+    assert scripts == ["text.world", "train_tokenizer.py", "pretrain.py", "full_sft.py", "eval/report.py"]
+    pretraining, tuning = parse(PretrainSettings, "", made[2][1:]), parse(SFTSettings, "", made[3][1:])
+    assert (pretraining.data, pretraining.tokenizer) == (f"{world}/pretrain.csv", f"{out}/tokenizer")
+    assert (tuning.ckpt, tuning.data) == (f"{pretraining.out}/final", f"{world}/sft.jsonl")
+    assert pretraining.resume and tuning.resume and tuning.out == f"{out}/sft"
+
+
+def test_make_demo_takes_a_persons_own_text(tmp_path):
+    text = tmp_path / "my.csv"
+    text.write_text("text\n", encoding="utf8")
+    made = commands(f"WORLD={tmp_path / 'world'}", f"DATA={text}", f"OUT={tmp_path / 'out'}")
+    by_script = {command[0]: command for command in made}
+    for script in ("train_tokenizer.py", "pretrain.py"):
+        command = by_script[script]
+        assert command[command.index("--data") + 1] == str(text)
