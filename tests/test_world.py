@@ -120,7 +120,7 @@ def test_the_suite_has_300_questions_of_nine_kinds(questions):
     assert len({q["question"] for q in questions}) == len({q["id"] for q in questions}) == len(questions) == 300
     kinds = Counter(q["kind"] for q in questions)
     assert kinds["fact"] / 300 == pytest.approx(0.55, abs=0.05)
-    assert kinds["arithmetic"] / 300 == pytest.approx(0.125, abs=0.025)
+    assert kinds["arithmetic"] / 300 == pytest.approx(16 / 300)
     assert len(kinds) == 9
     assert Counter(q["language"] for q in questions)["zh"] / 300 == pytest.approx(0.8, abs=0.03)
     assert all(is_chinese(q["question"] + q["answer"]) == (q["language"] == "zh") for q in questions)
