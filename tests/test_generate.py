@@ -13,8 +13,10 @@ from errors import UserError
 from eval.answering import Answerer
 from LMConfig import LMConfig
 from model import MiniDeepSeek
+from model.cache import LatentCache
 from model.sampling import Sampling
-from model.speculative import stream_speculative
+from model.speculative import _DraftChain, stream_speculative
+from text.chat_template import encode_chat
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
 
@@ -200,6 +202,28 @@ def test_speculative_decoding_gives_the_greedy_tokens(depth, length, half_traine
         assert torch.equal(model.generate(prompt, speculative=True, **options), model.generate(prompt, **options))
 
 
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_drafts_do_not_depend_on_the_passes_before(depth, length, half_trained, monkeypatch):
+    """Each pass drafts what a chain would draft that reads all tokens so far at once."""
+    model, drafted, draft = half_trained(depth), [], _DraftChain.draft
+
+    def spy(chain: _DraftChain, states: torch.Tensor, tokens: list[int]) -> list[int]:
+        drafts = draft(chain, states, tokens)
+        drafted.append((list(tokens), drafts))
+        return drafts
+
+    monkeypatch.setattr(_DraftChain, "draft", spy)
+    list(stream_speculative(model, prompt_of(length), 24))
+    monkeypatch.undo()
+    assert len(drafted) > 24 / (depth + 1) - 1
+    for tokens, drafts in drafted:
+        cache = LatentCache(model.config, 1, len(tokens) + depth + 1, torch.float32, "cpu", mtp=True)
+        with torch.no_grad():
+            states = model(torch.tensor([tokens[:-1]])).state
+            assert _DraftChain(model, cache).draft(states, tokens) == drafts
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_drafts_that_come_true_save_passes(depth, half_trained):
     accepted: list[int] = []
@@ -267,10 +291,10 @@ def test_special_tokens_in_an_answer_are_shown(says, tokenizer: Tokenizer):
     assert "".join(piece for piece, _ in says([thinking, *tokenizer.encode("嗯")])) == "<think>嗯"
 
 
-def test_an_answer_stops_where_the_context_ends(tiny_model, tokenizer: Tokenizer):
+def test_an_answer_stops_where_the_context_ends(says, tiny_model, tokenizer: Tokenizer):
+    prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert says([99] * 1000, 1000)[-1][1] == 256 - len(prompt)
     answerer = Answerer(tiny_model(vocab_size=tokenizer.vocab_size), tokenizer)
-    pieces = list(answerer.stream_reply([{"role": "user", "content": "a b c"}], Sampling(), 1000, seed=1))
-    assert pieces[-1][1] <= 64
     with pytest.raises(UserError, match=r"the model reads 64; start anew with /reset"):
         next(answerer.stream_reply([{"role": "user", "content": "嗯🙂" * 80}], GREEDY, 10))
 
