@@ -215,7 +215,9 @@ def test_the_report_compares_the_stages_on_held_out_text(pretrained, world, tmp_
     assert "untrained" in done.out and str(tmp_path / "report" / "report.md") in done.out.replace("\n", "")
 
 
-def test_a_folder_without_a_finished_stage_is_named(tmp_path, run):
+@pytest.mark.parametrize("stage", ["pretrain/step-3", "sft/final"])
+def test_a_folder_without_finished_pretraining_is_named(stage, tmp_path, run):
+    (tmp_path / stage).mkdir(parents=True)
     done = run(script(report), "--out", tmp_path)
     assert done.code == 2 and done.err.startswith(f"error: {tmp_path}: no finished pretraining in it")
 

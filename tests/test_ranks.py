@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import pretrain
+from errors import UserError
 from training.log import read_metrics
+from training.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
@@ -68,3 +71,20 @@ def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
     again = measured(two)
     for name in MEASURED:
         assert again[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("device", "what"), [("cuda", "no CUDA device.*use --device cpu"), ("tpu", "one of auto, cpu")]
+)
+def test_a_device_that_is_not_there_is_named(device, what, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=f"--device {device}: .*{what}"):
+        Ranks.start(device)
+
+
+def test_one_process_needs_no_torchrun(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ranks = Ranks.start("auto")
+    assert (ranks.rank, ranks.world, ranks.device.type, ranks.main) == (0, 1, "cpu", True)
+    model = torch.nn.Linear(2, 2)
+    assert ranks.wrap(model) is model and ranks.sum(torch.ones(2)).tolist() == [1, 1]

@@ -444,6 +444,31 @@ def test_recomputing_activations_gives_the_same_step(make):
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
+def test_bfloat16_products_keep_float32_weights(make):
+    exact, rough = make("fp32", max_steps=2), make("bf16", max_steps=2, dtype="bf16")
+    for trainer in (exact, rough):
+        trainer.run()
+    assert {value.dtype for value in rough.model.state_dict().values()} == {torch.float32}
+    (_, *want), (_, *got) = (read_metrics(trainer.out / "metrics.jsonl") for trainer in (exact, rough))
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01) and ours["loss"] != theirs["loss"]
+
+
+def test_float16_is_refused(make):
+    with pytest.raises(UserError, match=r"--dtype fp16: one of auto, bf16, fp32 .float16 is not supported"):
+        make(dtype="fp16")
+
+
+def test_every_layer_is_compiled_by_itself_when_asked(make, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **_: compiled.append(layer))
+    make("plain", max_steps=1).run()
+    assert not compiled
+    trainer = make("compiled", max_steps=1, compile=True)
+    trainer.run()
+    assert compiled == [*trainer.model.model.layers, *trainer.model.mtp]
+
+
 def test_wandb_is_told_each_step_and_stays_offline_without_a_key(make, monkeypatch):
     told = SimpleNamespace(options={}, steps=[], finished=0)
     library = SimpleNamespace(
