@@ -10,7 +10,7 @@ from text.world_facts import Exchange, fact_questions, introduction
 from text.world_numbers import arithmetic, comparison, counting, sequence, states_held_out
 from text.world_reading import comprehension
 from text.world_verses import recitation
-from text.world_words import antonym_question, class_question, copy_question, weekday_question
+from text.world_words import antonym_question, class_question, copy_question, length_question, weekday_question
 
 SMALL_TALK = {
     "zh": {
@@ -95,7 +95,8 @@ TURN_WEIGHTS = {
     "sequence": 6,
     "counting": 5,
     "class": 6,
-    "antonym": 5,
+    "antonym": 6,
+    "length": 4,
     "copy": 5,
     "weekday": 1,
     "talk": 4,
@@ -174,7 +175,9 @@ def _exchange(rng: random.Random, world: World, kind: str, language: str) -> lis
         exchange = arithmetic(rng, rng.choice(ARITHMETIC_LEVELS), language)
     elif kind == "comprehension":
         exchange = comprehension(rng, world, language)
-    elif kind == "weekday":
+    elif kind == "length" and language == "zh":
+        exchange = length_question(rng)
+    elif kind in ("weekday", "length"):
         exchange = weekday_question(rng, language)
     else:
         exchange = DRAWS[kind](rng, language)

@@ -114,7 +114,7 @@ STATEMENTS = {
         "job": (
             "{n} works as {a_job}.",
             "{n}'s job is to be {a_job}.",
-            "{n} is {a_job} and {deed}.",
+            "{n} is happy to work as {a_job}.",
             "As {a_job}, {n} {deed} every day.",
         ),
         "friend": (

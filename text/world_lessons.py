@@ -18,6 +18,7 @@ from text.world_words import (
     class_statement,
     classes,
     copy_question,
+    length_question,
     weekday_question,
 )
 
@@ -37,9 +38,9 @@ def number_page(rng: random.Random, world: World, language: str) -> str:
 
 
 def word_page(rng: random.Random, world: World, language: str) -> str:
-    """Classes, opposites, days of the week, and lists said again."""
-    pages = (_class_page, _antonym_page, _week_page, _copy_page)
-    return rng.choices(pages, weights=(42, 36, 9, 13))[0](rng, world, language)
+    """Classes, opposites, days of the week, lists said again, and the length of words."""
+    pages = (_class_page, _antonym_page, _week_page, _copy_page, _length_page if language == "zh" else _copy_page)
+    return rng.choices(pages, weights=(38, 36, 8, 12, 6))[0](rng, world, language)
 
 
 def lesson(rng: random.Random, world: World, language: str) -> str:
@@ -163,3 +164,7 @@ def _week_page(rng: random.Random, world: World, language: str) -> str:
 
 def _copy_page(rng: random.Random, world: World, language: str) -> str:
     return _asked(rng, world, [copy_question(rng, language) for _ in range(3)], language)
+
+
+def _length_page(rng: random.Random, world: World, language: str) -> str:
+    return _asked(rng, world, [length_question(rng) for _ in range(4)], language)

@@ -18,28 +18,29 @@ WHEN = {
 class Happening:
     """Who did what, and what can be asked about it. The answer is always the happening itself, as a sentence.
 
-    Slots: a who, b another character, x a thing, p a place.
+    Slots: a who, b another character, x a thing, p a place. Who it was is asked where only one did anything.
     """
 
     told: str
     questions: tuple[str, ...]
+    who: str
 
 
 HAPPENINGS = {
     "zh": (
-        Happening("{a}在{p}捡到了{x}", ("{a}捡到了什么？", "谁捡到了{x}？", "{a}在哪里捡到了{x}？")),
-        Happening("{a}在{p}遇见了{b}", ("{a}遇见了谁？", "谁遇见了{b}？", "{a}在哪里遇见了{b}？")),
-        Happening("{a}送给{b}{x}", ("{a}送给{b}什么？", "谁送给{b}{x}？", "{a}把{x}送给了谁？")),
-        Happening("{a}去了{p}", ("{a}去了哪里？", "谁去了{p}？")),
-        Happening("{a}买了{x}", ("{a}买了什么？", "谁买了{x}？")),
-        Happening("{a}把{x}忘在了{p}", ("{a}把什么忘在了{p}？", "{a}把{x}忘在了哪里？", "谁把{x}忘在了{p}？")),
+        Happening("{a}在{p}捡到了{x}", ("{a}捡到了什么？", "{a}在哪里捡到了{x}？"), "谁捡到了{x}？"),
+        Happening("{a}在{p}遇见了{b}", ("{a}遇见了谁？", "{a}在哪里遇见了{b}？"), "谁遇见了{b}？"),
+        Happening("{a}送给{b}{x}", ("{a}送给{b}什么？", "{a}把{x}送给了谁？"), "谁送给{b}{x}？"),
+        Happening("{a}去了{p}", ("{a}去了哪里？",), "谁去了{p}？"),
+        Happening("{a}买了{x}", ("{a}买了什么？",), "谁买了{x}？"),
+        Happening("{a}把{x}忘在了{p}", ("{a}把什么忘在了{p}？", "{a}把{x}忘在了哪里？"), "谁把{x}忘在了{p}？"),
     ),
     "en": (
-        Happening("{a} found {x} in {p}", ("What did {a} find?", "Who found {x}?", "Where did {a} find {x}?")),
-        Happening("{a} met {b} in {p}", ("Who did {a} meet?", "Who met {b}?", "Where did {a} meet {b}?")),
-        Happening("{a} gave {b} {x}", ("What did {a} give {b}?", "Who gave {b} {x}?")),
-        Happening("{a} went to {p}", ("Where did {a} go?", "Who went to {p}?")),
-        Happening("{a} bought {x}", ("What did {a} buy?", "Who bought {x}?")),
+        Happening("{a} found {x} in {p}", ("What did {a} find?", "Where did {a} find {x}?"), "Who found {x}?"),
+        Happening("{a} met {b} in {p}", ("Who did {a} meet?", "Where did {a} meet {b}?"), "Who met {b}?"),
+        Happening("{a} gave {b} {x}", ("What did {a} give {b}?",), "Who gave {b} {x}?"),
+        Happening("{a} went to {p}", ("Where did {a} go?",), "Who went to {p}?"),
+        Happening("{a} bought {x}", ("What did {a} buy?",), "Who bought {x}?"),
     ),
 }
 
@@ -51,7 +52,9 @@ def scene(rng: random.Random, world: World, language: str, held_out: bool = Fals
     """
     happening = rng.choice(HAPPENINGS[language])
     told, exchanges = [], []
-    for _ in range(rng.randint(1, 2)):
+    count = rng.choice((1, 1, 2))
+    asked = happening.questions if count > 1 else (*happening.questions, happening.who)
+    for _ in range(count):
         while True:
             a, b = (c.words[language]["n"] for c in rng.sample(world.known(language), 2))
             words = {"a": a, "b": b, "x": _thing(rng, language), "p": rng.choice(PLACES)[language == "en"]}
@@ -60,8 +63,7 @@ def scene(rng: random.Random, world: World, language: str, held_out: bool = Fals
                 break
         told.append(happening.told.format_map(words))
         end = "。" if language == "zh" else "."
-        asked = [question.format_map(words) for question in happening.questions]
-        exchanges += [Exchange("comprehension", language, question, told[-1] + end) for question in asked]
+        exchanges += [Exchange("comprehension", language, q.format_map(words), told[-1] + end) for q in asked]
     joined = "，".join(told) + "。" if language == "zh" else ", and ".join(told) + "."
     return rng.choice(WHEN[language]) + joined, exchanges
 

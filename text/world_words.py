@@ -7,7 +7,6 @@ import random
 from text.world_cast import article, reserved, table
 from text.world_facts import Exchange
 
-# The third of every four things of a class is held out: its class is stated, but never asked for.
 CLASSES_ZH = {
     "水果": "桃子 梨 芒果 樱桃 橙子 柠檬 菠萝 荔枝",
     "动物": "老虎 狮子 长颈鹿 海豚 鳄鱼 骆驼 孔雀 河马",
@@ -25,7 +24,7 @@ CLASSES_EN = {
     "vehicle": "car train bus truck tractor bicycle van tram",
     "tool": "hammer saw spade drill rake axe wrench chisel",
 }
-# The fifth of every six pairs is held out in the same way, in both directions.
+# Of every third pair only one direction is asked for; the other is stated in pretraining text and held out.
 ANTONYMS_ZH = table(
     "大/小,高/矮,长/短,快/慢,冷/热,新/旧,轻/重,远/近,上/下,左/右,前/后,里/外,干/湿,软/硬,深/浅,宽/窄,厚/薄,真/假,好/坏,"
     "强/弱,粗/细,胖/瘦,哭/笑,买/卖,进/出,升/降,松/紧,开/关,早/晚,多/少,安静/吵闹,干净/肮脏,勤劳/懒惰,勇敢/胆小,"
@@ -55,10 +54,13 @@ def class_statement(thing: str, name: str, language: str) -> str:
 
 
 def class_question(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """Which of two classes a thing belongs to."""
+    """Which of two classes a thing belongs to. Held out is the thing together with the wrong class."""
     table = classes(language)
-    name, wrong = rng.sample(sorted(table), 2)
-    thing = rng.choice([t for i, t in enumerate(table[name]) if (i % 4 == 2) == held_out])
+    while True:
+        name, wrong = rng.sample(sorted(table), 2)
+        thing = rng.choice(table[name])
+        if reserved("class", thing, wrong) == held_out:
+            break
     first, second = rng.sample((name, wrong), 2)
     if language == "zh":
         question = f"{thing}是{first}还是{second}？"
@@ -68,10 +70,11 @@ def class_question(rng: random.Random, language: str, held_out: bool = False) ->
 
 
 def antonyms(language: str, held_out: bool | None = None) -> list[tuple[str, str]]:
-    """The pairs of opposites, each in both directions; all of them, or only those held out or not."""
+    """The pairs of opposites in both directions: all of them, or only those held out or not."""
     pairs = ANTONYMS_ZH if language == "zh" else ANTONYMS_EN
-    kept = [pair for i, pair in enumerate(pairs) if held_out is None or (i % 6 == 4) == held_out]
-    return [pair for first, second in kept for pair in ((first, second), (second, first))]
+    one_way = [(pair, False) for pair in pairs]
+    other_way = [((second, first), i % 3 == 1) for i, (first, second) in enumerate(pairs)]
+    return [pair for pair, kept_back in one_way + other_way if held_out in (None, kept_back)]
 
 
 def antonym_statement(word: str, opposite: str, language: str) -> str:
@@ -84,6 +87,13 @@ def antonym_question(rng: random.Random, language: str, held_out: bool = False) 
     word, opposite = rng.choice(antonyms(language, held_out))
     question = f"“{word}”的反义词是什么？" if language == "zh" else f"What is the opposite of {word}?"
     return Exchange("antonym", language, question, antonym_statement(word, opposite, language))
+
+
+def length_question(rng: random.Random) -> Exchange:
+    """How many characters a Chinese word has: every word is talked about, those of held-out questions too."""
+    words = [word for pair in ANTONYMS_ZH for word in pair] + [w for things in classes("zh").values() for w in things]
+    word = rng.choice(words)
+    return Exchange("length", "zh", f"“{word}”有几个字？", f"“{word}”有{'一两三'[len(word) - 1]}个字。")
 
 
 def weekday_question(rng: random.Random, language: str) -> Exchange:
