@@ -14,6 +14,7 @@ from LMConfig import LMConfig
 # grouped products want aligned groups: each expert's rows are padded to a multiple of this.
 ROW_BLOCK = 128
 SMALL_ROW_BLOCK = 8
+FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 
 
 class Experts(nn.Module):
@@ -32,6 +33,9 @@ class Experts(nn.Module):
         """sum_k weight_k * expert_k(x) for each token (Eq. 12, the routed part). Returns (N, D)."""
         if torch.is_autocast_enabled(x_ND.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
+        few = indices_NK.numel() <= FEW_CHOICES and not torch.is_grad_enabled()
+        if few and x_ND.device.type == "cpu":
+            return self._few(x_ND, weights_NK.to(x_ND.dtype), indices_NK)
         gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
         plan = Plan.of(indices_NK, self.gate_up_proj.shape[0])
         x_RD = _Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
@@ -39,6 +43,17 @@ class Experts(nn.Module):
         # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
         inner = _WeightedSwiGLU.apply(grouped_linear(x_RD, gate_up, plan), weights_R.to(x_RD.dtype))
         return _Combine.apply(grouped_linear(inner, down, plan), plan.token_of_row, plan.row_of_choice)
+
+    def _few(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """The same for a token or two while decoding: no sorting, and only the chosen experts' weights are read."""
+        out = []
+        for x_1D, weights, experts in zip(x_ND.split(1), weights_NK, indices_NK.tolist(), strict=True):
+            hidden = []
+            for expert in experts:
+                gate, up = F.linear(x_1D, self.gate_up_proj[expert].to(x_1D.dtype)).chunk(2, dim=-1)
+                hidden.append(F.linear(F.silu(gate).mul_(up), self.down_proj[expert].to(x_1D.dtype)))
+            out.append(weights.unsqueeze(0) @ torch.cat(hidden))
+        return torch.cat(out)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,6 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rope, visibility, cache)
         inner = self.post_attention_layernorm(x)
         if self.is_moe:
-            out, routing = self.mlp(inner, real_BT)
+            out, routing = self.mlp(inner, real_BT, count=cache is None)
             return x + out, routing
         return x + self.mlp(inner), None

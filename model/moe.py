@@ -85,13 +85,20 @@ class DeepseekMoE(nn.Module):
         inner = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, inner) if inner else None
 
-    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x: (batch, time, hidden); real: (batch, time) bool, False where a position is padding and is not counted."""
+    def forward(
+        self, x_BTD: Tensor, real_BT: Tensor | None = None, count: bool = True
+    ) -> tuple[Tensor, Routing | None]:
+        """x: (batch, time, hidden) -> the same, and what the router did unless `count` is off (decoding).
+
+        real: (batch, time) bool, False where a position is padding and is not counted.
+        """
         x_ND = x_BTD.flatten(0, 1)
         weights, indices, scores = self.gate(x_ND)
         out = self.experts(x_ND, weights, indices).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)
+        if not count:
+            return out, None
         return out, routing(scores.unflatten(0, x_BTD.shape[:2]), indices.unflatten(0, x_BTD.shape[:2]), real_BT)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -136,7 +137,8 @@ def test_transformers_opens_the_result_with_the_same_logits(stage, path):
 
 def test_the_result_chats(path):
     done = python("eval/chat.py", "--ckpt", path / "sft" / "final", "--once", "你好", "--temperature", 0)
-    assert done.stdout.strip() and "tok/s]" in done.stderr
+    # What so little training says, if anything, is not known beforehand; that it ends its turn and is timed is.
+    assert done.returncode == 0 and re.fullmatch(r"\[\d+ tokens, [\d.]+ tok/s\]", done.stderr.strip())
 
 
 def test_the_questions_are_scored_by_kind(path, run):

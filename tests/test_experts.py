@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from model.experts import ROW_BLOCK, SMALL_ROW_BLOCK, Experts, Plan, count_choices
+from model.experts import FEW_CHOICES, ROW_BLOCK, SMALL_ROW_BLOCK, Experts, Plan, count_choices
 from model.moe import DeepseekMoE
 
 EXPERTS, CHOSEN, HIDDEN = 8, 3, 32
@@ -174,3 +174,15 @@ def test_cuda_branch_never_asks_the_host(tokens, tiny_config, on_cuda):
 def test_cpu_branch_asks_for_the_row_count(tiny_config):
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # so the test above can fail
         DeepseekMoE(tiny_config())(torch.empty(1, 30, HIDDEN))
+
+
+def test_few_tokens_without_gradient_give_what_rows_give(tiny_config):
+    experts = Experts(tiny_config())
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x, weights = torch.randn(4, 32), torch.rand(4, 3)
+    indices = torch.stack([torch.randperm(8)[:3] for _ in range(4)])
+    assert indices.numel() <= FEW_CHOICES
+    with torch.no_grad():
+        one_by_one = experts(x, weights, indices)
+    torch.testing.assert_close(one_by_one, experts(x, weights, indices).detach(), rtol=1e-5, atol=1e-5)
