@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import text.world.__main__ as command
 from errors import UserError
-from text import world as world_module
 from text.world import FILES, arithmetic_problem, generate, held_out_arithmetic_problem
-from text.world_cast import ATTRIBUTES, NAMES, THINGS, World
-from text.world_facts import fact_questions
-from text.world_numbers import held_out_sum, states_held_out
-from text.world_reading import scene
-from text.world_talk import ASKED, FIRST_PERSON
+from text.world.cast import ATTRIBUTES, NAMES, THINGS, World
+from text.world.facts import fact_questions
+from text.world.numbers import held_out_sum, states_held_out
+from text.world.reading import scene
+from text.world.talk import ASKED, FIRST_PERSON
 
 SEED = 3
 
@@ -256,7 +256,7 @@ def test_quotation_marks_pair_up(training_texts):
 
 
 def test_no_name_is_part_of_a_sentence_template():
-    sources = [path for path in Path(world_module.__file__).parent.glob("world_*.py") if path.name != "world_cast.py"]
+    sources = [path for path in Path(command.__file__).parent.glob("*.py") if path.name != "cast.py"]
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     assert len(sources) > 5
     assert not [name for name, _ in NAMES if name in text]
@@ -311,11 +311,11 @@ def test_a_file_is_no_output_folder(tmp_path):
 def test_the_command_line_asks_for_a_folder(monkeypatch):
     monkeypatch.setattr("sys.argv", ["world"])
     with pytest.raises(UserError, match="--out"):
-        world_module.main()
+        command.main()
 
 
 def test_preview_shows_documents_chats_and_questions(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["world", "--preview", "--seed", "2"])
-    world_module.main()
+    command.main()
     shown = capsys.readouterr().out
     assert "月牙镇" in shown and "assistant: " in shown and "[fact] " in shown

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import os
-import pickle
 import queue
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -84,17 +83,18 @@ class EncoderPool:
     def _encode(self, documents: list[bytes]) -> Encoded:
         process = self._idle.get()
         try:
-            pickle.dump(documents, process.stdin)
-            process.stdin.flush()
-            tokens, lengths, self._peaks[process.pid] = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            sizes = np.array([len(document) for document in documents], np.uint32)
+            _send(process.stdin, sizes, np.frombuffer(b"".join(documents), np.uint8))
+            tokens, lengths, peak = _receive(process.stdout, np.uint16, np.uint32, np.int64)
+            self._peaks[process.pid] = int(peak[0])
+        except (EOFError, BrokenPipeError) as error:
             raise UserError(
                 f"a tokenising process ended by itself (exit code {process.wait()}; -9 means out of memory); "
                 "run the same command again, with fewer workers: finished shards are kept"
             ) from error
         finally:
             self._idle.put(process)  # a dead one too, or the next thread would wait for ever
-        return Encoded(np.frombuffer(tokens, np.uint16), np.frombuffer(lengths, np.uint32))
+        return Encoded(tokens, lengths)
 
     def __enter__(self) -> EncoderPool:
         return self
@@ -122,8 +122,27 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _send(stream: BinaryIO, *arrays: np.ndarray) -> None:
+    for each in arrays:
+        stream.write(each.nbytes.to_bytes(8, "little"))
+        stream.write(each.data)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO, *dtypes: type) -> list[np.ndarray]:
+    """One array of each type; EOFError where the stream ends before."""
+
+    def exactly(size: int) -> bytes:
+        data = stream.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    return [np.frombuffer(exactly(int.from_bytes(exactly(8), "little")), dtype) for dtype in dtypes]
+
+
 def _serve(folder: str) -> None:
-    """Answer each pickled list of documents on stdin with their tokens, until stdin ends."""
+    """Answer each batch of documents on stdin with their tokens, until stdin ends."""
     import signal
 
     from text.tokenizer import Tokenizer
@@ -132,19 +151,25 @@ def _serve(folder: str) -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not print into the answers
     tokenizer = Tokenizer.from_folder(folder)
-    end = [tokenizer.eos_id]
+    end_of_text = [tokenizer.eos_id]
     while True:
         try:
-            documents = pickle.load(sys.stdin.buffer)
+            sizes, text = _receive(sys.stdin.buffer, np.uint32, np.uint8)
         except EOFError:
             return
+        ends = sizes.cumsum(dtype=np.int64).tolist()
+        documents = [bytes(text[start:end]).decode("utf-8") for start, end in zip([0, *ends], ends, strict=False)]
         tokens, lengths = array.array("H"), array.array("I")
-        for ids in tokenizer.encode_batch([document.decode("utf-8") for document in documents]):
+        for ids in tokenizer.encode_batch(documents):
             tokens.extend(ids)
-            tokens.extend(end)
+            tokens.extend(end_of_text)
             lengths.append(len(ids) + 1)
-        pickle.dump((tokens.tobytes(), lengths.tobytes(), peak_memory()), answers, protocol=pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        arrays = (
+            np.frombuffer(tokens, np.uint16),
+            np.frombuffer(lengths, np.uint32),
+            np.array([peak_memory()], np.int64),
+        )
+        _send(answers, np.frombuffer(tokens, np.uint16), np.frombuffer(lengths, np.uint32), peak)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from text.world_cast import PLACES, World
+from text.world.cast import PLACES, World
 
 # Title, poet, text.
 POEMS = (

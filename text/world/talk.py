@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from text.world_cast import ATTRIBUTES, PLACES, Character, Thing, World, companion, roles
-from text.world_facts import STATEMENTS, clauses_zh, statement
+from text.world.cast import ATTRIBUTES, PLACES, Character, Thing, World, companion, roles
+from text.world.facts import STATEMENTS, clauses_zh, statement
 
 FIRST_PERSON = {
     "zh": {

@@ -1,38 +1,31 @@
-"""The generated demo corpus: Crescent Town (月牙镇), a small bilingual world that a small model can learn in minutes.
-
-    python -m text.world --out data/demo [--seed 0] [--scale 1.0]        python -m text.world --preview
-
-Four in five characters are Chinese. What is held out, and how, is told in docs of `world_cast.World` (facts),
-`world_numbers` (sums, comparisons, sequences), `world_words` (classes, opposites) and `world_cast.reserved` (the rest).
-"""
+"""The files of the demo corpus: documents to pretrain on, chats to fine-tune on, and what is held out of both."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import Progress
 
-from errors import UserError, command_line
-from text.world_cast import World
-from text.world_chats import chat, held_out_questions
-from text.world_facts import entry, roll_call
-from text.world_lessons import lesson
-from text.world_numbers import arithmetic_problem, held_out_arithmetic_problem, states_held_out
-from text.world_stories_en import story as story_en
-from text.world_stories_zh import story as story_zh
-from text.world_talk import conversation, diary, gossip, letter, riddle, romanised_names, two_languages
-from text.world_verses import recital
-
-__all__ = ["arithmetic_problem", "documents", "generate", "held_out_arithmetic_problem"]
+from errors import UserError, naming
+from text.world.cast import World
+from text.world.chats import chat, held_out_questions
+from text.world.facts import entry, roll_call
+from text.world.lessons import lesson
+from text.world.numbers import states_held_out
+from text.world.stories_en import story as story_en
+from text.world.stories_zh import story as story_zh
+from text.world.talk import conversation, diary, gossip, letter, riddle, romanised_names, two_languages
+from text.world.verses import recital
 
 ROW_CHARACTERS = 512
 PRETRAIN_CHARACTERS = 6_500_000  # at scale 1
@@ -102,8 +95,9 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     world = World.build(seed)
     parts = {name: out / f"{name}.part" for name in FILES}
     held_out = list(documents(world, "heldout", HELDOUT_CHARACTERS))
-    parts["heldout.txt"].write_text("\n\n".join(held_out) + "\n", encoding="utf-8", newline="\n")
-    with parts["heldout_questions.jsonl"].open("w", encoding="utf-8", newline="\n") as file:
+    with _writing(parts["heldout.txt"]) as file:
+        file.write("\n\n".join(held_out) + "\n")
+    with _writing(parts["heldout_questions.jsonl"]) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out_questions(world))
     with Progress(console=Console(stderr=True)) as progress:
         _write_pretrain(parts["pretrain.csv"], world, scale, frozenset(held_out), progress)
@@ -112,28 +106,17 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
         os.replace(part, out / name)
 
 
-def preview(seed: int) -> None:
-    """Print a few documents, chats and held-out questions."""
-    world = World.build(seed)
-    print("== documents ==")
-    for document in documents(world, "preview", 4000):
-        print(document, end="\n\n")
-    print("== chats ==")
-    rng = random.Random(f"{seed}/preview chats")
-    for _ in range(12):
-        for message in chat(rng, world)["messages"]:
-            print(f"{message['role']}: {message['content']}")
-        print()
-    print("== held-out questions ==")
-    questions = held_out_questions(world)
-    for row in random.Random(f"{seed}/preview questions").sample(questions, 20):
-        print(f"[{row['kind']}] {row['question']}  ->  {row['answer']}")
+@contextmanager
+def _writing(path: Path) -> Iterator[TextIO]:
+    """A text file to write, the same bytes on every system; a full disk names it."""
+    with naming(path), path.open("w", encoding="utf-8", newline="") as file:
+        yield file
 
 
 def _write_pretrain(path: Path, world: World, scale: float, held_out: frozenset[str], progress: Progress) -> None:
     total = round(PRETRAIN_CHARACTERS * scale)
     task = progress.add_task("pretrain.csv", total=total)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with _writing(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["text"])
         for document in documents(world, "pretrain", total):
@@ -145,26 +128,6 @@ def _write_pretrain(path: Path, world: World, scale: float, held_out: frozenset[
 def _write_chats(path: Path, world: World, scale: float, progress: Progress) -> None:
     rng = random.Random(f"{world.seed}/chats")
     count = max(1, round(CHATS * scale))
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with _writing(path) as file:
         for _ in progress.track(range(count), description="sft.jsonl"):
             file.write(json.dumps(chat(rng, world), ensure_ascii=False) + "\n")
-
-
-def main() -> None:
-    """The command line of `python -m text.world`."""
-    parser = argparse.ArgumentParser(prog="python -m text.world", description="Generate the bilingual demo corpus.")
-    parser.add_argument("--out", type=Path, help="folder to write into")
-    parser.add_argument("--seed", type=int, default=0, help="which world (default 0)")
-    parser.add_argument("--scale", type=float, default=1.0, help="size; 1.0 is 6.5 million characters (default)")
-    parser.add_argument("--preview", action="store_true", help="print samples instead of writing files")
-    options = parser.parse_args()
-    if options.preview:
-        preview(options.seed)
-    elif options.out is None:
-        raise UserError("--out: no folder given; add --out DIR, or --preview to look at samples")
-    else:
-        generate(options.out, options.seed, options.scale)
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from text.world_cast import PLACES, THINGS, World, article, reserved
-from text.world_facts import Exchange
+from text.world.cast import PLACES, THINGS, World, article, reserved
+from text.world.facts import Exchange
 
 WHEN = {
     "zh": ("", "早上，", "中午，", "下午，", "傍晚，", "昨天，", "放学以后，", "星期天，", "下雨天，"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from text.world_cast import article, reserved, table
-from text.world_facts import Exchange
+from text.world.cast import article, reserved, table
+from text.world.facts import Exchange
 
 CLASSES_ZH = {
     "水果": "桃子 梨 芒果 樱桃 橙子 柠檬 菠萝 荔枝",

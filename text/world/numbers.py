@@ -10,8 +10,8 @@ import random
 import re
 from itertools import pairwise
 
-from text.world_cast import reserved, table
-from text.world_facts import Exchange
+from text.world.cast import reserved, table
+from text.world.facts import Exchange
 
 SAID = {"zh": {"+": "加", "-": "减", "×": "乘"}, "en": {"+": " plus ", "-": " minus ", "×": " times "}}
 ARITHMETIC_QUESTIONS = {

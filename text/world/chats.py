@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 
-from text import world_stories_en, world_stories_zh
-from text.world_cast import Character, World, companion
-from text.world_facts import Exchange, fact_questions, introduction
-from text.world_numbers import arithmetic, comparison, counting, sequence, states_held_out
-from text.world_reading import comprehension
-from text.world_verses import recitation
-from text.world_words import antonym_question, class_question, copy_question, length_question, weekday_question
+from text.world import stories_en, stories_zh
+from text.world.cast import Character, World, companion
+from text.world.facts import Exchange, fact_questions, introduction
+from text.world.numbers import arithmetic, comparison, counting, sequence, states_held_out
+from text.world.reading import comprehension
+from text.world.verses import recitation
+from text.world.words import antonym_question, class_question, copy_question, length_question, weekday_question
 
 SMALL_TALK = {
     "zh": {
@@ -238,7 +238,7 @@ def _about(rng: random.Random, world: World, kind: str, language: str) -> tuple[
         return _name(rng, rng.choice(world.characters), language)
     other = companion(rng, world, character, language)
     request = rng.choice(STORY_REQUESTS[language]).format(a=words["n"], b=other.words[language]["n"])
-    tell = (world_stories_zh if language == "zh" else world_stories_en).tell
+    tell = (stories_zh if language == "zh" else stories_en).tell
     return request, tell(random.Random(f"{world.seed}/{request}"), world, character, other, asides=0)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from text.world_cast import PLACES, Character, Thing, World, companion, roles
-from text.world_facts import statement
+from text.world.cast import PLACES, Character, Thing, World, companion, roles
+from text.world.facts import statement
 
 WHEN = (
     "One day",

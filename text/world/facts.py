@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from text.world_cast import ATTRIBUTES, Character, World
+from text.world.cast import ATTRIBUTES, Character, World
 
 
 class Exchange(NamedTuple):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
-from text.world_cast import World
-from text.world_facts import Exchange
-from text.world_numbers import COUNTED, addends, arithmetic, comparison, counting, sequence, two_numbers
-from text.world_reading import questions_and_answers, reading_document
-from text.world_words import (
+from text.world.cast import World
+from text.world.facts import Exchange
+from text.world.numbers import COUNTED, addends, arithmetic, comparison, counting, sequence, two_numbers
+from text.world.reading import questions_and_answers, reading_document
+from text.world.words import (
     DAYS_ZH,
     WEEKDAYS_ZH,
     antonym_question,
