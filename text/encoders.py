@@ -164,11 +164,7 @@ def _serve(folder: str) -> None:
             tokens.extend(ids)
             tokens.extend(end_of_text)
             lengths.append(len(ids) + 1)
-        arrays = (
-            np.frombuffer(tokens, np.uint16),
-            np.frombuffer(lengths, np.uint32),
-            np.array([peak_memory()], np.int64),
-        )
+        peak = np.array([peak_memory()], np.int64)
         _send(answers, np.frombuffer(tokens, np.uint16), np.frombuffer(lengths, np.uint32), peak)
 
 
