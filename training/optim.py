@@ -1,14 +1,11 @@
-"""The optimiser: AdamW as DeepSeek-V3 uses it (section 4.2), or Muon."""
+"""The optimiser: AdamW as DeepSeek-V3 uses it (section 4.2)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
-
-from training.muon import Muon, inner_matrices
 
 
 @dataclass
@@ -16,44 +13,35 @@ class OptimSettings:
     """Optimiser and learning-rate schedule.
 
     Args:
-        name: `adamw`, as in the paper, or `muon` for the matrices inside the layers (see `training.muon`).
-        lr: peak learning rate, of both.
+        lr: peak learning rate.
         final_lr_ratio: last learning rate over the peak.
         warmup: share of the run with a linear warm-up.
         decay_from: share of the run from which the learning rate falls along a cosine.
         betas: AdamW's decay rates.
-        momentum: Muon's.
         eps: AdamW's epsilon.
         weight_decay: on matrices only; norms, embeddings' biases and the router bias have none.
         clip: largest norm of the gradient.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     final_lr_ratio: float = 0.1
     warmup: float = 0.02
     decay_from: float = 0.5
     betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices (two axes and more) only; fused where the device has it. Or Muon."""
-    matrices = inner_matrices(model) if settings.name == "muon" else []
-    inner = {p for p, _ in matrices}
-    trainable = [p for p in model.parameters() if p.requires_grad and p not in inner]
+    """AdamW with weight decay on matrices (two axes and more) only; fused where the device has it."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in trainable)
-    adamw = dict(lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
-    if settings.name == "muon":
-        return Muon(matrices, groups, settings.momentum, **adamw, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(groups, **adamw)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
