@@ -15,13 +15,13 @@ import pretrain
 from errors import UserError
 from full_sft import SFTSettings
 from pretrain import PretrainSettings
-from training.settings import StageSettings, call, model_config, parse, save_resolved
+from training.settings import NextTokenSettings, call, model_config, parse, save_resolved
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(kw_only=True)
-class DemoSettings(StageSettings):
+class DemoSettings(NextTokenSettings):
     """Settings of a stage.
 
     Args:
@@ -129,7 +129,9 @@ def test_help_explains_every_option(script, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert end.value.code == 0 and script.__doc__.splitlines()[0] in shown
     explanations = dict(
-        re.findall(r"^ {8}(\w+): (.+?)[.;]?$", f"{StageSettings.__doc__}\n{kind.__doc__}", re.MULTILINE)
+        re.findall(
+            r"^ {8}(\w+): (.+?)[.;]?$", "\n".join(part.__doc__ or "" for part in reversed(kind.__mro__)), re.MULTILINE
+        )
     )
     text = " ".join(shown.split())
     for option in fields(kind):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,15 @@ from model import MiniDeepSeek
 from training.losses import Batch, token_losses
 from training.machine import autocast
 from training.ranks import Ranks
+
+
+class Validation(Protocol):
+    """What a stage measures on held-out data: numbers for the log, by names that begin with `val_`.
+
+    Called on all ranks together, with the model in evaluation mode, which it must leave as it was.
+    """
+
+    def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]: ...
 
 
 class HeldOutRows(Protocol):
@@ -42,6 +51,24 @@ class HeldOut:
     bits_per_byte: float
     nats_per_token: float
     counts: Tensor | None
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Validation of the next-token stages: held-out bits per byte, nats per token and expert loads.
+
+    Attributes: batches: of held-out samples; token_bytes: (vocab,) bytes of each token.
+    """
+
+    batches: Sequence[Batch]
+    token_bytes: np.ndarray
+
+    def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
+        held_out = evaluate(model, self.batches, self.token_bytes, dtype, ranks)
+        entry: dict[str, Any] = {"val_bits_per_byte": held_out.bits_per_byte, "val_loss": held_out.nats_per_token}
+        if held_out.counts is not None:
+            entry["expert_load"] = (held_out.counts / held_out.counts.sum(1, keepdim=True)).tolist()
+        return entry
 
 
 @torch.no_grad()
