@@ -29,7 +29,7 @@ class DPOSettings(StageSettings):
     """Settings of preference learning.
 
     Args:
-        ckpt: checkpoint folder to start from, usually of fine-tuning.
+        ckpt: checkpoint folder to start from; it should have learnt to answer.
         data: files of pairs (prompt, chosen, rejected; JSON or JSONL), separated by commas.
         sequence_length: most tokens of a conversation; a row holds two of them, or several short ones.
         preference: the loss over the pairs.

@@ -119,14 +119,15 @@ class PreferenceLoss:
         """Returns the sum over pairs, their number, and what is logged.
 
         `main` is the loss without the term of the chosen answer, `nll` that term a token, `kl` half the squared
-        log-ratio a token: near the reference it is the divergence from it (Schulman 2020, k2), were the answers drawn
-        from the policy.
+        log-ratio of a token of the chosen answer: near the reference this is the divergence from it (Schulman 2020,
+        k2), were the answer drawn from the policy.
         """
         log_probs = answer_log_probs(model, batch)
         known = self._reference(batch)
         counted = batch["labels"] != IGNORE
-        sides = sums_by_side(torch.stack([log_probs, known, counted.float()]), batch["segment_ids"])
-        (chosen, rejected), reference, tokens = sides.unbind(0)
+        drift = (log_probs - known).detach().square() / 2
+        sides = sums_by_side(torch.stack([log_probs, known, counted.float(), drift]), batch["segment_ids"])
+        (chosen, rejected), reference, tokens, (chosen_drift, _) = sides.unbind(0)
         pairs = Pairs(chosen, rejected, *reference, *tokens)
         losses, reward_chosen, reward_rejected = LOSSES[self.settings.loss](pairs, self.settings)
         # Pang et al. 2024 (arXiv 2404.19733), Eq. 1: -log pi(y_w|x) / |y_w| keeps the chosen answer likely.
@@ -141,8 +142,7 @@ class PreferenceLoss:
             "nll": (-chosen.detach().sum(), pairs.chosen_tokens.sum()),
         }
         if self.settings.needs_reference:
-            drift = (log_probs - known).detach().square().sum() / 2
-            metrics["kl"] = (drift, counted.sum())
+            metrics["kl"] = (chosen_drift.sum(), pairs.chosen_tokens.sum())
         return total, torch.tensor(len(losses), device=total.device), metrics
 
     def _reference(self, batch: Batch) -> Tensor:

@@ -100,7 +100,7 @@ TURN_WEIGHTS = {
     "length": 4,
     "copy": 5,
     "weekday": 1,
-    "favour": 5,
+    "favour": 8,
     "talk": 4,
     "introduction": 1,
     "story": 1,

@@ -15,12 +15,10 @@ from text.world.facts import Exchange
 FAVOURS = {
     "zh": (
         ("请把{thing}交给{n}。", "我把{thing}交给{n}。"),
-        ("请帮{n}找{thing}。", "我帮{n}找{thing}。"),
         ("请给{n}买{thing}。", "我给{n}买{thing}。"),
     ),
     "en": (
         ("Please give {thing} to {n}.", "I will give {thing} to {n}."),
-        ("Please find {thing} for {n}.", "I will find {thing} for {n}."),
         ("Please buy {thing} for {n}.", "I will buy {thing} for {n}."),
     ),
 }
