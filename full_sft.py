@@ -11,14 +11,14 @@ from dataset import ChatDataset
 from errors import command_line
 from training.losses import NextTokenLoss
 from training.optim import OptimSettings
-from training.settings import StageSettings, parse
+from training.settings import NextTokenSettings, parse
 from training.stage import begin, open_checkpoint
 from training.trainer import Trainer
-from training.validation import held_out_batches
+from training.validation import BitsPerByte, held_out_batches
 
 
 @dataclass(kw_only=True)
-class SFTSettings(StageSettings):
+class SFTSettings(NextTokenSettings):
     """Settings of supervised fine-tuning.
 
     Args:
@@ -49,8 +49,10 @@ def main() -> None:
     dataset = ChatDataset(paths, tokenizer, settings.sequence_length, settings.seed, **options)
     if ranks.main:
         dataset.print_summary()
-    held_out = dataset.validation
-    validation = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens) if held_out else []
+    validation = None
+    if dataset.validation:
+        batches = held_out_batches(dataset.validation, settings.val_tokens, settings.micro_tokens)
+        validation = BitsPerByte(batches, tokenizer.token_bytes)
     Trainer(settings, ranks, model, tokenizer, dataset, NextTokenLoss(mtp=bool(model.mtp)), validation).run()
     ranks.stop()
 

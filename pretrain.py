@@ -15,14 +15,14 @@ from model import MiniDeepSeek
 from text.sources import open_sources
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
-from training.settings import StageSettings, model_config, parse
+from training.settings import NextTokenSettings, model_config, parse
 from training.stage import begin, check_vocabulary, open_checkpoint
 from training.trainer import Trainer
-from training.validation import held_out_batches
+from training.validation import BitsPerByte, held_out_batches
 
 
 @dataclass(kw_only=True)
-class PretrainSettings(StageSettings):
+class PretrainSettings(NextTokenSettings):
     """Settings of pretraining.
 
     Args:
@@ -88,10 +88,11 @@ def main() -> None:
         on_error=settings.on_error,
     )
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
-    validation = []
+    validation = None
     if settings.val_fraction:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
-        validation = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
+        batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
+        validation = BitsPerByte(batches, tokenizer.token_bytes)
     Trainer(settings, ranks, model, tokenizer, dataset, NextTokenLoss(mtp=bool(model.mtp)), validation).run()
     ranks.stop()
 

@@ -21,12 +21,15 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.moe import update_bias
 from text.tokenizer import Tokenizer
+from training.entries import max_violation
 from training.log import read_metrics
 from training.losses import Batch, NextTokenLoss
+from training.machine import measured_peak
 from training.optim import OptimSettings, build_optimizer
 from training.ranks import Ranks
-from training.settings import StageSettings
-from training.trainer import Trainer, max_violation
+from training.settings import NextTokenSettings, StageSettings
+from training.trainer import Trainer
+from training.validation import BitsPerByte
 
 VOCAB, TIME, ROWS = 600, 16, 8
 CONTRACT = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
@@ -66,10 +69,11 @@ def make(tiny_config, tokenizer: Tokenizer, tmp_path) -> Callable[..., Trainer]:
             batch_tokens=ROWS * TIME, micro_tokens=ROWS * TIME, sequence_length=TIME, log_every=1, save_every=0,
             dtype="fp32", bias_speed=0.01, max_steps=4,
         )  # fmt: skip
-        settings = StageSettings(out=str(tmp_path / out), **{**given, **changes})
+        settings = NextTokenSettings(out=str(tmp_path / out), **{**given, **changes})
         torch.manual_seed(settings.seed)
         config: LMConfig = tiny_config(vocab_size=VOCAB, **(model or {}))
-        ranks, validation = Ranks(0, world, torch.device("cpu")), [Rows().batch(range(100, 104))]
+        ranks = Ranks(0, world, torch.device("cpu"))
+        validation = BitsPerByte([Rows().batch(range(100, 104))], tokenizer.token_bytes)
         loss = NextTokenLoss(mtp=bool(config.num_nextn_predict_layers))
         return Trainer(settings, ranks, MiniDeepSeek(config), tokenizer, dataset or Rows(), loss, validation)
 
@@ -255,7 +259,7 @@ def test_every_logged_step_has_the_keys_people_rely_on(make):
 
 def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_labels(make):
     trainer = make()
-    entry, batch = trainer._validate(), trainer.validation[0]
+    entry, batch = trainer._validate(), trainer.validation.batches[0]
     logits = trainer.model(batch["input_ids"]).logits
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum").item()
     size = sum(len(trainer.tokenizer.raw.id_to_token(token)) for token in batch["labels"].flatten().tolist())
@@ -315,22 +319,100 @@ def test_a_budget_of_minutes_ends_with_a_finished_model(make, monkeypatch):
 
 
 def test_validating_is_not_training_time(make, monkeypatch):
-    now, evaluate = [0.0], training.trainer.evaluate
+    now, measure = [0.0], BitsPerByte.__call__
 
     def slow(*given: object) -> object:
         now[0] += 1000.0
-        return evaluate(*given)
+        return measure(*given)
 
     def before(_: Sequence[int]) -> None:
         now[0] += 3.0
 
     monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(training.trainer, "evaluate", slow)
+    monkeypatch.setattr(BitsPerByte, "__call__", slow)
     trainer = make(dataset=Rows(before), val_every=1, max_steps=4)
     trainer.run()
     entries = read_metrics(trainer.out / "metrics.jsonl")
     assert [entry["seconds"] for entry in entries] == [0, 3, 6, 9, 12]
     assert {entry["tokens_per_second"] for entry in entries[1:]} == {ROWS * TIME / 3.0}
+
+
+class Squares:
+    """A loss with a number of labels and measures of its own: no part of it is a prediction of tokens."""
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        squares = model(batch["input_ids"]).hidden.square().mean((1, 2))
+        odd = batch["input_ids"][:, 0] % 2
+        metrics = {"first": batch["input_ids"][:, 0].sum(), "of_odd": ((odd * batch["labels"][:, 0]).sum(), odd.sum())}
+        return squares.sum(), torch.tensor(len(squares)), metrics
+
+
+def test_a_stage_may_have_its_own_loss_measures_and_validation(tiny_config, tokenizer, tmp_path):
+    """Sums are logged over the count of the step, pairs over their own count, however the step is cut."""
+    ids = Rows().batch(range(ROWS))
+    first, label = ids["input_ids"][:, 0], ids["labels"][:, 0]
+    odd = first % 2 == 1
+    for micro_rows in (ROWS, 3):
+        settings = StageSettings(
+            out=str(tmp_path / str(micro_rows)), batch_tokens=ROWS * TIME, micro_tokens=micro_rows * TIME,
+            sequence_length=TIME, max_steps=1, dtype="fp32", val_every=1,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = MiniDeepSeek(tiny_config(vocab_size=VOCAB, num_nextn_predict_layers=0))
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        before = biases(model)
+        Trainer(settings, ranks, model, tokenizer, Rows(), Squares(), lambda *_: {"val_loss": 7.0, "val_x": 8.0}).run()
+        untrained, entry = read_metrics(tmp_path / str(micro_rows) / "metrics.jsonl")
+        assert untrained.keys() >= CONTRACT and (untrained["loss"], untrained["val_x"]) == (7.0, 8.0)
+        assert entry.keys() >= CONTRACT and (entry["val_x"], entry["labels"]) == (8.0, ROWS)
+        assert entry["first"] == pytest.approx(first.sum().item() / ROWS)
+        assert 0 < odd.sum() < ROWS and entry["of_odd"] == pytest.approx(label[odd].double().mean().item())
+        assert torch.equal(biases(model), before)  # the loss named no loads and the settings no speed
+
+
+class Answers(Rows):
+    """Rows that the model makes itself: every second step its greedy tokens after a prompt, kept for two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: torch.Tensor | None = None
+        self.made: list[int] = []
+
+    def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, object]:
+        if step % 2 == 0:
+            with torch.no_grad():
+                prompts = Rows().batch(range(step * ROWS, (step + 1) * ROWS))["input_ids"]
+                self.held = model(prompts).logits.argmax(-1)
+            self.made.append(step)
+        return {"sum_of_tokens": self.held.sum().item()}
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        rows = self.held[[index % ROWS for index in indices]]
+        return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"held": self.held}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.held = state["held"]
+
+
+def test_rows_that_the_model_makes_are_made_before_the_step_and_survive_a_resume(make):
+    """Saved after step 3, in the middle of a pair of steps: the weights that made the rows exist no more."""
+    options = dict(max_steps=5, save_every=3)
+    whole = make("whole", Answers(), **options)
+    whole.run()
+    sums = [entry["sum_of_tokens"] for entry in read_metrics(whole.out / "metrics.jsonl")[1:]]
+    assert whole.dataset.made == [0, 2, 4] and sums[0] == sums[1] and sums[2] == sums[3] and len(set(sums)) == 3
+    shutil.rmtree(whole.out / "final")
+    want = read_metrics(whole.out / "metrics.jsonl")[-1]
+    again = make("whole", Answers(), **options, resume=True)
+    again.run()
+    assert again.dataset.made == [4]
+    now = read_metrics(whole.out / "metrics.jsonl")[-1]
+    assert (now["loss"], now["sum_of_tokens"]) == (want["loss"], want["sum_of_tokens"])
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
 
 
 def test_a_folder_with_a_run_is_refused_without_resume(make):
@@ -452,6 +534,10 @@ def test_bfloat16_products_keep_float32_weights(make):
     (_, *want), (_, *got) = (read_metrics(trainer.out / "metrics.jsonl") for trainer in (exact, rough))
     for ours, theirs in zip(got, want, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01) and ours["loss"] != theirs["loss"]
+
+
+def test_the_peak_is_measured_once_at_least_however_slow_the_machine():
+    assert measured_peak(torch.float32, torch.device("cpu"), size=16, seconds=0) > 0
 
 
 def test_float16_is_refused(make):

@@ -20,6 +20,7 @@ from text.tokenizer import Tokenizer
 from training.optim import load_state_tensors, state_tensors
 
 STEP = re.compile(r"step-(\d+)$")
+DATA = "data|"  # before the names of a data set's tensors; the optimiser's begin with a parameter's name
 
 
 @dataclass
@@ -39,9 +40,17 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, model: MiniDeepSeek, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path,
+    model: MiniDeepSeek,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    data: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write all of a checkpoint under a temporary name, flush it, and give it its name: complete or not there."""
+    """Write all of a checkpoint under a temporary name, flush it, and give it its name: complete or not there.
+
+    data: the state of a data set that the model makes itself, if it has any.
+    """
     temporary, before = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "before"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -50,6 +59,7 @@ def save_checkpoint(
         tokenizer.save(temporary)
         state = state_tensors(optimizer, model)
         state["rng"] = torch.get_rng_state()
+        state.update({f"{DATA}{name}": value for name, value in (data or {}).items()})
         save_file(state, temporary / "training" / "state.safetensors")
         (temporary / "training" / "progress.json").write_text(json.dumps(asdict(progress), indent=2), encoding="utf8")
         for path in [*temporary.rglob("*"), temporary]:
@@ -67,20 +77,22 @@ def save_checkpoint(
         raise UserError(f"{folder}: could not be saved ({error}); {safe}; free some space and use --resume") from None
 
 
-def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> None:
-    """Optimiser and random state of `folder`, into objects that already hold its weights."""
+def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimiser and random state of `folder`, into objects that already hold its weights. Returns the data set's."""
     path = folder / "training" / "state.safetensors"
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); delete {folder} and use --resume") from None
     torch.set_rng_state(state.pop("rng"))
+    data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
     try:
         load_state_tensors(optimizer, model, state)
     except KeyError as error:
         raise DamagedCheckpoint(
             f"{path}: state of an unknown parameter {error}; delete {folder} and use --resume"
         ) from None
+    return data
 
 
 def read_progress(folder: Path) -> Progress:

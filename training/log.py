@@ -16,12 +16,17 @@ from errors import naming
 COLUMNS = (
     ("loss", "loss {:.4f}"),
     ("mtp_loss", "mtp {:.3f}"),
+    ("accuracy", "preferred {:.1%}"),
+    ("margin", "margin {:.3f}"),
+    ("kl", "kl {:.4f}"),
     ("lr", "lr {:.2e}"),
     ("grad_norm", "norm {:.2f}"),
     ("tokens_per_second", "{:,.0f} tok/s"),
     ("mfu", "mfu {:.1%}"),
     ("max_vio_worst", "MaxVio {:.2f}"),
     ("memory_gb", "{:.1f} GB"),
+    ("val_accuracy", "val preferred {:.1%}"),
+    ("val_margin", "margin {:.3f}"),
     ("val_bits_per_byte", "val {:.4f} bits/byte"),
 )
 

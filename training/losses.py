@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.tally import Metric
+
 IGNORE = -100  # a label that does not count
 CHUNK_ELEMENTS = 2**22  # logits held at a time
 
 Batch = dict[str, Tensor]
+
+
+class Loss(Protocol):
+    """What a stage minimises, over one micro-batch.
+
+    Returns (sum, count, metrics). The trainer adds sums and counts over micro-batches and ranks and divides once, so
+    how a batch is cut changes nothing. A metric is a sum to be logged over the same count, or a pair (sum, count) with
+    a count of its own; each call brings the same names. Two names are special: `main` is logged as the loss, where a
+    loss has parts, and `counts` are the experts' loads, (MoE layers, experts), that move the routers' biases.
+    """
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]: ...
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

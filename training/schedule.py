@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from errors import UserError
 
+Schedule = float | dict[str, float]
+
 
 @dataclass
 class Budget:
@@ -44,7 +46,7 @@ def learning_rate(progress: float, peak: float, warmup: float, decay_from: float
     return peak * (final_ratio + (1 - final_ratio) * cosine)
 
 
-def value_at(schedule: float | dict[str, float], progress: float, name: str = "schedule") -> float:
+def value_at(schedule: Schedule, progress: float, name: str = "schedule") -> float:
     """A constant, or steps written as {share of the run: value from there on}, such as {0: 0.3, 0.68: 0.1}."""
     if isinstance(schedule, (int, float)):
         return float(schedule)

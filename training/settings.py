@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from errors import UserError, naming
 from LMConfig import LMConfig
 from training.optim import OptimSettings
+from training.schedule import Schedule
 
 
 @dataclass(kw_only=True)
@@ -36,9 +37,6 @@ class StageSettings:
         batch_tokens: tokens an optimiser step, over all ranks.
         micro_tokens: tokens a forward pass on one rank; the rest is accumulated.
         optim: optimiser and learning rate.
-        mtp_weight: weight of the multi-token-prediction loss; a number or {share of the run: value}.
-        balance_weight: weight of the sequence-wise balance loss; a number or {share of the run: value}.
-        bias_speed: speed of the router's balancing bias; a number or {share of the run: value}.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         compile: torch.compile each layer.
         log_every: steps between log lines.
@@ -64,9 +62,6 @@ class StageSettings:
     batch_tokens: int = 32768
     micro_tokens: int = 8192
     optim: OptimSettings = field(default_factory=OptimSettings)
-    mtp_weight: float | dict[str, float] = 0.3
-    balance_weight: float | dict[str, float] = 1e-4
-    bias_speed: float | dict[str, float] = 1e-3
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: int = 10
@@ -89,6 +84,45 @@ class StageSettings:
             raise UserError(f"--batch_tokens {self.batch_tokens}: less than one row of {self.sequence_length} tokens")
         if self.on_error not in ("skip", "stop"):
             raise UserError(f"--on_error {self.on_error}: one of skip, stop")
+
+    @property
+    def row_tokens(self) -> int:
+        """The most positions that a sample of the data set has."""
+        return self.sequence_length
+
+    @property
+    def rows(self) -> int:
+        """Samples an optimiser step, over all ranks."""
+        return max(self.batch_tokens // self.row_tokens, 1)
+
+    @property
+    def micro_rows(self) -> int:
+        """Samples a forward pass on one rank."""
+        return max(self.micro_tokens // self.row_tokens, 1)
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """What changes along the run beside the learning rate: attributes of the loss, and `bias_speed`."""
+        return {}
+
+
+@dataclass(kw_only=True)
+class NextTokenSettings(StageSettings):
+    """Settings of the stages that predict the next token of given text.
+
+    Args:
+        mtp_weight: weight of the multi-token-prediction loss; a number or {share of the run: value}.
+        balance_weight: weight of the sequence-wise balance loss; a number or {share of the run: value}.
+        bias_speed: speed of the router's balancing bias; a number or {share of the run: value}.
+    """
+
+    mtp_weight: float | dict[str, float] = 0.3
+    balance_weight: float | dict[str, float] = 1e-4
+    bias_speed: float | dict[str, float] = 1e-3
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        return {name: getattr(self, name) for name in ("mtp_weight", "balance_weight", "bias_speed")}
 
 
 Settings = TypeVar("Settings", bound=StageSettings)

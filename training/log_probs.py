@@ -1,0 +1,62 @@
+"""Log-probabilities of given tokens, with gradient, without the logits of a batch ever existing together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from training.losses import CHUNK_ELEMENTS, IGNORE
+
+
+class _LabelLogProbs(torch.autograd.Function):
+    """log softmax(h W^T / T)[label] of each position, over chunks of positions; `backward` makes each softmax again.
+
+    Unlike a sum's gradient (`training.losses`), each position's is known only when the loss over all of them is.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, temperature: float) -> Tensor:
+        weight = head_VD.to(hidden_ND.dtype)
+        log_probs = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        normaliser = torch.empty_like(log_probs)
+        for part in _chunks(hidden_ND, weight):
+            logits = (hidden_ND[part] @ weight.t()).float().div_(temperature)
+            normaliser[part] = logits.logsumexp(-1)
+            log_probs[part] = logits.gather(1, labels_N[part].unsqueeze(1)).squeeze(1) - normaliser[part]
+        ctx.save_for_backward(hidden_ND, weight, labels_N, normaliser)
+        ctx.temperature, ctx.head_dtype = temperature, head_VD.dtype
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, grad_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, labels, normaliser = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros_like(weight, dtype=torch.float32)
+        for part in _chunks(hidden, weight):
+            p = (hidden[part] @ weight.t()).float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
+            # d(log p_y)/dz = (onehot(y) - p) / T
+            p[torch.arange(p.shape[0], device=p.device), labels[part]] -= 1
+            grad_logits = p.mul_((-grad_N[part] / ctx.temperature).unsqueeze(1)).to(weight.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[part])
+            grad_head += grad_logits.t() @ hidden[part]
+        return grad_hidden, grad_head.to(ctx.head_dtype), None, None
+
+
+def label_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p of each label, float32, 0 where nothing counts; the shape of `labels`.
+
+    Only positions that count go through the head, so that prompts and padding cost nothing there.
+
+    Args:
+        hidden: (..., hidden); head: (vocab, hidden); labels: (...) token ids, -100 where nothing counts.
+    """
+    flat, wanted = hidden.flatten(0, -2), labels.flatten()
+    places = (wanted != IGNORE).nonzero().squeeze(1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        log_probs = _LabelLogProbs.apply(flat.index_select(0, places), head, wanted[places], temperature)
+    return torch.zeros(wanted.shape, device=wanted.device).index_copy(0, places, log_probs).view_as(labels)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
+    return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
