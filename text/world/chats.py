@@ -89,12 +89,12 @@ FOLLOW_UPS_ZH = {
 }
 # Shares of the chats' turns; facts come first because the world is made of them.
 TURN_WEIGHTS = {
-    "fact": 27,
-    "comprehension": 18,
+    "fact": 28,
+    "comprehension": 22,
     "arithmetic": 16,
-    "comparison": 6,
-    "sequence": 6,
-    "counting": 5,
+    "comparison": 8,
+    "sequence": 8,
+    "counting": 7,
     "class": 6,
     "antonym": 6,
     "length": 4,

@@ -41,7 +41,7 @@ FILES = (
 # Writers of documents with their weights, by language.
 WRITERS = {
     "zh": (
-        (partial(entry, language="zh"), 40),
+        (partial(entry, language="zh"), 34),
         (story_zh, 16),
         (partial(conversation, language="zh"), 6),
         (partial(gossip, language="zh"), 6),
@@ -52,17 +52,17 @@ WRITERS = {
         (two_languages, 2),
         (romanised_names, 1),
         (partial(recital, language="zh"), 2),
-        (partial(lesson, language="zh"), 24),
+        (partial(lesson, language="zh"), 33),
     ),
     "en": (
-        (partial(entry, language="en"), 42),
+        (partial(entry, language="en"), 38),
         (story_en, 10),
         (partial(conversation, language="en"), 7),
         (partial(gossip, language="en"), 7),
         (partial(letter, language="en"), 4),
         (partial(roll_call, language="en"), 5),
         (partial(recital, language="en"), 2),
-        (partial(lesson, language="en"), 30),
+        (partial(lesson, language="en"), 36),
     ),
 }
 

@@ -46,7 +46,7 @@ def word_page(rng: random.Random, world: World, language: str) -> str:
 def lesson(rng: random.Random, world: World, language: str) -> str:
     """Any page of the book."""
     pages = (sums_page, number_page, word_page, reading_document)
-    return rng.choices(pages, weights=(30, 20, 24, 26))[0](rng, world, language)
+    return rng.choices(pages, weights=(27, 24, 21, 28))[0](rng, world, language)
 
 
 def _asked(rng: random.Random, world: World, exchanges: list[Exchange], language: str) -> str:
