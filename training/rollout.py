@@ -1,0 +1,136 @@
+"""Groups of completions sampled from the policy: each prompt is read once, its group shares the latent cache.
+
+The chance of every token comes from numbers drawn beforehand for its prompt, and is turned into a token by the inverse
+of the cumulative distribution. So a completion is a function of the weights, the prompt and those numbers: not of the
+batch it was sampled in, nor of the number of ranks, and a resumed run samples the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import MiniDeepSeek
+from model.cache import LatentCache, compute_dtype
+from model.experts import Experts
+from text.order import scramble
+
+COMPACT_BELOW = 0.8  # when fewer rows than this share are still running, the others leave the cache
+
+
+@dataclass
+class Completions:
+    """What was sampled, one row a completion; the completions of a prompt stand together.
+
+    Attributes:
+        tokens: (rows, new) int64, 0 after the end. lengths: (rows,) tokens of each, the end token included.
+        log_probs: (rows, new) float32, the sampler's, 0 after the end.
+        ended: (rows,) bool, False when cut at the limit.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    log_probs: Tensor
+    ended: Tensor
+
+
+@torch.no_grad()
+def sample_completions(
+    model: MiniDeepSeek,
+    prompts: Sequence[Sequence[int]],
+    chances: Tensor,
+    stop: int,
+    temperature: float = 1.0,
+) -> Completions:
+    """Sample a group of completions of each prompt at once.
+
+    Args:
+        prompts: token ids, none empty. chances: (prompts, group, new) float32 in [0, 1); `new` is the limit of tokens.
+        stop: the token that ends a completion and belongs to it.
+        temperature: above 0; the log-probabilities are those of the tempered distribution.
+    """
+    device = model.lm_head.weight.device
+    count, group, new = chances.shape
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+    ids = torch.tensor([[stop] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    padded = padding if bool(padding.any()) else None
+    cache = LatentCache(model.config, count, longest + new, compute_dtype(model), device, padded)
+    hidden = model(ids, cache=cache).hidden[:, -1]
+    # One prefill a prompt; then every completion has a row of its own.
+    rows = torch.arange(count, device=device).repeat_interleave(group)
+    cache.keep_rows(rows)
+    hidden, chances = hidden[rows], chances.to(device).flatten(0, 1)
+    head = model.lm_head.weight.to(hidden.dtype)
+
+    running = torch.arange(count * group, device=device)  # which completion each row of the cache is
+    alive = torch.ones_like(running, dtype=torch.bool)
+    tokens = torch.zeros(count * group, new, dtype=torch.int64, device=device)
+    log_probs = torch.zeros(count * group, new, device=device)
+    lengths = torch.full_like(running, new)
+    for step in range(new):
+        log_p = (F.linear(hidden, head).float() / temperature).log_softmax(-1)
+        chosen = inverse_cumulative(log_p.exp(), chances[running, step])
+        tokens[running[alive], step] = chosen[alive]
+        log_probs[running[alive], step] = log_p.gather(1, chosen.unsqueeze(1)).squeeze(1)[alive]
+        ends = alive & (chosen == stop)
+        lengths[running[ends]] = step + 1
+        alive = alive & ~ends
+        left = int(alive.sum())
+        if left == 0 or step + 1 == new:
+            break
+        if left < COMPACT_BELOW * len(running):
+            cache.keep_rows(alive)
+            running, chosen, alive = running[alive], chosen[alive], alive[alive]
+        hidden = model(chosen.unsqueeze(1), cache=cache).hidden[:, -1]
+    ended = tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1) == stop
+    return Completions(tokens, lengths, log_probs, ended)
+
+
+def inverse_cumulative(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
+    """The first token of each row whose cumulative probability exceeds the row's chance. (B,) int64."""
+    cumulative = probabilities_BV.cumsum(-1)
+    # Scaled by what the sum really is after rounding, a chance below 1 falls on a token of some probability.
+    chance = (chance_B * cumulative[:, -1]).unsqueeze(1)
+    chosen = torch.searchsorted(cumulative, chance, right=True).squeeze(1)
+    return torch.where(chosen < probabilities_BV.shape[1], chosen, probabilities_BV.argmax(-1))
+
+
+def chances(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:
+    """(prompts, group, new) uniform numbers, those of a prompt a function of its key alone."""
+    drawn = []
+    for key in keys:
+        generator = torch.Generator().manual_seed(scramble(*key) >> 1)
+        drawn.append(torch.rand(group, new, generator=generator))
+    return torch.stack(drawn)
+
+
+class Sampler:
+    """The policy in the type that it computes in. In bfloat16 a copy of the matrices, made anew for every rollout.
+
+    Norms and routers keep their float32 weights, so that products are rounded where autocast rounds them in training:
+    sampler and trainer differ by the order of their sums and the absorbed form of attention only.
+    """
+
+    def __init__(self, model: MiniDeepSeek, dtype: torch.dtype) -> None:
+        self.source = model
+        self.model = model
+        if dtype != torch.float32:
+            self.model = copy.deepcopy(model).requires_grad_(False)
+            for module in self.model.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding, Experts)):
+                    module.to(dtype)
+            self.model.eval()
+
+    @torch.no_grad()
+    def refresh(self) -> MiniDeepSeek:
+        """The policy as it is now."""
+        if self.model is not self.source:
+            for mine, theirs in zip(self.model.state_dict().values(), self.source.state_dict().values(), strict=True):
+                mine.copy_(theirs)
+        return self.model
