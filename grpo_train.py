@@ -16,6 +16,7 @@ from training.experience import Experience, RolloutSettings
 from training.machine import choose_dtype
 from training.optim import OptimSettings
 from training.policy import GRPOLoss
+from training.reference import frozen_reference
 from training.rewards import Rewards
 from training.rollout import Sampler
 from training.settings import StageSettings, parse
@@ -80,7 +81,8 @@ def main() -> None:
     # The drafts of MTP earn no reward: its layers stay as they are, and so do the routers' biases (no bias_speed), so
     # that sampler, policy and reference route alike and a batch of one kind of problem does not set the balance.
     model.mtp.requires_grad_(False)
-    reference = open_reference(settings.reference, model) if settings.beta else None
+    model = model.to(ranks.device)
+    reference = frozen_reference(model, tokenizer, settings.reference).to(ranks.device) if settings.beta else None
     options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
     longest = settings.sequence_length - settings.max_new_tokens
     sources = [(name, weight) for names, weight in split_weights(settings.data) for name in names.split(",") if name]
@@ -88,7 +90,7 @@ def main() -> None:
     if ranks.main:
         prompts.print_summary()
     dtype = choose_dtype(settings.dtype, ranks.device)
-    sampler = Sampler(model.to(ranks.device), dtype)
+    sampler = Sampler(model, dtype)
     experience = Experience(
         prompts, rewards, sampler, settings, settings.sequence_length, settings.micro_rows, ranks, dtype, reference
     )

@@ -72,9 +72,9 @@ def test_bad_rows_are_counted_with_their_places_or_stop_the_reading(tmp_path):
     assert len(problems) == 2 and (report.rows, report.kept) == (5, 2)
     assert dict(report.problems) == {"no answer": 1, "question asked before": 1, "unparsable answer": 1}
     assert report.examples["no answer"][0].startswith(f"{path}:2: ")
-    with pytest.raises(UserError, match="p.jsonl:2: .*mend or drop the row or pass --on_error skip"):
+    with pytest.raises(UserError, match=r"p.jsonl:2: .*mend or drop the row or pass --on_error skip"):
         open_problems(path, on_error="stop")
-    with pytest.raises(UserError, match="no problem to train on; .*no answer|has 'question'"):
+    with pytest.raises(UserError, match=r"no problem to train on; .*has 'question'"):
         open_problems(write(tmp_path / "empty.jsonl", [{"question": "Q"}]))
 
 
@@ -135,7 +135,7 @@ def test_reasoning_gym_judges_its_own_tasks(monkeypatch):
     problem = open_problems("reasoning_gym:multiples").problem(5, 0)
     assert problem.question == "Name a multiple of 7. 0"
     assert is_correct(problem, "<answer>14</answer>") and not is_correct(problem, "<answer>15</answer>")
-    with pytest.raises(UserError, match="reasoning_gym does not make it .no such task"):
+    with pytest.raises(UserError, match="no such task"):
         open_problems("reasoning_gym:multipels")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UserError, match="pip install reasoning-gym"):

@@ -135,7 +135,15 @@ def test_the_strict_format_accepts_thoughts_over_many_lines():
 
 
 def test_digits_only_is_about_the_answer_alone():
-    assert [worth("digits_only", f"<answer>{text}</answer>") for text in ("12", "-3", "12 apples", "twelve", "１２", "1.5")] == [1, 1, 0, 0, 1, 0]  # fmt: skip
+    texts = ("12", "-3", "12 apples", "twelve", "１２", "1.5")
+    assert [worth("digits_only", f"<answer>{text}</answer>") for text in texts] == [1, 1, 0, 0, 1, 0]
+
+
+def test_near_rises_towards_the_right_number():
+    assert [worth("near", text, "7") for text in ("7", "3加4等于6。", "8", "11", "-7", "none", "")] == [
+        1, 0.5, 0.5, 0.2, 1 / 15, 0, 0,
+    ]  # fmt: skip
+    assert worth("near", "blue", "blue") == 0
 
 
 def test_language_is_the_share_of_words_in_the_language_of_the_question():
@@ -216,7 +224,7 @@ def test_a_faulty_reward_is_named_in_one_line(name, what):
 @pytest.mark.parametrize(
     ("rewards", "what"),
     [
-        ({}, "none given; choose from correct, digits_only, language, loose_format, overlong"),
+        ({}, "none given; choose from correct, digits_only, language, loose_format, near, overlong"),
         ({"corect": 1}, "'corect': not one of correct"),
         ({"correct": float("nan")}, "weight of 'correct' is nan"),
         ({"correct": "much"}, "weight of 'correct' is 'much'"),
@@ -231,7 +239,16 @@ def test_a_wrong_choice_of_rewards_is_named(rewards, what):
 
 
 def test_the_rewards_of_the_project_are_listed():
-    assert names() == ["correct", "digits_only", "language", "loose_format", "overlong", "strict_format", "tag_count"]
+    assert names() == [
+        "correct",
+        "digits_only",
+        "language",
+        "loose_format",
+        "near",
+        "overlong",
+        "strict_format",
+        "tag_count",
+    ]
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "???", "a" * 201, "first\nsecond", "\\frac{1}{2}" * 30])

@@ -22,7 +22,8 @@ from training.ranks import Ranks
 from training.rewards import Rewards, Sample
 from training.rollout import Completions, Sampler, chances, sample_completions
 
-WIDTH = 8  # rows are padded to a multiple: a product of a new shape costs a CPU 10 ms of code generation
+# A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
+ROWS, WIDTH = 16, 8
 CHANCES = 0x6772706F  # keeps the numbers of sampling apart from those of the data order
 
 
@@ -126,14 +127,12 @@ class Experience:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Rows for `GRPOLoss`. Rows without anything to learn are left out, so that they cost nothing."""
         rows = self.order[torch.tensor(indices) % len(self.order)]
-        left_out = self.held["left_out"][rows] > 0
-        shown, absent = rows[~left_out], rows[left_out]
-        silent = absent[self.held["left_out"][absent] == 1]
+        silent = rows[self.held["left_out"][rows] == 1]
         tokens = (self.held["lengths"] - self.held["prompt_lengths"])[silent].sum()
-        nothing = len(shown) == 0
-        shown = rows[:1] if nothing else shown
-        batch = self._rows(shown, counted=not nothing)
-        return {**batch, "absent": torch.stack((torch.tensor(len(rows) - len(shown)), tokens))}
+        # Those with something to learn come first; what fills up the last few rows has no labels.
+        learnt = int((self.held["left_out"][rows] == 0).sum())
+        shown = rows[: max(-(-learnt // ROWS) * ROWS, 1)]
+        return {**self._rows(shown), "absent": torch.stack((torch.tensor(len(rows) - len(shown)), tokens))}
 
     def state(self) -> dict[str, Tensor]:
         """The completions in use, if another step uses them."""
@@ -239,13 +238,17 @@ class Experience:
         ranked = weight.argsort(descending=True, stable=True)
         self.order = torch.cat([ranked[rank :: self.ranks.world] for rank in range(self.ranks.world)])
 
-    def _rows(self, rows: Tensor, counted: bool = True) -> Batch:
-        """Inputs, labels and what belongs to each label, padded on the right to the longest of these rows."""
+    def _rows(self, rows: Tensor) -> Batch:
+        """Inputs, labels and what belongs to each label, padded on the right to the longest of these rows.
+
+        Of a row that is left out nothing is a label and nothing is read.
+        """
         held = {name: value[rows] for name, value in self.held.items()}
         begin, length = held["prompt_lengths"].unsqueeze(1), held["lengths"].unsqueeze(1)
+        length = length.masked_fill(held["left_out"].unsqueeze(1) > 0, 2)
         width = min(-(-(int(length.max()) - 1) // WIDTH) * WIDTH, self.sequence_length - 1)
         time = torch.arange(width)
-        labelled = (time >= begin - 1) & (time < length - 1) & counted
+        labelled = (time >= begin - 1) & (time < length - 1) & (held["left_out"].unsqueeze(1) == 0)
         batch = {
             "input_ids": held["tokens"][:, :width],
             "labels": held["tokens"][:, 1 : width + 1].masked_fill(~labelled, IGNORE),

@@ -71,6 +71,13 @@ def correct(sample: Sample) -> float:
 
 
 @reward
+def near(sample: Sample) -> float:
+    """1 / (1 + distance to the right number); 0 without one. A slope where right answers are still too rare to find."""
+    wanted, given = as_number(sample.problem.answer), as_number(final_answer(sample.text) or "")
+    return 0.0 if wanted is None or given is None else 1 / (1 + float(abs(given - wanted)))
+
+
+@reward
 def digits_only(sample: Sample) -> float:
     """1 when the answer is a whole number and nothing else."""
     answer = final_answer(sample.text, numeric=False)
@@ -121,7 +128,7 @@ def is_correct(problem: Problem, text: str) -> bool:
     wanted = problem.answer
     number = as_number(wanted)
     given = final_answer(text, numeric=number is not None or is_latex(wanted))
-    if given is None:
+    if given is None or (number is not None and not re.search(r"[0-9\\]", given)):
         return False
     if problem.score is not None:
         return problem.score(given) >= 1

@@ -20,7 +20,9 @@ from model.cache import LatentCache, compute_dtype
 from model.experts import Experts
 from text.order import scramble
 
-COMPACT_BELOW = 0.8  # when fewer rows than this share are still running, the others leave the cache
+# CPU kernels are generated for each new shape (10 ms against 1 ms of work): prompts are padded to a multiple of this,
+# and when completions have ended the batch shrinks to a power of two.
+WIDTH = 8
 
 
 @dataclass
@@ -56,7 +58,7 @@ def sample_completions(
     """
     device = model.lm_head.weight.device
     count, group, new = chances.shape
-    longest = max(map(len, prompts))
+    longest = -(-max(map(len, prompts)) // WIDTH) * WIDTH
     padding = torch.tensor([longest - len(ids) for ids in prompts], device=device)
     ids = torch.tensor([[stop] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     padded = padding if bool(padding.any()) else None
@@ -74,19 +76,21 @@ def sample_completions(
     log_probs = torch.zeros(count * group, new, device=device)
     lengths = torch.full_like(running, new)
     for step in range(new):
-        log_p = (F.linear(hidden, head).float() / temperature).log_softmax(-1)
-        chosen = inverse_cumulative(log_p.exp(), chances[running, step])
+        p = (F.linear(hidden, head).float() / temperature).softmax(-1)
+        chosen = inverse_cumulative(p, chances[running, step])
         tokens[running[alive], step] = chosen[alive]
-        log_probs[running[alive], step] = log_p.gather(1, chosen.unsqueeze(1)).squeeze(1)[alive]
+        log_probs[running[alive], step] = p.gather(1, chosen.unsqueeze(1)).squeeze(1).log()[alive]
         ends = alive & (chosen == stop)
         lengths[running[ends]] = step + 1
         alive = alive & ~ends
         left = int(alive.sum())
         if left == 0 or step + 1 == new:
             break
-        if left < COMPACT_BELOW * len(running):
-            cache.keep_rows(alive)
-            running, chosen, alive = running[alive], chosen[alive], alive[alive]
+        size = 1 << (left - 1).bit_length()
+        if size < len(running):
+            kept = alive.int().argsort(descending=True, stable=True)[:size]
+            cache.keep_rows(kept)
+            running, chosen, alive = running[kept], chosen[kept], alive[kept]
         hidden = model(chosen.unsqueeze(1), cache=cache).hidden[:, -1]
     ended = tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1) == stop
     return Completions(tokens, lengths, log_probs, ended)
@@ -98,7 +102,9 @@ def inverse_cumulative(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
     # Scaled by what the sum really is after rounding, a chance below 1 falls on a token of some probability.
     chance = (chance_B * cumulative[:, -1]).unsqueeze(1)
     chosen = torch.searchsorted(cumulative, chance, right=True).squeeze(1)
-    return torch.where(chosen < probabilities_BV.shape[1], chosen, probabilities_BV.argmax(-1))
+    if bool((chosen == probabilities_BV.shape[1]).any()):
+        chosen = torch.where(chosen < probabilities_BV.shape[1], chosen, probabilities_BV.argmax(-1))
+    return chosen
 
 
 def chances(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:
