@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from training.rollout import Completions, Sampler, chances, sample_completions
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
+ENTRY = "entry"  # the log's entry among the saved tensors, as JSON in bytes
 CHANCES = 0x6772706F  # keeps the numbers of sampling apart from those of the data order
 
 
@@ -136,12 +138,16 @@ class Experience:
 
     def state(self) -> dict[str, Tensor]:
         """The completions in use, if another step uses them."""
-        return dict(self.held) if self.settings.mu > 1 else {}
+        if self.settings.mu == 1:
+            return {}
+        entry = torch.tensor(list(json.dumps(self.entry).encode()), dtype=torch.uint8)
+        return {**self.held, ENTRY: entry}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
         if state:
-            self.held = state
+            self.held = dict(state)
+            self.entry = json.loads(bytes(self.held.pop(ENTRY).tolist()))
             self._arrange()
 
     def _collect(self, number: int, model: MiniDeepSeek) -> None:
