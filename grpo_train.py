@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dataset import PromptDataset
 from errors import UserError, command_line
-from text.sources import split_weights
+from text.problems import split_problems
 from training.accuracy import Accuracy
 from training.experience import Experience, RolloutSettings
 from training.machine import choose_dtype
@@ -85,8 +85,7 @@ def main() -> None:
     reference = frozen_reference(model, tokenizer, settings.reference).to(ranks.device) if settings.beta else None
     options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
     longest = settings.sequence_length - settings.max_new_tokens
-    sources = [(name, weight) for names, weight in split_weights(settings.data) for name in names.split(",") if name]
-    prompts = PromptDataset(sources, tokenizer, longest, settings.seed, **options)
+    prompts = PromptDataset(split_problems(settings.data), tokenizer, longest, settings.seed, **options)
     if ranks.main:
         prompts.print_summary()
     dtype = choose_dtype(settings.dtype, ranks.device)

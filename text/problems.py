@@ -21,6 +21,7 @@ from errors import UserError
 from text.answers import as_number, problem_with
 from text.json_rows import RowError, RowReport, json_files, json_rows, kind_of
 from text.order import shuffled
+from text.sources import split_weights
 from text.world.numbers import arithmetic_problem, held_out_arithmetic_problem
 
 # Question and answer columns; the first pair that a row has is taken.
@@ -129,6 +130,11 @@ class ReasoningGym:
         return Problem(
             entry["question"], str(entry["answer"]), self.task, lambda given: data.score_answer(given, entry)
         )
+
+
+def split_problems(data: str) -> list[tuple[str, float]]:
+    """`a.jsonl=2,arithmetic:1-2` as names of sources with their weights, 1 where none is given."""
+    return [(name, weight) for names, weight in split_weights(data) for name in names.split(",") if name]
 
 
 def open_problems(
