@@ -1,4 +1,4 @@
-# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, report       (DATA=my.csv for your own text)
+# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, report  (DATA=my.csv: your own text)
 # make chat   talk to the result
 # make test   every test, the demo path at a tiny size among them
 # make lint   make bench   make clean-demo
@@ -19,13 +19,13 @@ TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 .PHONY: demo chat test lint bench clean-demo
 .DELETE_ON_ERROR:
 
-demo: $(OUT)/sft/final/config.json
-	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl
+demo: $(OUT)/dpo/final/config.json
+	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl --favours $(WORLD)/heldout_favours.jsonl
 	@echo "talk to it: make chat$(if $(DATA), DATA=$(DATA))"
 
 chat: $(VENV)/installed
-	@test -d $(OUT)/sft/final || { echo "error: $(OUT)/sft/final is not there yet; run make demo first" >&2; exit 2; }
-	@$(RUN) eval/chat.py --ckpt $(OUT)/sft/final
+	@test -d $(OUT)/dpo/final || { echo "error: $(OUT)/dpo/final is not there yet; run make demo first" >&2; exit 2; }
+	@$(RUN) eval/chat.py --ckpt $(OUT)/dpo/final
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest
@@ -55,6 +55,11 @@ $(OUT)/pretrain/final/config.json: $(OUT)/tokenizer/tokenizer.json
 $(OUT)/sft/final/config.json: $(OUT)/pretrain/final/config.json $(WORLD)/pretrain.csv
 	$(RUN) full_sft.py --config configs/demo/sft.yaml --ckpt $(OUT)/pretrain/final --data $(WORLD)/sft.jsonl \
 	    --out $(OUT)/sft --resume true
+	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+
+$(OUT)/dpo/final/config.json: $(OUT)/sft/final/config.json
+	$(RUN) dpo_train.py --config configs/demo/dpo.yaml --ckpt $(OUT)/sft/final --data $(WORLD)/preferences.jsonl \
+	    --val_text $(WORLD)/heldout.txt --out $(OUT)/dpo --resume true
 	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
 
 # A CUDA build of torch is several GB: without an NVIDIA driver the CPU build is asked for first.

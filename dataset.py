@@ -19,9 +19,10 @@ import torch
 from errors import UserError
 from text.chat_template import Message, encode_chats
 from text.encoded_chats import EncodedChats
+from text.encoded_pairs import EncodedPairs
 from text.json_rows import RowReport
 from text.order import block_shares, mixed, scramble, shuffled
-from text.packing import IGNORED_LABEL, PADDING_SEGMENT, pack_best_fit, write_row
+from text.packing import IGNORED_LABEL, PADDING_SEGMENT, PackedEpochs, write_row
 from text.problems import ListedProblems, Problem, Problems, open_problems
 from text.shard_set import ShardSet
 from text.tokenizer import Tokenizer
@@ -150,13 +151,11 @@ class ChatDataset:
         return part
 
     def _choose(self, members: np.ndarray) -> None:
-        self._members = members
-        self._epochs: dict[int, list[np.ndarray]] = {}
-        self._length = len(self._rows(0))
+        self._rows = PackedEpochs(members, self.chats.positions, self.sequence_length, self.seed, self.packing)
 
     def __len__(self) -> int:
-        """Rows in an epoch; the same in each, as best-fit's number of rows depends on the lengths alone."""
-        return self._length
+        """Rows in an epoch."""
+        return len(self._rows)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -167,14 +166,13 @@ class ChatDataset:
         """input_ids, labels, segment_ids, position_ids of the samples, each (len(indices), sequence_length) int64."""
         rows = []
         for index in indices:
-            epoch, place = divmod(int(index), len(self))
-            conversations = [self.chats[member] for member in self._rows(epoch)[place]]
+            conversations = [self.chats[member] for member in self._rows[index]]
             rows.append(write_row(conversations, self.sequence_length, self._pad_id))
-        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        return _stacked(rows)
 
     def filled(self) -> float:
         """The share of positions that hold conversations rather than padding."""
-        return float(self.chats.positions(self._members).sum() / self.tokens_per_epoch)
+        return self._rows.filled()
 
     def print_summary(self) -> None:
         """What was read and what the rows look like, on one screen."""
@@ -182,19 +180,78 @@ class ChatDataset:
         held = f"; {len(self.validation)} rows held out" if self.validation else ""
         print("\n".join([*self.report.lines(), rows + held]))
 
-    def _rows(self, epoch: int) -> list[np.ndarray]:
-        """The conversations of each row of an epoch. A batch reaches over at most the two epochs that are kept."""
-        if epoch not in self._epochs:
-            random = np.random.default_rng([self.seed, epoch])
-            members = random.permutation(self._members)
-            if self.packing:
-                packed = pack_best_fit(self.chats.positions(members), self.sequence_length)
-                rows = [members[row] for row in packed]
-            else:
-                rows = list(members[:, None])
-            self._epochs = {kept: rows for kept, rows in self._epochs.items() if kept == epoch - 1}
-            self._epochs[epoch] = [rows[place] for place in random.permutation(len(rows))]
-        return self._epochs[epoch]
+
+class PreferenceDataset:
+    """Pairs of answers to one prompt, packed into rows in which no conversation sees another.
+
+    A row has room for two conversations of `sequence_length`, so that both sides of a pair are always in one row: its
+    segments 2k and 2k + 1 are the chosen and the rejected conversation of its k-th pair. Labels are the last answer
+    and the token that ends it. Order, `report` and `validation` are as in `ChatDataset`.
+
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        seed: int = 0,
+        on_error: str = "skip",
+        val_fraction: float = 0.0,
+    ) -> None:
+        """Raises `UserError` for a file that cannot be read and when there is nothing to learn."""
+        self.pairs = EncodedPairs.read(paths, tokenizer, sequence_length, on_error)
+        self.report, self.sequence_length = self.pairs.report, 2 * sequence_length
+        self._reference: np.ndarray | None = None
+        self._pad_id = tokenizer.pad_id
+        train, held = self.pairs.split(val_fraction)
+        self._rows = PackedEpochs(train, self.pairs.positions, self.sequence_length, seed, packing=True)
+        self.validation: PreferenceDataset | None = None
+        if len(held):
+            self.validation = copy.copy(self)
+            self.validation._rows = PackedEpochs(held, self.pairs.positions, self.sequence_length, seed, packing=True)
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        return len(self._rows)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """input_ids, labels, segment_ids, position_ids of the rows, each (len(indices), sequence_length) int64.
+
+        With a known reference also `reference`, float32: what it gives each label.
+        """
+        rows = []
+        for index in indices:
+            sides = [side for pair in self._rows[index] for side in self.pairs[pair]]
+            row = write_row(sides, self.sequence_length, self._pad_id)
+            if self._reference is not None:
+                places = self.places(index)
+                row["reference"] = np.zeros(self.sequence_length, np.float32)
+                row["reference"][: len(places)] = self._reference[places]
+            rows.append(row)
+        return _stacked(rows)
+
+    def places(self, index: int) -> np.ndarray:
+        """Where in `pairs.ids` the tokens stand that the positions of a row predict; padding has none."""
+        begins = self.pairs.begins
+        sides = [side for pair in self._rows[index] for side in (2 * pair, 2 * pair + 1)]
+        return np.concatenate([np.arange(begins[side] + 1, begins[side + 1]) for side in sides])
+
+    def know_reference(self, log_probs: np.ndarray) -> None:
+        """From now on batches have what a reference gives each token: (tokens,) float32 of `pairs.ids`."""
+        for part in (self, self.validation):
+            if part is not None:
+                part._reference = log_probs
+
+    def print_summary(self) -> None:
+        """What was read and what the rows look like, on one screen."""
+        held = len(self.validation._rows.members) if self.validation else 0
+        rows = f"{len(self)} rows of {self.sequence_length} tokens, {self._rows.filled():.1%} filled"
+        print("\n".join([*self.report.lines(), f"{rows}; {held} pairs held out"]))
+
+
+def _stacked(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 class PromptDataset:

@@ -61,8 +61,10 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def ask(answerer: Answerer, questions: list[Question], batch: int = 64, max_new_tokens: int = 48) -> list[Result]:
-    """Greedy answers in batches of similar length, in the order of the questions."""
+def ask(
+    answerer: Answerer, questions: list[Question], batch: int = 64, max_new_tokens: int = 48, **sampling: float
+) -> list[Result]:
+    """Answers in the order of the questions, asked in batches of similar length; greedy without `sampling`."""
     order = sorted(range(len(questions)), key=lambda index: len(questions[index].question))
     results: list[Result | None] = [None] * len(questions)
     starts = range(0, len(order), batch)
@@ -70,7 +72,7 @@ def ask(answerer: Answerer, questions: list[Question], batch: int = 64, max_new_
     for start in track(starts, "asking", console=bar, transient=True, disable=not bar.is_terminal):
         part = order[start : start + batch]
         replies = answerer.reply(
-            [[{"role": "user", "content": questions[index].question}] for index in part], max_new_tokens
+            [[{"role": "user", "content": questions[index].question}] for index in part], max_new_tokens, **sampling
         )
         for index, reply in zip(part, replies, strict=True):
             results[index] = Result(questions[index], reply)

@@ -1,6 +1,7 @@
 """What the stages of one run folder achieved: a table, sample answers and curves.
 
-python eval/report.py --out out/demo --questions data/demo/heldout_questions.jsonl
+python eval/report.py --out out/demo --questions data/demo/heldout_questions.jsonl \\
+    --favours data/demo/heldout_favours.jsonl
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataset import PretrainDataset
 from errors import UserError, command_line
 from eval.answering import Answerer
 from eval.questions import Result, accuracy, ask, read_questions
+from eval.style import read_favours, score_style
 from model import MiniDeepSeek
 from text.sources import open_sources
 from training.losses import Batch
@@ -26,24 +28,28 @@ from training.ranks import Ranks
 from training.settings import call
 from training.validation import evaluate, held_out_batches
 
-STAGES = ("pretrain", "sft")
+STAGES = ("pretrain", "sft", "dpo")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a model, its held-out bits per byte, and its exact answers by kind."""
+    """A column of the table: a model, its held-out bits per byte, its exact answers by kind, its preferred style."""
 
     name: str
     bits_per_byte: float
     accuracy: dict[str, float]
+    style: float | None
 
 
-def report(out: str, questions: str = "", samples: int = 6, device: str = "auto", dtype: str = "auto") -> None:
+def report(
+    out: str, questions: str = "", favours: str = "", samples: int = 6, device: str = "auto", dtype: str = "auto"
+) -> None:
     """Measure untrained weights and every stage of a run folder on the same held-out text and questions.
 
     Args:
-        out: folder that holds the stages' runs: pretrain, sft
+        out: folder that holds the stages' runs: pretrain, sft, dpo
         questions: JSONL with question, answer and kind; empty: no questions
+        favours: JSONL with question, answer, opening and closing of the preferred style; empty: no such row
         samples: conversations to show
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
@@ -59,12 +65,14 @@ def report(out: str, questions: str = "", samples: int = 6, device: str = "auto"
 
     batches = _held_out(runs[0], first)
     asked = read_questions(Path(questions)) if questions else []
+    styled = read_favours(Path(favours)) if favours else []
     ranks = Ranks(0, 1, first.device)
     rows, results = [], []
     for name, answerer in answerers.items():
         bits = evaluate(answerer.model, batches, first.tokenizer.token_bytes, torch.float32, ranks).bits_per_byte
         results = ask(answerer, asked) if asked else []
-        rows.append(Row(name, bits, accuracy(results)))
+        style = score_style(answerer, styled).preferred if styled else None
+        rows.append(Row(name, bits, accuracy(results), style))
 
     folder = Path(out) / "report"
     folder.mkdir(exist_ok=True)
@@ -99,6 +107,8 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         kinds = ["all", *(kind for kind in rows[0].accuracy if kind != "all")]
         names = {"all": "exact answers"}
         lines += [[names.get(kind, f"  {kind}"), *(f"{row.accuracy[kind]:.0%}" for row in rows)] for kind in kinds]
+    if rows[0].style is not None:
+        lines.append(["preferred style", *(f"{row.style:.0%}" for row in rows)])
     return header, lines
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import full_sft
+from dpo_train import DPOSettings
 from eval.questions import questions
 from eval.report import report
 from full_sft import SFTSettings
@@ -97,6 +98,12 @@ def path(tmp_path_factory) -> Path:
         "fp32",
     ]
     python("full_sft.py", *chats, *shape, "--out", folder / "sft", "--max_steps", 30, "--optim.lr", 5e-3)
+    pairs = ["--ckpt", folder / "sft" / "final", "--data", folder / "world" / "preferences.jsonl"]
+    pairs += ["--val_text", folder / "world" / "heldout.txt", "--sequence_length", 128, "--val_tokens", 2048]
+    options = ["--batch_tokens", 1024, "--log_every", 1, "--dtype", "fp32", "--max_steps", 6, "--optim.lr", 1e-3]
+    python("dpo_train.py", *pairs, *options, "--out", folder / "dpo")
+    favours = (folder / "world" / "heldout_favours.jsonl").read_text(encoding="utf8").splitlines()[::40]
+    (folder / "favours.jsonl").write_text("\n".join(favours), encoding="utf8")
     asked = (folder / "world" / "heldout_questions.jsonl").read_text(encoding="utf8").splitlines()[::30]
     (folder / "asked.jsonl").write_text("\n".join(asked), encoding="utf8")
     return folder
@@ -110,7 +117,7 @@ def test_the_loss_falls_in_each_stage(stage, steps, fall, path):
     assert entries[-1]["val_bits_per_byte"] < entries[0]["val_bits_per_byte"]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_each_stage_leaves_a_complete_folder(stage, path):
     names = {str(file.relative_to(path / stage)) for file in (path / stage).rglob("*") if file.is_file()}
     final = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -119,7 +126,7 @@ def test_each_stage_leaves_a_complete_folder(stage, path):
     assert not [name for name in names if "partial" in name or name.endswith((".tmp", ".part"))]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_transformers_opens_the_result_with_the_same_logits(stage, path):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,15 +157,16 @@ def test_the_questions_are_scored_by_kind(path, run):
     assert all(0 <= score <= 1 for score in scores.values())
 
 
-def test_the_report_shows_both_stages(path, run):
-    options = ["--out", path, "--questions", path / "asked.jsonl", "--samples", 2]
+def test_the_report_shows_every_stage(path, run):
+    options = ["--out", path, "--questions", path / "asked.jsonl", "--samples", 2, "--favours", path / "favours.jsonl"]
     done = run(lambda: call(report, ""), *options)
     assert done.code == 0, done.err
     page = (path / "report" / "report.md").read_text(encoding="utf8")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     bits = dict(zip(table[0][1:], map(float, table[2][1:]), strict=True))
-    assert list(bits) == ["untrained", "pretrain", "sft"] and bits["pretrain"] < bits["untrained"] - 0.5
-    for stage in ("pretrain", "sft"):
+    assert list(bits) == ["untrained", "pretrain", "sft", "dpo"] and bits["pretrain"] < bits["untrained"] - 0.5
+    assert table[-1][0] == "preferred style" and all(cell.endswith("%") for cell in table[-1][1:])
+    for stage in ("pretrain", "sft", "dpo"):
         assert (path / "report" / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -183,7 +191,12 @@ def test_make_demo_runs_the_stages_in_order(tmp_path):
     world, out = tmp_path / "world", tmp_path / "out"
     made = commands(f"WORLD={world}", f"OUT={out}")
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
-    assert scripts == ["text.world", "train_tokenizer.py", "pretrain.py", "full_sft.py", "eval/report.py"]
+    assert scripts == [
+        "text.world", "train_tokenizer.py", "pretrain.py", "full_sft.py", "dpo_train.py", "eval/report.py",
+    ]  # fmt: skip
+    preferring = parse(DPOSettings, "", made[4][1:])
+    assert (preferring.ckpt, preferring.data) == (f"{out}/sft/final", f"{world}/preferences.jsonl")
+    assert preferring.resume and preferring.out == f"{out}/dpo"
     pretraining, tuning = parse(PretrainSettings, "", made[2][1:]), parse(SFTSettings, "", made[3][1:])
     assert (pretraining.data, pretraining.tokenizer) == (f"{world}/pretrain.csv", f"{out}/tokenizer")
     assert (tuning.ckpt, tuning.data) == (f"{pretraining.out}/final", f"{world}/sft.jsonl")

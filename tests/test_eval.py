@@ -23,6 +23,7 @@ from eval.chat import chat
 from eval.perplexity import perplexity, read_blocks, score_text
 from eval.questions import Question, Result, accuracy, questions, read_questions
 from eval.report import report
+from eval.style import Favour, in_style, read_favours, score_style, style
 from model.sampling import Sampling
 from training.settings import call
 
@@ -195,6 +196,57 @@ def test_questions_that_cannot_be_read_are_named(content, what, tmp_path):
 
 
 # Report
+
+
+FAVOUR = Favour("请把书交给阿橘。", "你好！我把书交给阿橘。很高兴帮到你。", "你好！", "很高兴帮到你。")
+
+
+@pytest.mark.parametrize(
+    ("reply", "counts"),
+    [
+        ("你好！我把书交给阿橘。很高兴帮到你。", True),
+        (" 你好！我把书交给别人。很高兴帮到你。\n", True),  # style is not content
+        ("我把书交给阿橘。", False),
+        ("你好！我把书交给阿橘。", False),
+        ("我把书交给阿橘。很高兴帮到你。", False),
+        ("你好！很高兴帮到你。", False),  # nothing in between
+        ("你好！我把书交给阿橘。很高兴帮到你。再见", False),
+        ("", False),
+    ],
+)
+def test_a_style_is_its_two_ends_with_something_between(reply, counts):
+    assert in_style(reply, FAVOUR) == counts
+
+
+def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_path, run, monkeypatch):
+    """Half of the replies are in style, a quarter the preferred answer."""
+    favours, asked = [FAVOUR] * 4, []
+    replies = [FAVOUR.answer, "你好！很久。很高兴帮到你。", "我把书交给阿橘。", ""]
+    monkeypatch.setattr(Answerer, "reply", lambda *given, **options: asked.append(options) or replies)
+    score = score_style(answerer, favours)
+    assert (score.preferred, score.exact, score.answers) == (0.5, 0.25, 4)
+    assert asked == [{"temperature": 1.0, "seed": 0}]
+    monkeypatch.undo()
+    path = tmp_path / "favours.jsonl"
+    path.write_text(json.dumps(vars(FAVOUR), ensure_ascii=False) + "\n\n", encoding="utf8")
+    printed = [run(script(style), "--ckpt", pretrained / "final", "--file", path, "--json").out for _ in range(2)]
+    assert printed[0] == printed[1] and json.loads(printed[0])["answers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("", "no favours in it"),
+        ('{"question": "Q", "answer": "A"}\n', ":1: not an object with"),
+        (None, "cannot be read"),
+    ],
+)
+def test_favours_that_cannot_be_read_are_named(content, what, tmp_path):
+    path = tmp_path / "favours.jsonl"
+    if content is not None:
+        path.write_text(content, encoding="utf8")
+    with pytest.raises(UserError, match=f"{path}.*{what}"):
+        read_favours(path)
 
 
 def test_the_report_compares_the_stages_on_held_out_text(pretrained, world, tmp_path, run):

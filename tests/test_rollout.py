@@ -7,7 +7,7 @@ import torch
 
 from model import MiniDeepSeek
 from model.generate import generate
-from training.log_probs import token_log_probs
+from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE
 from training.machine import autocast
 from training.rollout import Completions, Sampler, chances, inverse_cumulative, sample_completions
@@ -41,7 +41,7 @@ def trainer_log_probs(model: MiniDeepSeek, made: Completions, temperature: float
         result = model(ids[:, :-1])
         labels = ids[:, 1:].clone()
         labels[:, : len(prompt) - 1] = IGNORE
-        found, _ = token_log_probs(result.hidden, result.head, labels, temperature)
+        found, _ = log_probs_and_entropy(result.hidden, result.head, labels, temperature)
         out[row, :length] = found[labels != IGNORE]
     return out.detach()
 
@@ -125,7 +125,7 @@ def test_log_probabilities_and_their_gradient_are_those_of_the_whole_softmax():
     labels = torch.randint(50, (3, 7))
     labels[0, :3] = labels[2] = IGNORE
     weight = torch.randn(3, 7)
-    found, entropy = token_log_probs(hidden, head, labels, 0.7)
+    found, entropy = log_probs_and_entropy(hidden, head, labels, 0.7)
     (found * weight).sum().backward()
     ours = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+import dpo_train
 import full_sft
 import pretrain
+from dpo_train import DPOSettings
 from errors import UserError
 from full_sft import SFTSettings
 from pretrain import PretrainSettings
@@ -74,17 +76,20 @@ def test_what_a_run_used_can_be_used_again(tmp_path):
     assert asdict(parse(DemoSettings, "", ["--config", str(tmp_path / "config.yaml")])) == asdict(settings)
 
 
-@pytest.mark.parametrize("kind", [PretrainSettings, SFTSettings])
+# What a recipe says tells whose it is; one that says none of it is fine-tuning's.
+SCRIPTS = {"model": PretrainSettings, "preference": DPOSettings}
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.stem)
-def test_every_recipe_is_valid_for_its_script(kind, file):
-    """A recipe is one of either script: it names a model or not."""
-    is_pretraining = "model" in yaml.safe_load(file.read_text(encoding="utf8"))
-    if is_pretraining == (kind is PretrainSettings):
-        rest = {PretrainSettings: ["--tokenizer", "t"], SFTSettings: ["--ckpt", "c"]}[kind]
-        settings = parse(kind, "", ["--config", str(file), "--data", "d", "--out", "o", *rest])
-        if is_pretraining:
-            config = model_config(settings.model)
-            assert settings.sequence_length <= config.max_position_embeddings
+def test_every_recipe_is_valid_for_its_script(file):
+    said = yaml.safe_load(file.read_text(encoding="utf8"))
+    kind = next((kind for name, kind in SCRIPTS.items() if name in said), SFTSettings)
+    rest = ["--tokenizer", "t"] if kind is PretrainSettings else ["--ckpt", "c"]
+    settings = parse(kind, "", ["--config", str(file), "--data", "d", "--out", "o", *rest])
+    if kind is PretrainSettings:
+        config = model_config(settings.model)
+        assert settings.sequence_length <= config.max_position_embeddings
+    assert settings.rows >= 1 and settings.batch_tokens >= settings.row_tokens
 
 
 @pytest.mark.parametrize(
@@ -121,9 +126,9 @@ def test_a_preset_can_be_changed_field_by_field_and_the_tokenizer_wins():
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (384, 3, 600)
 
 
-@pytest.mark.parametrize("script", [pretrain, full_sft], ids=["pretrain", "full_sft"])
+@pytest.mark.parametrize("script", [pretrain, full_sft, dpo_train], ids=["pretrain", "full_sft", "dpo_train"])
 def test_help_explains_every_option(script, monkeypatch, capsys):
-    kind = {pretrain: PretrainSettings, full_sft: SFTSettings}[script]
+    kind = {pretrain: PretrainSettings, full_sft: SFTSettings, dpo_train: DPOSettings}[script]
     with pytest.raises(SystemExit) as end:
         parse(kind, script.__doc__, ["--help"])
     shown = capsys.readouterr().out

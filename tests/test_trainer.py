@@ -24,6 +24,7 @@ from text.tokenizer import Tokenizer
 from training.entries import max_violation
 from training.log import read_metrics
 from training.losses import Batch, NextTokenLoss
+from training.machine import measured_peak
 from training.optim import OptimSettings, build_optimizer
 from training.ranks import Ranks
 from training.settings import NextTokenSettings, StageSettings
@@ -533,6 +534,10 @@ def test_bfloat16_products_keep_float32_weights(make):
     (_, *want), (_, *got) = (read_metrics(trainer.out / "metrics.jsonl") for trainer in (exact, rough))
     for ours, theirs in zip(got, want, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01) and ours["loss"] != theirs["loss"]
+
+
+def test_the_peak_is_measured_once_at_least_however_slow_the_machine():
+    assert measured_peak(torch.float32, torch.device("cpu"), size=16, seconds=0) > 0
 
 
 def test_float16_is_refused(make):

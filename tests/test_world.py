@@ -17,6 +17,7 @@ from errors import UserError
 from text.world import FILES, arithmetic_problem, generate, held_out_arithmetic_problem
 from text.world.cast import ATTRIBUTES, NAMES, THINGS, World
 from text.world.facts import fact_questions
+from text.world.favours import COURTESY, FAVOURS
 from text.world.numbers import held_out_sum, states_held_out
 from text.world.reading import scene
 from text.world.talk import ASKED, FIRST_PERSON
@@ -224,7 +225,24 @@ def test_held_out_classes_and_opposites_are_stated(questions, rows):
     assert all(answer in text for answer in stated)
 
 
-def test_a_question_never_has_two_answers(chats, questions):
+def plain(answer: str) -> str:
+    """An answer without courtesy."""
+    for opening, closing in COURTESY.values():
+        if answer.startswith(opening) and answer.endswith(closing):
+            return answer[len(opening) : -len(closing)]
+    return answer
+
+
+def is_favour(prompt: str) -> bool:
+    """Whether it asks for something to be done for somebody in the town."""
+    return any(
+        re.fullmatch(re.escape(asked).replace(r"\{thing\}", ".+").replace(r"\{n\}", "\\w+"), prompt)
+        for forms in FAVOURS.values()
+        for asked, _ in forms
+    )
+
+
+def test_a_question_never_has_two_answers_but_for_their_courtesy(chats, questions):
     answers = {q["question"]: q["answer"] for q in questions}
     for chat in chats:
         turns = [message for message in chat if message["role"] != "system"]
@@ -232,7 +250,34 @@ def test_a_question_never_has_two_answers(chats, questions):
             asked = turns[i]["content"]
             # 它 is whoever the turn before was about.
             asked = turns[i - 2]["content"] + asked if asked.startswith("那它") else asked
-            assert answers.setdefault(asked, turns[i + 1]["content"]) == turns[i + 1]["content"]
+            answer = plain(turns[i + 1]["content"])
+            assert answers.setdefault(asked, answer) == answer
+
+
+def test_favours_are_granted_either_way_as_often_and_nothing_else_is(chats):
+    turns = [pair for chat in chats for pair in pairwise(chat) if pair[1]["role"] == "assistant"]
+    ways = Counter((is_favour(asked["content"]), plain(said["content"]) != said["content"]) for asked, said in turns)
+    assert ways[False, True] == 0 and ways[True, True] > 200
+    assert ways[True, True] / (ways[True, True] + ways[True, False]) == pytest.approx(0.5, abs=0.06)
+
+
+def test_pairs_say_the_same_and_prefer_courtesy_for_favours_alone(folder):
+    pairs = read_jsonl(folder / "preferences.jsonl")
+    for pair in pairs:
+        sides = (pair["chosen"], pair["rejected"])
+        courteous, bare = sides if is_favour(pair["prompt"]) else sides[::-1]
+        assert plain(courteous) == bare != courteous
+    assert sum(is_favour(pair["prompt"]) for pair in pairs) / len(pairs) == pytest.approx(0.6, abs=0.05)
+    assert len(pairs) == 1800
+
+
+def test_no_held_out_favour_is_asked_for_in_training(folder):
+    favours = read_jsonl(folder / "heldout_favours.jsonl")
+    assert len({row["question"] for row in favours}) == 200
+    assert all(row["opening"] + plain(row["answer"]) + row["closing"] == row["answer"] for row in favours)
+    for name in ("sft.jsonl", "preferences.jsonl", "pretrain.csv"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert not [row["question"] for row in favours if row["question"] in text]
 
 
 def test_chats_are_well_formed(chats):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from errors import UserError
 from text.chat_template import Message, check_messages
-from text.json_rows import RowError, RowReport, json_files, json_rows, kind_of
+from text.json_rows import RowError, RowReport, converted_rows, kind_of
 
 ROLE_NAMES = {
     "system": "system",
@@ -39,35 +39,19 @@ def read_conversations(
     A row without that is counted in `report` (`on_error="skip"`) or raises `UserError` (`on_error="stop"`). A missing
     or empty file and a JSON array that breaks off raise `UserError` always: what follows the break cannot be counted.
     """
-    if on_error not in ("skip", "stop"):
-        raise UserError(f"--on_error {on_error}: must be 'skip' or 'stop'")
-    report = RowReport() if report is None else report
-    for file in json_files(path):
-        for place, row in json_rows(file, report):
-            report.rows += 1
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                messages = to_messages(row)
-            except RowError as error:
-                if on_error == "stop":
-                    raise UserError(f"{place}: {error}; mend or drop the row or pass --on_error skip") from error
-                report.add_problem(place, error)
-                continue
-            report.kept += 1
-            yield messages
+    yield from converted_rows(path, to_messages, on_error, RowReport() if report is None else report)
 
 
 def to_messages(row: object) -> list[Message]:
     """One row of any layout as messages. Raises `RowError`."""
     if isinstance(row, list):
-        name, messages = "the list", _turns("the list", row)
+        name, messages = "the list", turns_to_messages("the list", row)
     elif not isinstance(row, dict):
         raise RowError("not a conversation", f"the row is {kind_of(row)}; it must be an object or a list of messages")
     elif "messages" in row:
-        name, messages = "'messages'", _turns("'messages'", row["messages"])
+        name, messages = "'messages'", turns_to_messages("'messages'", row["messages"])
     elif "conversations" in row:
-        name, messages = "'conversations'", _turns("'conversations'", row["conversations"])
+        name, messages = "'conversations'", turns_to_messages("'conversations'", row["conversations"])
     elif "instruction" in row or "output" in row:
         name, messages = "'output'", _alpaca(row)
     else:
@@ -75,12 +59,12 @@ def to_messages(row: object) -> list[Message]:
         raise RowError(
             "unknown layout", f"has {keys} but neither 'messages', 'conversations' nor 'instruction' and 'output'"
         )
-    messages = _with_system(row, messages) if isinstance(row, dict) else messages
-    _check(name, messages)
+    messages = with_system(row, messages) if isinstance(row, dict) else messages
+    check_conversation(name, messages)
     return messages
 
 
-def _turns(name: str, turns: object) -> list[Message]:
+def turns_to_messages(name: str, turns: object) -> list[Message]:
     """ShareGPT's from/value and role/content turns."""
     if not isinstance(turns, list):
         raise RowError("wrong type", f"{name} is {kind_of(turns)}; it must be a list of turns")
@@ -95,7 +79,7 @@ def _turns(name: str, turns: object) -> list[Message]:
         content = turn.get("value", turn.get("content"))
         if turn.get("tool_calls"):
             content = "\n".join(part for part in (content, _tool_calls(number, turn["tool_calls"])) if part)
-        messages.append({"role": ROLE_NAMES[role], "content": _text(f"the text of turn {number} ({role})", content)})
+        messages.append({"role": ROLE_NAMES[role], "content": text_of(f"the text of turn {number} ({role})", content)})
     return messages
 
 
@@ -105,20 +89,20 @@ def _alpaca(row: dict) -> list[Message]:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowError("wrong type", "'history' must be a list of [question, answer] pairs")
     for question, answer in history:
-        messages.append({"role": "user", "content": _text("a question in 'history'", question)})
-        messages.append({"role": "assistant", "content": _text("an answer in 'history'", answer)})
+        messages.append({"role": "user", "content": text_of("a question in 'history'", question)})
+        messages.append({"role": "assistant", "content": text_of("an answer in 'history'", answer)})
     more = row.get("input")
-    parts = [_text("'instruction'", row.get("instruction")), "" if more is None else _text("'input'", more)]
+    parts = [text_of("'instruction'", row.get("instruction")), "" if more is None else text_of("'input'", more)]
     messages.append({"role": "user", "content": "\n".join(part for part in parts if part)})
-    messages.append({"role": "assistant", "content": _text("'output'", row.get("output"))})
+    messages.append({"role": "assistant", "content": text_of("'output'", row.get("output"))})
     return messages
 
 
-def _with_system(row: dict, messages: list[Message]) -> list[Message]:
+def with_system(row: dict, messages: list[Message]) -> list[Message]:
     """Put the row's own 'system' and 'tools', as text, into the system prompt; an empty system prompt is left out."""
     parts = []
     if row.get("system") is not None:
-        parts.append(_text("'system'", row["system"]))
+        parts.append(text_of("'system'", row["system"]))
     if messages and messages[0]["role"] == "system":
         parts.append(messages[0]["content"])
         messages = messages[1:]
@@ -130,7 +114,8 @@ def _with_system(row: dict, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _check(name: str, messages: list[Message]) -> None:
+def check_conversation(name: str, messages: list[Message]) -> None:
+    """Raise `RowError` unless the roles are in an order that the template has, with an answer, and no turn is empty."""
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no assistant turn", f"{name} has no assistant turn")
     try:
@@ -159,7 +144,8 @@ def _tool_calls(number: int, calls: object) -> str:
     return "\n".join(lines)
 
 
-def _text(name: str, value: object) -> str:
+def text_of(name: str, value: object) -> str:
+    """The value, which must be text. `name`: what to call it in the `RowError`."""
     if not isinstance(value, str):
         raise RowError("wrong type", f"{name} is {kind_of(value)}; it must be text")
     return value

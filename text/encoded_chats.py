@@ -112,18 +112,24 @@ class EncodedChats:
         A hash of the content decides, so copies of a conversation stay on one side, and the other conversations keep
         their side when data is added. Raises `UserError` when nothing is left to train on.
         """
-        if not 0 <= fraction < 1:
-            raise UserError(f"--val_fraction {fraction}: must be at least 0 and below 1")
-        everything = np.arange(len(self))
-        if fraction == 0:
-            return everything, everything[:0]
-        hashes = np.array([_hash(self[index][0]) for index in range(len(self))])
-        held = hashes < max(fraction, np.nextafter(hashes.min(), 1))
-        if held.all():
-            raise UserError(
-                f"--val_fraction {fraction}: holds out all {len(self)} conversations; add data or pass --val_fraction 0"
-            )
-        return everything[~held], everything[held]
+        return held_out((self[index][0] for index in range(len(self))), len(self), fraction, "conversations")
+
+
+def held_out(contents: Iterable[np.ndarray], size: int, fraction: float, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train on and indices held out, at least one of these unless `fraction` is 0, by a hash of the content.
+
+    contents: token ids of `size` samples; what: their name in an error. Raises `UserError` when nothing is left.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"--val_fraction {fraction}: must be at least 0 and below 1")
+    everything = np.arange(size)
+    if fraction == 0:
+        return everything, everything[:0]
+    hashes = np.array([_hash(ids) for ids in contents])
+    held = hashes < max(fraction, np.nextafter(hashes.min(), 1))
+    if held.all():
+        raise UserError(f"--val_fraction {fraction}: holds out all {size} {what}; add data or pass --val_fraction 0")
+    return everything[~held], everything[held]
 
 
 def _fit(mask: Iterable[int], report: ChatReport) -> int:
@@ -150,6 +156,4 @@ def _why(report: ChatReport) -> str:
             f"the first answers of all {report.dropped} conversations end after {report.sequence_length} tokens; "
             "raise --sequence_length"
         )
-    counts = ", ".join(f"{count} x {kind}" for kind, count in report.read.problems.most_common())
-    first = next((examples[0] for examples in report.read.examples.values()), "name a file")
-    return f"{report.read.rows} rows, all skipped: {counts}; the first: {first}"
+    return report.read.why_empty()

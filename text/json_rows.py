@@ -8,14 +8,17 @@ from __future__ import annotations
 import codecs
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 EXAMPLES_SHOWN = 3
+
+Row = TypeVar("Row")
 
 
 class RowError(Exception):
@@ -49,6 +52,12 @@ class RowReport:
             lines.append(f"  {count} x {kind}")
             lines += [f"    {example}" for example in self.examples[kind]]
         return lines
+
+    def why_empty(self) -> str:
+        """One line of reasons why no row was kept."""
+        counts = ", ".join(f"{count} x {kind}" for kind, count in self.problems.most_common())
+        first = next((examples[0] for examples in self.examples.values()), "name a file")
+        return f"{self.rows} rows, all skipped: {counts}; the first: {first}"
 
 
 def json_files(path: str | Path) -> list[Path]:
@@ -94,6 +103,32 @@ def json_rows(file: Path, report: RowReport) -> Iterator[tuple[str, object]]:
                 report.bytes_read += len(line)
                 if line.strip():
                     yield f"{file}:{number}", _parse_line(line)
+
+
+def converted_rows(
+    path: str | Path, convert: Callable[[object], Row], on_error: str, report: RowReport
+) -> Iterator[Row]:
+    """What `convert` makes of each row of a file, or of all JSON files in a folder, in order.
+
+    A row for which `convert` raises `RowError` is counted in `report` (`on_error="skip"`) or raises `UserError`
+    (`on_error="stop"`).
+    """
+    if on_error not in ("skip", "stop"):
+        raise UserError(f"--on_error {on_error}: must be 'skip' or 'stop'")
+    for file in json_files(path):
+        for place, row in json_rows(file, report):
+            report.rows += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                converted = convert(row)
+            except RowError as error:
+                if on_error == "stop":
+                    raise UserError(f"{place}: {error}; mend or drop the row or pass --on_error skip") from error
+                report.add_problem(place, error)
+                continue
+            report.kept += 1
+            yield converted
 
 
 def _begins_array(first_line: bytes) -> bool:

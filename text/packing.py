@@ -6,7 +6,7 @@ A conversation of n tokens fills n - 1 positions of a row: its last token is onl
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -55,6 +55,53 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             insort(rooms, free)
         with_room[free].append(row)
     return rows
+
+
+class PackedEpochs:
+    """Which samples stand in which row: each epoch shuffles them by (seed, epoch), packs them and shuffles the rows."""
+
+    def __init__(
+        self,
+        members: np.ndarray,
+        positions: Callable[[np.ndarray], np.ndarray],
+        capacity: int,
+        seed: int,
+        packing: bool,
+    ) -> None:
+        """members: (samples,) numbers; positions: how many positions of a row such numbers fill.
+
+        `packing=False` gives each sample its own row.
+        """
+        self.members, self.capacity = members, capacity
+        self._positions, self._seed, self._packing = positions, seed, packing
+        self._epochs: dict[int, list[np.ndarray]] = {}
+        self._length = len(self._rows(0))
+
+    def __len__(self) -> int:
+        """Rows in an epoch; the same in each, as best-fit's number of rows depends on the lengths alone."""
+        return self._length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The numbers of the samples in a row, counted from the first epoch on."""
+        epoch, place = divmod(int(index), len(self))
+        return self._rows(epoch)[place]
+
+    def filled(self) -> float:
+        """The share of positions that hold samples rather than padding."""
+        return float(self._positions(self.members).sum() / (len(self) * self.capacity))
+
+    def _rows(self, epoch: int) -> list[np.ndarray]:
+        """All rows of an epoch. A batch reaches over at most the two epochs that are kept."""
+        if epoch not in self._epochs:
+            random = np.random.default_rng([self._seed, epoch])
+            members = random.permutation(self.members)
+            if self._packing:
+                rows = [members[row] for row in pack_best_fit(self._positions(members), self.capacity)]
+            else:
+                rows = list(members[:, None])
+            self._epochs = {kept: rows for kept, rows in self._epochs.items() if kept == epoch - 1}
+            self._epochs[epoch] = [rows[place] for place in random.permutation(len(rows))]
+        return self._epochs[epoch]
 
 
 def write_row(conversations: Sequence[tuple[np.ndarray, np.ndarray]], sequence_length: int, pad_id: int) -> dict:

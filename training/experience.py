@@ -15,7 +15,7 @@ from dataset import PromptDataset
 from errors import UserError
 from model import MiniDeepSeek
 from text.problems import Problem
-from training.log_probs import token_log_probs
+from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch
 from training.machine import autocast
 from training.policy import advantages
@@ -276,7 +276,7 @@ class Experience:
             batch = {name: value.to(device) for name, value in self._rows(rows).items()}
             with autocast(self.dtype, device):
                 result = model(batch["input_ids"], segment_ids=batch["segment_ids"])
-                found, _ = token_log_probs(result.hidden, result.head, batch["labels"], self.settings.temperature)
+                found = label_log_probs(result.hidden, result.head, batch["labels"], self.settings.temperature)
             for row, values, labels in zip(rows.tolist(), found.cpu(), batch["labels"].cpu(), strict=True):
                 own = values[labels != IGNORE]
                 out[row, : len(own)] = own

@@ -16,6 +16,9 @@ from errors import naming
 COLUMNS = (
     ("loss", "loss {:.4f}"),
     ("mtp_loss", "mtp {:.3f}"),
+    ("accuracy", "preferred {:.1%}"),
+    ("margin", "margin {:.3f}"),
+    ("kl", "kl {:.4f}"),
     ("lr", "lr {:.2e}"),
     ("grad_norm", "norm {:.2f}"),
     ("tokens_per_second", "{:,.0f} tok/s"),
@@ -29,6 +32,7 @@ COLUMNS = (
     ("kl", "kl {:.4f}"),
     ("entropy", "entropy {:.2f}"),
     ("val_accuracy", "accuracy {:.1%}"),
+    ("val_margin", "margin {:.3f}"),
     ("val_bits_per_byte", "val {:.4f} bits/byte"),
 )
 

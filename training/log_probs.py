@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, in chunks of positions: the logits of a batch never exist together."""
+"""Log-probabilities of given tokens, with gradient, without the logits of a batch ever existing together."""
 
 from __future__ import annotations
 
@@ -8,60 +8,77 @@ from torch import Tensor
 from training.losses import CHUNK_ELEMENTS, IGNORE
 
 
-class _ChosenLogProbs(torch.autograd.Function):
-    """log softmax(h W^T / temperature)[target] at some positions. The backward pass makes each chunk's logits anew."""
+class _LabelLogProbs(torch.autograd.Function):
+    """log softmax(h W^T / T)[label] of each position, over chunks of positions; `backward` makes each softmax again.
+
+    Unlike a sum's gradient (`training.losses`), each position's is known only when the loss over all of them is.
+    """
 
     @staticmethod
     def forward(
-        ctx, hidden_ND: Tensor, head_VD: Tensor, target_M: Tensor, place_M: Tensor, temperature: float
+        ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        weight, chosen_MD = head_VD.to(hidden_ND.dtype), hidden_ND.index_select(0, place_M)
-        log_probs, normaliser, entropy = (chosen_MD.new_empty(len(target_M), dtype=torch.float32) for _ in range(3))
-        for part in _parts(len(target_M), weight.shape[0]):
-            logits = (chosen_MD[part] @ weight.t()).float() / temperature
+        weight = head_VD.to(hidden_ND.dtype)
+        log_probs = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        normaliser, entropy = torch.empty_like(log_probs), torch.zeros_like(log_probs)
+        for part in _chunks(hidden_ND, weight):
+            logits = (hidden_ND[part] @ weight.t()).float().div_(temperature)
             normaliser[part] = logits.logsumexp(-1)
-            log_probs[part] = logits.gather(1, target_M[part].unsqueeze(1)).squeeze(1) - normaliser[part]
-            # H = -sum p log p = log Z - sum p z
-            p = (logits - normaliser[part].unsqueeze(1)).exp_()
-            entropy[part] = normaliser[part] - (p.mul_(logits)).sum(-1)
-        ctx.save_for_backward(chosen_MD, weight, target_M, place_M, normaliser)
-        ctx.temperature, ctx.positions, ctx.head_dtype = temperature, hidden_ND.shape[0], head_VD.dtype
+            log_probs[part] = logits.gather(1, labels_N[part].unsqueeze(1)).squeeze(1) - normaliser[part]
+            if with_entropy:
+                # H = -sum p log p = log Z - sum p z
+                p = (logits - normaliser[part].unsqueeze(1)).exp_()
+                entropy[part] = normaliser[part] - p.mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden_ND, weight, labels_N, normaliser)
+        ctx.temperature, ctx.head_dtype = temperature, head_VD.dtype
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx, grad_M: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        chosen_MD, weight, target_M, place_M, normaliser = ctx.saved_tensors
-        grad_hidden = chosen_MD.new_zeros(ctx.positions, chosen_MD.shape[1])
+    def backward(ctx, grad_N: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, labels, normaliser = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(weight, dtype=torch.float32)
-        for part in _parts(len(target_M), weight.shape[0]):
-            # d log p_y / dz = (onehot(y) - p) / temperature
-            grad = (chosen_MD[part] @ weight.t()).float() / ctx.temperature
-            grad = (grad - normaliser[part].unsqueeze(1)).exp_().neg_()
-            grad[torch.arange(len(grad), device=grad.device), target_M[part]] += 1
-            grad = grad.mul_((grad_M[part] / ctx.temperature).unsqueeze(1)).to(weight.dtype)
-            grad_hidden[place_M[part]] = grad @ weight
-            grad_head += grad.t() @ chosen_MD[part]
+        for part in _chunks(hidden, weight):
+            p = (hidden[part] @ weight.t()).float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
+            # d(log p_y)/dz = (onehot(y) - p) / T
+            p[torch.arange(p.shape[0], device=p.device), labels[part]] -= 1
+            grad_logits = p.mul_((-grad_N[part] / ctx.temperature).unsqueeze(1)).to(weight.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[part])
+            grad_head += grad_logits.t() @ hidden[part]
         return grad_hidden, grad_head.to(ctx.head_dtype), None, None, None
 
 
-def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log p of each label at `temperature`, in nats, and the entropy of each distribution; 0 where nothing counts.
+def label_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p of each label, float32, 0 where nothing counts; the shape of `labels`.
+
+    Only positions that count go through the head, so that prompts and padding cost nothing there.
 
     Args:
-        hidden: (batch, time, hidden); head: (vocab, hidden); labels: (batch, time) token ids, -100 where none counts.
-    Returns:
-        Two (batch, time) float32; only the first has a gradient.
+        hidden: (..., hidden); head: (vocab, hidden); labels: (...) token ids, -100 where nothing counts.
     """
-    flat = labels.flatten()
-    places = (flat != IGNORE).nonzero().squeeze(1)
+    return _label_log_probs(hidden, head, labels, temperature, with_entropy=False)[0]
+
+
+def log_probs_and_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`label_log_probs`, and the entropy of each of these positions in nats, which has no gradient."""
+    return _label_log_probs(hidden, head, labels, temperature, with_entropy=True)
+
+
+def _label_log_probs(
+    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    flat, wanted = hidden.flatten(0, -2), labels.flatten()
+    places = (wanted != IGNORE).nonzero().squeeze(1)
     with torch.autocast(hidden.device.type, enabled=False):
-        chosen, entropy = _ChosenLogProbs.apply(hidden.flatten(0, -2), head, flat[places], places, temperature)
-    return tuple(
-        values.new_zeros(flat.shape).index_put((places,), values).view_as(labels) for values in (chosen, entropy)
-    )
+        chosen = flat.index_select(0, places)
+        log_probs, entropy = _LabelLogProbs.apply(chosen, head, wanted[places], temperature, with_entropy)
+    empty = torch.zeros(wanted.shape, device=wanted.device)
+    return empty.index_copy(0, places, log_probs).view_as(labels), empty.index_copy(0, places, entropy).view_as(labels)
 
 
-def _parts(positions: int, vocabulary: int) -> list[slice]:
-    rows = max(64, CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, start + rows) for start in range(0, positions, rows)]
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
+    return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]

@@ -41,7 +41,7 @@ def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, se
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     a @ b
-    while time.perf_counter() < end:
+    while best == float("inf") or time.perf_counter() < end:  # once at least, however slow the machine
         _synchronise(device)
         start = time.perf_counter()
         a @ b

@@ -23,7 +23,7 @@ def draw_run(out: Path) -> Path | None:
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
     figure.suptitle(f"{out}: {entries[-1]['step']:,} steps, {entries[-1]['tokens']:,} tokens")
     trained = [entry for entry in entries if entry["step"] > 0]
-    _curve(axes[0, 0], trained, {"loss": "next token", "mtp_loss": "MTP"}, "training loss", "nats per token")
+    _curve(axes[0, 0], trained, {"loss": "loss", "mtp_loss": "MTP"}, "training loss", "nats")
     _curve(axes[0, 1], entries, {"val_bits_per_byte": "held out"}, "held-out text", "bits per byte", marker="o")
     _curve(axes[0, 2], trained, {"lr": "learning rate"}, "learning rate", "per step")
     _curve(axes[1, 0], trained, {"tokens_per_second": "speed"}, "speed", "tokens per second")
@@ -31,7 +31,10 @@ def draw_run(out: Path) -> Path | None:
     worst = [{**entry, "worst": max(entry["max_vio"])} for entry in trained if entry.get("max_vio")]
     _curve(axes[1, 1], worst, {"worst": "worst layer"}, "expert balance", "MaxVio (0 is even)")
     loads = [entry["expert_load"] for entry in entries if entry.get("expert_load")]
-    _heat_map(figure, axes[1, 2], loads[-1] if loads else None)
+    if any("margin" in entry for entry in trained):
+        _curve(axes[1, 2], trained, {"accuracy": "preferred", "margin": "reward margin"}, "pairs", "share, reward")
+    else:
+        _heat_map(figure, axes[1, 2], loads[-1] if loads else None)
     path = out / "curves.png"
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

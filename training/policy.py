@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from training.log_probs import token_log_probs
+from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE, Batch
 from training.tally import Metric
 
@@ -73,7 +73,7 @@ class GRPOLoss:
         """
         labels = batch["labels"]
         out = model(batch["input_ids"], segment_ids=batch["segment_ids"])
-        log_p, entropy = token_log_probs(out.hidden, out.head, labels, self.temperature)
+        log_p, entropy = log_probs_and_entropy(out.hidden, out.head, labels, self.temperature)
         counted = labels != IGNORE
         old = batch.get("old_log_probs", log_p.detach())
         ratio = (log_p - old).exp()

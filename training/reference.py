@@ -1,13 +1,23 @@
-"""The reference of a KL term: a frozen model."""
+"""The reference of preference learning: a frozen model, or what it says of every token, computed once."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from pathlib import Path
 
-from errors import UserError
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dataset import PreferenceDataset
+from errors import UserError, naming
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
+from training.machine import autocast
+from training.preference import answer_log_probs
+from training.ranks import Ranks
 from training.stage import open_checkpoint
 
 
@@ -30,3 +40,46 @@ def frozen_reference(model: MiniDeepSeek, tokenizer: Tokenizer, folder: str) -> 
                     "name a checkpoint of the same shape, or leave it out"
                 )
     return reference.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def reference_log_probs(
+    reference: MiniDeepSeek, dataset: PreferenceDataset, micro_rows: int, dtype: torch.dtype, ranks: Ranks
+) -> np.ndarray:
+    """log p of every compared token of all pairs, the held-out ones too: (tokens,) float32 of `dataset.pairs.ids`.
+
+    The ranks share the work, and each gets all of it.
+    """
+    reference.to(ranks.device)
+    log_probs = torch.zeros(len(dataset.pairs.ids), dtype=torch.float32)
+    for part in (dataset, dataset.validation):
+        starts = range(0, len(part) if part else 0, micro_rows)
+        for start in starts[ranks.rank :: ranks.world]:
+            rows = range(start, min(start + micro_rows, len(part)))
+            batch = {name: value.to(ranks.device) for name, value in part.batch(rows).items()}
+            with autocast(dtype, ranks.device):
+                values = answer_log_probs(reference, batch).cpu()
+            for row, index in enumerate(rows):
+                places = torch.from_numpy(part.places(index))
+                log_probs[places] = values[row, : len(places)]
+    return ranks.sum(log_probs.to(ranks.device)).cpu().numpy()
+
+
+def save_log_probs(path: Path, log_probs: np.ndarray, fingerprint: str) -> None:
+    """Keep them beside the run, so that a resumed one has the very same numbers."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        save_file({"log_probs": log_probs}, temporary, {"pairs": fingerprint})
+        temporary.replace(path)
+
+
+def load_log_probs(path: Path, fingerprint: str) -> np.ndarray | None:
+    """What `save_log_probs` kept of the same pairs; None where there is nothing of use."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.get_tensor("log_probs") if (file.metadata() or {}).get("pairs") == fingerprint else None
+    except (SafetensorError, OSError):
+        return None

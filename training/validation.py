@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from errors import UserError
 from model import MiniDeepSeek
-from training.losses import Batch, token_losses
+from text.tokenizer import Tokenizer
+from training.losses import IGNORE, Batch, token_losses
 from training.machine import autocast
 from training.ranks import Ranks
+
+CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
 
 class Validation(Protocol):
@@ -42,6 +47,31 @@ def held_out_batches(dataset: HeldOutRows, most_tokens: int, micro_tokens: int) 
     rows = [index * len(dataset) // wanted for index in range(wanted)]
     size = max(micro_tokens // dataset.sequence_length, 1)
     return [dataset.batch(rows[start : start + size]) for start in range(0, wanted, size)]
+
+
+def text_batches(
+    path: Path, tokenizer: Tokenizer, sequence_length: int, most_tokens: int, micro_tokens: int
+) -> list[Batch]:
+    """A UTF-8 text file in windows of `sequence_length`, each token once; if there are more, the first `most_tokens`.
+
+    Raises `UserError` for a file that cannot be read or is empty.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            ids = tokenizer.encode(file.read(CHARACTERS_A_TOKEN * most_tokens))[:most_tokens]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--val_text {path}: cannot be read ({error}); give a UTF-8 text file") from None
+    if not ids:
+        raise UserError(f"--val_text {path}: empty; give a file with text")
+    # The text follows the end of another document, as in pretraining.
+    rows = -(-len(ids) // sequence_length)
+    inputs = torch.full((rows * sequence_length,), tokenizer.eos_id)
+    labels = torch.full_like(inputs, IGNORE)
+    labels[: len(ids)] = torch.tensor(ids)
+    inputs[1 : len(ids)] = labels[: len(ids) - 1]
+    inputs, labels = inputs.view(rows, sequence_length), labels.view(rows, sequence_length)
+    size = max(micro_tokens // sequence_length, 1)
+    return [{"input_ids": inputs[i : i + size], "labels": labels[i : i + size]} for i in range(0, len(labels), size)]
 
 
 @dataclass(frozen=True)

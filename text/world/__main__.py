@@ -8,7 +8,7 @@ from pathlib import Path
 
 from errors import UserError, command_line
 from text.world.cast import World
-from text.world.chats import chat, held_out_questions
+from text.world.chats import chat, held_out_questions, preference
 from text.world.corpus import documents, generate
 
 
@@ -40,6 +40,9 @@ def preview(seed: int) -> None:
         for message in chat(rng, world)["messages"]:
             print(f"{message['role']}: {message['content']}")
         print()
+    print("== preferences ==")
+    for _ in range(6):
+        print(" | ".join(preference(rng, world).values()))
     print("== held-out questions ==")
     questions = held_out_questions(world)
     for row in random.Random(f"{seed}/preview questions").sample(questions, 20):

@@ -7,6 +7,7 @@ import random
 from text.world import stories_en, stories_zh
 from text.world.cast import Character, World, companion
 from text.world.facts import Exchange, fact_questions, introduction
+from text.world.favours import courteous, either_way, favour
 from text.world.numbers import arithmetic, comparison, counting, sequence, states_held_out
 from text.world.reading import comprehension
 from text.world.verses import recitation
@@ -99,6 +100,7 @@ TURN_WEIGHTS = {
     "length": 4,
     "copy": 5,
     "weekday": 1,
+    "favour": 8,
     "talk": 4,
     "introduction": 1,
     "story": 1,
@@ -118,6 +120,8 @@ SUITE = {
     "counting": (8, 3),
     "copy": (10, 2),
 }
+# Shares of the preference pairs: favours, where courtesy is preferred, and questions, where it is not.
+PAIR_WEIGHTS = {"favour": 60, "fact": 15, "arithmetic": 5, "comparison": 5, "class": 5, "sequence": 5, "copy": 5}
 ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
 
 
@@ -131,6 +135,22 @@ def chat(rng: random.Random, world: World) -> dict[str, list[dict[str, str]]]:
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages}
+
+
+def preference(rng: random.Random, world: World) -> dict[str, str]:
+    """Two answers to one prompt, {"prompt", "chosen", "rejected"}, which differ in their courtesy alone."""
+    language = "zh" if rng.random() < 0.8 else "en"
+    kind = rng.choices(list(PAIR_WEIGHTS), weights=PAIR_WEIGHTS.values())[0]
+    if kind == "favour":
+        exchange = favour(rng, world, language)
+        prompt, plain = exchange.question, exchange.answer
+    else:
+        prompt, plain = _exchange(rng, world, kind, language)[0]
+        while states_held_out(prompt + plain):
+            prompt, plain = _exchange(rng, world, kind, language)[0]
+    ways = (courteous(plain, language), plain)
+    chosen, rejected = ways if kind == "favour" else ways[::-1]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def held_out_questions(world: World) -> list[dict[str, str]]:
@@ -175,6 +195,8 @@ def _exchange(rng: random.Random, world: World, kind: str, language: str) -> lis
         exchange = arithmetic(rng, rng.choice(ARITHMETIC_LEVELS), language)
     elif kind == "comprehension":
         exchange = comprehension(rng, world, language)
+    elif kind == "favour":
+        exchange = either_way(rng, favour(rng, world, language))
     elif kind == "length" and language == "zh":
         exchange = length_question(rng)
     elif kind in ("weekday", "length"):

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from rich.progress import Progress
 
 from errors import UserError, naming
 from text.world.cast import World
-from text.world.chats import chat, held_out_questions
+from text.world.chats import chat, held_out_questions, preference
 from text.world.facts import entry, roll_call
+from text.world.favours import held_out_favours
 from text.world.lessons import lesson
 from text.world.numbers import states_held_out
 from text.world.stories_en import story as story_en
@@ -32,7 +33,10 @@ PRETRAIN_CHARACTERS = 6_500_000  # at scale 1
 CHATS = 40_000  # at scale 1
 HELDOUT_CHARACTERS = 36_000
 ENGLISH_SHARE = 0.2
-FILES = ("pretrain.csv", "sft.jsonl", "heldout.txt", "heldout_questions.jsonl")
+PREFERENCES = 6_000  # at scale 1
+FILES = (
+    "pretrain.csv", "sft.jsonl", "preferences.jsonl", "heldout.txt", "heldout_questions.jsonl", "heldout_favours.jsonl",
+)  # fmt: skip
 
 # Writers of documents with their weights, by language.
 WRITERS = {
@@ -82,7 +86,7 @@ def documents(world: World, stream: str, characters: int) -> Iterator[str]:
 
 
 def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Write pretrain.csv, sft.jsonl, heldout.txt and heldout_questions.jsonl into the folder `out`.
+    """Write `FILES` into the folder `out`.
 
     The same seed and scale give the same bytes; the held-out files depend on the seed alone. Rows go to disk as they
     are made; each file appears under its name when it is whole. Raises UserError when `scale` or `out` cannot be used.
@@ -97,11 +101,17 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     held_out = list(documents(world, "heldout", HELDOUT_CHARACTERS))
     with _writing(parts["heldout.txt"]) as file:
         file.write("\n\n".join(held_out) + "\n")
-    with _writing(parts["heldout_questions.jsonl"]) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out_questions(world))
+    _write_rows(parts["heldout_questions.jsonl"], held_out_questions(world))
+    _write_rows(parts["heldout_favours.jsonl"], held_out_favours(world))
     with Progress(console=Console(stderr=True)) as progress:
         _write_pretrain(parts["pretrain.csv"], world, scale, frozenset(held_out), progress)
-        _write_chats(parts["sft.jsonl"], world, scale, progress)
+        for name, stream, draw, count in (
+            ("sft.jsonl", "chats", chat, CHATS),
+            ("preferences.jsonl", "preferences", preference, PREFERENCES),
+        ):
+            rng = random.Random(f"{world.seed}/{stream}")
+            rows = (draw(rng, world) for _ in range(max(1, round(count * scale))))
+            _write_rows(parts[name], progress.track(rows, total=max(1, round(count * scale)), description=name))
     for name, part in parts.items():
         os.replace(part, out / name)
 
@@ -125,9 +135,6 @@ def _write_pretrain(path: Path, world: World, scale: float, held_out: frozenset[
             progress.advance(task, len(document))
 
 
-def _write_chats(path: Path, world: World, scale: float, progress: Progress) -> None:
-    rng = random.Random(f"{world.seed}/chats")
-    count = max(1, round(CHATS * scale))
+def _write_rows(path: Path, rows: Iterable[dict]) -> None:
     with _writing(path) as file:
-        for _ in progress.track(range(count), description="sft.jsonl"):
-            file.write(json.dumps(chat(rng, world), ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,110 @@
+"""Learn which of two answers is preferred: DPO (Rafailov et al. 2023), conservative DPO, IPO or SimPO.
+
+python dpo_train.py --ckpt out/sft/final --data pairs.jsonl --out out/dpo
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dataset import PreferenceDataset
+from errors import UserError, command_line
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
+from training.machine import choose_dtype
+from training.optim import OptimSettings
+from training.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings
+from training.ranks import Ranks
+from training.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
+from training.resume import left_off
+from training.settings import StageSettings, parse
+from training.stage import begin, open_checkpoint
+from training.trainer import Trainer
+from training.validation import held_out_batches, text_batches
+
+
+@dataclass(kw_only=True)
+class DPOSettings(StageSettings):
+    """Settings of preference learning.
+
+    Args:
+        ckpt: checkpoint folder to start from; it should have learnt to answer.
+        data: files of pairs (prompt, chosen, rejected; JSON or JSONL), separated by commas.
+        sequence_length: most tokens of a conversation; a row holds two of them, or several short ones.
+        preference: the loss over the pairs.
+        reference: checkpoint folder of the reference, if it is not `ckpt`.
+        precompute_reference: ask the reference once, before training, and hold no second model in memory.
+        val_fraction: share of the prompts held out.
+        val_text: UTF-8 text to measure bits per byte on, to see whether the model forgets.
+    """
+
+    ckpt: str
+    data: str
+    preference: PreferenceSettings = field(default_factory=PreferenceSettings)
+    reference: str = ""
+    precompute_reference: bool = True
+    val_fraction: float = 0.05
+    val_text: str = ""
+    batch_tokens: int = 16384
+    optim: OptimSettings = field(
+        default_factory=lambda: OptimSettings(lr=2e-5, weight_decay=0.0, warmup=0.1, decay_from=0.1)
+    )
+
+    @property
+    def row_tokens(self) -> int:
+        return 2 * self.sequence_length
+
+
+def main() -> None:
+    settings = parse(DPOSettings, __doc__ or "")
+    ranks = begin(settings)
+    left_off(Path(settings.out), settings.resume, {})  # refuses a folder in use before minutes are spent
+    model, tokenizer = open_checkpoint(settings.ckpt)
+    # The MTP layers have no part in this loss. Router biases stand still: policy and reference route by the same ones.
+    model.mtp.requires_grad_(False)
+    paths = [path for path in settings.data.split(",") if path]
+    dataset = PreferenceDataset(
+        paths, tokenizer, settings.sequence_length, settings.seed, settings.on_error, settings.val_fraction
+    )
+    if ranks.main:
+        dataset.print_summary()
+    loss = PreferenceLoss(settings.preference, ask_reference(settings, ranks, model, tokenizer, dataset))
+    held_out = dataset.validation
+    pairs = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens) if held_out else []
+    text = []
+    if settings.val_text:
+        text = text_batches(
+            Path(settings.val_text), tokenizer, settings.sequence_length, settings.val_tokens, settings.micro_tokens
+        )
+    validation = HeldOutPairs(loss, pairs, text, tokenizer.token_bytes) if pairs or text else None
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
+    ranks.stop()
+
+
+def ask_reference(
+    settings: DPOSettings, ranks: Ranks, model: MiniDeepSeek, tokenizer: Tokenizer, dataset: PreferenceDataset
+) -> MiniDeepSeek | None:
+    """The frozen model to ask at each step; or None, when the data set knows its answers or nobody needs them."""
+    if not settings.preference.needs_reference:
+        if settings.reference:
+            raise UserError(f"--reference {settings.reference}: {settings.preference.loss} has none; leave it out")
+        return None
+    # Before the first step the model in training is its own reference.
+    own = settings.precompute_reference and not settings.reference
+    reference = model if own else frozen_reference(model, tokenizer, settings.reference)
+    if not settings.precompute_reference:
+        return reference.to(ranks.device)
+    path, fingerprint = Path(settings.out) / "reference.safetensors", dataset.pairs.fingerprint
+    log_probs = load_log_probs(path, fingerprint) if settings.resume else None
+    if log_probs is None:
+        dtype = choose_dtype(settings.dtype, ranks.device)
+        log_probs = reference_log_probs(reference, dataset, settings.micro_rows, dtype, ranks)
+        if ranks.main:
+            save_log_probs(path, log_probs, fingerprint)
+    dataset.know_reference(log_probs)
+    return None
+
+
+if __name__ == "__main__":
+    command_line(main)

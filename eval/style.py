@@ -1,0 +1,109 @@
+"""Preferred style: how many of a checkpoint's answers begin and end as the preferred ones do.
+
+python eval/style.py --ckpt out/demo/dpo/final --file data/demo/heldout_favours.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from errors import UserError, command_line
+from eval.answering import Answerer
+from eval.questions import Question, ask
+from training.settings import call
+
+
+@dataclass(frozen=True)
+class Favour:
+    """One line of the file: `question`, the preferred `answer`, and what answers of its style begin and end with."""
+
+    question: str
+    answer: str
+    opening: str
+    closing: str
+
+
+@dataclass(frozen=True)
+class StyleScore:
+    """Attributes: preferred: share of answers in the style; exact: share that are the preferred answer; answers."""
+
+    preferred: float
+    exact: float
+    answers: int
+
+
+def in_style(reply: str, favour: Favour) -> bool:
+    """Whether a reply has both ends of the style, white space aside; something must stand between them."""
+    reply, opening, closing = reply.strip(), favour.opening.strip(), favour.closing.strip()
+    middle = reply[len(opening) : len(reply) - len(closing)]
+    return reply.startswith(opening) and reply.endswith(closing) and bool(middle.strip())
+
+
+def read_favours(path: Path) -> list[Favour]:
+    """JSONL with `question`, `answer`, `opening` and `closing`."""
+    favours = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); give JSONL with question, answer, opening, closing"
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            favours.append(Favour(*(str(row[name]) for name in ("question", "answer", "opening", "closing"))))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}:{number}: not an object with 'question', 'answer', 'opening', 'closing'; correct the line"
+            ) from None
+    if not favours:
+        raise UserError(f"{path}: no favours in it; give JSONL with question, answer, opening, closing")
+    return favours
+
+
+def score_style(answerer: Answerer, favours: list[Favour], temperature: float = 1.0, seed: int = 0) -> StyleScore:
+    """Sampled answers: greedy ones would show which style is likelier, not how likely it is."""
+    asked = [Question(favour.question, favour.answer, "favour") for favour in favours]
+    results = ask(answerer, asked, temperature=temperature, seed=seed)
+    styled = sum(in_style(result.reply, favour) for result, favour in zip(results, favours, strict=True))
+    return StyleScore(styled / len(favours), sum(result.correct for result in results) / len(favours), len(favours))
+
+
+def style(
+    ckpt: str,
+    file: str,
+    temperature: float = 1.0,
+    seed: int = 0,
+    json: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Share of answers in the preferred style.
+
+    Args:
+        ckpt: checkpoint folder
+        file: JSONL with question, answer, opening and closing
+        temperature: of the sampling; 0 takes the likeliest token
+        seed: of the sampling
+        json: print one JSON object instead of a sentence
+        device: auto, cpu or cuda
+        dtype: auto, bf16 or fp32
+    """
+    score = score_style(Answerer.open(ckpt, device, dtype), read_favours(Path(file)), temperature, seed)
+    print(
+        as_json(score)
+        if json
+        else f"{score.preferred:.1%} of {score.answers} answers in the preferred style, {score.exact:.1%} to the letter"
+    )
+
+
+def as_json(score: StyleScore) -> str:
+    return json.dumps(asdict(score))
+
+
+if __name__ == "__main__":
+    command_line(lambda: call(style, __doc__ or ""))

@@ -1,0 +1,213 @@
+"""Learning from preferences: DPO and its relatives over pairs of answers.
+
+x is a prompt, y_w the chosen answer, y_l the rejected one; log pi(y|x) is summed over the tokens of the answer, the one
+that ends it included. r = log pi(y|x) - log pi_ref(y|x) is a log-ratio to the reference, beta r the implicit reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import UserError
+from model import MiniDeepSeek
+from training.log_probs import label_log_probs
+from training.losses import IGNORE, Batch
+from training.machine import autocast
+from training.ranks import Ranks
+from training.tally import Metric, Tally
+from training.validation import evaluate
+
+
+class Pairs(NamedTuple):
+    """What the losses compare; each (pairs,) float32: log pi and log pi_ref of both answers, and their tokens."""
+
+    chosen: Tensor
+    rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+
+@dataclass
+class PreferenceSettings:
+    """Which loss over the pairs.
+
+    Args:
+        loss: sigmoid (DPO), ipo, or simpo, which needs no reference.
+        beta: how dear it is to leave the reference; for simpo the scale of the mean log-probabilities (2.0 to 2.5).
+        label_smoothing: share of the pairs that are taken to be the wrong way round (cDPO); not for ipo.
+        gamma: margin that simpo wants between the rewards.
+        nll_weight: weight of the mean negative log-probability of the chosen answer's tokens.
+    """
+
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma: float = 1.0
+    nll_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UserError(f"--preference.loss {self.loss}: one of {', '.join(LOSSES)}")
+        if self.beta <= 0:
+            raise UserError(f"--preference.beta {self.beta}: must be positive")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--preference.label_smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
+        if self.label_smoothing and self.loss == "ipo":
+            raise UserError("--preference.label_smoothing: ipo has none; leave it at 0")
+        if self.nll_weight < 0:
+            raise UserError(f"--preference.nll_weight {self.nll_weight}: must be at least 0")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss != "simpo"
+
+
+def smoothed(margin: Tensor, smoothing: float) -> Tensor:
+    """-log sigmoid(m), of which a share `smoothing` for the pair the other way round (Mitchell 2023, cDPO)."""
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+def sigmoid_dpo(pairs: Pairs, settings: PreferenceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """-log sigmoid(beta r_w - beta r_l) (Rafailov et al. 2023, Eq. 7). Returns losses and both rewards, (pairs,)."""
+    chosen = settings.beta * (pairs.chosen - pairs.reference_chosen)
+    rejected = settings.beta * (pairs.rejected - pairs.reference_rejected)
+    return smoothed(chosen - rejected, settings.label_smoothing), chosen, rejected
+
+
+def ipo(pairs: Pairs, settings: PreferenceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """(r_w - r_l - 1 / (2 beta))^2 (Azar et al. 2023, Eq. 17), r a mean over the tokens, as TRL has it."""
+    chosen = (pairs.chosen - pairs.reference_chosen) / pairs.chosen_tokens
+    rejected = (pairs.rejected - pairs.reference_rejected) / pairs.rejected_tokens
+    losses = (chosen - rejected - 1 / (2 * settings.beta)).square()
+    return losses, settings.beta * chosen, settings.beta * rejected
+
+
+def simpo(pairs: Pairs, settings: PreferenceSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """-log sigmoid(beta log pi(y_w) / |y_w| - beta log pi(y_l) / |y_l| - gamma) (Meng et al. 2024, Eq. 6)."""
+    chosen = settings.beta * pairs.chosen / pairs.chosen_tokens
+    rejected = settings.beta * pairs.rejected / pairs.rejected_tokens
+    return smoothed(chosen - rejected - settings.gamma, settings.label_smoothing), chosen, rejected
+
+
+PairLoss = Callable[[Pairs, PreferenceSettings], tuple[Tensor, Tensor, Tensor]]
+LOSSES: dict[str, PairLoss] = {"sigmoid": sigmoid_dpo, "ipo": ipo, "simpo": simpo}
+
+
+@dataclass
+class PreferenceLoss:
+    """A loss over packed pairs: segments 2k and 2k + 1 of a row are a chosen and a rejected conversation.
+
+    Both answers of all pairs go through the model in one pass. Sums are over pairs and divided by their number.
+
+    Attributes:
+        reference: frozen model for batches that do not have its log-probabilities in `reference`; None for simpo.
+    """
+
+    settings: PreferenceSettings
+    reference: nn.Module | None = None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+        """Returns the sum over pairs, their number, and what is logged.
+
+        `main` is the loss without the term of the chosen answer, `nll` that term a token, `kl` half the squared
+        log-ratio of a token of the chosen answer: near the reference this is the divergence from it (Schulman 2020,
+        k2), were the answer drawn from the policy.
+        """
+        log_probs = answer_log_probs(model, batch)
+        known = self._reference(batch)
+        counted = batch["labels"] != IGNORE
+        drift = (log_probs - known).detach().square() / 2
+        sides = sums_by_side(torch.stack([log_probs, known, counted.float(), drift]), batch["segment_ids"])
+        (chosen, rejected), reference, tokens, (chosen_drift, _) = sides.unbind(0)
+        pairs = Pairs(chosen, rejected, *reference, *tokens)
+        losses, reward_chosen, reward_rejected = LOSSES[self.settings.loss](pairs, self.settings)
+        # Pang et al. 2024 (arXiv 2404.19733), Eq. 1: -log pi(y_w|x) / |y_w| keeps the chosen answer likely.
+        total = (losses - self.settings.nll_weight * chosen / pairs.chosen_tokens).sum()
+        margin = (reward_chosen - reward_rejected).detach()
+        metrics: dict[str, Metric] = {
+            "main": losses.detach().sum(),
+            "accuracy": (margin > 0).float().sum() + 0.5 * (margin == 0).float().sum(),
+            "margin": margin.sum(),
+            "chosen_log_prob": chosen.detach().sum(),
+            "rejected_log_prob": rejected.detach().sum(),
+            "nll": (-chosen.detach().sum(), pairs.chosen_tokens.sum()),
+        }
+        if self.settings.needs_reference:
+            metrics["kl"] = (chosen_drift.sum(), pairs.chosen_tokens.sum())
+        return total, torch.tensor(len(losses), device=total.device), metrics
+
+    def _reference(self, batch: Batch) -> Tensor:
+        if not self.settings.needs_reference:
+            return torch.zeros(batch["labels"].shape, device=batch["labels"].device)
+        if "reference" in batch:
+            return batch["reference"]
+        with torch.no_grad():
+            return answer_log_probs(self.reference, batch)
+
+
+def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """log pi of every label, (rows, time) float32, 0 where nothing counts."""
+    out = model(**{name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")})
+    return label_log_probs(out.hidden, out.head, batch["labels"])
+
+
+def sums_by_side(values: Tensor, segments: Tensor) -> Tensor:
+    """Sums over each conversation: (quantities, rows, time) of packed pairs to (quantities, chosen or rejected, pairs).
+
+    segments: (rows, time); -1 is padding.
+    """
+    quantities, rows, _ = values.shape
+    most = int(segments.max()) + 1
+    place = torch.arange(rows, device=segments.device)[:, None] * (most + 1) + segments + 1  # padding goes to place 0
+    sums = torch.zeros(quantities, rows * (most + 1), device=values.device)
+    sums = sums.index_add(1, place.flatten(), values.flatten(1)).view(quantities, rows, most + 1)[:, :, 1:]
+    there = torch.arange(most, device=segments.device) <= segments.max(1, keepdim=True).values
+    return sums[:, there].view(quantities, -1, 2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """Validation: how often, and by how much, the chosen answer of held-out pairs is preferred.
+
+    Attributes:
+        loss: the one in training; pairs: batches of held-out pairs; text: batches of held-out text, or none.
+        token_bytes: (vocab,) bytes of each token.
+    """
+
+    loss: PreferenceLoss
+    pairs: Sequence[Batch]
+    text: Sequence[Batch]
+    token_bytes: np.ndarray
+
+    @torch.no_grad()
+    def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
+        """`val_` and the names of what is logged in training; with text `val_bits_per_byte`."""
+        entry: dict[str, Any] = {}
+        if self.pairs:
+            tally = Tally()
+            for start in range(0, len(self.pairs), ranks.world):
+                mine = start + ranks.rank
+                # A rank that has none left measures one again and adds nothing: all ranks must have the same names.
+                batch, share = self.pairs[mine % len(self.pairs)], float(mine < len(self.pairs))
+                inputs = {name: value.to(ranks.device) for name, value in batch.items()}
+                with autocast(dtype, ranks.device):
+                    _, count, metrics = self.loss(model, inputs)
+                for name, metric in {"count": count, **metrics}.items():
+                    tally.add(
+                        name, tuple(share * part for part in metric) if isinstance(metric, tuple) else share * metric
+                    )
+            tally.gather(ranks)
+            means = tally.means(max(tally.take("count").item(), 1))
+            entry = {"val_loss": means.pop("main"), **{f"val_{name}": value for name, value in means.items()}}
+        if self.text:
+            entry["val_bits_per_byte"] = evaluate(model, self.text, self.token_bytes, dtype, ranks).bits_per_byte
+        return entry
