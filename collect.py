@@ -20,11 +20,10 @@ from errors import UserError, command_line, naming
 from text.chat_template import Message
 from text.conversations import read_conversations
 from text.problems import Problem, split_problems
-from training.experience import completion_texts
 from training.machine import choose_dtype
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
-from training.rollout import Completions, chances, sample_completions
+from training.rollout import Completions, chances, completion_texts, sample_completions
 from training.settings import parse
 from training.stage import open_checkpoint
 

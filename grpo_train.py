@@ -101,9 +101,9 @@ def main() -> None:
         settings.beta,
         settings.temperature,
     )
-    accuracy = (
-        Accuracy(prompts, sampler, settings.max_new_tokens, settings.rollout_rows) if prompts.validation else None
-    )
+    accuracy = None
+    if prompts.validation:
+        accuracy = Accuracy(prompts, sampler, settings.max_new_tokens, settings.temperature, settings.rollout_rows)
     Trainer(settings, ranks, model, tokenizer, experience, loss, accuracy).run()
     ranks.stop()
 

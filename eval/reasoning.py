@@ -16,11 +16,10 @@ from rich.table import Table
 from dataset import PromptDataset
 from errors import UserError, command_line
 from text.problems import split_problems
-from training.experience import completion_texts
 from training.machine import choose_dtype
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
-from training.rollout import sample_completions
+from training.rollout import completion_texts, sample_completions
 from training.settings import call
 from training.stage import open_checkpoint
 

@@ -237,10 +237,18 @@ def test_completions_that_never_end_are_cut_counted_and_may_be_filtered(small, m
 def test_accuracy_counts_right_answers_by_kind(small, tokenizer, monkeypatch):
     prompts = PromptDataset([("arithmetic:1-2", 1.0)], tokenizer, 40, val_problems=10)
     answers = {problem.question: problem.answer for problem in prompts.validation if problem.kind == "level 1"}
-    accuracy = Accuracy(prompts, Sampler(small, torch.float32), 8, rows=3)
-    monkeypatch.setattr(Accuracy, "_answers", lambda self, policy, part: [answers.get(p.question, "-1") for p in part])
-    found = accuracy(small, torch.float32, Ranks(0, 1, CPU))
-    assert found == {"val_accuracy": 0.5, "val_accuracy_level_1": 1.0, "val_accuracy_level_2": 0.0}
+    accuracy = Accuracy(prompts, Sampler(small, torch.float32), 8, 1.0, rows=3)
+
+    def known(self, policy, part, samples: int, temperature: float) -> list[str]:
+        """Level 1 is known, of sampled answers every second one."""
+        texts = [answers.get(problem.question, "-1") for _, problem in part for _ in range(samples)]
+        return [text if number % 2 or samples == 1 else "-1" for number, text in enumerate(texts)]
+
+    monkeypatch.setattr(Accuracy, "_answers", known)
+    assert accuracy(small, torch.float32, Ranks(0, 1, CPU)) == {
+        "val_accuracy": 0.5, "val_accuracy_level_1": 1.0, "val_accuracy_level_2": 0.0,
+        "val_pass_1": 0.25, "val_pass_1_level_1": 0.5, "val_pass_1_level_2": 0.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: greedy answers, judged as the reward `correct` judges them."""
+"""Accuracy on held-out problems: of greedy and of sampled answers, judged as the reward `correct` judges them."""
 
 from __future__ import annotations
 
@@ -10,46 +10,60 @@ from torch import Tensor
 
 from dataset import PromptDataset
 from model import MiniDeepSeek
-from model.generate import generate
 from text.problems import Problem
 from training.ranks import Ranks
 from training.rewards import is_correct
-from training.rollout import Sampler
+from training.rollout import Sampler, chances, completion_texts, sample_completions
+
+COLD = 1e-4  # so low a temperature that the likeliest token is chosen
+SAMPLES = 4
+KEY = 0x76616C  # keeps the chances of measuring apart from those of training
 
 
 class Accuracy:
     """A `Validation`: the share of held-out problems that the policy solves, in all and by kind.
 
+    `val_accuracy` is that of greedy answers. `val_pass_1` is the mean over four answers sampled as in training
+    (DeepSeek-R1 section 3), which is what the rewards of training are a sample of. The chances are always the same.
+
     Args:
-        prompts: whose `validation` is measured. max_new_tokens: most tokens of an answer; rows: answered at a time.
+        prompts: whose `validation` is measured. max_new_tokens: most tokens of an answer; rows: sampled at a time.
     """
 
-    def __init__(self, prompts: PromptDataset, sampler: Sampler, max_new_tokens: int, rows: int) -> None:
-        self.prompts, self.sampler, self.max_new_tokens, self.rows = prompts, sampler, max_new_tokens, rows
+    def __init__(
+        self, prompts: PromptDataset, sampler: Sampler, max_new_tokens: int, temperature: float, rows: int
+    ) -> None:
+        self.prompts, self.sampler, self.temperature = prompts, sampler, temperature
+        self.max_new_tokens, self.rows = max_new_tokens, rows
         self.kinds = sorted({problem.kind for problem in prompts.validation})
 
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
-        policy, right, asked = self.sampler.refresh(), Counter(), Counter()
-        mine = self.prompts.validation[ranks.rank :: ranks.world]
-        for start in range(0, len(mine), self.rows):
-            part = mine[start : start + self.rows]
-            for problem, text in zip(part, self._answers(policy, part), strict=True):
-                right[problem.kind] += is_correct(problem, text)
-                asked[problem.kind] += 1
-        sums = torch.tensor([[right[kind], asked[kind]] for kind in self.kinds], dtype=torch.float64)
-        sums: Tensor = ranks.sum(sums.to(ranks.device)).cpu()
-        entry = {"val_accuracy": (sums[:, 0].sum() / sums[:, 1].sum()).item()}
-        if len(self.kinds) > 1:
-            names = [f"val_accuracy_{kind.replace(' ', '_')}" for kind in self.kinds]
-            entry |= dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+        policy = self.sampler.refresh()
+        mine = list(enumerate(self.prompts.validation))[ranks.rank :: ranks.world]
+        entry: dict[str, Any] = {}
+        for name, samples, temperature in (("accuracy", 1, COLD), ("pass_1", SAMPLES, self.temperature)):
+            right, asked = Counter(), Counter()
+            at_once = max(self.rows // samples, 1)
+            for start in range(0, len(mine), at_once):
+                part = mine[start : start + at_once]
+                texts = self._answers(policy, part, samples, temperature)
+                for row, text in enumerate(texts):
+                    problem = part[row // samples][1]
+                    right[problem.kind] += is_correct(problem, text)
+                    asked[problem.kind] += 1
+            sums = torch.tensor([[right[kind], asked[kind]] for kind in self.kinds], dtype=torch.float64)
+            sums: Tensor = ranks.sum(sums.to(ranks.device)).cpu()
+            entry[f"val_{name}"] = (sums[:, 0].sum() / sums[:, 1].sum()).item()
+            if len(self.kinds) > 1:
+                names = [f"val_{name}_{kind.replace(' ', '_')}" for kind in self.kinds]
+                entry |= dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
         return entry
 
-    def _answers(self, policy: MiniDeepSeek, problems: list[Problem]) -> list[str]:
-        tokenizer, encoded = self.prompts.tokenizer, self.prompts.encode(problems)
-        longest, device = max(map(len, encoded)), policy.lm_head.weight.device
-        ids = torch.tensor([[tokenizer.pad_id] * (longest - len(row)) + row for row in encoded], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
-        end = tokenizer.eos_id
-        out = generate(policy, ids, self.max_new_tokens, eos_token_id=end, attention_mask=mask)
-        answers = [row[: row.index(end)] if end in row else row for row in out[:, longest:].tolist()]
-        return [tokenizer.decode(answer, skip_special_tokens=False) for answer in answers]
+    def _answers(
+        self, policy: MiniDeepSeek, numbered: list[tuple[int, Problem]], samples: int, temperature: float
+    ) -> list[str]:
+        """`samples` answers to each problem, those of a problem together."""
+        ids = self.prompts.encode([problem for _, problem in numbered])
+        drawn = chances([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
+        made = sample_completions(policy, ids, drawn, self.prompts.tokenizer.eos_id, temperature)
+        return completion_texts(self.prompts.tokenizer, made)

@@ -21,7 +21,7 @@ from training.machine import autocast
 from training.policy import advantages
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
-from training.rollout import Completions, Sampler, chances, sample_completions
+from training.rollout import Completions, Sampler, chances, completion_texts, sample_completions
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
@@ -317,12 +317,3 @@ class Experience:
                 "rewards": {name: values[0] for name, values in shown.rewards.items()},
             },
         }
-
-
-def completion_texts(tokenizer: Any, made: Completions) -> list[str]:
-    """The completions' texts without the tokens that ended them; marks such as <think> are kept."""
-    lengths = (made.lengths - made.ended.long()).tolist()
-    return [
-        tokenizer.decode(tokens[:length], skip_special_tokens=False)
-        for tokens, length in zip(made.tokens.tolist(), lengths, strict=True)
-    ]

@@ -32,6 +32,7 @@ COLUMNS = (
     ("kl", "kl {:.4f}"),
     ("entropy", "entropy {:.2f}"),
     ("val_accuracy", "accuracy {:.1%}"),
+    ("val_pass_1", "pass@1 {:.1%}"),
     ("val_margin", "margin {:.3f}"),
     ("val_bits_per_byte", "val {:.4f} bits/byte"),
 )

@@ -19,6 +19,7 @@ from model import MiniDeepSeek
 from model.cache import LatentCache, compute_dtype
 from model.experts import Experts
 from text.order import scramble
+from text.tokenizer import Tokenizer
 
 # CPU kernels are generated for each new shape (10 ms against 1 ms of work): prompts are padded to a multiple of this,
 # and when completions have ended the batch shrinks to a power of two.
@@ -114,6 +115,15 @@ def chances(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:
         generator = torch.Generator().manual_seed(scramble(*key) >> 1)
         drawn.append(torch.rand(group, new, generator=generator))
     return torch.stack(drawn)
+
+
+def completion_texts(tokenizer: Tokenizer, made: Completions) -> list[str]:
+    """The completions' texts without the tokens that ended them; marks such as <think> are kept."""
+    lengths = (made.lengths - made.ended.long()).tolist()
+    return [
+        tokenizer.decode(tokens[:length], skip_special_tokens=False)
+        for tokens, length in zip(made.tokens.tolist(), lengths, strict=True)
+    ]
 
 
 class Sampler:
