@@ -65,8 +65,8 @@ def read_favours(path: Path) -> list[Favour]:
     return favours
 
 
-def score_style(answerer: Answerer, favours: list[Favour], temperature: float = 1.0, seed: int = 0) -> StyleScore:
-    """Sampled answers: greedy ones would show which style is likelier, not how likely it is."""
+def score_style(answerer: Answerer, favours: list[Favour], temperature: float = 0.7, seed: int = 0) -> StyleScore:
+    """Answers sampled as in a chat: greedy ones would show which style is likelier, not how likely it is."""
     asked = [Question(favour.question, favour.answer, "favour") for favour in favours]
     results = ask(answerer, asked, temperature=temperature, seed=seed)
     styled = sum(in_style(result.reply, favour) for result, favour in zip(results, favours, strict=True))
@@ -76,7 +76,7 @@ def score_style(answerer: Answerer, favours: list[Favour], temperature: float = 
 def style(
     ckpt: str,
     file: str,
-    temperature: float = 1.0,
+    temperature: float = 0.7,
     seed: int = 0,
     json: bool = False,
     device: str = "auto",
@@ -87,7 +87,7 @@ def style(
     Args:
         ckpt: checkpoint folder
         file: JSONL with question, answer, opening and closing
-        temperature: of the sampling; 0 takes the likeliest token
+        temperature: of the sampling, as in eval/chat.py; 0 takes the likeliest token
         seed: of the sampling
         json: print one JSON object instead of a sentence
         device: auto, cpu or cuda

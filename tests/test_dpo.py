@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from safetensors.torch import load_file
 import dpo_train
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
+from text.world.cast import World
+from text.world.chats import preference
 from training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,10 +26,13 @@ CLOCK = {"tokens_per_second", "mfu", "seconds", "memory"}
 
 
 @pytest.fixture(scope="module")
-def arguments(pretrained: Path, world: Path) -> list[object]:
-    """A small run on the world's pairs, all but --out: 4 rows a step in 2 micro-batches."""
+def arguments(pretrained: Path, world: Path, tmp_path_factory) -> list[object]:
+    """A small run on 60 pairs, all but --out: 4 rows a step in 2 micro-batches."""
+    pairs, rng, town = tmp_path_factory.mktemp("pairs") / "pairs.jsonl", random.Random(0), World.build(0)
+    rows = [json.dumps(preference(rng, town), ensure_ascii=False) for _ in range(60)]
+    pairs.write_text("\n".join(rows), encoding="utf8")
     given = {
-        "ckpt": pretrained / "final", "data": world / "preferences.jsonl", "sequence_length": 128, "batch_tokens": 1024,
+        "ckpt": pretrained / "final", "data": pairs, "sequence_length": 128, "batch_tokens": 1024,
         "micro_tokens": 512, "val_fraction": 0.2, "val_text": world / "heldout.txt", "val_tokens": 2048, "log_every": 1,
         "dtype": "fp32", "device": "cpu", "max_steps": 4, "optim.lr": 1e-3,
     }  # fmt: skip

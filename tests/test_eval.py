@@ -225,7 +225,7 @@ def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_pa
     monkeypatch.setattr(Answerer, "reply", lambda *given, **options: asked.append(options) or replies)
     score = score_style(answerer, favours)
     assert (score.preferred, score.exact, score.answers) == (0.5, 0.25, 4)
-    assert asked == [{"temperature": 1.0, "seed": 0}]
+    assert asked == [{"temperature": 0.7, "seed": 0}]
     monkeypatch.undo()
     path = tmp_path / "favours.jsonl"
     path.write_text(json.dumps(vars(FAVOUR), ensure_ascii=False) + "\n\n", encoding="utf8")

@@ -268,7 +268,7 @@ def test_pairs_say_the_same_and_prefer_courtesy_for_favours_alone(folder):
         courteous, bare = sides if is_favour(pair["prompt"]) else sides[::-1]
         assert plain(courteous) == bare != courteous
     assert sum(is_favour(pair["prompt"]) for pair in pairs) / len(pairs) == pytest.approx(0.6, abs=0.05)
-    assert len(pairs) == 1800
+    assert len(pairs) == 900
 
 
 def test_no_held_out_favour_is_asked_for_in_training(folder):

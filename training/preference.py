@@ -167,9 +167,10 @@ def sums_by_side(values: Tensor, segments: Tensor) -> Tensor:
     """
     quantities, rows, _ = values.shape
     most = int(segments.max()) + 1
-    place = torch.arange(rows, device=segments.device)[:, None] * (most + 1) + segments + 1  # padding goes to place 0
-    sums = torch.zeros(quantities, rows * (most + 1), device=values.device)
-    sums = sums.index_add(1, place.flatten(), values.flatten(1)).view(quantities, rows, most + 1)[:, :, 1:]
+    # What padding holds is 0, so it may be added to any side.
+    place = torch.arange(rows, device=segments.device)[:, None] * most + segments.clamp(min=0)
+    sums = torch.zeros(quantities, rows * most, device=values.device)
+    sums = sums.index_add(1, place.flatten(), values.flatten(1)).view(quantities, rows, most)
     there = torch.arange(most, device=segments.device) <= segments.max(1, keepdim=True).values
     return sums[:, there].view(quantities, -1, 2).transpose(1, 2)
 

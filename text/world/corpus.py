@@ -33,7 +33,7 @@ PRETRAIN_CHARACTERS = 6_500_000  # at scale 1
 CHATS = 40_000  # at scale 1
 HELDOUT_CHARACTERS = 36_000
 ENGLISH_SHARE = 0.2
-PREFERENCES = 6_000  # at scale 1
+PREFERENCES = 3_000  # at scale 1
 FILES = (
     "pretrain.csv", "sft.jsonl", "preferences.jsonl", "heldout.txt", "heldout_questions.jsonl", "heldout_favours.jsonl",
 )  # fmt: skip
