@@ -1,4 +1,4 @@
-# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, report  (DATA=my.csv: your own text)
+# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, sums with rewards, report  (DATA=my.csv: your own text)
 # make chat   talk to the result
 # make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL
 # make test   every test, the demo path at a tiny size among them
@@ -20,13 +20,14 @@ TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 .PHONY: demo chat r1 test lint bench clean-demo
 .DELETE_ON_ERROR:
 
-demo: $(OUT)/dpo/final/config.json
-	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl --favours $(WORLD)/heldout_favours.jsonl
+demo: $(OUT)/grpo/final/config.json
+	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl \
+	    --favours $(WORLD)/heldout_favours.jsonl --sums arithmetic:2
 	@echo "talk to it: make chat$(if $(DATA), DATA=$(DATA))"
 
 chat: $(VENV)/installed
-	@test -d $(OUT)/dpo/final || { echo "error: $(OUT)/dpo/final is not there yet; run make demo first" >&2; exit 2; }
-	@$(RUN) eval/chat.py --ckpt $(OUT)/dpo/final
+	@test -d $(OUT)/grpo/final || { echo "error: $(OUT)/grpo/final is not there yet; run make demo first" >&2; exit 2; }
+	@$(RUN) eval/chat.py --ckpt $(OUT)/grpo/final
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest
@@ -61,6 +62,10 @@ $(OUT)/sft/final/config.json: $(OUT)/pretrain/final/config.json $(WORLD)/pretrai
 $(OUT)/dpo/final/config.json: $(OUT)/sft/final/config.json
 	$(RUN) dpo_train.py --config configs/demo/dpo.yaml --ckpt $(OUT)/sft/final --data $(WORLD)/preferences.jsonl \
 	    --val_text $(WORLD)/heldout.txt --out $(OUT)/dpo --resume true
+	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+
+$(OUT)/grpo/final/config.json: $(OUT)/dpo/final/config.json
+	$(RUN) grpo_train.py --config configs/demo/grpo.yaml --ckpt $(OUT)/dpo/final --data arithmetic:2 --out $(OUT)/grpo --resume true
 	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
 
 # The R1 path (DeepSeek-R1, section 2): each step is one config, and begins where the step before it ended or at the base.
