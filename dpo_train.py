@@ -46,9 +46,9 @@ class DPOSettings(StageSettings):
     precompute_reference: bool = True
     val_fraction: float = 0.05
     val_text: str = ""
-    batch_tokens: int = 16384
+    batch_tokens: int = 8192
     optim: OptimSettings = field(
-        default_factory=lambda: OptimSettings(lr=2e-5, weight_decay=0.0, warmup=0.1, decay_from=0.1)
+        default_factory=lambda: OptimSettings(lr=5e-5, weight_decay=0.0, warmup=0.1, decay_from=0.1)
     )
 
     @property
