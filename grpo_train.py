@@ -12,13 +12,13 @@ from dataset import PromptDataset
 from errors import UserError, command_line
 from text.problems import split_problems
 from training.accuracy import Accuracy
-from training.experience import Experience, RolloutSettings
+from training.experience import Experience
 from training.machine import choose_dtype
 from training.optim import OptimSettings
 from training.policy import GRPOLoss
 from training.reference import frozen_reference
 from training.rewards import Rewards
-from training.rollout import Sampler
+from training.rollout import RolloutSettings, Sampler
 from training.settings import StageSettings, parse
 from training.stage import begin, open_checkpoint
 from training.trainer import Trainer

@@ -21,12 +21,12 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.accuracy import Accuracy
-from training.experience import Experience, RolloutSettings
+from training.experience import Experience
 from training.log import read_metrics
 from training.policy import GRPOLoss
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample, reward
-from training.rollout import Sampler
+from training.rollout import RolloutSettings, Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -21,53 +21,12 @@ from training.machine import autocast
 from training.policy import advantages
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
-from training.rollout import Completions, Sampler, chances, completion_texts, sample_completions
+from training.rollout import Completions, RolloutSettings, Sampler, chances, completion_texts, sample_completions
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
 ENTRY = "entry"  # the log's entry among the saved tensors, as JSON in bytes
 CHANCES = 0x6772706F  # keeps the numbers of sampling apart from those of the data order
-
-
-@dataclass(kw_only=True)
-class RolloutSettings:
-    """How completions are made and what becomes of them.
-
-    Args:
-        prompts: problems a step, over all ranks. group: completions of each, at least 2.
-        max_new_tokens: most tokens of a completion.
-        temperature: of the sampling.
-        loss: grpo, dapo or dr_grpo.
-        mu: optimiser steps on each batch of completions.
-        resample: how often the prompts of groups without variance are replaced by others in a step (DAPO's dynamic
-            sampling); what still has none is left out.
-        overlong: keep or filter completions that were cut at the limit.
-        rollout_rows: most completions sampled at a time on one rank.
-    """
-
-    prompts: int = 32
-    group: int = 8
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    loss: str = "grpo"
-    mu: int = 1
-    resample: int = 0
-    overlong: str = "keep"
-    rollout_rows: int = 512
-
-    def check(self) -> None:
-        """Raises `UserError` for a value that makes no sense."""
-        for name in ("prompts", "max_new_tokens", "mu", "rollout_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.group < 2:
-            raise UserError(f"--group {self.group}: a completion is compared with its group; give at least 2")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be above 0; greedy answers of a group are equal")
-        if self.resample < 0:
-            raise UserError(f"--resample {self.resample}: must be at least 0")
-        if self.overlong not in ("keep", "filter"):
-            raise UserError(f"--overlong {self.overlong}: one of keep, filter")
 
 
 @dataclass
