@@ -6,16 +6,12 @@ python bench/decode.py [--preset 64m] [--dtype bf16] [--batch 1] [--prompt 128] 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-from side_by_side import Contender, compare, serve, table, verdict
+from side_by_side import against_transformers, options_of, serve, table, verdict
 
-from LMConfig import LMConfig
 from model import MiniDeepSeek
 from training.machine import DTYPES
 
@@ -23,30 +19,11 @@ PEERS = ("eager", "batched_mm", "grouped_mm")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="64m")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", nargs="*", default=PEERS, help="experts_implementation of transformers")
-    parser.add_argument("--json", help="write the measurements to this file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = options_of(__doc__, PEERS, batch=1, prompt=128, new=64)
     if options.worker:
         work(options)
         return
-    config = LMConfig.preset(options.preset, num_nextn_predict_layers=0)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        MiniDeepSeek(config).save_pretrained(folder)
-        arguments = [__file__, "--folder", folder, "--dtype", options.dtype, "--batch", str(options.batch)]
-        arguments += ["--prompt", str(options.prompt), "--new", str(options.new)]
-        ours = Contender("ours", [*arguments, "--worker", "ours"])
-        peers = [Contender(f"transformers {peer}", [*arguments, "--worker", peer]) for peer in options.peers]
-        compare([ours, *peers], options.rounds)
+    _, ours, peers = against_transformers(__file__, options)
     print(
         f"{options.preset}, batch {options.batch}, prompt {options.prompt}, {options.new} new tokens, {options.dtype}; "
         f"medians of {options.rounds}"
@@ -56,9 +33,6 @@ def main() -> None:
     print(f"tokens/s against {best.name}: {verdict(ours, best, 'tokens/s')}")
     fastest = min(peers, key=lambda peer: peer.median("prefill s"))
     print(f"prefill time against {fastest.name}: {verdict(ours, fastest, 'prefill s')}")
-    if options.json:
-        results = {contender.name: contender.results for contender in [ours, *peers]}
-        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
 
 
 def work(options: argparse.Namespace) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from training.machine import DTYPES
 
 
 @dataclass
@@ -54,6 +61,38 @@ class Contender:
             if line.startswith("{"):
                 return json.loads(line)
         raise SystemExit(f"error: {self.name} ended early; run: python {' '.join(self.command)}")
+
+
+def options_of(doc: str, peers: tuple[str, ...], **numbers: int) -> argparse.Namespace:
+    """The command line that every comparison with transformers has, and these numbers with their defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="64m")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    for name, default in {**numbers, "rounds": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--peers", nargs="*", default=peers, help="experts_implementation of transformers")
+    parser.add_argument("--json", help="write the measurements to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def against_transformers(script: str, options: argparse.Namespace) -> tuple[LMConfig, Contender, list[Contender]]:
+    """Measure `script --worker NAME` for ours and each peer in turn, all on one checkpoint without MTP."""
+    config = LMConfig.preset(options.preset, num_nextn_predict_layers=0)
+    own = {"peers", "json", "worker", "folder", "rounds"}
+    given = [f"--{name}={value}" for name, value in vars(options).items() if name not in own]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        MiniDeepSeek(config).save_pretrained(folder)
+        command = [script, "--folder", folder, *given]
+        ours = Contender("ours", [*command, "--worker", "ours"])
+        peers = [Contender(f"transformers {peer}", [*command, "--worker", peer]) for peer in options.peers]
+        compare([ours, *peers], options.rounds)
+    if options.json:
+        results = {contender.name: contender.results for contender in [ours, *peers]}
+        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
+    return config, ours, peers
 
 
 def serve(measure: Callable[[], dict[str, float]], warm_up: int = 2) -> None:

@@ -6,16 +6,12 @@ python bench/train_step.py [--preset 64m] [--dtype bf16] [--rows 8] [--length 51
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-from side_by_side import Contender, compare, serve, table, verdict
+from side_by_side import against_transformers, options_of, serve, table, verdict
 
-from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.counts import count
 from training.losses import NextTokenLoss
@@ -26,29 +22,11 @@ PEERS = ("eager", "grouped_mm")  # batched_mm copies an expert for each token: o
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="64m")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", nargs="*", default=PEERS, help="experts_implementation of transformers")
-    parser.add_argument("--json", help="write the measurements to this file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = options_of(__doc__, PEERS, rows=8, length=512)
     if options.worker:
         work(options)
         return
-    config = LMConfig.preset(options.preset, num_nextn_predict_layers=0)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        MiniDeepSeek(config).save_pretrained(folder)
-        arguments = [__file__, "--folder", folder, "--dtype", options.dtype]
-        arguments += ["--rows", str(options.rows), "--length", str(options.length)]
-        ours = Contender("ours", [*arguments, "--worker", "ours"])
-        peers = [Contender(f"transformers {peer}", [*arguments, "--worker", peer]) for peer in options.peers]
-        compare([ours, *peers], options.rounds)
+    config, ours, peers = against_transformers(__file__, options)
     print(
         f"{options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, AdamW; "
         f"medians of {options.rounds}"
@@ -60,9 +38,6 @@ def main() -> None:
     best = max(peers, key=lambda peer: peer.median("tokens/s"))
     print(f"tokens/s against {best.name}: {verdict(ours, best, 'tokens/s')}")
     print(f"peak memory against {best.name}: {verdict(ours, best, 'memory_mb')}")
-    if options.json:
-        results = {contender.name: contender.results for contender in [ours, *peers]}
-        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
 
 
 def work(options: argparse.Namespace) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +37,7 @@ class LatentCache:
         self.latents = torch.zeros(layers, batch, max_length, width, dtype=dtype, device=device)
         self.lengths = [0] * layers
         self.padding = padding
+        self.decoders: dict[int, Any] = {}  # see model/native.py
 
     @property
     def length(self) -> int:
@@ -51,12 +55,19 @@ class LatentCache:
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
         """Add the positions of one forward pass to one layer; returns all it holds, (batch, length, C)."""
-        start, end = self.lengths[layer], self.lengths[layer] + latent_BTC.shape[1]
-        if end > self.max_length:
-            raise ValueError(f"latent cache: {end} positions, but only {self.max_length} were allocated")
+        start = self.reserve([layer], latent_BTC.shape[1])
+        end = self.lengths[layer]
         self.latents[layer, :, start:end] = latent_BTC
-        self.lengths[layer] = end
         return self.latents[layer, :, :end]
+
+    def reserve(self, layers: Iterable[int], time: int) -> int:
+        """Make room in layers of one length for positions that the caller writes; returns the first of them."""
+        for layer in layers:
+            start, end = self.lengths[layer], self.lengths[layer] + time
+            if end > self.max_length:
+                raise ValueError(f"latent cache: {end} positions, but only {self.max_length} were allocated")
+            self.lengths[layer] = end
+        return start
 
     def truncate(self, length: int, layer: int | None = None) -> None:
         """Forget every position from `length` on, in one layer or in all: drafts that did not come true."""
@@ -70,9 +81,14 @@ class LatentCache:
             self.padding = self.padding[rows]
 
 
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """What a cache should hold: the type that the network computes in, under autocast or without."""
+def cache_dtype(model: nn.Module) -> torch.dtype:
+    """What a cache should hold: the type that the network computes in, under autocast or without.
+
+    On CPU float32 always: the small products of the absorbed form cost bfloat16's kernels more than they save.
+    """
     weight = next(model.parameters())
+    if weight.device.type == "cpu":
+        return torch.float32
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype

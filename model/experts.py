@@ -36,6 +36,14 @@ class Experts(nn.Module):
         few = indices_NK.numel() <= FEW_CHOICES and not torch.is_grad_enabled()
         if few and x_ND.device.type == "cpu":
             return self._few(x_ND, weights_NK.to(x_ND.dtype), indices_NK)
+        return (self._grouped if x_ND.is_cuda else self._looped)(x_ND, weights_NK, indices_NK)
+
+    @torch.compiler.disable
+    def _looped(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
+        """On CPU the number of rows is read from the data: a compiled graph would hold for one step."""
+        return self._grouped(x_ND, weights_NK, indices_NK)
+
+    def _grouped(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
         gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
         plan = Plan.of(indices_NK, self.gate_up_proj.shape[0])
         x_RD = _Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from model.cache import LatentCache, compute_dtype
+from model.cache import LatentCache, cache_dtype
 from model.sampling import Sampling
 from model.speculative import stream_speculative
-from model.transformer import MiniDeepSeek
+from model.transformer import MiniDeepSeek, logits
 
 
 def generate(
@@ -74,15 +74,14 @@ def stream(
     padding = _left_padding(attention_mask)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     # One position less than all: the last token is never read.
-    cache = LatentCache(model.config, batch, time + max_new_tokens, compute_dtype(model), input_ids.device, padding)
+    cache = LatentCache(model.config, batch, time + max_new_tokens, cache_dtype(model), input_ids.device, padding)
     fill = stop[0] if stop else 0
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     # Padding is not text that could be repeated: the row's own last token stands in for it.
     ids, seen = input_ids, input_ids if padding is None else input_ids.where(attention_mask.bool(), input_ids[:, -1:])
     for step in range(max_new_tokens):
         out = model(ids, cache=cache)
-        logits = torch.nn.functional.linear(out.hidden[:, -1], out.head.to(out.hidden.dtype)).float()
-        chosen = sampling.choose(logits, seen, generator)
+        chosen = sampling.choose(logits(out.hidden[:, -1], out.head), seen, generator)
         chosen = torch.where(running, chosen, torch.full_like(chosen, fill))
         yield chosen
         for token in stop:

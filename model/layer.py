@@ -26,7 +26,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
         visibility: Visibility,
         cache: LatentCache | None = None,
         real_BT: Tensor | None = None,

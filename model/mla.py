@@ -41,53 +41,74 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)  # W^UK and W^UV
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
+        self._absorbed = _Absorbed()
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], visibility: Visibility, cache: LatentCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, visibility: Visibility, cache: LatentCache | None = None) -> Tensor:
         """x: (B, T, hidden) -> (B, T, hidden). With a cache, its positions come first and the new ones are added."""
-        q_BTHQ = self._queries(x, rope)
+        q_nope, q_rope = self._queries(x, rope)
         latent_BSC = self._latents(x, rope)
         if cache is not None:
             latent_BSC = cache.append(self.layer, latent_BSC)
         if cache is not None and x.shape[1] <= ABSORB_UP_TO:
-            out = self.attend_absorbed(q_BTHQ, latent_BSC, visibility)
+            out = self.attend_absorbed(q_nope, q_rope, latent_BSC, visibility)
         else:
-            out = self.attend_naive(q_BTHQ, latent_BSC, visibility)
+            out = self.attend_naive(q_nope, q_rope, latent_BSC.to(q_nope.dtype), visibility)
         return self.o_proj(out.flatten(2))
 
-    def attend_naive(self, q_BTHQ: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
-        """Expand the latents to keys and values of every head (Eq. 3 to 5), then attend: for training and prefill."""
+    def attend_naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+        """Expand the latents to keys and values of every head (Eq. 3 to 5), then attend: for training and prefill.
+
+        q_nope: (B, T, H, nope); q_rope: (B, T, H, rope), rotated. Returns (B, T, H, value).
+        """
+        q_BTHQ = torch.cat((q_nope, q_rope), dim=-1)
         c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
         k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotated key for all heads
         return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, visibility)
 
-    def attend_absorbed(self, q_BTHQ: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
-        """The same numbers, reading the latents only: (q W^UK) c = q (W^UK c), and W^UV after the weighted sum."""
-        w_uk, w_uv = (
-            self.kv_b_proj.weight.to(q_BTHQ.dtype).view(self.heads, -1, self.rank).split((self.nope, self.value), 1)
-        )
-        q_nope, q_rope = q_BTHQ.transpose(1, 2).split((self.nope, self.rope), dim=-1)
-        q_BHTC = torch.cat((q_nope @ w_uk, q_rope), dim=-1)
-        batch, _, time, _ = q_BHTC.shape
-        # All heads share the latents, so heads and new positions form the rows of one product.
-        scores = q_BHTC.flatten(1, 2) @ latent_BSC.transpose(1, 2)
-        scores = scores.float().view(batch, self.heads, time, -1) * self.scale
-        allowed = visibility.mask(time, latent_BSC.shape[1], q_BHTC.device)
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = scores.softmax(dim=-1).to(q_BHTC.dtype)
-        out_BHTR = (weights.flatten(1, 2) @ latent_BSC[..., : self.rank]).view(batch, self.heads, time, self.rank)
-        return (out_BHTR @ w_uv.transpose(1, 2)).transpose(1, 2)
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+        """The same numbers, reading the latents only: (q W^UK) c = q (W^UK c), and W^UV after the weighted sum.
 
-    def _queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """(B, T, H, nope + rope), the RoPE part rotated (Eq. 6 to 9)."""
+        In the type of the cache, which is float32 on CPU (see `LatentCache`).
+        """
+        dtype = latent_BSC.dtype
+        w_uk, w_uv = self._absorbed.get(self.kv_b_proj.weight, dtype, self.heads, self.nope)
+        batch, time = q_nope.shape[:2]
+        q_absorbed = q_nope.to(dtype).flatten(0, 1).transpose(0, 1) @ w_uk
+        q_BTHC = torch.cat((q_absorbed.transpose(0, 1).view(batch, time, self.heads, -1), q_rope.to(dtype)), dim=-1)
+        # All heads share the latents, so new positions and heads form the rows of one product.
+        scores = torch.bmm(q_BTHC.flatten(1, 2), latent_BSC.transpose(1, 2)).float().mul_(self.scale)
+        allowed = visibility.mask(time, latent_BSC.shape[1], latent_BSC.device)
+        if allowed is not None:
+            allowed = allowed.transpose(1, 2) if allowed.dim() == 4 else allowed.unsqueeze(1)
+            scores.view(batch, time, self.heads, -1).masked_fill_(~allowed, float("-inf"))
+        weights = scores.softmax(dim=-1).to(dtype)
+        out = torch.bmm(weights, latent_BSC[..., : self.rank]).view(batch * time, self.heads, self.rank)
+        out = out.transpose(0, 1) @ w_uv
+        return out.transpose(0, 1).reshape(batch, time, self.heads, self.value).to(q_nope.dtype)
+
+    def _queries(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, H, nope) and (B, T, H, rope), the latter rotated (Eq. 6 to 9)."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
-        return torch.cat((q_nope, rotate(q_rope, rope)), dim=-1)
+        return q_nope, rotate(q_rope, rope)
 
-    def _latents(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def _latents(self, x: Tensor, rope: Tensor) -> Tensor:
         """(B, T, C): [c^KV after its norm ; k^R after RoPE] (Eq. 1 and 2), which is also what is cached."""
         c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
         return torch.cat((self.kv_a_layernorm(c_kv), rotate(k_rope.unsqueeze(2), rope).squeeze(2)), dim=-1)
+
+
+class _Absorbed:
+    """W^UK and W^UV of every head out of kv_b_proj, in the type of the cache, kept while the weight stays the same."""
+
+    def __init__(self) -> None:
+        self._state, self._kept = None, None
+
+    def get(self, weight: Tensor, dtype: torch.dtype, heads: int, nope: int) -> tuple[Tensor, Tensor]:
+        """(H, nope, rank) and (H, rank, value)."""
+        state = None if weight.is_inference() else (weight.data_ptr(), weight._version, dtype)
+        if state is None or state != self._state:
+            w_uk, w_uv = weight.detach().to(dtype).unflatten(0, (heads, -1)).tensor_split((nope,), dim=1)
+            self._state, self._kept = state, (w_uk.contiguous(), w_uv.transpose(1, 2).contiguous())
+        return self._kept

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.experts import Experts
-from model.norm import Float32Buffers
+from model.norm import Float32Buffers, float32_only
 
 
 class SwiGLU(nn.Module):
@@ -52,7 +52,7 @@ class Router(Float32Buffers):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (N, hidden) -> weights (N, K) float32, indices (N, K), scores s (N, E) float32."""
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with float32_only(x_ND.device):
             scores = F.linear(x_ND.float(), self.weight.float()).sigmoid()  # Eq. 15: s = sigmoid(u^T e)
         indices = self.choose(scores.detach())
         weights = scores.gather(1, indices)  # Eq. 16: s + b chooses the experts, s alone weighs them

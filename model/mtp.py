@@ -42,7 +42,7 @@ class MTPLayer(DecoderLayer):
         self,
         hidden_BTD: Tensor,
         embedding_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
         visibility: Visibility,
         cache: LatentCache | None = None,
         real_BT: Tensor | None = None,

@@ -19,22 +19,21 @@ class RotaryEmbedding(Float32Buffers):
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
         self.scale = attention_factor(config)
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids: (batch or 1, time) integers -> cos and sin, float32, each (batch or 1, time, 1, rope/2)."""
-        angles = position_ids[..., None].float() * self.inv_freq
-        return (angles.cos() * self.scale).unsqueeze(2), (angles.sin() * self.scale).unsqueeze(2)
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """position_ids: (batch, time) integers -> scale * e^(i angle), complex64, (batch, time, 1, rope/2)."""
+        angles = (position_ids[..., None].float() * self.inv_freq).unsqueeze(2)
+        return torch.polar(torch.full_like(angles, self.scale), angles)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_2i, x_2i+1) by its angle, as the released weights are laid out.
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn each pair (x_2i, x_2i+1), read as a complex number, by its angle, as the released weights are laid out.
 
     Args:
         x: (batch, time, heads, rope), any type; computed in float32 and returned in the type of x.
-        rope: cos and sin from `RotaryEmbedding`.
+        rope: from `RotaryEmbedding`.
     """
-    cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
 
 
 def inverse_frequencies(config: LMConfig) -> Tensor:

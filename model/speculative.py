@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from model.cache import LatentCache, compute_dtype
+from model.cache import LatentCache, cache_dtype
 from model.transformer import MiniDeepSeek
 
 
@@ -29,7 +29,7 @@ def stream_speculative(
     """
     device, time = input_ids.device, input_ids.shape[1]
     longest = time + max_new_tokens + len(model.mtp) + 1
-    cache = LatentCache(model.config, 1, longest, compute_dtype(model), device, mtp=True)
+    cache = LatentCache(model.config, 1, longest, cache_dtype(model), device, mtp=True)
     chain = _DraftChain(model, cache)
     out = model(input_ids, cache=cache)
     tokens = [*input_ids[0].tolist(), int(out.logits[0, -1].argmax())]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from LMConfig import LMConfig
+from model import native
 from model.attention import Visibility
 from model.cache import LatentCache
 from model.experts import Experts
@@ -43,11 +44,17 @@ class Output(NamedTuple):
     @property
     def logits(self) -> Tensor:
         """(batch, time, vocab) float32, of the main model."""
-        return F.linear(self.hidden, self.head.to(self.hidden.dtype)).float()
+        return logits(self.hidden, self.head)
 
     def mtp_logits(self, depth: int) -> Tensor:
         """(batch, time, vocab) float32 of MTP depth 1 .. D."""
-        return F.linear(self.mtp_hidden[depth - 1], self.head.to(self.hidden.dtype)).float()
+        return logits(self.mtp_hidden[depth - 1], self.head)
+
+
+def logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden: (..., hidden) after a norm; head: (vocab, hidden). Returns (..., vocab) float32."""
+    fast = native.project(hidden, head)
+    return fast if fast is not None else F.linear(hidden, head.to(hidden.dtype)).float()
 
 
 class Backbone(nn.Module):
@@ -113,9 +120,13 @@ class MiniDeepSeek(nn.Module):
             # A bfloat16 residual stream, as DeepSeek-V3's; autocast alone would carry it in float32.
             embedding = embedding.to(torch.get_autocast_dtype(input_ids.device.type))
         state, routings = embedding, []
-        for layer in self.model.layers:
-            state, routing = self._run(layer, state, rope, visibility, cache, real)
-            routings.append(routing)
+        fast = native.decoder(self.model.layers, self.config, embedding, cache) if cache is not None else None
+        if fast is not None:
+            state = fast.run(embedding, rope)
+        else:
+            for layer in self.model.layers:
+                state, routing = self._run(layer, state, rope, visibility, cache, real)
+                routings.append(routing)
         mtp_hidden, mtp_state = [], state
         for depth, layer in enumerate(self.mtp if mtp else [], start=1):
             # Position t meets token t+depth. The last `depth` positions meet nothing real: losses leave them out.
@@ -147,8 +158,12 @@ class MiniDeepSeek(nn.Module):
         held, time = cache.lengths[self.config.num_hidden_layers + depth - 1], next_ids.shape[1]
         positions = torch.arange(held, held + time, device=next_ids.device)[None]
         embedding = self.model.embed_tokens(next_ids).to(state.dtype)
-        state, _ = layer(state, embedding, self.rotary(positions), Visibility(), cache)
-        return F.linear(layer.shared_head.norm(state[:, -1:]), self.lm_head.weight.to(state.dtype)).float(), state
+        fast = native.decoder([layer], self.config, embedding, cache)
+        if fast is not None:
+            state = fast.run(layer.join(state, embedding), self.rotary(positions))
+        else:
+            state, _ = layer(state, embedding, self.rotary(positions), Visibility(), cache)
+        return logits(layer.shared_head.norm(state[:, -1:]), self.lm_head.weight), state
 
     def routers(self) -> list[Router]:
         """The routers in the order of `Output.counts`."""

@@ -9,7 +9,7 @@ import torch
 
 from model import MiniDeepSeek
 from model.attention import Visibility
-from model.cache import LatentCache, compute_dtype
+from model.cache import LatentCache, cache_dtype
 from model.mla import ABSORB_UP_TO, MultiHeadLatentAttention
 from model.rope import RotaryEmbedding
 
@@ -91,9 +91,9 @@ def test_absorbed_attention_equals_naive(shape, padded, mla):
     x = torch.randn(2, 14, 32, dtype=torch.float64)
     rope = rotary(torch.arange(14)[None])
     visibility = Visibility.padded(6, 14, torch.tensor([3, 0])) if padded else Visibility()
-    q, latents = layer._queries(x, rope)[:, -6:], layer._latents(x, rope)
-    naive = layer.attend_naive(q, latents, visibility)
-    torch.testing.assert_close(layer.attend_absorbed(q, latents, visibility), naive, atol=1e-6, rtol=1e-5)
+    queries, latents = [part[:, -6:] for part in layer._queries(x, rope)], layer._latents(x, rope)
+    naive = layer.attend_naive(*queries, latents, visibility)
+    torch.testing.assert_close(layer.attend_absorbed(*queries, latents, visibility), naive, atol=1e-6, rtol=1e-5)
 
 
 def test_cache_holds_the_latent_after_its_norm_and_the_key_after_rope(mla, tiny_config):
@@ -177,17 +177,35 @@ def test_a_full_cache_is_an_error(tiny_model):
 
 
 @torch.no_grad()
-def test_cache_has_the_type_that_the_network_computes_in(tiny_model):
+def test_the_cache_is_float32_on_cpu(tiny_model):
     model = tiny_model()
-    assert compute_dtype(model) == torch.float32 and compute_dtype(model.bfloat16()) == torch.bfloat16
-    model = model.float()
-    ids = torch.randint(0, 61, (1, 6))
+    assert cache_dtype(model) == cache_dtype(model.bfloat16()) == torch.float32
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_decoding_under_autocast_is_one_forward_to_bfloat16s_rounding(held, tiny_model):
+    model, ids = tiny_model(), torch.randint(0, 61, (1, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert compute_dtype(model) == torch.bfloat16
-        cache = LatentCache(model.config, 1, 6, compute_dtype(model), "cpu")
+        cache = LatentCache(model.config, 1, 6, held, "cpu")
         logits = decoded(model, ids, cache, [3, 1, 1, 1])
         whole = model(ids).logits
     assert (logits - whole).norm() / whole.norm() < 0.05
+
+
+@torch.no_grad()
+def test_absorbed_weights_follow_kv_b_proj(tiny_model):
+    model, ids = tiny_model(), torch.randint(0, 61, (1, 6))
+    layers = list(model.model.layers)
+
+    def by_steps() -> torch.Tensor:
+        x, cache = model.model.embed_tokens(ids), LatentCache(model.config, 1, 6, torch.float32, "cpu")
+        ropes = [model.rotary(torch.tensor([[t]])) for t in range(6)]
+        steps = zip(x.split(1, dim=1), ropes, strict=True)
+        return torch.cat([layers[0].self_attn(part, rope, Visibility(), cache) for part, rope in steps], dim=1)
+
+    before = by_steps()
+    layers[0].self_attn.kv_b_proj.weight.mul_(2)
+    torch.testing.assert_close(by_steps()[:, 0], before[:, 0] * 2)  # the first position attends to itself alone
 
 
 @torch.no_grad()

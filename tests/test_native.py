@@ -1,0 +1,187 @@
+"""Decoding in C: the same numbers as the layers in PyTorch, and PyTorch wherever it does not apply."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from model import MiniDeepSeek, native
+from model.cache import LatentCache
+
+SHAPES = {
+    "plain": {},
+    "sizes that fill no vector": dict(
+        hidden_size=42, intermediate_size=37, moe_intermediate_size=19, kv_lora_rank=21, q_lora_rank=23,
+        qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=11,
+    ),
+    "sizes of several vectors": dict(hidden_size=64, kv_lora_rank=48, moe_intermediate_size=40, v_head_dim=32),
+    "without q_lora": dict(q_lora_rank=None),
+    "attention bias": dict(attention_bias=True),
+    "yarn": dict(
+        rope_scaling=dict(type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
+    ),
+    "one group": dict(n_group=1, topk_group=1),
+    "all groups": dict(n_group=4, topk_group=4),
+    "weights not normalised": dict(norm_topk_prob=False, routed_scaling_factor=1.7),
+    "no shared expert": dict(n_shared_experts=0),
+    "two shared experts": dict(n_shared_experts=2),
+    "dense only": dict(first_k_dense_replace=3),
+    "wide eps": dict(rms_norm_eps=0.5),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """These tests are about the compiled library: without a compiler there is nothing to compare."""
+    if native.library(torch.float32) is None:
+        pytest.skip("no C compiler here: decoding runs in PyTorch")
+
+
+@torch.no_grad()
+def steps(model: MiniDeepSeek, padding: torch.Tensor | None = None, batch: int = 3) -> torch.Tensor:
+    """Logits of 1, 2, 1 and 5 new tokens after a prompt of 7, for a batch."""
+    ids = torch.randint(0, 61, (batch, 16), generator=torch.Generator().manual_seed(1))
+    cache = LatentCache(model.config, batch, 16, torch.float32, "cpu", padding)
+    return torch.cat([model(part, cache=cache).logits for part in ids.split([7, 1, 2, 1, 5], dim=1)], dim=1)
+
+
+def in_pytorch(monkeypatch, compute, *arguments):
+    """The result of `compute` with decoding in PyTorch."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "MOST_TOKENS", 0)
+        return compute(*arguments)
+
+
+def shaken(model: MiniDeepSeek) -> MiniDeepSeek:
+    """With router biases that change choices, negative ones too."""
+    for router in model.routers():
+        router.e_score_correction_bias.normal_(std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 6, 3])])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decoding_in_c_equals_pytorch(shape, padding, tiny_model, monkeypatch):
+    model = shaken(tiny_model(**SHAPES[shape]))
+    expected = in_pytorch(monkeypatch, steps, model, padding)
+    torch.testing.assert_close(steps(model, padding), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_bfloat16_weights_are_read_as_they_are_and_computed_in_float32(tiny_model, monkeypatch):
+    model = shaken(tiny_model()).bfloat16()
+    exact = in_pytorch(monkeypatch, steps, copy.deepcopy(model).float())
+    ours, theirs = steps(model), in_pytorch(monkeypatch, steps, model)
+    assert (ours - exact).norm() / exact.norm() < 0.01 < (theirs - exact).norm() / exact.norm() * 10
+
+
+def test_two_threads_give_what_one_gives(tiny_model):
+    model = shaken(tiny_model())
+    alone = steps(model)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(steps(model), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_mtp_chain_drafts_in_c_too(tiny_model, monkeypatch):
+    model, prompt = tiny_model(num_nextn_predict_layers=2), torch.randint(0, 61, (1, 9))
+    used = []
+    run = native.Decoder.run
+    monkeypatch.setattr(native.Decoder, "run", lambda self, *a: used.append(self.places.start) or run(self, *a))
+    drafted = model.generate(prompt, max_new_tokens=20, speculative=True)
+    assert {0, 3, 4} <= set(used)
+    assert torch.equal(drafted, in_pytorch(monkeypatch, lambda: model.generate(prompt, max_new_tokens=20)))
+
+
+@torch.no_grad()
+def test_changed_weights_and_lost_rows_are_noticed(tiny_model, monkeypatch):
+    def run(model: MiniDeepSeek) -> torch.Tensor:
+        ids = torch.arange(24).view(4, 6)
+        cache = LatentCache(model.config, 4, 8, torch.float32, "cpu")
+        first = model(ids[:, :4], cache=cache).logits
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1.5)
+        second = model(ids[:, 4:5], cache=cache).logits
+        cache.keep_rows(torch.tensor([3, 1]))
+        return torch.cat((first[:, -1], second[:, 0], model(ids[[3, 1], 5:], cache=cache).logits[:, 0]))
+
+    model = tiny_model()
+    torch.testing.assert_close(run(copy.deepcopy(model)), in_pytorch(monkeypatch, run, model), atol=2e-5, rtol=1e-4)
+
+
+def wrapped(model: MiniDeepSeek) -> None:
+    model.model.layers[1].self_attn.o_proj = nn.Sequential(model.model.layers[1].self_attn.o_proj, nn.Linear(32, 32))
+
+
+def hooked(model: MiniDeepSeek) -> None:
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+
+
+def mixed(model: MiniDeepSeek) -> None:
+    model.model.layers[2].mlp.shared_experts.bfloat16()
+
+
+def scaled(model: MiniDeepSeek) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model.model.layers[2].self_attn.o_proj = Doubled(40, 32, bias=False)
+
+
+@pytest.mark.parametrize("change", [wrapped, hooked, scaled, mixed])
+def test_layers_that_are_not_plain_run_in_pytorch(change, tiny_model):
+    model = tiny_model()
+    change(model)
+    cache = LatentCache(model.config, 1, 8, torch.float32, "cpu")
+    with torch.no_grad():
+        assert native.decoder(model.model.layers, model.config, torch.zeros(1, 1, 32), cache) is None
+
+
+def test_gradients_and_many_tokens_run_in_pytorch(tiny_model):
+    model = tiny_model()
+
+    def chosen(batch: int) -> bool:
+        cache = LatentCache(model.config, batch, 8, torch.float32, "cpu")
+        return native.decoder(model.model.layers, model.config, torch.zeros(batch, 1, 32), cache) is not None
+
+    assert not chosen(1)
+    with torch.no_grad():
+        assert chosen(1) and chosen(native.MOST_TOKENS) and not chosen(native.MOST_TOKENS + 1)
+
+
+@pytest.mark.parametrize("compiler", ["", "/no/such/cc", "false"])
+def test_without_a_working_compiler_pytorch_decodes(compiler, tiny_model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("PATH", "/bin" if compiler == "false" else "")
+    expected = in_pytorch(monkeypatch, steps, tiny_model())
+    native.library.cache_clear()
+    try:
+        assert native.library(torch.float32) is None
+        torch.manual_seed(0)
+        assert torch.equal(steps(tiny_model()), expected)
+        native.main()
+    finally:
+        native.library.cache_clear()
+    assert "PyTorch decodes" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_it_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = native.build(torch.float32)
+    made = file.stat().st_mtime_ns
+    assert native.build(torch.float32) == file and file.stat().st_mtime_ns == made
+    assert native.build(torch.bfloat16) != file and len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_the_module_says_where_the_library_is():
+    done = subprocess.run([sys.executable, "-m", "model.native"], capture_output=True, text=True, check=True)
+    assert done.stdout.count("decode-") == 2
