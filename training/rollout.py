@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.cache import LatentCache, compute_dtype
+from model.cache import LatentCache, cache_dtype
 from model.experts import Experts
+from model.transformer import logits
 from text.order import scramble
 from text.tokenizer import Tokenizer
 
@@ -105,13 +105,12 @@ def sample_completions(
     padding = torch.tensor([longest - len(ids) for ids in prompts], device=device)
     ids = torch.tensor([[stop] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     padded = padding if bool(padding.any()) else None
-    cache = LatentCache(model.config, count, longest + new, compute_dtype(model), device, padded)
+    cache = LatentCache(model.config, count, longest + new, cache_dtype(model), device, padded)
     hidden = model(ids, cache=cache).hidden[:, -1]
     # One prefill a prompt; then every completion has a row of its own.
     rows = torch.arange(count, device=device).repeat_interleave(group)
     cache.keep_rows(rows)
     hidden, chances = hidden[rows], chances.to(device).flatten(0, 1)
-    head = model.lm_head.weight.to(hidden.dtype)
 
     running = torch.arange(count * group, device=device)  # which completion each row of the cache is
     alive = torch.ones_like(running, dtype=torch.bool)
@@ -119,7 +118,7 @@ def sample_completions(
     log_probs = torch.zeros(count * group, new, device=device)
     lengths = torch.full_like(running, new)
     for step in range(new):
-        p = (F.linear(hidden, head).float() / temperature).softmax(-1)
+        p = (logits(hidden, model.lm_head.weight) / temperature).softmax(-1)
         chosen = inverse_cumulative(p, chances[running, step])
         tokens[running[alive], step] = chosen[alive]
         log_probs[running[alive], step] = p.gather(1, chosen.unsqueeze(1)).squeeze(1).log()[alive]
