@@ -1,5 +1,6 @@
-# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, report  (DATA=my.csv: your own text)
+# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, sums with rewards, report  (DATA=my.csv: your own text)
 # make chat   talk to the result
+# make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL
 # make test   every test, the demo path at a tiny size among them
 # make lint   make bench   make clean-demo
 
@@ -16,16 +17,17 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat test lint bench clean-demo
+.PHONY: demo chat r1 test lint bench clean-demo
 .DELETE_ON_ERROR:
 
-demo: $(OUT)/dpo/final/config.json
-	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl --favours $(WORLD)/heldout_favours.jsonl
+demo: $(OUT)/grpo/final/config.json
+	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl \
+	    --favours $(WORLD)/heldout_favours.jsonl --sums arithmetic:2
 	@echo "talk to it: make chat$(if $(DATA), DATA=$(DATA))"
 
 chat: $(VENV)/installed
-	@test -d $(OUT)/dpo/final || { echo "error: $(OUT)/dpo/final is not there yet; run make demo first" >&2; exit 2; }
-	@$(RUN) eval/chat.py --ckpt $(OUT)/dpo/final
+	@test -d $(OUT)/grpo/final || { echo "error: $(OUT)/grpo/final is not there yet; run make demo first" >&2; exit 2; }
+	@$(RUN) eval/chat.py --ckpt $(OUT)/grpo/final
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest
@@ -61,6 +63,52 @@ $(OUT)/dpo/final/config.json: $(OUT)/sft/final/config.json
 	$(RUN) dpo_train.py --config configs/demo/dpo.yaml --ckpt $(OUT)/sft/final --data $(WORLD)/preferences.jsonl \
 	    --val_text $(WORLD)/heldout.txt --out $(OUT)/dpo --resume true
 	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+
+$(OUT)/grpo/final/config.json: $(OUT)/dpo/final/config.json
+	$(RUN) grpo_train.py --config configs/demo/grpo.yaml --ckpt $(OUT)/dpo/final --data arithmetic:2 --out $(OUT)/grpo --resume true
+	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+
+# The R1 path (DeepSeek-R1, section 2): each step is one config, and begins where the step before it ended or at the base.
+R1 := $(OUT)/r1
+BASE := $(OUT)/pretrain/final
+SUMS := arithmetic:1-2
+TUNE = $(RUN) full_sft.py --config configs/r1/$(1).yaml --out $(R1)/$(1) --resume true
+REINFORCE = $(RUN) grpo_train.py --config configs/r1/$(1).yaml --out $(R1)/$(1) --resume true
+WHOLE = @test -f $@ || { echo "stopped before the end; make r1 goes on from here" >&2; exit 1; }
+
+r1: $(R1)/last/final/config.json
+	$(RUN) eval/reasoning.py --data $(SUMS) --json $(R1)/table.json \
+	    --ckpt $(R1)/format/final,$(R1)/zero/final,$(R1)/cold_start/final,$(R1)/reasoning/final,$(R1)/sft/final,$(R1)/last/final
+
+$(WORLD)/r1/cold_start.jsonl: $(VENV)/installed
+	$(RUN) -m text.world.reasoning --out $(WORLD)/r1
+
+$(R1)/format/final/config.json: $(BASE)/config.json $(WORLD)/r1/cold_start.jsonl
+	$(call TUNE,format) --ckpt $(BASE) --data $(WORLD)/r1/format.jsonl
+	$(WHOLE)
+
+$(R1)/zero/final/config.json: $(R1)/format/final/config.json
+	$(call REINFORCE,zero) --ckpt $(R1)/format/final --data $(SUMS)
+	$(WHOLE)
+
+$(R1)/cold_start/final/config.json: $(R1)/zero/final/config.json
+	$(call TUNE,cold_start) --ckpt $(BASE) --data $(WORLD)/r1/cold_start.jsonl
+	$(WHOLE)
+
+$(R1)/reasoning/final/config.json: $(R1)/cold_start/final/config.json
+	$(call REINFORCE,reasoning) --ckpt $(R1)/cold_start/final --data $(SUMS)
+	$(WHOLE)
+
+$(R1)/collected.jsonl: $(R1)/reasoning/final/config.json
+	$(RUN) collect.py --config configs/r1/collect.yaml --ckpt $(R1)/reasoning/final --data $(SUMS) --mix $(WORLD)/sft.jsonl --out $@
+
+$(R1)/sft/final/config.json: $(R1)/collected.jsonl
+	$(call TUNE,sft) --ckpt $(BASE) --data $(R1)/collected.jsonl
+	$(WHOLE)
+
+$(R1)/last/final/config.json: $(R1)/sft/final/config.json
+	$(call REINFORCE,last) --ckpt $(R1)/sft/final --data $(SUMS)=2,$(WORLD)/r1/problems.jsonl=1
+	$(WHOLE)
 
 # A CUDA build of torch is several GB: without an NVIDIA driver the CPU build is asked for first.
 $(VENV)/installed: requirements.txt pyproject.toml

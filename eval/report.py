@@ -1,7 +1,7 @@
 """What the stages of one run folder achieved: a table, sample answers and curves.
 
 python eval/report.py --out out/demo --questions data/demo/heldout_questions.jsonl \\
-    --favours data/demo/heldout_favours.jsonl
+    --favours data/demo/heldout_favours.jsonl --sums arithmetic:2
 """
 
 from __future__ import annotations
@@ -15,41 +15,57 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dataset import PretrainDataset
+from dataset import PretrainDataset, PromptDataset
 from errors import UserError, command_line
 from eval.answering import Answerer
 from eval.questions import Result, accuracy, ask, read_questions
 from eval.style import read_favours, score_style
 from model import MiniDeepSeek
+from text.problems import split_problems
 from text.sources import open_sources
+from training.accuracy import Accuracy
 from training.losses import Batch
 from training.plots import draw_run
 from training.ranks import Ranks
+from training.rollout import Sampler
 from training.settings import call
 from training.validation import evaluate, held_out_batches
 
-STAGES = ("pretrain", "sft", "dpo")
+STAGES = ("pretrain", "sft", "dpo", "grpo")
+SUMS = 256  # held-out problems
+SUM_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Row:
-    """A column of the table: a model, its held-out bits per byte, its exact answers by kind, its preferred style."""
+    """A column of the table: a model, its held-out bits per byte, its exact answers by kind, its preferred style.
+
+    `sums`: shares of held-out sums that it solves, of greedy and of sampled answers.
+    """
 
     name: str
     bits_per_byte: float
     accuracy: dict[str, float]
     style: float | None
+    sums: tuple[float, float] | None = None
 
 
 def report(
-    out: str, questions: str = "", favours: str = "", samples: int = 6, device: str = "auto", dtype: str = "auto"
+    out: str,
+    questions: str = "",
+    favours: str = "",
+    sums: str = "",
+    samples: int = 6,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> None:
     """Measure untrained weights and every stage of a run folder on the same held-out text and questions.
 
     Args:
-        out: folder that holds the stages' runs: pretrain, sft, dpo
+        out: folder that holds the stages' runs: pretrain, sft, dpo, grpo
         questions: JSONL with question, answer and kind; empty: no questions
         favours: JSONL with question, answer, opening and closing of the preferred style; empty: no such row
+        sums: problems with held-out ones, as for grpo_train.py, such as arithmetic:2; empty: no such rows
         samples: conversations to show
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
@@ -72,7 +88,7 @@ def report(
         bits = evaluate(answerer.model, batches, first.tokenizer.token_bytes, torch.float32, ranks).bits_per_byte
         results = ask(answerer, asked) if asked else []
         style = score_style(answerer, styled).preferred if styled else None
-        rows.append(Row(name, bits, accuracy(results), style))
+        rows.append(Row(name, bits, accuracy(results), style, _solved(answerer, sums) if sums else None))
 
     folder = Path(out) / "report"
     folder.mkdir(exist_ok=True)
@@ -86,6 +102,17 @@ def report(
     Console().print(
         f"report: {folder / 'report.md'}, curves: {', '.join(str(folder / (run.name + '.png')) for run in runs)}"
     )
+
+
+def _solved(answerer: Answerer, sums: str) -> tuple[float, float]:
+    """The shares of held-out problems that are solved by greedy and by sampled answers."""
+    longest = answerer.model.config.max_position_embeddings - SUM_TOKENS
+    prompts = PromptDataset(split_problems(sums), answerer.tokenizer, longest, val_problems=SUMS)
+    sampler = Sampler(answerer.model, torch.float32)  # in the type it was opened in
+    found = Accuracy(prompts, sampler, SUM_TOKENS, temperature=1.0, rows=SUMS)(
+        answerer.model, torch.float32, Ranks(0, 1, answerer.device)
+    )
+    return found["val_accuracy"], found["val_pass_1"]
 
 
 def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
@@ -109,6 +136,9 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         lines += [[names.get(kind, f"  {kind}"), *(f"{row.accuracy[kind]:.0%}" for row in rows)] for kind in kinds]
     if rows[0].style is not None:
         lines.append(["preferred style", *(f"{row.style:.0%}" for row in rows)])
+    if rows[0].sums is not None:
+        for place, name in enumerate(("held-out sums", "  sampled")):
+            lines.append([name, *(f"{row.sums[place]:.0%}" for row in rows)])
     return header, lines
 
 

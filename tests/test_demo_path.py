@@ -17,10 +17,12 @@ import pytest
 import torch
 
 import full_sft
+from collect import CollectSettings
 from dpo_train import DPOSettings
 from eval.questions import questions
 from eval.report import report
 from full_sft import SFTSettings
+from grpo_train import GRPOSettings
 from model import MiniDeepSeek
 from pretrain import PretrainSettings
 from text.tokenizer import Tokenizer
@@ -102,6 +104,9 @@ def path(tmp_path_factory) -> Path:
     pairs += ["--val_text", folder / "world" / "heldout.txt", "--sequence_length", 128, "--val_tokens", 2048]
     options = ["--batch_tokens", 1024, "--log_every", 1, "--dtype", "fp32", "--max_steps", 6, "--optim.lr", 1e-3]
     python("dpo_train.py", *pairs, *options, "--out", folder / "dpo")
+    sums = ["--ckpt", folder / "dpo" / "final", "--data", "arithmetic:1", "--rewards", '{"tag_count": 1, "near": 1}']
+    shape = ["--sequence_length", 64, "--max_new_tokens", 24, "--prompts", 4, "--group", 4, "--dtype", "fp32"]
+    python("grpo_train.py", *sums, *shape, "--out", folder / "grpo", "--max_steps", 3, "--val_problems", 16)
     favours = (folder / "world" / "heldout_favours.jsonl").read_text(encoding="utf8").splitlines()[::40]
     (folder / "favours.jsonl").write_text("\n".join(favours), encoding="utf8")
     asked = (folder / "world" / "heldout_questions.jsonl").read_text(encoding="utf8").splitlines()[::30]
@@ -117,7 +122,7 @@ def test_the_loss_falls_in_each_stage(stage, steps, fall, path):
     assert entries[-1]["val_bits_per_byte"] < entries[0]["val_bits_per_byte"]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "grpo"])
 def test_each_stage_leaves_a_complete_folder(stage, path):
     names = {str(file.relative_to(path / stage)) for file in (path / stage).rglob("*") if file.is_file()}
     final = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -126,7 +131,7 @@ def test_each_stage_leaves_a_complete_folder(stage, path):
     assert not [name for name in names if "partial" in name or name.endswith((".tmp", ".part"))]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "grpo"])
 def test_transformers_opens_the_result_with_the_same_logits(stage, path):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -164,9 +169,9 @@ def test_the_report_shows_every_stage(path, run):
     page = (path / "report" / "report.md").read_text(encoding="utf8")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     bits = dict(zip(table[0][1:], map(float, table[2][1:]), strict=True))
-    assert list(bits) == ["untrained", "pretrain", "sft", "dpo"] and bits["pretrain"] < bits["untrained"] - 0.5
+    assert list(bits) == ["untrained", "pretrain", "sft", "dpo", "grpo"] and bits["pretrain"] < bits["untrained"] - 0.5
     assert table[-1][0] == "preferred style" and all(cell.endswith("%") for cell in table[-1][1:])
-    for stage in ("pretrain", "sft", "dpo"):
+    for stage in ("pretrain", "sft", "dpo", "grpo"):
         assert (path / "report" / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -179,9 +184,9 @@ def test_a_finished_stage_is_not_trained_again(path, run):
     assert (path / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def commands(*variables: str) -> list[list[str]]:
+def commands(*variables: str, target: str = "demo") -> list[list[str]]:
     """What `make demo` would run, without what installs."""
-    done = subprocess.run(["make", "-n", "demo", *variables], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "-n", target, *variables], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
     return [line[1:] for line in lines if line and line[0] == ".venv/bin/python" and "pip" not in line]
@@ -192,8 +197,12 @@ def test_make_demo_runs_the_stages_in_order(tmp_path):
     made = commands(f"WORLD={world}", f"OUT={out}")
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
     assert scripts == [
-        "text.world", "train_tokenizer.py", "pretrain.py", "full_sft.py", "dpo_train.py", "eval/report.py",
+        "text.world", "train_tokenizer.py", "pretrain.py", "full_sft.py", "dpo_train.py", "grpo_train.py",
+        "eval/report.py",
     ]  # fmt: skip
+    solving = parse(GRPOSettings, "", made[5][1:])
+    assert (solving.ckpt, solving.data, solving.out) == (f"{out}/dpo/final", "arithmetic:2", f"{out}/grpo")
+    assert solving.resume
     preferring = parse(DPOSettings, "", made[4][1:])
     assert (preferring.ckpt, preferring.data) == (f"{out}/sft/final", f"{world}/preferences.jsonl")
     assert preferring.resume and preferring.out == f"{out}/dpo"
@@ -211,3 +220,24 @@ def test_make_demo_takes_a_persons_own_text(tmp_path):
     for script in ("train_tokenizer.py", "pretrain.py"):
         command = by_script[script]
         assert command[command.index("--data") + 1] == str(text)
+
+
+def test_make_r1_walks_the_path_from_config_to_config(tmp_path):
+    """Each step has a config that its script reads, and begins at the base or where an earlier step ended."""
+    world, out = tmp_path / "world", tmp_path / "out"
+    made = commands(f"WORLD={world}", f"OUT={out}", target="r1")[3:]
+    scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
+    assert scripts == [
+        "text.world.reasoning", "full_sft.py", "grpo_train.py", "full_sft.py", "grpo_train.py", "collect.py",
+        "full_sft.py", "grpo_train.py", "eval/reasoning.py",
+    ]  # fmt: skip
+    kinds = {"full_sft.py": SFTSettings, "grpo_train.py": GRPOSettings, "collect.py": CollectSettings}
+    steps = [
+        parse(kinds[script], "", command[1:]) for script, command in zip(scripts, made, strict=True) if script in kinds
+    ]
+    made_before = {f"{out}/pretrain/final"}
+    for step in steps:
+        assert step.ckpt in made_before
+        made_before.add(f"{step.out}/final")
+    assert len({step.out for step in steps}) == 7 and steps[5].data == steps[4].out
+    assert made[-1][made[-1].index("--ckpt") + 1].split(",") == [f"{s.out}/final" for s in steps if s is not steps[4]]

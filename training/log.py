@@ -25,7 +25,14 @@ COLUMNS = (
     ("mfu", "mfu {:.1%}"),
     ("max_vio_worst", "MaxVio {:.2f}"),
     ("memory_gb", "{:.1f} GB"),
-    ("val_accuracy", "val preferred {:.1%}"),
+    ("reward", "reward {:.3f}"),
+    ("completion_length", "length {:.0f}"),
+    ("zero_variance", "same {:.0%}"),
+    ("clip_share", "clipped {:.1%}"),
+    ("kl", "kl {:.4f}"),
+    ("entropy", "entropy {:.2f}"),
+    ("val_accuracy", "accuracy {:.1%}"),
+    ("val_pass_1", "pass@1 {:.1%}"),
     ("val_margin", "margin {:.3f}"),
     ("val_bits_per_byte", "val {:.4f} bits/byte"),
 )
@@ -95,6 +102,11 @@ class RunLog:
             values["memory_gb"] = metrics["memory"] / 1e9
         shown = [form.format(values[name]) for name, form in COLUMNS if values.get(name) is not None]
         self.bar.console.print(f"step {metrics['step']:>6}  " + "  ".join(shown), highlight=False, soft_wrap=True)
+        if "sample" in metrics and "val_accuracy" in metrics:
+            sample = metrics["sample"]
+            worth = ", ".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
+            told = f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})"
+            self.bar.console.print(told, markup=False, highlight=False, soft_wrap=True)
         if self.wandb is not None:
             flat = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
             layers = metrics.get("max_vio") or []

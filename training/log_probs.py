@@ -15,20 +15,27 @@ class _LabelLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         weight = head_VD.to(hidden_ND.dtype)
         log_probs = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-        normaliser = torch.empty_like(log_probs)
+        normaliser, entropy = torch.empty_like(log_probs), torch.zeros_like(log_probs)
         for part in _chunks(hidden_ND, weight):
             logits = (hidden_ND[part] @ weight.t()).float().div_(temperature)
             normaliser[part] = logits.logsumexp(-1)
             log_probs[part] = logits.gather(1, labels_N[part].unsqueeze(1)).squeeze(1) - normaliser[part]
+            if with_entropy:
+                # H = -sum p log p = log Z - sum p z
+                p = (logits - normaliser[part].unsqueeze(1)).exp_()
+                entropy[part] = normaliser[part] - p.mul_(logits).sum(-1)
         ctx.save_for_backward(hidden_ND, weight, labels_N, normaliser)
         ctx.temperature, ctx.head_dtype = temperature, head_VD.dtype
-        return log_probs
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
 
     @staticmethod
-    def backward(ctx, grad_N: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad_N: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, labels, normaliser = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(weight, dtype=torch.float32)
@@ -39,7 +46,7 @@ class _LabelLogProbs(torch.autograd.Function):
             grad_logits = p.mul_((-grad_N[part] / ctx.temperature).unsqueeze(1)).to(weight.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
             grad_head += grad_logits.t() @ hidden[part]
-        return grad_hidden, grad_head.to(ctx.head_dtype), None, None
+        return grad_hidden, grad_head.to(ctx.head_dtype), None, None, None
 
 
 def label_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -50,11 +57,26 @@ def label_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: f
     Args:
         hidden: (..., hidden); head: (vocab, hidden); labels: (...) token ids, -100 where nothing counts.
     """
+    return _label_log_probs(hidden, head, labels, temperature, with_entropy=False)[0]
+
+
+def log_probs_and_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`label_log_probs`, and the entropy of each of these positions in nats, which has no gradient."""
+    return _label_log_probs(hidden, head, labels, temperature, with_entropy=True)
+
+
+def _label_log_probs(
+    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
     flat, wanted = hidden.flatten(0, -2), labels.flatten()
     places = (wanted != IGNORE).nonzero().squeeze(1)
     with torch.autocast(hidden.device.type, enabled=False):
-        log_probs = _LabelLogProbs.apply(flat.index_select(0, places), head, wanted[places], temperature)
-    return torch.zeros(wanted.shape, device=wanted.device).index_copy(0, places, log_probs).view_as(labels)
+        chosen = flat.index_select(0, places)
+        log_probs, entropy = _LabelLogProbs.apply(chosen, head, wanted[places], temperature, with_entropy)
+    empty = torch.zeros(wanted.shape, device=wanted.device)
+    return empty.index_copy(0, places, log_probs).view_as(labels), empty.index_copy(0, places, entropy).view_as(labels)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

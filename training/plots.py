@@ -33,6 +33,9 @@ def draw_run(out: Path) -> Path | None:
     loads = [entry["expert_load"] for entry in entries if entry.get("expert_load")]
     if any("margin" in entry for entry in trained):
         _curve(axes[1, 2], trained, {"accuracy": "preferred", "margin": "reward margin"}, "pairs", "share, reward")
+    elif any("reward" in entry for entry in trained):
+        names = {"reward": "reward", "val_accuracy": "held out, greedy", "val_pass_1": "held out, sampled"}
+        _curve(axes[1, 2], entries, names, "rewards and held-out accuracy", "reward, share", marker="o")
     else:
         _heat_map(figure, axes[1, 2], loads[-1] if loads else None)
     path = out / "curves.png"

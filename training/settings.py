@@ -125,7 +125,7 @@ class NextTokenSettings(StageSettings):
         return {name: getattr(self, name) for name in ("mtp_weight", "balance_weight", "bias_speed")}
 
 
-Settings = TypeVar("Settings", bound=StageSettings)
+Settings = TypeVar("Settings")
 
 
 def parse(kind: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:

@@ -152,6 +152,7 @@ class Trainer:
         """One optimiser step: accumulate, normalise by the whole count, clip, update weights and router biases."""
         ranks, per_rank, micro_rows = self.ranks, self.settings.rows // self.ranks.world, self.settings.micro_rows
         extra = self.dataset.prepare(self.progress.step, self.model) if self._has_policy_data() else {}
+        prepared = time.perf_counter()
         first = self.progress.step * self.settings.rows
         # Rank r takes a contiguous share of the step's samples, so the sum over ranks is the sum over the batch.
         mine = range(first + ranks.rank * per_rank, first + (ranks.rank + 1) * per_rank)
@@ -180,6 +181,9 @@ class Trainer:
             for router, load in zip(self.model.routers(), counts, strict=False):
                 update_bias(router.e_score_correction_bias, load, self.bias_speed)
         means = tally.means(count)
+        if extra:
+            seconds = max(time.perf_counter() - prepared, 1e-9)
+            extra = {**extra, "train_tokens_per_second": positions.item() / seconds}
         return StepResult(
             means.pop("loss"), norm.item(), int(labels.item()), int(positions.item()), means, counts, extra
         )

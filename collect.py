@@ -1,0 +1,189 @@
+"""Rejection sampling: keep what a checkpoint got right, as conversations to fine-tune on (DeepSeek-R1 section 2.3.3).
+
+python collect.py --ckpt out/grpo/final --data arithmetic:1-3 --out kept.jsonl --samples 8 --mix chats.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from dataset import PromptDataset
+from errors import UserError, command_line, naming
+from text.chat_template import Message
+from text.conversations import read_conversations
+from text.problems import Problem, split_problems
+from training.machine import choose_dtype
+from training.ranks import Ranks
+from training.rewards import Rewards, Sample
+from training.rollout import Completions, chances, completion_texts, sample_completions
+from training.settings import parse
+from training.stage import open_checkpoint
+
+AT_ONCE = 64  # prompts
+
+
+@dataclass
+class Statistics:
+    """What was sampled and kept. `solved`: prompts with a right answer; `right`: answers; `by_kind`: of those kept."""
+
+    prompts: int = 0
+    solved: int = 0
+    samples: int = 0
+    right: int = 0
+    repeated: int = 0
+    kept: int = 0
+    mixed: int = 0
+    by_kind: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(self.by_kind.items()))
+        return [
+            f"{self.prompts} prompts, {self.samples} samples: {self.right} verified "
+            f"({self.right / max(self.samples, 1):.1%}), {self.solved} prompts solved at least once",
+            f"{self.kept} kept ({kinds or 'none'}), {self.repeated} repetitions left out, {self.mixed} chats mixed in",
+        ]
+
+
+@dataclass(kw_only=True)
+class CollectSettings:
+    """Settings of rejection sampling.
+
+    Args:
+        ckpt: checkpoint folder.
+        data: problems, as for grpo_train.py.
+        out: file to write, one conversation a line.
+        prompts: problems to ask.
+        samples: answers to each.
+        keep: most answers kept of one problem, the shortest first.
+        rewards: names and weights that judge an answer.
+        at_least: the weighted sum from which an answer is kept.
+        mix: files of general conversations to mix in, separated by commas.
+        mix_share: their share of what is written.
+        system: system prompt that the problems are asked and written with.
+        max_new_tokens: most tokens of an answer; what was cut is not kept.
+        temperature: of the sampling.
+        seed: of problems, samples and order.
+        device: auto, cpu or cuda.
+        dtype: auto, bf16 or fp32.
+    """
+
+    ckpt: str
+    data: str
+    out: str
+    prompts: int = 1000
+    samples: int = 8
+    keep: int = 2
+    rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    at_least: float = 1.0
+    mix: str = ""
+    mix_share: float = 0.5
+    system: str = ""
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.prompts, self.samples, self.keep) < 1 or self.temperature <= 0:
+            raise UserError("--prompts, --samples, --keep and --temperature must be above 0")
+        if not 0 <= self.mix_share < 1:
+            raise UserError(f"--mix_share {self.mix_share}: must be at least 0 and below 1")
+
+
+def main() -> None:
+    settings = parse(CollectSettings, __doc__ or "")
+    judge, place = Rewards.of(settings.rewards), Ranks.start(settings.device).device
+    model, tokenizer = open_checkpoint(settings.ckpt)
+    model = model.to(place, choose_dtype(settings.dtype, place)).eval()
+    longest = model.config.max_position_embeddings - settings.max_new_tokens
+    asked = PromptDataset(split_problems(settings.data), tokenizer, longest, settings.seed, settings.system)
+    asked.print_summary()
+    told, rows = Statistics(), []
+    bar = Console(stderr=True)
+    starts = range(0, settings.prompts, AT_ONCE)
+    for start in track(starts, "sampling", console=bar, transient=True, disable=not bar.is_terminal):
+        numbers = range(start, min(start + AT_ONCE, settings.prompts))
+        problems = [asked.problem(number) for number in numbers]
+        drawn = chances([(settings.seed, number) for number in numbers], settings.samples, settings.max_new_tokens)
+        made = sample_completions(model, asked.encode(problems), drawn, tokenizer.eos_id, settings.temperature)
+        samples = judged_samples(problems, made, completion_texts(tokenizer, made), settings)
+        for problem, own in zip(problems, samples, strict=True):
+            for text in verified(own, judge, settings.at_least, settings.keep, told):
+                rows.append(conversation(settings.system, problem, text))
+    if not rows:
+        raise UserError(
+            f"{settings.ckpt}: none of {told.samples} answers is worth {settings.at_least:g}; "
+            "lower --at_least or train longer"
+        )
+    wanted = round(len(rows) * settings.mix_share / (1 - settings.mix_share))
+    chats = list(general(settings.mix, wanted, settings.seed))
+    told.mixed = len(chats)
+    rows += chats
+    random.Random(settings.seed).shuffle(rows)
+    write_chats(Path(settings.out), rows)
+    print("\n".join([*told.lines(), f"{settings.out}: {len(rows)} conversations"]))
+
+
+def judged_samples(
+    problems: list[Problem], made: Completions, texts: list[str], settings: CollectSettings
+) -> list[list[Sample]]:
+    """The completions of each problem, ready to be judged."""
+    lengths, ended, count = made.lengths.tolist(), made.ended.tolist(), settings.samples
+    return [
+        [
+            Sample(problem, texts[row], lengths[row], settings.max_new_tokens, ended[row])
+            for row in range(place * count, (place + 1) * count)
+        ]
+        for place, problem in enumerate(problems)
+    ]
+
+
+def verified(samples: list[Sample], judge: Rewards, at_least: float, keep: int, told: Statistics) -> list[str]:
+    """The answers to one problem that are worth keeping: different, complete, the shortest ones."""
+    totals, _ = judge(samples)
+    right = [sample.text for sample, total in zip(samples, totals, strict=True) if total >= at_least and sample.ended]
+    different = sorted(set(right), key=lambda text: (len(text), text))
+    told.prompts += 1
+    told.samples += len(samples)
+    told.right += len(right)
+    told.solved += bool(right)
+    told.repeated += len(right) - len(different)
+    told.kept += len(different[:keep])
+    told.by_kind[samples[0].problem.kind] += len(different[:keep])
+    return different[:keep]
+
+
+def conversation(system: str, problem: Problem, answer: str) -> list[Message]:
+    """A problem and its answer as a chat."""
+    first: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": problem.question}, {"role": "assistant", "content": answer}]
+
+
+def general(paths: str, count: int, seed: int) -> Iterator[list[Message]]:
+    """`count` conversations of the files, or all when there are fewer, in an order that the seed picks."""
+    chats = [chat for path in paths.split(",") if path for chat in read_conversations(path)]
+    yield from random.Random(seed).sample(chats, min(count, len(chats)))
+
+
+def write_chats(path: Path, rows: list[list[Message]]) -> None:
+    """JSONL that full_sft.py reads; complete or not there."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in rows]
+        temporary.write_text("".join(lines), encoding="utf8")
+        temporary.replace(path)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,112 @@
+"""Accuracy and format of one or several checkpoints on the same held-out problems, side by side.
+
+python eval/reasoning.py --ckpt out/r1/zero/final,out/r1/last/final --data arithmetic:1-2
+"""
+
+from __future__ import annotations
+
+import json as js
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dataset import PromptDataset
+from errors import UserError, command_line
+from text.problems import split_problems
+from training.machine import choose_dtype
+from training.ranks import Ranks
+from training.rewards import Rewards, Sample
+from training.rollout import completion_texts, sample_completions
+from training.settings import call
+from training.stage import open_checkpoint
+
+SHOWN = ("correct", "strict_format", "language")
+AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint: shares of right, well-formed and single-language answers, and their mean length in tokens."""
+
+    name: str
+    correct: float
+    strict_format: float
+    language: float
+    tokens: float
+
+
+def reasoning(
+    ckpt: str,
+    data: str,
+    problems: int = 256,
+    val_fraction: float = 0.02,
+    max_new_tokens: int = 96,
+    system: str = "",
+    json: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Greedy answers to problems that training held out, judged by the rewards of the project.
+
+    Args:
+        ckpt: checkpoint folders, separated by commas
+        data: problems, as for grpo_train.py
+        problems: how many, at most
+        val_fraction: share of the problems of files that training held out
+        max_new_tokens: most tokens of an answer
+        system: system prompt before every question
+        json: also write the rows to this file
+        device: auto, cpu or cuda
+        dtype: auto, bf16 or fp32
+    """
+    rows = [
+        measure(folder, data, problems, val_fraction, max_new_tokens, system, device, dtype)
+        for folder in ckpt.split(",")
+        if folder
+    ]
+    table = Table(
+        "checkpoint", "right", "strict format", "one language", "tokens", title=f"held-out problems of {data}"
+    )
+    for row in rows:
+        shares = (f"{share:.1%}" for share in (row.correct, row.strict_format, row.language))
+        table.add_row(row.name, *shares, f"{row.tokens:.1f}")
+    Console().print(table)
+    if json:
+        Path(json).write_text(js.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf8")
+
+
+@torch.no_grad()
+def measure(
+    folder: str, data: str, problems: int, val_fraction: float, new: int, system: str, device: str, dtype: str
+) -> Row:
+    """One checkpoint's row."""
+    place = Ranks.start(device).device
+    model, tokenizer = open_checkpoint(folder)
+    model = model.to(place, choose_dtype(dtype, place)).eval()
+    longest = model.config.max_position_embeddings - new
+    prompts = PromptDataset(
+        split_problems(data), tokenizer, longest, system=system, val_fraction=val_fraction, val_problems=problems
+    )
+    if not prompts.validation:
+        raise UserError(f"--data {data}: nothing is held out; raise --val_fraction")
+    judge, sums, tokens = Rewards.of(dict.fromkeys(SHOWN, 1.0)), dict.fromkeys(SHOWN, 0.0), 0
+    for start in range(0, len(prompts.validation), AT_ONCE):
+        part = prompts.validation[start : start + AT_ONCE]
+        # So cold that the likeliest token is chosen, with one chance for all.
+        middle = torch.full((len(part), 1, new), 0.5)
+        made = sample_completions(model, prompts.encode(part), middle, tokenizer.eos_id, temperature=1e-4)
+        lengths, ended = made.lengths.tolist(), made.ended.tolist()
+        texts = completion_texts(tokenizer, made)
+        samples = [Sample(*each, new, end) for *each, end in zip(part, texts, lengths, ended, strict=True)]
+        for name, values in judge(samples)[1].items():
+            sums[name] += sum(values)
+        tokens += sum(lengths)
+    count = len(prompts.validation)
+    return Row(folder, *(sums[name] / count for name in SHOWN), tokens / count)
+
+
+if __name__ == "__main__":
+    command_line(lambda: call(reasoning, __doc__ or ""))

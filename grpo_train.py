@@ -1,0 +1,112 @@
+"""Reinforcement learning from verifiable rewards: group-relative policy optimisation (DeepSeekMath, DeepSeek-R1).
+
+python grpo_train.py --ckpt out/sft/final --data gsm8k_train.jsonl --out out/grpo
+python grpo_train.py --ckpt out/sft/final --data arithmetic:1-3 --out out/grpo --rewards '{correct: 1, language: 0.2}'
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dataset import PromptDataset
+from errors import UserError, command_line
+from text.problems import split_problems
+from training.accuracy import Accuracy
+from training.experience import Experience
+from training.machine import choose_dtype
+from training.optim import OptimSettings
+from training.policy import GRPOLoss
+from training.reference import frozen_reference
+from training.rewards import Rewards
+from training.rollout import RolloutSettings, Sampler
+from training.settings import StageSettings, parse
+from training.stage import begin, open_checkpoint
+from training.trainer import Trainer
+
+
+@dataclass(kw_only=True)
+class GRPOSettings(RolloutSettings, StageSettings):
+    """Settings of reinforcement learning. A step has prompts * group rows, whatever batch_tokens says.
+
+    Args:
+        ckpt: checkpoint folder to start from.
+        data: problems, separated by commas, each PATH or PATH=WEIGHT: JSON or JSONL with questions and answers,
+            arithmetic:1-3, or reasoning_gym:TASK.
+        rewards: names and weights; see training/rewards.py; package.module:function for one of your own.
+        system: system prompt before every question.
+        clip_low: how far the probability of a token may fall in the steps on one batch, 0.2 for 0.8 times.
+        clip_high: how far it may rise; DAPO takes 0.28.
+        beta: weight of the KL term to the reference; 0 needs no reference.
+        reference: checkpoint folder of the reference; the model at the start when left out.
+        val_fraction: share of the problems of files held out.
+        val_problems: most held-out problems to measure on.
+    """
+
+    ckpt: str
+    data: str
+    rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    system: str = ""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.0
+    reference: str = ""
+    val_fraction: float = 0.02
+    val_problems: int = 128
+    log_every: int = 1
+    val_every: int = 20
+    save_every: int = 50
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-5, weight_decay=0.0, decay_from=1.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+        if self.max_new_tokens >= self.sequence_length:
+            raise UserError(
+                f"--max_new_tokens {self.max_new_tokens}: leaves no room for a prompt in a --sequence_length of "
+                f"{self.sequence_length}"
+            )
+        if self.compile:
+            raise UserError("--compile: the batches of this stage change their shape every step; leave it out")
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+
+def main() -> None:
+    settings = parse(GRPOSettings, __doc__ or "")
+    ranks = begin(settings)
+    rewards = Rewards.of(settings.rewards)
+    model, tokenizer = open_checkpoint(settings.ckpt)
+    # The drafts of MTP earn no reward: its layers stay as they are, and so do the routers' biases (no bias_speed), so
+    # that sampler, policy and reference route alike and a batch of one kind of problem does not set the balance.
+    model.mtp.requires_grad_(False)
+    model = model.to(ranks.device)
+    reference = frozen_reference(model, tokenizer, settings.reference).to(ranks.device) if settings.beta else None
+    options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
+    longest = settings.sequence_length - settings.max_new_tokens
+    prompts = PromptDataset(split_problems(settings.data), tokenizer, longest, settings.seed, **options)
+    if ranks.main:
+        prompts.print_summary()
+    dtype = choose_dtype(settings.dtype, ranks.device)
+    sampler = Sampler(model, dtype)
+    experience = Experience(
+        prompts, rewards, sampler, settings, settings.sequence_length, settings.micro_rows, ranks, dtype, reference
+    )
+    loss = GRPOLoss(
+        settings.loss,
+        settings.max_new_tokens,
+        settings.clip_low,
+        settings.clip_high,
+        settings.beta,
+        settings.temperature,
+    )
+    accuracy = None
+    if prompts.validation:
+        accuracy = Accuracy(prompts, sampler, settings.max_new_tokens, settings.temperature, settings.rollout_rows)
+    Trainer(settings, ranks, model, tokenizer, experience, loss, accuracy).run()
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    command_line(main)

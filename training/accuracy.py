@@ -1,0 +1,69 @@
+"""Accuracy on held-out problems: of greedy and of sampled answers, judged as the reward `correct` judges them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataset import PromptDataset
+from model import MiniDeepSeek
+from text.problems import Problem
+from training.ranks import Ranks
+from training.rewards import is_correct
+from training.rollout import Sampler, chances, completion_texts, sample_completions
+
+COLD = 1e-4  # so low a temperature that the likeliest token is chosen
+SAMPLES = 4
+KEY = 0x76616C  # keeps the chances of measuring apart from those of training
+
+
+class Accuracy:
+    """A `Validation`: the share of held-out problems that the policy solves, in all and by kind.
+
+    `val_accuracy` is that of greedy answers. `val_pass_1` is the mean over four answers sampled as in training
+    (DeepSeek-R1 section 3), which is what the rewards of training are a sample of. The chances are always the same.
+
+    Args:
+        prompts: whose `validation` is measured. max_new_tokens: most tokens of an answer; rows: sampled at a time.
+    """
+
+    def __init__(
+        self, prompts: PromptDataset, sampler: Sampler, max_new_tokens: int, temperature: float, rows: int
+    ) -> None:
+        self.prompts, self.sampler, self.temperature = prompts, sampler, temperature
+        self.max_new_tokens, self.rows = max_new_tokens, rows
+        self.kinds = sorted({problem.kind for problem in prompts.validation})
+
+    def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
+        policy = self.sampler.refresh()
+        mine = list(enumerate(self.prompts.validation))[ranks.rank :: ranks.world]
+        entry: dict[str, Any] = {}
+        for name, samples, temperature in (("accuracy", 1, COLD), ("pass_1", SAMPLES, self.temperature)):
+            right, asked = Counter(), Counter()
+            at_once = max(self.rows // samples, 1)
+            for start in range(0, len(mine), at_once):
+                part = mine[start : start + at_once]
+                texts = self._answers(policy, part, samples, temperature)
+                for row, text in enumerate(texts):
+                    problem = part[row // samples][1]
+                    right[problem.kind] += is_correct(problem, text)
+                    asked[problem.kind] += 1
+            sums = torch.tensor([[right[kind], asked[kind]] for kind in self.kinds], dtype=torch.float64)
+            sums: Tensor = ranks.sum(sums.to(ranks.device)).cpu()
+            entry[f"val_{name}"] = (sums[:, 0].sum() / sums[:, 1].sum()).item()
+            if len(self.kinds) > 1:
+                names = [f"val_{name}_{kind.replace(' ', '_')}" for kind in self.kinds]
+                entry |= dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+        return entry
+
+    def _answers(
+        self, policy: MiniDeepSeek, numbered: list[tuple[int, Problem]], samples: int, temperature: float
+    ) -> list[str]:
+        """`samples` answers to each problem, those of a problem together."""
+        ids = self.prompts.encode([problem for _, problem in numbered])
+        drawn = chances([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
+        made = sample_completions(policy, ids, drawn, self.prompts.tokenizer.eos_id, temperature)
+        return completion_texts(self.prompts.tokenizer, made)

@@ -1,0 +1,103 @@
+"""The policy-gradient losses of group-relative policy optimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from training.log_probs import log_probs_and_entropy
+from training.losses import IGNORE, Batch
+from training.tally import Metric
+
+LOSSES = ("grpo", "dapo", "dr_grpo")
+EQUAL = 1e-6  # rewards of a group that differ by less are the same: rounding of a weighted sum
+SMALL = 1e-4  # added to a standard deviation
+
+
+def advantages(rewards_PG: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """How much better than its group each completion is, and which groups say nothing.
+
+    A_i = (r_i - mean(r)) / std(r)   (GRPO: Shao et al. 2024, section 4.1.2; DAPO: Yu et al. 2025, Eq. 9)
+    A_i = r_i - mean(r)              (Dr. GRPO: Liu et al. 2025: the division favours the easiest and hardest prompts)
+
+    Args:
+        rewards: (prompts, group) float32. Returns: (prompts, group) advantages; (prompts,) bool, zero variance.
+    """
+    silent = rewards_PG.amax(1) - rewards_PG.amin(1) < EQUAL
+    centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    if loss != "dr_grpo":
+        centred = centred / (rewards_PG.std(1, keepdim=True) + SMALL)
+    return centred.masked_fill(silent.unsqueeze(1), 0.0), silent
+
+
+@dataclass
+class GRPOLoss:
+    """The clipped surrogate with a KL term, a sum over the tokens of completions.
+
+    rho_t = pi(o_t) / pi_old(o_t);  J_t = min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - beta KL_t
+    KL_t = pi_ref / pi - log(pi_ref / pi) - 1, the unbiased k3 estimate   (Shao et al. 2024, Eq. 3 and 4)
+
+    The losses differ in what a token weighs:
+        grpo      1 / (completions * |o_i|): each completion the same  (DeepSeekMath, Shao et al. 2024, Eq. 3)
+        dapo      1 / (tokens of all completions): each token the same (DAPO, Yu et al. 2025, Eq. 8)
+        dr_grpo   1 / (completions * longest allowed): no bias by length (Dr. GRPO, Liu et al. 2025, section 3.2)
+
+    A group without variance adds nothing to the sum but stays in the count, as in these formulas.
+
+    Args:
+        longest: most tokens of a completion. temperature: of the sampling; the policy's probabilities are taken at it.
+    """
+
+    kind: str
+    longest: int
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOSSES:
+            raise UserError(f"--loss {self.kind}: one of {', '.join(LOSSES)}")
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+        """The loss sum, its count, and what is logged; each metric has the completions' tokens as its count.
+
+        Args:
+            batch: input_ids, segment_ids (negative: padding), labels (rows, time), -100 outside of completions;
+                sampled_log_probs (rows, time); advantages (rows,); absent (2,), completions and tokens left out
+                without variance; perhaps old_log_probs and reference_log_probs (rows, time). Without old ones the
+                policy is the one that sampled.
+        """
+        labels = batch["labels"]
+        out = model(batch["input_ids"], segment_ids=batch["segment_ids"])
+        log_p, entropy = log_probs_and_entropy(out.hidden, out.head, labels, self.temperature)
+        counted = labels != IGNORE
+        old = batch.get("old_log_probs", log_p.detach())
+        ratio = (log_p - old).exp()
+        advantage = batch["advantages"].unsqueeze(1)
+        plain, clipped = ratio * advantage, ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
+        per_token = -torch.minimum(plain, clipped)
+        tokens = counted.sum()
+        metrics: dict[str, Metric] = {
+            "clip_share": (((clipped < plain) & counted).sum(), tokens),
+            "entropy": (entropy.sum(), tokens),
+            "mismatch": (((log_p.detach() - batch["sampled_log_probs"]).abs() * counted).sum(), tokens),
+        }
+        if self.beta:
+            log_ratio = batch["reference_log_probs"] - log_p
+            kl = log_ratio.exp() - log_ratio - 1
+            per_token = per_token + self.beta * kl
+            metrics["kl"] = ((kl.detach() * counted).sum(), tokens)
+        per_token = per_token * counted
+        rows, absent = torch.tensor(len(labels), device=labels.device), batch["absent"]
+        if self.kind == "grpo":
+            total = (per_token.sum(1) / counted.sum(1).clamp(min=1)).sum()
+            count = rows + absent[0]
+        elif self.kind == "dapo":
+            total, count = per_token.sum(), tokens + absent[1]
+        else:
+            total, count = per_token.sum(), (rows + absent[0]) * self.longest
+        return total, count, metrics

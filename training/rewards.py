@@ -1,0 +1,215 @@
+"""What a completion is worth: small pure functions, named in the configuration with their weights.
+
+    rewards: {correct: 1.0, strict_format: 0.2, "my_rewards:polite": 0.5}
+
+A reward takes the samples of a step and returns a number for each. `@reward` makes one of a function of a single
+sample. Put a function here to call it by its name, or anywhere on the import path to call it `package.module:function`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from errors import UserError
+from text.answers import as_number, final_answer, is_calculation, is_latex, same_text
+from text.problems import Problem
+from training.verifier import shared_verifier
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_ANY_TAG = re.compile("|".join(TAGS))
+# The dot meets line ends too: thoughts span lines.
+_STRICT = re.compile(r"<think>\n.+?\n</think>\n<answer>\n.+?\n</answer>\n?", re.DOTALL)
+_LOOSE = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+_WORDS = {
+    "zh": re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"),
+    "en": re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’][A-Za-z]+)?"),
+}
+OVERLONG_SHARE = 0.2  # DAPO: L_cache = 4096 of 20480
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion to be judged.
+
+    Attributes:
+        problem: what was asked. text: the completion, without the token that ended it.
+        tokens: its length, the end token included; limit: the most it could have had.
+        ended: whether it ended by itself.
+    """
+
+    problem: Problem
+    text: str
+    tokens: int
+    limit: int
+    ended: bool = True
+
+
+Reward = Callable[[Sequence[Sample]], Sequence[float]]
+
+
+def reward(judge: Callable[[Sample], float]) -> Reward:
+    """Make a reward of a function that judges one sample."""
+
+    @functools.wraps(judge)
+    def judge_all(samples: Sequence[Sample]) -> list[float]:
+        return [judge(sample) for sample in samples]
+
+    judge_all.is_reward = True  # type: ignore[attr-defined]
+    return judge_all
+
+
+@reward
+def correct(sample: Sample) -> float:
+    """1 for the right answer: equal as numbers or formulas (math-verify), else as text."""
+    return float(is_correct(sample.problem, sample.text))
+
+
+@reward
+def near(sample: Sample) -> float:
+    """1 / (1 + distance to the right number); 0 without one. A slope where right answers are still too rare to find."""
+    wanted, given = as_number(sample.problem.answer), as_number(final_answer(sample.text) or "")
+    return 0.0 if wanted is None or given is None else 1 / (1 + float(abs(given - wanted)))
+
+
+@reward
+def digits_only(sample: Sample) -> float:
+    """1 when the answer is a whole number and nothing else."""
+    answer = final_answer(sample.text, numeric=False)
+    return float(answer is not None and re.fullmatch(r"-?[0-9]+", answer) is not None)
+
+
+@reward
+def strict_format(sample: Sample) -> float:
+    """1 for thoughts and answer between their tags, every tag alone on its line and once, and nothing else."""
+    once = _ANY_TAG.findall(sample.text) == list(TAGS)
+    return float(once and _STRICT.fullmatch(sample.text) is not None)
+
+
+@reward
+def loose_format(sample: Sample) -> float:
+    """1 when there are thoughts and after them an answer, wherever line ends are and whatever stands around them."""
+    return float(_LOOSE.search(sample.text) is not None and _ANY_TAG.findall(sample.text) == list(TAGS))
+
+
+@reward
+def tag_count(sample: Sample) -> float:
+    """A quarter for each of the four tags that occurs once and alone on its line: a slope towards the format."""
+    lines = sample.text.split("\n")
+    return sum(sample.text.count(tag) == 1 and lines.count(tag) == 1 for tag in TAGS) / len(TAGS)
+
+
+@reward
+def language(sample: Sample) -> float:
+    """The share of words in the language of the question (DeepSeek-R1 section 2.3.2); 0 without a word.
+
+    A Chinese character is a word, and so is a run of Latin letters. Tags and formulas' commands are none.
+    """
+    text = re.sub(r"\\[A-Za-z]+", " ", _ANY_TAG.sub(" ", sample.text))
+    counts = {name: len(words.findall(text)) for name, words in _WORDS.items()}
+    return counts[sample.problem.language] / max(sum(counts.values()), 1)
+
+
+@reward
+def overlong(sample: Sample) -> float:
+    """0, falling to -1 over the last fifth of the room (DAPO, Yu et al. 2025, Eq. 13)."""
+    room = OVERLONG_SHARE * sample.limit
+    excess = sample.tokens - (sample.limit - room)
+    return -1.0 if not sample.ended else -min(max(excess / room, 0.0), 1.0)
+
+
+def is_correct(problem: Problem, text: str) -> bool:
+    """Whether a completion gives the answer of the problem."""
+    wanted = problem.answer
+    number = as_number(wanted)
+    given = final_answer(text, numeric=number is not None or is_latex(wanted))
+    if given is None or (number is not None and not re.search(r"[0-9\\]", given)):
+        return False
+    if problem.score is not None:
+        return problem.score(given) >= 1
+    if number is not None:
+        # Plain numbers, nearly all of them, need no second process: math-verify compares their values too.
+        plain = as_number(given)
+        if plain is not None:
+            return plain == number
+        if is_calculation(given):
+            return False
+    if number is not None or is_latex(wanted):
+        equal = shared_verifier().equal(wanted, given)
+        if equal is not None:
+            return equal
+    return same_text(wanted, given)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of a configuration. Attributes: functions and weights by the names they were given."""
+
+    functions: dict[str, Reward]
+    weights: dict[str, float]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float]) -> Rewards:
+        """Find the functions. Raises `UserError` for a name that is none and a weight that is no number."""
+        if not weights:
+            raise UserError(f"rewards: none given; choose from {', '.join(names())}, such as {{correct: 1.0}}")
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise UserError(f"rewards: the weight of {name!r} is {weight!r}; give a number")
+        return cls({name: find(name) for name in weights}, dict(weights))
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[list[float], dict[str, list[float]]]:
+        """(weighted sum of each sample, the values of each reward before its weight).
+
+        Raises `UserError` that names a reward which fails, or gives NaN or too few or too many numbers.
+        """
+        values = {name: _values(name, function, samples) for name, function in self.functions.items()}
+        totals = [
+            sum(self.weights[name] * values[name][place] for name in self.functions) for place in range(len(samples))
+        ]
+        return totals, values
+
+
+def names() -> list[str]:
+    """The rewards of this file."""
+    return sorted(name for name, value in vars(sys.modules[__name__]).items() if getattr(value, "is_reward", False))
+
+
+def find(name: str) -> Reward:
+    """A reward of this file, or `package.module:function`."""
+    if ":" not in name:
+        if name not in names():
+            raise UserError(f"reward {name!r}: not one of {', '.join(names())}; or name yours package.module:function")
+        return getattr(sys.modules[__name__], name)
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # an import runs anything
+        raise UserError(f"reward {name!r}: cannot be imported ({_said(error)}); check the path") from error
+    if not callable(found):
+        raise UserError(f"reward {name!r}: is {type(found).__name__}; it must be a function of a list of samples")
+    return found
+
+
+def _values(name: str, function: Reward, samples: Sequence[Sample]) -> list[float]:
+    remedy = f"mend it, or take {name} out of rewards"
+    try:
+        given = function(samples)
+        values = [float(value) for value in given]
+    except Exception as error:  # a person's own code
+        raise UserError(f"reward {name!r}: failed with {_said(error)}; {remedy}") from error
+    if len(values) != len(samples):
+        raise UserError(f"reward {name!r}: gave {len(values)} numbers for {len(samples)} samples; {remedy}")
+    for value, sample in zip(values, samples, strict=True):
+        if not math.isfinite(value):
+            raise UserError(f"reward {name!r}: gave {value} for {sample.text[:80]!r}; {remedy}")
+    return values
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
