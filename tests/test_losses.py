@@ -141,6 +141,15 @@ def test_without_the_chain_the_total_has_no_part_of_it(tiny_model):
     assert "mtp" not in metrics
 
 
+def test_while_its_weight_is_0_the_chain_does_not_run(tiny_model):
+    model, batch = tiny_model(), text_batch()
+    total, _, metrics = NextTokenLoss(mtp_weight=0.0)(model, batch)
+    total.backward()
+    assert "mtp" not in metrics and len(metrics["counts"]) == 2
+    assert all(p.grad is None for p in model.mtp.parameters())
+    assert all(p.grad is not None for p in model.model.parameters())
+
+
 def test_a_model_without_experts_has_no_balance_loss(tiny_model):
     total, _, metrics = NextTokenLoss(mtp=False)(tiny_model(first_k_dense_replace=3), text_batch())
     torch.testing.assert_close(total, metrics["main"])

@@ -26,6 +26,8 @@ RECIPE = [
     "2",
     "--balance_weight",
     "0.01",
+    "--mtp_weight",
+    '{"0": 0, "0.3": 0.3}',
     "--optim.eps",
     "1e-3",
     "--max_steps",
@@ -46,7 +48,10 @@ def biases(out: Path) -> dict[str, list[float]]:
 
 
 def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
-    """16 rows a step: 4 micro-batches on one process, 2 on each of two; rank 1 waits for the shards of rank 0."""
+    """16 rows a step: 4 micro-batches on one process, 2 on each of two; rank 1 waits for the shards of rank 0.
+
+    In the first step the MTP layer takes no part.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(pretrain.main, *pretrain_arguments, *RECIPE, "--out", one).code == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "pretrain.py"]
@@ -58,6 +63,7 @@ def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
     assert done.stdout.count("finished: ") == 1  # one process speaks
 
     alone, together = measured(one), measured(two)
+    assert len(alone["mtp_loss"]) == 3
     for name in MEASURED:
         assert together[name] == pytest.approx(alone[name], rel=1e-4), name
     assert biases(two) == biases(one) and len(biases(two)) == 2

@@ -112,7 +112,8 @@ class NextTokenLoss:
 
     Attributes:
         mtp: whether the MTP chain runs at all.
-        mtp_weight: lambda; balance_weight: alpha. The trainer moves both along their schedules.
+        mtp_weight: lambda; balance_weight: alpha. The trainer moves both along their schedules. While lambda is 0 the
+            chain is left out: its layers cost nothing and stay as they are.
     """
 
     mtp: bool = True
@@ -123,7 +124,7 @@ class NextTokenLoss:
         """Returns the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
-        out = model(**inputs, mtp=self.mtp)
+        out = model(**inputs, mtp=self.mtp and self.mtp_weight > 0)
         count = (labels != IGNORE).sum()
         main = cross_entropy_sum(out.hidden, out.head, labels)
         total, metrics = main, {"main": main.detach()}

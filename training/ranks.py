@@ -73,13 +73,22 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in training: DistributedDataParallel among several ranks."""
+    def wrap(self, model: nn.Module, some_rest: bool = False) -> nn.Module:
+        """The module to call in training: DistributedDataParallel among several ranks.
+
+        some_rest: there are steps in which some parameters, the same on all ranks, take no part.
+        """
         if self.world == 1:
             return model
         # Every rank computes the same router bias from summed loads; broadcasting buffers would only cost time.
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model,
+            device_ids=ids,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=some_rest,
+        )
 
     def no_sync(self, module: nn.Module, when: bool) -> AbstractContextManager:
         """Keep gradients local while accumulating."""

@@ -25,7 +25,7 @@ from training.machine import autocast, choose_dtype, measured_peak, peak_memory
 from training.optim import build_optimizer
 from training.ranks import Ranks
 from training.resume import left_off, take_up
-from training.schedule import Budget, learning_rate, value_at
+from training.schedule import Budget, learning_rate, lowest, value_at
 from training.settings import StageSettings, save_resolved
 from training.tally import Tally
 from training.validation import Validation
@@ -106,7 +106,8 @@ class Trainer:
         if self.settings.compile:
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
-        self.module = self.ranks.wrap(self.model)
+        mtp_weight = self.settings.schedules.get("mtp_weight", 1.0)
+        self.module = self.ranks.wrap(self.model, some_rest=lowest(mtp_weight) == 0)
         costs = count_costs(self.model.config, self.settings.sequence_length)
         peak = measured_peak(self.dtype, self.ranks.device) * self.ranks.world if self.ranks.main else 1.0
         self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, peak))
