@@ -29,7 +29,6 @@ COLUMNS = (
     ("completion_length", "length {:.0f}"),
     ("zero_variance", "same {:.0%}"),
     ("clip_share", "clipped {:.1%}"),
-    ("kl", "kl {:.4f}"),
     ("entropy", "entropy {:.2f}"),
     ("val_accuracy", "accuracy {:.1%}"),
     ("val_pass_1", "pass@1 {:.1%}"),

@@ -4,6 +4,7 @@ python -m text.world.reasoning --out data/demo/r1
 
 format.jsonl       a few short ones: what the tags look like
 cold_start.jsonl   sums worked out step by step (DeepSeek-R1 section 2.3.1)
+explained.jsonl    sums with their columns in a sentence, for the demo's fine-tuning: rewards make a habit of it
 problems.jsonl     comparing, continuing and counting, with answers that are numbers
 """
 
@@ -60,6 +61,30 @@ def _columns(a: int, sign: str, b: int, words: dict[str, str]) -> Iterator[str]:
     yield f"{words['tens']}{tens}{words[sign]}{more}{words['is']}{rest}{words['stop']}"
 
 
+def explained(question: str) -> str | None:
+    """A sum's answer as a sentence that shows the columns first; None for a sum that has nothing to show.
+
+    个位1加6等于7，所以51加6等于57。
+    """
+    *columns, last = worked(question).split("\n")
+    if not columns or len(re.findall(r"\d+", question)) > 2:
+        return None
+    if min(int(digits) for digits in re.findall(r"\d+", question)) < 10:
+        columns = columns[:1]  # the tens stay as they are
+    chinese = re.search(r"[\u4e00-\u9fff]", question)
+    text = ("，" if chinese else ", ").join([*(line[:-1] for line in columns), ("所以" if chinese else "so ") + last])
+    return text[0].upper() + text[1:]
+
+
+def explanations(rng: random.Random, count: int, level: int = 2) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """Conversations that explain a sum which is not held out."""
+    while count:
+        question, _ = arithmetic_problem(rng, level)
+        if (reply := explained(question)) is not None:
+            count -= 1
+            yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
 def cold_start(rng: random.Random, levels: tuple[int, ...], brief: bool) -> dict[str, list[dict[str, str]]]:
     """One conversation: a sum that is not held out, and its answer in the strict format."""
     question, answer = arithmetic_problem(rng, rng.choice(levels))
@@ -86,6 +111,7 @@ def generate(out: Path, seed: int = 1, few: int = 400, many: int = 4000) -> None
         "format.jsonl": [cold_start(rng, (1, 2), brief=True) for _ in range(few)],
         "cold_start.jsonl": [cold_start(rng, (1, 2, 3), brief=False) for _ in range(many)],
         "problems.jsonl": list(problems(rng, many)),
+        "explained.jsonl": list(explanations(rng, many)),
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
