@@ -13,9 +13,11 @@ import yaml
 import dpo_train
 import full_sft
 import pretrain
+from collect import CollectSettings
 from dpo_train import DPOSettings
 from errors import UserError
 from full_sft import SFTSettings
+from grpo_train import GRPOSettings
 from pretrain import PretrainSettings
 from training.settings import NextTokenSettings, call, model_config, parse, save_resolved
 
@@ -77,7 +79,12 @@ def test_what_a_run_used_can_be_used_again(tmp_path):
 
 
 # What a recipe says tells whose it is; one that says none of it is fine-tuning's.
-SCRIPTS = {"model": PretrainSettings, "preference": DPOSettings}
+SCRIPTS = {
+    "model": PretrainSettings,
+    "preference": DPOSettings,
+    "samples": CollectSettings,
+    "rewards": GRPOSettings,
+}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.stem)
@@ -89,7 +96,10 @@ def test_every_recipe_is_valid_for_its_script(file):
     if kind is PretrainSettings:
         config = model_config(settings.model)
         assert settings.sequence_length <= config.max_position_embeddings
-    assert settings.rows >= 1 and settings.batch_tokens >= settings.row_tokens
+    if kind is GRPOSettings:
+        assert settings.rows == settings.prompts * settings.group
+    elif kind is not CollectSettings:
+        assert settings.rows >= 1 and settings.batch_tokens >= settings.row_tokens
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,8 @@ class Sampler:
     """The policy in the type that it computes in. In bfloat16 a copy of the matrices, made anew for every rollout.
 
     Norms and routers keep their float32 weights, so that products are rounded where autocast rounds them in training:
-    sampler and trainer differ by the order of their sums and the absorbed form of attention only.
+    sampler and trainer differ by the order of their sums, the absorbed form of attention, and the logits of a few rows
+    on CPU, which are not rounded.
     """
 
     def __init__(self, model: MiniDeepSeek, dtype: torch.dtype) -> None:

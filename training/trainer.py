@@ -153,7 +153,7 @@ class Trainer:
         """One optimiser step: accumulate, normalise by the whole count, clip, update weights and router biases."""
         ranks, per_rank, micro_rows = self.ranks, self.settings.rows // self.ranks.world, self.settings.micro_rows
         extra = self.dataset.prepare(self.progress.step, self.model) if self._has_policy_data() else {}
-        prepared = time.perf_counter()
+        prepared = time.perf_counter() if extra else 0.0
         first = self.progress.step * self.settings.rows
         # Rank r takes a contiguous share of the step's samples, so the sum over ranks is the sum over the batch.
         mine = range(first + ranks.rank * per_rank, first + (ranks.rank + 1) * per_rank)
