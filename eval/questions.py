@@ -16,6 +16,7 @@ from rich.table import Table
 
 from errors import UserError, command_line
 from eval.answering import Answerer
+from text.world.columns import conclusion
 from training.settings import call
 
 
@@ -37,8 +38,8 @@ class Result:
 
     @property
     def correct(self) -> bool:
-        """Equal to the letter, white space at the ends aside."""
-        return self.reply.strip() == self.question.answer.strip()
+        """Equal to the letter, white space at the ends aside; a sum may be worked out first."""
+        return self.question.answer.strip() in (self.reply.strip(), conclusion(self.reply.strip()))
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -33,7 +33,7 @@ from training.validation import evaluate, held_out_batches
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
 SUMS = 256  # held-out problems
-SUM_TOKENS = 24
+SUM_TOKENS = 40
 
 
 @dataclass(frozen=True)

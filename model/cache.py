@@ -38,6 +38,7 @@ class LatentCache:
         self.lengths = [0] * layers
         self.padding = padding
         self.decoders: dict[int, Any] = {}  # see model/native.py
+        self.absorbed: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, see model/mla.py
 
     @property
     def length(self) -> int:
@@ -79,6 +80,45 @@ class LatentCache:
         self.latents = self.latents[:, rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
+
+
+class PromptLatents:
+    """The latents of prompts that several rows go on from: a cache for training, through which gradients flow.
+
+    `model(prompt_ids, cache=prompts)` fills it; `model(ids, cache=prompts.continued(of))` reads rows that continue the
+    prompts `of`. A prompt is computed once, however many completions it has.
+
+    Args:
+        padding: (prompts,) number of left-padding positions of each.
+    """
+
+    def __init__(self, padding: Tensor) -> None:
+        self.padding = padding
+        self.latents: dict[int, Tensor] = {}
+        self.length = 0
+
+    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
+        self.latents[layer] = latent_BTC
+        return latent_BTC
+
+    def continued(self, of: Tensor) -> ContinuedLatents:
+        """of: (rows,) which prompt each row continues."""
+        return ContinuedLatents(self.latents, self.padding, of)
+
+
+class ContinuedLatents:
+    """What rows that continue prompts see of them; see `PromptLatents`."""
+
+    def __init__(self, latents: dict[int, Tensor], padding: Tensor, of: Tensor) -> None:
+        self.latents, self.of = latents, of
+        self.padding = padding[of]
+        self.length = latents[0].shape[1]
+
+    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
+        return torch.cat((self.latents[layer].index_select(0, self.of), latent_BTC), dim=1)
+
+
+Cache = LatentCache | PromptLatents | ContinuedLatents
 
 
 def cache_dtype(model: nn.Module) -> torch.dtype:

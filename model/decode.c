@@ -1,8 +1,9 @@
 // One decoding step of the layers on CPU: a few new tokens against the latent cache, with the absorbed form of MLA.
 //
 // Decoding is bound by reading the weights once and by the cost of starting each small product; here a step is one call.
-// Weights are read where they are, float32 or bfloat16 (-DBF16); all arithmetic is float32. The same mathematics as
-// mla.py, moe.py and layer.py, which say what each line is; tests hold the two equal.
+// Weights are read where they are, float32 or bfloat16 (-DBF16), those of norms and routers perhaps float32 beside
+// bfloat16 ones (-DFLOAT_NORMS); all arithmetic is float32. The same mathematics as mla.py, moe.py and layer.py, which
+// say what each line is; tests hold the two equal.
 //
 // N tokens = rows * time; token n is row n / time, at position held + n % time of the cache.
 
@@ -15,6 +16,11 @@ typedef uint16_t weight;
 #else
 typedef float weight;
 #endif
+#ifdef FLOAT_NORMS
+typedef float fine;
+#else
+typedef weight fine;
+#endif
 
 typedef struct {
   int64_t hidden, heads, nope, rope, value, rank, q_rank, dense_inner, shared_inner;
@@ -23,10 +29,10 @@ typedef struct {
 } Shape;
 
 typedef struct {
-  const weight *input_norm, *q_a, *q_a_bias, *q_a_norm, *q_b;  // q_a is NULL without query compression
-  const weight *kv_a, *kv_a_bias, *kv_a_norm, *kv_b, *o, *o_bias, *post_norm;
-  const weight *gate, *up, *down;                              // dense layer, or shared experts; NULL when none
-  const weight *router, *gate_up_experts, *down_experts;       // router is NULL in a dense layer
+  const fine *input_norm, *q_a_norm, *kv_a_norm, *post_norm, *router;  // router is NULL in a dense layer
+  const weight *q_a, *q_a_bias, *q_b, *kv_a, *kv_a_bias, *kv_b, *o, *o_bias;  // q_a is NULL without query compression
+  const weight *gate, *up, *down;                // dense layer, or shared experts; NULL when none
+  const weight *gate_up_experts, *down_experts;
   const float *router_bias;
   float *cache;  // (rows, capacity, rank + rope): [c^KV after its norm ; k^R after RoPE]
 } Layer;
@@ -56,6 +62,12 @@ INLINE lanes load(const weight *w) {
 #else
 INLINE float get(const weight *w) { return *w; }
 INLINE lanes load(const weight *w) { return *(const lanes *)w; }
+#endif
+
+#ifdef FLOAT_NORMS
+INLINE float get_fine(const fine *w) { return *w; }
+#else
+INLINE float get_fine(const fine *w) { return get(w); }
 #endif
 
 INLINE float total(lanes v) {
@@ -105,9 +117,9 @@ static void add_scaled(float *out, const float *x, float by, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] += by * x[i];
 }
 
-static void rms_norm(float *out, const float *x, const weight *w, int64_t n, float eps) {
+static void rms_norm(float *out, const float *x, const fine *w, int64_t n, float eps) {
   float by = 1 / sqrtf(dot(x, x, n) / n + eps);
-  for (int64_t i = 0; i < n; i++) out[i] = x[i] * by * get(w + i);
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * by * get_fine(w + i);
 }
 
 static void rotate(float *x, const float *angle, int64_t n) {  // angle: n/2 pairs (cos, sin)
@@ -282,7 +294,12 @@ static void dense_inner(const Shape *s, const Layer *layer, Scratch *t, int64_t 
 // x (N, hidden) += the chosen experts of each token. Tokens are grouped by expert, so that each is read once.
 static void experts(const Shape *s, const Layer *layer, Scratch *t, float *x, int64_t N) {
   int64_t I = s->expert_inner, D = s->hidden, K = s->top_k;
-  product(t->affinity, t->normed, layer->router, NULL, N, s->experts, D, 0);
+#pragma omp for schedule(static) nowait
+  for (int64_t e = 0; e < s->experts; e++) {
+    float row[D];
+    for (int64_t i = 0; i < D; i++) row[i] = get_fine(layer->router + e * D + i);
+    for (int64_t n = 0; n < N; n++) t->affinity[n * s->experts + e] = dot(t->normed + n * D, row, D);
+  }
 #pragma omp barrier
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < N; n++)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import Visibility, attend
-from model.cache import LatentCache
+from model.cache import Cache, LatentCache
 from model.norm import RMSNorm
 from model.rope import rotate, softmax_scale
 
@@ -41,16 +41,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)  # W^UK and W^UV
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
-        self._absorbed = _Absorbed()
 
-    def forward(self, x: Tensor, rope: Tensor, visibility: Visibility, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, visibility: Visibility, cache: Cache | None = None) -> Tensor:
         """x: (B, T, hidden) -> (B, T, hidden). With a cache, its positions come first and the new ones are added."""
         q_nope, q_rope = self._queries(x, rope)
         latent_BSC = self._latents(x, rope)
         if cache is not None:
             latent_BSC = cache.append(self.layer, latent_BSC)
-        if cache is not None and x.shape[1] <= ABSORB_UP_TO:
-            out = self.attend_absorbed(q_nope, q_rope, latent_BSC, visibility)
+        if isinstance(cache, LatentCache) and x.shape[1] <= ABSORB_UP_TO:
+            if self.layer not in cache.absorbed:
+                cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)
+            out = self.attend_absorbed(q_nope, q_rope, latent_BSC, visibility, *cache.absorbed[self.layer])
         else:
             out = self.attend_naive(q_nope, q_rope, latent_BSC.to(q_nope.dtype), visibility)
         return self.o_proj(out.flatten(2))
@@ -66,13 +67,22 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotated key for all heads
         return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, visibility)
 
-    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+    def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W^UK (H, nope, rank) and W^UV (H, rank, value) of every head, laid out for `attend_absorbed`.
+
+        A cache keeps them for its life. The module does not: a fused optimiser changes weights unnoticed.
+        """
+        w_uk, w_uv = self.kv_b_proj.weight.to(dtype).unflatten(0, (self.heads, -1)).tensor_split((self.nope,), dim=1)
+        return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
+
+    def attend_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, visibility: Visibility, w_uk: Tensor, w_uv: Tensor
+    ) -> Tensor:
         """The same numbers, reading the latents only: (q W^UK) c = q (W^UK c), and W^UV after the weighted sum.
 
         In the type of the cache, which is float32 on CPU (see `LatentCache`).
         """
         dtype = latent_BSC.dtype
-        w_uk, w_uv = self._absorbed.get(self.kv_b_proj.weight, dtype, self.heads, self.nope)
         batch, time = q_nope.shape[:2]
         q_absorbed = q_nope.to(dtype).flatten(0, 1).transpose(0, 1) @ w_uk
         q_BTHC = torch.cat((q_absorbed.transpose(0, 1).view(batch, time, self.heads, -1), q_rope.to(dtype)), dim=-1)
@@ -97,18 +107,3 @@ class MultiHeadLatentAttention(nn.Module):
         """(B, T, C): [c^KV after its norm ; k^R after RoPE] (Eq. 1 and 2), which is also what is cached."""
         c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
         return torch.cat((self.kv_a_layernorm(c_kv), rotate(k_rope.unsqueeze(2), rope).squeeze(2)), dim=-1)
-
-
-class _Absorbed:
-    """W^UK and W^UV of every head out of kv_b_proj, in the type of the cache, kept while the weight stays the same."""
-
-    def __init__(self) -> None:
-        self._state, self._kept = None, None
-
-    def get(self, weight: Tensor, dtype: torch.dtype, heads: int, nope: int) -> tuple[Tensor, Tensor]:
-        """(H, nope, rank) and (H, rank, value)."""
-        state = None if weight.is_inference() else (weight.data_ptr(), weight._version, dtype)
-        if state is None or state != self._state:
-            w_uk, w_uv = weight.detach().to(dtype).unflatten(0, (heads, -1)).tensor_split((nope,), dim=1)
-            self._state, self._kept = state, (w_uk.contiguous(), w_uv.transpose(1, 2).contiguous())
-        return self._kept

@@ -41,7 +41,7 @@ WHOLE = (
 )
 REAL = "eps scale routed_scale"
 WEIGHTS = (
-    "input_norm q_a q_a_bias q_a_norm q_b kv_a kv_a_bias kv_a_norm kv_b o o_bias post_norm gate up down router "
+    "input_norm q_a_norm kv_a_norm post_norm router q_a q_a_bias q_b kv_a kv_a_bias kv_b o o_bias gate up down "
     "gate_up_experts down_experts router_bias cache"
 )
 ROOM = "normed q_a q kv attended inner affinity choice_weight choice_inner scores choice token_of first_of"
@@ -69,7 +69,7 @@ class Decoder:
     def __init__(self, layers: Sequence[DecoderLayer], config: LMConfig, cache: LatentCache) -> None:
         self.layers, self.config, self.cache = layers, config, cache
         self.places = range(layers[0].self_attn.layer, layers[0].self_attn.layer + len(layers))
-        self.library = library(layers[0].input_layernorm.weight.dtype)
+        self.library = library(*_types(layers))
         self.shape = _shape(config, layers[0].self_attn.scale)
         self.threads = torch.get_num_threads()
         self.tokens = 0
@@ -152,11 +152,11 @@ def project(x: Tensor, weight: Tensor) -> Tensor | None:
     return out
 
 
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """decode.c compiled for weights of this type, or None where that cannot be."""
+@lru_cache(maxsize=4)
+def library(dtype: torch.dtype, fine: torch.dtype | None = None) -> ctypes.CDLL | None:
+    """decode.c compiled for matrices of this type, norms and routers of type `fine`; None where that cannot be."""
     try:
-        built = ctypes.CDLL(str(build(dtype)))
+        built = ctypes.CDLL(str(build(dtype, fine or dtype)))
     except (OSError, subprocess.CalledProcessError):
         return None
     built.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_void_p] * 4
@@ -167,12 +167,13 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return built
 
 
-def build(dtype: torch.dtype) -> Path:
+def build(dtype: torch.dtype, fine: torch.dtype) -> Path:
     """Compile decode.c, or find it compiled, in the user's cache folder. Raises OSError or CalledProcessError."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc or clang) found")
     flags = [*FLAGS, *(["-DBF16"] if dtype == torch.bfloat16 else [])]
+    flags += ["-DFLOAT_NORMS"] if fine != dtype else []
     # -march=native: what one processor got from another by a shared home folder might not run.
     facts = (SOURCE.read_text(), compiler, *flags, platform.platform(), _processor())
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
@@ -203,16 +204,32 @@ def _processor() -> str:
 
 
 def _plain(layers: Sequence[DecoderLayer]) -> bool:
-    """Every module is ours and unhooked, every weight of one type that decode.c reads; and decode.c was compiled."""
+    """Every module is ours and unhooked, the weights of types that decode.c reads; and decode.c was compiled."""
     ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
     ours |= {Experts, Router, RMSNorm, nn.Linear}
     for module in (module for layer in layers for module in layer.modules()):
         if type(module) not in ours or module._forward_hooks or module._forward_pre_hooks:
             return False
     weights = [weight for layer in layers for weight in layer.parameters()]
-    dtype = weights[0].dtype
-    plain = all(w.dtype == dtype and w.is_contiguous() and type(w) is nn.Parameter for w in weights)
-    return plain and dtype in WEIGHT_TYPES and library(dtype) is not None
+    types = _types(layers)
+    plain = types is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
+    return plain and library(*types) is not None
+
+
+def _types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:
+    """The type of the matrices, and that of norms and routers, the same or float32; None for any others."""
+    matrices, fine = set(), set()
+    for module in (module for layer in layers for module in layer.modules()):
+        found = fine if isinstance(module, (RMSNorm, Router)) else matrices
+        found.update(weight.dtype for weight in module.parameters(recurse=False))
+    if (
+        len(matrices) != 1
+        or len(fine) != 1
+        or not matrices <= set(WEIGHT_TYPES)
+        or not fine <= matrices | {torch.float32}
+    ):
+        return None
+    return matrices.pop(), fine.pop()
 
 
 def _shape(config: LMConfig, scale: float) -> Shape:
@@ -293,7 +310,7 @@ def main() -> None:
     """Tell whether decoding runs in C here."""
     for dtype in WEIGHT_TYPES:
         try:
-            print(f"{dtype}: {build(dtype)}")
+            print(f"{dtype}: {build(dtype, dtype)}")
         except subprocess.CalledProcessError as error:
             print(f"{dtype}: PyTorch decodes; {' '.join(error.cmd)} failed:\n{error.stderr}", file=sys.stderr)
         except OSError as error:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from LMConfig import LMConfig
 from model import native
 from model.attention import Visibility
-from model.cache import LatentCache
+from model.cache import Cache, LatentCache
 from model.experts import Experts
 from model.layer import DecoderLayer
 from model.moe import Router, Routing
@@ -92,7 +92,7 @@ class MiniDeepSeek(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
         mtp: bool = False,
     ) -> Output:
         """Run the network over (batch, time) token ids.
@@ -100,7 +100,8 @@ class MiniDeepSeek(nn.Module):
         Args:
             position_ids: (batch, time); counted from 0, or from the end of the cache, when left out.
             segment_ids: (batch, time); positions attend within their own segment only; a negative id marks padding.
-            cache: latents of the positions before these; the new ones are added to it.
+            cache: latents of the positions before these; the new ones are added to it. `LatentCache` for decoding,
+                `PromptLatents` for training on several continuations of a prompt.
             mtp: also run the MTP chain over the tokens at hand (training; `speculative` generation runs it by itself).
         """
         batch, time = input_ids.shape
@@ -120,7 +121,8 @@ class MiniDeepSeek(nn.Module):
             # A bfloat16 residual stream, as DeepSeek-V3's; autocast alone would carry it in float32.
             embedding = embedding.to(torch.get_autocast_dtype(input_ids.device.type))
         state, routings = embedding, []
-        fast = native.decoder(self.model.layers, self.config, embedding, cache) if cache is not None else None
+        decoding = isinstance(cache, LatentCache)
+        fast = native.decoder(self.model.layers, self.config, embedding, cache) if decoding else None
         if fast is not None:
             state = fast.run(embedding, rope)
         else:
@@ -195,7 +197,7 @@ class MiniDeepSeek(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def _positions(self, time: int, cache: LatentCache | None, device: torch.device) -> Tensor:
+    def _positions(self, time: int, cache: Cache | None, device: torch.device) -> Tensor:
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + time, device=device)[None]
         if cache is not None and cache.padding is not None:

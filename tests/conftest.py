@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from toy_stage import Maker
 
 import pretrain
+import training.trainer
 from errors import command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -149,3 +151,10 @@ def pretrained(pretrain_arguments: list[str], tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("stages") / "pretrain"
     assert call_main(pretrain.main, *pretrain_arguments, "--out", out, "--max_steps", 40) == 0
     return out
+
+
+@pytest.fixture
+def make(tiny_config, tokenizer, tmp_path, monkeypatch) -> Maker:
+    """Makes trainers of toy stages; the machine's peak is not measured."""
+    monkeypatch.setattr(training.trainer, "measured_peak", lambda *_: 1e9)
+    return Maker(tmp_path, tiny_config, tokenizer)

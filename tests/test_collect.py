@@ -13,8 +13,9 @@ import collect
 from eval.reasoning import reasoning
 from text.conversations import read_conversations
 from text.problems import Problem, open_problems, to_problem
+from text.world.columns import conclusion, explained, worked
 from text.world.numbers import arithmetic_problem, states_held_out
-from text.world.reasoning import explained, generate, worked
+from text.world.reasoning import generate
 from training.rewards import Rewards, Sample, find
 from training.settings import call
 
@@ -50,16 +51,14 @@ def test_thoughts_calculate_step_by_step():
             assert re.findall(r"\d+", worked(question))[-1] == re.findall(r"\d+", answer)[-1]
 
 
-def test_explanations_show_the_columns_and_end_in_the_right_number(files):
+def test_explanations_show_the_columns_and_end_in_the_right_number():
     assert explained("算一算，6加51等于几？") == "个位6加1等于7，所以6加51等于57。"
     assert explained("What is 58 minus 51?") == "Ones: 8 minus 1 is 7, tens: 5 minus 5 is 0, so 58 minus 51 is 7."
     assert explained("请计算：17+25=？") is None and explained("请计算：2+3=？") is None  # a carry; nothing to show
-    for conversation in read_conversations(files / "explained.jsonl"):
-        question, reply = (message["content"] for message in conversation)
-        a, b = (int(digits) for digits in re.findall(r"\d+", question))
-        result = a + b if re.search(r"[+加]|plus", question) else a - b
-        assert find("correct")([Sample(Problem(question, str(result), "all"), reply, 9, 99)]) == [1]
-        assert not states_held_out(f"{a} {b} {result}")
+    rng = random.Random(0)
+    for _ in range(200):
+        question, answer = arithmetic_problem(rng, 2)
+        assert conclusion(explained(question)) == conclusion(answer) == answer
 
 
 def test_problems_of_other_kinds_have_their_answer_and_nothing_held_out(files):

@@ -12,6 +12,8 @@ from torch import nn
 
 from model import MiniDeepSeek, native
 from model.cache import LatentCache
+from model.moe import Router
+from model.norm import RMSNorm
 
 SHAPES = {
     "plain": {},
@@ -72,8 +74,13 @@ def test_decoding_in_c_equals_pytorch(shape, padding, tiny_model, monkeypatch):
     torch.testing.assert_close(steps(model, padding), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_bfloat16_weights_are_read_as_they_are_and_computed_in_float32(tiny_model, monkeypatch):
+@pytest.mark.parametrize("fine", [torch.bfloat16, torch.float32], ids=["bf16 norms", "fp32 norms"])
+def test_bfloat16_weights_are_read_as_they_are_and_computed_in_float32(fine, tiny_model, monkeypatch):
     model = shaken(tiny_model()).bfloat16()
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, Router)):
+            module.to(fine)
+            nn.init.normal_(module.weight)
     exact = in_pytorch(monkeypatch, steps, copy.deepcopy(model).float())
     ours, theirs = steps(model), in_pytorch(monkeypatch, steps, model)
     assert (ours - exact).norm() / exact.norm() < 0.01 < (theirs - exact).norm() / exact.norm() * 10
@@ -176,10 +183,10 @@ def test_without_a_working_compiler_pytorch_decodes(compiler, tiny_model, monkey
 
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    file = native.build(torch.float32)
+    file = native.build(torch.float32, torch.float32)
     made = file.stat().st_mtime_ns
-    assert native.build(torch.float32) == file and file.stat().st_mtime_ns == made
-    assert native.build(torch.bfloat16) != file and len(list(tmp_path.rglob("*"))) == 3
+    assert native.build(torch.float32, torch.float32) == file and file.stat().st_mtime_ns == made
+    assert native.build(torch.bfloat16, torch.bfloat16) != file and len(list(tmp_path.rglob("*"))) == 3
 
 
 def test_the_module_says_where_the_library_is():

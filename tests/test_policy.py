@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from errors import UserError
+from model.cache import PromptLatents
+from training.log_probs import label_log_probs
 from training.losses import IGNORE
-from training.policy import GRPOLoss, advantages
+from training.policy import GRPOLoss, advantages, completion_hidden
 
 
 class TwoTokens(nn.Module):
@@ -20,17 +22,19 @@ class TwoTokens(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(2, 1))
 
-    def forward(self, ids: torch.Tensor, segment_ids: torch.Tensor) -> SimpleNamespace:
+    def forward(self, ids: torch.Tensor, cache: PromptLatents) -> SimpleNamespace:
+        cache.append(0, torch.zeros(*ids.shape, 1))
         return SimpleNamespace(hidden=torch.ones(*ids.shape, 1), head=self.logits)
 
 
 def toy(advantage: tuple[float, float] = (1.0, -0.5), **more: torch.Tensor) -> dict[str, torch.Tensor]:
     """Two completions: token 0 alone, and token 1 twice."""
-    labels = torch.tensor([[IGNORE, 0, IGNORE], [IGNORE, 1, 1]])
+    zero = torch.zeros(1, 1, dtype=torch.long)
     return {
-        "input_ids": torch.zeros(2, 3, dtype=torch.long), "segment_ids": torch.zeros(2, 3, dtype=torch.long),
-        "labels": labels, "sampled_log_probs": torch.zeros(2, 3), "advantages": torch.tensor(advantage),
-        "absent": torch.tensor([0, 0]), **more,
+        "prompt_ids": zero, "prompt_padding": zero[0], "prompt_of": torch.tensor([0, 0]),
+        "input_ids": zero.expand(2, 1), "labels": torch.tensor([[0, IGNORE], [1, 1]]),
+        "sampled_log_probs": torch.zeros(2, 2), "advantages": torch.tensor(advantage), "absent": torch.tensor([0, 0]),
+        **more,
     }  # fmt: skip
 
 
@@ -69,14 +73,14 @@ def test_temperature_divides_the_gradient():
 
 def test_clipping_stops_what_has_moved_far_enough_and_nothing_else():
     """Ratio 1.5 in all places. A > 0: clipped at 1.2, no gradient. A < 0: min takes 1.5 A, and its gradient."""
-    old = torch.full((2, 3), torch.tensor(0.5 / 1.5).log().item())
+    old = torch.full((2, 2), torch.tensor(0.5 / 1.5).log().item())
     loss = GRPOLoss("dapo", 4)
     found, value = gradient(loss, toy(old_log_probs=old))
     assert found == pytest.approx(-(2 * -0.5 * 1.5 * -0.5) / 3)
     assert value == pytest.approx(-(1.2 - 2 * 0.5 * 1.5) / 3)
     higher, _ = gradient(GRPOLoss("dapo", 4, clip_high=0.6), toy(old_log_probs=old))
     assert higher == pytest.approx(-(1.5 * 0.5 + 1.5 * 0.5) / 3)
-    low = torch.full((2, 3), torch.tensor(0.5 / 0.5).log().item())  # ratio 0.5: A < 0 is clipped at 0.8
+    low = torch.full((2, 2), torch.tensor(0.5 / 0.5).log().item())  # ratio 0.5: A < 0 is clipped at 0.8
     found, _ = gradient(loss, toy(old_log_probs=low))
     assert found == pytest.approx(-(0.5 * 0.5) / 3)
     _, _, metrics = loss(TwoTokens(), toy(old_log_probs=old))
@@ -85,7 +89,7 @@ def test_clipping_stops_what_has_moved_far_enough_and_nothing_else():
 
 def test_the_kl_term_pulls_towards_the_reference():
     """d/dlog p [r - log r - 1] = 1 - r with r = p_ref / p = 2: with no advantage the KL term alone is left."""
-    reference = torch.full((2, 3), torch.tensor(1.0).log().item())
+    reference = torch.full((2, 2), torch.tensor(1.0).log().item())
     batch = toy((0.0, 0.0), reference_log_probs=reference)
     found, value = gradient(GRPOLoss("dapo", 4, beta=0.1), batch)
     assert found == pytest.approx(0.1 * (1 - 2) * (0.5 - 2 * 0.5) / 3)
@@ -142,16 +146,16 @@ def random_batch(temperature: float = 1.0) -> dict[str, torch.Tensor]:
     shown = torch.arange(6) < torch.tensor([6, 3, 1, 5]).unsqueeze(1)
     old = -3.5 + torch.rand(4, 6, generator=generator)
     reference = -4.0 + torch.rand(4, 6, generator=generator)
-    ids = torch.cat((prompt, completion), 1)
-    before = torch.zeros(4, 4)
     return {
-        "input_ids": ids[:, :-1],
-        "labels": torch.cat((torch.full((4, 4), IGNORE), completion.masked_fill(~shown, IGNORE)), 1),
-        "segment_ids": torch.where(torch.cat((torch.ones(4, 5, dtype=torch.bool), shown[:, :-1]), 1), 0, -1),
+        "prompt_ids": prompt,
+        "prompt_padding": torch.zeros(4, dtype=torch.long),
+        "prompt_of": torch.arange(4),
+        "input_ids": completion[:, :-1],
+        "labels": completion.masked_fill(~shown, IGNORE),
         "advantages": torch.tensor([1.2, -0.7, 0.3, -0.8]),
-        "sampled_log_probs": torch.cat((before, old), 1),
+        "sampled_log_probs": old,
         "absent": torch.tensor([0, 0]),
-    } | {"old": torch.cat((before, old), 1), "reference": torch.cat((before, reference), 1)}
+    } | {"old": old, "reference": reference}
 
 
 # GRPOTrainer._compute_loss of trl 1.16.0 with transformers 5.23.0, on the folder that this model saves, with beta 0.04,
@@ -178,6 +182,43 @@ def test_loss_and_gradient_are_trls(kind, temperature, tiny_model):
     named = [model.lm_head, model.model.embed_tokens, model.model.layers[0].self_attn.kv_b_proj]
     found = [loss.item(), everything.item(), *(module.weight.grad.norm().item() for module in named)]
     assert found == pytest.approx(list(TRL[kind, temperature]), abs=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prompts_read_once_give_what_whole_rows_give(checkpointing, tiny_model):
+    """Log-probabilities and gradients, for prompts of several lengths whose completions stand in any order."""
+    model = tiny_model()
+    model.gradient_checkpointing = checkpointing
+    prompts, of = [[5, 9, 17, 30, 4], [8], [40, 40, 7]], [2, 0, 0, 1, 2]
+    completions = torch.randint(4, 61, (5, 9), generator=torch.Generator().manual_seed(3))
+    weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(4))
+
+    def shared() -> torch.Tensor:
+        batch = {
+            "prompt_ids": torch.tensor([[0] * (5 - len(prompt)) + prompt for prompt in prompts]),
+            "prompt_padding": torch.tensor([5 - len(prompt) for prompt in prompts]),
+            "prompt_of": torch.tensor(of),
+            "input_ids": completions[:, :-1],
+        }
+        return label_log_probs(*completion_hidden(model, batch), completions)
+
+    def whole() -> torch.Tensor:
+        rows = []
+        for row, prompt in enumerate(of):
+            ids = torch.tensor([prompts[prompt] + completions[row].tolist()])
+            out = model(ids[:, :-1])
+            rows.append(label_log_probs(out.hidden[:, -9:], out.head, completions[row : row + 1]))
+        return torch.cat(rows)
+
+    found = []
+    for compute in (shared, whole):
+        log_probs = compute()
+        model.zero_grad()
+        (log_probs * weight).sum().backward()
+        found.append((log_probs.detach(), [p.grad.clone() for p in model.model.parameters()]))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_an_unknown_loss_is_named():

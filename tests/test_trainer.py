@@ -1,137 +1,33 @@
-"""The one loop: exact resumes, exact accumulation, one bias update a step, budgets, signals and what is logged."""
+"""The one loop: exact accumulation, one bias update a step, budgets and what is logged."""
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count, pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from toy_stage import ROWS, TIME, VOCAB, Rows, biases
 
 import training.trainer
 from errors import UserError
-from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.moe import update_bias
-from text.tokenizer import Tokenizer
 from training.entries import max_violation
 from training.log import read_metrics
 from training.losses import Batch, NextTokenLoss
 from training.machine import measured_peak
 from training.optim import OptimSettings, build_optimizer
 from training.ranks import Ranks
-from training.settings import NextTokenSettings, StageSettings
+from training.settings import StageSettings
 from training.trainer import Trainer
 from training.validation import BitsPerByte
 
-VOCAB, TIME, ROWS = 600, 16, 8
 CONTRACT = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
-
-
-class Rows:
-    """Sample i is drawn by the seed i. `before` is called with the numbers of every batch."""
-
-    sequence_length = TIME
-
-    def __init__(self, before: Callable[[Sequence[int]], None] = lambda _: None) -> None:
-        self.before = before
-
-    def __len__(self) -> int:
-        return 40
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        self.before(indices)
-        rows = [torch.randint(VOCAB, (TIME + 1,), generator=torch.Generator().manual_seed(i)) for i in indices]
-        ids = torch.stack(rows) % 50 + 100
-        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
-
-
-@pytest.fixture(autouse=True)
-def quick_peak(monkeypatch) -> None:
-    monkeypatch.setattr(training.trainer, "measured_peak", lambda *_: 1e9)
-
-
-@pytest.fixture
-def make(tiny_config, tokenizer: Tokenizer, tmp_path) -> Callable[..., Trainer]:
-    """`make(out, dataset, world, model fields, **settings)`: a trainer of a fresh model, validated on 4 rows."""
-
-    def make(
-        out: str = "run", dataset: Rows | None = None, world: int = 1, model: dict | None = None, **changes: object
-    ) -> Trainer:
-        given = dict(
-            batch_tokens=ROWS * TIME, micro_tokens=ROWS * TIME, sequence_length=TIME, log_every=1, save_every=0,
-            dtype="fp32", bias_speed=0.01, max_steps=4,
-        )  # fmt: skip
-        settings = NextTokenSettings(out=str(tmp_path / out), **{**given, **changes})
-        torch.manual_seed(settings.seed)
-        config: LMConfig = tiny_config(vocab_size=VOCAB, **(model or {}))
-        ranks = Ranks(0, world, torch.device("cpu"))
-        validation = BitsPerByte([Rows().batch(range(100, 104))], tokenizer.token_bytes)
-        loss = NextTokenLoss(mtp=bool(config.num_nextn_predict_layers))
-        return Trainer(settings, ranks, MiniDeepSeek(config), tokenizer, dataset or Rows(), loss, validation)
-
-    return make
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint but the clock's."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != "progress.json"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
-
-
-def biases(model: MiniDeepSeek) -> torch.Tensor:
-    return torch.stack([router.e_score_correction_bias.clone() for router in model.routers()])
-
-
-def steps_logged(trainer: Trainer) -> list[int]:
-    return [entry["step"] for entry in read_metrics(trainer.out / "metrics.jsonl")]
-
-
-@pytest.mark.parametrize("micro_rows", [ROWS, 3], ids=["one batch", "accumulated"])
-def test_resume_is_bit_exact(micro_rows, make):
-    options = dict(max_steps=5, save_every=2, micro_tokens=micro_rows * TIME, balance_weight=0.1)
-    whole = make(**options)
-    whole.run()
-    want, log = files(whole.out / "final"), read_metrics(whole.out / "metrics.jsonl")
-    shutil.rmtree(whole.out / "final")
-    shutil.rmtree(whole.out / "step-4")
-    torch.rand(17)  # whatever happened to the random numbers meanwhile
-    again = make(**options, resume=True)
-    assert again.run() == whole.out / "final"
-    assert files(whole.out / "final") == want
-    now = read_metrics(whole.out / "metrics.jsonl")
-    clock = {"tokens_per_second", "mfu", "seconds", "memory"}
-    without = [[{k: v for k, v in entry.items() if k not in clock} for entry in entries] for entries in (log, now)]
-    assert without[0] == without[1] and [entry["step"] for entry in now] == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_resume_forgets_the_steps_it_makes_again(make):
-    """A run that died at step 3 had logged more than it saved, and its last line only half."""
-
-    def die(indices: Sequence[int]) -> None:
-        if indices[0] >= 3 * ROWS:
-            raise RuntimeError("the machine died")
-
-    died = make(dataset=Rows(die), save_every=2)
-    with pytest.raises(RuntimeError, match="the machine died"):
-        died.run()
-    with open(died.out / "metrics.jsonl", "a", encoding="utf8") as file:
-        file.write('{"step": 4, "lo')
-    assert steps_logged(died) == [0, 1, 2, 3]
-    make(resume=True, save_every=2).run()
-    assert steps_logged(died) == [0, 1, 2, 3, 4]
-    assert (died.out / "metrics.jsonl").read_text(encoding="utf8").count("\n") == 5
-
-
-def test_resume_without_a_run_begins_one(make):
-    assert make(resume=True, max_steps=1).run().name == "final"
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2, 3])
@@ -413,99 +309,6 @@ def test_rows_that_the_model_makes_are_made_before_the_step_and_survive_a_resume
     assert (now["loss"], now["sum_of_tokens"]) == (want["loss"], want["sum_of_tokens"])
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, whole.model.state_dict()[name]), name
-
-
-def test_a_folder_with_a_run_is_refused_without_resume(make):
-    first = make()
-    first.run()
-    before = files(first.out / "final")
-    with pytest.raises(UserError, match=r"run: holds a run already \(final\); add --resume"):
-        make().run()
-    assert files(first.out / "final") == before
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"seed": 1}, "seed = 0, not 1"),
-        ({"batch_tokens": 2 * ROWS * TIME}, f"rows = {ROWS}, not {2 * ROWS}"),
-        ({"model": {"kv_lora_rank": 20}}, "model.kv_lora_rank = 16, not 20"),
-    ],
-    ids=["seed", "batch", "model"],
-)
-def test_a_resume_that_would_change_the_run_is_refused(change, what, make):
-    make(max_steps=2).run()
-    with pytest.raises(UserError, match=what):
-        make(resume=True, **change).run()
-
-
-def test_a_complete_run_says_so_and_is_left_alone(make, capsys):
-    first = make()
-    first.run()
-    before = files(first.out)
-    assert make(resume=True).run() == first.out / "final"
-    assert "already complete after 4 steps" in capsys.readouterr().out
-    assert files(first.out) == before
-
-
-def test_a_larger_budget_goes_on_from_the_end(make):
-    make(max_steps=2, save_every=1).run()
-    trainer = make(max_steps=5, resume=True, save_every=2)
-    assert trainer.run() == trainer.out / "final"
-    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5]
-    saved = MiniDeepSeek.from_pretrained(trainer.out / "final").state_dict()
-    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
-    assert make(max_steps=5, resume=True).run() == trainer.out / "final"
-    assert not list(trainer.out.glob(".*"))
-
-
-def test_the_last_checkpoints_are_kept(make):
-    trainer = make(max_steps=7, save_every=1, keep=2)
-    trainer.run()
-    assert sorted(path.name for path in trainer.out.iterdir() if path.is_dir()) == ["final", "step-5", "step-6"]
-
-
-def interrupt_at(step: int, *numbers: int) -> Rows:
-    """Rows in which the signals `numbers` arrive while step `step` computes."""
-
-    def before(indices: Sequence[int]) -> None:
-        if indices[0] == (step - 1) * ROWS:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-
-    return Rows(before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step_and_resume_goes_on(number, make, capsys):
-    whole = make("whole")
-    whole.run()
-    handler = signal.getsignal(number)
-    trainer = make(dataset=interrupt_at(2, number))
-    assert trainer.run() == trainer.out / "step-2"
-    assert signal.getsignal(number) is handler
-    assert "the same command with --resume goes on from there" in capsys.readouterr().out
-    assert steps_logged(trainer) == [0, 1, 2] and not (trainer.out / "final").exists()
-    make(resume=True).run()
-    assert files(trainer.out / "final") == files(whole.out / "final")
-    assert steps_logged(trainer) == [0, 1, 2, 3, 4]
-
-
-def test_an_interrupted_extension_goes_on_from_where_it_was(make):
-    make(max_steps=2).run()
-    assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
-    trainer = make(max_steps=6, resume=True)
-    trainer.run()
-    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_a_second_signal_stops_at_once(make):
-    trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT))
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert not list(trainer.out.glob("step-*")) and not (trainer.out / "final").exists()
 
 
 def test_rows_that_do_not_divide_among_the_ranks_are_refused(make):

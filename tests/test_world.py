@@ -16,6 +16,7 @@ import text.world.__main__ as command
 from errors import UserError
 from text.world import FILES, arithmetic_problem, generate, held_out_arithmetic_problem
 from text.world.cast import ATTRIBUTES, NAMES, THINGS, World
+from text.world.columns import conclusion
 from text.world.facts import fact_questions
 from text.world.favours import COURTESY, FAVOURS
 from text.world.numbers import held_out_sum, states_held_out
@@ -242,7 +243,7 @@ def is_favour(prompt: str) -> bool:
     )
 
 
-def test_a_question_never_has_two_answers_but_for_their_courtesy(chats, questions):
+def test_a_question_never_has_two_answers_but_for_their_courtesy_and_columns(chats, questions):
     answers = {q["question"]: q["answer"] for q in questions}
     for chat in chats:
         turns = [message for message in chat if message["role"] != "system"]
@@ -250,7 +251,7 @@ def test_a_question_never_has_two_answers_but_for_their_courtesy(chats, question
             asked = turns[i]["content"]
             # 它 is whoever the turn before was about.
             asked = turns[i - 2]["content"] + asked if asked.startswith("那它") else asked
-            answer = plain(turns[i + 1]["content"])
+            answer = conclusion(plain(turns[i + 1]["content"]))
             assert answers.setdefault(asked, answer) == answer
 
 

@@ -18,7 +18,7 @@ from text.problems import Problem
 from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch
 from training.machine import autocast
-from training.policy import advantages
+from training.policy import advantages, completion_hidden
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
 from training.rollout import Completions, RolloutSettings, Sampler, chances, completion_texts, sample_completions
@@ -88,6 +88,7 @@ class Experience:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Rows for `GRPOLoss`. Rows without anything to learn are left out, so that they cost nothing."""
         rows = self.order[torch.tensor(indices) % len(self.order)]
+        rows = rows[(self.held["left_out"][rows] > 0).int().argsort(stable=True)]
         silent = rows[self.held["left_out"][rows] == 1]
         tokens = (self.held["lengths"] - self.held["prompt_lengths"])[silent].sum()
         # Those with something to learn come first; what fills up the last few rows has no labels.
@@ -197,30 +198,38 @@ class Experience:
         }
 
     def _arrange(self) -> None:
-        """Deal the rows to the ranks, the longest first: equal work for all, and little padding in a batch."""
-        held = self.held
+        """Deal the groups to the ranks, the longest first: equal work for all, and little padding in a batch."""
+        held, group = self.held, self.settings.group
         weight = held["lengths"] - (held["left_out"] > 0) * (self.sequence_length + 1)
-        ranked = weight.argsort(descending=True, stable=True)
-        self.order = torch.cat([ranked[rank :: self.ranks.world] for rank in range(self.ranks.world)])
+        ranked = weight.view(-1, group).amax(1).argsort(descending=True, stable=True)
+        dealt = torch.cat([ranked[rank :: self.ranks.world] for rank in range(self.ranks.world)])
+        self.order = (dealt.unsqueeze(1) * group + torch.arange(group)).flatten()
 
     def _rows(self, rows: Tensor) -> Batch:
-        """Inputs, labels and what belongs to each label, padded on the right to the longest of these rows.
+        """Prompts, inputs, labels and what belongs to each label; completions are padded on the right.
 
-        Of a row that is left out nothing is a label and nothing is read.
+        Of a row that is left out nothing is a label.
         """
         held = {name: value[rows] for name, value in self.held.items()}
-        begin, length = held["prompt_lengths"].unsqueeze(1), held["lengths"].unsqueeze(1)
-        length = length.masked_fill(held["left_out"].unsqueeze(1) > 0, 2)
-        width = min(-(-(int(length.max()) - 1) // WIDTH) * WIDTH, self.sequence_length - 1)
-        time = torch.arange(width)
-        labelled = (time >= begin - 1) & (time < length - 1) & (held["left_out"].unsqueeze(1) == 0)
+        groups, prompt_of = (rows // self.settings.group).unique(return_inverse=True)
+        firsts = groups * self.settings.group
+        sizes = self.held["prompt_lengths"][firsts]
+        padding = _multiple(int(sizes.max())) - sizes
+        prompt_places = (torch.arange(_multiple(int(sizes.max()))) - padding.unsqueeze(1)).clamp(min=0)
+
+        new = (held["lengths"] - held["prompt_lengths"]).masked_fill(held["left_out"] > 0, 0).unsqueeze(1)
+        time = torch.arange(_multiple(int(new.max()) - 1) + 1)
+        places = (held["prompt_lengths"].unsqueeze(1) + time).clamp(max=self.sequence_length - 1)
+        completions, labelled = held["tokens"].gather(1, places), time < new
         batch = {
-            "input_ids": held["tokens"][:, :width],
-            "labels": held["tokens"][:, 1 : width + 1].masked_fill(~labelled, IGNORE),
-            "segment_ids": torch.where(time < length - 1, 0, -1),
+            "prompt_ids": self.held["tokens"][firsts].gather(1, prompt_places),
+            "prompt_padding": padding,
+            "prompt_of": prompt_of,
+            "input_ids": completions[:, :-1],
+            "labels": completions.masked_fill(~labelled, IGNORE),
             "advantages": held["advantages"],
         }
-        place = (time - begin + 1).clamp(0, self.settings.max_new_tokens - 1)
+        place = time.clamp(max=self.settings.max_new_tokens - 1).expand_as(places)
         for name in ("sampled_log_probs", "old_log_probs", "reference_log_probs"):
             if name in held:
                 batch[name] = held[name].gather(1, place) * labelled
@@ -234,8 +243,7 @@ class Experience:
         for rows in mine[self.held["left_out"][mine] == 0].split(self.micro_rows):
             batch = {name: value.to(device) for name, value in self._rows(rows).items()}
             with autocast(self.dtype, device):
-                result = model(batch["input_ids"], segment_ids=batch["segment_ids"])
-                found = label_log_probs(result.hidden, result.head, batch["labels"], self.settings.temperature)
+                found = label_log_probs(*completion_hidden(model, batch), batch["labels"], self.settings.temperature)
             for row, values, labels in zip(rows.tolist(), found.cpu(), batch["labels"].cpu(), strict=True):
                 own = values[labels != IGNORE]
                 out[row, : len(own)] = own
@@ -276,3 +284,8 @@ class Experience:
                 "rewards": {name: values[0] for name, values in shown.rewards.items()},
             },
         }
+
+
+def _multiple(size: int) -> int:
+    """The next multiple of `WIDTH`, at least one."""
+    return max(-(-size // WIDTH), 1) * WIDTH

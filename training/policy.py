@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from model.cache import PromptLatents
 from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE, Batch
 from training.tally import Metric
@@ -31,6 +32,21 @@ def advantages(rewards_PG: Tensor, loss: str) -> tuple[Tensor, Tensor]:
     if loss != "dr_grpo":
         centred = centred / (rewards_PG.std(1, keepdim=True) + SMALL)
     return centred.masked_fill(silent.unsqueeze(1), 0.0), silent
+
+
+def completion_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The states that predict each token of each completion, (rows, new, hidden), and the head (vocab, hidden).
+
+    Each prompt goes through the network once, and the completions of its group after it.
+
+    Args:
+        batch: prompt_ids (prompts, time), padded on the left by prompt_padding (prompts,); prompt_of (rows,), which
+            prompt each completion continues; input_ids (rows, new - 1), the completions without their last token.
+    """
+    prompts, of = PromptLatents(batch["prompt_padding"]), batch["prompt_of"]
+    first = model(batch["prompt_ids"], cache=prompts)
+    rest = model(batch["input_ids"], cache=prompts.continued(of))
+    return torch.cat((first.hidden[:, -1:].index_select(0, of), rest.hidden), dim=1), rest.head
 
 
 @dataclass
@@ -66,14 +82,13 @@ class GRPOLoss:
         """The loss sum, its count, and what is logged; each metric has the completions' tokens as its count.
 
         Args:
-            batch: input_ids, segment_ids (negative: padding), labels (rows, time), -100 outside of completions;
-                sampled_log_probs (rows, time); advantages (rows,); absent (2,), completions and tokens left out
-                without variance; perhaps old_log_probs and reference_log_probs (rows, time). Without old ones the
+            batch: what `completion_hidden` reads; labels (rows, new), the completions' tokens, -100 after the end;
+                sampled_log_probs (rows, new); advantages (rows,); absent (2,), completions and tokens left out
+                without variance; perhaps old_log_probs and reference_log_probs (rows, new). Without old ones the
                 policy is the one that sampled.
         """
         labels = batch["labels"]
-        out = model(batch["input_ids"], segment_ids=batch["segment_ids"])
-        log_p, entropy = log_probs_and_entropy(out.hidden, out.head, labels, self.temperature)
+        log_p, entropy = log_probs_and_entropy(*completion_hidden(model, batch), labels, self.temperature)
         counted = labels != IGNORE
         old = batch.get("old_log_probs", log_p.detach())
         ratio = (log_p - old).exp()

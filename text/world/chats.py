@@ -6,6 +6,7 @@ import random
 
 from text.world import stories_en, stories_zh
 from text.world.cast import Character, World, companion
+from text.world.columns import explained
 from text.world.facts import Exchange, fact_questions, introduction
 from text.world.favours import courteous, either_way, favour
 from text.world.numbers import arithmetic, comparison, counting, sequence, states_held_out
@@ -91,7 +92,7 @@ FOLLOW_UPS_ZH = {
 TURN_WEIGHTS = {
     "fact": 28,
     "comprehension": 22,
-    "arithmetic": 16,
+    "arithmetic": 20,
     "comparison": 8,
     "sequence": 8,
     "counting": 7,
@@ -122,7 +123,10 @@ SUITE = {
 }
 # Shares of the preference pairs: favours, where courtesy is preferred, and questions, where it is not.
 PAIR_WEIGHTS = {"favour": 60, "fact": 15, "arithmetic": 5, "comparison": 5, "class": 5, "sequence": 5, "copy": 5}
-ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
+ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 4)
+# So many of the sums that have columns show them first. Said straight away a result is mostly wrong, with its columns
+# mostly right: greedy answers follow the many, and only rewards make a habit of the few.
+EXPLAINED = 0.3
 
 
 def chat(rng: random.Random, world: World) -> dict[str, list[dict[str, str]]]:
@@ -193,6 +197,8 @@ def _exchange(rng: random.Random, world: World, kind: str, language: str) -> lis
         return [_about(rng, world, kind, language)]
     if kind == "arithmetic":
         exchange = arithmetic(rng, rng.choice(ARITHMETIC_LEVELS), language)
+        shown = explained(exchange.question) if rng.random() < EXPLAINED else None
+        exchange = exchange._replace(answer=shown or exchange.answer)
     elif kind == "comprehension":
         exchange = comprehension(rng, world, language)
     elif kind == "favour":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from text.world.cast import World
+from text.world.columns import explained
 from text.world.facts import Exchange
 from text.world.numbers import COUNTED, addends, arithmetic, comparison, counting, sequence, two_numbers
 from text.world.reading import questions_and_answers, reading_document
@@ -26,8 +27,8 @@ LEVELS = (1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
 
 
 def sums_page(rng: random.Random, world: World, language: str) -> str:
-    """Several calculations in one of several forms: signs, words, families of four, a talk, a story."""
-    return rng.choice((_signs, _words, _families, _quiz, _word_problems))(rng, world, language)
+    """Several calculations in one of several forms: signs, words, families of four, a talk, a story, columns."""
+    return rng.choice((_signs, _words, _families, _quiz, _word_problems, _columns, _columns))(rng, world, language)
 
 
 def number_page(rng: random.Random, world: World, language: str) -> str:
@@ -91,6 +92,15 @@ def _quiz(rng: random.Random, world: World, language: str) -> str:
     return _asked(
         rng, world, [arithmetic(rng, rng.choice(LEVELS), language) for _ in range(rng.randint(2, 4))], language
     )
+
+
+def _columns(rng: random.Random, world: World, language: str) -> str:
+    """Sums worked out: 个位1加6等于7，所以51加6等于57。"""
+    shown: list[str] = []
+    while len(shown) < 4:
+        text = explained(arithmetic(rng, 2, language).question)
+        shown += [text] if text else []
+    return ("" if language == "zh" else " ").join(shown)
 
 
 def _word_problems(rng: random.Random, world: World, language: str) -> str:

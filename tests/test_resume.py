@@ -1,0 +1,137 @@
+"""Exact resumes, signals, and the checkpoints that stay."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Sequence
+
+import pytest
+import torch
+from toy_stage import ROWS, TIME, Rows, files, interrupt_at, steps_logged
+
+from errors import UserError
+from model import MiniDeepSeek
+from training.log import read_metrics
+
+
+@pytest.mark.parametrize("micro_rows", [ROWS, 3], ids=["one batch", "accumulated"])
+def test_resume_is_bit_exact(micro_rows, make):
+    options = dict(max_steps=5, save_every=2, micro_tokens=micro_rows * TIME, balance_weight=0.1)
+    whole = make(**options)
+    whole.run()
+    want, log = files(whole.out / "final"), read_metrics(whole.out / "metrics.jsonl")
+    shutil.rmtree(whole.out / "final")
+    shutil.rmtree(whole.out / "step-4")
+    torch.rand(17)  # whatever happened to the random numbers meanwhile
+    again = make(**options, resume=True)
+    assert again.run() == whole.out / "final"
+    assert files(whole.out / "final") == want
+    now = read_metrics(whole.out / "metrics.jsonl")
+    clock = {"tokens_per_second", "mfu", "seconds", "memory"}
+    without = [[{k: v for k, v in entry.items() if k not in clock} for entry in entries] for entries in (log, now)]
+    assert without[0] == without[1] and [entry["step"] for entry in now] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_resume_forgets_the_steps_it_makes_again(make):
+    """A run that died at step 3 had logged more than it saved, and its last line only half."""
+
+    def die(indices: Sequence[int]) -> None:
+        if indices[0] >= 3 * ROWS:
+            raise RuntimeError("the machine died")
+
+    died = make(dataset=Rows(die), save_every=2)
+    with pytest.raises(RuntimeError, match="the machine died"):
+        died.run()
+    with open(died.out / "metrics.jsonl", "a", encoding="utf8") as file:
+        file.write('{"step": 4, "lo')
+    assert steps_logged(died) == [0, 1, 2, 3]
+    make(resume=True, save_every=2).run()
+    assert steps_logged(died) == [0, 1, 2, 3, 4]
+    assert (died.out / "metrics.jsonl").read_text(encoding="utf8").count("\n") == 5
+
+
+def test_resume_without_a_run_begins_one(make):
+    assert make(resume=True, max_steps=1).run().name == "final"
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(make):
+    first = make()
+    first.run()
+    before = files(first.out / "final")
+    with pytest.raises(UserError, match=r"run: holds a run already \(final\); add --resume"):
+        make().run()
+    assert files(first.out / "final") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"seed": 1}, "seed = 0, not 1"),
+        ({"batch_tokens": 2 * ROWS * TIME}, f"rows = {ROWS}, not {2 * ROWS}"),
+        ({"model": {"kv_lora_rank": 20}}, "model.kv_lora_rank = 16, not 20"),
+    ],
+    ids=["seed", "batch", "model"],
+)
+def test_a_resume_that_would_change_the_run_is_refused(change, what, make):
+    make(max_steps=2).run()
+    with pytest.raises(UserError, match=what):
+        make(resume=True, **change).run()
+
+
+def test_a_complete_run_says_so_and_is_left_alone(make, capsys):
+    first = make()
+    first.run()
+    before = files(first.out)
+    assert make(resume=True).run() == first.out / "final"
+    assert "already complete after 4 steps" in capsys.readouterr().out
+    assert files(first.out) == before
+
+
+def test_a_larger_budget_goes_on_from_the_end(make):
+    make(max_steps=2, save_every=1).run()
+    trainer = make(max_steps=5, resume=True, save_every=2)
+    assert trainer.run() == trainer.out / "final"
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5]
+    saved = MiniDeepSeek.from_pretrained(trainer.out / "final").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
+    assert make(max_steps=5, resume=True).run() == trainer.out / "final"
+    assert not list(trainer.out.glob(".*"))
+
+
+def test_the_last_checkpoints_are_kept(make):
+    trainer = make(max_steps=7, save_every=1, keep=2)
+    trainer.run()
+    assert sorted(path.name for path in trainer.out.iterdir() if path.is_dir()) == ["final", "step-5", "step-6"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_resume_goes_on(number, make, capsys):
+    whole = make("whole")
+    whole.run()
+    handler = signal.getsignal(number)
+    trainer = make(dataset=interrupt_at(2, number))
+    assert trainer.run() == trainer.out / "step-2"
+    assert signal.getsignal(number) is handler
+    assert "the same command with --resume goes on from there" in capsys.readouterr().out
+    assert steps_logged(trainer) == [0, 1, 2] and not (trainer.out / "final").exists()
+    make(resume=True).run()
+    assert files(trainer.out / "final") == files(whole.out / "final")
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4]
+
+
+def test_an_interrupted_extension_goes_on_from_where_it_was(make):
+    make(max_steps=2).run()
+    assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
+    trainer = make(max_steps=6, resume=True)
+    trainer.run()
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_signal_stops_at_once(make):
+    trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(trainer.out.glob("step-*")) and not (trainer.out / "final").exists()
