@@ -45,6 +45,8 @@ typedef struct {
 #define LANES 16
 #define AHEAD 4096  // weights are fetched so many before they are needed: half the time of a step, measured
 typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef float lanes8 __attribute__((vector_size(LANES * 2)));
+typedef float lanes4 __attribute__((vector_size(LANES)));
 typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2), aligned(2)));
 typedef uint32_t whole_lanes __attribute__((vector_size(LANES * 4)));
 #define INLINE static inline __attribute__((always_inline))
@@ -70,10 +72,17 @@ INLINE float get_fine(const fine *w) { return *w; }
 INLINE float get_fine(const fine *w) { return get(w); }
 #endif
 
+// By halves: adding up one after the other would take as long as the product of a short row.
 INLINE float total(lanes v) {
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += v[i];
-  return sum;
+  lanes8 low, high;
+  lanes4 left, right;
+  memcpy(&low, &v, sizeof low);
+  memcpy(&high, (char *)&v + sizeof low, sizeof high);
+  low += high;
+  memcpy(&left, &low, sizeof left);
+  memcpy(&right, (char *)&low + sizeof left, sizeof right);
+  left += right;
+  return (left[0] + left[2]) + (left[1] + left[3]);
 }
 
 // out[r][c] = w[r] . x[c] for R rows of a matrix and C vectors: each is read once for all of the other.
@@ -113,8 +122,15 @@ static float dot(const float *a, const float *b, int64_t n) {
   return result;
 }
 
-static void add_scaled(float *out, const float *x, float by, int64_t n) {
-  for (int64_t i = 0; i < n; i++) out[i] += by * x[i];
+// Dot products of a with four neighbouring rows of x, `stride` numbers apart.
+static void four_dots(float *out, const float *a, const float *x, int64_t stride, int64_t n) {
+  lanes sum[4] = {{0}, {0}, {0}, {0}};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int r = 0; r < 4; r++) sum[r] += *(const lanes *)(a + i) * *(const lanes *)(x + r * stride + i);
+  for (int r = 0; r < 4; r++) out[r] = total(sum[r]);
+  for (; i < n; i++)
+    for (int r = 0; r < 4; r++) out[r] += a[i] * x[r * stride + i];
 }
 
 static void rms_norm(float *out, const float *x, const fine *w, int64_t n, float eps) {
@@ -179,32 +195,38 @@ static void swiglu(float *const *out, const float *const *x, const float *scale,
 // One head of one token: absorbed MLA over the positions first .. last of its row's latents.
 static void attend(const Shape *s, const Layer *layer, float *q, const float *angle, const float *latents, int64_t head,
                    int64_t first, int64_t last, float *scores, float *out) {
-  int64_t width = s->rank + s->rope;
-  float absorbed[s->rank], mixed[s->rank];
+  int64_t width = s->rank + s->rope, p;
+  float query[width], mixed[s->rank];  // [q W^UK ; q^R], as a latent is [c^KV ; k^R]
   const weight *w_uk = layer->kv_b + head * (s->nope + s->value) * s->rank, *w_uv = w_uk + s->nope * s->rank;
   rotate(q + s->nope, angle, s->rope);
-  memset(absorbed, 0, sizeof absorbed);
+  memset(query, 0, s->rank * sizeof(float));
   for (int64_t d = 0; d < s->nope; d++)
-    for (int64_t i = 0; i < s->rank; i++) absorbed[i] += q[d] * get(w_uk + d * s->rank + i);
+    for (int64_t i = 0; i < s->rank; i++) query[i] += q[d] * get(w_uk + d * s->rank + i);
+  memcpy(query + s->rank, q + s->nope, s->rope * sizeof(float));
+  for (p = first; p + 4 <= last + 1; p += 4) four_dots(scores + p, query, latents + p * width, width, width);
+  for (; p <= last; p++) scores[p] = dot(query, latents + p * width, width);
   float most = -INFINITY, sum = 0;
-  for (int64_t p = first; p <= last; p++) {
-    const float *latent = latents + p * width;
-    scores[p] = s->scale * (dot(absorbed, latent, s->rank) + dot(q + s->nope, latent + s->rank, s->rope));
+  for (p = first; p <= last; p++) {
+    scores[p] *= s->scale;
     if (scores[p] > most) most = scores[p];
   }
+  for (p = first; p <= last; p++) sum += scores[p] = expf(scores[p] - most);
   memset(mixed, 0, sizeof mixed);
-  for (int64_t p = first; p <= last; p++) {
-    float probability = expf(scores[p] - most);
-    sum += probability;
-    add_scaled(mixed, latents + p * width, probability, s->rank);
+  for (p = first; p + 4 <= last + 1; p += 4) {
+    const float *l = latents + p * width, *by = scores + p;
+    for (int64_t i = 0; i < s->rank; i++)
+      mixed[i] += by[0] * l[i] + by[1] * l[width + i] + by[2] * l[2 * width + i] + by[3] * l[3 * width + i];
   }
+  for (; p <= last; p++)
+    for (int64_t i = 0; i < s->rank; i++) mixed[i] += scores[p] * latents[p * width + i];
   for (int64_t i = 0; i < s->rank; i++) mixed[i] /= sum;
   const float *vector = mixed;
-  for (int64_t d = 0; d < s->value; d++) {
-    const weight *row = w_uv + d * s->rank;
+  for (int64_t d = 0; d < s->value; d += 4) {
+    const weight *rows[4];
     float result[4][4];
-    tile(1, 1, &row, &vector, s->rank, result);
-    out[d] = result[0][0];
+    for (int r = 0; r < 4; r++) rows[r] = w_uv + (d + r < s->value ? d + r : d) * s->rank;
+    tile(4, 1, rows, &vector, s->rank, result);
+    for (int r = 0; r < 4 && d + r < s->value; r++) out[d + r] = result[r][0];
   }
 }
 
