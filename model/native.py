@@ -29,7 +29,7 @@ from model.moe import DeepseekMoE, Router, SwiGLU
 from model.mtp import MTPLayer, SharedHead
 from model.norm import RMSNorm
 
-MOST_TOKENS = 64  # in one step; with more, large matrix products are faster
+MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SOURCE = Path(__file__).with_name("decode.c")
 WEIGHT_TYPES = (torch.float32, torch.bfloat16)

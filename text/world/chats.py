@@ -123,7 +123,7 @@ SUITE = {
 }
 # Shares of the preference pairs: favours, where courtesy is preferred, and questions, where it is not.
 PAIR_WEIGHTS = {"favour": 60, "fact": 15, "arithmetic": 5, "comparison": 5, "class": 5, "sequence": 5, "copy": 5}
-ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 4)
+ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 4)
 # So many of the sums that have columns show them first. Said straight away a result is mostly wrong, with its columns
 # mostly right: greedy answers follow the many, and only rewards make a habit of the few.
 EXPLAINED = 0.3

@@ -23,12 +23,13 @@ from text.world.words import (
     weekday_question,
 )
 
-LEVELS = (1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
+LEVELS = (1, 1, 1, 1, 1, 2, 2, 2, 2, 3)
 
 
 def sums_page(rng: random.Random, world: World, language: str) -> str:
-    """Several calculations in one of several forms: signs, words, families of four, a talk, a story, columns."""
-    return rng.choice((_signs, _words, _families, _quiz, _word_problems, _columns, _columns))(rng, world, language)
+    """Several calculations in one of several forms, sums of one digit most of all: larger ones are made of them."""
+    pages = (_table, _signs, _words, _families, _quiz, _word_problems, _columns)
+    return rng.choices(pages, weights=(4, 1, 1, 1, 1, 1, 3))[0](rng, world, language)
 
 
 def number_page(rng: random.Random, world: World, language: str) -> str:
@@ -41,13 +42,13 @@ def number_page(rng: random.Random, world: World, language: str) -> str:
 def word_page(rng: random.Random, world: World, language: str) -> str:
     """Classes, opposites, days of the week, lists said again, and the length of words."""
     pages = (_class_page, _antonym_page, _week_page, _copy_page, _length_page if language == "zh" else _copy_page)
-    return rng.choices(pages, weights=(38, 36, 8, 12, 6))[0](rng, world, language)
+    return rng.choices(pages, weights=(32, 30, 8, 24, 6))[0](rng, world, language)
 
 
 def lesson(rng: random.Random, world: World, language: str) -> str:
     """Any page of the book."""
     pages = (sums_page, number_page, word_page, reading_document)
-    return rng.choices(pages, weights=(27, 24, 21, 28))[0](rng, world, language)
+    return rng.choices(pages, weights=(32, 24, 21, 28))[0](rng, world, language)
 
 
 def _asked(rng: random.Random, world: World, exchanges: list[Exchange], language: str) -> str:
@@ -59,6 +60,17 @@ def _asked(rng: random.Random, world: World, exchanges: list[Exchange], language
 
 def _calculation(rng: random.Random) -> tuple[int, int]:
     return addends(rng, rng.choice((1, 1, 1, 2, 3)), held_out=False)
+
+
+def _table(rng: random.Random, world: World, language: str) -> str:
+    """Sums and differences of one digit, in no order: 3加4等于7，8减2等于6。"""
+    plus, minus, equals = ("加", "减", "等于") if language == "zh" else (" plus ", " minus ", " is ")
+    sums = []
+    for _ in range(rng.randint(8, 14)):
+        a = rng.randint(0, 9)
+        b = rng.randint(0, 9 - a if rng.random() < 0.7 else 9)
+        sums.append(f"{a}{plus}{b}{equals}{a + b}" if rng.random() < 0.55 else f"{a + b}{minus}{a}{equals}{b}")
+    return ("，" if language == "zh" else ", ").join(sums) + ("。" if language == "zh" else ".")
 
 
 def _signs(rng: random.Random, world: World, language: str) -> str:
@@ -153,7 +165,7 @@ def _antonym_page(rng: random.Random, world: World, language: str) -> str:
     if rng.random() < 0.3:
         return _asked(rng, world, [antonym_question(rng, language) for _ in range(3)], language)
     sentences = []
-    for word, opposite in rng.sample(antonyms(language), 6):
+    for word, opposite, _ in rng.sample(antonyms(language), 6):
         pair = (
             f"“{word}”和“{opposite}”是一对反义词。" if language == "zh" else f"{word.capitalize()} is not {opposite}."
         )

@@ -24,7 +24,7 @@ CLASSES_EN = {
     "vehicle": "car train bus truck tractor bicycle van tram",
     "tool": "hammer saw spade drill rake axe wrench chisel",
 }
-# Of every third pair only one direction is asked for; the other is stated in pretraining text and held out.
+# Of every third pair one direction is asked for in other words only; the question in plain words is held out.
 ANTONYMS_ZH = table(
     "大/小,高/矮,长/短,快/慢,冷/热,新/旧,轻/重,远/近,上/下,左/右,前/后,里/外,干/湿,软/硬,深/浅,宽/窄,厚/薄,真/假,好/坏,"
     "强/弱,粗/细,胖/瘦,哭/笑,买/卖,进/出,升/降,松/紧,开/关,早/晚,多/少,安静/吵闹,干净/肮脏,勤劳/懒惰,勇敢/胆小,"
@@ -34,6 +34,10 @@ ANTONYMS_EN = table(
     "big/small,hot/cold,fast/slow,old/new,up/down,left/right,open/closed,heavy/light,happy/sad,full/empty,clean/dirty,"
     "wet/dry,near/far,early/late,strong/weak,deep/shallow,good/bad,loud/quiet"
 )
+ANTONYM_QUESTIONS = {
+    "zh": ("“{word}”的反义词是什么？", "和“{word}”意思相反的词是什么？"),
+    "en": ("What is the opposite of {word}?", "Which word means the opposite of {word}?"),
+}
 WEEKDAYS_ZH = tuple(f"星期{day}" for day in "一二三四五六日")
 WEEKDAYS_EN = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 DAYS_ZH = {"昨天": -1, "明天": 1, "后天": 2}
@@ -69,12 +73,11 @@ def class_question(rng: random.Random, language: str, held_out: bool = False) ->
     return Exchange("class", language, question, class_statement(thing, name, language))
 
 
-def antonyms(language: str, held_out: bool | None = None) -> list[tuple[str, str]]:
-    """The pairs of opposites in both directions: all of them, or only those held out or not."""
+def antonyms(language: str) -> list[tuple[str, str, bool]]:
+    """The pairs of opposites in both directions, and whether the plain question is held out."""
     pairs = ANTONYMS_ZH if language == "zh" else ANTONYMS_EN
-    one_way = [(pair, False) for pair in pairs]
-    other_way = [((second, first), i % 3 == 1) for i, (first, second) in enumerate(pairs)]
-    return [pair for pair, kept_back in one_way + other_way if held_out in (None, kept_back)]
+    one_way = [(first, second, False) for first, second in pairs]
+    return one_way + [(second, first, i % 3 == 1) for i, (first, second) in enumerate(pairs)]
 
 
 def antonym_statement(word: str, opposite: str, language: str) -> str:
@@ -83,10 +86,11 @@ def antonym_statement(word: str, opposite: str, language: str) -> str:
 
 
 def antonym_question(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """The opposite of a word."""
-    word, opposite = rng.choice(antonyms(language, held_out))
-    question = f"“{word}”的反义词是什么？" if language == "zh" else f"What is the opposite of {word}?"
-    return Exchange("antonym", language, question, antonym_statement(word, opposite, language))
+    """The opposite of a word, asked plainly or in other words; a held-out question is plain."""
+    plain, other = ANTONYM_QUESTIONS[language]
+    word, opposite, kept_back = rng.choice([pair for pair in antonyms(language) if pair[2] or not held_out])
+    question = plain if held_out else other if kept_back else rng.choice((plain, other))
+    return Exchange("antonym", language, question.format(word=word), antonym_statement(word, opposite, language))
 
 
 def length_question(rng: random.Random) -> Exchange:
