@@ -22,7 +22,7 @@ TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
 demo: $(OUT)/grpo/final/config.json
 	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl \
-	    --favours $(WORLD)/heldout_favours.jsonl --sums arithmetic:2
+	    --favours $(WORLD)/heldout_favours.jsonl --sums arithmetic:1-2
 	@echo "talk to it: make chat$(if $(DATA), DATA=$(DATA))"
 
 chat: $(VENV)/installed
@@ -65,7 +65,7 @@ $(OUT)/dpo/final/config.json: $(OUT)/sft/final/config.json
 	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
 
 $(OUT)/grpo/final/config.json: $(OUT)/dpo/final/config.json
-	$(RUN) grpo_train.py --config configs/demo/grpo.yaml --ckpt $(OUT)/dpo/final --data arithmetic:2 --out $(OUT)/grpo --resume true
+	$(RUN) grpo_train.py --config configs/demo/grpo.yaml --ckpt $(OUT)/dpo/final --data arithmetic:1-2 --out $(OUT)/grpo --resume true
 	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
 
 # The R1 path (DeepSeek-R1, section 2): each step is one config, and begins where the step before it ended or at the base.

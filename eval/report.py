@@ -1,7 +1,7 @@
 """What the stages of one run folder achieved: a table, sample answers and curves.
 
 python eval/report.py --out out/demo --questions data/demo/heldout_questions.jsonl \\
-    --favours data/demo/heldout_favours.jsonl --sums arithmetic:2
+    --favours data/demo/heldout_favours.jsonl --sums arithmetic:1-2
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def report(
         out: folder that holds the stages' runs: pretrain, sft, dpo, grpo
         questions: JSONL with question, answer and kind; empty: no questions
         favours: JSONL with question, answer, opening and closing of the preferred style; empty: no such row
-        sums: problems with held-out ones, as for grpo_train.py, such as arithmetic:2; empty: no such rows
+        sums: problems with held-out ones, as for grpo_train.py, such as arithmetic:1-2; empty: no such rows
         samples: conversations to show
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
