@@ -201,7 +201,7 @@ def test_make_demo_runs_the_stages_in_order(tmp_path):
         "eval/report.py",
     ]  # fmt: skip
     solving = parse(GRPOSettings, "", made[5][1:])
-    assert (solving.ckpt, solving.data, solving.out) == (f"{out}/dpo/final", "arithmetic:2", f"{out}/grpo")
+    assert (solving.ckpt, solving.data, solving.out) == (f"{out}/dpo/final", "arithmetic:1-2", f"{out}/grpo")
     assert solving.resume
     preferring = parse(DPOSettings, "", made[4][1:])
     assert (preferring.ckpt, preferring.data) == (f"{out}/sft/final", f"{world}/preferences.jsonl")
