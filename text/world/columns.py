@@ -30,7 +30,7 @@ def worked(question: str) -> str:
 
 def _columns(a: int, sign: str, b: int, words: dict[str, str]) -> Iterator[str]:
     """Ones, then tens, where no carry or borrowing is in the way; nothing to say of smaller numbers."""
-    if sign == "×" or max(a, b) < 20 or max(a, b) > 99:
+    if sign == "×" or max(a, b) < 10 or max(a, b) > 99:
         return
     (tens, ones), (more, other) = divmod(a, 10), divmod(b, 10)
     column = ones + other if sign == "+" else ones - other

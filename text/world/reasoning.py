@@ -45,12 +45,12 @@ def problems(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
         yield {"question": exchange.question, "answer": answer[0], "kind": kind}
 
 
-def generate(out: Path, seed: int = 1, few: int = 400, many: int = 4000) -> None:
+def generate(out: Path, seed: int = 1, few: int = 400, many: int = 6000) -> None:
     """Write the three files into `out`."""
     rng = random.Random(f"{seed}/reasoning")
     files = {
         "format.jsonl": [cold_start(rng, (1, 2), brief=True) for _ in range(few)],
-        "cold_start.jsonl": [cold_start(rng, (1, 2, 3), brief=False) for _ in range(many)],
+        "cold_start.jsonl": [cold_start(rng, (1, 1, 2, 2, 2, 3), brief=False) for _ in range(many)],
         "problems.jsonl": list(problems(rng, many)),
     }
     out.mkdir(parents=True, exist_ok=True)
