@@ -149,9 +149,14 @@ def judged_samples(
 
 
 def verified(samples: list[Sample], judge: Rewards, at_least: float, keep: int, told: Statistics) -> list[str]:
-    """The answers to one problem that are worth keeping: different, complete, the shortest ones."""
+    """The answers to one problem that are worth keeping: different, complete, the shortest ones.
+
+    Silence is no answer, and neither is a text with NUL, which readers of chats refuse.
+    """
     totals, _ = judge(samples)
-    right = [sample.text for sample, total in zip(samples, totals, strict=True) if total >= at_least and sample.ended]
+    paired = zip(samples, totals, strict=True)
+    right = [sample.text for sample, total in paired if total >= at_least and sample.ended]
+    right = [text for text in right if text.strip() and "\0" not in text]
     different = sorted(set(right), key=lambda text: (len(text), text))
     told.prompts += 1
     told.samples += len(samples)

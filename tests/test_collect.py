@@ -72,6 +72,10 @@ def test_problems_of_other_kinds_have_their_answer_and_nothing_held_out(files):
 def test_the_shortest_different_right_answers_are_kept():
     problem, told = Problem("?", "7", "sums"), collect.Statistics()
     texts = ["it is 7", "7", "7", "8", "so 7", "7 but cut"]
+    assert (
+        collect.verified([Sample(problem, " \n", 1, 9)], Rewards.of({"overlong": 1.0}), -1, 2, collect.Statistics())
+        == []
+    )
     samples = [Sample(problem, text, 4, 9, ended=text != "7 but cut") for text in texts]
     kept = collect.verified(samples, Rewards.of({"correct": 1.0}), 1.0, 2, told)
     assert kept == ["7", "so 7"]

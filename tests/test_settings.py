@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -143,11 +144,8 @@ def test_help_explains_every_option(script, monkeypatch, capsys):
         parse(kind, script.__doc__, ["--help"])
     shown = capsys.readouterr().out
     assert end.value.code == 0 and script.__doc__.splitlines()[0] in shown
-    explanations = dict(
-        re.findall(
-            r"^ {8}(\w+): (.+?)[.;]?$", "\n".join(part.__doc__ or "" for part in reversed(kind.__mro__)), re.MULTILINE
-        )
-    )
+    told = "\n".join(inspect.cleandoc(part.__doc__ or "") for part in reversed(kind.__mro__))
+    explanations = dict(re.findall(r"^ {4}(\w+): (.+?)[.;]?$", told, re.MULTILINE))
     text = " ".join(shown.split())
     for option in fields(kind):
         assert f"--{option.name}" in shown
