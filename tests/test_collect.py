@@ -72,10 +72,9 @@ def test_problems_of_other_kinds_have_their_answer_and_nothing_held_out(files):
 def test_the_shortest_different_right_answers_are_kept():
     problem, told = Problem("?", "7", "sums"), collect.Statistics()
     texts = ["it is 7", "7", "7", "8", "so 7", "7 but cut"]
-    assert (
-        collect.verified([Sample(problem, " \n", 1, 9)], Rewards.of({"overlong": 1.0}), -1, 2, collect.Statistics())
-        == []
-    )
+    for nothing in (" \n", "7\0"):
+        sample = [Sample(problem, nothing, 1, 9)]
+        assert collect.verified(sample, Rewards.of({"overlong": 1.0}), -1, 2, collect.Statistics()) == []
     samples = [Sample(problem, text, 4, 9, ended=text != "7 but cut") for text in texts]
     kept = collect.verified(samples, Rewards.of({"correct": 1.0}), 1.0, 2, told)
     assert kept == ["7", "so 7"]
@@ -84,18 +83,8 @@ def test_the_shortest_different_right_answers_are_kept():
 
 def test_what_is_collected_can_be_fine_tuned_on(files, pretrained, tmp_path, run):
     arguments = ["--ckpt", pretrained / "final", "--data", "arithmetic:1", "--out", tmp_path / "kept.jsonl"]
-    arguments += [
-        "--prompts",
-        8,
-        "--samples",
-        4,
-        "--max_new_tokens",
-        6,
-        "--rewards",
-        '{"overlong": 1}',
-        "--dtype",
-        "fp32",
-    ]
+    arguments += ["--prompts", 8, "--samples", 4, "--max_new_tokens", 6, "--dtype", "fp32"]
+    arguments += ["--rewards", '{"overlong": 1}']
     done = run(collect.main, *arguments, "--at_least", -1, "--mix", files / "cold_start.jsonl", "--mix_share", 0.5)
     assert done.code == 0, done.err
     written = list(read_conversations(tmp_path / "kept.jsonl"))
