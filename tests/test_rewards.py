@@ -291,3 +291,9 @@ def test_verification_works_from_any_thread():
     for thread in threads:
         thread.join()
     assert answers == dict.fromkeys(range(4), True)
+
+
+def test_a_verifier_that_cannot_start_is_an_error_and_no_wrong_answer(monkeypatch):
+    monkeypatch.setattr("training.verifier.sys.executable", "false")
+    with pytest.raises(UserError, match="math-verify does not start; pip install"):
+        Verifier().equal("1/2", r"\frac{1}{2}")

@@ -201,6 +201,8 @@ def _values(name: str, function: Reward, samples: Sequence[Sample]) -> list[floa
     try:
         given = function(samples)
         values = [float(value) for value in given]
+    except UserError:
+        raise
     except Exception as error:  # a person's own code
         raise UserError(f"reward {name!r}: failed with {_said(error)}; {remedy}") from error
     if len(values) != len(samples):

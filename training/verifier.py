@@ -6,14 +6,18 @@ integers. Here the caller waits, and a process that does not answer in time is k
 
 from __future__ import annotations
 
+import atexit
 import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO
+
+from errors import UserError
 
 SECONDS = 3.0
 STARTING_SECONDS = 60.0  # importing sympy on a busy machine
@@ -34,6 +38,8 @@ class Verifier:
     def equal(self, wanted: str, given: str) -> bool | None:
         """Whether math-verify takes `given` for `wanted`; None when it can read one of them not at all, or not in time.
 
+        Raises `UserError` when math-verify cannot be started.
+
         wanted, given: the bare answers, such as `1/2`, `\\frac{1}{2}`, `x=3`.
         """
         with self._lock:
@@ -52,7 +58,8 @@ class Verifier:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
+            with suppress(OSError):  # a question that it never read is still in the pipe
+                self._process.stdin.close()
             self._process = None
 
     def _start(self) -> None:
@@ -65,7 +72,13 @@ class Verifier:
         )
         self._answers: Queue[str] = Queue()
         threading.Thread(target=_forward, args=(self._process.stdout, self._answers), daemon=True).start()
-        self._answers.get(timeout=STARTING_SECONDS)
+        atexit.register(self.stop)
+        if not self._answers.get(timeout=STARTING_SECONDS):
+            self.stop()
+            raise UserError(
+                "math-verify does not start; pip install -r requirements.txt, "
+                f"or see what {sys.executable} -m training.verifier says"
+            )
 
 
 @lru_cache(maxsize=1)
