@@ -55,6 +55,12 @@ def test_a_run_without_experts_or_validation_is_drawn_too(tmp_path, drawn):
     assert titles == {"training loss", "learning rate", "speed"}  # no empty panels
 
 
+def test_a_loss_that_is_rounding_alone_is_not_drawn(tmp_path, drawn):
+    entries = [{"step": step, "tokens": step, "loss": 1e-9 * step, "reward": 0.1 * step, "lr": 1e-6} for step in (1, 2)]
+    draw_run(run_folder(tmp_path / "run", *entries))
+    assert [axis.get_title() for axis in drawn[0].axes if axis.get_title()] == ["rewards", "learning rate"]
+
+
 def test_a_run_without_metrics_has_no_curves(tmp_path):
     assert draw_run(tmp_path) is None
     assert draw_run(run_folder(tmp_path / "run")) is None

@@ -24,6 +24,7 @@ PANELS = (
 # Measured before the first step too; what is a matter of training begins at step 1.
 FROM_THE_START = ("held-out text", "rewards")
 COLUMNS = 3
+ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this
 
 
 def draw_run(out: Path) -> Path | None:
@@ -41,7 +42,7 @@ def draw_run(out: Path) -> Path | None:
     ]
     trained = [entry for entry in entries if entry["step"] > 0]
     drawn = [(title, unit, keys, entries if title in FROM_THE_START else trained) for title, unit, keys in PANELS]
-    drawn = [panel for panel in drawn if any(entry.get(key) is not None for entry in panel[3] for key in panel[2])]
+    drawn = [panel for panel in drawn if any(_says(entry.get(key)) for entry in panel[3] for key in panel[2])]
     loads = [entry["expert_load"] for entry in entries if entry.get("expert_load")]
     rows = -(-(len(drawn) + bool(loads)) // COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(15, 4 * rows), layout="constrained", squeeze=False)
@@ -57,6 +58,11 @@ def draw_run(out: Path) -> Path | None:
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     return path
+
+
+def _says(value: float | None) -> bool:
+    """Whether there is something to draw."""
+    return value is not None and abs(value) > ROUNDING
 
 
 def _curve(axis: Any, entries: list[dict[str, Any]], keys: dict[str, str], title: str, unit: str) -> None:
