@@ -7,6 +7,7 @@ python eval/report.py --out out/demo --questions data/demo/heldout_questions.jso
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def report(
     for run in runs:
         picture = draw_run(run)
         if picture is not None:
-            picture.replace(folder / f"{run.name}.png")
+            shutil.copyfile(picture, folder / f"{run.name}.png")
     shown = random.Random(0).sample(results, min(samples, len(results)))
     (folder / "report.md").write_text(_markdown(rows, shown, runs), encoding="utf8")
     _print(rows, shown)

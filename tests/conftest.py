@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,14 @@ TINY = dict(
 def one_thread() -> None:
     """Models this small only wait for each other's threads, ten times as long as they compute on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_pictures() -> Iterator[None]:
+    """Runs leave their curves out, which would take longer than the runs; tests/test_plots.py draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.trainer, "draw_run", lambda out: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot
 
+import training.trainer
 from training.log import read_metrics
 from training.plots import draw_run
 
@@ -46,6 +47,13 @@ def test_a_real_run_is_drawn_from_its_metrics(pretrained, tmp_path, drawn):
     assert panels["expert balance"].lines[0].get_ydata().tolist() == [max(entry["max_vio"]) for entry in entries[1:]]
     load = panels["expert load on held-out text"].images[0].get_array()
     assert load.tolist() == [[share * 8 for share in layer] for layer in entries[-1]["expert_load"]]
+
+
+def test_a_finished_run_has_its_curves(make, monkeypatch):
+    monkeypatch.setattr(training.trainer, "draw_run", draw_run)
+    trainer = make(max_steps=2)
+    trainer.run()
+    assert (trainer.out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_experts_or_validation_is_drawn_too(tmp_path, drawn):

@@ -23,6 +23,7 @@ from training.log import RunLog
 from training.losses import Batch, Loss
 from training.machine import autocast, choose_dtype, measured_peak, peak_memory
 from training.optim import build_optimizer
+from training.plots import draw_run
 from training.ranks import Ranks
 from training.resume import left_off, take_up
 from training.schedule import Budget, learning_rate, lowest, value_at
@@ -118,6 +119,8 @@ class Trainer:
         with self.interrupt, log:
             self._loop(log, fresh, costs.flops / peak)
         self._finish()
+        if self.ranks.main:
+            draw_run(self.out)
         return newest(self.out) or self.out
 
     def _loop(self, log: RunLog, fresh: bool, mfu_per_rate: float) -> None:
