@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from errors import naming
 
 COLUMNS = (
+    ("reward", "reward {:.3f}"),
     ("loss", "loss {:.4f}"),
     ("mtp_loss", "mtp {:.3f}"),
     ("accuracy", "preferred {:.1%}"),
@@ -25,7 +26,6 @@ COLUMNS = (
     ("mfu", "mfu {:.1%}"),
     ("max_vio_worst", "MaxVio {:.2f}"),
     ("memory_gb", "{:.1f} GB"),
-    ("reward", "reward {:.3f}"),
     ("completion_length", "length {:.0f}"),
     ("zero_variance", "same {:.0%}"),
     ("clip_share", "clipped {:.1%}"),
@@ -35,6 +35,8 @@ COLUMNS = (
     ("val_margin", "margin {:.3f}"),
     ("val_bits_per_byte", "val {:.4f} bits/byte"),
 )
+
+ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
 
 
 class RunLog:
@@ -97,6 +99,8 @@ class RunLog:
         values = dict(metrics)
         if metrics.get("max_vio"):
             values["max_vio_worst"] = max(metrics["max_vio"])
+        if abs(metrics.get("loss", 1.0)) < ROUNDING:
+            del values["loss"]
         if metrics.get("memory"):
             values["memory_gb"] = metrics["memory"] / 1e9
         shown = [form.format(values[name]) for name, form in COLUMNS if values.get(name) is not None]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from training.log import read_metrics
+from training.log import ROUNDING, read_metrics
 
 # Title, unit, and what of an entry is drawn under which name. A panel of which a run has nothing is left out.
 PANELS = (
@@ -24,7 +24,6 @@ PANELS = (
 # Measured before the first step too; what is a matter of training begins at step 1.
 FROM_THE_START = ("held-out text", "rewards")
 COLUMNS = 3
-ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this
 
 
 def draw_run(out: Path) -> Path | None:
