@@ -1,6 +1,7 @@
 """One GRPO step, rollout and update, against trl's GRPOTrainer: same checkpoint, prompts and group size, in turn.
 
 python bench/grpo.py [--preset demo] [--dtype fp32] [--prompts 8] [--group 8] [--new 64] [--rounds 5]
+python bench/grpo.py --dtype bf16 --data gsm8k_train.jsonl --longest 256        prompts of a real length
 
 trl is no requirement of the project: pip install trl accelerate, or give the folder that holds them as PYTHONPATH.
 """
@@ -35,8 +36,6 @@ from training.rewards import Rewards, Sample, reward
 from training.rollout import Sampler
 from training.trainer import Trainer
 
-DATA = "arithmetic:1-3"
-
 
 @reward
 def variety(sample: Sample) -> float:
@@ -57,6 +56,8 @@ def main() -> None:
     parser.add_argument(
         "--new", type=int, default=64, help="tokens of a completion; random weights hardly ever end one"
     )
+    parser.add_argument("--data", default="arithmetic:1-3", help="problems, as for grpo_train.py")
+    parser.add_argument("--longest", type=int, default=64, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
@@ -67,14 +68,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(options.preset, Path(folder))
-        shape = [f"--{name}={getattr(options, name)}" for name in ("dtype", "prompts", "group", "new")]
+        shape = [
+            f"--{name}={getattr(options, name)}" for name in ("dtype", "prompts", "group", "new", "data", "longest")
+        ]
         contenders = [
             Contender(name, [__file__, "--folder", folder, *shape, "--worker", name]) for name in ("ours", "trl")
         ]
         compare(contenders, options.rounds)
     print(
-        f"{options.preset} without MTP, {options.prompts} prompts x {options.group} completions of up to {options.new} "
-        f"tokens, {options.dtype}; medians of {options.rounds}"
+        f"{options.preset} without MTP, {options.prompts} prompts of {options.data} x {options.group} completions of "
+        f"up to {options.new} tokens, {options.dtype}; medians of {options.rounds}"
     )
     print(table(contenders, {"samples/s": "{:,.2f}", "memory_mb": "{:,.0f}"}))
     print(f"samples/s against trl: {verdict(*contenders, 'samples/s')}")
@@ -96,15 +99,15 @@ def write_checkpoint(preset: str, folder: Path) -> None:
 
 def ours(options: argparse.Namespace) -> None:
     """A step of the project's trainer for each line on stdin."""
-    rows, length = options.prompts * options.group, 64 + options.new
+    rows, length = options.prompts * options.group, options.longest + options.new
     settings = GRPOSettings(
-        ckpt=options.folder, data=DATA, out=options.folder + "/run", dtype=options.dtype, device="cpu",
+        ckpt=options.folder, data=options.data, out=options.folder + "/run", dtype=options.dtype, device="cpu",
         prompts=options.prompts, group=options.group, max_new_tokens=options.new, sequence_length=length,
         micro_tokens=rows * length, max_steps=10**6, optim=OptimSettings(lr=1e-6, weight_decay=0.0),
     )  # fmt: skip
     model, tokenizer = MiniDeepSeek.from_pretrained(options.folder), Tokenizer.from_folder(options.folder)
     ranks, dtype = Ranks.start("cpu"), DTYPES[options.dtype]
-    prompts = PromptDataset([(DATA, 1.0)], tokenizer, 64)
+    prompts = PromptDataset([(options.data, 1.0)], tokenizer, options.longest)
     rewards = Rewards({"variety": variety}, {"variety": 1.0})
     experience = Experience(prompts, rewards, Sampler(model, dtype), settings, length, rows, ranks, dtype)
     trainer = Trainer(settings, ranks, model, tokenizer, experience, GRPOLoss("grpo", options.new))
@@ -130,7 +133,7 @@ def trl(options: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     rows = options.prompts * options.group
-    prompts = PromptDataset([(DATA, 1.0)], Tokenizer.from_folder(options.folder), 64)
+    prompts = PromptDataset([(options.data, 1.0)], Tokenizer.from_folder(options.folder), options.longest)
     chats = [{"prompt": [{"role": "user", "content": prompts.problem(i).question}]} for i in range(4000)]
 
     class Turns(TrainerCallback):
