@@ -194,6 +194,15 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(small, make):
     assert sum((batch["labels"] >= 0).sum() for batch in everything) == lengths[:3].sum()
 
 
+def test_what_is_learnt_comes_before_what_fills_a_batch(small, make):
+    experience = make(small, {f"{__name__}:letters": 1.0}, prompts=8)
+    experience.prepare(0, small)
+    experience.held["left_out"] = torch.tensor([2, 2, 2, 0] * 8)  # of each group only the last completion was not cut
+    experience._arrange()
+    batch = experience.batch(range(32))
+    assert (batch["labels"] >= 0).any(1).tolist() == [True] * 8 + [False] * 8
+
+
 def test_labels_are_the_completions_and_meet_their_own_log_probabilities(small, make):
     experience = make(small, {f"{__name__}:letters": 1.0})
     experience.prepare(0, small)

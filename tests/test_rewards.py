@@ -297,3 +297,11 @@ def test_a_verifier_that_cannot_start_is_an_error_and_no_wrong_answer(monkeypatc
     monkeypatch.setattr("training.verifier.sys.executable", "false")
     with pytest.raises(UserError, match="math-verify does not start; pip install"):
         Verifier().equal("1/2", r"\frac{1}{2}")
+
+
+def test_what_a_reward_says_to_people_is_not_wrapped_up():
+    def told(samples):
+        raise UserError("rules.txt: is missing; write it")
+
+    with pytest.raises(UserError, match="^rules.txt: is missing; write it$"):
+        Rewards({"told": told}, {"told": 1.0})([Sample(Problem("?", "1", "all"), "1", 1, 9)])
