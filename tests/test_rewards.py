@@ -303,5 +303,5 @@ def test_what_a_reward_says_to_people_is_not_wrapped_up():
     def told(samples):
         raise UserError("rules.txt: is missing; write it")
 
-    with pytest.raises(UserError, match="^rules.txt: is missing; write it$"):
+    with pytest.raises(UserError, match=r"^rules\.txt: is missing; write it$"):
         Rewards({"told": told}, {"told": 1.0})([Sample(Problem("?", "1", "all"), "1", 1, 9)])
