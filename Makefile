@@ -43,7 +43,7 @@ clean-demo:
 	rm -rf $(OUT) $(WORLD) data/shards
 
 # Each stage makes a folder, and make skips what is there. An interrupted stage goes on from its last checkpoint.
-$(WORLD)/pretrain.csv: $(VENV)/installed
+$(WORLD)/pretrain.csv: | $(VENV)/installed
 	$(RUN) -m text.world --out $(WORLD)
 
 $(OUT)/tokenizer/tokenizer.json: $(TEXT) | $(VENV)/installed
@@ -80,7 +80,7 @@ r1: $(R1)/last/final/config.json
 	$(RUN) eval/reasoning.py --data $(SUMS) --json $(R1)/table.json \
 	    --ckpt $(R1)/format/final,$(R1)/zero/final,$(R1)/cold_start/final,$(R1)/reasoning/final,$(R1)/sft/final,$(R1)/last/final
 
-$(WORLD)/r1/cold_start.jsonl: $(VENV)/installed
+$(WORLD)/r1/cold_start.jsonl: | $(VENV)/installed
 	$(RUN) -m text.world.reasoning --out $(WORLD)/r1
 
 $(R1)/format/final/config.json: $(BASE)/config.json $(WORLD)/r1/cold_start.jsonl
