@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import operator
 import random
 import re
 from collections import Counter
@@ -308,6 +309,15 @@ def test_no_name_is_part_of_a_sentence_template():
     assert not [name for name, _ in NAMES if name in text]
 
 
+def calculated(said: str) -> int:
+    """12 + 3 - 4, from left to right: a product stands alone."""
+    first, *steps = re.findall(r"([-+*]?)\s*(\d+)", said)
+    value = int(first[1])
+    for sign, number in steps:
+        value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](value, int(number))
+    return value
+
+
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_arithmetic_answers_are_right_and_never_held_out(level):
     rng = random.Random(level)
@@ -317,8 +327,7 @@ def test_arithmetic_answers_are_right_and_never_held_out(level):
         for chinese, sign in (("加|plus", "+"), ("减|minus", "-"), ("乘|times|×", "*")):
             answer, question = (re.sub(chinese, sign, text) for text in (answer, question))
         said, result = re.split("等于|is", answer.rstrip("。."))
-        assert re.fullmatch(r"[\d\s+*-]+", said)  # digits and signs only: as safe to evaluate as a sum
-        assert eval(said) == int(result) >= 0
+        assert calculated(said) == int(result) >= 0
         assert numbers_in(question) == numbers_in(said)
 
 

@@ -214,8 +214,9 @@ class Experience:
         groups, prompt_of = (rows // self.settings.group).unique(return_inverse=True)
         firsts = groups * self.settings.group
         sizes = self.held["prompt_lengths"][firsts]
-        padding = _multiple(int(sizes.max())) - sizes
-        prompt_places = (torch.arange(_multiple(int(sizes.max()))) - padding.unsqueeze(1)).clamp(min=0)
+        longest = _multiple(int(sizes.max()))
+        padding = longest - sizes
+        prompt_places = (torch.arange(longest) - padding.unsqueeze(1)).clamp(min=0)
 
         new = (held["lengths"] - held["prompt_lengths"]).masked_fill(held["left_out"] > 0, 0).unsqueeze(1)
         time = torch.arange(_multiple(int(new.max()) - 1) + 1)

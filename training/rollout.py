@@ -170,9 +170,9 @@ def completion_texts(tokenizer: Tokenizer, made: Completions) -> list[str]:
 class Sampler:
     """The policy in the type that it computes in. In bfloat16 a copy of the matrices, made anew for every rollout.
 
-    Norms and routers keep their float32 weights, so that products are rounded where autocast rounds them in training:
-    sampler and trainer differ by the order of their sums, the absorbed form of attention, and the logits of a few rows
-    on CPU, which are not rounded.
+    Norms and routers keep their float32 weights, so that products are rounded where autocast rounds them in training.
+    Sampler and trainer differ by the order of their sums, by the absorbed form of attention, and on CPU, where few rows
+    are decoded in C (`model/native.py`), by numbers between the products and logits that are not rounded at all.
     """
 
     def __init__(self, model: MiniDeepSeek, dtype: torch.dtype) -> None:
