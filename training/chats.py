@@ -1,0 +1,48 @@
+"""What the stages that learn from conversations share: their settings and how they open the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dataset import ChatDataset
+from text.tokenizer import Tokenizer
+from training.optim import OptimSettings
+from training.ranks import Ranks
+from training.settings import NextTokenSettings
+from training.validation import BitsPerByte, held_out_batches
+
+
+@dataclass(kw_only=True)
+class ChatSettings(NextTokenSettings):
+    """Settings of a stage that learns from conversations.
+
+    Args:
+        ckpt: checkpoint folder to start from.
+        data: files of conversations (Alpaca, ShareGPT or messages; JSON or JSONL), separated by commas.
+        packing: fill each row with several conversations that do not see each other.
+        val_fraction: share of the conversations held out.
+    """
+
+    ckpt: str
+    data: str
+    packing: bool = True
+    val_fraction: float = 0.01
+    epochs: float = 2.0
+    batch_tokens: int = 16384
+    balance_weight: float | dict[str, float] = 1e-4
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, weight_decay=0.0, decay_from=0.0))
+
+
+def open_chats(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks) -> tuple[ChatDataset, BitsPerByte | None]:
+    """The conversations to train on, told of on the main rank, and what measures the held-out ones (None without)."""
+    paths = [path for path in settings.data.split(",") if path]
+    options = dict(
+        on_error=settings.on_error, packing=settings.packing, val_fraction=settings.val_fraction, progress=ranks.main
+    )
+    dataset = ChatDataset(paths, tokenizer, settings.sequence_length, settings.seed, **options)
+    if ranks.main:
+        dataset.print_summary()
+    if not dataset.validation:
+        return dataset, None
+    batches = held_out_batches(dataset.validation, settings.val_tokens, settings.micro_tokens)
+    return dataset, BitsPerByte(batches, tokenizer.token_bytes)
