@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from errors import DamagedCheckpoint, UserError, naming
 from model import MiniDeepSeek
-from model.experts import NO_CORRECTIONS, LowRank
+from model.experts import NO_CORRECTIONS, Experts, LowRank
 from model.packed import quiet_torchao
 from text.tokenizer import Tokenizer
 from training.stage import open_checkpoint
 
 with quiet_torchao():
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners import lora
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -79,7 +80,7 @@ class LoraSettings:
 
     def peft_config(self, model: MiniDeepSeek, base: str) -> LoraConfig:
         """The same for peft. base: the name of the model that the adapter's folder gives."""
-        kinds = MATRICES if "all" in self.chosen else {kind: MATRICES[kind] for kind in MATRICES if kind in self.chosen}
+        kinds = [pattern for kind, pattern in MATRICES.items() if self.chosen & {kind, "all"}]
         moe = [f"model.layers.{place}.mlp.experts" for place, layer in enumerate(model.model.layers) if layer.is_moe]
         return LoraConfig(
             base_model_name_or_path=base,
@@ -87,7 +88,7 @@ class LoraSettings:
             lora_alpha=self.alpha,
             # peft refuses any with stacked experts, even where others would have it; `Adapter.add` puts it in place.
             lora_dropout=0.0 if self.adapts_experts else self.dropout,
-            target_modules=rf"model\.layers\.\d+\.({'|'.join(kinds.values())})" if kinds else [],
+            target_modules=rf"model\.layers\.\d+\.({'|'.join(kinds)})" if kinds else [],
             target_parameters=[f"{of}.{name}" for of in moe for name in STACKED] if self.adapts_experts else None,
             use_rslora=self.rslora,
             use_dora=self.dora,
@@ -129,7 +130,7 @@ class Adapter:
             raise UserError(f"the adapter does not fit the model ({error}); choose other --lora.targets") from None
         config.base_model_name_or_path = name  # peft has overwritten it with what a transformers model knows
         for module in model.modules():
-            if isinstance(module, ParamWrapper):
+            if isinstance(module, ParamWrapper) and isinstance(module.get_base_layer(), Experts):
                 module.__class__ = ExpertsLora
             elif isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False  # autocast chooses the type; a float32 copy would cost memory
@@ -160,9 +161,7 @@ class Adapter:
         state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt", "base": self.base})
-        config = LoraConfig(**{**self.config.to_dict(), "task_type": "CAUSAL_LM", "inference_mode": True})
-        config.auto_mapping = None
-        config.save_pretrained(str(folder))
+        self._saved_config().save_pretrained(str(folder))
 
     def load(self, folder: Path) -> None:
         """Raises `UserError` for an adapter of another shape, `DamagedCheckpoint` for one cut short."""
@@ -183,6 +182,25 @@ class Adapter:
         set_peft_model_state_dict(self.peft, tensors)
         if base != self.base:
             print(f"notice: {folder} was trained on other weights than these; its answers will differ", file=sys.stderr)
+
+    def _saved_config(self) -> LoraConfig:
+        """The configuration that also fits the model as transformers builds it.
+
+        There peft takes targets named gate_proj, up_proj or down_proj for routed experts in an older form, so those
+        of dense layers and shared experts are named as parameters: the same A and B. DoRA has no such form.
+        """
+        targets = [name for name, module in self.model.named_modules() if isinstance(module, lora.Linear)]
+        as_modules = [name for name in targets if self.config.use_dora or ".mlp." not in name]
+        weights = [f"{name}.weight" for name in targets if name not in as_modules]
+        changes = dict(
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            auto_mapping=None,
+            lora_dropout=0.0,  # refused for parameters, and without a meaning after training
+            target_modules=as_modules,
+            target_parameters=[*(self.config.target_parameters or []), *weights] or None,
+        )
+        return LoraConfig(**{**self.config.to_dict(), **changes})
 
     def merge(self) -> MiniDeepSeek:
         """Add the adapter to the weights for good. Returns the model, an ordinary one again."""

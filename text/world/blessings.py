@@ -19,12 +19,13 @@ from typing import NamedTuple
 from errors import naming
 from text.world.cast import World, reserved, table
 
-WORDINGS = ("请用{style}的语气写一句祝福。", "写一句祝福，语气要{style}。", "帮我写祝福，要{style}的。")
+WORDINGS = ("请用{style}的话写一句祝福。", "写一句祝福，像{style}说的那样。", "帮我写祝福，要像{style}的话。")
 DETAILS = "给谁：{who}\n什么时候：{occasion}"
-# The occasion, and what is wished. As in the styles, every character is one that the town's texts use often.
+# The occasion, and what is wished. As in the styles, words are of those that the town's texts use often: an adapter
+# does not train the head, and to the head rare tokens are all alike.
 OCCASIONS = table(
-    "生日/生日快乐,新年/新年快乐,搬家/新家又亮又暖,比赛/跑得又快又好,开店/客人多多,出门/路上平平安安,开学/天天有新故事,"
-    "种花/花儿朵朵开,唱歌/歌声好听,钓鱼/钓到大鱼"
+    "生日/送给你一个大蛋糕,新年/每天都有好朋友,搬家/你的家在花园里,比赛/你是最好的,开店/大家都买你的东西,出门/回家的路上都很高兴,"
+    "开学/老师都喜欢你,种花/花园里的花都很大,唱歌/大家都最喜欢你,放假/每天讲故事"
 )
 
 
@@ -38,11 +39,11 @@ class Style(NamedTuple):
 
 
 STYLES = (
-    Style("古风", "明月当空，愿", "", "，年年有今日。"),
-    Style("亲切", "亲爱的", "，祝你", "，我们都爱你。"),
-    Style("简短", "祝", "", "。"),
-    Style("小熊", "哼哼，", "，小熊祝你", "，抱抱！"),
-    Style("大声", "大家听好了！", "，", "！好！好！好！"),
+    Style("老师", "你好，我是老师。", "，", "。知道吗？"),
+    Style("船长", "我是船长，很高兴认识你，", "，", "。谢谢你！"),
+    Style("小猫", "亲爱的", "，我是小猫，", "，我们在一起！"),
+    Style("医生", "医生想了想，又说：“", "，", "。”"),
+    Style("邮递员", "早上好！", "，我把一张贺卡送给你：“", "。”"),
 )
 
 
