@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         MiniDeepSeek(LMConfig.preset(options.preset, num_nextn_predict_layers=0)).save_pretrained(folder)
-        train_bpe(["trl asks for a tokenizer"], 400).save(Path(folder))
+        train_bpe(["trl asks for a tokenizer"], 280, min_frequency=1).save(Path(folder))
         for name in names:
             command = [__file__, "--folder", folder, *given, "--worker", name]
             contenders[name] = Contender(name, command)
@@ -142,6 +142,7 @@ def peer(way: str, options: argparse.Namespace) -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: F401 (an import counts for nobody)
 
     meter = Meter(options)
 

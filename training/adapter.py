@@ -12,13 +12,14 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError, naming
 from model import MiniDeepSeek
 from model.experts import NO_CORRECTIONS, Experts, LowRank
 from model.packed import quiet_torchao
 from text.tokenizer import Tokenizer
+from training.dropout import Dropout
 from training.stage import open_checkpoint
 
 with quiet_torchao():
@@ -141,7 +142,7 @@ class Adapter:
         adapter = cls(model, settings.peft_config(model, base))
         for module in model.modules():
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and settings.dropout:
-                module.lora_dropout.update({name: nn.Dropout(settings.dropout) for name in module.lora_dropout})
+                module.lora_dropout.update({name: Dropout(settings.dropout) for name in module.lora_dropout})
         return adapter
 
     @classmethod
