@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from training.adapter import CONFIG, WEIGHTS, open_adapted
 from training.log import read_metrics
 from training.stage import open_checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ["--sequence_length", "128", "--batch_tokens", "512", "--micro_tokens", "256", "--dtype", "fp32",
          "--device", "cpu", "--log_every", "1", "--val_tokens", "512"]  # fmt: skip
 
@@ -97,6 +101,35 @@ def test_resuming_on_another_base_or_with_another_rank_is_refused(tune, tmp_path
     model.save_pretrained(other)
     done = tune(out, "--max_steps", 2, "--resume", "--ckpt", other)
     assert done.code == 2 and "was trained on other weights" in done.err and "--ckpt" in done.err
+
+
+def test_two_ranks_train_the_adapter_of_one_process(tune, tmp_path, pretrained, data):
+    one, two = tmp_path / "one", tmp_path / "two"
+    # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
+    options = [
+        "--max_steps",
+        3,
+        "--lora.targets",
+        "all",
+        "--lora.dropout",
+        0,
+        "--optim.eps",
+        1e-3,
+        "--micro_tokens",
+        128,
+    ]
+    assert tune(one, *options).code == 0
+    given = ["--ckpt", pretrained / "final", "--data", data / "train.json", "--out", two, *SHAPE, *options, "--merge"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "lora_sft.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, *map(str, given)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("merged: ") == 1 and (two / "merged" / "model.safetensors").is_file()
+    ours, theirs = (load_file(out / "final" / WEIGHTS) for out in (two, one))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-6)
 
 
 def test_chat_answers_as_the_merged_model_does(tune, tmp_path, pretrained, capsys):
