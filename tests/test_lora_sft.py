@@ -106,18 +106,8 @@ def test_resuming_on_another_base_or_with_another_rank_is_refused(tune, tmp_path
 def test_two_ranks_train_the_adapter_of_one_process(tune, tmp_path, pretrained, data):
     one, two = tmp_path / "one", tmp_path / "two"
     # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
-    options = [
-        "--max_steps",
-        3,
-        "--lora.targets",
-        "all",
-        "--lora.dropout",
-        0,
-        "--optim.eps",
-        1e-3,
-        "--micro_tokens",
-        128,
-    ]
+    options = ["--max_steps", 3, "--lora.targets", "all", "--lora.dropout", 0, "--optim.eps", 1e-3]
+    options += ["--micro_tokens", 128]
     assert tune(one, *options).code == 0
     given = ["--ckpt", pretrained / "final", "--data", data / "train.json", "--out", two, *SHAPE, *options, "--merge"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "lora_sft.py"]
