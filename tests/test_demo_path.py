@@ -248,12 +248,10 @@ def test_make_lora_trains_on_the_fine_tuned_model_and_measures_before_and_after(
     world, out = tmp_path / "world", tmp_path / "out"
     made = commands(f"WORLD={world}", f"OUT={out}", target="lora")
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
-    assert scripts[-2:] == ["text.world.blessings", "lora_sft.py"]
-    settings = parse(LoraSFTSettings, "", made[-1][1:])
+    assert scripts[-4:] == ["text.world.blessings", "lora_sft.py", "eval/style.py", "eval/style.py"]
+    generated, tuned, before, after = made[-4:]
+    settings = parse(LoraSFTSettings, "", tuned[1:])
     assert (settings.ckpt, settings.out, settings.resume) == (f"{out}/sft/final", f"{out}/lora", True)
-    assert settings.data == f"{made[-2][-1]}/train.json"
-    done = subprocess.run(
-        ["make", "-n", "lora", f"WORLD={world}", f"OUT={out}"], cwd=ROOT, capture_output=True, text=True
-    )
-    measured = [line for line in done.stdout.splitlines() if "eval/style.py" in line]
-    assert len(measured) == 2 and f"--lora {out}/lora/final" in measured[1] and "--lora" not in measured[0]
+    assert settings.data == f"{generated[-1]}/train.json"
+    assert "--lora" not in before and after[after.index("--lora") + 1] == f"{out}/lora/final"
+    assert before[-1] == after[-1] == f"{generated[-1]}/heldout.jsonl"
