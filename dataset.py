@@ -1,7 +1,7 @@
 """The data sets that the stage scripts import, and a look at anybody's data.
 
 python dataset.py preview NAME --tokenizer out/tokenizer     three rows as tokens, with what is learnt of them
-python dataset.py check NAME --tokenizer out/tokenizer       reads everything: rows, lengths, problems by kind and place
+python dataset.py check NAME --tokenizer out/tokenizer       reads everything: rows, lengths, problems by kind and line
 
 A data set has `len` (samples of an epoch) and `batch(indices)`. An index is the number of a sample counted from the
 start of training; which sample that is depends on the seed and the index alone, so nothing about the data need be
@@ -12,9 +12,74 @@ see only their own segment, and `position_ids`, which begin at 0 in each.
 
 from __future__ import annotations
 
+import jsonargparse
+from rich.console import Console
+
+from errors import UserError, command_line
 from text.chat_dataset import ChatDataset
+from text.check import check_source
 from text.preference_dataset import PreferenceDataset
 from text.pretrain_dataset import PretrainDataset
+from text.preview import show_rows
 from text.prompt_dataset import PromptDataset
+from text.registry import REGISTRY, find_sources
+from text.tokenizer import Tokenizer
 
 __all__ = ["ChatDataset", "PreferenceDataset", "PretrainDataset", "PromptDataset"]
+
+
+def preview(
+    data: str,
+    tokenizer: str = "",
+    ckpt: str = "",
+    datasets: str = REGISTRY,
+    rows: int = 3,
+    sequence_length: int = 512,
+) -> None:
+    """Show how rows become tokens and which of these are learnt.
+
+    Args:
+        data: names in --datasets, files, folders or Hub ids, separated by commas.
+        tokenizer: folder that train_tokenizer.py wrote.
+        ckpt: checkpoint folder, whose tokenizer is taken.
+        datasets: YAML file that gives data sets names.
+        rows: how many rows of each.
+        sequence_length: tokens a row of training, to say what it would cut.
+    """
+    if rows < 1 or sequence_length < 1:
+        raise UserError("--rows and --sequence_length: must be at least 1")
+    reader, console = _tokenizer(tokenizer, ckpt), Console(highlight=False)
+    for source in find_sources(data, datasets, kind=None):
+        show_rows(console, source, reader, rows, sequence_length)
+
+
+def check(data: str, tokenizer: str = "", ckpt: str = "", datasets: str = REGISTRY, sequence_length: int = 512) -> None:
+    """Read everything and tell of it; the exit code is 2 when a source has no usable row or cannot be read to its end.
+
+    Args:
+        data: names in --datasets, files, folders or Hub ids, separated by commas.
+        tokenizer: folder that train_tokenizer.py wrote.
+        ckpt: checkpoint folder, whose tokenizer is taken.
+        datasets: YAML file that gives data sets names.
+        sequence_length: tokens a row of training, to say what it would cut.
+    """
+    if sequence_length < 1:
+        raise UserError("--sequence_length: must be at least 1")
+    reader, troubles = _tokenizer(tokenizer, ckpt), []
+    for source in find_sources(data, datasets, kind=None):
+        found = check_source(source, reader, sequence_length)
+        place = f" ({source.path})" if source.name else ""
+        print("\n  ".join([f"{source}{place}: {found.kind}", *found.lines(sequence_length)]))
+        troubles += [found.trouble] if found.trouble else []
+    if troubles:
+        raise UserError("; ".join(troubles))
+
+
+def _tokenizer(tokenizer: str, ckpt: str) -> Tokenizer:
+    if not tokenizer and not ckpt:
+        raise UserError("dataset.py: give --tokenizer DIR (made by train_tokenizer.py) or --ckpt DIR")
+    return Tokenizer.from_folder(tokenizer or ckpt)
+
+
+if __name__ == "__main__":
+    command_line(lambda: jsonargparse.auto_cli([preview, check], description=__doc__))

@@ -71,7 +71,7 @@ class EncodedPairs(TokenRows):
                     if max(len(ids) for ids, _ in sides) > sequence_length + 1:
                         report.too_long += 1
                         continue
-                    kept += [(np.array(ids, dtype=id_type), _last_answer(mask)) for ids, mask in sides]
+                    kept += [(np.array(ids, dtype=id_type), last_answer(mask)) for ids, mask in sides]
                     owners.append(owner)
         if not kept:
             raise UserError(f"{', '.join(map(str, sources)) or 'no file'}: no pair to learn from; {_why(report)}")
@@ -96,7 +96,7 @@ class EncodedPairs(TokenRows):
         return held_out(prompts, len(self), fraction, "pairs")
 
 
-def _last_answer(mask: Sequence[int]) -> np.ndarray:
+def last_answer(mask: Sequence[int]) -> np.ndarray:
     """The mask without the answers before the last one."""
     last = np.array(mask, dtype=np.uint8)
     last[: len(last) - int(last[::-1].argmin())] = 0

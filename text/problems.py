@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -161,7 +161,7 @@ def open_problems(
     if kind == "reasoning_gym" and not Path(name).exists():
         return _reasoning_gym(name, which)
     report = RowReport() if report is None else report
-    problems = list(read_problems(source, on_error, report))
+    problems = list(converted_rows(source, problem_reader(source), on_error, report))
     held = [problem for problem in problems if _place(problem) < val_fraction]
     train = [problem for problem in problems if _place(problem) >= val_fraction]
     if not train:
@@ -170,9 +170,8 @@ def open_problems(
     return ListedProblems(train, sorted(held, key=_place))
 
 
-def read_problems(source: Source | str | Path, on_error: str, report: RowReport) -> Iterator[Problem]:
-    """The problems of a source of rows, each question once; what cannot be used is counted or stops the reading."""
-    source = Source.of(source)
+def problem_reader(source: Source) -> Callable[[object], Problem]:
+    """Turns the rows of a source into problems, each question once. Raises `RowError` for a row that cannot be used."""
     asked: set[str] = set()
 
     def fresh(row: object) -> Problem:
@@ -182,7 +181,7 @@ def read_problems(source: Source | str | Path, on_error: str, report: RowReport)
         asked.add(problem.question)
         return problem
 
-    yield from converted_rows(source, fresh, on_error, report)
+    return fresh
 
 
 def to_problem(row: object, layout: Layout | None = None) -> Problem:

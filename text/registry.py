@@ -63,11 +63,12 @@ class Source:
         return source if isinstance(source, Source) else cls(str(source))
 
 
-def find_sources(data: str, registry: str | Path = REGISTRY, kind: str = "chat") -> list[Source]:
+def find_sources(data: str, registry: str | Path = REGISTRY, kind: str | None = "chat") -> list[Source]:
     """`a.jsonl=2,general` as sources: each entry a path, a name in the registry or `owner/name` on the Hub, =WEIGHT.
 
     A path that exists is always that path, whatever the registry says, and is not cut at a '=' in it. kind: what the
-    stage reads, one of `KINDS`. Raises `UserError` for a name that is nowhere and for data of another kind.
+    stage reads, one of `KINDS`; None for anything. Raises `UserError` for a name that is nowhere and for data of
+    another kind.
     """
     entries = [data] if Path(data).exists() else [part.strip() for part in data.split(",") if part.strip()]
     if not entries:
@@ -75,7 +76,7 @@ def find_sources(data: str, registry: str | Path = REGISTRY, kind: str = "chat")
     sources = [_find(entry, Path(registry), kind) for entry in entries]
     for source in sources:
         known = FORMATS.get(source.layout.format)
-        if known and known.kind != kind:
+        if known and kind and known.kind != kind:
             fitting = ", ".join(name for name, other in FORMATS.items() if other.kind == kind)
             raise UserError(
                 f"--data {source}: its format {source.layout.format} is {KINDS[known.kind]}, and this reads "
@@ -90,7 +91,7 @@ def weights(sources: Iterable[Source]) -> list[float] | None:
     return None if all(weight is None for weight in said) else [1.0 if weight is None else weight for weight in said]
 
 
-def _find(entry: str, registry: Path, kind: str) -> Source:
+def _find(entry: str, registry: Path, kind: str | None) -> Source:
     path, weight = _split_weight(entry)
     source = _named(path, registry, kind)
     if weight is None:
@@ -111,13 +112,13 @@ def _split_weight(entry: str) -> tuple[str, float | None]:
     return path, share
 
 
-def _named(entry: str, registry: Path, kind: str) -> Source:
+def _named(entry: str, registry: Path, kind: str | None) -> Source:
     if Path(entry).exists():
         return Source(entry)
     names = Registry.read(registry) if registry.is_file() else None
     if names and entry in names.entries:
         return names.source(entry)
-    if kind == "prompt" and entry.partition(":")[0] in GENERATORS:
+    if kind in ("prompt", None) and entry.partition(":")[0] in GENERATORS:
         return Source(entry)
     has_suffix = Path(entry).suffix.lower() in (*SUFFIXES, ".gz")
     if not has_suffix and (hub := HUB_NAME.fullmatch(entry)):

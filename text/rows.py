@@ -63,6 +63,14 @@ def converted_rows(
     A row for which `convert` raises `RowError` is counted in `report` (`on_error="skip"`) or raises `UserError`
     (`on_error="stop"`).
     """
+    for _, item in placed_rows(source, convert, on_error, report):
+        yield item
+
+
+def placed_rows(
+    source: Source | str | Path, convert: Callable[[object], Item], on_error: str, report: RowReport
+) -> Iterator[tuple[str, Item]]:
+    """`converted_rows`, each with the place of its row."""
     if on_error not in ("skip", "stop"):
         raise UserError(f"--on_error {on_error}: must be 'skip' or 'stop'")
     source = Source.of(source)
@@ -93,7 +101,9 @@ def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tupl
             yield from json_rows(file, report)
 
 
-def _converted(source: Source, convert: Callable[[object], Item], on_error: str, report: RowReport) -> Iterator[Item]:
+def _converted(
+    source: Source, convert: Callable[[object], Item], on_error: str, report: RowReport
+) -> Iterator[tuple[str, Item]]:
     for place, row in read_rows(source, on_error, report):
         report.rows += 1
         try:
@@ -106,7 +116,7 @@ def _converted(source: Source, convert: Callable[[object], Item], on_error: str,
             report.add_problem(place, error)
             continue
         report.kept += 1
-        yield item
+        yield place, item
 
 
 def _table_rows(path: Path, on_error: str, report: RowReport) -> Iterator[tuple[str, object]]:
