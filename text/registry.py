@@ -66,9 +66,8 @@ class Source:
 def find_sources(data: str, registry: str | Path = REGISTRY, kind: str | None = "chat") -> list[Source]:
     """`a.jsonl=2,general` as sources: each entry a path, a name in the registry or `owner/name` on the Hub, =WEIGHT.
 
-    A path that exists is always that path, whatever the registry says, and is not cut at a '=' in it. kind: what the
-    stage reads, one of `KINDS`; None for anything. Raises `UserError` for a name that is nowhere and for data of
-    another kind.
+    A path that exists is not cut at a '=' in it. kind: what the stage reads, one of `KINDS`; None for anything. Raises
+    `UserError` for a name that is nowhere, for one that is a path here as well, and for data of another kind.
     """
     entries = [data] if Path(data).exists() else [part.strip() for part in data.split(",") if part.strip()]
     if not entries:
@@ -113,10 +112,19 @@ def _split_weight(entry: str) -> tuple[str, float | None]:
 
 
 def _named(entry: str, registry: Path, kind: str | None) -> Source:
-    if Path(entry).exists():
+    is_word = not Path(entry).suffix and "/" not in entry
+    if Path(entry).exists() and not is_word:
         return Source(entry)
     names = Registry.read(registry) if registry.is_file() else None
-    if names and entry in names.entries:
+    is_name = names is not None and entry in names.entries
+    if Path(entry).exists():
+        if is_name:  # a downloaded folder gsm8k, an entry called text beside a folder text: each would be a surprise
+            raise UserError(
+                f"--data {entry}: is a path here and a name in {registry}; write ./{entry} for the path, or give the "
+                "entry another name"
+            )
+        return Source(entry)
+    if is_name:
         return names.source(entry)
     if kind in ("prompt", None) and entry.partition(":")[0] in GENERATORS:
         return Source(entry)
