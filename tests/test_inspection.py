@@ -88,10 +88,12 @@ def test_a_preview_of_pairs_problems_text_and_sums(look, world, tmp_path):
     assert "arithmetic:1 #3" in look("preview", "arithmetic:1").out
 
 
-def test_what_a_sequence_length_does_is_said(look, tmp_path):
+def test_what_a_sequence_length_does_is_said(look, tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
-    assert "cut to" in look("preview", path, "--sequence_length", 40).out
-    assert "cut to" not in look("preview", path, "--sequence_length", 400).out
+    size, first = (len(encode_chat(tokenizer, CHAT[:end])[0]) for end in (5, 3))
+    assert "with --sequence_length" not in look("preview", path, "--sequence_length", size - 1).out
+    assert f"cut after {first} tokens, its last answer" in look("preview", path, "--sequence_length", size - 2).out
+    assert "left out with --sequence_length 4" in look("preview", path, "--sequence_length", 4).out
 
 
 def test_a_check_tells_the_lengths_and_what_would_be_cut(look, tokenizer, world):

@@ -37,7 +37,7 @@ class PreferenceDataset:
         self.pairs = EncodedPairs.read(sources, tokenizer, sequence_length, on_error)
         self.report, self.sequence_length = self.pairs.report, 2 * sequence_length
         self._reference: np.ndarray | None = None
-        self._pad_id = tokenizer.pad_id
+        self._pad_id, self._seed = tokenizer.pad_id, seed
         train, held = self.pairs.split(val_fraction)
         self._rows = self.pairs.packed(train, self.sequence_length, seed)
         self.validation: PreferenceDataset | None = None
@@ -56,7 +56,7 @@ class PreferenceDataset:
 
     def everything(self) -> list[PreferenceDataset]:
         """Data sets whose epochs together have every pair once, weights aside, the held-out ones too."""
-        train = self._with(self.pairs.plain(self._rows.members, self.sequence_length, 0))
+        train = self._with(self.pairs.plain(self._rows.members, self.sequence_length, self._seed))
         return [train, self.validation] if self.validation else [train]
 
     def __len__(self) -> int:

@@ -51,10 +51,9 @@ def _remark(kind: str, sequences: Sequences, sequence_length: int) -> str:
     """What a row of `sequence_length` does to the data."""
     if max(lengths(sequences)) <= sequence_length or kind == "text":
         return ""
-    if kind != "chat":
-        return f"left out with --sequence_length {sequence_length}"
-    kept = cut_at_turn(sequences[0][1], sequence_length)
-    return f"cut to {kept} tokens, or left out if that is 0, with --sequence_length {sequence_length}"
+    kept = cut_at_turn(sequences[0][1], sequence_length) if kind == "chat" else 0
+    fate = f"cut after {kept} tokens, its last answer that fits," if kept else "left out"
+    return f"{fate} with --sequence_length {sequence_length}"
 
 
 def _print_tokens(console: Console, tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> None:
