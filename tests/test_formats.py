@@ -137,6 +137,12 @@ def test_columns_called_otherwise_read_the_same(format, tmp_path):
     assert turns(to_messages(other, layout)) == expected
 
 
+def test_a_column_that_plays_one_role_plays_no_other():
+    """The format's own column for `query` is 'input', which is the question here."""
+    layout = Layout("alpaca", {"prompt": "input", "response": "output"})
+    assert turns(to_messages({"input": "Q", "output": "A"}, layout)) == [("user", "Q"), ("assistant", "A")]
+
+
 def test_tags_name_the_turns():
     tags = {
         "role_tag": "wer", "content_tag": "was", "user_tag": "ich", "assistant_tag": "du", "function_tag": "ruf",
@@ -320,7 +326,7 @@ def test_lists_are_parsed_as_they_were_meant(text, value):
     [
         "[" * 1_000_000,
         "[" * 500_000 + "]" * 500_000,
-        "(" * 90,
+        "(" * 40 + ")" * 40,
         "[" + "-" * 500_000 + "1]",
         "[" + "1-" * 400_000 + "1]",
         "[9**9**9**9]",
@@ -328,7 +334,7 @@ def test_lists_are_parsed_as_they_were_meant(text, value):
         "[" + "'" * 999_999,
         "['" + "\\" * 999_990,
         "['" + "\\'" * 400_000,
-        "[" + "'a'," * 250_000,
+        "[" + "'a'," * 250_000 + "]",
         "[" + "{" * 90,
         "[x for x in ()]",
         "[f'{1}']",

@@ -165,6 +165,7 @@ def registry(world, tmp_path_factory) -> Path:
     problems = [{"aufgabe": f"{n}+1=?", "loesung": str(n + 1)} for n in range(40)]
     entries = {
         "words": {"path": str(world / "pretrain.csv"), "format": "text", "samples": 120},
+        "fewer": {"path": str(world / "pretrain.csv"), "format": "text", "samples": 60},
         "more": {"path": write(folder / "m.jsonl", [{"body": f"第{n}天。" * 9} for n in range(60)]), "format": "text",
                  "columns": {"text": "body"}},
         "talk": {"path": str(world / "sft.jsonl"), "format": "messages", "samples": 80},
@@ -181,14 +182,14 @@ SHORT = ["--sequence_length", 64, "--batch_tokens", 256, "--micro_tokens", 256, 
 
 
 def test_pretraining_by_name_reads_each_with_its_own_column(run, pretrain_arguments, registry, tmp_path):
-    given = ["--data", "words=3,more", "--datasets", registry, "--shards", tmp_path / "shards", "--max_steps", 1]
+    given = ["--data", "words=3,more,fewer", "--datasets", registry, "--shards", tmp_path / "shards", "--max_steps", 1]
     done = run(pretrain.main, *pretrain_arguments, *given, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    assert len(list((tmp_path / "shards").iterdir())) == 2
+    assert len(list((tmp_path / "shards").iterdir())) == 3
     again = run(pretrain.main, *pretrain_arguments, *given, "--out", tmp_path / "again")
-    assert again.code == 0 and again.out.count("are ready and used again") == 2
+    assert again.code == 0 and again.out.count("are ready and used again") == 3
     done = run(pretrain.main, *pretrain_arguments, *given, "--data", "words,more", "--out", tmp_path / "one")
-    assert done.code == 0 and len(list((tmp_path / "shards").iterdir())) == 3  # without weights one corpus
+    assert done.code == 0 and len(list((tmp_path / "shards").iterdir())) == 4  # without weights one corpus
     done = run(pretrain.main, *pretrain_arguments, *given, "--data", "talk", "--out", tmp_path / "no")
     assert done.code == 2 and "its format messages is conversations, and this reads text" in done.err
 
