@@ -83,7 +83,10 @@ def test_what_is_a_path_and_a_name_is_refused_rather_than_guessed(registry, tmp_
     assert find_sources("other", file) == [Source("other")]
 
 
-def test_a_hub_name_needs_no_entry(registry):
+def test_a_hub_name_needs_no_entry(registry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert find_sources("data/chatz", registry()) == [Source("data/chatz")]  # a path that is not there
     (source,) = find_sources("someone/chats:zh=2", registry())
     assert (source.path, source.subset, source.split, source.is_hub) == ("someone/chats", "zh", "train", True)
     entry = {"hub": "someone/chats", "subset": "en", "split": "test", "samples": 5, "seed": 1}

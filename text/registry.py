@@ -129,7 +129,8 @@ def _named(entry: str, registry: Path, kind: str | None) -> Source:
     if kind in ("prompt", None) and entry.partition(":")[0] in GENERATORS:
         return Source(entry)
     has_suffix = Path(entry).suffix.lower() in (*SUFFIXES, ".gz")
-    if not has_suffix and (hub := HUB_NAME.fullmatch(entry)):
+    # With a folder data here, data/chatz is a slip of the pen; asking the Hub for it would take half a minute.
+    if not has_suffix and not Path(entry).parent.is_dir() and (hub := HUB_NAME.fullmatch(entry)):
         return Source(hub["name"], name=entry, is_hub=True, subset=hub["config"])
     if has_suffix or "/" in entry:
         return Source(entry)  # its reader says that it is not there
