@@ -229,6 +229,9 @@ def test_a_table_row_that_is_not_utf8_costs_only_itself(tmp_path):
         ("a.parquet", b"PAR1 half", "damaged"),
         ("a.arrow", b"ARROW1 half", "damaged"),
         ("a.csv.gz", gzip.compress(b"q,a\nQ,A\n" * 99)[:30], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"q": "Q", "a": "A"}\n' * 99)[:30], "cannot be read"),
+        ("a.jsonl.gz", b'{"q": "Q", "a": "A"}\n', "cannot be read (Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"q": "Q", "a": "A"}\n' * 99)[:12] + b"\xff" * 30, "cannot be read"),
     ],
 )
 def test_a_table_that_cannot_be_read_to_its_end_stops(name, content, what, tmp_path):

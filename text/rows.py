@@ -7,6 +7,7 @@ nothing tells how much is lost.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,13 @@ def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tupl
             raise UserError(f"{source.path}: {problem}; {problem.remedy}") from problem
         return
     for file in row_files(source.path):
-        if _suffix(file) in TABLES:
-            yield from _table_rows(file, on_error, report)
-        else:
-            yield from json_rows(file, report)
+        try:
+            if _suffix(file) in TABLES:
+                yield from _table_rows(file, on_error, report)
+            else:
+                yield from json_rows(file, report)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{file}: cannot be read ({error}); fetch or mend it") from error
 
 
 def _converted(
@@ -129,8 +133,6 @@ def _table_rows(path: Path, on_error: str, report: RowReport) -> Iterator[tuple[
     except FileProblem as problem:
         place = f"{path}:{problem.line}" if problem.line else str(path)
         raise UserError(f"{place}: {problem}; {_possible(problem.remedy)}") from problem
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch or mend it") from error
     if report.rows == read:
         raise UserError(f"{path}: is empty; name a file that has rows")
 
