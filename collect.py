@@ -19,7 +19,8 @@ from dataset import PromptDataset
 from errors import UserError, command_line, naming
 from text.chat_template import Message
 from text.conversations import read_conversations
-from text.problems import Problem, split_problems
+from text.problems import Problem
+from text.registry import REGISTRY, Source, find_sources
 from training.machine import choose_dtype
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
@@ -66,11 +67,12 @@ class CollectSettings:
         keep: most answers kept of one problem, the shortest first.
         rewards: names and weights that judge an answer.
         at_least: the weighted sum from which an answer is kept.
-        mix: files of general conversations to mix in, separated by commas.
+        mix: general conversations to mix in, as for full_sft.py.
         mix_share: their share of what is written.
         system: system prompt that the problems are asked and written with.
         max_new_tokens: most tokens of an answer; what was cut is not kept.
         temperature: of the sampling.
+        datasets: YAML file that gives data sets names.
         seed: of problems, samples and order.
         device: auto, cpu or cuda.
         dtype: auto, bf16 or fp32.
@@ -89,6 +91,7 @@ class CollectSettings:
     system: str = ""
     max_new_tokens: int = 256
     temperature: float = 1.0
+    datasets: str = REGISTRY
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -106,7 +109,10 @@ def main() -> None:
     model, tokenizer = open_checkpoint(settings.ckpt)
     model = model.to(place, choose_dtype(settings.dtype, place)).eval()
     longest = model.config.max_position_embeddings - settings.max_new_tokens
-    asked = PromptDataset(split_problems(settings.data), tokenizer, longest, settings.seed, settings.system)
+    sources = find_sources(settings.data, settings.datasets, "prompt")
+    # Before the minutes that sampling takes: a name that is nowhere.
+    general_sources = find_sources(settings.mix, settings.datasets, "chat") if settings.mix else []
+    asked = PromptDataset(sources, tokenizer, longest, settings.seed, settings.system)
     asked.print_summary()
     told, rows = Statistics(), []
     bar = Console(stderr=True)
@@ -126,7 +132,7 @@ def main() -> None:
             "lower --at_least or train longer"
         )
     wanted = round(len(rows) * settings.mix_share / (1 - settings.mix_share))
-    chats = list(general(settings.mix, wanted, settings.seed))
+    chats = list(general(general_sources, wanted, settings.seed))
     told.mixed = len(chats)
     rows += chats
     random.Random(settings.seed).shuffle(rows)
@@ -174,9 +180,9 @@ def conversation(system: str, problem: Problem, answer: str) -> list[Message]:
     return [*first, {"role": "user", "content": problem.question}, {"role": "assistant", "content": answer}]
 
 
-def general(paths: str, count: int, seed: int) -> Iterator[list[Message]]:
-    """`count` conversations of the files, or all when there are fewer, in an order that the seed picks."""
-    chats = [chat for path in paths.split(",") if path for chat in read_conversations(path)]
+def general(sources: list[Source], count: int, seed: int) -> Iterator[list[Message]]:
+    """`count` conversations of the sources, or all when there are fewer, in an order that the seed picks."""
+    chats = [chat for source in sources for chat in read_conversations(source)]
     yield from random.Random(seed).sample(chats, min(count, len(chats)))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from dataset import PreferenceDataset
 from errors import UserError, command_line
 from model import MiniDeepSeek
+from text.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.machine import choose_dtype
 from training.optim import OptimSettings
@@ -30,7 +31,8 @@ class DPOSettings(StageSettings):
 
     Args:
         ckpt: checkpoint folder to start from; it should have learnt to answer.
-        data: files of pairs (prompt, chosen, rejected; JSON or JSONL), separated by commas.
+        data: pairs (prompt, chosen, rejected): names in --datasets, files, folders or Hub ids, separated by commas;
+            NAME=WEIGHT sets a source's share of the mixture.
         sequence_length: most tokens of a conversation; a row holds two of them, or several short ones.
         preference: the loss over the pairs.
         reference: checkpoint folder of the reference, if it is not `ckpt`.
@@ -63,9 +65,9 @@ def main() -> None:
     model, tokenizer = open_checkpoint(settings.ckpt)
     # The MTP layers have no part in this loss. Router biases stand still: policy and reference route by the same ones.
     model.mtp.requires_grad_(False)
-    paths = [path for path in settings.data.split(",") if path]
+    sources = find_sources(settings.data, settings.datasets, "preference")
     dataset = PreferenceDataset(
-        paths, tokenizer, settings.sequence_length, settings.seed, settings.on_error, settings.val_fraction
+        sources, tokenizer, settings.sequence_length, settings.seed, settings.on_error, settings.val_fraction
     )
     if ranks.main:
         dataset.print_summary()

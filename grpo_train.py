@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dataset import PromptDataset
 from errors import UserError, command_line
-from text.problems import split_problems
+from text.registry import find_sources
 from training.accuracy import Accuracy
 from training.experience import Experience
 from training.machine import choose_dtype
@@ -30,8 +30,8 @@ class GRPOSettings(RolloutSettings, StageSettings):
 
     Args:
         ckpt: checkpoint folder to start from.
-        data: problems, separated by commas, each PATH or PATH=WEIGHT: JSON or JSONL with questions and answers,
-            arithmetic:1-3, or reasoning_gym:TASK.
+        data: problems, separated by commas, each NAME or NAME=WEIGHT: a name in --datasets, a file or Hub id of
+            questions and answers, arithmetic:1-3, or reasoning_gym:TASK.
         rewards: names and weights; see training/rewards.py; package.module:function for one of your own.
         system: system prompt before every question.
         clip_low: how far the probability of a token may fall in the steps on one batch, 0.2 for 0.8 times.
@@ -85,7 +85,8 @@ def main() -> None:
     reference = frozen_reference(model, tokenizer, settings.reference).to(ranks.device) if settings.beta else None
     options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
     longest = settings.sequence_length - settings.max_new_tokens
-    prompts = PromptDataset(split_problems(settings.data), tokenizer, longest, settings.seed, **options)
+    sources = find_sources(settings.data, settings.datasets, "prompt")
+    prompts = PromptDataset(sources, tokenizer, longest, settings.seed, **options)
     if ranks.main:
         prompts.print_summary()
     dtype = choose_dtype(settings.dtype, ranks.device)

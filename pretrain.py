@@ -12,6 +12,7 @@ from typing import Any
 from dataset import PretrainDataset
 from errors import UserError, command_line
 from model import MiniDeepSeek
+from text.registry import find_sources
 from text.sources import open_sources
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
@@ -26,7 +27,8 @@ class PretrainSettings(NextTokenSettings):
     """Settings of pretraining.
 
     Args:
-        data: files, folders or Hub ids of text, separated by commas; PATH=WEIGHT sets a source's share of the mixture.
+        data: text: names in --datasets, files, folders or Hub ids, separated by commas; NAME=WEIGHT sets a source's
+            share of the mixture.
         tokenizer: folder that train_tokenizer.py wrote; may be left out with --ckpt.
         ckpt: checkpoint folder to start from instead of random weights.
         model: preset and changes to single fields of LMConfig, such as {preset: 64m, num_hidden_layers: 4}.
@@ -76,7 +78,7 @@ def main() -> None:
         raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
 
     sources = open_sources(
-        settings.data,
+        find_sources(settings.data, settings.datasets, "text"),
         tokenizer,
         settings.shards,
         main=ranks.main,

@@ -22,6 +22,7 @@ from rich.table import Table
 from errors import UserError, command_line
 from text.compression import Compression, measure_compression
 from text.readers import Corpus
+from text.registry import REGISTRY, find_sources
 from text.sampling import Sample, sample_by_size
 from text.tokenizer import check_vocab_size, train_bpe
 
@@ -39,11 +40,12 @@ def train_tokenizer(
     seed: int = 0,
     on_error: Literal["skip", "stop"] = "skip",
     encoding: str = "utf-8",
+    datasets: str = REGISTRY,
 ) -> None:
     """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens; the same data give the same files.
 
     Args:
-        data: files, folders or Hub names, parted by commas: csv, jsonl, json, parquet, arrow, txt
+        data: names in --datasets, files, folders or Hub names, parted by commas: csv, jsonl, json, parquet, arrow, txt
         out: folder for tokenizer.json and tokenizer_config.json
         vocab_size: number of tokens, special tokens and bytes included; at most 65535
         column: the column or field that holds the text (default: text)
@@ -54,11 +56,12 @@ def train_tokenizer(
         seed: of the sample
         on_error: skip (count and report) or stop at rows that cannot be read
         encoding: of text files, for example gb18030
+        datasets: YAML file that gives data sets names
     """
     check_vocab_size(vocab_size)
     if sample_mb <= 0:
         raise UserError(f"--sample_mb {sample_mb}: must be above 0")
-    corpus = Corpus(data, column, on_error, encoding)
+    corpus = Corpus(find_sources(data, datasets, "text"), column, on_error, encoding)
     sample = read_sample(corpus, int(sample_mb * 1e6), seed)
     print(f"{sample.documents_seen:,} documents, {sample.size_seen / 1e6:.1f} MB", end="; ")
     print(f"training on {len(sample.texts):,} documents, {sample.size / 1e6:.1f} MB")

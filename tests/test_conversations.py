@@ -228,11 +228,11 @@ def test_a_broken_file_stops_even_when_rows_are_skipped(tmp_path: Path, content:
 
 def test_paths_without_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    write(tmp_path, b"q,a\n1,2\n", "data.csv")
+    write(tmp_path, b"q,a\n1,2\n", "data.docx")
     for name, what in [
         ("nowhere.json", "no such file"),
         ("folder", r"the folder has no \.json, \.jsonl"),
-        ("data.csv", r"rows are read from \.json"),
+        ("data.docx", r"rows are read from \.json"),
     ]:
         with pytest.raises(UserError, match=f"{name}: {what}"):
             list(read_conversations(tmp_path / name))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from errors import UserError
-from text.json_rows import kind_of
+from text.row_report import kind_of
 
 if TYPE_CHECKING:
     from text.tokenizer import Tokenizer

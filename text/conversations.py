@@ -1,59 +1,67 @@
 """Chat data in the layouts people have, as lists of messages; every row that cannot be used is counted and shown.
 
-Alpaca      {"instruction": Q, "input": more of Q, "output": A, "system": S, "history": [[Q, A], ...]}
-ShareGPT    {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}], "system": S, "tools": T}
-messages    {"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]}, or the bare list
+Alpaca       {"instruction": Q, "input": more of Q, "output": A, "system": S, "history": [[Q, A], ...]}
+ShareGPT     {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}], "system": S, "tools": T}
+messages     {"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]}, or the bare list
+history_qa   {"history": [[Q, A], ...], "q": Q, "a": A}
+medical_o1   {"Question": Q, "Complex_CoT": thought, "Response": A}
+openthoughts ShareGPT whose answers have their thought and solution between marks; only where the format is named
 
-The layout is seen row by row, so a file may mix them.
+The layout is seen row by row, so a file may mix them, unless the source names its format. A list may be text that
+spells it, as in the cells of a CSV file.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from errors import UserError
 from text.chat_template import Message, check_messages
-from text.json_rows import RowError, RowReport, converted_rows, kind_of
+from text.formats import Layout
+from text.literals import parse_list
+from text.registry import Source
+from text.row_report import RowError, RowReport, kind_of
+from text.rows import converted_rows
 
-ROLE_NAMES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
+SEEN = Layout()
 
 
 def read_conversations(
-    path: str | Path, on_error: str = "skip", report: RowReport | None = None
+    source: Source | str | Path, on_error: str = "skip", report: RowReport | None = None
 ) -> Iterator[list[Message]]:
-    """Conversations of a file, or of all JSON files in a folder, in order. Contents are kept as they are.
+    """Conversations of a source, or of a file or folder, in order. Contents are kept as they are.
 
     Roles become system, user, assistant and tool in an order that the chat template has, with at least one answer.
     A row without that is counted in `report` (`on_error="skip"`) or raises `UserError` (`on_error="stop"`). A missing
     or empty file and a JSON array that breaks off raise `UserError` always: what follows the break cannot be counted.
     """
-    yield from converted_rows(path, to_messages, on_error, RowReport() if report is None else report)
+    source = Source.of(source)
+    convert = partial(to_messages, layout=source.layout)
+    yield from converted_rows(source, convert, on_error, RowReport() if report is None else report)
 
 
-def to_messages(row: object) -> list[Message]:
-    """One row of any layout as messages. Raises `RowError`."""
+def to_messages(row: object, layout: Layout = SEEN) -> list[Message]:
+    """One row as messages: of the layout's format or, where it has none, of any. Raises `RowError`."""
+    row = layout.arrange(row)
     if isinstance(row, list):
-        name, messages = "the list", turns_to_messages("the list", row)
+        name, messages = "the list", turns_to_messages("the list", row, layout)
     elif not isinstance(row, dict):
         raise RowError("not a conversation", f"the row is {kind_of(row)}; it must be an object or a list of messages")
     elif "messages" in row:
-        name, messages = "'messages'", turns_to_messages("'messages'", row["messages"])
+        name, messages = "'messages'", turns_to_messages("'messages'", row["messages"], layout)
     elif "conversations" in row:
-        name, messages = "'conversations'", turns_to_messages("'conversations'", row["conversations"])
+        name, messages = "'conversations'", turns_to_messages("'conversations'", row["conversations"], layout)
+        if layout.format == "openthoughts":
+            messages = [_thought_through(message) for message in messages]
     elif "instruction" in row or "output" in row:
         name, messages = "'output'", _alpaca(row)
+    elif "q" in row and "a" in row:
+        name, messages = "'a'", [*history_of(row), *_exchange(row, "q", "a")]
+    elif "Question" in row and "Response" in row:
+        name, messages = "'Response'", _medical(row)
     else:
         keys = ", ".join(map(repr, row)) or "no keys"
         raise RowError(
@@ -64,38 +72,91 @@ def to_messages(row: object) -> list[Message]:
     return messages
 
 
-def turns_to_messages(name: str, turns: object) -> list[Message]:
-    """ShareGPT's from/value and role/content turns."""
+def turns_to_messages(name: str, turns: object, layout: Layout = SEEN) -> list[Message]:
+    """ShareGPT's from/value and role/content turns, or turns with the layout's tags."""
+    turns = list_of(name, turns)
     if not isinstance(turns, list):
         raise RowError("wrong type", f"{name} is {kind_of(turns)}; it must be a list of turns")
     messages: list[Message] = []
+    roles, role_tag, content_tag = layout.roles, layout.tags.get("role_tag"), layout.tags.get("content_tag")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise RowError("wrong type", f"turn {number} is {kind_of(turn)}; it must be an object")
-        role = turn.get("from", turn.get("role"))
-        if not isinstance(role, str) or role not in ROLE_NAMES:
-            known = ", ".join(ROLE_NAMES)
+        role = turn.get(role_tag) if role_tag else turn.get("from", turn.get("role"))
+        if not isinstance(role, str) or role not in roles:
+            known = ", ".join(roles)
             raise RowError("unknown role", f"turn {number} is from {role!r}; known are {known}")
-        content = turn.get("value", turn.get("content"))
+        content = turn.get(content_tag) if content_tag else turn.get("value", turn.get("content"))
         if turn.get("tool_calls"):
             content = "\n".join(part for part in (content, _tool_calls(number, turn["tool_calls"])) if part)
-        messages.append({"role": ROLE_NAMES[role], "content": text_of(f"the text of turn {number} ({role})", content)})
+        messages.append({"role": roles[role], "content": text_of(f"the text of turn {number} ({role})", content)})
     return messages
 
 
-def _alpaca(row: dict) -> list[Message]:
-    messages: list[Message] = []
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+def history_of(row: dict) -> list[Message]:
+    """The earlier exchanges in a row's 'history'."""
+    history = list_of("'history'", row.get("history") or [])
+    if not isinstance(history, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
         raise RowError("wrong type", "'history' must be a list of [question, answer] pairs")
+    messages: list[Message] = []
     for question, answer in history:
         messages.append({"role": "user", "content": text_of("a question in 'history'", question)})
         messages.append({"role": "assistant", "content": text_of("an answer in 'history'", answer)})
-    more = row.get("input")
-    parts = [text_of("'instruction'", row.get("instruction")), "" if more is None else text_of("'input'", more)]
-    messages.append({"role": "user", "content": "\n".join(part for part in parts if part)})
-    messages.append({"role": "assistant", "content": text_of("'output'", row.get("output"))})
     return messages
+
+
+def question_of(row: dict, name: str) -> Message:
+    """The column `name` and what 'input' adds to it, as the user's turn."""
+    more = row.get("input")
+    parts = [text_of(repr(name), row.get(name)), "" if more is None else text_of("'input'", more)]
+    return {"role": "user", "content": "\n".join(part for part in parts if part)}
+
+
+def list_of(name: str, value: object) -> object:
+    """The list that a text spells; anything else as it is. Raises `RowError` for text that begins like a list only."""
+    return parse_list(value, name) if isinstance(value, str) and value.lstrip().startswith(("[", "(")) else value
+
+
+def _alpaca(row: dict) -> list[Message]:
+    answer = text_of("'output'", row.get("output"))
+    return [*history_of(row), question_of(row, "instruction"), {"role": "assistant", "content": answer}]
+
+
+def _exchange(row: dict, question: str, answer: str) -> list[Message]:
+    return [
+        {"role": "user", "content": text_of(repr(question), row[question])},
+        {"role": "assistant", "content": text_of(repr(answer), row[answer])},
+    ]
+
+
+def _medical(row: dict) -> list[Message]:
+    question, answer = _exchange(row, "Question", "Response")
+    thought = text_of("'Complex_CoT'", row.get("Complex_CoT"))
+    for name, text in (("'Complex_CoT'", thought), ("'Response'", answer["content"])):
+        if not text.strip():
+            raise RowError("empty text", f"{name} is empty")
+    return [question, {"role": "assistant", "content": thought_and_answer(thought, answer["content"])}]
+
+
+def thought_and_answer(thought: str, answer: str) -> str:
+    """Both in the form that R1 answers in."""
+    return f"<think>\n{thought.strip()}\n</think>\n\n{answer.strip()}"
+
+
+def _thought_through(message: Message) -> Message:
+    """An assistant's turn with OpenThoughts' marks turned into ours; others as they are."""
+    text, parts = message["content"], []
+    if message["role"] != "assistant" or "<|begin_of_" not in text:
+        return message
+    for part in ("thought", "solution"):
+        _, begun, rest = text.partition(f"<|begin_of_{part}|>")
+        content, ended, text = rest.partition(f"<|end_of_{part}|>")
+        if not (begun and ended and content.strip()):
+            raise RowError("broken thought marks", f"the answer has no whole {part} between its <|begin_of_...|> marks")
+        parts.append(content)
+    return {"role": "assistant", "content": thought_and_answer(*parts)}
 
 
 def with_system(row: dict, messages: list[Message]) -> list[Message]:

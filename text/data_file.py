@@ -31,10 +31,13 @@ class FileProblem(Exception):
 
 @dataclass
 class DataFile:
-    """A file, or a data set on the Hub by its name, and how to read it. `position`: its bytes read so far."""
+    """A file, or a data set on the Hub by its name, and how to read it.
+
+    `column` is the one that documents are taken from, None where whole rows are read; `position`: bytes read so far.
+    """
 
     path: Path | str
-    column: str
+    column: str | None
     encoding: str
     report: Report
     row_limit: int = ROW_LIMIT

@@ -1,8 +1,7 @@
-"""Chat data as tokens in memory: read, encoded, cut to length and counted. About three bytes a token."""
+"""Chat data as tokens in memory: read, encoded, cut to length and counted."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,8 +14,11 @@ from rich.progress import Progress
 from errors import UserError
 from text.chat_template import encode_chats
 from text.conversations import read_conversations
-from text.json_rows import RowReport, json_files
 from text.packing import cut_at_turn
+from text.registry import Source
+from text.row_report import RowReport
+from text.rows import source_bytes
+from text.token_rows import TokenRows, held_out
 from text.tokenizer import Tokenizer
 
 CONVERSATIONS_AT_ONCE = 1000
@@ -51,35 +53,35 @@ class ChatReport:
         return lines
 
 
-class EncodedChats:
+class EncodedChats(TokenRows):
     """Conversations as token ids and masks: `chats[i]` is (ids, mask), mask 1 where the token is learnt."""
 
-    def __init__(self, ids: np.ndarray, mask: np.ndarray, begins: np.ndarray, report: ChatReport) -> None:
-        """ids, mask: (tokens,) of all conversations in turn; begins: (conversations + 1,) where each begins."""
-        self.ids, self.mask, self.begins, self.report = ids, mask, begins, report
+    report: ChatReport
 
     @classmethod
     def read(
         cls,
-        paths: Sequence[str | Path],
+        sources: Sequence[Source | str | Path],
         tokenizer: Tokenizer,
         sequence_length: int,
         on_error: str = "skip",
         progress: bool = True,
     ) -> EncodedChats:
-        """Encode the conversations of files and folders, each cut at a turn to fit into `sequence_length` positions.
+        """Encode the conversations of sources, each cut at a turn to fit into `sequence_length` positions.
 
         Raises `UserError` for a file that cannot be read and when no conversation is left.
         """
+        sources = [Source.of(source) for source in sources]
         report = ChatReport(sequence_length)
         id_type = np.min_scalar_type(tokenizer.vocab_size - 1)
         kept: list[tuple[np.ndarray, np.ndarray]] = []
-        files = [file for path in paths for file in json_files(path)]
+        owners: list[int] = []
         console = Console(stderr=True)
+        total = sum(source_bytes(source) for source in sources) or None
         with Progress(transient=True, console=console, disable=not (progress and console.is_terminal)) as bar:
-            task = bar.add_task("encoding conversations", total=sum(file.stat().st_size for file in files))
-            for file in files:
-                conversations = read_conversations(file, on_error, report.read)
+            task = bar.add_task("encoding conversations", total=total)
+            for owner, source in enumerate(sources):
+                conversations = read_conversations(source, on_error, report.read)
                 while some := list(islice(conversations, CONVERSATIONS_AT_ONCE)):
                     for ids, mask in encode_chats(tokenizer, some):
                         length = _fit(mask, report)
@@ -87,20 +89,20 @@ class EncodedChats:
                             kept.append(
                                 (np.array(ids[:length], dtype=id_type), np.array(mask[:length], dtype=np.uint8))
                             )
+                            owners.append(owner)
                     bar.update(task, completed=report.read.bytes_read)
         if not kept:
-            raise UserError(f"{', '.join(map(str, paths)) or 'no file'}: nothing to learn; {_why(report)}")
-        all_ids, all_mask = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-        begins = np.cumsum([0, *(len(ids) for ids, _ in kept)])
-        report.conversations, report.tokens, report.learnt = len(kept), len(all_ids), int(all_mask.sum())
-        return cls(all_ids, all_mask, begins, report)
+            raise UserError(f"{', '.join(map(str, sources)) or 'no file'}: nothing to learn; {_why(report)}")
+        chats = cls(kept, owners, sources)
+        report.conversations, report.tokens, report.learnt = len(kept), len(chats.ids), int(chats.mask.sum())
+        chats.report = report
+        return chats
 
     def __len__(self) -> int:
         return len(self.begins) - 1
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        span = slice(self.begins[index], self.begins[index + 1])
-        return self.ids[span], self.mask[span]
+        return self.sequence(index)
 
     def positions(self, members: np.ndarray) -> np.ndarray:
         """How many positions of a row each of the conversations `members` fills."""
@@ -115,23 +117,6 @@ class EncodedChats:
         return held_out((self[index][0] for index in range(len(self))), len(self), fraction, "conversations")
 
 
-def held_out(contents: Iterable[np.ndarray], size: int, fraction: float, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on and indices held out, at least one of these unless `fraction` is 0, by a hash of the content.
-
-    contents: token ids of `size` samples; what: their name in an error. Raises `UserError` when nothing is left.
-    """
-    if not 0 <= fraction < 1:
-        raise UserError(f"--val_fraction {fraction}: must be at least 0 and below 1")
-    everything = np.arange(size)
-    if fraction == 0:
-        return everything, everything[:0]
-    hashes = np.array([_hash(ids) for ids in contents])
-    held = hashes < max(fraction, np.nextafter(hashes.min(), 1))
-    if held.all():
-        raise UserError(f"--val_fraction {fraction}: holds out all {size} {what}; add data or pass --val_fraction 0")
-    return everything[~held], everything[held]
-
-
 def _fit(mask: Iterable[int], report: ChatReport) -> int:
     """The number of tokens to keep, with what is lost counted."""
     mask = np.asarray(mask, dtype=np.int8)
@@ -141,12 +126,6 @@ def _fit(mask: Iterable[int], report: ChatReport) -> int:
     report.dropped += length == 0
     report.cut += 0 < length < answered
     return length
-
-
-def _hash(ids: np.ndarray) -> float:
-    """From 0 to 1, the same for the same tokens."""
-    digest = hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
 
 
 def _why(report: ChatReport) -> str:

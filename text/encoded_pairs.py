@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,9 +11,11 @@ import numpy as np
 
 from errors import UserError
 from text.chat_template import encode_chats
-from text.encoded_chats import CONVERSATIONS_AT_ONCE, held_out
-from text.json_rows import RowReport
+from text.encoded_chats import CONVERSATIONS_AT_ONCE
 from text.preferences import read_preferences
+from text.registry import Source
+from text.row_report import RowReport
+from text.token_rows import TokenRows, held_out
 from text.tokenizer import Tokenizer
 
 
@@ -37,49 +38,53 @@ class PairReport:
         return lines
 
 
-class EncodedPairs:
+class EncodedPairs(TokenRows):
     """Pairs as token ids and masks: `pairs[i]` is two (ids, mask), of the chosen and of the rejected conversation.
 
     The mask is 1 on the last answer and the token that ends it: only these are compared.
     """
 
-    def __init__(self, ids: np.ndarray, mask: np.ndarray, begins: np.ndarray, report: PairReport) -> None:
-        """ids, mask: (tokens,) of all conversations, chosen and rejected in turn; begins: (2 pairs + 1,)."""
-        self.ids, self.mask, self.begins, self.report = ids, mask, begins, report
+    report: PairReport
 
     @classmethod
     def read(
-        cls, paths: Sequence[str | Path], tokenizer: Tokenizer, sequence_length: int, on_error: str = "skip"
+        cls,
+        sources: Sequence[Source | str | Path],
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        on_error: str = "skip",
     ) -> EncodedPairs:
-        """Encode the pairs of files and folders. A pair of which one side has no room in `sequence_length` is dropped.
+        """Encode the pairs of sources. A pair of which one side has no room in `sequence_length` is dropped.
 
         Raises `UserError` for a file that cannot be read and when no pair is left.
         """
+        sources = [Source.of(source) for source in sources]
         report = PairReport(sequence_length)
         id_type = np.min_scalar_type(tokenizer.vocab_size - 1)
         kept: list[tuple[np.ndarray, np.ndarray]] = []
-        for path in paths:
-            pairs = read_preferences(path, on_error, report.read)
+        owners: list[int] = []
+        for owner, source in enumerate(sources):
+            pairs = read_preferences(source, on_error, report.read)
             while some := list(islice(pairs, CONVERSATIONS_AT_ONCE)):
                 encoded = encode_chats(tokenizer, [side for pair in some for side in pair])
                 for sides in zip(encoded[::2], encoded[1::2], strict=True):
                     if max(len(ids) for ids, _ in sides) > sequence_length + 1:
                         report.too_long += 1
                         continue
-                    kept += [(np.array(ids, dtype=id_type), _last_answer(mask)) for ids, mask in sides]
+                    kept += [(np.array(ids, dtype=id_type), last_answer(mask)) for ids, mask in sides]
+                    owners.append(owner)
         if not kept:
-            raise UserError(f"{', '.join(map(str, paths)) or 'no file'}: no pair to learn from; {_why(report)}")
-        all_ids, all_mask = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-        report.pairs, report.tokens = len(kept) // 2, len(all_ids)
-        return cls(all_ids, all_mask, np.cumsum([0, *(len(ids) for ids, _ in kept)]), report)
+            raise UserError(f"{', '.join(map(str, sources)) or 'no file'}: no pair to learn from; {_why(report)}")
+        pairs_read = cls(kept, owners, sources)
+        report.pairs, report.tokens = len(owners), len(pairs_read.ids)
+        pairs_read.report = report
+        return pairs_read
 
     def __len__(self) -> int:
         return len(self.begins) // 2
 
     def __getitem__(self, index: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        spans = [slice(self.begins[side], self.begins[side + 1]) for side in (2 * index, 2 * index + 1)]
-        chosen, rejected = ((self.ids[span], self.mask[span]) for span in spans)
-        return chosen, rejected
+        return self.sequence(2 * index), self.sequence(2 * index + 1)
 
     def positions(self, members: np.ndarray) -> np.ndarray:
         """How many positions of a row each of the pairs `members` fills, both sides together."""
@@ -90,15 +95,8 @@ class EncodedPairs:
         prompts = (ids[: int(mask.argmax())] for (ids, mask), _ in map(self.__getitem__, range(len(self))))
         return held_out(prompts, len(self), fraction, "pairs")
 
-    @property
-    def fingerprint(self) -> str:
-        """The same for the same pairs in the same order."""
-        digest = hashlib.blake2b(self.begins.astype("<i8").tobytes(), digest_size=16)
-        digest.update(self.ids.astype("<u4").tobytes())
-        return digest.hexdigest()
 
-
-def _last_answer(mask: Sequence[int]) -> np.ndarray:
+def last_answer(mask: Sequence[int]) -> np.ndarray:
     """The mask without the answers before the last one."""
     last = np.array(mask, dtype=np.uint8)
     last[: len(last) - int(last[::-1].argmin())] = 0

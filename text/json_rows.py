@@ -6,79 +6,13 @@ A file is a JSON array or has one JSON value a line; which of them is seen from 
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from errors import UserError
-
-SUFFIXES = (".json", ".jsonl", ".ndjson")
-EXAMPLES_SHOWN = 3
-
-Row = TypeVar("Row")
-
-
-class RowError(Exception):
-    """A row that cannot be used: the kind, for counting, and what is wrong with this one."""
-
-    def __init__(self, kind: str, what: str) -> None:
-        super().__init__(what)
-        self.kind = kind
-
-
-@dataclass
-class RowReport:
-    """What was read. `rows` = `kept` + all `problems`; `examples` holds the first few of each kind."""
-
-    rows: int = 0
-    kept: int = 0
-    bytes_read: int = 0
-    problems: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add_problem(self, place: str, error: RowError) -> None:
-        self.problems[error.kind] += 1
-        examples = self.examples.setdefault(error.kind, [])
-        if len(examples) < EXAMPLES_SHOWN:
-            examples.append(f"{place}: {error}")
-
-    def lines(self) -> list[str]:
-        """The report for people: one line of totals, then each kind of problem with its first examples."""
-        lines = [f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
-        for kind, count in self.problems.most_common():
-            lines.append(f"  {count} x {kind}")
-            lines += [f"    {example}" for example in self.examples[kind]]
-        return lines
-
-    def why_empty(self) -> str:
-        """One line of reasons why no row was kept."""
-        counts = ", ".join(f"{count} x {kind}" for kind, count in self.problems.most_common())
-        first = next((examples[0] for examples in self.examples.values()), "name a file")
-        return f"{self.rows} rows, all skipped: {counts}; the first: {first}"
-
-
-def json_files(path: str | Path) -> list[Path]:
-    """The file itself, or the JSON files in and below a folder, sorted. Raises `UserError` when there is none."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise UserError(f"{path}: the folder has no {', '.join(SUFFIXES)} file; name a file or another folder")
-        return files
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check the path")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: rows are read from {', '.join(SUFFIXES)} files; convert it")
-    return [path]
-
-
-def kind_of(value: object) -> str:
-    """What a JSON value is, in words for an error message."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
-    return "missing" if value is None else names.get(type(value), type(value).__name__)
+from text.row_report import RowError, RowReport
 
 
 def json_rows(file: Path, report: RowReport) -> Iterator[tuple[str, object]]:
@@ -86,7 +20,7 @@ def json_rows(file: Path, report: RowReport) -> Iterator[tuple[str, object]]:
 
     Raises `UserError` for a file that is empty or UTF-16 and for an array that cannot be read to its end.
     """
-    with file.open("rb") as stream:
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         head = stream.read(4)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UserError(f"{file}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
@@ -103,32 +37,6 @@ def json_rows(file: Path, report: RowReport) -> Iterator[tuple[str, object]]:
                 report.bytes_read += len(line)
                 if line.strip():
                     yield f"{file}:{number}", _parse_line(line)
-
-
-def converted_rows(
-    path: str | Path, convert: Callable[[object], Row], on_error: str, report: RowReport
-) -> Iterator[Row]:
-    """What `convert` makes of each row of a file, or of all JSON files in a folder, in order.
-
-    A row for which `convert` raises `RowError` is counted in `report` (`on_error="skip"`) or raises `UserError`
-    (`on_error="stop"`).
-    """
-    if on_error not in ("skip", "stop"):
-        raise UserError(f"--on_error {on_error}: must be 'skip' or 'stop'")
-    for file in json_files(path):
-        for place, row in json_rows(file, report):
-            report.rows += 1
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                converted = convert(row)
-            except RowError as error:
-                if on_error == "stop":
-                    raise UserError(f"{place}: {error}; mend or drop the row or pass --on_error skip") from error
-                report.add_problem(place, error)
-                continue
-            report.kept += 1
-            yield converted
 
 
 def _begins_array(first_line: bytes) -> bool:

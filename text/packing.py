@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from text.order import BLOCK, block_shares, mixed
+
 IGNORED_LABEL = -100
 PADDING_SEGMENT = -1
 
@@ -67,15 +69,19 @@ class PackedEpochs:
         capacity: int,
         seed: int,
         packing: bool,
+        reach: int = 0,
     ) -> None:
         """members: (samples,) numbers; positions: how many positions of a row such numbers fill.
 
-        `packing=False` gives each sample its own row.
+        `packing=False` gives each sample its own row. reach: how many rows apart those may be that are asked for
+        together, beside a batch of consecutive ones.
         """
         self.members, self.capacity = members, capacity
         self._positions, self._seed, self._packing = positions, seed, packing
         self._epochs: dict[int, list[np.ndarray]] = {}
+        self._kept = 2
         self._length = len(self._rows(0))
+        self._kept = 2 + reach // self._length
 
     def __len__(self) -> int:
         """Rows in an epoch; the same in each, as best-fit's number of rows depends on the lengths alone."""
@@ -91,7 +97,7 @@ class PackedEpochs:
         return float(self._positions(self.members).sum() / (len(self) * self.capacity))
 
     def _rows(self, epoch: int) -> list[np.ndarray]:
-        """All rows of an epoch. A batch reaches over at most the two epochs that are kept."""
+        """All rows of an epoch. The epochs around it are kept too, as far as the next rows may be from these."""
         if epoch not in self._epochs:
             random = np.random.default_rng([self._seed, epoch])
             members = random.permutation(self.members)
@@ -99,9 +105,55 @@ class PackedEpochs:
                 rows = [members[row] for row in pack_best_fit(self._positions(members), self.capacity)]
             else:
                 rows = list(members[:, None])
-            self._epochs = {kept: rows for kept, rows in self._epochs.items() if kept == epoch - 1}
             self._epochs[epoch] = [rows[place] for place in random.permutation(len(rows))]
+            nearest = sorted(self._epochs, key=lambda other: abs(other - epoch))[: self._kept]
+            self._epochs = {kept: self._epochs[kept] for kept in nearest}
         return self._epochs[epoch]
+
+
+class MixedEpochs:
+    """The packed rows of several sources, mixed by weight to 1/4096: each goes through its own epochs at its own pace.
+
+    A row holds samples of one source. Without weights all samples are of one source, and an epoch shows each once.
+    """
+
+    def __init__(
+        self,
+        members: np.ndarray,
+        owners: np.ndarray,
+        weights: Sequence[float] | None,
+        positions: Callable[[np.ndarray], np.ndarray],
+        capacity: int,
+        seed: int,
+        packing: bool = True,
+    ) -> None:
+        """As `PackedEpochs`; owners: (members,) the source of each. Raises `ValueError` for one without a member."""
+        self.members, self.capacity, self._seed = members, capacity, seed
+        self._positions = positions
+        self.shares = block_shares(weights) if weights and len(weights) > 1 else [BLOCK]
+        if len(self.shares) == 1:
+            owners = np.zeros_like(members)
+        parts = [members[owners == owner] for owner in range(len(self.shares))]
+        empty = [owner for owner, part in enumerate(parts) if not len(part)]
+        if empty:
+            raise ValueError(f"source {empty[0]} has no sample")
+        reach = BLOCK if len(parts) > 1 else 0
+        self._parts = [PackedEpochs(part, positions, capacity, seed, packing, reach) for part in parts]
+
+    def __len__(self) -> int:
+        """Rows of an epoch of every source."""
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The numbers of the samples in a row, counted from the start of training."""
+        if len(self._parts) == 1:
+            return self._parts[0][index]
+        source, number = mixed(int(index), self.shares, self._seed)
+        return self._parts[source][number]
+
+    def filled(self) -> float:
+        """The share of positions that hold samples rather than padding, over an epoch of every source."""
+        return float(self._positions(self.members).sum() / (len(self) * self.capacity))
 
 
 def write_row(conversations: Sequence[tuple[np.ndarray, np.ndarray]], sequence_length: int, pad_id: int) -> dict:

@@ -12,12 +12,23 @@ the answers in it, is the prompt, and must be the same for both.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from text.chat_template import Message
-from text.conversations import check_conversation, text_of, turns_to_messages, with_system
-from text.json_rows import RowError, RowReport, converted_rows, kind_of
+from text.conversations import (
+    SEEN,
+    check_conversation,
+    history_of,
+    question_of,
+    turns_to_messages,
+    with_system,
+)
+from text.formats import Layout
+from text.registry import Source
+from text.row_report import RowError, RowReport, kind_of
+from text.rows import converted_rows
 
 
 class Preference(NamedTuple):
@@ -27,24 +38,29 @@ class Preference(NamedTuple):
     rejected: list[Message]
 
 
-def read_preferences(path: str | Path, on_error: str = "skip", report: RowReport | None = None) -> Iterator[Preference]:
-    """Pairs of a file, or of all JSON files in a folder, in order.
+def read_preferences(
+    source: Source | str | Path, on_error: str = "skip", report: RowReport | None = None
+) -> Iterator[Preference]:
+    """Pairs of a source, or of a file or folder, in order.
 
     A row without a pair in it is counted in `report` (`on_error="skip"`) or raises `UserError` (`on_error="stop"`). A
     file that cannot be read raises `UserError` always.
     """
-    yield from converted_rows(path, to_preference, on_error, RowReport() if report is None else report)
+    source = Source.of(source)
+    convert = partial(to_preference, layout=source.layout)
+    yield from converted_rows(source, convert, on_error, RowReport() if report is None else report)
 
 
-def to_preference(row: object) -> Preference:
+def to_preference(row: object, layout: Layout = SEEN) -> Preference:
     """One row of any layout as a pair. Raises `RowError`."""
+    row = layout.arrange(row)
     if not isinstance(row, dict):
         raise RowError("not a pair", f"the row is {kind_of(row)}; it must be an object with 'chosen' and 'rejected'")
     for name in ("chosen", "rejected"):
         if not row.get(name):
             raise RowError("nothing to prefer", f"{name!r} is {'empty' if name in row else 'missing'}")
-    given = _given_prompt(row)
-    pair = Preference(*(_conversation(row, name, given) for name in ("chosen", "rejected")))
+    given = _given_prompt(row, layout)
+    pair = Preference(*(_conversation(row, name, given, layout) for name in ("chosen", "rejected")))
     if pair.chosen[:-1] != pair.rejected[:-1]:
         raise RowError("prompts differ", "'chosen' and 'rejected' answer different prompts")
     if pair.chosen[-1] == pair.rejected[-1]:
@@ -52,29 +68,27 @@ def to_preference(row: object) -> Preference:
     return pair
 
 
-def _given_prompt(row: dict) -> list[Message]:
+def _given_prompt(row: dict, layout: Layout) -> list[Message]:
     """The turns that the row names beside the answers; none where the answers are whole conversations."""
     for name in ("conversations", "messages"):
         if name in row:
-            return turns_to_messages(repr(name), row[name])
-    if "instruction" in row:
-        parts = [text_of(f"'{name}'", row[name]) for name in ("instruction", "input") if row.get(name) is not None]
-        return [{"role": "user", "content": "\n".join(part for part in parts if part)}]
-    prompt = row.get("prompt")
+            return turns_to_messages(repr(name), row[name], layout)
+    name = "instruction" if "instruction" in row else "prompt"
+    prompt = row.get(name)
     if prompt is None:
         return []
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return turns_to_messages("'prompt'", prompt)
+    if isinstance(prompt, str) or name == "instruction":
+        return [*history_of(row), question_of(row, name)]
+    return turns_to_messages("'prompt'", prompt, layout)
 
 
-def _conversation(row: dict, name: str, given: list[Message]) -> list[Message]:
+def _conversation(row: dict, name: str, given: list[Message], layout: Layout) -> list[Message]:
     """The prompt and the answer `name`."""
     answer = row[name]
     if isinstance(answer, str):
         turns: list[Message] = [{"role": "assistant", "content": answer}]
     else:
-        turns = turns_to_messages(repr(name), [answer] if isinstance(answer, dict) else answer)
+        turns = turns_to_messages(repr(name), [answer] if isinstance(answer, dict) else answer, layout)
     *before, last = turns
     if last["role"] != "assistant":
         raise RowError("nothing to prefer", f"{name!r} ends with a turn of {last['role']!r}, not with an answer")

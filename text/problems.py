@@ -19,9 +19,11 @@ from typing import Any, Protocol
 
 from errors import UserError
 from text.answers import as_number, problem_with
-from text.json_rows import RowError, RowReport, json_files, json_rows, kind_of
+from text.formats import Layout
 from text.order import shuffled
-from text.sources import split_weights
+from text.registry import Source, find_sources
+from text.row_report import RowError, RowReport, kind_of
+from text.rows import converted_rows
 from text.world.numbers import arithmetic_problem, held_out_arithmetic_problem
 
 # Question and answer columns; the first pair that a row has is taken.
@@ -132,19 +134,24 @@ class ReasoningGym:
         )
 
 
-def split_problems(data: str) -> list[tuple[str, float]]:
-    """`a.jsonl=2,arithmetic:1-2` as names of sources with their weights, 1 where none is given."""
-    return [(name, weight) for names, weight in split_weights(data) for name in names.split(",") if name]
+def split_problems(data: str) -> list[Source]:
+    """`a.jsonl=2,arithmetic:1-2` as sources with their weights."""
+    return find_sources(data, kind="prompt")
 
 
 def open_problems(
-    name: str, on_error: str = "skip", report: RowReport | None = None, val_fraction: float = 0.0
+    source: Source | str | Path,
+    on_error: str = "skip",
+    report: RowReport | None = None,
+    val_fraction: float = 0.0,
 ) -> Problems:
-    """A file, a folder, `arithmetic:LEVELS` or `reasoning_gym:TASK`.
+    """A source of rows, `arithmetic:LEVELS` or `reasoning_gym:TASK`.
 
     Rows without a question, or with an answer that no verifier can parse, are counted in `report` or, with
     `on_error="stop"`, raise `UserError`. So does a source without any problem.
     """
+    source = Source.of(source)
+    name = source.path
     kind, _, which = name.partition(":")
     if kind == "arithmetic" and not Path(name).exists():
         levels = re.fullmatch(r"([1-4])(?:-([1-4]))?", which or "1-3")
@@ -154,33 +161,32 @@ def open_problems(
     if kind == "reasoning_gym" and not Path(name).exists():
         return _reasoning_gym(name, which)
     report = RowReport() if report is None else report
-    problems: dict[str, Problem] = {}
-    for file in json_files(name):
-        for place, row in json_rows(file, report):
-            report.rows += 1
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                problem = to_problem(row)
-                if problem.question in problems:
-                    raise RowError("question asked before", "the question was asked in an earlier row")
-            except RowError as error:
-                if on_error == "stop":
-                    raise UserError(f"{place}: {error}; mend or drop the row or pass --on_error skip") from error
-                report.add_problem(place, error)
-                continue
-            report.kept += 1
-            problems[problem.question] = problem
-    held = [problem for problem in problems.values() if _place(problem) < val_fraction]
-    train = [problem for problem in problems.values() if _place(problem) >= val_fraction]
+    problems = list(converted_rows(source, problem_reader(source), on_error, report))
+    held = [problem for problem in problems if _place(problem) < val_fraction]
+    train = [problem for problem in problems if _place(problem) >= val_fraction]
     if not train:
         first = next((examples[0] for examples in report.examples.values()), "all of it is held out")
         raise UserError(f"{name}: no problem to train on; {first}")
     return ListedProblems(train, sorted(held, key=_place))
 
 
-def to_problem(row: object) -> Problem:
-    """One row of any layout. Raises `RowError`."""
+def problem_reader(source: Source) -> Callable[[object], Problem]:
+    """Turns the rows of a source into problems, each question once. Raises `RowError` for a row that cannot be used."""
+    asked: set[str] = set()
+
+    def fresh(row: object) -> Problem:
+        problem = to_problem(row, source.layout)
+        if problem.question in asked:
+            raise RowError("question asked before", "the question was asked in an earlier row")
+        asked.add(problem.question)
+        return problem
+
+    return fresh
+
+
+def to_problem(row: object, layout: Layout | None = None) -> Problem:
+    """One row of any layout, or of the one that the source names. Raises `RowError`."""
+    row = layout.arrange(row) if layout else row
     if not isinstance(row, dict):
         raise RowError("not a problem", f"the row is {kind_of(row)}; it must be an object with question and answer")
     columns = next((pair for pair in COLUMNS if all(row.get(column) is not None for column in pair)), None)

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import codecs
 import os
-import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError
 from text.cleaning import Report
-from text.csv_documents import read_csv
+from text.csv_rows import read_csv
 from text.data_file import ROW_LIMIT, DataFile, FileProblem, Row, disk_file
+from text.hub import hub_rows
 from text.json_documents import read_json, read_json_lines
-from text.table_documents import read_arrow, read_parquet
+from text.registry import HUB_NAME, Source
+from text.sampling import sample_by_count
+from text.table_rows import read_arrow, read_parquet
 
 # Plain text has no rows: a document ends at a blank line, or with the line that makes it this many characters long.
 TEXT_DOCUMENT = 8192
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 # What `save_to_disk` writes beside the data.
 METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 
@@ -43,8 +45,8 @@ class Corpus:
 
     `data` is one or several, parted by commas, of: a file (.csv .jsonl .json .parquet .arrow .txt, the text formats
     also with .gz), a folder (read recursively, sorted), or a Hub name `owner/name` or `owner/name:config` (its train
-    split). `column` names the text, "text" if None. `size` is the files' bytes, `position` those read so far;
-    `report` counts what could not be read.
+    split); or sources as `text.registry` finds them. `column` names the text where the source does not, "text" if None.
+    `size` is the files' bytes, `position` those read so far; `report` counts what could not be read.
 
     Raises `UserError` for a path that is not there or of an unknown format and for a folder without data; while
     reading, when nothing could be read or, with `on_error="stop"`, at the first row that cannot be.
@@ -52,7 +54,7 @@ class Corpus:
 
     def __init__(
         self,
-        data: str,
+        data: str | Sequence[Source],
         column: str | None = None,
         on_error: str = "skip",
         encoding: str = "utf-8",
@@ -63,48 +65,66 @@ class Corpus:
         except LookupError as error:
             raise UserError(f"encoding: {encoding!r} is not known; use utf-8, gb18030 or another codec") from error
         self.report = Report(on_error)
-        self.data = data
-        self._settings = (column or "text", encoding, self.report, row_limit)
-        self.sources: list[Path | str] = []
-        parts = [data] if os.path.exists(data) else [part.strip() for part in data.split(",") if part.strip()]
-        for part in parts:
-            self.sources += self._find(part)
+        self._column, self._settings = column or "text", (encoding, self.report, row_limit)
+        self.sources: list[tuple[Path | str, Source]] = []
+        if isinstance(data, str):
+            parts = [data] if os.path.exists(data) else [part.strip() for part in data.split(",") if part.strip()]
+            data = [_source(part) for part in parts]
+        for source in data:
+            self.sources += [(place, source) for place in self._find(source)]
+        self.data = ", ".join(map(str, data))
         if not self.sources:
-            raise UserError(f"data: {data!r} names nothing; give a file, a folder or a Hub name")
-        self.size = sum(source.stat().st_size for source in self.sources if isinstance(source, Path))
+            raise UserError(f"data: {self.data!r} names nothing; give a file, a folder or a Hub name")
+        self.size = sum(place.stat().st_size for place, _ in self.sources if isinstance(place, Path))
         self.position = 0
 
     def identity(self) -> list[list]:
         """What tells this corpus from a changed one: path, size and modification time of each file."""
         found: list[list] = []
-        for source in self.sources:
-            if isinstance(source, Path):
-                status = source.stat()
-                found.append([str(source.absolute()), status.st_size, status.st_mtime_ns])
+        for place, source in self.sources:
+            special = _special(source)
+            if isinstance(place, Path):
+                status = place.stat()
+                found.append([str(place.absolute()), status.st_size, status.st_mtime_ns, *special])
             else:
-                found.append([source, None, None])
+                found.append([place, None, None, *special])
         return found
 
     def __iter__(self) -> Iterator[Document]:
-        rows, finished = 0, 0
-        for source in self.sources:
-            file = DataFile(source, *self._settings)
-            rows_before, counts_before = rows, dict(self.report.counts)
-            for text, line in self._rows(file):
-                rows += 1
-                self.position = finished + file.position
-                yield Document(text, str(source), line)
-            if rows == rows_before and self.report.counts == counts_before:
-                self.report.bad("empty file", source, None, "the file has no rows", "give a file with text")
-            finished += source.stat().st_size if isinstance(source, Path) else 0
-            self.position = finished
-        if not rows:
+        documents, self._finished = 0, 0
+        for source, places in groupby(self.sources, key=lambda found: found[1]):
+            of_source = self._documents([place for place, _ in places], source)
+            if source.samples is not None:
+                of_source = sample_by_count(of_source, source.samples, source.seed)
+            for document in of_source:
+                documents += 1
+                yield document
+        if not documents:
             raise UserError(self.report.first_problem or f"{self.data}: no row has any text; give a file with text")
 
-    def _rows(self, file: DataFile) -> Iterator[Row]:
+    def _documents(self, places: list[Path | str], source: Source) -> Iterator[Document]:
+        """The documents of a source."""
+        column = source.layout.columns.get("text", self._column)
+        for place in places:
+            file = DataFile(place, column, *self._settings)
+            rows, counts_before = 0, dict(self.report.counts)
+            for text, line in self._rows(file, source):
+                rows += 1
+                self.position = self._finished + file.position
+                yield Document(text, str(place), line)
+            if not rows and self.report.counts == counts_before:
+                self.report.bad("empty file", place, None, "the file has no rows", "give a file with text")
+            self._finished += place.stat().st_size if isinstance(place, Path) else 0
+            self.position = self._finished
+
+    def _rows(self, file: DataFile, source: Source) -> Iterator[Row]:
         """The rows of one file; what ends its reading early is counted as one problem."""
         try:
-            yield from (read_hub if isinstance(file.path, str) else _reader(file.path))(file)
+            if isinstance(file.path, str):
+                for number, row in enumerate(hub_rows(source), 1):
+                    yield from file.text_of(row, number)
+            else:
+                yield from _reader(file.path)(file)
         except FileProblem as problem:
             self.report.bad(problem.kind, file.path, problem.line, problem.problem, problem.remedy)
         except UnicodeError as error:
@@ -112,8 +132,10 @@ class Corpus:
         except (OSError, EOFError, zlib.error) as error:
             self.report.bad("unreadable file", file.path, None, f"cannot be read ({error})", "fetch or mend it")
 
-    def _find(self, part: str) -> list[Path | str]:
-        path = Path(part)
+    def _find(self, source: Source) -> list[Path | str]:
+        if source.is_hub:
+            return [source.path if source.subset is None else f"{source.path}:{source.subset}"]
+        path = Path(source.path)
         formats = ", ".join(READERS)
         try:
             if path.is_dir():
@@ -127,8 +149,6 @@ class Corpus:
             raise UserError(
                 f"{error.filename or path}: {error.strerror}; check the path and its permissions"
             ) from error
-        if HUB_NAME.fullmatch(part) and _reader(path) is None:
-            return [part]
         raise UserError(f"{path}: no such file or folder; check the path")
 
     def _find_in_folder(self, folder: Path) -> list[Path | str]:
@@ -175,22 +195,19 @@ def read_text(file: DataFile) -> Iterator[Row]:
             yield "".join(document).rstrip("\r\n"), first
 
 
-def read_hub(file: DataFile) -> Iterator[Row]:
-    """The train split of a data set on the Hub, streamed. Raises `FileProblem` when the Hub does not give it."""
-    import datasets
-
-    name = HUB_NAME.fullmatch(str(file.path))
-    try:
-        rows = datasets.load_dataset(name["name"], name["config"], split="train", streaming=True)
-        for line, row in enumerate(rows, 1):
-            yield from file.text_of(row, line)
-    except (OSError, ValueError, RuntimeError) as error:
-        problem = f"no such path here, and the Hub does not give it ({_first_line(error)})"
-        raise FileProblem("unreadable file", None, problem, "check the path or the name and the network") from error
+def _source(part: str) -> Source:
+    """A path or, where it is none, `owner/name` or `owner/name:config` on the Hub."""
+    hub = HUB_NAME.fullmatch(part)
+    if not hub or os.path.exists(part) or _reader(Path(part)) is not None:
+        return Source(part)
+    return Source(hub["name"], is_hub=True, subset=hub["config"])
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _special(source: Source) -> list:
+    """What is chosen of a source beside its place; nothing where it is read whole, in the column of the recipe."""
+    if (source.layout.columns, source.samples, source.split, source.folder) == ({}, None, "train", ""):
+        return []
+    return [dict(source.layout.columns), source.samples, source.seed, source.split, source.folder]
 
 
 def _reader(path: Path) -> Callable[[DataFile], Iterator[Row]] | None:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from text.cleaning import Cleaner, Report, SeenHashes
 from text.encoders import EncoderPool, peak_memory
 from text.parts import batches, parts
 from text.readers import Corpus
+from text.registry import Source
 from text.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_safely
 from text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
@@ -59,12 +60,12 @@ class Recipe:
         if not 0 < self.shard_tokens <= 1 << 30:
             raise UserError(f"shard_tokens {self.shard_tokens}: give 1 to {1 << 30}")
 
-    def corpus(self, data: str) -> Corpus:
+    def corpus(self, data: str | Sequence[Source]) -> Corpus:
         return Corpus(data, self.column, self.on_error, self.encoding)
 
 
 def prepare_shards(
-    data: str,
+    data: str | Sequence[Source],
     tokenizer: Tokenizer,
     out: str | Path,
     *,
@@ -112,7 +113,7 @@ def prepare_shards(
 
 
 def open_or_wait(
-    data: str, tokenizer: Tokenizer, out: str | Path, *, timeout: float = 600.0, **options: Any
+    data: str | Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, timeout: float = 600.0, **options: Any
 ) -> ShardSet:
     """What `prepare_shards` of another process makes of the same data and options, as soon as it is finished.
 

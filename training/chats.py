@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dataset import ChatDataset
+from text.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.optim import OptimSettings
 from training.ranks import Ranks
@@ -18,7 +19,8 @@ class ChatSettings(StageSettings):
 
     Args:
         ckpt: checkpoint folder to start from.
-        data: files of conversations (Alpaca, ShareGPT or messages; JSON or JSONL), separated by commas.
+        data: conversations: names in --datasets, files, folders or Hub ids, separated by commas; NAME=WEIGHT sets a
+            source's share of the mixture.
         packing: fill each row with several conversations that do not see each other.
         val_fraction: share of the conversations held out.
     """
@@ -34,11 +36,11 @@ class ChatSettings(StageSettings):
 
 def open_chats(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks) -> tuple[ChatDataset, BitsPerByte | None]:
     """The conversations to train on, told of on the main rank, and what measures the held-out ones (None without)."""
-    paths = [path for path in settings.data.split(",") if path]
+    sources = find_sources(settings.data, settings.datasets, "chat")
     options = dict(
         on_error=settings.on_error, packing=settings.packing, val_fraction=settings.val_fraction, progress=ranks.main
     )
-    dataset = ChatDataset(paths, tokenizer, settings.sequence_length, settings.seed, **options)
+    dataset = ChatDataset(sources, tokenizer, settings.sequence_length, settings.seed, **options)
     if ranks.main:
         dataset.print_summary()
     if not dataset.validation:

@@ -79,6 +79,11 @@ class Experience:
         """Rows of an epoch: each prompt's group, `mu` times."""
         return len(self.prompts) * self.settings.group * self.settings.mu
 
+    @property
+    def identity(self) -> str:
+        """What the order of the problems depends on beside the seed."""
+        return self.prompts.identity
+
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]:
         """Sample, judge and exchange completions every `mu` steps. Returns what is logged of them."""
         if step % self.settings.mu == 0:

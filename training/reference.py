@@ -52,8 +52,8 @@ def reference_log_probs(
     """
     reference.to(ranks.device)
     log_probs = torch.zeros(len(dataset.pairs.ids), dtype=torch.float32)
-    for part in (dataset, dataset.validation):
-        starts = range(0, len(part) if part else 0, micro_rows)
+    for part in dataset.everything():
+        starts = range(0, len(part), micro_rows)
         for start in starts[ranks.rank :: ranks.world]:
             rows = range(start, min(start + micro_rows, len(part)))
             batch = {name: value.to(ranks.device) for name, value in part.batch(rows).items()}

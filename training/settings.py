@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from errors import UserError, naming
 from LMConfig import LMConfig
+from text.registry import REGISTRY
 from training.optim import OptimSettings
 from training.schedule import Schedule
 
@@ -46,6 +47,7 @@ class StageSettings:
         keep: step checkpoints kept.
         wandb: name of a wandb project; empty: no wandb.
         on_error: skip or stop, for a row of data that cannot be read.
+        datasets: YAML file that gives data sets names; LLaMA-Factory's dataset_info.json will do.
     """
 
     out: str
@@ -71,6 +73,7 @@ class StageSettings:
     keep: int = 2
     wandb: str = ""
     on_error: str = "skip"
+    datasets: str = REGISTRY
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "batch_tokens", "micro_tokens", "log_every", "keep"):

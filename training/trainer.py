@@ -254,6 +254,7 @@ class Trainer:
             "sequence_length": settings.sequence_length,
             "rows": settings.rows,
             "tokenizer": self.tokenizer.fingerprint,
+            "data": getattr(self.dataset, "identity", ""),
         }
 
     def _finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Documents of CSV files, with line numbers, where one broken row costs only itself."""
+"""Rows and documents of CSV files, with line numbers, where one broken row costs only itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,24 @@ from text.data_file import DataFile, FileProblem, Row, conversion
 
 
 def read_csv(file: DataFile) -> Iterator[Row]:
-    """The wanted column of a CSV file with a header line, quoted as RFC 4180 says.
+    """The wanted column of a CSV file. Raises `FileProblem` when the header is broken or has no such column."""
+    place = None
+    for header, fields, line in _rows(file):
+        if place is None:
+            place = header.index(file.column)
+        if file.usable(fields[place], line):
+            yield fields[place], line
+
+
+def csv_rows(file: DataFile) -> Iterator[tuple[dict[str, str], int]]:
+    """Whole rows of a CSV file by column, each with the line it begins at. Raises `FileProblem` on a broken header."""
+    for header, fields, line in _rows(file):
+        if all(file.usable(field, line) for field in fields):
+            yield dict(zip(header, fields, strict=True)), line
+
+
+def _rows(file: DataFile) -> Iterator[tuple[list[str], list[str], int]]:
+    """(header, fields, line) of each row of a CSV file with a header line, quoted as RFC 4180 says.
 
     A quote that is not closed would make one row of all that follows. Strict parsing notices it at the next quote, at
     the row limit or at the end of the file; then only the row's first line is given up and reading goes on with the
@@ -30,9 +47,8 @@ def read_csv(file: DataFile) -> Iterator[Row]:
             raise FileProblem("broken header", 1, f"no CSV header ({error})", "begin with column names") from error
         if any("\0" in name for name in header):
             raise _no_bytes()
-        if file.column not in header:
+        if file.column is not None and file.column not in header:
             raise file.no_column(header, 1)
-        place = header.index(file.column)
         while True:
             feed.start_row()
             try:
@@ -45,8 +61,7 @@ def read_csv(file: DataFile) -> Iterator[Row]:
                 continue
             line = feed.row[0][0]
             if len(fields) == len(header):
-                if file.usable(fields[place], line):
-                    yield fields[place], line
+                yield header, fields, line
             elif not fields:
                 file.report.drop("empty", file.path, line)
             else:

@@ -1,0 +1,127 @@
+"""Any source as its stage would see it: which kind of data it is, its rows with their places, and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from errors import UserError
+from text.chat_template import encode_chats
+from text.conversations import to_messages
+from text.encoded_pairs import last_answer
+from text.formats import FORMATS
+from text.preferences import to_preference
+from text.problems import COLUMNS, open_problems, problem_reader
+from text.readers import Corpus
+from text.registry import GENERATORS, Source
+from text.row_report import RowReport
+from text.rows import SUFFIXES, placed_rows, read_rows
+from text.tokenizer import Tokenizer
+
+ROWS_LOOKED_AT = 100
+
+Sequences = list[tuple[Sequence[int], Sequence[int]]]
+"""The token sequences of one row, each (ids, mask)."""
+
+
+def kind_of_source(source: Source) -> str:
+    """text, chat, preference or prompt: of the format, or of the first row that shows it."""
+    if source.layout.format:
+        return FORMATS[source.layout.format].kind
+    if is_generated(source):
+        return "prompt"
+    path = Path(source.path)
+    if not source.is_hub and (".txt" in path.suffixes or (path.is_dir() and not _has_rows(path))):
+        return "text"
+    for _, row in islice(read_rows(source, "skip", RowReport()), ROWS_LOOKED_AT):
+        if isinstance(row, dict):
+            return _kind_of_row(row)
+    return "chat"
+
+
+def placed_items(source: Source, kind: str, report: RowReport) -> Iterator[tuple[str, Any]]:
+    """(place, item) of every usable row: a text, a conversation, a `Preference` or a `Problem`; the others counted.
+
+    Raises `UserError` for what cannot be read to its end, and for text of which there is none.
+    """
+    if kind == "text":
+        yield from _documents(source, report)
+    elif is_generated(source):
+        problems = open_problems(source)
+        for number in range(len(problems)):
+            report.rows, report.kept = number + 1, number + 1
+            yield f"{source} #{number + 1}", problems.problem(number, 0)
+    else:
+        converters = {"chat": to_messages, "preference": to_preference}
+        convert = problem_reader(source) if kind == "prompt" else partial(converters[kind], layout=source.layout)
+        yield from placed_rows(source, convert, "skip", report)
+
+
+def encode_items(tokenizer: Tokenizer, kind: str, items: Sequence[Any]) -> list[Sequences]:
+    """The token sequences of each item and what is learnt of them: of a problem only its prompt, which is not."""
+    if kind == "text":
+        encoded = tokenizer.encode_batch(list(items))
+        return [[([*ids, tokenizer.eos_id], [1] * (len(ids) + 1))] for ids in encoded]
+    if kind == "preference":
+        sides = encode_chats(tokenizer, [side for pair in items for side in pair])
+        answers = [(ids, last_answer(mask)) for ids, mask in sides]
+        return [list(pair) for pair in zip(answers[::2], answers[1::2], strict=True)]
+    if kind == "prompt":
+        questions = [[{"role": "user", "content": problem.question}] for problem in items]
+        return [[pair] for pair in encode_chats(tokenizer, questions, add_generation_prompt=True)]
+    return [[pair] for pair in encode_chats(tokenizer, items)]
+
+
+def lengths(sequences: Sequences) -> list[int]:
+    """How many positions of a row each sequence fills: its last token is only ever predicted."""
+    return [len(ids) - 1 for ids, _ in sequences]
+
+
+def learnt(sequences: Sequences) -> int:
+    """How many tokens of a row of data are learnt."""
+    return int(sum(np.sum(mask) for _, mask in sequences))
+
+
+def is_generated(source: Source) -> bool:
+    """Whether there is no file: the problems are made up as they are asked for."""
+    return source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
+
+
+def _documents(source: Source, report: RowReport) -> Iterator[tuple[str, str]]:
+    corpus = Corpus([source])
+    try:
+        for document in corpus:
+            if document.text.strip():
+                report.kept += 1
+                yield f"{document.file}:{document.line}", document.text
+            else:
+                corpus.report.drop("empty", document.file, document.line)
+    finally:
+        report.problems.update(corpus.report.counts)
+        for kind, places in corpus.report.examples.items():
+            report.examples[kind] = places
+        report.rows = report.kept + report.problems.total()
+
+
+def _has_rows(folder: Path) -> bool:
+    return any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*"))
+
+
+def _kind_of_row(row: dict) -> str:
+    if "chosen" in row and "rejected" in row:
+        return "preference"
+    if {"messages", "conversations", "instruction", "output"} & row.keys():
+        return "chat"
+    if any(question in row and answer in row for question, answer in COLUMNS):
+        return "prompt"
+    return "text" if "text" in row else "chat"
+
+
+def no_usable(source: Source, report: RowReport) -> UserError:
+    """What to say when no row is left."""
+    return UserError(f"{source}: no usable row; {report.why_empty()}")

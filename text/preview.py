@@ -1,0 +1,92 @@
+"""Rows of data as the tokens they become, with what is learnt in colour and behind a `+`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from unicodedata import category
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from text.inspection import Sequences, encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
+from text.packing import cut_at_turn
+from text.registry import Source
+from text.row_report import RowReport
+from text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
+
+LEARNT, CONTEXT, MARK = ("bold green", "bold cyan"), ("white", "bright_black"), "magenta"
+BETWEEN = "┊"
+SHOWN = {"\n": "↵", "\t": "⇥"}
+# Controls, directions of writing and line ends other than \n.
+MOVING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+
+
+def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int, sequence_length: int) -> None:
+    """Print the first `rows` usable rows of a source. Raises `UserError` when there is none."""
+    kind, report = kind_of_source(source), RowReport()
+    found = list(islice(placed_items(source, kind, report), rows))
+    if not found:
+        raise no_usable(source, report)
+    encoded = encode_items(tokenizer, kind, [item for _, item in found])
+    console.print(
+        Text(f"{source}: {source.layout.format or kind + ', layout seen row by row'}; + is learnt"), soft_wrap=True
+    )
+    for (place, item), sequences in zip(found, encoded, strict=True):
+        sizes = " and ".join(str(size + 1) for size in lengths(sequences))
+        console.print(Text(f"\n{place}   {sizes} tokens, {learnt(sequences)} learnt", style="bold"), soft_wrap=True)
+        names = ("chosen", "rejected") if kind == "preference" else ("",)
+        for name, (ids, mask) in zip(names, sequences, strict=True):
+            if name:
+                console.print(Text(name, style="bold"))
+            _print_tokens(console, tokenizer, ids, mask)
+        if kind == "prompt":
+            console.print(Text(f"  the answer to find: {item.answer}"))
+        if remark := _remark(kind, sequences, sequence_length):
+            console.print(Text(f"  {remark}", style="yellow"))
+
+
+def _remark(kind: str, sequences: Sequences, sequence_length: int) -> str:
+    """What a row of `sequence_length` does to the data."""
+    if max(lengths(sequences)) <= sequence_length or kind == "text":
+        return ""
+    kept = cut_at_turn(sequences[0][1], sequence_length) if kind == "chat" else 0
+    fate = f"cut after {kept} tokens, its last answer that fits," if kept else "left out"
+    return f"{fate} with --sequence_length {sequence_length}"
+
+
+def _print_tokens(console: Console, tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> None:
+    """One turn and one fate a line, broken between tokens where it is too long."""
+    line, line_learnt = Text(), False
+    for number, (piece, is_special, is_learnt) in enumerate(_pieces(tokenizer, ids, mask)):
+        opens_turn = is_special and piece.startswith("<|")
+        too_long = line.cell_len + cell_len(piece) > console.width - 3
+        if line and (is_learnt != line_learnt or opens_turn or too_long):
+            _print_line(console, line, line_learnt)
+            line = Text()
+        if line:
+            line.append(BETWEEN, style="dim")
+        line_learnt = is_learnt
+        line.append(piece, style=MARK if is_special else (LEARNT if is_learnt else CONTEXT)[number % 2])
+    _print_line(console, line, line_learnt)
+
+
+def _print_line(console: Console, line: Text, is_learnt: bool) -> None:
+    console.print(Text("+ " if is_learnt else "  ", style="green") + line, soft_wrap=True)
+
+
+def _pieces(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> Iterator[tuple[str, bool, bool]]:
+    """(text, whether a special token, whether learnt) of each token; tokens that share a character come as one."""
+    decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
+    for token, is_learnt in zip(ids, mask, strict=True):
+        text = decoder.push(int(token))
+        if text:
+            yield _printable(text), token < len(SPECIAL_TOKENS), bool(is_learnt)
+    if rest := decoder.flush():
+        yield _printable(rest), False, bool(mask[-1])
+
+
+def _printable(text: str) -> str:
+    """Text in which nothing moves the cursor or sends the terminal a command."""
+    return "".join(SHOWN.get(letter, ascii(letter)[1:-1] if category(letter) in MOVING else letter) for letter in text)
