@@ -1,4 +1,4 @@
-"""Matrices that DeepSeek publishes in FP8: e4m3 numbers and one float32 scale for each block of 128 x 128 (section 3.3).
+"""Matrices that DeepSeek publishes in FP8: e4m3 numbers, and a float32 scale for each block of 128 x 128 (section 3.3).
 
 A matrix `NAME` stands beside its scales `NAME_scale_inv`; a number's value is the e4m3 number times its block's scale.
 """
@@ -32,8 +32,8 @@ def block_size(folder: Path) -> tuple[int, int] | None:
     whole = isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
     if method != "fp8" or number not in (None, "e4m3") or not whole:
         raise UserError(
-            f"{path}: quantization_config has quant_method {method!r}, fmt {number!r}, weight_block_size {block!r}; only "
-            "'fp8', 'e4m3' and two sides such as [128, 128] are read: use the folder as released, or a bf16 copy of it"
+            f"{path}: quantization_config has quant_method {method!r}, fmt {number!r}, weight_block_size {block!r}; "
+            "only 'fp8', 'e4m3' and two sides such as [128, 128] are read: use the released folder, or a bf16 copy"
         )
     return block[0], block[1]
 

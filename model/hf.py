@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import DamagedCheckpoint, UserError, command_line
+from errors import DamagedCheckpoint, command_line
 from LMConfig import LMConfig
 from model.transformer import MiniDeepSeek
 from model.weight_files import WEIGHTS, WeightFiles
@@ -124,7 +124,7 @@ def save_pretrained(model: MiniDeepSeek, folder: str | Path) -> None:
 def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MiniDeepSeek:
     """Open a checkpoint folder. Absent MTP weights mean no MTP, with a notice; any other difference is an error.
 
-    Weights go straight from the files into the float32 network, FP8 ones dequantised: there is one copy of them in memory.
+    Weights go straight from the files into the float32 network, FP8 ones dequantised: memory holds one copy of them.
 
     Args:
         dtype: of the parameters; the router biases stay float32 whatever it is.

@@ -1,4 +1,4 @@
-"""Any `deepseek_v3` folder becomes one of this project's: float32, one file, the released names, its tokenizer beside it."""
+"""Any `deepseek_v3` folder becomes one of this project's: float32, in one file, with its tokenizer if it has one."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def _foreign_tokenizer(folder: Path, vocab_size: int) -> str:
     works = "the weights, generate() on token ids and transformers work, this project's stages and chat do not"
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return (
-            f"no tokenizer.json: {works}; put one of train_tokenizer.py beside the weights if they were trained with it"
-        )
+        return f"no tokenizer.json: {works}; copy the one that the weights were trained with"
     try:
         content = json.loads(path.read_text(encoding="utf8"))
         names = {token["id"]: token["content"] for token in content["added_tokens"]}

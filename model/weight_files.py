@@ -33,7 +33,7 @@ class WeightFiles:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor; FP8 matrices are dequantised to float32 and their scales left out.
 
-        In memory are the tensor at hand, the one before it, and those FP8 matrices or scales whose other half is in a later file.
+        In memory are the tensor at hand, the one before it, and FP8 halves that wait for a later file.
         """
         waiting: dict[str, Tensor] = {}
         for path, names in self._names.items():
@@ -50,15 +50,13 @@ class WeightFiles:
                         name, tensor = scales_of, self._dequantised(scales_of, pair)
                     elif not tensor.is_floating_point():
                         raise DamagedCheckpoint(
-                            f"{path}: weight {name} is of {tensor.dtype}, not of numbers with a point"
+                            f"{path}: weight {name} is of {tensor.dtype}; only floating point is read"
                         )
                     yield name, tensor
         for name in sorted(waiting):
             if name.endswith(SCALE):
                 raise DamagedCheckpoint(f"scales {name} are there without their FP8 matrix; fetch the files again")
-            raise DamagedCheckpoint(
-                f"weight {name} is FP8, but its scales {name}{SCALE} are missing; fetch the files again"
-            )
+            raise DamagedCheckpoint(f"weight {name} is FP8 without its scales {name}{SCALE}; fetch the files again")
 
     def _dequantised(self, name: str, pair: dict[str, Tensor]) -> Tensor:
         weight, scales = pair[name], pair[name + SCALE]
