@@ -60,8 +60,6 @@ class WeightFiles:
 
     def _dequantised(self, name: str, pair: dict[str, Tensor]) -> Tensor:
         weight, scales = pair[name], pair[name + SCALE]
-        if weight.dtype != FP8:
-            raise DamagedCheckpoint(f"weight {name} has scales, but is of {weight.dtype}; fetch the files again")
         if self.block is None:
             raise DamagedCheckpoint(
                 f"{self.folder / 'config.json'}: no quantization_config, though {name} is FP8; restore the file"
