@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from errors import command_line
 from training.chats import ChatSettings, open_chats
 from training.losses import NextTokenLoss
-from training.settings import parse
+from training.settings import NextTokenSettings, parse
 from training.stage import begin, open_checkpoint
 from training.trainer import Trainer
 
 
 @dataclass(kw_only=True)
-class SFTSettings(ChatSettings):
+class SFTSettings(ChatSettings, NextTokenSettings):
     """Settings of supervised fine-tuning."""
 
 

@@ -27,10 +27,15 @@ class Answerer:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, ckpt: str, device: str = "auto", dtype: str = "auto") -> Answerer:
-        """Load a checkpoint folder for inference."""
+    def open(cls, ckpt: str, device: str = "auto", dtype: str = "auto", lora: str = "") -> Answerer:
+        """Load a checkpoint folder for inference, with the adapter of the folder `lora` in its weights."""
         place = Ranks.start(device).device
-        model, tokenizer = open_checkpoint(ckpt)
+        if lora:
+            from training.adapter import open_adapted  # peft takes seconds to import
+
+            model, tokenizer = open_adapted(ckpt, lora)
+        else:
+            model, tokenizer = open_checkpoint(ckpt)
         return cls(model.to(place, choose_dtype(dtype, place)).eval(), tokenizer)
 
     @property

@@ -2,6 +2,7 @@
 
     python eval/chat.py --ckpt out/sft/final
     python eval/chat.py --ckpt out/sft/final --once "你好" --temperature 0
+    python eval/chat.py --ckpt out/sft/final --lora out/lora/final
 
 Commands while talking: /reset forgets the conversation, /system TEXT sets the system prompt, /quit ends.
 """
@@ -82,6 +83,7 @@ def chat(
     max_new_tokens: int = 256,
     seed: int | None = None,
     speculative: bool = False,
+    lora: str = "",
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
@@ -99,6 +101,7 @@ def chat(
         max_new_tokens: longest answer, in tokens
         seed: makes sampling repeatable
         speculative: draft with the MTP layer (needs --temperature 0)
+        lora: folder of an adapter that lora_sft.py made for this checkpoint
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
@@ -106,7 +109,7 @@ def chat(
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     except ValueError as error:
         raise UserError(f"chat.py: {error}") from None
-    talk = Conversation(Answerer.open(ckpt, device, dtype), system, sampling, max_new_tokens, seed, speculative)
+    talk = Conversation(Answerer.open(ckpt, device, dtype, lora), system, sampling, max_new_tokens, seed, speculative)
     if once is not None:
         talk.ask(once)
         return

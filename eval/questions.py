@@ -91,7 +91,7 @@ def accuracy(results: list[Result]) -> dict[str, float]:
 
 
 def questions(
-    ckpt: str, file: str, json: bool = False, show: int = 5, device: str = "auto", dtype: str = "auto"
+    ckpt: str, file: str, json: bool = False, show: int = 5, lora: str = "", device: str = "auto", dtype: str = "auto"
 ) -> None:
     """Share of questions answered to the letter.
 
@@ -100,11 +100,12 @@ def questions(
         file: JSONL with question, answer and kind
         json: print one JSON object instead of a table
         show: wrong answers to show
+        lora: folder of an adapter that lora_sft.py made for this checkpoint
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
     asked = read_questions(Path(file))
-    results = ask(Answerer.open(ckpt, device, dtype), asked)
+    results = ask(Answerer.open(ckpt, device, dtype, lora), asked)
     scores = accuracy(results)
     if json:
         print(as_json(scores))

@@ -79,6 +79,7 @@ def style(
     temperature: float = 0.7,
     seed: int = 0,
     json: bool = False,
+    lora: str = "",
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
@@ -90,10 +91,11 @@ def style(
         temperature: of the sampling, as in eval/chat.py; 0 takes the likeliest token
         seed: of the sampling
         json: print one JSON object instead of a sentence
+        lora: folder of an adapter that lora_sft.py made for this checkpoint
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
-    score = score_style(Answerer.open(ckpt, device, dtype), read_favours(Path(file)), temperature, seed)
+    score = score_style(Answerer.open(ckpt, device, dtype, lora), read_favours(Path(file)), temperature, seed)
     print(
         as_json(score)
         if json

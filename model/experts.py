@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model.packed import Packed, dense
 
 # CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work), and CUDA's
 # grouped products want aligned groups: each expert's rows are padded to a multiple of this.
 ROW_BLOCK = 128
 SMALL_ROW_BLOCK = 8
 FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
+NO_CORRECTIONS: Mapping[str, LowRank] = {}
+
+
+class LowRank(NamedTuple):
+    """A correction of each expert's matrix, W_e + scale * B_e A_e (LoRA, Hu et al. 2021), applied without forming it.
+
+    Attributes: a: (E, r, in features); b: (E, out features, r).
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
 
 
 class Experts(nn.Module):
@@ -29,28 +44,48 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
 
-    def forward(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
-        """sum_k weight_k * expert_k(x) for each token (Eq. 12, the routed part). Returns (N, D)."""
+    def forward(
+        self,
+        x_ND: Tensor,
+        weights_NK: Tensor,
+        indices_NK: Tensor,
+        corrections: Mapping[str, LowRank] = NO_CORRECTIONS,
+    ) -> Tensor:
+        """sum_k weight_k * expert_k(x) for each token (Eq. 12, the routed part). Returns (N, D).
+
+        corrections: of the matrices, by the name of the parameter.
+        """
         if torch.is_autocast_enabled(x_ND.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
-        few = indices_NK.numel() <= FEW_CHOICES and not torch.is_grad_enabled()
+        plain = not corrections and not isinstance(self.gate_up_proj, Packed)
+        few = plain and indices_NK.numel() <= FEW_CHOICES and not torch.is_grad_enabled()
         if few and x_ND.device.type == "cpu":
             return self._few(x_ND, weights_NK.to(x_ND.dtype), indices_NK)
-        return (self._grouped if x_ND.is_cuda else self._looped)(x_ND, weights_NK, indices_NK)
+        return (self._grouped if x_ND.is_cuda else self._looped)(x_ND, weights_NK, indices_NK, corrections)
 
     @torch.compiler.disable
-    def _looped(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
+    def _looped(self, *inputs: Tensor | Mapping[str, LowRank]) -> Tensor:
         """On CPU the number of rows is read from the data: a compiled graph would hold for one step."""
-        return self._grouped(x_ND, weights_NK, indices_NK)
+        return self._grouped(*inputs)
 
-    def _grouped(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
-        gate_up, down = self.gate_up_proj.to(x_ND.dtype), self.down_proj.to(x_ND.dtype)
+    def _grouped(
+        self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping[str, LowRank]
+    ) -> Tensor:
         plan = Plan.of(indices_NK, self.gate_up_proj.shape[0])
         x_RD = _Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
         weights_R = _Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
         # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
-        inner = _WeightedSwiGLU.apply(grouped_linear(x_RD, gate_up, plan), weights_R.to(x_RD.dtype))
-        return _Combine.apply(grouped_linear(inner, down, plan), plan.token_of_row, plan.row_of_choice)
+        gate_up_R2I = self._product("gate_up_proj", x_RD, plan, corrections)
+        inner_RI = _WeightedSwiGLU.apply(gate_up_R2I, weights_R.to(x_RD.dtype))
+        out_RD = self._product("down_proj", inner_RI, plan, corrections)
+        return _Combine.apply(out_RD, plan.token_of_row, plan.row_of_choice)
+
+    def _product(self, name: str, x_RF: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
+        out = grouped_linear(x_RF, getattr(self, name), plan)
+        if name not in corrections:
+            return out
+        a, b, scale = corrections[name]
+        return out + scale * grouped_linear(grouped_linear(x_RF, a, plan), b, plan)
 
     def _few(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
         """The same for a token or two while decoding: no sorting, and only the chosen experts' weights are read."""
@@ -107,20 +142,27 @@ def count_choices(indices: Tensor, experts: int) -> Tensor:
     return torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-def grouped_linear(x_RD: Tensor, weight_EOD: Tensor, plan: Plan) -> Tensor:
+def grouped_linear(x_RD: Tensor, weight_EOD: Tensor | Packed, plan: Plan) -> Tensor:
     """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O)."""
+    if isinstance(weight_EOD, Tensor) and weight_EOD.requires_grad:
+        weight_EOD = weight_EOD.to(x_RD.dtype)  # its gradient finds the way back to the weight's own type
     if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
-        return F.grouped_mm(x_RD, weight_EOD.transpose(-2, -1), offs=plan.ends)
+        return F.grouped_mm(x_RD, dense(weight_EOD, x_RD.dtype).transpose(-2, -1), offs=plan.ends)
     return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist())
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """A loop over the experts that writes into one buffer, forward and backward."""
+    """A loop over the experts that writes into one buffer, forward and backward.
+
+    A frozen weight costs no product, and neither it in another type nor the rows are kept for its gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_EOD: Tensor, ends: list[int]) -> Tensor:
-        ctx.save_for_backward(x_RD, weight_EOD)
-        ctx.ends = ends
+    def forward(ctx, x_RD: Tensor, weight_EOD: Tensor | Packed, ends: list[int]) -> Tensor:
+        packed = isinstance(weight_EOD, Packed)
+        ctx.save_for_backward(x_RD if ctx.needs_input_grad[1] else None, None if packed else weight_EOD)
+        ctx.packed, ctx.dtype, ctx.ends = weight_EOD if packed else None, x_RD.dtype, ends
+        weight_EOD = dense(weight_EOD, x_RD.dtype)
         # Where the number of rows is only bounded (CUDA in float32), those past the last expert must still be numbers.
         make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
         out = make(x_RD.shape[0], weight_EOD.shape[1])
@@ -129,16 +171,20 @@ class _GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_RD, weight_EOD = ctx.saved_tensors
-        spans = _spans(ctx.ends)
-        complete = ctx.ends[-1] == x_RD.shape[0]
-        grad_x = torch.empty_like(x_RD) if complete else torch.zeros_like(x_RD)
-        grad_weight = torch.empty_like(weight_EOD) if len(spans) == len(ctx.ends) else torch.zeros_like(weight_EOD)
-        grad_RO = grad_RO.contiguous()
+        weight_EOD = dense(ctx.packed if weight_EOD is None else weight_EOD, ctx.dtype)
+        spans, grad_RO, grad_x, grad_weight = _spans(ctx.ends), grad_RO.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            make = grad_RO.new_empty if ctx.ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
+            grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight_EOD) if len(spans) == len(ctx.ends) else torch.zeros_like(weight_EOD)
         for expert, rows in spans:
-            torch.mm(grad_RO[rows], weight_EOD[expert], out=grad_x[rows])
-            torch.mm(grad_RO[rows].t(), x_RD[rows], out=grad_weight[expert])
+            if grad_x is not None:
+                torch.mm(grad_RO[rows], weight_EOD[expert], out=grad_x[rows])
+            if grad_weight is not None:
+                torch.mm(grad_RO[rows].t(), x_RD[rows], out=grad_weight[expert])
         return grad_x, grad_weight, None
 
 

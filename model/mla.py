@@ -72,7 +72,11 @@ class MultiHeadLatentAttention(nn.Module):
 
         A cache keeps them for its life. The module does not: a fused optimiser changes weights unnoticed.
         """
-        w_uk, w_uv = self.kv_b_proj.weight.to(dtype).unflatten(0, (self.heads, -1)).tensor_split((self.nope,), dim=1)
+        if type(self.kv_b_proj) is nn.Linear:
+            weight = self.kv_b_proj.weight
+        else:  # packed, or with an adapter around it: what it makes of each unit of the latent
+            weight = self.kv_b_proj(torch.eye(self.rank, device=self.kv_a_layernorm.weight.device)).t()
+        w_uk, w_uv = weight.to(dtype).unflatten(0, (self.heads, -1)).tensor_split((self.nope,), dim=1)
         return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
 
     def attend_absorbed(

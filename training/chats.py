@@ -8,12 +8,12 @@ from dataset import ChatDataset
 from text.tokenizer import Tokenizer
 from training.optim import OptimSettings
 from training.ranks import Ranks
-from training.settings import NextTokenSettings
+from training.settings import StageSettings
 from training.validation import BitsPerByte, held_out_batches
 
 
 @dataclass(kw_only=True)
-class ChatSettings(NextTokenSettings):
+class ChatSettings(StageSettings):
     """Settings of a stage that learns from conversations.
 
     Args:
@@ -29,7 +29,6 @@ class ChatSettings(NextTokenSettings):
     val_fraction: float = 0.01
     epochs: float = 2.0
     batch_tokens: int = 16384
-    balance_weight: float | dict[str, float] = 1e-4
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, weight_decay=0.0, decay_from=0.0))
 
 

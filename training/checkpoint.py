@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -39,9 +40,21 @@ class Progress:
     run: dict[str, object] = field(default_factory=dict)
 
 
+class Weights(Protocol):
+    """What of a model a checkpoint holds."""
+
+    model: MiniDeepSeek
+
+    def save(self, folder: Path) -> None:
+        """Write them into a folder."""
+
+    def load(self, folder: Path) -> None:
+        """Put those of a folder in place. Raises `UserError` when they are of another model."""
+
+
 def save_checkpoint(
     folder: Path,
-    model: MiniDeepSeek,
+    weights: Weights,
     tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
@@ -55,9 +68,9 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         (temporary / "training").mkdir(parents=True)
-        model.save_pretrained(temporary)
+        weights.save(temporary)
         tokenizer.save(temporary)
-        state = state_tensors(optimizer, model)
+        state = state_tensors(optimizer, weights.model)
         state["rng"] = torch.get_rng_state()
         state.update({f"{DATA}{name}": value for name, value in (data or {}).items()})
         save_file(state, temporary / "training" / "state.safetensors")

@@ -41,7 +41,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if with_grad else None
-        grad_head = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        trains_head = with_grad and head_VD.requires_grad
+        grad_head = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
             counted = labels_N[part] != IGNORE
@@ -56,7 +57,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # Labels that do not count are struck out where rows are narrow: in h and in its gradient.
                 kept = counted.unsqueeze(1).to(weight.dtype)
                 torch.mul(p @ weight, kept, out=grad_hidden[part])
-                grad_head += p.t() @ (hidden_ND[part] * kept)
+                if trains_head:
+                    grad_head += p.t() @ (hidden_ND[part] * kept)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_VD.dtype
         return total
@@ -64,7 +66,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype), None, None
+        if grad_head is not None:
+            grad_head = (grad_head * grad).to(ctx.head_dtype)
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_head, None, None
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -140,7 +144,8 @@ class NextTokenLoss:
             real = labels.numel() if "segment_ids" not in batch else (batch["segment_ids"] >= 0).sum().clamp(min=1)
             # Per token of the sequence; brought to the scale of the counted labels, which may be fewer.
             balance = out.balance_loss * count / real
-            total = total + self.balance_weight * balance
+            if self.balance_weight:
+                total = total + self.balance_weight * balance
             metrics["balance"] = balance.detach() / out.counts.shape[0]
             metrics["counts"] = out.counts.detach()
         return total, count, metrics

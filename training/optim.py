@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+
+from errors import UserError
+from model.packed import quiet_torchao
+
+KINDS = ("adamw", "adamw8bit", "paged_adamw8bit")
+NO_RATIOS: Mapping[str, float] = {}
 
 
 @dataclass
@@ -21,6 +29,8 @@ class OptimSettings:
         eps: AdamW's epsilon.
         weight_decay: on matrices only; norms, embeddings' biases and the router bias have none.
         clip: largest norm of the gradient.
+        kind: adamw, or with moments in 8 bits adamw8bit (torchao; compiles for some seconds) and paged_adamw8bit
+            (bitsandbytes, on CUDA).
     """
 
     lr: float = 1e-3
@@ -31,34 +41,85 @@ class OptimSettings:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    kind: str = "adamw"
 
 
-def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices (two axes and more) only; fused where the device has it."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+def build_optimizer(
+    model: nn.Module, settings: OptimSettings, lr_ratios: Mapping[str, float] = NO_RATIOS
+) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices (two axes and more) only; fused where the device has it.
+
+    lr_ratios: learning rates over that of the settings, of parameters with these words in their names.
+    Raises `UserError` for a kind that is not there.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ratio = next((ratio for word, ratio in lr_ratios.items() if word in name), 1.0)
+            groups.setdefault((parameter.dim() >= 2, ratio), []).append(parameter)
+    parts = [
+        {"params": members, "weight_decay": settings.weight_decay if decays else 0.0, "lr_ratio": ratio}
+        for (decays, ratio), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in trainable)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+    return _class_of(settings.kind)(parts, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of every group, by its ratio."""
+    for group in optimizer.param_groups:
+        value = lr * group.get("lr_ratio", 1.0)
+        if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step, and a number would be part of it
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def _class_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
+    if kind == "adamw":
+        return partial(torch.optim.AdamW, fused=True)
+    if kind == "adamw8bit":
+        with quiet_torchao():
+            from torchao.optim import AdamW8bit
+        return AdamW8bit
+    if kind == "paged_adamw8bit":
+        try:
+            from bitsandbytes.optim import PagedAdamW8bit
+        except ImportError:
+            raise UserError(f"--optim.kind {kind}: needs the package; pip install bitsandbytes") from None
+        return PagedAdamW8bit
+    raise UserError(f"--optim.kind {kind}: one of {', '.join(KINDS)}")
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimiser's state as flat tensors named `<parameter>|<quantity>`."""
+    """The optimiser's state as flat tensors named `<parameter>|<quantity>`, or `...|<part>` of quantities in 8 bits."""
     names = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[p]}|{key}": value.detach().clone()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+                parts, _ = value.__tensor_flatten__()
+                tensors.update({f"{names[p]}|{key}|{part}": getattr(value, part).detach().clone() for part in parts})
+            else:
+                tensors[f"{names[p]}|{key}"] = torch.as_tensor(value).detach().clone()
+    return tensors
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `state_tensors`."""
     parameters = dict(model.named_parameters())
+    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
-        parameter, key = name.rsplit("|", 1)
+        parameter, key, *part = name.split("|")
         p = parameters[parameter]
-        # The step counter stays where the fused kernel wants it: beside the parameter.
-        optimizer.state[p][key] = value.to(p.device)
+        if part:
+            parts.setdefault((parameter, key), {})[part[0]] = value.to(p.device)
+        else:
+            # The step counter stays where the fused kernel wants it: beside the parameter.
+            optimizer.state[p][key] = value.to(p.device)
+    for (parameter, key), held in parts.items():
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        # The second moment has no sign.
+        p = parameters[parameter]
+        state = OptimState8bit(held["codes"], held["scale"], held["qmap"], signed=key == "exp_avg")
+        optimizer.state[p][key] = state.view(p.shape)

@@ -11,7 +11,7 @@ import torch
 from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from training.checkpoint import Progress, load_training_state, newest, read_progress
+from training.checkpoint import Progress, Weights, load_training_state, newest, read_progress
 
 
 def left_off(out: Path, resume: bool, run: dict[str, Any]) -> tuple[Path, Progress] | None:
@@ -33,12 +33,25 @@ def left_off(out: Path, resume: bool, run: dict[str, Any]) -> tuple[Path, Progre
     return found, progress
 
 
-def take_up(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+class WholeModel:
+    """The weights of a checkpoint that stands for itself: all of the model's."""
+
+    def __init__(self, model: MiniDeepSeek) -> None:
+        self.model = model
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        saved = MiniDeepSeek.from_pretrained(folder)
+        same_shape(folder, saved.config, self.model.config)
+        self.model.load_state_dict(saved.state_dict())
+
+
+def take_up(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Put a checkpoint's weights, optimiser state and random numbers in place. Returns the state of its data set."""
-    saved = MiniDeepSeek.from_pretrained(folder)
-    same_shape(folder, saved.config, model.config)
-    model.load_state_dict(saved.state_dict())
-    return load_training_state(folder, model, optimizer)
+    weights.load(folder)
+    return load_training_state(folder, weights.model, optimizer)
 
 
 def same_shape(folder: Path, saved: LMConfig, wanted: LMConfig) -> None:

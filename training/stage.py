@@ -25,6 +25,11 @@ def begin(settings: StageSettings) -> Ranks:
 
 def open_checkpoint(folder: str) -> tuple[MiniDeepSeek, Tokenizer]:
     """The fp32 model of a checkpoint folder and its tokenizer."""
+    if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"{folder}: is an adapter, not a model; give the checkpoint it was trained on as --ckpt and the adapter "
+            "as --lora, or merge them with lora_sft.py --merge"
+        )
     model = MiniDeepSeek.from_pretrained(folder)
     tokenizer = Tokenizer.from_folder(folder)
     check_vocabulary(model.config, tokenizer, folder)

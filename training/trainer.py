@@ -16,16 +16,16 @@ from model import MiniDeepSeek
 from model.counts import count as count_costs
 from model.moe import update_bias
 from text.tokenizer import Tokenizer
-from training.checkpoint import Progress, keep_last, newest, save_checkpoint
+from training.checkpoint import Progress, Weights, keep_last, newest, save_checkpoint
 from training.entries import StepResult, announcement, step_entry, untrained_entry
 from training.interrupt import Interrupt
 from training.log import RunLog
 from training.losses import Batch, Loss
 from training.machine import autocast, choose_dtype, measured_peak, peak_memory
-from training.optim import build_optimizer
+from training.optim import build_optimizer, set_learning_rate
 from training.plots import draw_run
 from training.ranks import Ranks
-from training.resume import left_off, take_up
+from training.resume import WholeModel, left_off, take_up
 from training.schedule import Budget, learning_rate, lowest, value_at
 from training.settings import StageSettings, save_resolved
 from training.tally import Tally
@@ -64,6 +64,8 @@ class Trainer:
         dataset: samples of at most `settings.row_tokens` positions; a `PolicyDataset` makes them step by step.
         loss: returns (sum, count, metrics); sums are divided by the count of the whole step.
         validation: measures held-out data before the first step, every `val_every` steps and after the last, or None.
+        weights: what checkpoints hold, if it is not the whole model.
+        optimizer: if it is not AdamW over all weights with `requires_grad`.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class Trainer:
         dataset: Dataset,
         loss: Loss,
         validation: Validation | None = None,
+        weights: Weights | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.settings, self.ranks, self.tokenizer = settings, ranks, tokenizer
         self.model = model.to(ranks.device)
@@ -95,7 +99,8 @@ class Trainer:
             )
         self.budget = self._budget()
         self.progress = Progress(run=self._fixed())
-        self.optimizer = build_optimizer(self.model, settings.optim)
+        self.weights = weights or WholeModel(self.model)
+        self.optimizer = optimizer or build_optimizer(self.model, settings.optim)
         self.interrupt = Interrupt(ranks)
 
     def run(self) -> Path:
@@ -198,8 +203,7 @@ class Trainer:
         lr = learning_rate(
             share, settings.optim.lr, settings.optim.warmup, settings.optim.decay_from, settings.optim.final_lr_ratio
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         values = {name: value_at(schedule, share, name) for name, schedule in settings.schedules.items()}
         self.bias_speed = values.pop("bias_speed", 0.0)
         for name, value in values.items():
@@ -236,7 +240,7 @@ class Trainer:
         self.progress.finished = self.budget.progress(self.progress.step, self.progress.seconds) >= 1
         if self.progress.finished and folder.name == "final":
             return True
-        state = take_up(folder, self.model, self.optimizer)
+        state = take_up(folder, self.weights, self.optimizer)
         if self._has_policy_data():
             self.dataset.load_state(state)
         self.ranks.say(f"resuming from {folder}: step {self.progress.step}, {self.progress.tokens:,} tokens")
@@ -267,7 +271,7 @@ class Trainer:
     def _save(self, name: str) -> None:
         if self.ranks.main:
             data = self.dataset.state() if self._has_policy_data() else {}
-            save_checkpoint(self.out / name, self.model, self.tokenizer, self.optimizer, self.progress, data)
+            save_checkpoint(self.out / name, self.weights, self.tokenizer, self.optimizer, self.progress, data)
             if name != "final":
                 keep_last(self.out, self.settings.keep)
         self.ranks.barrier()

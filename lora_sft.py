@@ -1,0 +1,66 @@
+"""Fine-tune a low-rank adapter on conversations (LoRA, Hu et al. 2021); the model itself stays as it is.
+
+python lora_sft.py --ckpt out/sft/final --data blessings.jsonl --out out/lora --merge
+python eval/chat.py --ckpt out/sft/final --lora out/lora/final        or, merged:  --ckpt out/lora/merged
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from errors import command_line
+from training.adapter import Adapter, LoraSettings, save_merged
+from training.chats import ChatSettings, open_chats
+from training.frozen import check_base, shrink_frozen
+from training.losses import NextTokenLoss
+from training.machine import choose_dtype
+from training.optim import OptimSettings, build_optimizer
+from training.settings import parse
+from training.stage import begin, open_checkpoint
+from training.trainer import Trainer
+
+
+@dataclass(kw_only=True)
+class LoraSFTSettings(ChatSettings):
+    """Settings of fine-tuning an adapter.
+
+    Args:
+        lora: what is adapted, and how.
+        base: how the frozen weights are kept: auto (in the type of the products), int8 or nf4 (QLoRA).
+        merge: also write the model with the adapter in its weights, to OUT/merged.
+    """
+
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    base: str = "auto"
+    merge: bool = False
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=2e-3, weight_decay=0.0, decay_from=0.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_base(self.base)
+
+
+def main() -> None:
+    settings = parse(LoraSFTSettings, __doc__ or "")
+    ranks = begin(settings)
+    model, tokenizer = open_checkpoint(settings.ckpt)
+    # The MTP layers predict from states that the adapter changes, and have no adapter: they take no part.
+    model.mtp = nn.ModuleList()
+    adapter = Adapter.add(model, settings.lora, settings.ckpt)
+    shrink_frozen(model, settings.base, choose_dtype(settings.dtype, ranks.device))
+    dataset, validation = open_chats(settings, tokenizer, ranks)
+    ranks.say(f"adapter    {adapter.parameters:,} parameters train: {settings.lora.targets}, r {settings.lora.r}")
+    # Router biases stand still: an adapter has no place for them.
+    loss = NextTokenLoss(mtp=False, balance_weight=0.0)
+    optimizer = build_optimizer(model, settings.optim, {"lora_B": settings.lora.plus_ratio})
+    reached = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer).run()
+    if settings.merge and ranks.main and reached.name == "final":
+        save_merged(settings.ckpt, reached, Path(settings.out) / "merged")
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    command_line(main)

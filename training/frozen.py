@@ -1,0 +1,46 @@
+"""How the frozen weights of a model in training are kept: in the type of the products, or packed in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from errors import UserError
+from model import MiniDeepSeek
+from model.experts import Experts
+from model.packed import Int8Weight, NF4Weight, Packed, PackedLinear
+
+BASES = ("auto", "int8", "nf4")
+
+
+def check_base(base: str) -> None:
+    """Raises `UserError` for a way that is none."""
+    if base not in BASES:
+        raise UserError(f"--base {base}: one of {', '.join(BASES)}")
+
+
+def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:
+    """Keep the matrices that are not trained in `dtype`, or those of the layers packed: `int8` or `nf4`.
+
+    Norms and routers keep float32, and what is trained stays as it is. Embedding and head are never packed.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Embedding, Experts)) or type(module) is nn.Linear:
+            trained = any(parameter.requires_grad for parameter in module.parameters())
+            if trained:
+                continue
+            if base == "auto" or not name.startswith("model.layers."):
+                module.to(dtype)
+            elif isinstance(module, Experts):
+                for matrix in ("gate_up_proj", "down_proj"):
+                    packed = pack(getattr(module, matrix), base)
+                    delattr(module, matrix)
+                    setattr(module, matrix, packed)
+            else:
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, PackedLinear(module, pack(module.weight, base)))
+
+
+def pack(weight: nn.Parameter, base: str) -> Packed:
+    """In 4 bits where the size allows it, else in 8."""
+    return NF4Weight(weight) if base == "nf4" and NF4Weight.fits(weight) else Int8Weight(weight)
