@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from errors import UserError, command_line
+from eval.answering import Answerer
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.gguf_export import export_gguf
@@ -98,7 +99,8 @@ def check(ckpt: str, questions: str = "", count: int = 40, max_new_tokens: int =
             if kind == "f32":
                 failed |= tokens_differ(theirs, tokenizer, random_texts)
                 failed |= chats_differ(theirs, tokenizer, asked)
-            failed |= answers_differ(theirs, model, tokenizer, asked, max_new_tokens) and kind == "f32"
+                failed |= replies_differ(theirs, ckpt, asked, max_new_tokens)
+            failed |= answers_differ(kind, theirs, model, tokenizer, asked, max_new_tokens) and kind == "f32"
             theirs.close()
     print("differs" if failed else f"llama-cpp-python {llama_cpp.__version__} and this project agree")
     sys.exit(failed)
@@ -172,11 +174,22 @@ def chats_differ(theirs: object, tokenizer: Tokenizer, questions: Sequence[str])
     return bool(wrong)
 
 
+def replies_differ(theirs: object, ckpt: str, questions: Sequence[str], max_new_tokens: int) -> bool:
+    """Whether llama.cpp's own chat, from messages to text, answers anything else than ours."""
+    chats: list[list[Message]] = [[{"role": "user", "content": question}] for question in questions]
+    ours = Answerer.open(ckpt, device="cpu", dtype="fp32").reply(chats, max_new_tokens)
+    options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": max_new_tokens}
+    replies = [theirs.create_chat_completion(chat, **options)["choices"][0]["message"]["content"] for chat in chats]
+    equal = sum(a == b for a, b in zip(ours, replies, strict=True))
+    print(f"create_chat_completion: {equal} of {len(questions)} texts equal")
+    return equal < len(questions)
+
+
 def answers_differ(
-    theirs: object, model: MiniDeepSeek, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int
+    kind: str, theirs: object, model: MiniDeepSeek, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int
 ) -> bool:
-    """Whether any greedy answer has other tokens; prints the largest difference of logits over prompts and answers."""
-    equal, tokens, largest, spread, example = 0, 0, 0.0, 0.0, ""
+    """Whether any greedy answer has other tokens; prints how far logits differ over prompts and answers."""
+    equal, tokens, differences, spread, example = 0, 0, [], 0.0, ""
     for question in questions:
         prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
         ids = torch.tensor([prompt])
@@ -190,12 +203,13 @@ def answers_differ(
         theirs.eval(ours[0].tolist())
         with torch.no_grad():
             logits = model(ours).logits[0].numpy()
-        largest = max(largest, float(np.abs(theirs.scores[: len(logits)] - logits).max()))
+        differences.append(np.abs(theirs.scores[: len(logits)] - logits).max(-1))
         spread = max(spread, float(logits.std()))
-    kind = theirs.metadata["general.file_type"]
+    positions = np.concatenate(differences)
     print(
-        f"file type {kind}: {equal} of {len(questions)} greedy answers equal ({tokens} tokens); logits differ by at "
-        f"most {largest:.2g} where their deviation is {spread:.2g}; {example}"
+        f"{kind}: {equal} of {len(questions)} greedy answers equal ({tokens} tokens); logits differ by at most "
+        f"{positions.max():.2g}, at half of the positions by less than {np.median(positions):.2g}, where their deviation "
+        f"is {spread:.2g}; {example}"
     )
     return equal < len(questions)
 
