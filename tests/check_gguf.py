@@ -208,7 +208,7 @@ def answers_differ(
     positions = np.concatenate(differences)
     print(
         f"{kind}: {equal} of {len(questions)} greedy answers equal ({tokens} tokens); logits differ by at most "
-        f"{positions.max():.2g}, at half of the positions by less than {np.median(positions):.2g}, where their deviation "
+        f"{positions.max():.2g}, at half the positions by less than {np.median(positions):.2g}, where their deviation "
         f"is {spread:.2g}; {example}"
     )
     return equal < len(questions)
