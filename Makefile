@@ -1,6 +1,7 @@
 # make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, sums with rewards, report  (DATA=my.csv: your own text)
 # make chat   talk to the result
 # make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL
+# make lora   an adapter on the demo's fine-tuned model: blessings in five styles, measured before and after
 # make test   every test, the demo path at a tiny size among them
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make lint   make bench   make clean-demo
@@ -18,7 +19,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat r1 test check-gguf lint bench clean-demo
+.PHONY: demo chat r1 lora test check-gguf lint bench clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -116,6 +117,21 @@ $(R1)/sft/final/config.json: $(R1)/collected.jsonl
 $(R1)/last/final/config.json: $(R1)/sft/final/config.json
 	$(call REINFORCE,last) --ckpt $(R1)/sft/final --data $(SUMS)=2,$(WORLD)/r1/problems.jsonl=1
 	$(WHOLE)
+
+# An adapter: the fine-tuned model learns to bless in five styles, and stays as it is.
+lora: $(OUT)/lora/final/adapter_config.json
+	@echo "held-out blessings before and after:"
+	@$(RUN) eval/style.py --ckpt $(OUT)/sft/final --file $(WORLD)/blessings/heldout.jsonl
+	@$(RUN) eval/style.py --ckpt $(OUT)/sft/final --lora $(OUT)/lora/final --file $(WORLD)/blessings/heldout.jsonl
+	@echo "talk to it: $(RUN) eval/chat.py --ckpt $(OUT)/sft/final --lora $(OUT)/lora/final"
+
+$(WORLD)/blessings/train.json: | $(VENV)/installed
+	$(RUN) -m text.world.blessings --out $(WORLD)/blessings
+
+$(OUT)/lora/final/adapter_config.json: $(OUT)/sft/final/config.json $(WORLD)/blessings/train.json
+	$(RUN) lora_sft.py --config configs/demo/lora.yaml --ckpt $(OUT)/sft/final --data $(WORLD)/blessings/train.json \
+	    --out $(OUT)/lora --resume true
+	@test -f $@ || { echo "stopped before the end; make lora goes on from here" >&2; exit 1; }
 
 # A CUDA build of torch is several GB: without an NVIDIA driver the CPU build is asked for first.
 $(VENV)/installed: requirements.txt pyproject.toml

@@ -28,6 +28,7 @@ from training.checkpoint import (
     steps,
 )
 from training.optim import OptimSettings, build_optimizer
+from training.resume import WholeModel
 
 
 class Sitting:
@@ -49,7 +50,7 @@ class Sitting:
 
     def save(self, name: str | None = None) -> Path:
         folder = self.out / (name or f"step-{self.progress.step}")
-        save_checkpoint(folder, self.model, self.tokenizer, self.optimizer, self.progress)
+        save_checkpoint(folder, WholeModel(self.model), self.tokenizer, self.optimizer, self.progress)
         return folder
 
 

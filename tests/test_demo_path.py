@@ -23,6 +23,7 @@ from eval.questions import questions
 from eval.report import report
 from full_sft import SFTSettings
 from grpo_train import GRPOSettings
+from lora_sft import LoraSFTSettings
 from model import MiniDeepSeek
 from pretrain import PretrainSettings
 from text.tokenizer import Tokenizer
@@ -241,3 +242,16 @@ def test_make_r1_walks_the_path_from_config_to_config(tmp_path):
         made_before.add(f"{step.out}/final")
     assert len({step.out for step in steps}) == 7 and steps[5].data == steps[4].out
     assert made[-1][made[-1].index("--ckpt") + 1].split(",") == [f"{s.out}/final" for s in steps if s is not steps[4]]
+
+
+def test_make_lora_trains_on_the_fine_tuned_model_and_measures_before_and_after(tmp_path):
+    world, out = tmp_path / "world", tmp_path / "out"
+    made = commands(f"WORLD={world}", f"OUT={out}", target="lora")
+    scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
+    assert scripts[-4:] == ["text.world.blessings", "lora_sft.py", "eval/style.py", "eval/style.py"]
+    generated, tuned, before, after = made[-4:]
+    settings = parse(LoraSFTSettings, "", tuned[1:])
+    assert (settings.ckpt, settings.out, settings.resume) == (f"{out}/sft/final", f"{out}/lora", True)
+    assert settings.data == f"{generated[-1]}/train.json"
+    assert "--lora" not in before and after[after.index("--lora") + 1] == f"{out}/lora/final"
+    assert before[-1] == after[-1] == f"{generated[-1]}/heldout.jsonl"

@@ -19,6 +19,7 @@ from dpo_train import DPOSettings
 from errors import UserError
 from full_sft import SFTSettings
 from grpo_train import GRPOSettings
+from lora_sft import LoraSFTSettings
 from pretrain import PretrainSettings
 from training.settings import NextTokenSettings, call, model_config, parse, save_resolved
 
@@ -83,6 +84,7 @@ def test_what_a_run_used_can_be_used_again(tmp_path):
 SCRIPTS = {
     "model": PretrainSettings,
     "preference": DPOSettings,
+    "lora": LoraSFTSettings,
     "samples": CollectSettings,
     "rewards": GRPOSettings,
 }

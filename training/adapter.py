@@ -12,13 +12,14 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError, naming
 from model import MiniDeepSeek
 from model.experts import NO_CORRECTIONS, Experts, LowRank
 from model.packed import quiet_torchao
 from text.tokenizer import Tokenizer
+from training.dropout import Dropout
 from training.stage import open_checkpoint
 
 with quiet_torchao():
@@ -141,14 +142,15 @@ class Adapter:
         adapter = cls(model, settings.peft_config(model, base))
         for module in model.modules():
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and settings.dropout:
-                module.lora_dropout.update({name: nn.Dropout(settings.dropout) for name in module.lora_dropout})
+                module.lora_dropout.update({name: Dropout(settings.dropout) for name in module.lora_dropout})
         return adapter
 
     @classmethod
     def open(cls, model: MiniDeepSeek, folder: Path) -> Adapter:
         """The adapter of a folder, ours or one that peft wrote, on its base model."""
         adapter = cls(model, read_config(folder))
-        adapter.load(folder)
+        if adapter._put(folder) != adapter.base:
+            print(f"notice: {folder} was trained on other weights than these; its answers will differ", file=sys.stderr)
         return adapter
 
     @property
@@ -164,7 +166,12 @@ class Adapter:
         self._saved_config().save_pretrained(str(folder))
 
     def load(self, folder: Path) -> None:
-        """Raises `UserError` for an adapter of another shape, `DamagedCheckpoint` for one cut short."""
+        """Raises `UserError` for an adapter of another shape or base, `DamagedCheckpoint` for one cut short."""
+        if self._put(folder) != self.base:
+            raise UserError(f"{folder}: was trained on other weights; give the --ckpt that the run began with")
+
+    def _put(self, folder: Path) -> str:
+        """Put the adapter of a folder in place. Returns the fingerprint of its base, or ours where it tells none."""
         path = folder / WEIGHTS
         try:
             with safe_open(path, "pt") as file:
@@ -180,8 +187,7 @@ class Adapter:
         ):
             raise UserError(f"{folder}: its {wrong[0]} does not fit the model; give the --ckpt that it was trained on")
         set_peft_model_state_dict(self.peft, tensors)
-        if base != self.base:
-            print(f"notice: {folder} was trained on other weights than these; its answers will differ", file=sys.stderr)
+        return base
 
     def _saved_config(self) -> LoraConfig:
         """The configuration that also fits the model as transformers builds it.

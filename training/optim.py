@@ -114,8 +114,9 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         if part:
             parts.setdefault((parameter, key), {})[part[0]] = value.to(p.device)
         else:
-            # The step counter stays where the fused kernel wants it: beside the parameter.
-            optimizer.state[p][key] = value.to(p.device)
+            # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
+            counter = value.dim() == 0 and not value.is_floating_point()
+            optimizer.state[p][key] = int(value) if counter else value.to(p.device)
     for (parameter, key), held in parts.items():
         from torchao.optim.subclass_8bit import OptimState8bit
 
