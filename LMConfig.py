@@ -27,7 +27,8 @@ FIXED = {
     "use_cache": True,
     "torch_dtype": "float32",
 }
-# Fields that other programs write and that change nothing in what is computed here.
+# Fields that other programs write and that change nothing in what is computed here; how weights are quantised
+# (`quantization_config`) is read with the weights, by model/fp8.py.
 IGNORED = {
     "_name_or_path", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
     "id2label", "is_encoder_decoder", "label2id", "num_local_experts", "num_mtp_layers", "output_attentions",

@@ -3,6 +3,7 @@
 # make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL
 # make lora   an adapter on the demo's fine-tuned model: blessings in five styles, measured before and after
 # make test   every test, the demo path at a tiny size among them
+# make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make lint   make bench   make clean-demo
 
 SHELL := /bin/bash
@@ -18,7 +19,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat r1 lora test lint bench clean-demo
+.PHONY: demo chat r1 lora test check-gguf lint bench clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -32,6 +33,12 @@ chat: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest
+
+# llama.cpp is compiled from source, which takes minutes; what is not installed yet is installed into the venv.
+CKPT ?= $(OUT)/grpo/final
+check-gguf: $(VENV)/installed-dev
+	@$(RUN) -c 'import llama_cpp' 2>/dev/null || $(RUN) -m pip install llama-cpp-python==0.3.36
+	$(RUN) tests/check_gguf.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -1,83 +1,104 @@
-"""Hugging Face checkpoint folders in and out: the one place that knows both namings."""
+"""Hugging Face checkpoint folders in and out: the one place that knows both namings.
+
+python -m model.hf import --from DIR --to DIR          any deepseek_v3 folder becomes one of this project's
+python -m model.hf export --format gguf --ckpt DIR --out FILE.gguf [--type f32|f16|bf16|q8_0]      for llama.cpp
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import DamagedCheckpoint, UserError
+from errors import DamagedCheckpoint, command_line
 from LMConfig import LMConfig
 from model.transformer import MiniDeepSeek
+from model.weight_files import WEIGHTS, WeightFiles
 
-WEIGHTS = "model.safetensors"
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
-SINGLE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+
+
+def released_name(name: str, config: LMConfig) -> str:
+    """The released name of one of our weights: MTP layers are counted on from the main ones."""
+    return re.sub(r"^mtp\.(\d+)\.", lambda m: f"model.layers.{config.num_hidden_layers + int(m[1])}.", name)
+
+
+def single_experts(name: str, stack: Tensor) -> dict[str, Tensor]:
+    """A stack of experts, (E, ...) as a weight `name` that `STACKED` matches, as views under the released names."""
+    prefix, kind = STACKED.fullmatch(name).groups()
+    out: dict[str, Tensor] = {}
+    for expert, matrix in enumerate(stack):
+        if kind == "down_proj":
+            out[f"{prefix}.{expert}.down_proj.weight"] = matrix
+        else:
+            out[f"{prefix}.{expert}.gate_proj.weight"], out[f"{prefix}.{expert}.up_proj.weight"] = matrix.chunk(2)
+    return out
+
+
+def released_views(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
+    """Our state dict under the released names, as views of the same memory: reading fills them, writing copies them."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        name = released_name(name, config)
+        out.update(single_experts(name, tensor) if STACKED.match(name) else {name: tensor})
+    if config.tie_word_embeddings:
+        out.pop("lm_head.weight", None)
+    return out
+
+
+def shared_copies(config: LMConfig) -> dict[str, str]:
+    """What a file may hold once more, and the weight it repeats: the released V3 repeats embedding and head for MTP."""
+    out = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+        out[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        out[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
+    return out
 
 
 def to_hugging_face(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """Our state dict under the released names: single experts, MTP layers counted on from the main ones."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^mtp\.(\d+)\.", lambda m: f"model.layers.{config.num_hidden_layers + int(m[1])}.", name)
-        if stacked := STACKED.match(name):
-            prefix, kind = stacked.groups()
-            for expert, matrix in enumerate(tensor):
-                if kind == "down_proj":
-                    out[f"{prefix}.{expert}.down_proj.weight"] = matrix
-                else:
-                    gate, up = matrix.chunk(2)
-                    out[f"{prefix}.{expert}.gate_proj.weight"] = gate
-                    out[f"{prefix}.{expert}.up_proj.weight"] = up
-        else:
-            out[name] = tensor
-    if config.tie_word_embeddings:
-        out.pop("lm_head.weight", None)
-    for depth in range(config.num_nextn_predict_layers):
-        # The released V3 repeats the shared embedding and head in the MTP layer, and its readers expect them there.
-        prefix = f"model.layers.{config.num_hidden_layers + depth}"
-        out[f"{prefix}.embed_tokens.weight"] = state["model.embed_tokens.weight"]
-        out[f"{prefix}.shared_head.head.weight"] = state["lm_head.weight"]
+    """A copy of our state dict under the released names, with what the released V3 repeats for its MTP layers."""
+    out = released_views(state, config)
+    copies = shared_copies(config).items()
+    out.update({name: state[original] for name, original in copies if name != "lm_head.weight"})
     return {name: tensor.detach().clone().contiguous() for name, tensor in out.items()}
 
 
-def from_hugging_face(tensors: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """The inverse of `to_hugging_face`; the MTP layers' copies of embedding and head are left out."""
-    out: dict[str, Tensor] = {}
-    experts: dict[str, dict[tuple[int, str], Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.endswith((".shared_head.head.weight", ".rotary_emb.inv_freq")):
-            continue
-        if name.endswith(".embed_tokens.weight") and name != "model.embed_tokens.weight":
-            continue
-        layer = re.match(r"model\.layers\.(\d+)\.(.*)", name)
-        if layer and int(layer[1]) >= config.num_hidden_layers:
-            name = f"mtp.{int(layer[1]) - config.num_hidden_layers}.{layer[2]}"
-        if single := SINGLE.match(name):
-            experts.setdefault(single[1], {})[int(single[2]), single[3]] = tensor
-        else:
-            out[name] = tensor
-    for prefix, parts in experts.items():
-        count = max(index for index, _ in parts) + 1
-        try:
-            out[f"{prefix}.down_proj"] = torch.stack([parts[i, "down"] for i in range(count)])
-            both = [torch.cat((parts[i, "gate"], parts[i, "up"])) for i in range(count)]
-            out[f"{prefix}.gate_up_proj"] = torch.stack(both)
-        except KeyError as missing:
-            index, kind = missing.args[0]
-            raise DamagedCheckpoint(f"weight {prefix}.{index}.{kind}_proj.weight is missing") from None
-        except RuntimeError as error:
-            raise DamagedCheckpoint(f"weights {prefix} differ in shape from expert to expert ({error})") from None
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in out:
-        out["lm_head.weight"] = out["model.embed_tokens.weight"]
-    return out
+@torch.no_grad()
+def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy named tensors into the model, each straight into its place: single experts as released, or stacked ones.
+
+    Raises:
+        DamagedCheckpoint: a weight is missing, superfluous, or of another shape than in the model.
+    """
+    config, state = model.config, model.state_dict()
+    places = released_views(state, config)
+    stacks = {released_name(name, config): tensor for name, tensor in state.items() if STACKED.match(name)}
+    missing, repeated = dict.fromkeys(places), shared_copies(config)
+    for name, tensor in tensors:
+        place = places.get(name, stacks.get(name))
+        if place is None:
+            if name in repeated or name.endswith(".rotary_emb.inv_freq"):
+                continue
+            raise DamagedCheckpoint(f"weight {name} has no place in the network that config.json describes")
+        if place.shape != tensor.shape:
+            raise DamagedCheckpoint(
+                f"weight {name} has shape {tuple(tensor.shape)}, config.json says {tuple(place.shape)}"
+            )
+        place.copy_(tensor)
+        for filled in single_experts(name, place) if name in stacks else [name]:
+            missing.pop(filled, None)
+    if missing:
+        raise DamagedCheckpoint(
+            f"weight {next(iter(missing))} is missing; use another checkpoint, or correct config.json"
+        )
 
 
 def save_pretrained(model: MiniDeepSeek, folder: str | Path) -> None:
@@ -100,37 +121,10 @@ def save_pretrained(model: MiniDeepSeek, folder: str | Path) -> None:
     os.replace(partial, folder / "generation_config.json")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if (folder / WEIGHTS).is_file():
-        files = [folder / WEIGHTS]
-    elif index.is_file():
-        try:
-            files = sorted(
-                {folder / name for name in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()}
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedCheckpoint(f"{index}: not a list of shards; restore the file") from None
-        if strange := [file for file in files if file.parent != folder]:
-            raise DamagedCheckpoint(f"{index}: names {strange[0]}, outside the checkpoint folder; restore the file")
-    elif not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a checkpoint folder (it holds config.json and {WEIGHTS})")
-    else:
-        raise UserError(f"{folder}: no {WEIGHTS} in it; give a checkpoint folder such as OUT/final or OUT/step-N")
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()  # not a dict: it cannot be iterated itself
-                tensors.update({name: file.get_tensor(name) for name in names})
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); use an older checkpoint") from None
-    return tensors
-
-
 def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MiniDeepSeek:
     """Open a checkpoint folder. Absent MTP weights mean no MTP, with a notice; any other difference is an error.
+
+    Weights go straight from the files into the float32 network, FP8 ones dequantised: memory holds one copy of them.
 
     Args:
         dtype: of the parameters; the router biases stay float32 whatever it is.
@@ -140,11 +134,9 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, devi
     """
     folder = Path(folder)
     config = LMConfig.from_pretrained(folder)
-    try:
-        state = from_hugging_face(read_tensors(folder), config)
-    except DamagedCheckpoint as error:
-        raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
-    if config.num_nextn_predict_layers and not any(name.startswith("mtp.") for name in state):
+    files = WeightFiles(folder)
+    layers = {int(match[1]) for name in files.names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    if config.num_nextn_predict_layers and not any(layer >= config.num_hidden_layers for layer in layers):
         print(
             f"notice: {folder} holds no MTP weights, though its config.json says "
             f"num_nextn_predict_layers = {config.num_nextn_predict_layers}: opened without MTP",
@@ -152,17 +144,35 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, devi
         )
         config.num_nextn_predict_layers = 0
     model = MiniDeepSeek(config)
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in state:
-            raise DamagedCheckpoint(
-                f"{folder}: weight {name} is missing; use another checkpoint, or correct config.json"
-            )
-        if state[name].shape != tensor.shape:
-            raise DamagedCheckpoint(
-                f"{folder}: weight {name} has shape {tuple(state[name].shape)}, config.json says {tuple(tensor.shape)}"
-            )
-    if extra := sorted(set(state) - set(own)):
-        raise DamagedCheckpoint(f"{folder}: weight {extra[0]} has no place in the network that config.json describes")
-    model.load_state_dict(state)
+    try:
+        fill(model, files)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     return model.to(device=device, dtype=dtype)
+
+
+def main() -> None:
+    """The command line of `python -m model.hf`."""
+    parser = argparse.ArgumentParser(prog="python -m model.hf", description="Checkpoint folders in and out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    into = commands.add_parser("import", help="make any deepseek_v3 folder one of this project's (float32, one file)")
+    into.add_argument("--from", dest="source", type=Path, required=True, help="folder to read; FP8 is dequantised")
+    into.add_argument("--to", dest="target", type=Path, required=True, help="folder to write")
+    out = commands.add_parser("export", help="write a checkpoint as a file for other programs")
+    out.add_argument("--format", choices=["gguf"], required=True, help="gguf: llama.cpp")
+    out.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
+    out.add_argument("--out", type=Path, required=True, help="file to write")
+    out.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], default="f16", help="of the matrices (f16)")
+    options = parser.parse_args()
+    if options.command == "import":
+        from model.hf_import import import_folder
+
+        import_folder(options.source, options.target)
+    else:
+        from model.gguf_export import export_gguf
+
+        export_gguf(options.ckpt, options.out, options.type)
+
+
+if __name__ == "__main__":
+    command_line(main)

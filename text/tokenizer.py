@@ -106,6 +106,7 @@ class Tokenizer:
             "add_bos_token": False,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
+            "padding_side": "left",  # the side that a batch of prompts must be padded on to be continued
             "model_max_length": 131072,  # DeepSeek-V3's context; the model's own limit is in its config.json
             "added_tokens_decoder": {
                 str(number): {

@@ -1,0 +1,66 @@
+"""Matrices that DeepSeek publishes in FP8: e4m3 numbers, and a float32 scale for each block of 128 x 128 (section 3.3).
+
+A matrix `NAME` stands beside its scales `NAME_scale_inv`; a number's value is the e4m3 number times its block's scale.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import DamagedCheckpoint, UserError
+
+FP8 = torch.float8_e4m3fn
+SCALE = "_scale_inv"  # what a matrix's name is followed by in the name of its scales
+
+
+def block_size(folder: Path) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, by the folder's config.json; None where nothing is quantised.
+
+    Raises:
+        UserError: quantised by another method than DeepSeek's.
+    """
+    path = folder / "config.json"
+    quantization = json.loads(path.read_text(encoding="utf8")).get("quantization_config")
+    if quantization is None:
+        return None
+    given = quantization if isinstance(quantization, dict) else {}
+    method, number, block = (given.get(key) for key in ("quant_method", "fmt", "weight_block_size"))
+    whole = isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
+    if method != "fp8" or number not in (None, "e4m3") or not whole:
+        raise UserError(
+            f"{path}: quantization_config has quant_method {method!r}, fmt {number!r}, weight_block_size {block!r}; "
+            "only 'fp8', 'e4m3' and two sides such as [128, 128] are read: use the released folder, or a bf16 copy"
+        )
+    return block[0], block[1]
+
+
+def dequantise(name: str, weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """The matrix in float32: w_ij = q_ij * s_(i // rows)(j // columns), where `block` is (rows, columns).
+
+    Args:
+        weight: (..., M, N) e4m3; the last blocks of a side that is no multiple of the block are cut short.
+        scales: (..., ceil(M / rows), ceil(N / columns)).
+    Raises:
+        DamagedCheckpoint: scales of another shape, or that are no numbers of 0 or more, or a weight that is no number.
+    """
+    blocks = [-(-side // size) for side, size in zip(weight.shape[-2:], block, strict=True)]
+    expected = (*weight.shape[:-2], *blocks)
+    if scales.shape != expected:
+        raise DamagedCheckpoint(
+            f"scales {name}{SCALE} have shape {tuple(scales.shape)}, but {tuple(weight.shape)} in blocks of {block} "
+            f"needs {expected}; fetch the file again, or correct weight_block_size in config.json"
+        )
+    scales = scales.float()
+    if not (scales.isfinite() & (scales >= 0)).all():
+        raise DamagedCheckpoint(f"scales {name}{SCALE} hold NaN, infinity or numbers below 0; fetch the file again")
+    out = weight.float()
+    for row in range(blocks[0]):  # a row of blocks at a time: no second matrix of all scales is made
+        rows = slice(row * block[0], (row + 1) * block[0])
+        out[..., rows, :] *= scales[..., row : row + 1, :].repeat_interleave(block[1], -1)[..., : weight.shape[-1]]
+    if not out.isfinite().all():
+        raise DamagedCheckpoint(f"weight {name} holds NaN or infinity; fetch the file again")
+    return out

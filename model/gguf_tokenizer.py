@@ -1,0 +1,98 @@
+"""This project's tokenizer in GGUF's terms, read from tokenizer.json and tokenizer_config.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+# llama.cpp does not read a tokenizer's splitting rule, it knows some by name. This is the one it calls "qwen2".
+PRE_TOKENIZER = "qwen2"
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GENERATION_MARK = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+
+
+@dataclass(frozen=True)
+class GGUFTokenizer:
+    """Attributes: tokens, kinds: (vocab,), by id; merges: "left right", by rank; unknown: id of <unk>, if there is one;
+    add_bos: whether llama.cpp is to put <s> before every text; chat_template: Jinja, if there is one.
+    """
+
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]
+    unknown: int | None
+    add_bos: bool
+    chat_template: str | None
+
+    @classmethod
+    def from_folder(cls, folder: Path, vocab_size: int) -> GGUFTokenizer:
+        """Read the tokenizer of a checkpoint folder; ids from its last token to `vocab_size` become unused tokens.
+
+        Raises:
+            UserError: no tokenizer, or one that splits text in another way than llama.cpp's "qwen2".
+        """
+        path = folder / "tokenizer.json"
+        content, settings = _read(path), _read(folder / "tokenizer_config.json")
+        remedy = "convert this folder with llama.cpp's own convert_hf_to_gguf.py"
+        if not _splits_like_qwen2(content):
+            raise UserError(f"{path}: not a tokenizer of train_tokenizer.py, its rules are others; {remedy}")
+        model = content["model"]
+        names = {number: token for token, number in model["vocab"].items()}
+        added = {token["id"]: token for token in content["added_tokens"]}
+        names.update({number: token["content"] for number, token in added.items()})
+        if max(names) >= vocab_size:
+            raise UserError(
+                f"{path}: has {max(names) + 1} tokens, the model {vocab_size}; use the model's own tokenizer"
+            )
+        kinds = {number: CONTROL if token["special"] else USER_DEFINED for number, token in added.items()}
+        template_file = folder / "chat_template.jinja"
+        template = (
+            template_file.read_text(encoding="utf8") if template_file.is_file() else settings.get("chat_template")
+        )
+        return cls(
+            tokens=[names.get(number, f"[PAD{number}]") for number in range(vocab_size)],
+            kinds=[kinds.get(number, NORMAL if number in names else UNUSED) for number in range(vocab_size)],
+            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+            unknown=next((number for number, token in added.items() if token["content"] == "<unk>"), None),
+            add_bos=bool(settings.get("add_bos_token", False)),
+            # The marks around what is learnt mean something to training only, and not every program knows them.
+            chat_template=GENERATION_MARK.sub("", template) if isinstance(template, str) else None,
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a GGUF holds the tokenizer, give a folder that has one") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); restore the file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; restore the file")
+    return content
+
+
+def _splits_like_qwen2(content: dict[str, Any]) -> bool:
+    """Whether nothing but this project's rules turn text into ids: its split, bytes as letters, plain BPE."""
+    model, pre = content.get("model") or {}, content.get("pre_tokenizer") or {}
+    steps = [
+        {key: step.get(key) for key in ("type", "pattern", "behavior", "invert")}
+        for step in pre.get("pretokenizers", [])
+    ]
+    split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
+    letters = {"type": "ByteLevel", "pattern": None, "behavior": None, "invert": None}
+    if pre.get("type") != "Sequence" or steps != [split, letters] or content.get("normalizer"):
+        return False
+    last = pre["pretokenizers"][1]
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges")
+    plain = model.get("type") == "BPE" and not any(model.get(key) for key in odd)
+    return plain and not last.get("add_prefix_space") and not last.get("use_regex")
