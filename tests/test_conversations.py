@@ -186,11 +186,15 @@ def test_a_broken_row_is_counted_and_shown_or_stops(tmp_path: Path, line: bytes,
     assert str(error.value) == f"{first}; mend or drop the row or pass --on_error skip"
 
 
-def test_elements_of_an_array_are_named_by_number(tmp_path: Path) -> None:
-    path = write(tmp_path, json.dumps([GOOD, {"text": 1}, GOOD], indent=1).encode(), "data.json")
+def test_elements_of_an_array_are_named_by_line_and_number(tmp_path: Path) -> None:
+    content = json.dumps([GOOD, {"text": 1}, GOOD, {"text": 2}], indent=1)
+    path = write(tmp_path, content.encode(), "data.json")
     report = RowReport()
     assert len(list(read_conversations(path, report=report))) == 2
-    assert report.examples["unknown layout"][0].startswith(f"{path}: element 2: has 'text'")
+    lines = content.split("\n")
+    for example, number, inside in zip(report.examples["unknown layout"], (2, 4), (1, 2), strict=True):
+        line = lines.index(f'  "text": {inside}')  # counted from 0, and the object opens on the line before it
+        assert example.startswith(f"{path}:{line}: element {number}: has 'text'")
 
 
 def test_only_the_first_examples_are_kept(tmp_path: Path) -> None:

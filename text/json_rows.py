@@ -77,7 +77,7 @@ def _array_rows(file: Path, content: bytes, report: RowReport) -> Iterator[tuple
         ) from error
     decoder = json.JSONDecoder()
     position = _skip_space(text, text.index("[") + 1)
-    number = 0
+    number, line = 0, text.count("\n", 0, position) + 1
     while not text.startswith("]", position):
         number += 1
         begin = position
@@ -89,13 +89,14 @@ def _array_rows(file: Path, content: bytes, report: RowReport) -> Iterator[tuple
             elif not text.startswith("]", position):
                 raise ValueError("no ',' or ']' after the element")
         except (ValueError, RecursionError) as error:
-            line = text.count("\n", 0, getattr(error, "pos", position)) + 1
+            broken = text.count("\n", 0, getattr(error, "pos", position)) + 1
             raise UserError(
-                f"{file}:{line}: the JSON array breaks off in element {number} ({error}); mend it, or write one "
+                f"{file}:{broken}: the JSON array breaks off in element {number} ({error}); mend it, or write one "
                 "row a line (.jsonl), where a broken line costs only itself"
             ) from error
         report.bytes_read += len(content) * (position - begin) // len(text)
-        yield f"{file}: element {number}", row
+        yield f"{file}:{line}: element {number}", row
+        line += text.count("\n", begin, position)
     if number == 0:
         raise UserError(f"{file}: the array is empty; name a file that has rows")
     if text[position + 1 :].strip():
