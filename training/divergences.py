@@ -1,4 +1,4 @@
-"""How far a student's distribution q over the vocabulary is from the teacher's p: the divergences, with their gradients.
+"""How far a student's distribution q over the vocabulary is from the teacher's p: divergences and their gradients.
 
 Each takes log p and log q, (rows, events) float32 whose exponentials add up to 1 in each row, and returns
 
@@ -56,8 +56,8 @@ def generalised_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, 
     p, q, log_m = log_p.exp(), log_q.exp(), mixture(log_p, log_q, beta)
     from_p, from_q = log_p - log_m, log_q - log_m
     value = (beta * p * from_p + (1 - beta) * q * from_q).sum(-1)
-    # d/dq of beta p log(p/m) is -beta (1-beta) p/m, of (1-beta) q log(q/m) it is (1-beta) (log(q/m) + 1 - (1-beta) q/m);
-    # the terms without the logarithm add up to 0, for beta p/m + (1-beta) q/m = 1.
+    # d/dq of the first term is -beta (1-beta) p/m, of the second (1-beta) (log(q/m) + 1 - (1-beta) q/m); what has no
+    # logarithm adds up to 0, for beta p/m + (1-beta) q/m = 1.
     return value, (1 - beta) * q * from_q
 
 

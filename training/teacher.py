@@ -145,8 +145,8 @@ def check_tokens(name: str, theirs: dict[str, int], rows: int, tokenizer: Tokeni
     for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if named.get(number, token) != token:
             raise UserError(
-                f"--teacher {name}: its token {number} is {named[number]!r}, the student's {token!r}; distributions are "
-                "compared token by token; let it write answers instead (--method answers)"
+                f"--teacher {name}: its token {number} is {named[number]!r}, the student's {token!r}; "
+                "distributions are compared token by token; let it write answers instead (--method answers)"
             )
     if rows < vocab_size or len(theirs) < len(ours):
         raise UserError(
