@@ -139,7 +139,7 @@ class ChatDataset:
         self.sequence_length, self.seed, self.packing = sequence_length, seed, packing
         self.chats = EncodedChats.read(paths, tokenizer, sequence_length, on_error, progress)
         self.report = self.chats.report
-        self._pad_id = tokenizer.pad_id
+        self.pad_id = tokenizer.pad_id
         train, held = self.chats.split(val_fraction)
         self.validation = self._part(held) if len(held) else None
         self._choose(train)
@@ -167,8 +167,12 @@ class ChatDataset:
         rows = []
         for index in indices:
             conversations = [self.chats[member] for member in self._rows[index]]
-            rows.append(write_row(conversations, self.sequence_length, self._pad_id))
+            rows.append(write_row(conversations, self.sequence_length, self.pad_id))
         return _stacked(rows)
+
+    def members(self, index: int) -> np.ndarray:
+        """The conversations of a row, as numbers in `chats`, in the order in which they stand in it."""
+        return self._rows[index]
 
     def filled(self) -> float:
         """The share of positions that hold conversations rather than padding."""

@@ -6,14 +6,18 @@ python distill.py --ckpt out/small/final --teacher out/sft/final --data chats.js
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from errors import command_line
+from errors import UserError, command_line
 from training.chats import ChatSettings, open_chats
 from training.distillation import DistillationLoss, DistillationSettings
 from training.machine import choose_dtype
+from training.resume import left_off
 from training.settings import parse
 from training.stage import begin, open_checkpoint
-from training.teacher import open_teacher
+from training.teacher import identity, open_teacher
+from training.top_k import FOLDER, KeptTeacher, TaughtChats, fingerprint, keep_top_k
 from training.trainer import Trainer
 
 
@@ -23,22 +27,38 @@ class DistillSettings(DistillationSettings, ChatSettings):
 
     Args:
         teacher: checkpoint folder, or a causal language model that transformers opens.
+        precompute_top_k: ask the teacher once, before training, and keep so many tokens of each of its distributions;
+            0: ask it at every step.
     """
 
     teacher: str
+    precompute_top_k: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
+        if self.precompute_top_k < 0:
+            raise UserError(f"--precompute_top_k {self.precompute_top_k}: must be at least 0")
 
 
 def main() -> None:
     settings = parse(DistillSettings, __doc__ or "")
     ranks = begin(settings)
+    left_off(Path(settings.out), settings.resume, {})  # refuses a folder in use before minutes are spent
     model, tokenizer = open_checkpoint(settings.ckpt)
     dtype = choose_dtype(settings.dtype, ranks.device)
-    teacher = open_teacher(settings.teacher, tokenizer, model.config.vocab_size, dtype, ranks.device)
+    ask = partial(open_teacher, settings.teacher, tokenizer, model.config.vocab_size, dtype, ranks.device)
     dataset, validation = open_chats(settings, tokenizer, ranks)
+    if settings.precompute_top_k:
+        facts = (identity(settings.teacher), model.config.vocab_size, str(dtype), settings.temperature)
+        mark = fingerprint(dataset.chats, settings.precompute_top_k, *facts)
+        kept = keep_top_k(
+            Path(settings.out) / FOLDER, dataset, settings.precompute_top_k, settings.temperature, mark, ask,
+            settings.micro_rows, dtype, ranks,
+        )  # fmt: skip
+        dataset, teacher = TaughtChats(dataset, kept), KeptTeacher()
+    else:
+        teacher = ask()
     loss = DistillationLoss(mtp=bool(model.mtp), settings=settings, teacher=teacher)
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
     ranks.stop()
