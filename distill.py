@@ -13,7 +13,9 @@ from errors import UserError, command_line
 from training.chats import ChatSettings, open_chats
 from training.distillation import DistillationLoss, DistillationSettings
 from training.machine import choose_dtype
+from training.own_answers import OnPolicySettings, OwnAnswers
 from training.resume import left_off
+from training.rollout import Sampler
 from training.settings import parse
 from training.stage import begin, open_checkpoint
 from training.teacher import identity, open_teacher
@@ -22,7 +24,7 @@ from training.trainer import Trainer
 
 
 @dataclass(kw_only=True)
-class DistillSettings(DistillationSettings, ChatSettings):
+class DistillSettings(ChatSettings, DistillationSettings, OnPolicySettings):
     """Settings of distillation.
 
     Args:
@@ -37,8 +39,11 @@ class DistillSettings(DistillationSettings, ChatSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
+        self.check_sampling()
         if self.precompute_top_k < 0:
             raise UserError(f"--precompute_top_k {self.precompute_top_k}: must be at least 0")
+        if self.precompute_top_k and self.on_policy:
+            raise UserError("--precompute_top_k: nobody knows yet what the student will answer; leave out --on_policy")
 
 
 def main() -> None:
@@ -47,18 +52,20 @@ def main() -> None:
     left_off(Path(settings.out), settings.resume, {})  # refuses a folder in use before minutes are spent
     model, tokenizer = open_checkpoint(settings.ckpt)
     dtype = choose_dtype(settings.dtype, ranks.device)
-    ask = partial(open_teacher, settings.teacher, tokenizer, model.config.vocab_size, dtype, ranks.device)
+    vocab_size = model.config.vocab_size
+    ask = partial(open_teacher, settings.teacher, tokenizer, vocab_size, dtype, ranks.device)
     dataset, validation = open_chats(settings, tokenizer, ranks)
     if settings.precompute_top_k:
-        facts = (identity(settings.teacher), model.config.vocab_size, str(dtype), settings.temperature)
-        mark = fingerprint(dataset.chats, settings.precompute_top_k, *facts)
-        kept = keep_top_k(
-            Path(settings.out) / FOLDER, dataset, settings.precompute_top_k, settings.temperature, mark, ask,
-            settings.micro_rows, dtype, ranks,
-        )  # fmt: skip
+        k, temperature = settings.precompute_top_k, settings.temperature
+        mark = fingerprint(dataset.chats, identity(settings.teacher), vocab_size, k, temperature, str(dtype))
+        folder = Path(settings.out) / FOLDER
+        kept = keep_top_k(folder, dataset, k, temperature, mark, ask, settings.micro_rows, dtype, ranks)
         dataset, teacher = TaughtChats(dataset, kept), KeptTeacher()
     else:
         teacher = ask()
+    if settings.on_policy:
+        sampler = Sampler(model.to(ranks.device), dtype)
+        dataset = OwnAnswers(dataset, sampler, settings, settings.rows, tokenizer.eos_id, ranks)
     loss = DistillationLoss(mtp=bool(model.mtp), settings=settings, teacher=teacher)
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
     ranks.stop()

@@ -49,15 +49,15 @@ class DistillationSettings:
         if self.loss not in LOSSES:
             raise UserError(f"--loss {self.loss}: one of {', '.join(LOSSES)}")
         if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
+            raise UserError(f"--temperature {self.temperature:g}: must be above 0")
         if not 0 <= self.skew < 1:
             raise UserError(
-                f"--skew {self.skew}: must be at least 0 and below 1, where the loss is 0 for every student"
+                f"--skew {self.skew:g}: must be at least 0 and below 1, where the loss is 0 for every student"
             )
         if not 0 < self.beta < 1:
-            raise UserError(f"--beta {self.beta}: must be between 0 and 1, where the loss is 0 for every student")
+            raise UserError(f"--beta {self.beta:g}: must be between 0 and 1, where the loss is 0 for every student")
         if not 0 <= self.ce_weight <= 1:
-            raise UserError(f"--ce_weight {self.ce_weight}: a share, from 0 to 1")
+            raise UserError(f"--ce_weight {self.ce_weight:g}: a share, from 0 to 1")
 
     @property
     def divergence(self) -> Divergence:

@@ -112,6 +112,9 @@ def is_ours(name: str) -> bool:
 
 def open_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer. Raises `UserError` when transformers is missing or cannot open them."""
+    path = Path(name)
+    if not path.exists() and path.parent != Path() and path.parent.exists():  # a misspelled path is no Hub id
+        raise UserError(f"--teacher {name}: no such folder; check the path")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
