@@ -208,7 +208,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(arguments, run, tmp_p
         (["--beta", 0], "--beta 0: must be between 0 and 1"),
         (["--ce_weight", 1.5], "--ce_weight 1.5: a share, from 0 to 1"),
         (["--on_policy", 2], "--on_policy 2: a share of the steps"),
-        (["--sample_temperature", 0], "--sample_temperature 0: must be above 0"),
+        (["--sample_temperature", -1], "--sample_temperature -1: must be at least 0"),
         (["--max_new_tokens", 0], "--max_new_tokens 0: must be at least 1"),
         (["--precompute_top_k", -1], "--precompute_top_k -1: must be at least 0"),
         (["--precompute_top_k", 8, "--on_policy", 0.5], "--precompute_top_k: nobody knows yet"),

@@ -23,7 +23,7 @@ from text.packing import pack_best_fit, write_row
 from training.distillation import SAMPLED
 from training.losses import Batch
 from training.ranks import Ranks
-from training.rollout import Sampler, chances, sample_completions
+from training.rollout import COLD, Sampler, chances, sample_completions
 
 CHOICE, CHANCES = 0x6F6E706F, 0x6F776E61  # keep these random numbers apart from those of the data order
 
@@ -35,7 +35,7 @@ class OnPolicySettings:
     Args:
         on_policy: share of the steps whose answers the student samples itself.
         max_new_tokens: most tokens of an answer, sampled or of a teacher.
-        sample_temperature: of the student's sampling.
+        sample_temperature: of sampled answers, the student's or the teacher's.
         rollout_rows: most answers sampled at a time on one rank.
     """
 
@@ -51,8 +51,8 @@ class OnPolicySettings:
         for name in ("max_new_tokens", "rollout_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not 0 < self.sample_temperature < float("inf"):
-            raise UserError(f"--sample_temperature {self.sample_temperature:g}: must be above 0")
+        if not 0 <= self.sample_temperature < float("inf"):
+            raise UserError(f"--sample_temperature {self.sample_temperature:g}: must be at least 0")
 
 
 class OwnAnswers:
@@ -135,7 +135,8 @@ class OwnAnswers:
         # No answer of these has more room than the one to the shortest prompt.
         room = self.chats.sequence_length + 1 - min(len(prompts[place]) for place in places)
         asked = [prompts[place].tolist() for place in places]
-        made = sample_completions(policy, asked, drawn[..., :room], self.stop, settings.sample_temperature)
+        temperature = max(settings.sample_temperature, COLD)
+        made = sample_completions(policy, asked, drawn[..., :room], self.stop, temperature)
         tokens, lengths = made.tokens.cpu().numpy(), made.lengths.tolist()
         return {place: tokens[row, : lengths[row]] for row, place in enumerate(places)}
 
