@@ -63,6 +63,8 @@ class DistillSettings(ChatSettings, DistillationSettings, OnPolicySettings, Answ
             raise UserError(f"--method {self.method}: one of logits, answers")
         if self.ckpt and self.student:
             raise UserError("--student: makes a new model; leave out --ckpt or --student")
+        if self.student and not is_ours(self.teacher):
+            raise UserError(f"--student: the teacher {self.teacher} is none of this project; give --ckpt instead")
         if self.precompute_top_k < 0:
             raise UserError(f"--precompute_top_k {self.precompute_top_k}: must be at least 0")
         if self.precompute_top_k and self.on_policy:
@@ -113,10 +115,6 @@ def open_student(settings: DistillSettings) -> tuple[MiniDeepSeek, Tokenizer]:
     """The checkpoint, or fresh weights that read the teacher's tokens."""
     if settings.ckpt:
         return open_checkpoint(settings.ckpt)
-    if not is_ours(settings.teacher):
-        raise UserError(
-            f"--student: --teacher {settings.teacher} has no tokenizer of this project; give --ckpt instead"
-        )
     tokenizer = Tokenizer.from_folder(settings.teacher)
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     config = model_config(settings.student, vocab_size=tokenizer.vocab_size, **tokens)
