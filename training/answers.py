@@ -40,8 +40,8 @@ class Failure:
 class Ask:
     """A question to a teacher. `key`: 16 hex digits of all that the answer depends on; `sample`: its number, from 0."""
 
-    messages: tuple[Message, ...]
-    sample: int
+    messages: tuple[Message, ...] = field(compare=False)
+    sample: int = field(compare=False)
     key: str
 
     @classmethod
