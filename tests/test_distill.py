@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +200,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(arguments, run, tmp_p
     done = run(distill.main, *whole, "--out", tmp_path / "part", "--resume")
     assert done.code == 0, done.err
     assert files(tmp_path / "part" / "final") == files(tmp_path / "whole" / "final")
+
+
+def test_two_ranks_learn_from_own_answers_as_one_does(arguments, pretrained, student, run, tmp_path):
+    """The student has an MTP chain, which takes no part in the steps on its own answers; DDP must not wait for it."""
+    given = [*arguments, "--ckpt", pretrained / "final", "--teacher", student, "--on_policy", 0.5, "--max_steps", 4]
+    given += ["--mtp_weight", 0.3, "--optim.eps", 1e-3, "--seed", 1]
+    assert run(distill.main, *given, "--out", tmp_path / "one").code == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "distill.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, *map(str, given), "--out", str(tmp_path / "two")],
+        cwd=ROOT.parent, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = entries(tmp_path / "one"), entries(tmp_path / "two")
+    assert {entry["on_policy"] for entry in one} == {0, 1}
+    for name in ("divergence", "cross_entropy", "mtp_loss", "grad_norm", "on_policy", "labels"):
+        assert [entry[name] for entry in two] == pytest.approx([entry[name] for entry in one], rel=1e-3), name
 
 
 @pytest.mark.parametrize(
