@@ -145,6 +145,17 @@ def test_answers_are_the_students_samples_after_the_datas_prompts(world, tokeniz
     assert 0 < entry["completion_length"] <= 12 and entry["on_policy"] == 1
 
 
+def test_answers_end_where_their_row_does(world, tokenizer, student):
+    """A student that does not stop, and prompts that leave it less than it may say."""
+    chats = chat_data(world, tokenizer, 48)
+    data = own(chats, student, new=90)
+    entry = data.prepare(1, data.sampler.source)
+    batch = data.batch(range(4, 8))
+    assert entry["ended"] < 1 and entry["completion_length"] > 20
+    assert batch["input_ids"].shape == (4, 48)
+    assert max(int((row >= 0).sum()) for row in batch["segment_ids"]) == 48
+
+
 def test_other_steps_have_the_datas_answers(world, tokenizer, student):
     chats = chat_data(world, tokenizer)
     data = own(chats, student, share=0.0)
