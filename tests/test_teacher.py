@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+import distill
 from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.distillation import DistillationLoss, DistillationSettings
 from training.divergences import forward_kl
+from training.log import read_metrics
 from training.losses import IGNORE, NextTokenLoss
 from training.teacher import TransformersTeacher, is_plain, open_teacher, unpacked
 
@@ -198,6 +200,18 @@ def test_without_transformers_only_our_checkpoints_are_teachers(pretrained, llam
     with pytest.raises(UserError, match="pip install transformers"):
         open_teacher(str(llama), tokenizer, 600, torch.float32, CPU)
     assert open_teacher(str(pretrained / "final"), tokenizer, 600, torch.float32, CPU)
+
+
+def test_the_command_takes_a_teacher_of_another_family(llama, pretrained, world, run, tmp_path):
+    given = ["--ckpt", pretrained / "final", "--teacher", llama, "--data", world / "sft.jsonl", "--max_steps", 2]
+    given += ["--sequence_length", 96, "--batch_tokens", 480, "--dtype", "fp32", "--log_every", 1]
+    told = []
+    for name, options in (("live", []), ("kept", ["--precompute_top_k", 600]), ("sampled", ["--on_policy", 1])):
+        done = run(distill.main, *given, "--out", tmp_path / name, *options)
+        assert done.code == 0, done.err
+        told.append([e["divergence"] for e in read_metrics(tmp_path / name / "metrics.jsonl") if e["step"]])
+    live, kept, sampled = told
+    assert kept == pytest.approx(live, rel=2e-3) and min(live) > 0 and sampled != live
 
 
 def distillation(teacher, **changes) -> DistillationLoss:

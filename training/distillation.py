@@ -197,7 +197,7 @@ class DistillationLoss(NextTokenLoss):
 
     Attributes:
         settings: which divergence, and how it is mixed.
-        teacher: asked about each batch; None, when batches have what it said in `training.top_k`'s columns.
+        teacher: asked about each batch, or one that reads in the batch what was asked before (`training.top_k`).
     """
 
     settings: DistillationSettings
