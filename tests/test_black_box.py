@@ -48,6 +48,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
             [{"role": "system", "content": "S"}, *chat("Q")],
         ),
         ({"instruction": "Q", "input": "more", "output": "A"}, chat("Q\nmore")),
+        ({"instruction": "Q", "output": "A", "history": [["q", "a"]]}, chat("q", "a", "Q")),
         ({"instruction": "Q"}, chat("Q")),
         ({"prompt": "Q"}, chat("Q")),
         ({"question": "Q", "answer": "an essay\nin lines"}, chat("Q")),
@@ -76,7 +77,8 @@ def test_a_question_with_an_answer_can_be_verified(row):
         ({"messages": chat("Q\0")}, "NUL character"),
         ({"messages": chat(" ")}, "empty text"),
         ({"prompt": 7}, "wrong type"),
-        ({"instruction": None}, "wrong type"),
+        ({"instruction": None}, "unknown layout"),
+        ({"instruction": 7}, "wrong type"),
     ],
 )
 def test_rows_that_are_no_prompt_are_counted_by_kind(row, kind):

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from errors import UserError
 from text.chat_template import Message, check_messages
-from text.conversations import text_of, turns_to_messages, with_system
+from text.conversations import text_of, to_messages, turns_to_messages, with_system
 from text.json_rows import RowError, RowReport, converted_rows, kind_of
 from text.problems import Problem, open_problems, to_problem
 
-QUESTIONS = ("prompt", "question", "problem", "question_zh-cn", "query")
+QUESTIONS = ("instruction", "prompt", "question", "problem", "question_zh-cn", "query")
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,28 @@ def read_prompts(
 
 def to_prompt(row: object) -> Prompt:
     """One row of any layout. Raises `RowError`."""
+    if not isinstance(row, dict | list):
+        raise RowError("not a prompt", f"the row is {kind_of(row)}; it must be an object or a list of messages")
+    try:
+        return _of_turns("the conversation", to_messages(row))
+    except RowError:  # no conversation, or one without an answer, which a prompt does not need
+        return _bare(row)
+
+
+def with_system_prompt(prompt: Prompt, system: str) -> Prompt:
+    """The prompt after a system prompt, unless it has its own."""
+    if prompt.messages[0]["role"] == "system":
+        return prompt
+    return Prompt(({"role": "system", "content": system}, *prompt.messages), prompt.problem)
+
+
+def _bare(row: dict | list) -> Prompt:
+    """A question that nobody has answered, or whose answer is the bare result."""
     if isinstance(row, list):
         return _of_turns("the list", turns_to_messages("the list", row))
-    if not isinstance(row, dict):
-        raise RowError("not a prompt", f"the row is {kind_of(row)}; it must be an object or a list of messages")
     for name in ("messages", "conversations"):
         if name in row:
             return _of_turns(repr(name), with_system(row, turns_to_messages(repr(name), row[name])))
-    if "instruction" in row:
-        more = row.get("input")
-        parts = [text_of("'instruction'", row["instruction"]), "" if more is None else text_of("'input'", more)]
-        question: list[Message] = [{"role": "user", "content": "\n".join(part for part in parts if part)}]
-        return _of_turns("'instruction'", with_system(row, question))
     name = next((name for name in QUESTIONS if row.get(name) is not None), None)
     if name is None:
         shown = ", ".join(map(repr, row)) or "no keys"
@@ -86,14 +96,10 @@ def to_prompt(row: object) -> Prompt:
         return _of_problem(to_problem(row))
     except RowError:
         # A question whose answer is missing, or an essay, is a prompt all the same; its answer cannot be verified.
-        return _of_turns(repr(name), [{"role": "user", "content": text_of(repr(name), row[name])}])
-
-
-def with_system_prompt(prompt: Prompt, system: str) -> Prompt:
-    """The prompt after a system prompt, unless it has its own."""
-    if prompt.messages[0]["role"] == "system":
-        return prompt
-    return Prompt(({"role": "system", "content": system}, *prompt.messages), prompt.problem)
+        more = row.get("input") if name == "instruction" else None
+        parts = [text_of(repr(name), row[name]), "" if more is None else text_of("'input'", more)]
+        question: list[Message] = [{"role": "user", "content": "\n".join(part for part in parts if part)}]
+        return _of_turns(repr(name), with_system(row, question))
 
 
 def _of_problem(problem: Problem) -> Prompt:

@@ -112,8 +112,8 @@ def gather_answers(
     judge, report = Rewards.of(settings.rewards), RowReport()
     names = [name for name in data.split(",") if name]
     prompts = list(read_prompts(names, settings.system, settings.prompts, seed, on_error, report))
-    if report.rows:
-        print("\n".join(report.lines()))
+    lines = report.lines() if report.rows else []
+    print("\n".join([*lines, f"{len(prompts)} different prompts"]))
     path = out / JOURNAL
     if path.exists() and not resume:
         raise UserError(f"{path}: holds answers already; add --resume to go on, or choose another --out")
