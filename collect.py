@@ -5,7 +5,6 @@ python collect.py --ckpt out/grpo/final --data arithmetic:1-3 --out kept.jsonl -
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from rich.console import Console
 from rich.progress import track
 
 from dataset import PromptDataset
-from errors import UserError, command_line, naming
+from errors import UserError, command_line
+from text.answer_filter import shortest_different
+from text.chat_file import write_chats
 from text.chat_template import Message
 from text.conversations import read_conversations
 from text.problems import Problem
@@ -163,7 +164,7 @@ def verified(samples: list[Sample], judge: Rewards, at_least: float, keep: int, 
     paired = zip(samples, totals, strict=True)
     right = [sample.text for sample, total in paired if total >= at_least and sample.ended]
     right = [text for text in right if text.strip() and "\0" not in text]
-    different = sorted(set(right), key=lambda text: (len(text), text))
+    different = shortest_different(right, len(right))
     told.prompts += 1
     told.samples += len(samples)
     told.right += len(right)
@@ -184,16 +185,6 @@ def general(sources: list[Source], count: int, seed: int) -> Iterator[list[Messa
     """`count` conversations of the sources, or all when there are fewer, in an order that the seed picks."""
     chats = [chat for source in sources for chat in read_conversations(source)]
     yield from random.Random(seed).sample(chats, min(count, len(chats)))
-
-
-def write_chats(path: Path, rows: list[list[Message]]) -> None:
-    """JSONL that full_sft.py reads; complete or not there."""
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in rows]
-        temporary.write_text("".join(lines), encoding="utf8")
-        temporary.replace(path)
 
 
 if __name__ == "__main__":

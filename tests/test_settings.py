@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+import distill
 import dpo_train
 import full_sft
 import pretrain
 from collect import CollectSettings
+from distill import DistillSettings
 from dpo_train import DPOSettings
 from errors import UserError
 from full_sft import SFTSettings
@@ -139,9 +141,10 @@ def test_a_preset_can_be_changed_field_by_field_and_the_tokenizer_wins():
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (384, 3, 600)
 
 
-@pytest.mark.parametrize("script", [pretrain, full_sft, dpo_train], ids=["pretrain", "full_sft", "dpo_train"])
+@pytest.mark.parametrize("script", [pretrain, full_sft, dpo_train, distill], ids=lambda script: script.__name__)
 def test_help_explains_every_option(script, monkeypatch, capsys):
-    kind = {pretrain: PretrainSettings, full_sft: SFTSettings, dpo_train: DPOSettings}[script]
+    kinds = {pretrain: PretrainSettings, full_sft: SFTSettings, dpo_train: DPOSettings, distill: DistillSettings}
+    kind = kinds[script]
     with pytest.raises(SystemExit) as end:
         parse(kind, script.__doc__, ["--help"])
     shown = capsys.readouterr().out

@@ -44,7 +44,7 @@ class ChatDataset:
         self.sequence_length, self.seed, self.packing = sequence_length, seed, packing
         self.chats = EncodedChats.read(sources, tokenizer, sequence_length, on_error, progress)
         self.report = self.chats.report
-        self._pad_id = tokenizer.pad_id
+        self.pad_id = tokenizer.pad_id
         train, held = self.chats.split(val_fraction)
         self._rows = self.chats.packed(train, sequence_length, seed, packing)
         self.validation: ChatDataset | None = None
@@ -71,8 +71,12 @@ class ChatDataset:
         rows = []
         for index in indices:
             conversations = [self.chats[member] for member in self._rows[index]]
-            rows.append(write_row(conversations, self.sequence_length, self._pad_id))
+            rows.append(write_row(conversations, self.sequence_length, self.pad_id))
         return stacked(rows)
+
+    def members(self, index: int) -> np.ndarray:
+        """The conversations of a row, as numbers in `chats`, in the order in which they stand in it."""
+        return self._rows[index]
 
     def filled(self) -> float:
         """The share of positions that hold conversations rather than padding."""

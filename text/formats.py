@@ -115,12 +115,19 @@ class Layout:
         if not isinstance(row, dict):
             raise RowError("not an object", f"the row is {kind_of(row)}; {self.format} needs an object")
         known = FORMATS[self.format]
-        columns = {role: self.columns.get(role, name) for role, name in known.columns.items()}
-        taken = set(self.columns.values())
         for role in known.needed:
-            if columns[role] not in row:
+            column = self.columns.get(role, known.columns[role])
+            if column not in row:
                 shown = ", ".join(map(repr, row)) or "none"
-                raise RowError("no such column", f"has no {columns[role]!r} ({role}); the columns are: {shown}")
+                raise RowError("no such column", f"has no {column!r} ({role}); the columns are: {shown}")
+        return self.rename(row)
+
+    def rename(self, row: Any) -> Any:
+        """`arrange` for whom no column is needed, such as a question that nobody has answered."""
+        if not self.format or not isinstance(row, dict):
+            return row
+        known, taken = FORMATS[self.format], set(self.columns.values())
+        columns = {role: self.columns.get(role, name) for role, name in known.columns.items()}
         return {
             known.columns[role]: row[name]
             for role, name in columns.items()

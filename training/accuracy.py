@@ -13,9 +13,8 @@ from model import MiniDeepSeek
 from text.problems import Problem
 from training.ranks import Ranks
 from training.rewards import is_correct
-from training.rollout import Sampler, chances, completion_texts, sample_completions
+from training.rollout import COLD, Sampler, chances, completion_texts, sample_completions
 
-COLD = 1e-4  # so low a temperature that the likeliest token is chosen
 SAMPLES = 4
 KEY = 0x76616C  # keeps the chances of measuring apart from those of training
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.transformer import Output
 from training.tally import Metric
 
 IGNORE = -100  # a label that does not count
@@ -130,15 +131,15 @@ class NextTokenLoss:
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
         out = model(**inputs, mtp=self.mtp and self.mtp_weight > 0)
         count = (labels != IGNORE).sum()
-        main = cross_entropy_sum(out.hidden, out.head, labels)
-        total, metrics = main, {"main": main.detach()}
+        main, parts = self.main(out, batch)
+        total, metrics = main, {"main": main.detach(), **parts}
         if out.mtp_hidden:
             depths = [
                 cross_entropy_sum(hidden, out.head, labels_ahead(batch, depth))
                 for depth, hidden in enumerate(out.mtp_hidden, start=1)
             ]
             mtp = torch.stack(depths).mean()
-            total = total + self.mtp_weight * mtp
+            total = total + self.weight_of_mtp(batch) * mtp
             metrics["mtp"] = mtp.detach()
         if out.counts is not None:
             real = labels.numel() if "segment_ids" not in batch else (batch["segment_ids"] >= 0).sum().clamp(min=1)
@@ -149,3 +150,11 @@ class NextTokenLoss:
             metrics["balance"] = balance.detach() / out.counts.shape[0]
             metrics["counts"] = out.counts.detach()
         return total, count, metrics
+
+    def main(self, out: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum over the main model's labels, and sums of its parts for the log, if it has any."""
+        return cross_entropy_sum(out.hidden, out.head, batch["labels"]), {}
+
+    def weight_of_mtp(self, batch: Batch) -> float:
+        """What the MTP losses of this batch weigh."""
+        return self.mtp_weight

@@ -25,6 +25,7 @@ from text.tokenizer import Tokenizer
 # CPU kernels are generated for each new shape (10 ms against 1 ms of work): prompts are padded to a multiple of this,
 # and when completions have ended the batch shrinks to a power of two.
 WIDTH = 8
+COLD = 1e-4  # so low a temperature that the likeliest token is chosen
 
 
 @dataclass(kw_only=True)

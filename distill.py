@@ -1,0 +1,149 @@
+"""Learn from a teacher: its distributions over the next token (white box), or its answers to prompts (black box).
+
+python distill.py --ckpt out/small/final --teacher out/sft/final --data chats.jsonl --out out/distilled
+python distill.py --method answers --teacher http://localhost:8000/v1 --teacher_model NAME --data prompts.jsonl \\
+    --out out/answers [--ckpt out/small/final]       without --ckpt only the file of answers, out/answers/sft.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dataset import ChatDataset
+from errors import UserError, command_line
+from model import MiniDeepSeek
+from text.registry import find_sources
+from text.tokenizer import Tokenizer
+from training.chats import ChatSettings, open_chats
+from training.curation import AnswerSettings, gather_answers, is_endpoint, open_answering
+from training.distillation import DistillationLoss, DistillationSettings
+from training.losses import NextTokenLoss
+from training.machine import choose_dtype
+from training.own_answers import OnPolicySettings, OwnAnswers
+from training.ranks import Ranks
+from training.resume import left_off
+from training.rollout import Sampler
+from training.settings import NextTokenSettings, model_config, parse
+from training.stage import begin, check_vocabulary, open_checkpoint
+from training.teacher import identity, is_ours, open_teacher
+from training.top_k import FOLDER, KeptTeacher, TaughtChats, fingerprint, keep_top_k
+from training.trainer import Dataset, Trainer
+
+
+@dataclass(kw_only=True)
+class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnPolicySettings, AnswerSettings):
+    """Settings of distillation.
+
+    Args:
+        method: logits, to learn from the teacher's distributions, or answers, to learn from what it says.
+        teacher: checkpoint folder, a causal language model that transformers opens, or for answers an
+            OpenAI-compatible endpoint, such as http://host:port/v1.
+        data: conversations to learn from, separated by commas; for answers: prompts, which may also be problems.
+        ckpt: checkpoint folder of the student; for answers it may be left out, to make the file of them alone.
+        student: preset and changes to single fields of LMConfig, for fresh weights with the teacher's tokenizer
+            instead of ckpt, such as {preset: demo, num_hidden_layers: 2}.
+        precompute_top_k: ask the teacher once, before training, and keep so many tokens of each of its distributions;
+            0: ask it at every step.
+    """
+
+    method: str = "logits"
+    teacher: str
+    ckpt: str = ""
+    student: dict[str, Any] = field(default_factory=dict)
+    precompute_top_k: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+        self.check_sampling()
+        self.check_answers()
+        if self.method not in ("logits", "answers"):
+            raise UserError(f"--method {self.method}: one of logits, answers")
+        if self.ckpt and self.student:
+            raise UserError("--student: makes a new model; leave out --ckpt or --student")
+        if self.student and not is_ours(self.teacher):
+            raise UserError(f"--student: the teacher {self.teacher} is none of this project; give --ckpt instead")
+        if self.precompute_top_k < 0:
+            raise UserError(f"--precompute_top_k {self.precompute_top_k}: must be at least 0")
+        if self.precompute_top_k and self.on_policy:
+            raise UserError("--precompute_top_k: nobody knows yet what the student will answer; leave out --on_policy")
+        if self.method == "logits" and is_endpoint(self.teacher):
+            raise UserError(f"--teacher {self.teacher}: an endpoint tells no distributions; pass --method answers")
+        if self.method == "logits" and not self.has_student:
+            raise UserError("distill.py: give the student, --ckpt DIR or --student '{preset: demo}'")
+
+    @property
+    def has_student(self) -> bool:
+        return bool(self.ckpt or self.student)
+
+
+def main() -> None:
+    settings = parse(DistillSettings, __doc__ or "")
+    ranks = begin(settings)
+    left_off(Path(settings.out), settings.resume, {})  # refuses a folder in use before minutes are spent
+    if settings.method == "answers":
+        settings = replace(settings, data=str(ask_for_answers(settings, ranks)))
+        if not settings.has_student:
+            return
+    model, tokenizer = open_student(settings)
+    dataset, validation = open_chats(settings, tokenizer, ranks)
+    loss = NextTokenLoss(mtp=bool(model.mtp))
+    if settings.method == "logits":
+        dataset, loss = with_teacher(settings, ranks, model, tokenizer, dataset)
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
+    ranks.stop()
+
+
+def ask_for_answers(settings: DistillSettings, ranks: Ranks) -> Path:
+    """The file of the teacher's answers that are fit to learn from."""
+    if ranks.world > 1:
+        raise UserError("--method answers: one process asks; make the file without torchrun, then use full_sft.py")
+    dtype, sampling = choose_dtype(settings.dtype, ranks.device), (settings.sample_temperature, settings.max_new_tokens)
+    teacher = open_answering(settings.teacher, settings, *sampling, settings.seed, dtype, ranks.device)
+    # An endpoint is asked without a seed, so another one would bring no other answers.
+    own = (settings.teacher_model,) if is_endpoint(settings.teacher) else (identity(settings.teacher), settings.seed)
+    facts = (settings.teacher, *own, *sampling)
+    sources = find_sources(settings.data, settings.datasets, kind=None)
+    return gather_answers(
+        Path(settings.out), sources, settings.resume, settings.on_error, settings, teacher, settings.seed, facts,
+        settings.max_new_tokens,
+    )  # fmt: skip
+
+
+def open_student(settings: DistillSettings) -> tuple[MiniDeepSeek, Tokenizer]:
+    """The checkpoint, or fresh weights that read the teacher's tokens."""
+    if settings.ckpt:
+        return open_checkpoint(settings.ckpt)
+    tokenizer = Tokenizer.from_folder(settings.teacher)
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    config = model_config(settings.student, vocab_size=tokenizer.vocab_size, **tokens)
+    check_vocabulary(config, tokenizer, settings.teacher)
+    return MiniDeepSeek(config), tokenizer
+
+
+def with_teacher(
+    settings: DistillSettings, ranks: Ranks, model: MiniDeepSeek, tokenizer: Tokenizer, chats: ChatDataset
+) -> tuple[Dataset, DistillationLoss]:
+    """What the student learns from: the conversations, or its own answers, with the teacher's word on every token."""
+    dataset: Dataset = chats
+    dtype, vocab_size = choose_dtype(settings.dtype, ranks.device), model.config.vocab_size
+    ask = partial(open_teacher, settings.teacher, tokenizer, vocab_size, dtype, ranks.device)
+    if settings.precompute_top_k:
+        k, temperature = settings.precompute_top_k, settings.temperature
+        mark = fingerprint(chats.chats, identity(settings.teacher), vocab_size, k, temperature, str(dtype))
+        folder = Path(settings.out) / FOLDER
+        kept = keep_top_k(folder, chats, k, temperature, mark, ask, settings.micro_rows, dtype, ranks)
+        dataset, teacher = TaughtChats(chats, kept), KeptTeacher()
+    else:
+        teacher = ask()
+    if settings.on_policy:
+        sampler = Sampler(model.to(ranks.device), dtype)
+        dataset = OwnAnswers(chats, sampler, settings, settings.rows, tokenizer.eos_id, ranks)
+    return dataset, DistillationLoss(mtp=bool(model.mtp), settings=settings, teacher=teacher)
+
+
+if __name__ == "__main__":
+    command_line(main)

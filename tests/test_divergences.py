@@ -1,0 +1,220 @@
+"""Each divergence is its formula, its gradient is autograd's, and how it is computed changes nothing."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import training.distillation
+from training.distillation import LOSSES, DistillationSettings, Logits, distillation_sum
+from training.divergences import (
+    forward_kl,
+    generalised_jsd,
+    logit_gradient,
+    mixture,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+)
+from training.losses import IGNORE, cross_entropy_sum
+
+N, HIDDEN, WIDER, VOCAB = 150, 24, 40, 61
+
+
+@pytest.fixture(params=[64 * VOCAB, 100 * VOCAB, 2**22], ids=["chunks of 64", "chunks of 100", "one chunk"])
+def chunks(request, monkeypatch) -> None:
+    monkeypatch.setattr(training.distillation, "CHUNK_ELEMENTS", request.param)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+# The papers' formulas, word for word, over probabilities.
+NAIVE = {
+    "forward_kl": lambda p, q: kl(p, q),
+    "reverse_kl": lambda p, q: kl(q, p),
+    "skewed_forward_kl": lambda p, q, a=0.3: kl(p, a * p + (1 - a) * q),
+    "skewed_reverse_kl": lambda p, q, a=0.3: kl(q, (1 - a) * p + a * q),
+    "jsd": lambda p, q, b=0.2: b * kl(p, b * p + (1 - b) * q) + (1 - b) * kl(q, b * p + (1 - b) * q),
+}
+NAMES = sorted(NAIVE)
+
+
+def divergence(name: str):
+    return DistillationSettings(loss=name, skew=0.3, beta=0.2).divergence
+
+
+def distributions(scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple((torch.randn(N, VOCAB) * scale).log_softmax(-1) for _ in range(2))
+
+
+def problem(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Logits]:
+    """A student's states, head and labels, of which some do not count, and what a wider teacher says at the others."""
+    hidden = torch.randn(2, N // 2, HIDDEN).to(dtype).requires_grad_()
+    head = (0.3 * torch.randn(VOCAB, HIDDEN)).requires_grad_()
+    labels = torch.randint(VOCAB, (2, N // 2)).masked_fill(torch.rand(2, N // 2) >= 0.7, IGNORE)
+    states = torch.randn(int((labels != IGNORE).sum()), WIDER).to(dtype)
+    return hidden, head, labels, Logits(states, 0.3 * torch.randn(VOCAB, WIDER))
+
+
+def plain(hidden, head, labels, said: Logits, name: str, temperature: float, ce_weight: float) -> torch.Tensor:
+    """The same loss from whole logits, by autograd."""
+    counted = labels != IGNORE
+    z = hidden.float()[counted] @ head.t()
+    p = (said.hidden.float() @ said.head.t() / temperature).softmax(-1)
+    distance = NAIVE[name](p, (z / temperature).softmax(-1)).sum()
+    hard = F.cross_entropy(z, labels[counted], reduction="sum")
+    return (1 - ce_weight) * temperature**2 * distance + ce_weight * hard
+
+
+def test_all_losses_are_here():
+    assert set(LOSSES) == set(NAIVE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_distributions_are_at_distance_0_and_pull_nowhere(name):
+    log_p, _ = distributions()
+    value, flow = divergence(name)(log_p, log_p)
+    torch.testing.assert_close(value, torch.zeros(N), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logit_gradient(log_p, flow), torch.zeros(N, VOCAB), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_gradient_are_those_of_the_formula(name):
+    log_p, _ = distributions()
+    z = torch.randn(N, VOCAB, requires_grad=True)
+    want = NAIVE[name](log_p.exp(), z.softmax(-1))
+    log_q = z.detach().log_softmax(-1)
+    value, flow = divergence(name)(log_p, log_q)
+    assert (value > 0).all()
+    torch.testing.assert_close(value, want.detach(), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(want.sum(), z)
+    torch.testing.assert_close(logit_gradient(log_q, flow), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("skewed", "plain"), [(skewed_forward_kl, forward_kl), (skewed_reverse_kl, reverse_kl)])
+def test_a_skewed_kl_is_the_plain_one_at_lambda_0_and_nothing_at_1(skewed, plain):
+    log_p, log_q = distributions()
+    for got, want in zip(skewed(log_p, log_q, 0), plain(log_p, log_q), strict=True):
+        torch.testing.assert_close(logit_gradient(log_q, got) if got.dim() == 2 else got,
+                                   logit_gradient(log_q, want) if want.dim() == 2 else want)  # fmt: skip
+    value, flow = skewed(log_p, log_q, 1)
+    assert not value.any()
+    torch.testing.assert_close(logit_gradient(log_q, flow), torch.zeros(N, VOCAB), atol=1e-6, rtol=0)
+
+
+def test_skewing_bounds_the_forward_kl_where_the_student_is_sure_and_wrong():
+    log_p = torch.tensor([[0.0, -90.0]]).log_softmax(-1)
+    log_q = torch.tensor([[-90.0, 0.0]]).log_softmax(-1)
+    assert forward_kl(log_p, log_q)[0] > 80
+    assert skewed_forward_kl(log_p, log_q, 0.1)[0] <= -torch.tensor(0.1).log()
+
+
+def test_jensen_shannon_is_symmetric_at_a_half_and_at_most_log_2():
+    log_p, log_q = distributions(scale=9.0)
+    there, back = (generalised_jsd(*pair, 0.5)[0] for pair in ((log_p, log_q), (log_q, log_p)))
+    torch.testing.assert_close(there, back)
+    assert (there <= math.log(2) + 1e-6).all()
+    uneven = [generalised_jsd(*pair, 0.2)[0] for pair in ((log_p, log_q), (log_q, log_p))]
+    assert not torch.allclose(*uneven)
+
+
+@pytest.mark.parametrize(("beta", "plain", "size"), [(1e-3, forward_kl, 1e-3), (1 - 1e-3, reverse_kl, 1e-3)])
+def test_the_generalised_jsd_tends_to_both_kls(beta, plain, size):
+    log_p, log_q = (logs.double() for logs in distributions(scale=0.5))
+    near = generalised_jsd(log_p, log_q, beta)[0] / size
+    torch.testing.assert_close(near, plain(log_p, log_q)[0], rtol=0.02, atol=1e-4)
+
+
+def test_the_mixture_is_one_of_probabilities():
+    log_p, log_q = distributions()
+    for share in (0, 0.1, 0.9, 1):
+        torch.testing.assert_close(mixture(log_p, log_q, share).exp(), share * log_p.exp() + (1 - share) * log_q.exp())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_improbable_tokens_make_no_nan(name):
+    """Logits 300 apart: probabilities of 0 in float32."""
+    log_p, log_q = ((300 * torch.randn(N, VOCAB)).log_softmax(-1) for _ in range(2))
+    value, flow = divergence(name)(log_p, log_q)
+    assert value.isfinite().all() and logit_gradient(log_q, flow).isfinite().all()
+
+
+@pytest.mark.parametrize(("temperature", "ce_weight"), [(1.0, 0.0), (1.0, 0.25), (2.5, 0.25)])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_chunked_loss_is_the_plain_one_with_its_gradients(name, temperature, ce_weight, chunks):
+    hidden, head, labels, said = problem()
+    want = plain(hidden, head, labels, said, name, temperature, ce_weight)
+    got, distance, hard = distillation_sum(hidden, head, labels, said, divergence(name), temperature, ce_weight)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, (1 - ce_weight) * temperature**2 * distance + ce_weight * hard)
+    torch.testing.assert_close(hard, cross_entropy_sum(hidden, head, labels).detach())
+    # The gradient arrives scaled, as from a loss that is divided by a count.
+    ours, naive = (torch.autograd.grad(value * 0.037, (hidden, head)) for value in (got, want))
+    torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bfloat16_it_is_the_same_but_for_rounding(name):
+    hidden, head, labels, said = problem(torch.bfloat16)
+    want = plain(hidden, head, labels, said, name, 2.0, 0.25)
+    got, _, _ = distillation_sum(hidden, head, labels, said, divergence(name), 2.0, 0.25)
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+    ours, naive = (torch.autograd.grad(value, (hidden, head)) for value in (got, want))
+    for one, other in zip(ours, naive, strict=True):
+        assert one.dtype == other.dtype
+        assert F.cosine_similarity(one.float().flatten(), other.float().flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_count_changes_nothing(name):
+    hidden, head, labels, said = problem()
+    before = distillation_sum(hidden, head, labels, said, divergence(name), 1.0, 0.5)[0]
+    wild = hidden.detach().clone()
+    wild[labels == IGNORE] = 1e4
+    wild.requires_grad_()
+    after = distillation_sum(wild, head, labels, said, divergence(name), 1.0, 0.5)[0]
+    assert after == before
+    (gradient,) = torch.autograd.grad(after, wild)
+    assert not gradient[labels == IGNORE].any() and gradient[labels != IGNORE].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_labels_gives_zero_and_no_nan(name):
+    hidden, head, labels, said = problem()
+    nothing = Logits(said.hidden[:0], said.head)
+    loss, *_ = distillation_sum(hidden, head, torch.full_like(labels, IGNORE), nothing, divergence(name), 1.0, 0.5)
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not head.grad.any()
+
+
+def test_what_a_teacher_forbids_is_improbable_not_infinite():
+    logits = torch.randn(4, VOCAB)
+    logits[:, 7] = -torch.inf
+    log_p = Logits(logits, None).log_probs(slice(4), 1.0)
+    value, flow = reverse_kl(log_p, torch.randn(4, VOCAB).log_softmax(-1))
+    assert log_p[:, 7].exp().sum() == 0 and value.isfinite().all() and flow.isfinite().all()
+
+
+def test_a_teacher_is_cut_to_the_students_tokens_and_made_whole():
+    states, head = torch.randn(5, WIDER), torch.randn(VOCAB + 9, WIDER)
+    log_p = Logits(states, head[:VOCAB]).log_probs(slice(5), 1.0)
+    whole = (states @ head.t()).softmax(-1)[:, :VOCAB]
+    torch.testing.assert_close(log_p.exp(), whole / whole.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    hidden, head, labels, said = problem()
+    {"hidden": hidden, "head": head}[frozen].requires_grad_(False)
+    rest = {"hidden": head, "head": hidden}[frozen]
+    loss = partial(distillation_sum, hidden, head, labels, said, divergence("jsd"))
+    loss()[0].backward()
+    assert rest.grad.any() and {"hidden": hidden, "head": head}[frozen].grad is None
+    with torch.no_grad():
+        torch.testing.assert_close(loss()[0], plain(hidden, head, labels, said, "jsd", 1.0, 0.0))

@@ -1,0 +1,362 @@
+"""A teacher behind an endpoint that misbehaves: who waits, who asks again, what is kept; nobody is asked twice."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import distill
+import training.answers
+import training.curation
+import training.endpoint
+from errors import UserError
+from text.conversations import read_conversations
+from training.answers import Answer, Ask, Failure, Journal, ask_all
+from training.endpoint import Endpoint, seconds_to_wait
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Server(ThreadingHTTPServer):
+    """Speaks OpenAI's chat completions. `moods`: how each question's attempts are answered, the last one for ever."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.moods: dict[str, list[object]] = {}
+        self.usual: Callable[[str], str] = lambda question: f"the answer to {question}"
+        self.asked: list[tuple[str, float, dict, dict]] = []
+        self.lock, self.running, self.most_running = threading.Lock(), 0, 0
+        self.delay = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def questions(self) -> list[str]:
+        return [question for question, *_ in self.asked]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        server = self.server
+        with server.lock:
+            attempt = server.questions().count(question)
+            server.asked.append((question, time.monotonic(), body, dict(self.headers)))
+            server.running += 1
+            server.most_running = max(server.most_running, server.running)
+        time.sleep(server.delay)
+        moods = server.moods.get(question, ["well"])
+        self.answer(question, moods[min(attempt, len(moods) - 1)])
+        with server.lock:
+            server.running -= 1
+
+    def answer(self, question: str, mood: object) -> None:
+        if self.path != "/v1/chat/completions":
+            mood = 404
+        message, finish = {"role": "assistant", "content": self.server.usual(question)}, "stop"
+        if isinstance(mood, dict):
+            message, finish = {**message, **mood.get("message", {})}, mood.get("finish", "stop")
+        elif isinstance(mood, tuple):
+            return self.send(mood[0], {"error": {"message": "slow down"}}, {"Retry-After": mood[1]})
+        elif isinstance(mood, int):
+            return self.send(mood, {"error": {"message": f"this is {mood}"}})
+        elif mood == "silence":
+            time.sleep(1.0)
+        elif mood == "broken":
+            return self.send(200, None)
+        elif mood == "nonsense":
+            return self.send(200, {"choices": []})
+        elif mood == "hang up":
+            return self.connection.close()
+        usage = {"completion_tokens": len(str(message["content"]).split())}
+        return self.send(200, {"choices": [{"message": message, "finish_reason": finish}], "usage": usage})
+
+    def send(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
+        data = b'{"choices": [{"mess' if content is None else json.dumps(content).encode()
+        try:
+            self.send_response(status)
+            for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:  # who asked has given up
+            self.close_connection = True
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def endpoint(server: Server, **changes: object) -> Endpoint:
+    return Endpoint(**{"url": server.url, "model": "m", "first_pause": 0.02, "timeout": 0.3, **changes})
+
+
+def asks(*questions: str) -> list[Ask]:
+    return [Ask.of([{"role": "user", "content": question}], 0) for question in questions]
+
+
+def replies(teacher: Endpoint, *questions: str) -> dict[str, Answer | Failure]:
+    return {ask.messages[0]["content"]: answer for ask, answer in teacher.answers(asks(*questions))}
+
+
+def test_answers_come_with_their_end_and_length(server):
+    server.moods["thinks"] = [{"message": {"reasoning_content": " so \n"}}]
+    server.moods["cut"] = [{"finish": "length"}]
+    got = replies(endpoint(server, key="secret", temperature=0.5, max_new_tokens=7), "plain", "thinks", "cut")
+    assert got["plain"] == Answer("the answer to plain", "stop", 4)
+    assert got["thinks"].text == "<think>\nso\n</think>\nthe answer to thinks"
+    assert got["cut"].finish == "length"
+    _, _, body, headers = server.asked[0]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 7)
+    assert headers["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("mood", [429, 500, 503, "silence", "broken", "nonsense", "hang up", (429, "0"), (503, "odd")])
+def test_a_passing_fault_is_asked_again(mood, server):
+    server.moods["q"] = [mood, mood, "well"]
+    assert replies(endpoint(server), "q") == {"q": Answer("the answer to q", "stop", 4)}
+    assert server.questions() == ["q", "q", "q"]
+
+
+def test_pauses_grow_and_are_not_the_same_for_all(server, monkeypatch):
+    server.moods["q"] = [500, 500, 500, "well"]
+    pauses = []
+    teacher = endpoint(server, first_pause=1.0)
+    monkeypatch.setattr(teacher.closed, "wait", lambda seconds: pauses.append(seconds))
+    replies(teacher, "q")
+    assert all(2**n / 2 <= pause <= 2**n for n, pause in enumerate(pauses)) and len(pauses) == 3
+    first = set(pauses)
+    server.asked.clear()
+    replies(teacher, "q")
+    assert not first & set(pauses[3:])
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_server_that_names_the_wait_is_obeyed(form, server, monkeypatch):
+    wish = "3" if form == "seconds" else email.utils.formatdate(time.time() + 4, usegmt=True)
+    server.moods["q"] = [(429, wish), "well"]
+    pauses = []
+    teacher = endpoint(server)
+    monkeypatch.setattr(teacher.closed, "wait", lambda seconds: pauses.append(seconds))
+    replies(teacher, "q")
+    assert len(pauses) == 1 and 2 < pauses[0] <= 4
+
+
+@pytest.mark.parametrize(("header", "seconds"), [(None, 0), ("", 0), ("7", 7), ("-3", 0), ("soon", 0), ("nan", 0)])
+def test_what_a_header_says(header, seconds):
+    assert seconds_to_wait(header) == seconds
+    assert seconds_to_wait("99999") == training.endpoint.LONGEST_WISH
+
+
+def test_a_question_is_given_up_after_its_attempts_and_the_others_go_on(server):
+    server.moods["bad"] = [500]
+    server.moods["long"] = [400]
+    got = replies(endpoint(server, attempts=3), "bad", "good", "long")
+    assert got["bad"] == Failure("status 500 (3 attempts)") and isinstance(got["good"], Answer)
+    assert got["long"].reason.startswith("status 400") and "this is 400" in got["long"].reason
+    assert server.questions().count("bad") == 3 and server.questions().count("long") == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_wants_nobody_is_one_line(status, server):
+    server.moods["q"] = [status]
+    with pytest.raises(UserError, match=rf"--teacher {server.url}: status {status} .*this is {status}") as caught:
+        replies(endpoint(server), "q")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_more_questions_at_a_time_than_allowed(server):
+    server.delay = 0.03
+    replies(endpoint(server, concurrency=3), *(f"q{n}" for n in range(15)))
+    assert server.most_running == 3 and len(server.asked) == 15
+
+
+def test_a_teacher_that_is_gone_is_given_up_and_what_it_said_is_kept(server, tmp_path):
+    server.moods = {f"q{n}": [500] for n in range(5, 60)}
+    journal = Journal(tmp_path / "a.jsonl")
+    teacher = endpoint(server, attempts=1, concurrency=1)
+    with pytest.raises(UserError, match=r"25 questions in a row .* status 500 .*keeps 5 answers, --resume"):
+        ask_all(teacher, asks(*(f"q{n}" for n in range(60))), journal)
+    assert len(server.asked) <= 32
+    assert len(Journal(tmp_path / "a.jsonl").known) == 5
+
+
+# The journal
+
+
+def test_what_was_answered_is_not_asked_again(server, tmp_path):
+    path = tmp_path / "a.jsonl"
+    ask_all(endpoint(server), asks("a", "b"), Journal(path))
+    told = ask_all(endpoint(server), asks("a", "b", "c"), Journal(path))
+    assert sorted(server.questions()) == ["a", "b", "c"]
+    assert (told.questions, told.before, told.answered) == (3, 2, 1)
+    assert {answer.text for answer in Journal(path).known.values()} == {f"the answer to {q}" for q in "abc"}
+
+
+def test_a_torn_last_line_is_asked_again(server, tmp_path):
+    path = tmp_path / "a.jsonl"
+    ask_all(endpoint(server, concurrency=1), asks("a", "b"), Journal(path))
+    path.write_bytes(path.read_bytes()[:-9])
+    ask_all(endpoint(server), asks("a", "b"), Journal(path))
+    assert server.questions() == ["a", "b", "b"]
+    assert len(path.read_bytes().splitlines()) == 2 == len(Journal(path).known)
+
+
+def test_a_broken_line_elsewhere_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"key": "x"}\n{"key": 1, "answer": "", "finish": "stop", "tokens": 0}\n', encoding="utf8")
+    with pytest.raises(UserError, match=r"a.jsonl:1: not an answer"):
+        Journal(path)
+
+
+def test_odd_characters_survive_the_journal(server, tmp_path):
+    server.usual = lambda question: "\ud83d half a pair \u2028 and 中文"
+    path = tmp_path / "a.jsonl"
+    ask_all(endpoint(server), asks("a"), Journal(path))
+    assert [answer.text for answer in Journal(path).known.values()] == [server.usual("a")]
+
+
+def test_another_temperature_or_sample_is_another_question():
+    message = [{"role": "user", "content": "q"}]
+    keys = {Ask.of(message, sample, *facts).key for sample in (0, 1) for facts in ((), (0.5,), (0.7,))}
+    assert len(keys) == 6 and Ask.of(message, 0, 0.5).key in keys
+
+
+# The command
+
+
+def prompts(folder: Path, *questions: str) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions), encoding="utf8")
+    return path
+
+
+def command(server: Server, data: Path, out: Path, *more: object) -> list[object]:
+    return ["--method", "answers", "--teacher", server.url, "--teacher_model", "m", "--data", data, "--out", out, *more]
+
+
+def test_prompts_become_a_file_to_fine_tune_on(server, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
+    server.moods = {
+        "cut": [{"finish": "length"}],
+        "filtered": [{"finish": "content_filter"}],
+        "nothing": [{"message": {"content": None}}],
+        "refused": [{"message": {"content": "I'm sorry, but I can't help with that."}}],
+        "thinking": [{"message": {"content": "<think>on and on"}}],
+        "parrot": [{"message": {"content": "yes it is so " * 30}}],
+        "tidy": [{"message": {"content": "\r\n  one \r\n\r\n\r\n\r\ntwo\t\n"}}],
+    }
+    data = prompts(tmp_path, "good", *server.moods, "good")
+    done = run(distill.main, *command(server, data, tmp_path / "out"))
+    assert done.code == 0, done.err
+    chats = {c[0]["content"]: c[1]["content"] for c in read_conversations(tmp_path / "out" / "sft.jsonl")}
+    assert chats == {"good": "the answer to good", "tidy": "one\n\ntwo"}
+    for line in (
+        "8 questions: 0 answered before, 8 now",
+        "8 answers to 8 prompts: 2 kept, 2 of them unverified, 6 dropped; 6 prompts without an answer",
+        "1 x cut at the limit", "2 x refusal", "1 x empty", "1 x broken think part", "1 x repeats itself",
+    ):  # fmt: skip
+        assert line in done.out
+    assert server.asked[0][3]["Authorization"] == "Bearer from the environment"
+    again = run(distill.main, *command(server, data, tmp_path / "out"))
+    assert again.code == 2 and "holds answers already; add --resume" in again.err
+    again = run(distill.main, *command(server, data, tmp_path / "out", "--resume"))
+    assert again.code == 0 and "8 answered before, 0 now" in again.out and len(server.asked) == 8
+
+
+def test_answers_to_problems_are_verified(server, tmp_path, run):
+    path = tmp_path / "problems.jsonl"
+    rows = [{"question": f"{n} and {n}?", "answer": str(2 * n)} for n in range(1, 5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    server.usual = lambda question: f"that is {2 * int(question.split()[0])}"
+    server.moods["3 and 3?"] = [{"message": {"content": "that is 7"}}]
+    done = run(distill.main, *command(server, path, tmp_path / "out", "--samples", 3, "--keep_answers", 2))
+    assert done.code == 0, done.err
+    assert "3 x wrong" in done.out and "6 x duplicate" in done.out and "3 kept, 9 dropped" in done.out
+    assert "unverified" not in done.out and len(server.asked) == 12
+
+
+def test_the_same_command_trains_the_student(server, pretrained, tmp_path, run):
+    data = prompts(tmp_path, *(f"question {n}" for n in range(30)))
+    options = ["--ckpt", pretrained / "final", "--max_steps", 2, "--sequence_length", 64, "--batch_tokens", 256]
+    done = run(distill.main, *command(server, data, tmp_path / "out", *options, "--dtype", "fp32"))
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "final" / "model.safetensors").exists()
+    assert "30 conversations" in done.out and len(server.asked) == 30
+
+
+def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):
+    """kill -9 between answers: at most those in flight are asked again."""
+    server.delay = 0.1
+    data = prompts(tmp_path, *(f"question {n}" for n in range(40)))
+    arguments = command(server, data, tmp_path / "out", "--concurrency", 2)
+    program = [sys.executable, str(ROOT / "distill.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while len(server.asked) < 10 and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    journal = tmp_path / "out" / "answers.jsonl"
+    before = len(Journal(journal).known)
+    assert 4 <= before < 40
+    server.delay = 0.0
+    done = run(distill.main, *arguments, "--resume")
+    assert done.code == 0, done.err
+    assert f"{before} answered before, {40 - before} now" in done.out
+    assert set(server.questions()) == {f"question {n}" for n in range(40)} and len(server.asked) <= 42
+    assert len(list(read_conversations(tmp_path / "out" / "sft.jsonl"))) == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--teacher_model", ""], "give the name that it serves the model under, --teacher_model NAME"),
+        (["--method", "logits"], "an endpoint tells no distributions; pass --method answers"),
+        (["--method", "words"], "--method words: one of logits, answers"),
+        (["--student", "{preset: demo}"], "is none of this project; give --ckpt instead"),
+        (["--samples", 0], "--samples 0: must be at least 1"),
+        (["--timeout", 0], "--timeout 0: must be at least 0 and above 0"),
+        (["--most_repeated", 2], "--most_repeated 2: a share"),
+        (["--min_chars", 9, "--max_chars", 3], "--min_chars 9, --max_chars 3"),
+        (["--rewards", "{correkt: 1}"], "reward 'correkt': not one of"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--teacher", "http://127.0.0.1:1/v1"], "questions in a row without an answer"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(options, what, server, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(training.answers, "MOST_FAILURES", 1)
+    monkeypatch.setattr(training.curation, "Endpoint", partial(Endpoint, attempts=1))
+    data = prompts(tmp_path, "a", "b")
+    done = run(distill.main, *command(server, data, tmp_path / "out", *options))
+    assert done.code == 2 and what in done.err, done.err
+    assert done.err.count("\n") == 1

@@ -1,0 +1,151 @@
+"""A teacher behind an OpenAI-compatible endpoint: many questions at a time, and patience with its moods.
+
+httpx does the talking: one client is shared by the threads, and every kind of time-out can be set.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import httpx
+
+from errors import UserError
+from training.answers import Answer, Ask, Failure
+
+CONNECT_SECONDS = 10.0
+LONGEST_PAUSE = 60.0  # seconds between two attempts, unless the server names more
+LONGEST_WISH = 900.0  # seconds that a server may ask for
+PASSING = {408, 409, 425, 429}  # and all from 500 on
+HOPELESS = {401, 403, 404, 405}  # no question will be answered
+
+
+class _Passing(Exception):
+    """Worth another attempt. `after`: seconds that the server asks to wait, 0 where it does not say."""
+
+    def __init__(self, what: str, after: float = 0.0) -> None:
+        super().__init__(what)
+        self.after = after
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Asks `url`/chat/completions.
+
+    Attributes:
+        url: such as http://host:port/v1. model: the name under which it serves the teacher. key: may be empty.
+        concurrency: questions at a time. timeout: seconds without a byte before a question is given up.
+        attempts: of each question. first_pause: seconds before the second attempt; each later pause is twice as long.
+    """
+
+    url: str
+    model: str
+    key: str = ""
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    concurrency: int = 8
+    timeout: float = 120.0
+    attempts: int = 6
+    first_pause: float = 1.0
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Answer | Failure]]:
+        """Each question with its answer as it comes, in no order. Raises `UserError` when the server wants none."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        timeout = httpx.Timeout(self.timeout, connect=min(CONNECT_SECONDS, self.timeout))
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            with httpx.Client(headers=headers, timeout=timeout, limits=limits) as client:
+                waiting: dict[Future, Ask] = {}
+                left = iter(asks)
+                while True:
+                    # Only as many are handed out as can be asked at once: what is not begun costs nothing to stop.
+                    for ask in left:
+                        waiting[pool.submit(self.ask, client, ask)] = ask
+                        if len(waiting) >= self.concurrency:
+                            break
+                    if not waiting:
+                        return
+                    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield waiting.pop(future), future.result()
+        finally:
+            self.closed.set()  # those that pause between attempts give up
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def ask(self, client: httpx.Client, ask: Ask) -> Answer | Failure:
+        """One question, with as many attempts as it needs."""
+        said = ""
+        for attempt in range(self.attempts):
+            try:
+                return self._attempt(client, ask)
+            except _Passing as error:
+                said = str(error)
+                # Full pauses would bring all threads back at the same moment.
+                pause = min(self.first_pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+                if attempt + 1 == self.attempts or self.closed.wait(max(pause, error.after)):
+                    break
+        return Failure(f"{said} ({attempt + 1} attempts)")
+
+    def _attempt(self, client: httpx.Client, ask: Ask) -> Answer | Failure:
+        body = {
+            "model": self.model,
+            "messages": list(ask.messages),
+            "temperature": self.temperature,
+            "max_tokens": self.max_new_tokens,
+        }
+        try:
+            response = client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
+        except httpx.TransportError as error:  # time-outs, refused and broken connections
+            raise _Passing(f"{type(error).__name__} {error}".strip()) from error
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise UserError(f"--teacher {self.url}: no address ({error}); write http://host:port/v1") from None
+        status = response.status_code
+        if status in PASSING or status >= 500:
+            raise _Passing(f"status {status}", seconds_to_wait(response.headers.get("Retry-After")))
+        if status in HOPELESS:
+            remedy = "check the address" if status in (404, 405) else "set OPENAI_API_KEY"
+            raise UserError(
+                f"--teacher {self.url}: status {status} ({_said(response)}); {remedy} and --teacher_model {self.model}"
+            )
+        if status != 200:
+            return Failure(f"status {status} ({_said(response)})")
+        try:
+            choice = json.loads(response.content)["choices"][0]
+            message = choice["message"]
+            text, finish = message.get("content") or "", choice.get("finish_reason") or "stop"
+            thoughts = message.get("reasoning_content") or ""
+            tokens = int((json.loads(response.content).get("usage") or {}).get("completion_tokens") or 0)
+            if not isinstance(text, str) or not isinstance(thoughts, str):
+                raise TypeError("content is no text")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _Passing(f"no answer in the reply ({type(error).__name__}: {error})") from error
+        if thoughts.strip():
+            text = f"<think>\n{thoughts.strip()}\n</think>\n{text}"
+        return Answer(text, finish, tokens)
+
+
+def seconds_to_wait(header: str | None) -> float:
+    """Of a Retry-After header: seconds or a date; 0 where it says nothing."""
+    if not header:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_WISH) if seconds == seconds else 0.0
+
+
+def _said(response: httpx.Response) -> str:
+    """The server's own words, in one short line."""
+    return " ".join(response.text.split())[:200] or "no message"

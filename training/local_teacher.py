@@ -1,0 +1,109 @@
+"""Teachers that answer on this machine: a checkpoint of this project, or a model that transformers opens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model import MiniDeepSeek
+from text.chat_template import encode_chats
+from text.tokenizer import Tokenizer
+from training.answers import Answer, Ask, Failure
+from training.rollout import COLD, chances, completion_texts, sample_completions
+from training.stage import open_checkpoint
+from training.teacher import frozen, is_ours, open_transformers
+
+TOO_LONG = "the prompt leaves no room for an answer"
+
+
+@dataclass(frozen=True)
+class CheckpointTeacher:
+    """A checkpoint of this project. An answer is a function of the weights, the question and the seed.
+
+    Attributes: at_once: answers sampled at a time.
+    """
+
+    model: MiniDeepSeek
+    tokenizer: Tokenizer
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    at_once: int = 64
+
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Answer | Failure]]:
+        """In batches of prompts of similar length."""
+        room = self.model.config.max_position_embeddings - self.max_new_tokens
+        # So many at a time, in their order, that what is written down early was asked early.
+        for start in range(0, len(asks), 16 * self.at_once):
+            block = asks[start : start + 16 * self.at_once]
+            encoded = [ids for ids, _ in encode_chats(self.tokenizer, [ask.messages for ask in block], True)]
+            order = sorted(range(len(block)), key=lambda place: len(encoded[place]))
+            yield from ((block[place], Failure(TOO_LONG)) for place in order if len(encoded[place]) > room)
+            fitting = [place for place in order if len(encoded[place]) <= room]
+            for first in range(0, len(fitting), self.at_once):
+                part = fitting[first : first + self.at_once]
+                drawn = chances([(self.seed, int(block[p].key, 16)) for p in part], 1, self.max_new_tokens)
+                made = sample_completions(
+                    self.model, [encoded[p] for p in part], drawn, self.tokenizer.eos_id, max(self.temperature, COLD)
+                )
+                texts = completion_texts(self.tokenizer, made)
+                for place, text, tokens, ended in zip(
+                    part, texts, made.lengths.tolist(), made.ended.tolist(), strict=True
+                ):
+                    yield block[place], Answer(text, "stop" if ended else "length", tokens)
+
+
+@dataclass(frozen=True)
+class TransformersAnswers:
+    """A causal language model of transformers, asked in its own chat layout, where its tokenizer has one."""
+
+    model: Any
+    tokenizer: Any
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    at_once: int = 16
+
+    @torch.no_grad()
+    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Answer | Failure]]:
+        """In batches, in order."""
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        tokenizer = self.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        for start in range(0, len(asks), self.at_once):
+            part = asks[start : start + self.at_once]
+            inputs = tokenizer([self._text(ask) for ask in part], return_tensors="pt", padding=True,
+                               add_special_tokens=not tokenizer.chat_template, return_token_type_ids=False)  # fmt: skip
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed ^ int(part[0].key[:8], 16))
+                out = self.model.generate(
+                    **inputs.to(self.model.device), max_new_tokens=self.max_new_tokens,
+                    pad_token_id=tokenizer.pad_token_id, top_k=0, top_p=1.0, **sampling,
+                )  # fmt: skip
+            stops = self.model.generation_config.eos_token_id
+            stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
+            for ask, row in zip(part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                end = next((place for place, token in enumerate(row) if token in stops), None)
+                text = tokenizer.decode(row[:end], skip_special_tokens=True)
+                yield ask, Answer(text, "length" if end is None else "stop", len(row[:end]) + (end is not None))
+
+    def _text(self, ask: Ask) -> str:
+        if self.tokenizer.chat_template:
+            return self.tokenizer.apply_chat_template(list(ask.messages), add_generation_prompt=True, tokenize=False)
+        return "\n\n".join(message["content"] for message in ask.messages) + "\n\n"
+
+
+def open_local(
+    name: str, temperature: float, max_new_tokens: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> CheckpointTeacher | TransformersAnswers:
+    """The teacher of a folder, or of a Hub id. Raises `UserError` when there is none."""
+    if is_ours(name):
+        model, tokenizer = open_checkpoint(name)
+        return CheckpointTeacher(frozen(model, dtype, device), tokenizer, temperature, max_new_tokens, seed)
+    model, tokenizer = open_transformers(name, dtype)
+    return TransformersAnswers(frozen(model, dtype, device), tokenizer, temperature, max_new_tokens, seed)

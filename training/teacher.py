@@ -1,0 +1,179 @@
+"""White-box teachers: a checkpoint folder of this project, or any causal language model that transformers opens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
+from training.distillation import Logits, Teacher
+from training.losses import IGNORE, Batch
+from training.stage import open_checkpoint
+
+INPUTS = ("input_ids", "position_ids", "segment_ids")
+CLOSE = 1e-2  # of logits of order 1 to 10, from one product in two ways
+
+
+@dataclass(frozen=True)
+class OwnTeacher:
+    """A frozen checkpoint of this project. Attributes: vocab_size: the student's, which its head is cut to."""
+
+    model: MiniDeepSeek
+    vocab_size: int
+
+    def says(self, batch: Batch) -> Logits:
+        out = self.model(**{name: batch[name] for name in INPUTS if name in batch})
+        places = (batch["labels"] != IGNORE).flatten().nonzero().squeeze(1)
+        return Logits(out.hidden.flatten(0, 1).index_select(0, places), out.head[: self.vocab_size])
+
+
+@dataclass(frozen=True)
+class TransformersTeacher:
+    """A frozen causal language model of transformers.
+
+    Packed conversations become rows of their own, padded on the right where a causal model does not look, so that a
+    model of any kind of attention keeps them apart.
+
+    Attributes:
+        model: as AutoModelForCausalLM gives it. plain: whether its logits are its head's product with its last states
+            and nothing else; otherwise (capped or scaled logits) they are asked for whole.
+    """
+
+    model: nn.Module
+    vocab_size: int
+    plain: bool
+
+    def says(self, batch: Batch) -> Logits:
+        ids, row, column = unpacked(batch)
+        if not self.plain:
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return Logits(logits[row, column, : self.vocab_size], None)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        cut = slice(self.vocab_size)
+        return Logits(hidden[row, column], head.weight[cut], None if bias is None else bias[cut])
+
+
+def unpacked(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Each segment of packed rows as a row: ids (segments, longest), and (N,) row and column of each counted label."""
+    labels, inputs = batch["labels"], batch["input_ids"]
+    if "segment_ids" not in batch:
+        row, column = (labels != IGNORE).nonzero().unbind(1)
+        return inputs, row, column
+    segments = batch["segment_ids"]
+    most = int(segments.max()) + 1
+    number = torch.arange(len(inputs), device=inputs.device)[:, None] * most + segments
+    real = segments >= 0
+    names, row = number[real].unique(return_inverse=True)
+    position = batch["position_ids"][real]
+    ids = inputs.new_zeros(max(len(names), 1), int(position.max()) + 1 if len(position) else 1)
+    ids[row, position] = inputs[real]
+    counted = (labels != IGNORE)[real]
+    return ids, row[counted], position[counted]
+
+
+def open_teacher(name: str, tokenizer: Tokenizer, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Teacher:
+    """The frozen teacher of a folder, or of a Hub id that transformers knows.
+
+    Args:
+        vocab_size: of the student's head, which may be larger than its tokenizer.
+    Raises:
+        UserError: unless it knows all of the student's tokens by the same numbers.
+    """
+    if is_ours(name):
+        model, theirs = open_checkpoint(name)
+        check_tokens(name, theirs.raw.get_vocab(), model.config.vocab_size, tokenizer, vocab_size)
+        return OwnTeacher(frozen(model, dtype, device), vocab_size)
+    model, theirs = open_transformers(name, dtype)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"--teacher {name}: has no output embeddings; name a causal language model")
+    check_tokens(name, theirs.get_vocab(), head.weight.shape[0], tokenizer, vocab_size)
+    model = frozen(model, dtype, device)
+    return TransformersTeacher(model, vocab_size, is_plain(model, device))
+
+
+def is_ours(name: str) -> bool:
+    """Whether a folder's config.json is that of a DeepSeek-V3 with a tokenizer beside it."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "deepseek_v3"
+
+
+def open_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer. Raises `UserError` when transformers is missing or cannot open them."""
+    path = Path(name)
+    if not path.exists() and path.parent != Path() and path.parent.exists():  # a misspelled path is no Hub id
+        raise UserError(f"--teacher {name}: no such folder; check the path")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise UserError(
+            f"--teacher {name}: is no checkpoint of this project; pip install transformers for it"
+        ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:  # transformers raises what it likes for a name or a folder that it cannot open
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--teacher {name}: cannot be opened ({type(error).__name__}: {said}); check the name"
+        ) from None
+    return model, tokenizer
+
+
+def frozen(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model in the type that it computes in; nothing of it moves any more."""
+    return model.to(device, dtype).requires_grad_(False).eval()
+
+
+def check_tokens(name: str, theirs: dict[str, int], rows: int, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises `UserError` unless the teacher's first tokens are the student's.
+
+    Args:
+        theirs: the teacher's tokens and ids; rows: of its head. vocab_size: of the student's head.
+    """
+    ours = tokenizer.raw.get_vocab()
+    named = {number: token for token, number in theirs.items()}
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):
+        if named.get(number, token) != token:
+            raise UserError(
+                f"--teacher {name}: its token {number} is {named[number]!r}, the student's {token!r}; "
+                "distributions are compared token by token; let it write answers instead (--method answers)"
+            )
+    if rows < vocab_size or len(theirs) < len(ours):
+        raise UserError(
+            f"--teacher {name}: knows {min(rows, len(theirs))} tokens, the student {vocab_size}; "
+            "let it write answers instead (--method answers)"
+        )
+
+
+@torch.no_grad()
+def is_plain(model: Any, device: torch.device) -> bool:
+    """Whether head times last state gives the model's logits: some models cap or scale them."""
+    ids = torch.arange(8, device=device)[None]
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    base = getattr(model, "base_model", None)
+    if base is None or base is model:
+        return False
+    out = base(input_ids=ids, use_cache=False)
+    if getattr(out, "last_hidden_state", None) is None:
+        return False
+    parts = model.get_output_embeddings()(out.last_hidden_state).float()
+    return parts.shape == whole.shape and bool((parts - whole).abs().max() <= CLOSE * whole.abs().max().clamp(min=1))
+
+
+def identity(name: str) -> list[tuple[str, int, int]] | str:
+    """What tells a folder's weights from others: names, sizes and times of its files; of a Hub id the name."""
+    files = sorted(path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files] or name

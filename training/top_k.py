@@ -1,0 +1,238 @@
+"""What a teacher says of every learnt token, asked once and kept on disk: its K most probable tokens and the rest.
+
+All other tokens together are one event, whose probability is kept too. So the loss is a divergence between
+distributions over K + 1 events. It is never larger than the one over all tokens (the data-processing inequality) and
+equal to it where K is the vocabulary. It says how much probability belongs to the rest, but not how to share it out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from dataset import ChatDataset
+from errors import UserError, naming
+from text.encoded_chats import EncodedChats
+from text.packing import write_row
+from training.distillation import Logits, Teacher
+from training.divergences import Divergence
+from training.losses import Batch
+from training.machine import autocast
+from training.ranks import Ranks
+
+FOLDER = "teacher_top_k"
+CONVERSATIONS = 2048  # of a file
+IDS, LOG_PROBS, REST = "teacher_ids", "teacher_log_probs", "rest"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What was kept of N labels.
+
+    Attributes:
+        ids: (N, K) int64. log_probs: (N, K + 1) float32, at the temperature of the run, the last that of all other
+            tokens together; (N, K) where there are no others.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+    def compare(
+        self, part: slice, log_q_RV: Tensor, divergence: Divergence, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """The divergence between p and q over K + 1 events, and its flow over the vocabulary."""
+        ids, log_p = self.ids[part], self.log_probs[part]
+        log_q = log_q_RV.gather(1, ids)
+        if log_p.shape[1] == ids.shape[1]:
+            value, flow = divergence(log_p, log_q)
+            return value, torch.zeros_like(log_q_RV).scatter_(1, ids, flow)
+        # Summed over the others themselves: 1 - sum(top) would cancel.
+        rest = log_q_RV.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+        value, flow = divergence(log_p, torch.cat([log_q, rest], 1))
+        # dD/dq is the same for each token of the rest, so each has its share q / q_rest of the flow.
+        spread = (log_q_RV - rest).exp_().mul_(flow[:, -1:])
+        return value, spread.scatter_(1, ids, flow[:, :-1])
+
+
+class KeptTeacher:
+    """Stands for the teacher where batches bring what it said."""
+
+    def says(self, batch: Batch) -> TopK:
+        return TopK(batch[IDS], batch[LOG_PROBS])
+
+
+class TaughtChats:
+    """A `ChatDataset` whose batches have what the teacher says of their labels: `teacher_ids`, `teacher_log_probs`.
+
+    These are (N, K) and (N, K + 1), one row for each label that counts, in the order of `labels`.
+    """
+
+    def __init__(self, chats: ChatDataset, kept: KeptTopK) -> None:
+        self.chats, self.kept = chats, kept
+
+    @property
+    def identity(self) -> str:
+        """As of the conversations."""
+        return self.chats.identity
+
+    def __len__(self) -> int:
+        return len(self.chats)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """`ChatDataset.batch`, and what the teacher says of it."""
+        ids, log_probs = self.kept.read(member for index in indices for member in self.chats.members(index))
+        return {**self.chats.batch(indices), IDS: ids, LOG_PROBS: log_probs}
+
+
+class KeptTopK:
+    """The files of a folder, read where they are needed and never whole."""
+
+    def __init__(self, files: Sequence[Path], chats: EncodedChats) -> None:
+        self._files = [safe_open(file, "numpy") for file in files]
+        # learnt[t]: how many of the tokens before t are learnt, so where the rows of a conversation begin
+        learnt = np.concatenate([[0], np.cumsum(chats.mask, dtype=np.int64)])
+        self._rows = learnt[chats.begins]
+        self._begins = self._rows[np.arange(0, len(chats), CONVERSATIONS)].tolist()
+
+    def read(self, members: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """(N, K) ids and (N, K + 1) log-probabilities of the learnt tokens of conversations, in turn."""
+        parts = [self._read(int(self._rows[member]), int(self._rows[member + 1])) for member in members]
+        ids, log_probs = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+        # 16 bits rounded them: made to add up to 1 again.
+        return ids, log_probs - log_probs.logsumexp(1, keepdim=True)
+
+    def _read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        number = bisect_right(self._begins, begin) - 1
+        file, span = self._files[number], slice(begin - self._begins[number], end - self._begins[number])
+        top = file.get_slice(LOG_PROBS)[span].astype(np.float32)
+        if REST in file.keys():  # noqa: SIM118 (no mapping)
+            top = np.concatenate([top, file.get_slice(REST)[span][:, None]], 1)
+        return file.get_slice(IDS)[span].astype(np.int64), top
+
+
+def keep_top_k(
+    folder: Path,
+    chats: ChatDataset,
+    k: int,
+    temperature: float,
+    fingerprint: str,
+    ask: Callable[[], Teacher],
+    micro_rows: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> KeptTopK:
+    """Ask the teacher about all conversations, unless files of the same fingerprint are there. Ranks share the work.
+
+    Args:
+        folder: of the files, which all ranks see. ask: opens the teacher, if it is needed at all.
+        fingerprint: of teacher and data.
+    """
+    encoded = chats.chats
+    count = -(-len(encoded) // CONVERSATIONS)
+    files = [folder / f"part-{number:05d}.safetensors" for number in range(count)]
+    missing = [number for number, file in enumerate(files) if not is_kept(file, fingerprint)]
+    ranks.barrier()  # nobody writes before everybody has looked
+    if missing:
+        ranks.say(f"asking the teacher about {len(encoded)} conversations, once, into {folder}")
+    if mine := missing[ranks.rank :: ranks.world]:
+        teacher, bar = ask(), Console(stderr=True)
+        for number in track(mine, "asking", console=bar, transient=True, disable=not bar.is_terminal):
+            members = range(number * CONVERSATIONS, min((number + 1) * CONVERSATIONS, len(encoded)))
+            rows = in_order(encoded, members, chats.sequence_length, chats.pad_id)
+            arrays = score(teacher, rows, k, temperature, micro_rows, dtype, ranks.device)
+            save(files[number], arrays, fingerprint)
+    ranks.barrier()
+    for file in files:
+        if not is_kept(file, fingerprint):
+            raise UserError(f"{file}: what the teacher said is not there; --out must be a folder that all ranks see")
+    return KeptTopK(files, encoded)
+
+
+@torch.no_grad()
+def score(
+    teacher: Teacher,
+    rows: Iterator[dict[str, np.ndarray]],
+    k: int,
+    temperature: float,
+    micro_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """The arrays of a file: ids (N, K) of 16 or 32 bits, their log-probabilities float16, of the rest (N,) float32."""
+    parts: dict[str, list[np.ndarray]] = {}
+    while some := [row for _, row in zip(range(micro_rows), rows, strict=False)]:
+        batch = {name: torch.from_numpy(np.stack([row[name] for row in some])).to(device) for name in some[0]}
+        with autocast(dtype, device):
+            said = teacher.says(batch)
+        for name, values in top_k(said, k, temperature).items():
+            parts.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def top_k(said: Logits, k: int, temperature: float, at_once: int = 512) -> dict[str, np.ndarray]:
+    """The K most probable tokens of each position, the most probable first."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, max(len(said.hidden), 1), at_once):
+        log_p = said.log_probs(slice(start, start + at_once), temperature)
+        top, ids = log_p.topk(min(k, log_p.shape[1]))
+        kind = np.uint16 if log_p.shape[1] <= 1 << 16 else np.uint32
+        arrays = {IDS: ids.cpu().numpy().astype(kind), LOG_PROBS: top.cpu().numpy().astype(np.float16)}
+        if top.shape[1] < log_p.shape[1]:
+            arrays[REST] = log_p.scatter(1, ids, -torch.inf).logsumexp(1).cpu().numpy()
+        for name, values in arrays.items():
+            parts.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def in_order(
+    chats: EncodedChats, members: Iterable[int], sequence_length: int, pad_id: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of conversations one after the other, so that their labels stand in the order of `chats`."""
+    some: list[tuple[np.ndarray, np.ndarray]] = []
+    room = sequence_length
+    for member in members:
+        size = len(chats[member][0]) - 1
+        if size > room:
+            yield write_row(some, sequence_length, pad_id)
+            some, room = [], sequence_length
+        some.append(chats[member])
+        room -= size
+    if some:
+        yield write_row(some, sequence_length, pad_id)
+
+
+def fingerprint(chats: EncodedChats, *facts: object) -> str:
+    """16 hex digits of conversations and what is learnt of them, and of the facts about teacher and run."""
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=8)
+    for array in (chats.ids, chats.mask, chats.begins):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def save(file: Path, arrays: dict[str, np.ndarray], fingerprint: str) -> None:
+    """Complete or not there."""
+    with naming(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".partial")
+        save_file(arrays, temporary, {"fingerprint": fingerprint})
+        temporary.replace(file)
+
+
+def is_kept(file: Path, fingerprint: str) -> bool:
+    """Whether the file is whole and of this teacher and data."""
+    try:
+        with safe_open(file, "numpy") as opened:
+            return (opened.metadata() or {}).get("fingerprint") == fingerprint
+    except (SafetensorError, OSError):
+        return False
