@@ -15,8 +15,8 @@ from model import MiniDeepSeek
 from text.answer_filter import AnswerFilter, clean, is_well_formed, repeated, shortest_different
 from text.chat_file import write_chats
 from text.conversations import read_conversations
-from text.row_report import RowError, RowReport
 from text.prompts import read_prompts, to_prompt
+from text.row_report import RowError, RowReport
 from training.answers import Answer, Ask, Failure
 from training.curation import AnswerSettings, curate, fit
 from training.local_teacher import TOO_LONG, CheckpointTeacher, open_local
