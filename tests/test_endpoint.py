@@ -123,6 +123,16 @@ def asks(*questions: str) -> list[Ask]:
     return [Ask.of([{"role": "user", "content": question}], 0) for question in questions]
 
 
+def noted() -> tuple[list[float], Callable]:
+    """A list of pauses, and a sleep that writes them down instead of sleeping."""
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    return pauses, sleep
+
+
 def replies(teacher: Endpoint, *questions: str) -> dict[str, Answer | Failure]:
     return {ask.messages[0]["content"]: answer for ask, answer in teacher.answers(asks(*questions))}
 
@@ -146,11 +156,10 @@ def test_a_passing_fault_is_asked_again(mood, server):
     assert server.questions() == ["q", "q", "q"]
 
 
-def test_pauses_grow_and_are_not_the_same_for_all(server, monkeypatch):
+def test_pauses_grow_and_are_not_the_same_for_all(server):
     server.moods["q"] = [500, 500, 500, "well"]
-    pauses = []
-    teacher = endpoint(server, first_pause=1.0)
-    monkeypatch.setattr(teacher.closed, "wait", lambda seconds: pauses.append(seconds))
+    pauses, sleep = noted()
+    teacher = endpoint(server, first_pause=1.0, sleep=sleep)
     replies(teacher, "q")
     assert all(2**n / 2 <= pause <= 2**n for n, pause in enumerate(pauses)) and len(pauses) == 3
     first = set(pauses)
@@ -160,12 +169,11 @@ def test_pauses_grow_and_are_not_the_same_for_all(server, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_a_server_that_names_the_wait_is_obeyed(form, server, monkeypatch):
+def test_a_server_that_names_the_wait_is_obeyed(form, server):
     wish = "3" if form == "seconds" else email.utils.formatdate(time.time() + 4, usegmt=True)
     server.moods["q"] = [(429, wish), "well"]
-    pauses = []
-    teacher = endpoint(server)
-    monkeypatch.setattr(teacher.closed, "wait", lambda seconds: pauses.append(seconds))
+    pauses, sleep = noted()
+    teacher = endpoint(server, sleep=sleep)
     replies(teacher, "q")
     assert len(pauses) == 1 and 2 < pauses[0] <= 4
 
@@ -207,6 +215,20 @@ def test_a_teacher_that_is_gone_is_given_up_and_what_it_said_is_kept(server, tmp
         ask_all(teacher, asks(*(f"q{n}" for n in range(60))), journal)
     assert len(server.asked) <= 32
     assert len(Journal(tmp_path / "a.jsonl").known) == 5
+
+
+def test_who_stops_does_not_wait_for_the_others(server, tmp_path):
+    """A disk that fails, or Ctrl-C: questions on their way are left alone."""
+    server.moods["slow"] = ["silence"]
+
+    class FullDisk(Journal):
+        def add(self, ask: Ask, answer: Answer) -> None:
+            raise OSError("full")
+
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="full"):
+        ask_all(endpoint(server, timeout=60.0), asks("slow", "fast"), FullDisk(tmp_path / "a.jsonl"))
+    assert time.monotonic() - begin < 0.9  # the slow one takes a second
 
 
 # The journal
@@ -350,6 +372,7 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):
         (["--min_chars", 9, "--max_chars", 3], "--min_chars 9, --max_chars 3"),
         (["--rewards", "{correkt: 1}"], "reward 'correkt': not one of"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--teacher", "http://[::/v1"], "no address"),
         (["--teacher", "http://127.0.0.1:1/v1"], "questions in a row without an answer"),
     ],
 )

@@ -141,10 +141,10 @@ def test_a_batch_has_what_the_teacher_says_of_its_labels(chats, teacher, tmp_pat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_with_the_whole_vocabulary_the_loss_is_the_teachers_own(name, chats, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.top_k, "CONVERSATIONS", 10**6)
-    chats.chats.begins = chats.chats.begins[:9]  # eight conversations are enough
-    chats._rows = chats.chats.plain(np.arange(8), chats.sequence_length, chats.seed)
+def test_with_the_whole_vocabulary_the_loss_is_the_teachers_own(name, world, tokenizer, teacher, tmp_path):
+    few = (world / "sft.jsonl").read_text(encoding="utf8").splitlines(keepends=True)[:8]
+    (tmp_path / "few.jsonl").write_text("".join(few), encoding="utf8")
+    chats = ChatDataset([tmp_path / "few.jsonl"], tokenizer, 128, progress=False)
     found, _ = keep(tmp_path, chats, teacher, k=600, temperature=2.0)
     batch = TaughtChats(chats, found).batch([0])
     hidden = torch.randn(1, 128, WIDTH, requires_grad=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
@@ -54,7 +55,7 @@ class Ask:
 class AnsweringTeacher(Protocol):
     """Answers questions in any order, each with an answer or the reason why there is none."""
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Answer | Failure]]: ...
+    def answers(self, asks: Sequence[Ask]) -> Generator[tuple[Ask, Answer | Failure], None, None]: ...
 
 
 class Journal:
@@ -129,8 +130,8 @@ def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) ->
     left = [ask for ask in asks if ask.key not in journal.known]
     told, in_a_row = Asked(len(asks), len(asks) - len(left)), 0
     bar = Console(stderr=True)
-    with journal:
-        replies = teacher.answers(left)
+    # Closed at once when something is wrong: a teacher far away must not be waited for.
+    with journal, closing(teacher.answers(left)) as replies:
         shown = track(replies, "asking", total=len(left), console=bar, transient=True, disable=not bar.is_terminal)
         for ask, answer in shown:
             if isinstance(answer, Answer):

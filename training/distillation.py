@@ -42,7 +42,7 @@ class DistillationSettings:
     temperature: float = 1.0
     skew: float = 0.1
     beta: float = 0.5
-    ce_weight: float = 0.1
+    ce_weight: float = 0.5
 
     def check(self) -> None:
         """Raises `UserError` for a value that makes no sense."""

@@ -1,18 +1,19 @@
 """A teacher behind an OpenAI-compatible endpoint: many questions at a time, and patience with its moods.
 
-httpx does the talking: one client is shared by the threads, and every kind of time-out can be set.
+httpx does the talking: it speaks asynchronously, so that no question on its way holds up the end, and has time-outs of
+every kind.
 """
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import random
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import httpx
 
@@ -41,7 +42,8 @@ class Endpoint:
     Attributes:
         url: such as http://host:port/v1. model: the name under which it serves the teacher. key: may be empty.
         concurrency: questions at a time. timeout: seconds without a byte before a question is given up.
-        attempts: of each question. first_pause: seconds before the second attempt; each later pause is twice as long.
+        attempts: of each question. first_pause: seconds before the second attempt; each later one is twice as long.
+        sleep: how it pauses.
     """
 
     url: str
@@ -53,48 +55,49 @@ class Endpoint:
     timeout: float = 120.0
     attempts: int = 6
     first_pause: float = 1.0
-    closed: threading.Event = field(default_factory=threading.Event)
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Answer | Failure]]:
-        """Each question with its answer as it comes, in no order. Raises `UserError` when the server wants none."""
+    def answers(self, asks: Sequence[Ask]) -> Generator[tuple[Ask, Answer | Failure], None, None]:
+        """Each question with its answer as it comes, in no order. Raises `UserError` when the server wants none.
+
+        Closing the generator gives up the questions on their way at once.
+        """
+        loop = asyncio.new_event_loop()
+        left, waiting = iter(asks), {}
+        client = self._client()
+        try:
+            while True:
+                for ask in islice(left, self.concurrency - len(waiting)):
+                    waiting[loop.create_task(self.ask(client, ask))] = ask
+                if not waiting:
+                    return
+                done, _ = loop.run_until_complete(asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))
+                for task in done:
+                    yield waiting.pop(task), task.result()
+        finally:
+            loop.run_until_complete(_give_up(list(waiting), client))
+            loop.close()
+
+    async def ask(self, client: httpx.AsyncClient, ask: Ask) -> Answer | Failure:
+        """One question, with as many attempts as it needs."""
+        for attempt in range(self.attempts):
+            try:
+                return await self._attempt(client, ask)
+            except _Passing as error:
+                said = str(error)
+                if attempt + 1 < self.attempts:
+                    # Equal pauses would bring all questions back at the same moment.
+                    pause = min(self.first_pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+                    await self.sleep(max(pause, error.after))
+        return Failure(f"{said} ({self.attempts} attempts)")
+
+    def _client(self) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         timeout = httpx.Timeout(self.timeout, connect=min(CONNECT_SECONDS, self.timeout))
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            with httpx.Client(headers=headers, timeout=timeout, limits=limits) as client:
-                waiting: dict[Future, Ask] = {}
-                left = iter(asks)
-                while True:
-                    # Only as many are handed out as can be asked at once: what is not begun costs nothing to stop.
-                    for ask in left:
-                        waiting[pool.submit(self.ask, client, ask)] = ask
-                        if len(waiting) >= self.concurrency:
-                            break
-                    if not waiting:
-                        return
-                    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        yield waiting.pop(future), future.result()
-        finally:
-            self.closed.set()  # those that pause between attempts give up
-            pool.shutdown(wait=True, cancel_futures=True)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
 
-    def ask(self, client: httpx.Client, ask: Ask) -> Answer | Failure:
-        """One question, with as many attempts as it needs."""
-        said = ""
-        for attempt in range(self.attempts):
-            try:
-                return self._attempt(client, ask)
-            except _Passing as error:
-                said = str(error)
-                # Full pauses would bring all threads back at the same moment.
-                pause = min(self.first_pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-                if attempt + 1 == self.attempts or self.closed.wait(max(pause, error.after)):
-                    break
-        return Failure(f"{said} ({attempt + 1} attempts)")
-
-    def _attempt(self, client: httpx.Client, ask: Ask) -> Answer | Failure:
+    async def _attempt(self, client: httpx.AsyncClient, ask: Ask) -> Answer | Failure:
         body = {
             "model": self.model,
             "messages": list(ask.messages),
@@ -102,11 +105,11 @@ class Endpoint:
             "max_tokens": self.max_new_tokens,
         }
         try:
-            response = client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
-        except httpx.TransportError as error:  # time-outs, refused and broken connections
-            raise _Passing(f"{type(error).__name__} {error}".strip()) from error
+            response = await client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise UserError(f"--teacher {self.url}: no address ({error}); write http://host:port/v1") from None
+        except httpx.TransportError as error:  # time-outs, refused and broken connections
+            raise _Passing(f"{type(error).__name__} {error}".strip()) from error
         status = response.status_code
         if status in PASSING or status >= 500:
             raise _Passing(f"status {status}", seconds_to_wait(response.headers.get("Retry-After")))
@@ -144,6 +147,12 @@ def seconds_to_wait(header: str | None) -> float:
         except (ValueError, TypeError):
             return 0.0
     return min(max(seconds, 0.0), LONGEST_WISH) if seconds == seconds else 0.0
+
+
+async def _give_up(tasks: list[asyncio.Task], client: httpx.AsyncClient) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, client.aclose(), return_exceptions=True)
 
 
 def _said(response: httpx.Response) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class CheckpointTeacher:
     seed: int
     at_once: int = 64
 
-    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Answer | Failure]]:
+    def answers(self, asks: Sequence[Ask]) -> Generator[tuple[Ask, Answer | Failure], None, None]:
         """In batches of prompts of similar length."""
         room = self.model.config.max_position_embeddings - self.max_new_tokens
         # So many at a time, in their order, that what is written down early was asked early.
@@ -68,7 +68,7 @@ class TransformersAnswers:
     at_once: int = 16
 
     @torch.no_grad()
-    def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Answer | Failure]]:
+    def answers(self, asks: Sequence[Ask]) -> Generator[tuple[Ask, Answer | Failure], None, None]:
         """In batches, in order."""
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         tokenizer = self.tokenizer
