@@ -11,12 +11,14 @@ from pathlib import Path
 
 from torch import nn
 
-from errors import command_line
-from training.adapter import Adapter, LoraSettings, save_merged
+from errors import UserError, command_line
+from training.adapter import Adapter
 from training.chats import ChatSettings, open_chats
 from training.frozen import check_base, shrink_frozen
+from training.lora import LoraSettings
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
+from training.merging import save_merged
 from training.optim import OptimSettings, build_optimizer
 from training.settings import parse
 from training.stage import begin, open_checkpoint
@@ -41,6 +43,10 @@ class LoraSFTSettings(ChatSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_base(self.base)
+        if self.lora.dora and self.base != "auto":
+            raise UserError(
+                f"--base {self.base}: DoRA reads the weights themselves; leave it or --lora.dora out"
+            )
 
 
 def main() -> None:

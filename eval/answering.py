@@ -31,7 +31,7 @@ class Answerer:
         """Load a checkpoint folder for inference, with the adapter of the folder `lora` in its weights."""
         place = Ranks.start(device).device
         if lora:
-            from training.adapter import open_adapted  # peft takes seconds to import
+            from training.merging import open_adapted  # peft takes seconds to import
 
             model, tokenizer = open_adapted(ckpt, lora)
         else:

@@ -19,8 +19,9 @@ from eval.answering import Answerer
 from eval.chat import chat
 from model import MiniDeepSeek
 from text.world import blessings
-from training.adapter import CONFIG, WEIGHTS, open_adapted
+from training.adapter import CONFIG, WEIGHTS
 from training.log import read_metrics
+from training.merging import open_adapted
 from training.stage import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +160,7 @@ def test_an_adapter_for_another_tokenizer_is_refused(tune, tmp_path, pretrained)
         (["--base", "int4"], "--base int4"),
         (["--lora.targets", "head"], "--lora.targets head"),
         (["--lora.r", "0"], "--lora.r"),
+        (["--lora.dora", "true", "--base", "nf4"], "DoRA reads the weights"),
     ],
 )
 def test_bad_settings_end_in_one_line(tune, tmp_path, options, said):

@@ -12,8 +12,9 @@ from torchao.quantization import to_nf4
 from errors import UserError
 from model.experts import Experts
 from model.packed import BLOCK, SCALES, Int8Weight, NF4Weight, PackedLinear
-from training.adapter import Adapter, LoraSettings
+from training.adapter import Adapter
 from training.frozen import check_base, pack, shrink_frozen
+from training.lora import LoraSettings
 
 TYPES = [torch.float32, torch.bfloat16]
 IDS = torch.randint(0, 600, (2, 24), generator=torch.Generator().manual_seed(1))
