@@ -44,9 +44,7 @@ class LoraSFTSettings(ChatSettings):
         super().__post_init__()
         check_base(self.base)
         if self.lora.dora and self.base != "auto":
-            raise UserError(
-                f"--base {self.base}: DoRA reads the weights themselves; leave it or --lora.dora out"
-            )
+            raise UserError(f"--base {self.base}: DoRA reads the weights themselves; leave it or --lora.dora out")
 
 
 def main() -> None:

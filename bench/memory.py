@@ -2,14 +2,16 @@
 
 python bench/memory.py [--preset 64m] [--rows 8] [--length 512] [--targets attention] [--rounds 3]
 
-Ours and the peer each train all weights, an adapter, and an adapter with activations recomputed; ours also on a base in
-8 and in 4 bits (QLoRA). Memory is the peak of the process beyond what it held after its imports.
-trl is no requirement of the project: pip install trl, or give the folder that holds it as PYTHONPATH.
+Ours and the peer each train all weights, an adapter, and an adapter with activations recomputed, also on a base in 4
+bits (QLoRA; ours in 8 too). Memory is the peak of the process beyond what it held after its imports.
+trl and bitsandbytes are no requirements of the project: pip install trl bitsandbytes, or give the folder that has them
+as PYTHONPATH; without bitsandbytes the peer has no QLoRA.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import sys
@@ -56,7 +58,8 @@ def main() -> None:
         (ours if who == "ours" else peer)(way, options)
         return
     given = [f"--{name}={getattr(options, name)}" for name in ("dtype", "rows", "length", "targets", "experts")]
-    names = [*(f"ours {way}" for way in OURS), *(f"trl {way}" for way in WAYS)]
+    peers = (*WAYS, "qlora-nf4") if importlib.util.find_spec("bitsandbytes") else WAYS
+    names = [*(f"ours {way}" for way in OURS), *(f"trl {way}" for way in peers)]
     contenders = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
