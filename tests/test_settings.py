@@ -68,6 +68,12 @@ def test_a_flag_needs_no_value(flag):
     assert settings.resume is True and settings.seed == 3
 
 
+def test_a_flag_within_settings_needs_no_value():
+    given = ["--ckpt", "c", "--data", "d", "--out", "o", "--lora.dora", "--merge", "--lora.r", "4"]
+    settings = parse(LoraSFTSettings, "", given)
+    assert settings.lora.dora and settings.merge and settings.lora.r == 4 and not settings.lora.rslora
+
+
 @pytest.mark.parametrize("name", ["mtp_weight", "balance_weight", "bias_speed"])
 def test_a_weight_can_change_along_the_run(name, tmp_path):
     path = write_yaml(tmp_path, **{name: {0: 0.3, 0.68: 0.1}})

@@ -343,6 +343,14 @@ def test_the_peak_is_measured_once_at_least_however_slow_the_machine():
     assert measured_peak(torch.float32, torch.device("cpu"), size=16, seconds=0) > 0
 
 
+def test_measuring_the_peak_leaves_the_random_numbers_alone():
+    """It comes between taking up a checkpoint and the next step, whose dropout must be that of an unbroken run."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    measured_peak(torch.bfloat16, torch.device("cpu"), size=16, seconds=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_float16_is_refused(make):
     with pytest.raises(UserError, match=r"--dtype fp16: one of auto, bf16, fp32 .float16 is not supported"):
         make(dtype="fp16")

@@ -38,7 +38,9 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:
     """FLOP/s of a plain (size, size) matrix product on all threads, best of several: what MFU is measured against."""
     size = size * 4 if device.type == "cuda" else size
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    # Numbers of its own: a resumed run must find the random state as it was left.
+    numbers = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=numbers, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     a @ b
     while best == float("inf") or time.perf_counter() < end:  # once at least, however slow the machine

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
@@ -163,8 +162,7 @@ def _parser(description: str) -> ArgumentParser:
 
 def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str] | None) -> dict[str, Any]:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parameters = inspect.signature(kind).parameters.values()
-    flags = {f"--{parameter.name}" for parameter in parameters if parameter.annotation in (bool, "bool")}
+    flags = _flags(kind)
     for index, argument in enumerate(arguments):
         # `--resume` alone means `--resume true`.
         if argument in flags and (arguments[index + 1 : index + 2] or ["--"])[0].startswith("-"):
@@ -174,6 +172,17 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
     except ArgumentError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None
+
+
+def _flags(kind: Callable[..., Any], prefix: str = "--") -> set[str]:
+    """The options that are true or false, those of settings within settings too: `--lora.dora`."""
+    flags = set()
+    for name, hint in get_type_hints(kind).items():
+        if hint is bool:
+            flags.add(prefix + name)
+        elif is_dataclass(hint):
+            flags |= _flags(hint, f"{prefix}{name}.")
+    return flags
 
 
 def model_config(choice: dict[str, Any], **forced: Any) -> LMConfig:
