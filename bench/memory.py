@@ -35,8 +35,13 @@ from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast
 from training.optim import OptimSettings, build_optimizer
 
-WAYS = ("full", "lora", "lora-recompute")
-OURS = (*WAYS, "qlora-int8", "qlora-nf4", "qlora-nf4-recompute")
+# What is measured in turn: ours, and the peer's.
+GROUPS = {
+    "full": (("full",), ("full",)),
+    "lora": (("lora",), ("lora",)),
+    "lora-recompute": (("lora-recompute",), ("lora-recompute",)),
+    "qlora": (("qlora-int8", "qlora-nf4", "qlora-nf4-recompute"), ("qlora-nf4",)),
+}
 COLUMNS = {"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"}
 
 
@@ -58,23 +63,27 @@ def main() -> None:
         (ours if who == "ours" else peer)(way, options)
         return
     given = [f"--{name}={getattr(options, name)}" for name in ("dtype", "rows", "length", "targets", "experts")]
-    peers = (*WAYS, "qlora-nf4") if importlib.util.find_spec("bitsandbytes") else WAYS
-    names = [*(f"ours {way}" for way in OURS), *(f"trl {way}" for way in peers)]
-    contenders = {}
+    contenders: dict[str, Contender] = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         MiniDeepSeek(LMConfig.preset(options.preset, num_nextn_predict_layers=0)).save_pretrained(folder)
         train_bpe(["trl asks for a tokenizer"], 280, min_frequency=1).save(Path(folder))
-        for name in names:
-            command = [__file__, "--folder", folder, *given, "--worker", name]
-            contenders[name] = Contender(name, command)
-        compare(list(contenders.values()), options.rounds)
+        for way, (own, others) in GROUPS.items():  # one after the other: all at once would need tens of GB
+            if way == "qlora" and not importlib.util.find_spec("bitsandbytes"):
+                others = ()
+            names = [*(f"ours {name}" for name in own), *(f"trl {name}" for name in others)]
+            group = [Contender(name, [__file__, "--folder", folder, *given, "--worker", name]) for name in names]
+            compare(group, options.rounds)
+            contenders |= {contender.name: contender for contender in group}
     print(
         f"{options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, "
         f"adapters of r 8 on {options.targets}; medians of {options.rounds}"
     )
     print(table(list(contenders.values()), COLUMNS))
-    for mine, theirs in (*zip(WAYS, WAYS, strict=True), ("lora-recompute", "lora"), ("qlora-nf4-recompute", "lora")):
+    pairs = [("full", "full"), ("lora", "lora"), ("lora-recompute", "lora-recompute"), ("qlora-nf4", "qlora-nf4")]
+    for mine, theirs in [*pairs, ("lora-recompute", "lora")]:
+        if f"trl {theirs}" not in contenders:
+            continue
         pair = contenders[f"ours {mine}"], contenders[f"trl {theirs}"]
         said = [f"{verdict(*pair, key)} {key}" for key in COLUMNS]
         print(f"ours {mine} against trl {theirs}: {', '.join(said)}")
