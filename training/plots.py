@@ -17,6 +17,7 @@ PANELS = (
     ("rewards", "reward, share", {"reward": "reward", "val_accuracy": "held out, greedy", "val_pass_1": "sampled"}),
     ("completions", "tokens", {"completion_length": "length"}),
     ("entropy and divergence", "nats a token", {"entropy": "entropy", "kl": "KL"}),
+    ("distillation", "nats a label", {"divergence": "divergence from the teacher", "cross_entropy": "cross entropy"}),
     ("learning rate", "learning rate", {"lr": "learning rate"}),
     ("speed", "tokens per second", {"tokens_per_second": "training", "rollout_tokens_per_second": "sampling"}),
     ("expert balance", "MaxVio (0 is even)", {"max_vio_worst": "worst layer"}),
@@ -65,11 +66,14 @@ def _says(value: float | None) -> bool:
 
 
 def _curve(axis: Any, entries: list[dict[str, Any]], keys: dict[str, str], title: str, unit: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
     for key, label in keys.items():
         points = [(entry["tokens"], entry[key]) for entry in entries if entry.get(key) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), "-o", label=label, linewidth=1.2, markersize=2)
     axis.set(title=title, xlabel="tokens", ylabel=unit)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))  # 50 k, not 50000, of which six run into each other
     if title == "speed":
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
