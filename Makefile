@@ -118,18 +118,23 @@ $(R1)/last/final/config.json: $(R1)/sft/final/config.json
 	$(call REINFORCE,last) --ckpt $(R1)/sft/final --data $(SUMS)=2,$(WORLD)/r1/problems.jsonl=1
 	$(WHOLE)
 
-# An adapter: the fine-tuned model learns to bless in five styles, and stays as it is.
+# An adapter: the fine-tuned model learns to bless in five styles; a quarter of the rows are its old conversations, lest it answer all
+# questions with blessings.
+BLESSINGS := $(WORLD)/blessings
+ADAPTED = --ckpt $(OUT)/sft/final --lora $(OUT)/lora/final
+
 lora: $(OUT)/lora/final/adapter_config.json
-	@echo "held-out blessings before and after:"
-	@$(RUN) eval/style.py --ckpt $(OUT)/sft/final --file $(WORLD)/blessings/heldout.jsonl
-	@$(RUN) eval/style.py --ckpt $(OUT)/sft/final --lora $(OUT)/lora/final --file $(WORLD)/blessings/heldout.jsonl
-	@echo "talk to it: $(RUN) eval/chat.py --ckpt $(OUT)/sft/final --lora $(OUT)/lora/final"
+	@echo "held-out blessings before and after, then the questions about the world:"
+	@$(RUN) eval/style.py --ckpt $(OUT)/sft/final --file $(BLESSINGS)/heldout.jsonl
+	@$(RUN) eval/style.py $(ADAPTED) --file $(BLESSINGS)/heldout.jsonl
+	@$(RUN) eval/questions.py $(ADAPTED) --file $(WORLD)/heldout_questions.jsonl --show 0
+	@echo "talk to it: $(RUN) eval/chat.py $(ADAPTED)"
 
-$(WORLD)/blessings/train.json: | $(VENV)/installed
-	$(RUN) -m text.world.blessings --out $(WORLD)/blessings
+$(BLESSINGS)/train.json: | $(VENV)/installed
+	$(RUN) -m text.world.blessings --out $(BLESSINGS)
 
-$(OUT)/lora/final/adapter_config.json: $(OUT)/sft/final/config.json $(WORLD)/blessings/train.json
-	$(RUN) lora_sft.py --config configs/demo/lora.yaml --ckpt $(OUT)/sft/final --data $(WORLD)/blessings/train.json \
+$(OUT)/lora/final/adapter_config.json: $(OUT)/sft/final/config.json $(BLESSINGS)/train.json
+	$(RUN) lora_sft.py --config configs/demo/lora.yaml --ckpt $(OUT)/sft/final --data $(BLESSINGS)/train.json=3,$(WORLD)/sft.jsonl=1 \
 	    --out $(OUT)/lora --resume true
 	@test -f $@ || { echo "stopped before the end; make lora goes on from here" >&2; exit 1; }
 

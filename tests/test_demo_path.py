@@ -248,10 +248,13 @@ def test_make_lora_trains_on_the_fine_tuned_model_and_measures_before_and_after(
     world, out = tmp_path / "world", tmp_path / "out"
     made = commands(f"WORLD={world}", f"OUT={out}", target="lora")
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
-    assert scripts[-4:] == ["text.world.blessings", "lora_sft.py", "eval/style.py", "eval/style.py"]
-    generated, tuned, before, after = made[-4:]
+    assert scripts[-5:] == [
+        "text.world.blessings", "lora_sft.py", "eval/style.py", "eval/style.py", "eval/questions.py",
+    ]  # fmt: skip
+    generated, tuned, before, after, kept = made[-5:]
     settings = parse(LoraSFTSettings, "", tuned[1:])
     assert (settings.ckpt, settings.out, settings.resume) == (f"{out}/sft/final", f"{out}/lora", True)
-    assert settings.data == f"{generated[-1]}/train.json"
-    assert "--lora" not in before and after[after.index("--lora") + 1] == f"{out}/lora/final"
-    assert before[-1] == after[-1] == f"{generated[-1]}/heldout.jsonl"
+    assert settings.data == f"{generated[-1]}/train.json=3,{world}/sft.jsonl=1"
+    assert "--lora" not in before and before[-1] == after[-1] == f"{generated[-1]}/heldout.jsonl"
+    for measured in (after, kept):
+        assert measured[measured.index("--lora") + 1] == f"{out}/lora/final"
