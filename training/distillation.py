@@ -12,6 +12,7 @@ from torch import Tensor
 
 from errors import UserError
 from model.transformer import Output
+from training.chunks import ROWS, chunks, padded, padded_rows
 from training.divergences import (
     Divergence,
     forward_kl,
@@ -21,7 +22,7 @@ from training.divergences import (
     skewed_forward_kl,
     skewed_reverse_kl,
 )
-from training.losses import CHUNK_ELEMENTS, IGNORE, Batch, NextTokenLoss
+from training.losses import IGNORE, Batch, NextTokenLoss
 
 SAMPLED = "sampled"  # names in a batch: 1 where the student answered itself
 
@@ -108,7 +109,8 @@ class Logits:
         """(rows, vocab) float32."""
         z = self.hidden[part]
         if self.head is not None:
-            z = z @ self.head.to(z.dtype).t()
+            rows = len(z)
+            z = (padded_rows(z, rows + -rows % ROWS) @ self.head.to(z.dtype).t())[:rows]
         z = z.float() if self.bias is None else z.float() + self.bias.float()
         # A token that the teacher forbids (-inf) is only very improbable: infinity times 0 is no number.
         return (z / temperature).log_softmax(-1).clamp_(min=-1e4)
@@ -128,22 +130,21 @@ class _Distilled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, said: Said, divergence: Divergence,
+        ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, count: int, said: Said, divergence: Divergence,
         temperature: float, ce_weight: float, with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weight = head_VD.to(hidden_ND.dtype)
-        rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
         distance, cross_entropy = torch.zeros(2, device=hidden_ND.device).unbind()
         grad_hidden = torch.empty_like(hidden_ND) if with_grad else None
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
-        for start in range(0, hidden_ND.shape[0], rows):
-            part = slice(start, start + rows)
-            z = (hidden_ND[part] @ weight.t()).float()
+        for part in chunks(len(hidden_ND), len(weight)):
+            real = slice(part.start, min(part.stop, count))  # the positions behind `count` are padding
+            z = (hidden_ND[part] @ weight.t())[: real.stop - real.start].float()
             log_q = (z / temperature).log_softmax(-1)
-            value, flow = said.compare(part, log_q, divergence, temperature)
+            value, flow = said.compare(real, log_q, divergence, temperature)
             distance += value.sum()
             hard = log_q if temperature == 1 else z.log_softmax(-1)
-            target = labels_N[part].unsqueeze(1)
+            target = labels_N[real].unsqueeze(1)
             cross_entropy -= hard.gather(1, target).sum()
             if with_grad:
                 # d/dz of T^2 D is T dD/d(z/T): gradients of D shrink as 1/T^2, and the mixture should not.
@@ -151,7 +152,7 @@ class _Distilled(torch.autograd.Function):
                 if ce_weight:
                     grad.add_(hard.exp(), alpha=ce_weight)
                     grad[torch.arange(len(grad), device=grad.device), target.squeeze(1)] -= ce_weight
-                grad = grad.to(weight.dtype)
+                grad = padded_rows(grad, part.stop - part.start).to(weight.dtype)
                 torch.mm(grad, weight, out=grad_hidden[part])
                 grad_head += grad.t() @ hidden_ND[part]
         ctx.save_for_backward(grad_hidden, grad_head)
@@ -163,7 +164,7 @@ class _Distilled(torch.autograd.Function):
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         return (
-            grad_hidden * grad.to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype), *[None] * 6
+            grad_hidden * grad.to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype), *[None] * 7
         )  # fmt: skip
 
 
@@ -184,8 +185,10 @@ def distillation_sum(
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     # The types are chosen here, as in `training.losses`.
     with torch.autocast(hidden.device.type, enabled=False):
-        chosen = hidden.flatten(0, -2).index_select(0, places)
-        return _Distilled.apply(chosen, head, wanted[places], said, divergence, temperature, ce_weight, with_grad)
+        chosen, count = hidden.flatten(0, -2).index_select(0, padded(places)), len(places)
+        return _Distilled.apply(
+            chosen, head, wanted[places], count, said, divergence, temperature, ce_weight, with_grad
+        )
 
 
 @dataclass(kw_only=True)

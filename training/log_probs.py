@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.losses import CHUNK_ELEMENTS, IGNORE
+from training.chunks import chunks, padded
+from training.losses import IGNORE
 
 
 class _LabelLogProbs(torch.autograd.Function):
@@ -21,7 +22,7 @@ class _LabelLogProbs(torch.autograd.Function):
         weight = head_VD.to(hidden_ND.dtype)
         log_probs = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         normaliser, entropy = torch.empty_like(log_probs), torch.zeros_like(log_probs)
-        for part in _chunks(hidden_ND, weight):
+        for part in chunks(len(hidden_ND), len(weight)):
             logits = (hidden_ND[part] @ weight.t()).float().div_(temperature)
             normaliser[part] = logits.logsumexp(-1)
             log_probs[part] = logits.gather(1, labels_N[part].unsqueeze(1)).squeeze(1) - normaliser[part]
@@ -39,7 +40,7 @@ class _LabelLogProbs(torch.autograd.Function):
         hidden, weight, labels, normaliser = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(weight, dtype=torch.float32)
-        for part in _chunks(hidden, weight):
+        for part in chunks(len(hidden), len(weight)):
             p = (hidden[part] @ weight.t()).float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
             # d(log p_y)/dz = (onehot(y) - p) / T
             p[torch.arange(p.shape[0], device=p.device), labels[part]] -= 1
@@ -73,12 +74,9 @@ def _label_log_probs(
     flat, wanted = hidden.flatten(0, -2), labels.flatten()
     places = (wanted != IGNORE).nonzero().squeeze(1)
     with torch.autocast(hidden.device.type, enabled=False):
-        chosen = flat.index_select(0, places)
-        log_probs, entropy = _LabelLogProbs.apply(chosen, head, wanted[places], temperature, with_entropy)
+        rows = padded(places)
+        chosen, targets = flat.index_select(0, rows), wanted[rows].clamp(min=0)
+        log_probs, entropy = _LabelLogProbs.apply(chosen, head, targets, temperature, with_entropy)
+        log_probs, entropy = log_probs[: len(places)], entropy[: len(places)]
     empty = torch.zeros(wanted.shape, device=wanted.device)
     return empty.index_copy(0, places, log_probs).view_as(labels), empty.index_copy(0, places, entropy).view_as(labels)
-
-
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.transformer import Output
+from training.chunks import chunks
 from training.tally import Metric
 
 IGNORE = -100  # a label that does not count
-CHUNK_ELEMENTS = 2**22  # logits held at a time
 
 Batch = dict[str, Tensor]
 
@@ -39,13 +39,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
         weight = head_VD.to(hidden_ND.dtype)
-        rows = max(64, CHUNK_ELEMENTS // weight.shape[0])
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if with_grad else None
         trains_head = with_grad and head_VD.requires_grad
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
-        for start in range(0, hidden_ND.shape[0], rows):
-            part = slice(start, start + rows)
+        for part in chunks(len(hidden_ND), len(weight)):
             counted = labels_N[part] != IGNORE
             target = labels_N[part].clamp(min=0).unsqueeze(1)
             # Normalised in float32 inside the kernel; in bfloat16 what leaves it is rounded, as its gradient is anyway.
@@ -86,12 +84,11 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of each label in nats, float32, 0 where nothing counts; without gradient. Shape of `labels`."""
-    rows = max(64, CHUNK_ELEMENTS // head.shape[0])
     weight, flat, wanted = head.to(hidden.dtype), hidden.flatten(0, -2), labels.flatten()
     with torch.no_grad():
         parts = [
-            F.cross_entropy((flat[i : i + rows] @ weight.t()).float(), wanted[i : i + rows], reduction="none")
-            for i in range(0, flat.shape[0], rows)
+            F.cross_entropy((flat[part] @ weight.t()).float(), wanted[part], reduction="none")
+            for part in chunks(len(flat), len(weight))
         ]
     return torch.cat(parts).view_as(labels)
 
