@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,16 +16,16 @@ BLOCK = 64  # elements that share a scale in 4 bits
 SCALES = 256  # scales that share a scale of their own: double quantisation
 
 
-class Packed(nn.Module):
+class Packed(nn.Module, ABC):
     """A matrix, or a stack of them, that can be read but not trained. `shape` is that of the weight it stands for."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
         self.shape = shape
 
+    @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight in a type of products, made anew."""
-        raise NotImplementedError
 
 
 class Int8Weight(Packed):
