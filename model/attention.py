@@ -42,6 +42,11 @@ class Visibility:
         allowed = causal(queries, keys, device)
         return Visibility((allowed & real) | (allowed & itself))
 
+    @staticmethod
+    def reaching(positions_BT: Tensor, keys: int) -> Visibility:
+        """Rows of different lengths that begin at key 0: each position sees the keys up to itself."""
+        return Visibility(torch.arange(keys, device=positions_BT.device) <= positions_BT[:, None, :, None])
+
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Bool, broadcastable to (batch, heads, queries, keys), for the last `queries` positions; None: all visible."""
         if self.allowed is not None or queries == 1:

@@ -34,11 +34,28 @@ class Sampling:
 
     def choose(self, logits_BV: Tensor, seen_BT: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """logits: (batch, vocab) float32; seen: (batch, time) earlier tokens, for the penalty. Returns (batch,) ids."""
-        logits = self.penalise(logits_BV, seen_BT)
         if self.temperature == 0:
-            return logits.argmax(-1)
-        probabilities = self.truncate(logits / self.temperature).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+            return self.penalise(logits_BV, seen_BT).argmax(-1)
+        return torch.multinomial(self.probabilities(logits_BV, seen_BT), 1, generator=generator).squeeze(1)
+
+    def choose_by_chance(self, logits_BV: Tensor, seen_BT: Tensor | None, chance_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from a number in [0, 1) for each row, which greedy choice does not need.
+
+        Returns:
+            (batch,) ids and their (batch,) log-probabilities: of the distribution that is sampled from, or greedily of
+            the model's own.
+        """
+        if self.temperature == 0:
+            logits = self.penalise(logits_BV, seen_BT)
+            most, chosen = logits.max(-1)
+            return chosen, most - logits.logsumexp(-1)
+        probabilities = self.probabilities(logits_BV, seen_BT)
+        chosen = inverse_cumulative(probabilities, chance_B)
+        return chosen, probabilities.gather(1, chosen.unsqueeze(1)).squeeze(1).log()
+
+    def probabilities(self, logits_BV: Tensor, seen_BT: Tensor | None) -> Tensor:
+        """What a token is sampled from, (batch, vocab); the temperature is above 0."""
+        return self.truncate(self.penalise(logits_BV, seen_BT) / self.temperature).softmax(-1)
 
     def penalise(self, logits_BV: Tensor, seen_BT: Tensor | None) -> Tensor:
         """Divide positive and multiply negative logits of the tokens seen."""
@@ -63,3 +80,14 @@ class Sampling:
             least = self.min_p * probabilities.max(-1, keepdim=True).values
             logits_BV = logits_BV.masked_fill(probabilities < least, float("-inf"))
         return logits_BV
+
+
+def inverse_cumulative(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
+    """The first token of each row whose cumulative probability exceeds the row's chance. (B,) int64."""
+    cumulative = probabilities_BV.cumsum(-1)
+    # Scaled by what the sum really is after rounding, a chance below 1 falls on a token of some probability.
+    chance = (chance_B * cumulative[:, -1]).unsqueeze(1)
+    chosen = torch.searchsorted(cumulative, chance, right=True).squeeze(1)
+    if bool((chosen == probabilities_BV.shape[1]).any()):
+        chosen = torch.where(chosen < probabilities_BV.shape[1], chosen, probabilities_BV.argmax(-1))
+    return chosen

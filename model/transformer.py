@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from LMConfig import LMConfig
 from model import native
 from model.attention import Visibility
-from model.cache import Cache, LatentCache
+from model.cache import Cache, LatentCache, SlotCache
 from model.experts import Experts
 from model.layer import DecoderLayer
 from model.moe import Router, Routing
@@ -106,9 +106,11 @@ class MiniDeepSeek(nn.Module):
         """
         batch, time = input_ids.shape
         if position_ids is None:
-            position_ids = self._positions(time, cache, input_ids.device)
+            position_ids = self._positions(batch, time, cache, input_ids.device)
         rope = self.rotary(position_ids)
-        if cache is not None and cache.padding is not None:
+        if isinstance(cache, SlotCache):
+            visibility = Visibility.reaching(position_ids, cache.end)
+        elif cache is not None and cache.padding is not None:
             visibility = Visibility.padded(time, cache.length + time, cache.padding)
         elif segment_ids is not None:
             visibility = Visibility.packed(segment_ids)
@@ -197,7 +199,9 @@ class MiniDeepSeek(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def _positions(self, time: int, cache: Cache | None, device: torch.device) -> Tensor:
+    def _positions(self, batch: int, time: int, cache: Cache | None, device: torch.device) -> Tensor:
+        if isinstance(cache, SlotCache):
+            return cache.begin(batch, time)
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + time, device=device)[None]
         if cache is not None and cache.padding is not None:
