@@ -16,13 +16,13 @@ from torch import Tensor
 
 from model import native
 from model.cache import LatentCache, SlotCache, cache_dtype
+from model.prefill import TOKENS, prefill
 from model.sampling import Sampling
 from model.transformer import MiniDeepSeek, logits
 
 GREEDY = Sampling(temperature=0)
 # CPU kernels are generated for each new shape (10 ms against 1 ms of work): prompts are padded to a multiple of this.
 WIDTH = 8
-PREFILL_TOKENS = 4096  # in one pass: with more, memory that is always new costs more than larger products save
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class Batcher:
             sequences wait for new ones.
     """
 
-    def __init__(self, model: MiniDeepSeek, slots: int, max_length: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
+    def __init__(self, model: MiniDeepSeek, slots: int, max_length: int, prefill_tokens: int = TOKENS) -> None:
         self.model, self.slots, self.max_length, self.prefill_tokens = model, slots, max_length, prefill_tokens
         self.device = model.lm_head.weight.device
         self.cache = SlotCache(model.config, slots, max_length, cache_dtype(model), self.device)
@@ -216,10 +216,11 @@ class Batcher:
         width = min(width, self.max_length)
         ids = torch.tensor([[*prompt.ids, *[0] * (width - len(prompt.ids))] for prompt in batch], device=self.device)
         cache = LatentCache(self.model.config, len(batch), width, self.cache.latents.dtype, self.device)
-        hidden = self.model(ids, cache=cache).hidden
+        last = torch.tensor([len(prompt.ids) - 1 for prompt in batch], device=self.device)
+        hidden = prefill(self.model, ids, cache, last)
         for row, prompt in enumerate(batch):
             prompt.latents = cache.latents[:, row, : len(prompt.ids)]
-            prompt.hidden = hidden[row, len(prompt.ids) - 1].clone().unsqueeze(0)
+            prompt.hidden = hidden[row : row + 1]
 
     def _choose(self, hidden: Tensor) -> tuple[list[int], list[float]]:
         """The next token of each running sequence, by its own rule, and its log-probability."""

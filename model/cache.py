@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 import torch
@@ -73,6 +74,13 @@ class LatentCache:
     def reserve_rows(self, layers: Iterable[int], batch: int, time: int) -> Tensor:
         """The same for each row of a batch: (batch,) int64 on the host."""
         return torch.full((batch,), self.reserve(layers, time))
+
+    def part(self, rows: slice) -> LatentCache:
+        """Some rows as a cache of their own, in the same memory; its lengths are its own from here on."""
+        part = copy(self)
+        part.latents, part.lengths, part.decoders = self.latents[:, rows], list(self.lengths), {}
+        part.padding = None if self.padding is None else self.padding[rows]
+        return part
 
     def truncate(self, length: int, layer: int | None = None) -> None:
         """Forget every position from `length` on, in one layer or in all: drafts that did not come true."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from LMConfig import LMConfig
 from model import native
-from model.attention import Visibility
+from model.attention import Visibility, pick
 from model.cache import Cache, LatentCache, SlotCache
 from model.experts import Experts
 from model.layer import DecoderLayer
@@ -94,6 +94,7 @@ class MiniDeepSeek(nn.Module):
         segment_ids: Tensor | None = None,
         cache: Cache | None = None,
         mtp: bool = False,
+        wanted: Tensor | None = None,
     ) -> Output:
         """Run the network over (batch, time) token ids.
 
@@ -103,6 +104,8 @@ class MiniDeepSeek(nn.Module):
             cache: latents of the positions before these; the new ones are added to it. `LatentCache` for decoding,
                 `PromptLatents` for training on several continuations of a prompt.
             mtp: also run the MTP chain over the tokens at hand (training; `speculative` generation runs it by itself).
+            wanted: (batch,) the one position of each row that is asked for, where a prompt is read into a cache: the
+                output has no others, and the last layer computes none but their latents.
         """
         batch, time = input_ids.shape
         if position_ids is None:
@@ -127,10 +130,14 @@ class MiniDeepSeek(nn.Module):
         fast = native.decoder(self.model.layers, self.config, embedding, cache) if decoding else None
         if fast is not None:
             state = fast.run(embedding, rope)
+            state = state if wanted is None else pick(state, wanted)
         else:
-            for layer in self.model.layers:
+            *layers, last = self.model.layers
+            for layer in layers:
                 state, routing = self._run(layer, state, rope, visibility, cache, real)
                 routings.append(routing)
+            state, routing = self._run(last, state, rope, visibility, cache, real, wanted)
+            routings.append(routing)
         mtp_hidden, mtp_state = [], state
         for depth, layer in enumerate(self.mtp if mtp else [], start=1):
             # Position t meets token t+depth. The last `depth` positions meet nothing real: losses leave them out.
