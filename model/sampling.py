@@ -91,7 +91,9 @@ def inverse_cumulative(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
 
     Blocks are summed and looked through first, then the tokens of one: running sums over all tokens are slow.
     """
-    blocks_BNK = F.pad(probabilities_BV, (0, -probabilities_BV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    if missing := -probabilities_BV.shape[1] % BLOCK:
+        probabilities_BV = F.pad(probabilities_BV, (0, missing))
+    blocks_BNK = probabilities_BV.unflatten(1, (-1, BLOCK))
     sums = blocks_BNK.sum(-1)
     # Scaled by what the sum really is after rounding, a chance below 1 falls on a token of some probability.
     block, rest = _first_above(sums, chance_B * sums.cumsum(-1)[:, -1])

@@ -1,0 +1,91 @@
+"""Many prompts of one length with completions of very different lengths: continuous batching against batches that wait.
+
+Ours keeps `slots` sequences running and fills a free one at once. Beside it stand ours in lock step and transformers'
+`generate` on the same weights, in batches of `slots` that each last until their longest completion ends.
+
+python bench/batching.py [--preset demo] [--requests 128] [--slots 32] [--prompt 32] [--new 128] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+from side_by_side import against_transformers, options_of, serve, table, verdict
+
+from model import MiniDeepSeek
+from model.batching import Batcher, Request
+from training.machine import DTYPES
+
+LOCK_STEP = "lock step"
+PEERS = (LOCK_STEP, "eager")
+
+
+def main() -> None:
+    options = options_of(__doc__, PEERS, requests=128, slots=32, prompt=32, new=128)
+    if options.worker:
+        work(options)
+        return
+    _, ours, peers = against_transformers(__file__, options)
+    wanted = lengths(options)
+    for peer in peers:
+        peer.name = f"ours in {LOCK_STEP}" if peer.name.endswith(LOCK_STEP) else f"{peer.name} in {LOCK_STEP}"
+    print(
+        f"{options.preset}, {options.dtype}: {options.requests} prompts of {options.prompt} tokens, {options.slots} at "
+        f"a time; completions of {sum(wanted) / len(wanted):.0f} tokens on average, {max(wanted)} at most"
+    )
+    print(table([ours, *peers], {"tokens/s": "{:,.0f}"}))
+    for peer in peers:
+        print(f"tokens/s against {peer.name}: {verdict(ours, peer, 'tokens/s')}")
+
+
+def lengths(options: argparse.Namespace) -> list[int]:
+    """Completion lengths with a long tail: exponential, a quarter of the longest on average."""
+    drawn = torch.empty(options.requests).exponential_(4, generator=torch.Generator().manual_seed(0))
+    return (drawn * options.new).ceil().clamp(1, options.new).long().tolist()
+
+
+def work(options: argparse.Namespace) -> None:
+    """Complete all requests in this process, once for each line on stdin; only tokens that were asked for count."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 6400, (options.requests, options.prompt), generator=generator)
+    wanted, slots = lengths(options), options.slots
+    if options.worker == "eager":
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            options.folder, dtype=DTYPES[options.dtype], experts_implementation=options.worker
+        ).eval()
+        model.generation_config.eos_token_id = None
+    else:
+        model = MiniDeepSeek.from_pretrained(options.folder, dtype=DTYPES[options.dtype]).eval()
+
+    def waiting() -> None:
+        for start in range(0, options.requests, slots):
+            part, longest = prompts[start : start + slots], max(wanted[start : start + slots])
+            if options.worker == "eager":
+                mask = torch.ones_like(part)
+                model.generate(
+                    part, attention_mask=mask, max_new_tokens=longest, min_new_tokens=longest, do_sample=False
+                )
+            else:
+                model.generate(part, max_new_tokens=longest)
+
+    def continuous() -> None:
+        requests = [Request(ids, new) for ids, new in zip(prompts.tolist(), wanted, strict=True)]
+        for _ in Batcher(model, slots, options.prompt + options.new).run(requests):
+            pass
+
+    def measure() -> dict[str, float]:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            (continuous if options.worker == "ours" else waiting)()
+        return {"tokens/s": sum(wanted) / (time.perf_counter() - start)}
+
+    serve(measure, warm_up=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
