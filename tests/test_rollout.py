@@ -96,6 +96,19 @@ def test_tokens_come_as_often_as_they_are_likely():
     assert edges.tolist() == [1, 3, 3]  # never a token of no probability
 
 
+@pytest.mark.parametrize("vocab", [64, 1000])
+def test_the_token_of_a_chance_is_where_the_running_sum_passes_it(vocab):
+    p, chance = (torch.randn(500, vocab) * 3).softmax(-1), torch.rand(500)
+    p[:, ::3] = 0
+    p /= p.sum(-1, keepdim=True)
+    cumulative = p.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, chance.double().unsqueeze(1), right=True).squeeze(1)
+    clear = ((cumulative - chance.unsqueeze(1)).abs() > 1e-6).all(-1)  # where no rounding decides
+    assert clear.sum() > 450 and torch.equal(inverse_cumulative(p, chance)[clear], expected[clear])
+    for extreme in (0.0, 1 - 2**-24):
+        assert (p.gather(1, inverse_cumulative(p, torch.full((500,), extreme)).unsqueeze(1)) > 0).all()
+
+
 def test_chances_are_a_function_of_the_key():
     one, two = chances([(1, 2), (1, 3)], 4, 6), chances([(1, 3)], 4, 6)
     assert torch.equal(one[1], two[0]) and not torch.equal(one[0], one[1]) and one.shape == (2, 4, 6)

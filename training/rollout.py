@@ -24,7 +24,7 @@ from model.sampling import Sampling
 from text.order import scramble
 from text.tokenizer import Tokenizer
 
-SLOTS = 128  # completions sampled at a time; on CPU more gain nothing (docs/decoding.md)
+SLOTS = 128  # completions at a time; on CPU more are hardly faster
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class RolloutSettings:
         resample: how often the prompts of groups without variance are replaced by others in a step (DAPO's dynamic
             sampling); what still has none is left out.
         overlong: keep or filter completions that were cut at the limit.
-        rollout_rows: most completions sampled at a time on one rank.
+        rollout_rows: most completions sampled at a time on one rank; one that ends makes room for the next.
     """
 
     prompts: int = 32
