@@ -25,11 +25,9 @@ from text.registry import REGISTRY, Source, find_sources
 from training.machine import choose_dtype
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
-from training.rollout import Completions, chances, completion_texts, sample_completions
+from training.rollout import Completions, chances, completion_texts, sample_groups
 from training.settings import parse
 from training.stage import open_checkpoint
-
-AT_ONCE = 64  # prompts
 
 
 @dataclass
@@ -117,16 +115,15 @@ def main() -> None:
     asked.print_summary()
     told, rows = Statistics(), []
     bar = Console(stderr=True)
-    starts = range(0, settings.prompts, AT_ONCE)
-    for start in track(starts, "sampling", console=bar, transient=True, disable=not bar.is_terminal):
-        numbers = range(start, min(start + AT_ONCE, settings.prompts))
-        problems = [asked.problem(number) for number in numbers]
-        drawn = chances([(settings.seed, number) for number in numbers], settings.samples, settings.max_new_tokens)
-        made = sample_completions(model, asked.encode(problems), drawn, tokenizer.eos_id, settings.temperature)
-        samples = judged_samples(problems, made, completion_texts(tokenizer, made), settings)
-        for problem, own in zip(problems, samples, strict=True):
-            for text in verified(own, judge, settings.at_least, settings.keep, told):
-                rows.append(conversation(settings.system, problem, text))
+    numbers = range(settings.prompts)
+    problems = [asked.problem(number) for number in numbers]
+    drawn = chances([(settings.seed, number) for number in numbers], settings.samples, settings.max_new_tokens)
+    groups = sample_groups(model, asked.encode(problems), drawn, tokenizer.eos_id, settings.temperature)
+    shown = track(groups, "sampling", len(problems), console=bar, transient=True, disable=not bar.is_terminal)
+    for problem, made in zip(problems, shown, strict=True):
+        samples = judged_samples(problem, made, completion_texts(tokenizer, made), settings)
+        for text in verified(samples, judge, settings.at_least, settings.keep, told):
+            rows.append(conversation(settings.system, problem, text))
     if not rows:
         raise UserError(
             f"{settings.ckpt}: none of {told.samples} answers is worth {settings.at_least:g}; "
@@ -141,17 +138,11 @@ def main() -> None:
     print("\n".join([*told.lines(), f"{settings.out}: {len(rows)} conversations"]))
 
 
-def judged_samples(
-    problems: list[Problem], made: Completions, texts: list[str], settings: CollectSettings
-) -> list[list[Sample]]:
-    """The completions of each problem, ready to be judged."""
-    lengths, ended, count = made.lengths.tolist(), made.ended.tolist(), settings.samples
+def judged_samples(problem: Problem, made: Completions, texts: list[str], settings: CollectSettings) -> list[Sample]:
+    """The completions of a problem, ready to be judged."""
     return [
-        [
-            Sample(problem, texts[row], lengths[row], settings.max_new_tokens, ended[row])
-            for row in range(place * count, (place + 1) * count)
-        ]
-        for place, problem in enumerate(problems)
+        Sample(problem, text, length, settings.max_new_tokens, ended)
+        for text, length, ended in zip(texts, made.lengths.tolist(), made.ended.tolist(), strict=True)
     ]
 
 

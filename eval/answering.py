@@ -9,7 +9,8 @@ import torch
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.generate import generate, stream
+from model.batching import GREEDY, Batcher, Request
+from model.generate import stream
 from model.sampling import Sampling
 from model.speculative import stream_speculative
 from text.chat_template import Message, encode_chat, encode_chats
@@ -75,20 +76,34 @@ class Answerer:
         # A character that the limit cut is left out.
 
     def reply(
-        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 64, **sampling: float
+        self,
+        conversations: Sequence[Sequence[Message]],
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
     ) -> list[str]:
-        """Answer many conversations in one batch, greedily unless `sampling` says otherwise."""
+        """The answers to many conversations; see `replies`."""
+        return list(self.replies(conversations, max_new_tokens, sampling, seed))
+
+    def replies(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        slots: int = 64,
+    ) -> Iterator[str]:
+        """Answer many conversations, some at a time; the answers come in their order.
+
+        Args:
+            seed: of the sampling. An answer depends on it, its conversation and its place among them.
+            slots: conversations at a time.
+        """
         encoded = [ids for ids, _ in encode_chats(self.tokenizer, conversations, add_generation_prompt=True)]
-        longest = max(map(len, encoded))
-        pad = self.tokenizer.pad_id
-        prompt = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded], device=self.device)
-        eos = self.tokenizer.eos_id
-        out = generate(
-            self.model, prompt, max_new_tokens=max_new_tokens, eos_token_id=eos, attention_mask=mask, **sampling
-        )
-        answers = []
-        for row in out[:, longest:].tolist():
-            ids = row[: row.index(eos)] if eos in row else row
-            answers.append(self.tokenizer.decode(ids, skip_special_tokens=False))
-        return answers
+        drawn = torch.rand(len(encoded), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        stop = (self.tokenizer.eos_id,)
+        requests = [Request(ids, max_new_tokens, sampling, stop, row) for ids, row in zip(encoded, drawn, strict=True)]
+        longest = max(map(len, encoded), default=0) + max_new_tokens
+        for made in Batcher(self.model, min(slots, len(encoded)), longest).run(requests):
+            ids = made.tokens[:-1] if made.finish == "stop" else made.tokens
+            yield self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -16,6 +16,8 @@ from rich.table import Table
 
 from errors import UserError, command_line
 from eval.answering import Answerer
+from model.batching import GREEDY
+from model.sampling import Sampling
 from text.world.columns import conclusion
 from training.settings import call
 
@@ -63,21 +65,17 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def ask(
-    answerer: Answerer, questions: list[Question], batch: int = 64, max_new_tokens: int = 48, **sampling: float
+    answerer: Answerer,
+    questions: list[Question],
+    max_new_tokens: int = 48,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
 ) -> list[Result]:
-    """Answers in the order of the questions, asked in batches of similar length; greedy without `sampling`."""
-    order = sorted(range(len(questions)), key=lambda index: len(questions[index].question))
-    results: list[Result | None] = [None] * len(questions)
-    starts = range(0, len(order), batch)
-    bar = Console(stderr=True)
-    for start in track(starts, "asking", console=bar, transient=True, disable=not bar.is_terminal):
-        part = order[start : start + batch]
-        replies = answerer.reply(
-            [[{"role": "user", "content": questions[index].question}] for index in part], max_new_tokens, **sampling
-        )
-        for index, reply in zip(part, replies, strict=True):
-            results[index] = Result(questions[index], reply)
-    return [result for result in results if result is not None]
+    """Answers in the order of the questions; see `Answerer.replies`."""
+    asked = [[{"role": "user", "content": question.question}] for question in questions]
+    replies, bar = answerer.replies(asked, max_new_tokens, sampling, seed), Console(stderr=True)
+    shown = track(replies, "asking", len(asked), console=bar, transient=True, disable=not bar.is_terminal)
+    return [Result(question, reply) for question, reply in zip(questions, shown, strict=True)]
 
 
 def accuracy(results: list[Result]) -> dict[str, float]:

@@ -24,7 +24,6 @@ from training.settings import call
 from training.stage import open_checkpoint
 
 SHOWN = ("correct", "strict_format", "language")
-AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ def reasoning(
         Path(json).write_text(js.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf8")
 
 
-@torch.no_grad()
 def measure(
     folder: str, data: str, problems: int, val_fraction: float, new: int, system: str, device: str, dtype: str
 ) -> Row:
@@ -92,20 +90,15 @@ def measure(
     )
     if not prompts.validation:
         raise UserError(f"--data {data}: nothing is held out; raise --val_fraction")
-    judge, sums, tokens = Rewards.of(dict.fromkeys(SHOWN, 1.0)), dict.fromkeys(SHOWN, 0.0), 0
-    for start in range(0, len(prompts.validation), AT_ONCE):
-        part = prompts.validation[start : start + AT_ONCE]
-        # So cold that the likeliest token is chosen, with one chance for all.
-        middle = torch.full((len(part), 1, new), 0.5)
-        made = sample_completions(model, prompts.encode(part), middle, tokenizer.eos_id, temperature=1e-4)
-        lengths, ended = made.lengths.tolist(), made.ended.tolist()
-        texts = completion_texts(tokenizer, made)
-        samples = [Sample(*each, new, end) for *each, end in zip(part, texts, lengths, ended, strict=True)]
-        for name, values in judge(samples)[1].items():
-            sums[name] += sum(values)
-        tokens += sum(lengths)
-    count = len(prompts.validation)
-    return Row(folder, *(sums[name] / count for name in SHOWN), tokens / count)
+    judge = Rewards.of(dict.fromkeys(SHOWN, 1.0))
+    asked = prompts.validation
+    unused = torch.zeros(len(asked), 1, new)  # greedy answers need no chances
+    made = sample_completions(model, prompts.encode(asked), unused, tokenizer.eos_id, temperature=0.0)
+    lengths, ended = made.lengths.tolist(), made.ended.tolist()
+    texts = completion_texts(tokenizer, made)
+    samples = [Sample(*each, new, end) for *each, end in zip(asked, texts, lengths, ended, strict=True)]
+    means = {name: sum(values) / len(asked) for name, values in judge(samples)[1].items()}
+    return Row(folder, *(means[name] for name in SHOWN), sum(lengths) / len(asked))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from errors import UserError, command_line
 from eval.answering import Answerer
 from eval.questions import Question, ask
+from model.sampling import Sampling
 from training.settings import call
 
 
@@ -68,7 +69,7 @@ def read_favours(path: Path) -> list[Favour]:
 def score_style(answerer: Answerer, favours: list[Favour], temperature: float = 0.7, seed: int = 0) -> StyleScore:
     """Answers sampled as in a chat: greedy ones would show which style is likelier, not how likely it is."""
     asked = [Question(favour.question, favour.answer, "favour") for favour in favours]
-    results = ask(answerer, asked, temperature=temperature, seed=seed)
+    results = ask(answerer, asked, sampling=Sampling(temperature=temperature), seed=seed)
     styled = sum(in_style(result.reply, favour) for result, favour in zip(results, favours, strict=True))
     return StyleScore(styled / len(favours), sum(result.correct for result in results) / len(favours), len(favours))
 

@@ -44,11 +44,28 @@ class Visibility:
         allowed = causal(queries, keys, device)
         return Visibility((allowed & real) | (allowed & itself))
 
+    @staticmethod
+    def reaching(positions_BT: Tensor, keys: int) -> Visibility:
+        """Rows of different lengths that begin at key 0: each position sees the keys up to itself."""
+        return Visibility(torch.arange(keys, device=positions_BT.device) <= positions_BT[:, None, :, None])
+
+    def only(self, wanted_B: Tensor, queries: int, keys: int) -> Visibility:
+        """For one of the last `queries` of `keys` positions of each row, counted from the first of these."""
+        if self.allowed is None:
+            return Visibility.reaching((wanted_B + keys - queries).unsqueeze(1), keys)
+        return Visibility(pick(self.allowed.transpose(1, 2), wanted_B).transpose(1, 2))
+
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Bool, broadcastable to (batch, heads, queries, keys), for the last `queries` positions; None: all visible."""
         if self.allowed is not None or queries == 1:
             return self.allowed
         return causal(queries, keys, device)
+
+
+def pick(x_BT: Tensor, wanted_B: Tensor) -> Tensor:
+    """(batch or 1, time, ...) -> (batch, 1, ...): the wanted position of each row."""
+    rows = torch.arange(len(wanted_B), device=x_BT.device) if x_BT.shape[0] > 1 else 0
+    return x_BT[rows, wanted_B].unsqueeze(1)
 
 
 def causal(queries: int, keys: int, device: torch.device) -> Tensor:

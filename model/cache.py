@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ class LatentCache:
             self.lengths[layer] = end
         return start
 
+    def reserve_rows(self, layers: Iterable[int], batch: int, time: int) -> Tensor:
+        """The same for each row of a batch: (batch,) int64 on the host."""
+        return torch.full((batch,), self.reserve(layers, time))
+
+    def part(self, rows: slice) -> LatentCache:
+        """Some rows as a cache of their own, in the same memory; its lengths are its own from here on."""
+        part = copy(self)
+        part.latents, part.lengths, part.decoders = self.latents[:, rows], list(self.lengths), {}
+        part.padding = None if self.padding is None else self.padding[rows]
+        return part
+
     def truncate(self, length: int, layer: int | None = None) -> None:
         """Forget every position from `length` on, in one layer or in all: drafts that did not come true."""
         for index in range(len(self.lengths)) if layer is None else [layer]:
@@ -80,6 +92,62 @@ class LatentCache:
         self.latents = self.latents[:, rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
+
+
+class SlotCache(LatentCache):
+    """Sequences of different lengths, each in a slot of its own from position 0: for `model.batching`.
+
+    The slots in use are the first ones, in the order of the rows of a pass. `model(ids, cache=slots)` takes one row for
+    each of them; further rows, which fill a batch up, leave nothing behind.
+
+    Args:
+        slots: sequences at once; max_length: most positions of one.
+    Attributes:
+        used: slots in use; held: (slots,) int64 on the host, positions that each of them holds.
+    """
+
+    def __init__(
+        self, config: LMConfig, slots: int, max_length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__(config, slots, max_length, dtype, device)
+        self.used = 0
+        self.held = torch.zeros(slots, dtype=torch.int64)
+
+    def occupy(self, latents_LTC: Tensor) -> None:
+        """Put a sequence of which every layer's latents are known, (layers, time, C), into the next free slot."""
+        time = latents_LTC.shape[1]
+        self.latents[:, self.used, :time] = latents_LTC
+        self.held[self.used] = time
+        self.used += 1
+
+    def release(self, slot: int) -> None:
+        """Free a slot: the last one in use moves into its place."""
+        self.used -= 1
+        if slot != self.used:
+            time = int(self.held[self.used])
+            self.latents[:, slot, :time] = self.latents[:, self.used, :time]
+            self.held[slot] = time
+        self.held[self.used] = 0
+
+    def begin(self, batch: int, time: int) -> Tensor:
+        """Make room for a pass over all layers; returns the positions of its tokens, (batch, time)."""
+        self.start = self.held[:batch].clone()
+        self.end = int(self.start.max()) + time
+        if self.end > self.max_length:
+            raise ValueError(f"latent cache: {self.end} positions, but only {self.max_length} were allocated")
+        self.held[: self.used] += time
+        self.positions = (self.start[:, None] + torch.arange(time)).to(self.latents.device)
+        return self.positions
+
+    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
+        """Write the positions of this pass; returns (batch, longest, C), of which each row sees up to its own ones."""
+        batch = latent_BTC.shape[0]
+        rows = torch.arange(batch, device=latent_BTC.device)[:, None]
+        self.latents[layer, rows, self.positions] = latent_BTC.to(self.latents.dtype)
+        return self.latents[layer, :batch, : self.end]
+
+    def reserve_rows(self, layers: Iterable[int], batch: int, time: int) -> Tensor:
+        return self.start
 
 
 class PromptLatents:

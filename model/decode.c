@@ -5,7 +5,7 @@
 // bfloat16 ones (-DFLOAT_NORMS); all arithmetic is float32. The same mathematics as mla.py, moe.py and layer.py, which
 // say what each line is; tests hold the two equal.
 //
-// N tokens = rows * time; token n is row n / time, at position held + n % time of the cache.
+// N tokens = rows * time; token n is row n / time, at position held[n / time] + n % time of the cache.
 
 #include <math.h>
 #include <stdint.h>
@@ -284,7 +284,7 @@ static void choose(const Shape *s, const float *logits, const float *bias, float
 
 // x (N, hidden) += attention of the normed x.
 static void attention(const Shape *s, const Layer *layer, Scratch *t, float *x, const float *angles, const int64_t *padding,
-                      int64_t rows, int64_t time, int64_t held, int64_t capacity, float *scores) {
+                      int64_t rows, int64_t time, const int64_t *held, int64_t capacity, float *scores) {
   int64_t N = rows * time, width = s->rank + s->rope, qk = s->nope + s->rope, heads = s->heads;
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < N; n++) rms_norm(t->normed + n * s->hidden, x + n * s->hidden, layer->input_norm, s->hidden, s->eps);
@@ -294,7 +294,7 @@ static void attention(const Shape *s, const Layer *layer, Scratch *t, float *x, 
 #pragma omp barrier
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < N; n++) {
-    float *latent = layer->cache + ((n / time) * capacity + held + n % time) * width, *kv = t->kv + n * width;
+    float *latent = layer->cache + ((n / time) * capacity + held[n / time] + n % time) * width, *kv = t->kv + n * width;
     if (layer->q_a) rms_norm(t->q_a + n * s->q_rank, t->q_a + n * s->q_rank, layer->q_a_norm, s->q_rank, 1e-6f);
     rms_norm(latent, kv, layer->kv_a_norm, s->rank, 1e-6f);
     rotate(kv + s->rank, angles + n * s->rope, s->rope);
@@ -306,7 +306,7 @@ static void attention(const Shape *s, const Layer *layer, Scratch *t, float *x, 
   }
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < N * heads; i++) {
-    int64_t n = i / heads, row = n / time, last = held + n % time;
+    int64_t n = i / heads, row = n / time, last = held[row] + n % time;
     int64_t first = padding && padding[row] < last ? padding[row] : padding ? last : 0;  // a padding position sees itself
     attend(s, layer, t->q + i * qk, angles + n * s->rope, layer->cache + row * capacity * width, i % heads, first, last,
            scores, t->attended + i * s->value);
@@ -379,10 +379,11 @@ static void experts(const Shape *s, const Layer *layer, Scratch *t, float *x, in
     }
 }
 
-// Run `layers` layers over x (rows * time, hidden), in place. angles: (N, rope/2, 2); padding: (rows,) or NULL.
+// Run `layers` layers over x (rows * time, hidden), in place. angles: (N, rope/2, 2); padding: (rows,) or NULL;
+// held: (rows,) positions before the new ones.
 // scratch.scores holds capacity numbers for each thread.
 void decode(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, float *x, const float *angles,
-            const int64_t *padding, int64_t rows, int64_t time, int64_t held, int64_t capacity, int threads) {
+            const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t capacity, int threads) {
   int64_t N = rows * time;
 #pragma omp parallel num_threads(threads)
   {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from errors import UserError
 from model.cache import LatentCache, cache_dtype
+from model.prefill import prefill
 from model.sampling import Sampling
 from model.speculative import stream_speculative
 from model.transformer import MiniDeepSeek, logits
@@ -80,8 +81,8 @@ def stream(
     # Padding is not text that could be repeated: the row's own last token stands in for it.
     ids, seen = input_ids, input_ids if padding is None else input_ids.where(attention_mask.bool(), input_ids[:, -1:])
     for step in range(max_new_tokens):
-        out = model(ids, cache=cache)
-        chosen = sampling.choose(logits(out.hidden[:, -1], out.head), seen, generator)
+        hidden = prefill(model, ids, cache) if step == 0 else model(ids, cache=cache).hidden[:, -1]
+        chosen = sampling.choose(logits(hidden, model.lm_head.weight), seen, generator)
         chosen = torch.where(running, chosen, torch.full_like(chosen, fill))
         yield chosen
         for token in stop:

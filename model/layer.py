@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.attention import Visibility
+from model.attention import Visibility, pick
 from model.cache import LatentCache
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Routing, SwiGLU
@@ -30,9 +30,14 @@ class DecoderLayer(nn.Module):
         visibility: Visibility,
         cache: LatentCache | None = None,
         real_BT: Tensor | None = None,
+        wanted_B: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """x: (batch, time, hidden) -> the same, and what the router did (None in a dense layer)."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, visibility, cache)
+        """x: (batch, time, hidden) -> the same, and what the router did (None in a dense layer).
+
+        wanted: the only position of each row that is asked for: -> (batch, 1, hidden).
+        """
+        attended = self.self_attn(self.input_layernorm(x), rope, visibility, cache, wanted_B)
+        x = (x if wanted_B is None else pick(x, wanted_B)) + attended
         inner = self.post_attention_layernorm(x)
         if self.is_moe:
             out, routing = self.mlp(inner, real_BT, count=cache is None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.attention import Visibility, attend
+from model.attention import Visibility, attend, pick
 from model.cache import Cache, LatentCache
 from model.norm import RMSNorm
 from model.rope import rotate, softmax_scale
@@ -42,12 +42,25 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)  # W^UK and W^UV
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
 
-    def forward(self, x: Tensor, rope: Tensor, visibility: Visibility, cache: Cache | None = None) -> Tensor:
-        """x: (B, T, hidden) -> (B, T, hidden). With a cache, its positions come first and the new ones are added."""
-        q_nope, q_rope = self._queries(x, rope)
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        visibility: Visibility,
+        cache: Cache | None = None,
+        wanted_B: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, T, hidden) -> (B, T, hidden). With a cache, its positions come first and the new ones are added.
+
+        wanted: the only position of each row that attends, where one is enough: -> (B, 1, hidden).
+        """
         latent_BSC = self._latents(x, rope)
         if cache is not None:
             latent_BSC = cache.append(self.layer, latent_BSC)
+        if wanted_B is not None:
+            visibility = visibility.only(wanted_B, x.shape[1], latent_BSC.shape[1])
+            x, rope = pick(x, wanted_B), pick(rope, wanted_B)
+        q_nope, q_rope = self._queries(x, rope)
         if isinstance(cache, LatentCache) and x.shape[1] <= ABSORB_UP_TO:
             if self.layer not in cache.absorbed:
                 cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)

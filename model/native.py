@@ -85,7 +85,7 @@ class Decoder:
         """
         batch, time, _ = x.shape
         self._prepare(batch * time)
-        held = self.cache.reserve(self.places, time)
+        held = self.cache.reserve_rows(self.places, batch, time)
         out = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         angles = torch.view_as_real(rope).expand(batch, -1, -1, -1, -1).contiguous()
         padding = self.cache.padding
@@ -97,9 +97,9 @@ class Decoder:
             out.data_ptr(),
             angles.data_ptr(),
             None if padding is None else padding.data_ptr(),
+            held.data_ptr(),
             batch,
             time,
-            held,
             self.cache.max_length,
             self.threads,
         )
@@ -159,8 +159,8 @@ def library(dtype: torch.dtype, fine: torch.dtype | None = None) -> ctypes.CDLL 
         built = ctypes.CDLL(str(build(dtype, fine or dtype)))
     except (OSError, subprocess.CalledProcessError):
         return None
-    built.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_void_p] * 4
-    built.decode.argtypes += [ctypes.c_int64] * 4 + [ctypes.c_int]
+    built.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_void_p] * 5
+    built.decode.argtypes += [ctypes.c_int64] * 3 + [ctypes.c_int]
     built.decode.restype = None
     built.project.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     built.project.restype = None

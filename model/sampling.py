@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 64  # tokens summed at a time to find one by its cumulative probability
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,29 @@ class Sampling:
 
     def choose(self, logits_BV: Tensor, seen_BT: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """logits: (batch, vocab) float32; seen: (batch, time) earlier tokens, for the penalty. Returns (batch,) ids."""
-        logits = self.penalise(logits_BV, seen_BT)
         if self.temperature == 0:
-            return logits.argmax(-1)
-        probabilities = self.truncate(logits / self.temperature).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+            return self.penalise(logits_BV, seen_BT).argmax(-1)
+        return torch.multinomial(self.probabilities(logits_BV, seen_BT), 1, generator=generator).squeeze(1)
+
+    def choose_by_chance(self, logits_BV: Tensor, seen_BT: Tensor | None, chance_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from a number in [0, 1) for each row, which greedy choice does not need.
+
+        Returns:
+            (batch,) ids and their (batch,) log-probabilities: of the distribution that is sampled from, or greedily of
+            the model's own.
+        """
+        if self.temperature == 0:
+            logits = self.penalise(logits_BV, seen_BT)
+            most, chosen = logits.max(-1)
+            return chosen, most - logits.logsumexp(-1)
+        probabilities = self.probabilities(logits_BV, seen_BT)
+        chosen = inverse_cumulative(probabilities, chance_B)
+        return chosen, probabilities.gather(1, chosen.unsqueeze(1)).squeeze(1).log()
+
+    def probabilities(self, logits_BV: Tensor, seen_BT: Tensor | None) -> Tensor:
+        """What a token is sampled from, (batch, vocab); the temperature is above 0."""
+        logits = self.penalise(logits_BV, seen_BT)
+        return self.truncate(logits if self.temperature == 1 else logits / self.temperature).softmax(-1)
 
     def penalise(self, logits_BV: Tensor, seen_BT: Tensor | None) -> Tensor:
         """Divide positive and multiply negative logits of the tokens seen."""
@@ -63,3 +84,28 @@ class Sampling:
             least = self.min_p * probabilities.max(-1, keepdim=True).values
             logits_BV = logits_BV.masked_fill(probabilities < least, float("-inf"))
         return logits_BV
+
+
+def inverse_cumulative(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
+    """The first token of each row whose cumulative probability exceeds the row's chance. (B,) int64.
+
+    Blocks are summed and looked through first, then the tokens of one: running sums over all tokens are slow.
+    """
+    blocks_BNK = F.pad(probabilities_BV, (0, -probabilities_BV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums = blocks_BNK.sum(-1)
+    # Scaled by what the sum really is after rounding, a chance below 1 falls on a token of some probability.
+    block, rest = _first_above(sums, chance_B * sums.cumsum(-1)[:, -1])
+    within = blocks_BNK[torch.arange(len(block), device=block.device), block]
+    return block * BLOCK + _first_above(within, rest)[0]
+
+
+def _first_above(weights_BN: Tensor, threshold_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of each row first exceeds its threshold, and how much of that is left there; both (B,).
+
+    Where rounding lets no sum exceed it: the largest weight.
+    """
+    cumulative = weights_BN.cumsum(-1)
+    found = torch.searchsorted(cumulative, threshold_B.unsqueeze(1), right=True)
+    found = torch.where(found < weights_BN.shape[1], found, weights_BN.argmax(-1, keepdim=True))
+    before = (cumulative - weights_BN).gather(1, found).squeeze(1)
+    return found.squeeze(1), (threshold_B - before).clamp(min=0)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from LMConfig import LMConfig
 from model import native
-from model.attention import Visibility
-from model.cache import Cache, LatentCache
+from model.attention import Visibility, pick
+from model.cache import Cache, LatentCache, SlotCache
 from model.experts import Experts
 from model.layer import DecoderLayer
 from model.moe import Router, Routing
@@ -94,6 +94,7 @@ class MiniDeepSeek(nn.Module):
         segment_ids: Tensor | None = None,
         cache: Cache | None = None,
         mtp: bool = False,
+        wanted: Tensor | None = None,
     ) -> Output:
         """Run the network over (batch, time) token ids.
 
@@ -103,12 +104,16 @@ class MiniDeepSeek(nn.Module):
             cache: latents of the positions before these; the new ones are added to it. `LatentCache` for decoding,
                 `PromptLatents` for training on several continuations of a prompt.
             mtp: also run the MTP chain over the tokens at hand (training; `speculative` generation runs it by itself).
+            wanted: (batch,) the one position of each row that is asked for, where a prompt is read into a cache: the
+                output has no others, and the last layer computes none but their latents.
         """
         batch, time = input_ids.shape
         if position_ids is None:
-            position_ids = self._positions(time, cache, input_ids.device)
+            position_ids = self._positions(batch, time, cache, input_ids.device)
         rope = self.rotary(position_ids)
-        if cache is not None and cache.padding is not None:
+        if isinstance(cache, SlotCache):
+            visibility = Visibility.reaching(position_ids, cache.end)
+        elif cache is not None and cache.padding is not None:
             visibility = Visibility.padded(time, cache.length + time, cache.padding)
         elif segment_ids is not None:
             visibility = Visibility.packed(segment_ids)
@@ -125,10 +130,14 @@ class MiniDeepSeek(nn.Module):
         fast = native.decoder(self.model.layers, self.config, embedding, cache) if decoding else None
         if fast is not None:
             state = fast.run(embedding, rope)
+            state = state if wanted is None else pick(state, wanted)
         else:
-            for layer in self.model.layers:
+            *layers, last = self.model.layers
+            for layer in layers:
                 state, routing = self._run(layer, state, rope, visibility, cache, real)
                 routings.append(routing)
+            state, routing = self._run(last, state, rope, visibility, cache, real, wanted)
+            routings.append(routing)
         mtp_hidden, mtp_state = [], state
         for depth, layer in enumerate(self.mtp if mtp else [], start=1):
             # Position t meets token t+depth. The last `depth` positions meet nothing real: losses leave them out.
@@ -197,7 +206,9 @@ class MiniDeepSeek(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def _positions(self, time: int, cache: Cache | None, device: torch.device) -> Tensor:
+    def _positions(self, batch: int, time: int, cache: Cache | None, device: torch.device) -> Tensor:
+        if isinstance(cache, SlotCache):
+            return cache.begin(batch, time)
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + time, device=device)[None]
         if cache is not None and cache.padding is not None:

@@ -13,7 +13,7 @@ from model import MiniDeepSeek
 from text.problems import Problem
 from training.ranks import Ranks
 from training.rewards import is_correct
-from training.rollout import COLD, Sampler, chances, completion_texts, sample_completions
+from training.rollout import Sampler, chances, completion_texts, sample_completions
 
 SAMPLES = 4
 KEY = 0x76616C  # keeps the chances of measuring apart from those of training
@@ -40,16 +40,12 @@ class Accuracy:
         policy = self.sampler.refresh()
         mine = list(enumerate(self.prompts.validation))[ranks.rank :: ranks.world]
         entry: dict[str, Any] = {}
-        for name, samples, temperature in (("accuracy", 1, COLD), ("pass_1", SAMPLES, self.temperature)):
+        for name, samples, temperature in (("accuracy", 1, 0.0), ("pass_1", SAMPLES, self.temperature)):
             right, asked = Counter(), Counter()
-            at_once = max(self.rows // samples, 1)
-            for start in range(0, len(mine), at_once):
-                part = mine[start : start + at_once]
-                texts = self._answers(policy, part, samples, temperature)
-                for row, text in enumerate(texts):
-                    problem = part[row // samples][1]
-                    right[problem.kind] += is_correct(problem, text)
-                    asked[problem.kind] += 1
+            for row, text in enumerate(self._answers(policy, mine, samples, temperature)):
+                problem = mine[row // samples][1]
+                right[problem.kind] += is_correct(problem, text)
+                asked[problem.kind] += 1
             sums = torch.tensor([[right[kind], asked[kind]] for kind in self.kinds], dtype=torch.float64)
             sums: Tensor = ranks.sum(sums.to(ranks.device)).cpu()
             entry[f"val_{name}"] = (sums[:, 0].sum() / sums[:, 1].sum()).item()
@@ -62,7 +58,9 @@ class Accuracy:
         self, policy: MiniDeepSeek, numbered: list[tuple[int, Problem]], samples: int, temperature: float
     ) -> list[str]:
         """`samples` answers to each problem, those of a problem together."""
+        if not numbered:
+            return []
         ids = self.prompts.encode([problem for _, problem in numbered])
         drawn = chances([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
-        made = sample_completions(policy, ids, drawn, self.prompts.tokenizer.eos_id, temperature)
+        made = sample_completions(policy, ids, drawn, self.prompts.tokenizer.eos_id, temperature, self.rows)
         return completion_texts(self.prompts.tokenizer, made)

@@ -142,21 +142,19 @@ class Experience:
 
     def _sample(self, policy: MiniDeepSeek, slots: list[int], turn: int) -> list[Group]:
         """A group for each slot: its prompt and chances depend on the slot and the turn only."""
-        settings, groups = self.settings, []
-        at_once = max(settings.rollout_rows // settings.group, 1)
-        for start in range(0, len(slots), at_once):
-            part = slots[start : start + at_once]
-            problems = [self.prompts.problem(slot, turn) for slot in part]
-            ids = self.prompts.encode(problems)
-            keys = [(self.prompts.seed, CHANCES, slot, turn) for slot in part]
-            drawn = chances(keys, settings.group, settings.max_new_tokens)
-            made = sample_completions(policy, ids, drawn, self.tokenizer.eos_id, settings.temperature)
-            groups += self._judge(problems, ids, made)
-        return groups
+        if not slots:
+            return []
+        settings = self.settings
+        problems = [self.prompts.problem(slot, turn) for slot in slots]
+        ids = self.prompts.encode(problems)
+        keys = [(self.prompts.seed, CHANCES, slot, turn) for slot in slots]
+        drawn = chances(keys, settings.group, settings.max_new_tokens)
+        stop, rows = self.tokenizer.eos_id, settings.rollout_rows
+        made = sample_completions(policy, ids, drawn, stop, settings.temperature, rows)
+        return self._judge(problems, ids, made)
 
     def _judge(self, problems: list[Problem], ids: list[list[int]], made: Completions) -> list[Group]:
         group = self.settings.group
-        made = Completions(made.tokens.cpu(), made.lengths.cpu(), made.log_probs.cpu(), made.ended.cpu())
         texts = completion_texts(self.tokenizer, made)
         samples = [
             Sample(problems[row // group], text, length, self.settings.max_new_tokens, ended)

@@ -12,7 +12,7 @@ from model import MiniDeepSeek
 from text.chat_template import encode_chats
 from text.tokenizer import Tokenizer
 from training.answers import Answer, Ask, Failure
-from training.rollout import COLD, chances, completion_texts, sample_completions
+from training.rollout import chances, completion_texts, sample_groups
 from training.stage import open_checkpoint
 from training.teacher import frozen, is_ours, open_transformers
 
@@ -34,7 +34,7 @@ class CheckpointTeacher:
     at_once: int = 64
 
     def answers(self, asks: Sequence[Ask]) -> Generator[tuple[Ask, Answer | Failure], None, None]:
-        """In batches of prompts of similar length."""
+        """The shortest prompts of each block first."""
         room = self.model.config.max_position_embeddings - self.max_new_tokens
         # So many at a time, in their order, that what is written down early was asked early.
         for start in range(0, len(asks), 16 * self.at_once):
@@ -43,17 +43,14 @@ class CheckpointTeacher:
             order = sorted(range(len(block)), key=lambda place: len(encoded[place]))
             yield from ((block[place], Failure(TOO_LONG)) for place in order if len(encoded[place]) > room)
             fitting = [place for place in order if len(encoded[place]) <= room]
-            for first in range(0, len(fitting), self.at_once):
-                part = fitting[first : first + self.at_once]
-                drawn = chances([(self.seed, int(block[p].key, 16)) for p in part], 1, self.max_new_tokens)
-                made = sample_completions(
-                    self.model, [encoded[p] for p in part], drawn, self.tokenizer.eos_id, max(self.temperature, COLD)
-                )
-                texts = completion_texts(self.tokenizer, made)
-                for place, text, tokens, ended in zip(
-                    part, texts, made.lengths.tolist(), made.ended.tolist(), strict=True
-                ):
-                    yield block[place], Answer(text, "stop" if ended else "length", tokens)
+            if not fitting:
+                continue
+            drawn = chances([(self.seed, int(block[p].key, 16)) for p in fitting], 1, self.max_new_tokens)
+            asked = [encoded[place] for place in fitting]
+            groups = sample_groups(self.model, asked, drawn, self.tokenizer.eos_id, self.temperature, self.at_once)
+            for place, made in zip(fitting, groups, strict=True):
+                (text,) = completion_texts(self.tokenizer, made)
+                yield block[place], Answer(text, "stop" if made.ended[0] else "length", int(made.lengths[0]))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from text.packing import pack_best_fit, write_row
 from training.distillation import SAMPLED
 from training.losses import Batch
 from training.ranks import Ranks
-from training.rollout import COLD, Sampler, chances, sample_completions
+from training.rollout import Sampler, chances, sample_groups
 
 CHOICE, CHANCES = 0x6F6E706F, 0x6F776E61  # keep these random numbers apart from those of the data order
 
@@ -110,9 +110,7 @@ class OwnAnswers:
         prompts = [prompt_of(*self.chats.chats[member]) for member in members]
         # Prompts of similar length together, a fair share of them for each rank.
         mine = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))[self.ranks.rank :: self.ranks.world]
-        policy, answers = self.sampler.refresh(), {}
-        for start in range(0, len(mine), self.settings.rollout_rows):
-            answers |= self._answer(policy, step, prompts, mine[start : start + self.settings.rollout_rows])
+        answers = self._answer(self.sampler.refresh(), step, prompts, mine) if mine else {}
         for other in self.ranks.gather(answers):
             answers |= other
         conversations = []
@@ -137,13 +135,10 @@ class OwnAnswers:
         """Answers to the prompts at some places; each depends on the weights, its prompt, the seed, step and place."""
         settings = self.settings
         drawn = chances([(self.chats.seed, CHANCES, step, place) for place in places], 1, settings.max_new_tokens)
-        # No answer of these has more room than the one to the shortest prompt.
-        room = self.chats.sequence_length + 1 - min(len(prompts[place]) for place in places)
         asked = [prompts[place].tolist() for place in places]
-        temperature = max(settings.sample_temperature, COLD)
-        made = sample_completions(policy, asked, drawn[..., :room], self.stop, temperature)
-        tokens, lengths = made.tokens.cpu().numpy(), made.lengths.tolist()
-        return {place: tokens[row, : lengths[row]] for row, place in enumerate(places)}
+        fitting = [own[:, : self.chats.sequence_length + 1 - len(ids)] for own, ids in zip(drawn, asked, strict=True)]
+        made = sample_groups(policy, asked, fitting, self.stop, settings.sample_temperature, settings.rollout_rows)
+        return {place: group.tokens[0, : group.lengths[0]].numpy() for place, group in zip(places, made, strict=True)}
 
 
 def prompt_of(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -8,24 +8,23 @@ batch it was sampled in, nor of the number of ranks, and a resumed run samples t
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.cache import LatentCache, cache_dtype
+from model.batching import Batcher, Completion, Request
 from model.experts import Experts
-from model.transformer import logits
+from model.sampling import Sampling
 from text.order import scramble
 from text.tokenizer import Tokenizer
 
-# CPU kernels are generated for each new shape (10 ms against 1 ms of work): prompts are padded to a multiple of this,
-# and when completions have ended the batch shrinks to a power of two.
-WIDTH = 8
-COLD = 1e-4  # so low a temperature that the likeliest token is chosen
+SLOTS = 128  # completions sampled at a time; on CPU more gain nothing (docs/decoding.md)
 
 
 @dataclass(kw_only=True)
@@ -85,69 +84,63 @@ class Completions:
     ended: Tensor
 
 
-@torch.no_grad()
 def sample_completions(
     model: MiniDeepSeek,
     prompts: Sequence[Sequence[int]],
-    chances: Tensor,
+    chances: Sequence[Tensor],
     stop: int,
     temperature: float = 1.0,
+    slots: int = SLOTS,
 ) -> Completions:
-    """Sample a group of completions of each prompt at once.
+    """Sample a group of completions of each prompt; see `sample_groups`."""
+    groups = list(sample_groups(model, prompts, chances, stop, temperature, slots))
+    new = max(made.tokens.shape[1] for made in groups)
+    return Completions(
+        torch.cat([F.pad(made.tokens, (0, new - made.tokens.shape[1])) for made in groups]),
+        torch.cat([made.lengths for made in groups]),
+        torch.cat([F.pad(made.log_probs, (0, new - made.log_probs.shape[1])) for made in groups]),
+        torch.cat([made.ended for made in groups]),
+    )
+
+
+def sample_groups(
+    model: MiniDeepSeek,
+    prompts: Sequence[Sequence[int]],
+    chances: Sequence[Tensor],
+    stop: int,
+    temperature: float = 1.0,
+    slots: int = SLOTS,
+) -> Iterator[Completions]:
+    """Sample a group of completions of each prompt, and yield the groups in their order as soon as they are whole.
 
     Args:
-        prompts: token ids, none empty. chances: (prompts, group, new) float32 in [0, 1); `new` is the limit of tokens.
+        prompts: token ids, none empty. chances: of each prompt (group, new) float32 in [0, 1); `new` is the limit of
+            tokens.
         stop: the token that ends a completion and belongs to it.
-        temperature: above 0; the log-probabilities are those of the tempered distribution.
+        temperature: the log-probabilities are those of the tempered distribution; 0 takes the likeliest token.
+        slots: most completions at a time; one that ends makes room for the next.
     """
-    device = model.lm_head.weight.device
-    count, group, new = chances.shape
-    longest = -(-max(map(len, prompts)) // WIDTH) * WIDTH
-    padding = torch.tensor([longest - len(ids) for ids in prompts], device=device)
-    ids = torch.tensor([[stop] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
-    padded = padding if bool(padding.any()) else None
-    cache = LatentCache(model.config, count, longest + new, cache_dtype(model), device, padded)
-    hidden = model(ids, cache=cache).hidden[:, -1]
-    # One prefill a prompt; then every completion has a row of its own.
-    rows = torch.arange(count, device=device).repeat_interleave(group)
-    cache.keep_rows(rows)
-    hidden, chances = hidden[rows], chances.to(device).flatten(0, 1)
-
-    running = torch.arange(count * group, device=device)  # which completion each row of the cache is
-    alive = torch.ones_like(running, dtype=torch.bool)
-    tokens = torch.zeros(count * group, new, dtype=torch.int64, device=device)
-    log_probs = torch.zeros(count * group, new, device=device)
-    lengths = torch.full_like(running, new)
-    for step in range(new):
-        p = (logits(hidden, model.lm_head.weight) / temperature).softmax(-1)
-        chosen = inverse_cumulative(p, chances[running, step])
-        tokens[running[alive], step] = chosen[alive]
-        log_probs[running[alive], step] = p.gather(1, chosen.unsqueeze(1)).squeeze(1).log()[alive]
-        ends = alive & (chosen == stop)
-        lengths[running[ends]] = step + 1
-        alive = alive & ~ends
-        left = int(alive.sum())
-        if left == 0 or step + 1 == new:
-            break
-        size = 1 << (left - 1).bit_length()
-        if size < len(running):
-            kept = alive.int().argsort(descending=True, stable=True)[:size]
-            cache.keep_rows(kept)
-            running, chosen, alive = running[kept], chosen[kept], alive[kept]
-        hidden = model(chosen.unsqueeze(1), cache=cache).hidden[:, -1]
-    ended = tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1) == stop
-    return Completions(tokens, lengths, log_probs, ended)
+    sampling = Sampling(temperature=temperature)
+    requests = [
+        [Request(ids, drawn.shape[1], sampling, (stop,), row) for row in drawn]
+        for ids, drawn in zip(prompts, chances, strict=True)
+    ]
+    longest = max(len(request.prompt) + request.max_new_tokens for group in requests for request in group)
+    completed = Batcher(model, min(slots, sum(map(len, requests))), longest).run(
+        [r for group in requests for r in group]
+    )
+    for group in requests:
+        yield _table(list(islice(completed, len(group))), group[0].max_new_tokens)
 
 
-def inverse_cumulative(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
-    """The first token of each row whose cumulative probability exceeds the row's chance. (B,) int64."""
-    cumulative = probabilities_BV.cumsum(-1)
-    # Scaled by what the sum really is after rounding, a chance below 1 falls on a token of some probability.
-    chance = (chance_B * cumulative[:, -1]).unsqueeze(1)
-    chosen = torch.searchsorted(cumulative, chance, right=True).squeeze(1)
-    if bool((chosen == probabilities_BV.shape[1]).any()):
-        chosen = torch.where(chosen < probabilities_BV.shape[1], chosen, probabilities_BV.argmax(-1))
-    return chosen
+def _table(completions: list[Completion], new: int) -> Completions:
+    """Completions as tensors of the width `new`, on the host."""
+    return Completions(
+        torch.tensor([made.tokens + [0] * (new - len(made.tokens)) for made in completions]),
+        torch.tensor([len(made.tokens) for made in completions]),
+        torch.tensor([made.log_probs + [0.0] * (new - len(made.tokens)) for made in completions]),
+        torch.tensor([made.finish == "stop" for made in completions]),
+    )
 
 
 def chances(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:
