@@ -44,7 +44,7 @@ WEIGHTS = (
     "input_norm q_a_norm kv_a_norm post_norm router q_a q_a_bias q_b kv_a kv_a_bias kv_b o o_bias gate up down "
     "gate_up_experts down_experts router_bias cache"
 )
-ROOM = "normed q_a q kv attended inner affinity choice_weight choice_inner scores choice token_of first_of"
+ROOM = "normed q_a q kv attended inner affinity choice_weight choice_inner joined angles scores choice token_of first_of"
 
 
 class Shape(ctypes.Structure):
@@ -297,6 +297,8 @@ def _scratch(config: LMConfig, tokens: int, capacity: int, threads: int) -> tupl
         "affinity": tokens * config.n_routed_experts,
         "choice_weight": choices,
         "choice_inner": choices * config.moe_intermediate_size,
+        "joined": tokens * 2 * config.hidden_size,
+        "angles": tokens * config.qk_rope_head_dim,
         "scores": capacity * threads,
     }
     integers = {"choice": choices, "token_of": choices, "first_of": config.n_routed_experts + 1}
