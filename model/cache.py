@@ -38,6 +38,7 @@ class LatentCache:
         self.lengths = [0] * layers
         self.padding = padding
         self.decoders: dict[int, Any] = {}  # see model/native.py
+        self.steppers: dict[int, Any] = {}  # see model/stepper.py
         self.absorbed: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, see model/mla.py
 
     @property

@@ -221,7 +221,35 @@ static void rotate(float *x, const float *angle, int64_t n) {  // angle: n/2 pai
   }
 }
 
-static float silu(float x) { return x / (1 + expf(-x)); }
+// e^x of 16 numbers, to about two units in the last place: 2^n times a polynomial in the rest (Cephes' coefficients).
+INLINE lanes exp_of(lanes x) {
+  whole_lanes low = (whole_lanes)(x < -87), high = (whole_lanes)(x > 88);
+  x = (lanes)(((whole_lanes)x & ~(low | high)) | ((whole_lanes)((lanes){0} - 87) & low) |
+              ((whole_lanes)((lanes){0} + 88) & high));
+  lanes shifted = x * 1.44269504f + 12582912;  // 1.5 * 2^23: the integer next to it stands in the low bits
+  lanes n = shifted - 12582912, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  return p * (lanes)(((whole_lanes)shifted - 0x4b400000u + 127u) << 23);
+}
+
+// x[i] = e^(x[i] - most); returns the sum of all.
+static float exponentials(float *x, int64_t n, float most) {
+  lanes sum = {0};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) sum += *(lanes *)(x + i) = exp_of(*(const lanes *)(x + i) - most);
+  lanes rest = {0};
+  memcpy(&rest, x + i, (n - i) * sizeof(float));
+  rest = exp_of(rest - most);
+  memcpy(x + i, &rest, (n - i) * sizeof(float));
+  float result = total(sum);
+  for (; i < n; i++) result += x[i];
+  return result;
+}
 
 // The functions below are called by all threads together; `omp for` shares the work, and waits unless `nowait`.
 
@@ -259,11 +287,12 @@ static void swiglu(float *const *out, const float *const *x, const float *scale,
     }
     for (int64_t n = 0; n < N; n += 4) {
       int count = N - n < 4 ? N - n : 4;
-      float result[ROWS][4];
+      float result[ROWS][4] = {{0}};
       rows_by_vectors(count, rows, x + n, I, result);
+      lanes *g = (lanes *)result[0], *u = (lanes *)result[ROWS / 2];  // four rows of four vectors are 16 numbers
+      *g = *g / (1 + exp_of(-*g)) * *u;
       for (int c = 0; c < count; c++)
-        for (int r = 0; r < ROWS / 2 && o + r < O; r++)
-          out[n + c][o + r] = silu(result[r][c]) * result[ROWS / 2 + r][c] * (scale ? scale[n + c] : 1);
+        for (int r = 0; r < ROWS / 2 && o + r < O; r++) out[n + c][o + r] = result[r][c] * (scale ? scale[n + c] : 1);
     }
   }
 }
@@ -287,7 +316,7 @@ static void attend(const Shape *s, const Layer *layer, float *q, const float *an
     scores[p] *= s->scale;
     if (scores[p] > most) most = scores[p];
   }
-  for (p = first; p <= last; p++) sum += scores[p] = expf(scores[p] - most);
+  sum = exponentials(scores + first, last + 1 - first, most);
   memset(mixed, 0, sizeof mixed);
   for (p = first; p + 4 <= last + 1; p += 4) {
     const float *l = latents + p * width, *by = scores + p;
@@ -505,12 +534,13 @@ static void begin(const Shape *s, const Ends *ends, Scratch *t, const int64_t *t
 
 // The likeliest token (the first of equals), and how likely it is.
 static void pick(const float *logits, int64_t count, int64_t *choice, float *confidence) {
-  int64_t best = 0;
-  float sum = 0;
-  for (int64_t i = 1; i < count; i++)
+  int64_t best = 0, i;
+  for (i = 1; i < count; i++)
     if (logits[i] > logits[best]) best = i;
-  for (int64_t i = 0; i < count; i++)
-    if (logits[i] > logits[best] - 12) sum += expf(logits[i] - logits[best]);  // the others hardly count
+  lanes sums = {0};
+  for (i = 0; i + LANES <= count; i += LANES) sums += exp_of(*(const lanes *)(logits + i) - logits[best]);
+  float sum = total(sums);
+  for (; i < count; i++) sum += expf(logits[i] - logits[best]);
   *choice = best;
   *confidence = 1 / sum;
 }

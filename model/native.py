@@ -69,7 +69,7 @@ class Decoder:
     def __init__(self, layers: Sequence[DecoderLayer], config: LMConfig, cache: LatentCache) -> None:
         self.layers, self.config, self.cache = layers, config, cache
         self.places = range(layers[0].self_attn.layer, layers[0].self_attn.layer + len(layers))
-        self.library = library(*_types(layers))
+        self.library = library(*types(layers))
         self.shape = _shape(config, layers[0].self_attn.scale)
         self.threads = torch.get_num_threads()
         self.tokens = 0
@@ -162,6 +162,9 @@ def library(dtype: torch.dtype, fine: torch.dtype | None = None) -> ctypes.CDLL 
     built.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_void_p] * 4
     built.decode.argtypes += [ctypes.c_int64] * 4 + [ctypes.c_int]
     built.decode.restype = None
+    built.step.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 5
+    built.step.argtypes += [ctypes.c_int]
+    built.step.restype = None
     built.project.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     built.project.restype = None
     return built
@@ -211,12 +214,12 @@ def _plain(layers: Sequence[DecoderLayer]) -> bool:
         if type(module) not in ours or module._forward_hooks or module._forward_pre_hooks:
             return False
     weights = [weight for layer in layers for weight in layer.parameters()]
-    types = _types(layers)
-    plain = types is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
-    return plain and library(*types) is not None
+    found = types(layers)
+    plain = found is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
+    return plain and library(*found) is not None
 
 
-def _types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:
+def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:
     """The type of the matrices, and that of norms and routers, the same or float32; None for any others."""
     matrices, fine = set(), set()
     for module in (module for layer in layers for module in layer.modules()):

@@ -37,8 +37,11 @@ class Sampling:
         logits = self.penalise(logits_BV, seen_BT)
         if self.temperature == 0:
             return logits.argmax(-1)
-        probabilities = self.truncate(logits / self.temperature).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(1)
+
+    def probabilities(self, logits_BV: Tensor) -> Tensor:
+        """(batch, vocab) what sampling draws from, after any penalty; the temperature is above 0."""
+        return self.truncate(logits_BV / self.temperature).softmax(-1)
 
     def penalise(self, logits_BV: Tensor, seen_BT: Tensor | None) -> Tensor:
         """Divide positive and multiply negative logits of the tokens seen."""
