@@ -39,6 +39,7 @@ class LatentCache:
         self.lengths = [0] * layers
         self.padding = padding
         self.decoders: dict[int, Any] = {}  # see model/native.py
+        self.steppers: dict[int, Any] = {}  # see model/stepper.py
         self.absorbed: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, see model/mla.py
 
     @property
@@ -79,6 +80,7 @@ class LatentCache:
         """Some rows as a cache of their own, in the same memory; its lengths are its own from here on."""
         part = copy(self)
         part.latents, part.lengths, part.decoders = self.latents[:, rows], list(self.lengths), {}
+        part.steppers = {}
         part.padding = None if self.padding is None else self.padding[rows]
         return part
 

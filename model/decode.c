@@ -40,8 +40,16 @@ typedef struct {
   float *cache;  // (rows, capacity, rank + rope): [c^KV after its norm ; k^R after RoPE]
 } Layer;
 
+// What is before and after the layers. enorm, hnorm, eh_proj: an MTP layer's; NULL for the main model.
 typedef struct {
-  float *normed, *q_a, *q, *kv, *attended, *inner, *affinity, *choice_weight, *choice_inner, *scores;
+  int64_t vocab;
+  const weight *embedding, *head, *eh_proj;
+  const fine *enorm, *hnorm, *norm;
+  const float *angles;  // (positions, rope/2, 2): cos and sin
+} Ends;
+
+typedef struct {
+  float *normed, *q_a, *q, *kv, *attended, *inner, *affinity, *choice_weight, *choice_inner, *joined, *angles, *scores;
   int64_t *choice, *token_of, *first_of;
 } Scratch;
 
@@ -92,35 +100,80 @@ INLINE float total(lanes v) {
   return (left[0] + left[2]) + (left[1] + left[3]);
 }
 
-// out[r][c] = w[r] . x[c] for R rows of a matrix and C vectors: each is read once for all of the other.
-INLINE void tile(const int R, const int C, const weight *const *w, const float *const *x, int64_t n, float out[4][4]) {
-  lanes sum[4][4];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) sum[r][c] = (lanes){0};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    lanes column[4];
-    for (int c = 0; c < C; c++) column[c] = *(const lanes *)(x[c] + i);
-    for (int r = 0; r < R; r++) {
-      lanes row = load(w[r] + i);
-      __builtin_prefetch(w[r] + AHEAD + i);
-      for (int c = 0; c < C; c++) sum[r][c] += row * column[c];
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) {
-      out[r][c] = total(sum[r][c]);
-      for (int64_t j = i; j < n; j++) out[r][c] += get(w[r] + j) * x[c][j];
-    }
+#ifdef __clang__
+#define SHUFFLE __builtin_shufflevector
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (whole_lanes){__VA_ARGS__})
+#endif
+#define UNROLL _Pragma("GCC unroll 8")  // or sums would live in memory
+
+// The sums of four vectors at once, each added up in the order of `total`.
+INLINE void four_totals(lanes a, lanes b, lanes c, lanes d, float *out, int64_t stride) {
+#ifdef __AVX512F__
+  lanes ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  lanes cd = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  lanes all = SHUFFLE(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+              SHUFFLE(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  all += SHUFFLE(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  for (int r = 0; r < 4; r++) out[r * stride] = all[4 * r];
+#else
+  out[0] = total(a), out[stride] = total(b), out[2 * stride] = total(c), out[3 * stride] = total(d);
+#endif
 }
 
-// The same for up to four vectors.
-INLINE void rows_by_vectors(const int R, int count, const weight *const *w, const float *const *x, int64_t n,
-                            float out[4][4]) {
-  if (count == 4) tile(R, 4, w, x, n, out);
-  else if (count == 3) tile(R, 3, w, x, n, out);
-  else if (count == 2) tile(R, 2, w, x, n, out);
-  else tile(R, 1, w, x, n, out);
+// out[r][c] = w[r] . x[c] for R rows of a matrix and C vectors: each is read once for all of the other. The order of
+// additions is the same for every R and C: a token's numbers do not depend on the tokens beside it.
+INLINE void tile(const int R, const int C, const weight *const *w, const float *const *x, int64_t n, float out[][4]) {
+  lanes sum[8][4];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) sum[r][c] = (lanes){0};
+  int64_t i = 0;
+#if defined(BF16) && defined(__AVX512F__)
+  // Two neighbours as one number of 32 bits: shifted it is the first, masked the second. So one load and two simple
+  // operations give 32 weights; the vectors are parted in the same way, once for all rows.
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    lanes even[4], odd[4];
+    UNROLL for (int c = 0; c < C; c++) {
+      lanes a = *(const lanes *)(x[c] + i), b = *(const lanes *)(x[c] + i + LANES);
+      even[c] = SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      odd[c] = SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      whole_lanes two = (whole_lanes)_mm512_loadu_si512(w[r] + i);
+      lanes first = (lanes)(two << 16), second = (lanes)(two & 0xffff0000u);
+      __builtin_prefetch(w[r] + AHEAD + i);
+      UNROLL for (int c = 0; c < C; c++) sum[r][c] += first * even[c];
+      UNROLL for (int c = 0; c < C; c++) sum[r][c] += second * odd[c];
+    }
+  }
+#endif
+  for (; i + LANES <= n; i += LANES) {
+    lanes column[4];
+    UNROLL for (int c = 0; c < C; c++) column[c] = *(const lanes *)(x[c] + i);
+    UNROLL for (int r = 0; r < R; r++) {
+      lanes row = load(w[r] + i);
+      __builtin_prefetch(w[r] + AHEAD + i);
+      UNROLL for (int c = 0; c < C; c++) sum[r][c] += row * column[c];
+    }
+  }
+  UNROLL for (int c = 0; c < C; c++)
+    UNROLL for (int r = 0; r < R; r += 4)
+      four_totals(sum[r][c], sum[r + 1][c], sum[r + 2][c], sum[r + 3][c], &out[r][c], 4);
+  for (; i < n; i++)
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) out[r][c] += get(w[r] + i) * x[c][i];
+}
+
+// ROWS rows by up to four vectors, as many at a time as there are registers.
+#define ROWS 8
+INLINE void rows_by_vectors(int count, const weight *const *w, const float *const *x, int64_t n, float out[ROWS][4]) {
+  if (count == 1) tile(8, 1, w, x, n, out);
+  else if (count == 2) tile(8, 2, w, x, n, out);
+  else if (count == 3) tile(4, 3, w, x, n, out), tile(4, 3, w + 4, x, n, out + 4);
+  else tile(4, 4, w, x, n, out), tile(4, 4, w + 4, x, n, out + 4);
 }
 
 static float dot(const float *a, const float *b, int64_t n) {
@@ -143,6 +196,18 @@ static void four_dots(float *out, const float *a, const float *x, int64_t stride
     for (int r = 0; r < 4; r++) out[r] += a[i] * x[r * stride + i];
 }
 
+// out (n,) += sum over R rows of w of by[r] * w[r].
+INLINE void add_rows(const int R, float *out, const float *by, const weight *w, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    lanes sum = *(const lanes *)(out + i);
+    UNROLL for (int r = 0; r < R; r++) sum += by[r] * load(w + r * n + i);
+    *(lanes *)(out + i) = sum;
+  }
+  for (; i < n; i++)
+    for (int r = 0; r < R; r++) out[i] += by[r] * get(w + r * n + i);
+}
+
 static void rms_norm(float *out, const float *x, const fine *w, int64_t n, float eps) {
   float by = 1 / sqrtf(dot(x, x, n) / n + eps);
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * by * get_fine(w + i);
@@ -156,7 +221,35 @@ static void rotate(float *x, const float *angle, int64_t n) {  // angle: n/2 pai
   }
 }
 
-static float silu(float x) { return x / (1 + expf(-x)); }
+// e^x of 16 numbers, to about two units in the last place: 2^n times a polynomial in the rest (Cephes' coefficients).
+INLINE lanes exp_of(lanes x) {
+  whole_lanes low = (whole_lanes)(x < -87), high = (whole_lanes)(x > 88);
+  x = (lanes)(((whole_lanes)x & ~(low | high)) | ((whole_lanes)((lanes){0} - 87) & low) |
+              ((whole_lanes)((lanes){0} + 88) & high));
+  lanes shifted = x * 1.44269504f + 12582912;  // 1.5 * 2^23: the integer next to it stands in the low bits
+  lanes n = shifted - 12582912, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  return p * (lanes)(((whole_lanes)shifted - 0x4b400000u + 127u) << 23);
+}
+
+// x[i] = e^(x[i] - most); returns the sum of all.
+static float exponentials(float *x, int64_t n, float most) {
+  lanes sum = {0};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) sum += *(lanes *)(x + i) = exp_of(*(const lanes *)(x + i) - most);
+  lanes rest = {0};
+  memcpy(&rest, x + i, (n - i) * sizeof(float));
+  rest = exp_of(rest - most);
+  memcpy(x + i, &rest, (n - i) * sizeof(float));
+  float result = total(sum);
+  for (; i < n; i++) result += x[i];
+  return result;
+}
 
 // The functions below are called by all threads together; `omp for` shares the work, and waits unless `nowait`.
 
@@ -164,19 +257,19 @@ static float silu(float x) { return x / (1 + expf(-x)); }
 static void product(float *out, const float *x, const weight *w, const weight *bias, int64_t N, int64_t O, int64_t I,
                     int add) {
 #pragma omp for schedule(static) nowait
-  for (int64_t o4 = 0; o4 < (O + 3) / 4; o4++) {
-    const weight *rows[4];
-    for (int r = 0; r < 4; r++) rows[r] = w + (o4 * 4 + r < O ? o4 * 4 + r : O - 1) * I;
+  for (int64_t o = 0; o < O; o += ROWS) {
+    const weight *rows[ROWS];
+    for (int r = 0; r < ROWS; r++) rows[r] = w + (o + r < O ? o + r : O - 1) * I;
     for (int64_t n = 0; n < N; n += 4) {
       int count = N - n < 4 ? N - n : 4;
       const float *vectors[4];
-      float result[4][4];
+      float result[ROWS][4];
       for (int c = 0; c < count; c++) vectors[c] = x + (n + c) * I;
-      rows_by_vectors(4, count, rows, vectors, I, result);
-      for (int r = 0; r < 4 && o4 * 4 + r < O; r++)
-        for (int c = 0; c < count; c++) {
-          float *to = out + (n + c) * O + o4 * 4 + r;
-          *to = result[r][c] + (bias ? get(bias + o4 * 4 + r) : 0) + (add ? *to : 0);
+      rows_by_vectors(count, rows, vectors, I, result);
+      for (int c = 0; c < count; c++)
+        for (int r = 0; r < ROWS && o + r < O; r++) {
+          float *to = out + (n + c) * O + o + r;
+          *to = result[r][c] + (bias ? get(bias + o + r) : 0) + (add ? *to : 0);
         }
     }
   }
@@ -186,18 +279,20 @@ static void product(float *out, const float *x, const weight *w, const weight *b
 static void swiglu(float *const *out, const float *const *x, const float *scale, const weight *gate, const weight *up,
                    int64_t N, int64_t O, int64_t I) {
 #pragma omp for schedule(static) nowait
-  for (int64_t o2 = 0; o2 < (O + 1) / 2; o2++) {
-    int64_t a = o2 * 2, b = a + 1 < O ? a + 1 : a;
-    const weight *rows[4] = {gate + a * I, up + a * I, gate + b * I, up + b * I};
+  for (int64_t o = 0; o < O; o += ROWS / 2) {
+    const weight *rows[ROWS];
+    for (int r = 0; r < ROWS / 2; r++) {
+      int64_t at = (o + r < O ? o + r : O - 1) * I;
+      rows[r] = gate + at, rows[ROWS / 2 + r] = up + at;
+    }
     for (int64_t n = 0; n < N; n += 4) {
       int count = N - n < 4 ? N - n : 4;
-      float result[4][4];
-      rows_by_vectors(4, count, rows, x + n, I, result);
-      for (int c = 0; c < count; c++) {
-        float by = scale ? scale[n + c] : 1;
-        out[n + c][a] = silu(result[0][c]) * result[1][c] * by;
-        out[n + c][b] = silu(result[2][c]) * result[3][c] * by;
-      }
+      float result[ROWS][4] = {{0}};
+      rows_by_vectors(count, rows, x + n, I, result);
+      lanes *g = (lanes *)result[0], *u = (lanes *)result[ROWS / 2];  // four rows of four vectors are 16 numbers
+      *g = *g / (1 + exp_of(-*g)) * *u;
+      for (int c = 0; c < count; c++)
+        for (int r = 0; r < ROWS / 2 && o + r < O; r++) out[n + c][o + r] = result[r][c] * (scale ? scale[n + c] : 1);
     }
   }
 }
@@ -210,8 +305,9 @@ static void attend(const Shape *s, const Layer *layer, float *q, const float *an
   const weight *w_uk = layer->kv_b + head * (s->nope + s->value) * s->rank, *w_uv = w_uk + s->nope * s->rank;
   rotate(q + s->nope, angle, s->rope);
   memset(query, 0, s->rank * sizeof(float));
-  for (int64_t d = 0; d < s->nope; d++)
-    for (int64_t i = 0; i < s->rank; i++) query[i] += q[d] * get(w_uk + d * s->rank + i);
+  int64_t d = 0;
+  for (; d + 4 <= s->nope; d += 4) add_rows(4, query, q + d, w_uk + d * s->rank, s->rank);
+  for (; d < s->nope; d++) add_rows(1, query, q + d, w_uk + d * s->rank, s->rank);
   memcpy(query + s->rank, q + s->nope, s->rope * sizeof(float));
   for (p = first; p + 4 <= last + 1; p += 4) four_dots(scores + p, query, latents + p * width, width, width);
   for (; p <= last; p++) scores[p] = dot(query, latents + p * width, width);
@@ -220,7 +316,7 @@ static void attend(const Shape *s, const Layer *layer, float *q, const float *an
     scores[p] *= s->scale;
     if (scores[p] > most) most = scores[p];
   }
-  for (p = first; p <= last; p++) sum += scores[p] = expf(scores[p] - most);
+  sum = exponentials(scores + first, last + 1 - first, most);
   memset(mixed, 0, sizeof mixed);
   for (p = first; p + 4 <= last + 1; p += 4) {
     const float *l = latents + p * width, *by = scores + p;
@@ -231,12 +327,12 @@ static void attend(const Shape *s, const Layer *layer, float *q, const float *an
     for (int64_t i = 0; i < s->rank; i++) mixed[i] += scores[p] * latents[p * width + i];
   for (int64_t i = 0; i < s->rank; i++) mixed[i] /= sum;
   const float *vector = mixed;
-  for (int64_t d = 0; d < s->value; d += 4) {
-    const weight *rows[4];
-    float result[4][4];
-    for (int r = 0; r < 4; r++) rows[r] = w_uv + (d + r < s->value ? d + r : d) * s->rank;
-    tile(4, 1, rows, &vector, s->rank, result);
-    for (int r = 0; r < 4 && d + r < s->value; r++) out[d + r] = result[r][0];
+  for (d = 0; d < s->value; d += ROWS) {
+    const weight *rows[ROWS];
+    float result[ROWS][4];
+    for (int r = 0; r < ROWS; r++) rows[r] = w_uv + (d + r < s->value ? d + r : d) * s->rank;
+    rows_by_vectors(1, rows, &vector, s->rank, result);
+    for (int r = 0; r < ROWS && d + r < s->value; r++) out[d + r] = result[r][0];
   }
 }
 
@@ -362,52 +458,115 @@ static void experts(const Shape *s, const Layer *layer, Scratch *t, float *x, in
   }
 #pragma omp barrier
 #pragma omp for schedule(static)
-  for (int64_t d4 = 0; d4 < (D + 3) / 4; d4++)
+  for (int64_t d = 0; d < D; d += ROWS)
     for (int64_t e = 0; e < s->experts; e++) {
       int64_t first = t->first_of[e], last = t->first_of[e + 1];
-      const weight *rows[4];
-      for (int r = 0; r < 4; r++) rows[r] = layer->down_experts + (e * D + (d4 * 4 + r < D ? d4 * 4 + r : D - 1)) * I;
+      const weight *rows[ROWS];
+      for (int r = 0; r < ROWS; r++) rows[r] = layer->down_experts + (e * D + (d + r < D ? d + r : D - 1)) * I;
       for (int64_t c = first; c < last; c += 4) {
         int count = last - c < 4 ? last - c : 4;
         const float *vectors[4];
-        float result[4][4];
+        float result[ROWS][4];
         for (int v = 0; v < count; v++) vectors[v] = t->choice_inner + t->token_of[c + v] * I;
-        rows_by_vectors(4, count, rows, vectors, I, result);
+        rows_by_vectors(count, rows, vectors, I, result);
         for (int v = 0; v < count; v++)
-          for (int r = 0; r < 4 && d4 * 4 + r < D; r++) x[t->token_of[c + v] / K * D + d4 * 4 + r] += result[r][v];
+          for (int r = 0; r < ROWS && d + r < D; r++) x[t->token_of[c + v] / K * D + d + r] += result[r][v];
       }
     }
 }
 
-// Run `layers` layers over x (rows * time, hidden), in place. angles: (N, rope/2, 2); padding: (rows,) or NULL;
-// held: (rows,) positions before the new ones.
-// scratch.scores holds capacity numbers for each thread.
+// Run `count` layers over x (rows * time, hidden), in place, all threads together. angles: (N, rope/2, 2).
+static void run(const Shape *s, const Layer *layers, int64_t count, Scratch *t, float *x, const float *angles,
+                const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t capacity) {
+  int64_t N = rows * time;
+  int thread = 0;
+#ifdef _OPENMP
+  extern int omp_get_thread_num(void);
+  thread = omp_get_thread_num();
+#endif
+  for (int64_t l = 0; l < count; l++) {
+    const Layer *layer = layers + l;
+    attention(s, layer, t, x, angles, padding, rows, time, held, capacity, t->scores + thread * capacity);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < N; n++)
+      rms_norm(t->normed + n * s->hidden, x + n * s->hidden, layer->post_norm, s->hidden, s->eps);
+    int64_t inner = layer->router ? s->shared_inner : s->dense_inner;
+    if (layer->router) experts(s, layer, t, x, N);
+    else {
+      dense_inner(s, layer, t, N, inner);
+#pragma omp barrier
+    }
+    if (layer->gate) product(x, t->inner, layer->down, NULL, N, s->hidden, inner, 1);
+#pragma omp barrier
+  }
+}
+
+// The layers alone. padding: (rows,) or NULL; held: (rows,) positions before the new ones; scratch.scores holds
+// capacity numbers for each thread.
 void decode(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, float *x, const float *angles,
             const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t capacity, int threads) {
-  int64_t N = rows * time;
 #pragma omp parallel num_threads(threads)
   {
     Scratch t = *scratch;
-    int thread = 0;
-#ifdef _OPENMP
-    extern int omp_get_thread_num(void);
-    thread = omp_get_thread_num();
-#endif
-    for (int64_t l = 0; l < count; l++) {
-      const Layer *layer = layers + l;
-      attention(s, layer, &t, x, angles, padding, rows, time, held, capacity, t.scores + thread * capacity);
+    run(s, layers, count, &t, x, angles, padding, held, rows, time, capacity);
+  }
+}
+
+// x (N, hidden) = the tokens' embeddings, or in an MTP layer what they are joined with: M_k [embedding ; state].
+static void begin(const Shape *s, const Ends *ends, Scratch *t, const int64_t *tokens, const float *state, float *x,
+                  const int64_t *padding, const int64_t *held, int64_t rows, int64_t time) {
+  int64_t N = rows * time, D = s->hidden;
 #pragma omp for schedule(static)
-      for (int64_t n = 0; n < N; n++)
-        rms_norm(t.normed + n * s->hidden, x + n * s->hidden, layer->post_norm, s->hidden, s->eps);
-      int64_t inner = layer->router ? s->shared_inner : s->dense_inner;
-      if (layer->router) experts(s, layer, &t, x, N);
-      else {
-        dense_inner(s, layer, &t, N, inner);
+  for (int64_t n = 0; n < N; n++) {
+    int64_t position = held[n / time] + n % time - (padding ? padding[n / time] : 0);
+    memcpy(t->angles + n * s->rope, ends->angles + (position < 0 ? 0 : position) * s->rope, s->rope * sizeof(float));
+    const weight *embedding = ends->embedding + tokens[n] * D;
+    float *to = ends->eh_proj ? t->joined + n * 2 * D : x + n * D;
+    for (int64_t i = 0; i < D; i++) to[i] = get(embedding + i);
+    if (!ends->eh_proj) continue;
+    rms_norm(to, to, ends->enorm, D, s->eps);
+    rms_norm(to + D, state + n * D, ends->hnorm, D, s->eps);
+  }
+  if (ends->eh_proj) {
+    product(x, t->joined, ends->eh_proj, NULL, N, D, 2 * D, 0);
 #pragma omp barrier
-      }
-      if (layer->gate) product(x, t.inner, layer->down, NULL, N, s->hidden, inner, 1);
+  }
+}
+
+// The likeliest token (the first of equals), and how likely it is.
+static void pick(const float *logits, int64_t count, int64_t *choice, float *confidence) {
+  int64_t best = 0, i;
+  for (i = 1; i < count; i++)
+    if (logits[i] > logits[best]) best = i;
+  lanes sums = {0};
+  for (i = 0; i + LANES <= count; i += LANES) sums += exp_of(*(const lanes *)(logits + i) - logits[best]);
+  float sum = total(sums);
+  for (; i < count; i++) sum += expf(logits[i] - logits[best]);
+  *choice = best;
+  *confidence = 1 / sum;
+}
+
+// From tokens (rows * time,) to logits (rows * last, vocab) of each row's last positions, the likeliest tokens and
+// their probabilities (rows * last,), and in x (N, hidden) all states before the final norm. An MTP layer also reads
+// `state` (N, hidden). padding and scores as in `decode`.
+void step(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, const Ends *ends,
+          const int64_t *tokens, const float *state, float *x, float *logits, int64_t *choice, float *confidence,
+          const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t last, int64_t capacity,
+          int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch t = *scratch;
+    begin(s, ends, &t, tokens, state, x, padding, held, rows, time);
+    run(s, layers, count, &t, x, t.angles, padding, held, rows, time, capacity);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < rows * last; n++)
+      rms_norm(t.normed + n * s->hidden, x + (n / last * time + time - last + n % last) * s->hidden, ends->norm, s->hidden,
+               s->eps);
+    product(logits, t.normed, ends->head, NULL, rows * last, ends->vocab, s->hidden, 0);
 #pragma omp barrier
-    }
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < rows * last; n++)
+      pick(logits + n * ends->vocab, ends->vocab, choice + n, confidence + n);
   }
 }
 

@@ -12,6 +12,7 @@ from model.cache import LatentCache, cache_dtype
 from model.prefill import prefill
 from model.sampling import Sampling
 from model.speculative import stream_speculative
+from model.stepper import read
 from model.transformer import MiniDeepSeek, logits
 
 
@@ -28,6 +29,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     attention_mask: Tensor | None = None,
+    draft_tokens: int = 0,
 ) -> Tensor:
     """Continue every row of a batch.
 
@@ -35,22 +37,34 @@ def generate(
         input_ids: (batch, time) prompts, shorter ones padded on the left (any token; `attention_mask` says where).
         max_new_tokens: at most so many; fewer when every row has met a stop token.
         eos_token_id: one or several stop tokens; None never stops early.
-        speculative: draft with the MTP chain and verify with one pass: the same greedy tokens, fewer passes.
+        speculative: draft with the MTP chain and verify with one pass: the same greedy tokens, or sampled ones of the
+            same distribution, in fewer passes. One prompt, no repetition penalty.
         seed: of the sampling; None draws on torch's global generator.
         attention_mask: (batch, time) 1 for tokens, 0 for left padding.
+        draft_tokens: the most drafts a speculative pass; 0 means one for each MTP layer.
     Returns:
         (batch, time + new) prompt and completion; after its stop token a row holds the stop token's padding.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     if speculative:
-        if temperature != 0 or repetition_penalty != 1 or input_ids.shape[0] != 1:
-            raise UserError("speculative generation: greedy, without penalty and for a single prompt only")
-        if not model.mtp:
-            raise UserError("speculative generation: this checkpoint has no MTP layer; leave --speculative out")
-        new = list(stream_speculative(model, input_ids, max_new_tokens, stop_tokens(eos_token_id)))
+        check_speculative(model, input_ids, sampling)
+        stop = stop_tokens(eos_token_id)
+        new = list(
+            stream_speculative(
+                model, input_ids, max_new_tokens, stop, draft_tokens=draft_tokens, sampling=sampling, seed=seed
+            )
+        )
         return torch.cat((input_ids, input_ids.new_tensor(new).view(1, -1)), dim=1)
     steps = list(stream(model, input_ids, max_new_tokens, sampling, stop_tokens(eos_token_id), seed, attention_mask))
     return torch.cat((input_ids, *(ids.unsqueeze(1) for ids in steps)), dim=1)
+
+
+def check_speculative(model: MiniDeepSeek, input_ids: Tensor, sampling: Sampling) -> None:
+    """Raises UserError for what speculative generation cannot do."""
+    if sampling.repetition_penalty != 1 or input_ids.shape[0] != 1:
+        raise UserError("speculative generation: without repetition penalty and for a single prompt only")
+    if not model.mtp:
+        raise UserError("speculative generation: this checkpoint has no MTP layer; leave --speculative out")
 
 
 def stop_tokens(eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
@@ -80,9 +94,15 @@ def stream(
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     # Padding is not text that could be repeated: the row's own last token stands in for it.
     ids, seen = input_ids, input_ids if padding is None else input_ids.where(attention_mask.bool(), input_ids[:, -1:])
-    for step in range(max_new_tokens):
-        hidden = prefill(model, ids, cache) if step == 0 else model(ids, cache=cache).hidden[:, -1]
-        chosen = sampling.choose(logits(hidden, model.lm_head.weight), seen, generator)
+    for count in range(1, max_new_tokens + 1):
+        if count == 1:
+            found = logits(prefill(model, ids, cache), model.lm_head.weight)
+            choice = found.argmax(-1)
+        else:
+            step = read(model, ids, cache)
+            found, choice = step.logits[:, -1], step.choice[:, -1]
+        plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
+        chosen = choice if plain else sampling.choose(found, seen, generator)
         chosen = torch.where(running, chosen, torch.full_like(chosen, fill))
         yield chosen
         for token in stop:
@@ -90,7 +110,7 @@ def stream(
         if stop and not running.any():
             return
         ids = chosen.unsqueeze(1)
-        if sampling.repetition_penalty != 1 and step + 1 < max_new_tokens:
+        if sampling.repetition_penalty != 1 and count < max_new_tokens:
             seen = torch.cat((seen, ids), dim=1)
 
 

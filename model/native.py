@@ -6,13 +6,8 @@ python -m model.native        says whether it is there, and why not
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +17,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.cache import LatentCache
+from model.compiled import compiled
 from model.experts import Experts
 from model.layer import DecoderLayer
 from model.mla import MultiHeadLatentAttention
@@ -30,7 +26,6 @@ from model.mtp import MTPLayer, SharedHead
 from model.norm import RMSNorm
 
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SOURCE = Path(__file__).with_name("decode.c")
 WEIGHT_TYPES = (torch.float32, torch.bfloat16)
 
@@ -44,7 +39,9 @@ WEIGHTS = (
     "input_norm q_a_norm kv_a_norm post_norm router q_a q_a_bias q_b kv_a kv_a_bias kv_b o o_bias gate up down "
     "gate_up_experts down_experts router_bias cache"
 )
-ROOM = "normed q_a q kv attended inner affinity choice_weight choice_inner scores choice token_of first_of"
+ROOM = (
+    "normed q_a q kv attended inner affinity choice_weight choice_inner joined angles scores choice token_of first_of"
+)
 
 
 class Shape(ctypes.Structure):
@@ -69,7 +66,7 @@ class Decoder:
     def __init__(self, layers: Sequence[DecoderLayer], config: LMConfig, cache: LatentCache) -> None:
         self.layers, self.config, self.cache = layers, config, cache
         self.places = range(layers[0].self_attn.layer, layers[0].self_attn.layer + len(layers))
-        self.library = library(*_types(layers))
+        self.library = library(*types(layers))
         self.shape = _shape(config, layers[0].self_attn.scale)
         self.threads = torch.get_num_threads()
         self.tokens = 0
@@ -162,45 +159,19 @@ def library(dtype: torch.dtype, fine: torch.dtype | None = None) -> ctypes.CDLL 
     built.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_void_p] * 5
     built.decode.argtypes += [ctypes.c_int64] * 3 + [ctypes.c_int]
     built.decode.restype = None
+    built.step.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 4
+    built.step.argtypes += [ctypes.c_int]
+    built.step.restype = None
     built.project.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     built.project.restype = None
     return built
 
 
 def build(dtype: torch.dtype, fine: torch.dtype) -> Path:
-    """Compile decode.c, or find it compiled, in the user's cache folder. Raises OSError or CalledProcessError."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (cc, gcc or clang) found")
-    flags = [*FLAGS, *(["-DBF16"] if dtype == torch.bfloat16 else [])]
+    """Compile decode.c, or find it compiled. Raises OSError or CalledProcessError."""
+    flags = ["-DBF16"] if dtype == torch.bfloat16 else []
     flags += ["-DFLOAT_NORMS"] if fine != dtype else []
-    # -march=native: what one processor got from another by a shared home folder might not run.
-    facts = (SOURCE.read_text(), compiler, *flags, platform.platform(), _processor())
-    name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-deepseek-v3"
-    file = folder / f"decode-{name}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
-        os.close(handle)
-        try:
-            command = [compiler, *flags, "-o", partial, str(SOURCE), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(partial, file)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    return file
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(
-        next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Feat")
-    )
+    return compiled(SOURCE, *flags)
 
 
 def _plain(layers: Sequence[DecoderLayer]) -> bool:
@@ -211,12 +182,12 @@ def _plain(layers: Sequence[DecoderLayer]) -> bool:
         if type(module) not in ours or module._forward_hooks or module._forward_pre_hooks:
             return False
     weights = [weight for layer in layers for weight in layer.parameters()]
-    types = _types(layers)
-    plain = types is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
-    return plain and library(*types) is not None
+    found = types(layers)
+    plain = found is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
+    return plain and library(*found) is not None
 
 
-def _types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:
+def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:
     """The type of the matrices, and that of norms and routers, the same or float32; None for any others."""
     matrices, fine = set(), set()
     for module in (module for layer in layers for module in layer.modules()):
@@ -297,6 +268,8 @@ def _scratch(config: LMConfig, tokens: int, capacity: int, threads: int) -> tupl
         "affinity": tokens * config.n_routed_experts,
         "choice_weight": choices,
         "choice_inner": choices * config.moe_intermediate_size,
+        "joined": tokens * 2 * config.hidden_size,
+        "angles": tokens * config.qk_rope_head_dim,
         "scores": capacity * threads,
     }
     integers = {"choice": choices, "token_of": choices, "first_of": config.n_routed_experts + 1}

@@ -56,7 +56,7 @@ class Sampling:
         chosen = inverse_cumulative(probabilities, chance_B)
         return chosen, probabilities.gather(1, chosen.unsqueeze(1)).squeeze(1).log()
 
-    def probabilities(self, logits_BV: Tensor, seen_BT: Tensor | None) -> Tensor:
+    def probabilities(self, logits_BV: Tensor, seen_BT: Tensor | None = None) -> Tensor:
         """What a token is sampled from, (batch, vocab); the temperature is above 0."""
         logits = self.penalise(logits_BV, seen_BT)
         return self.truncate(logits if self.temperature == 1 else logits / self.temperature).softmax(-1)
