@@ -18,6 +18,7 @@ from model import native
 from model.cache import LatentCache, SlotCache, cache_dtype
 from model.prefill import TOKENS, prefill
 from model.sampling import Sampling
+from model.stepper import read
 from model.transformer import MiniDeepSeek, logits
 
 GREEDY = Sampling(temperature=0)
@@ -69,12 +70,12 @@ class Event(NamedTuple):
 
 @dataclass
 class _Prompt:
-    """A prompt that requests wait with. It is read once: `latents` (layers, time, C) and its last `hidden`."""
+    """A prompt that requests wait with. It is read once: `latents` (layers, time, C) and (1, vocab) `logits`."""
 
     ids: tuple[int, ...]
     waiting: int = 0
     latents: Tensor | None = None
-    hidden: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Batcher:
@@ -140,11 +141,11 @@ class Batcher:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One token more for each sequence that runs or can begin now."""
-        hidden = [self._decode()] if self.running else []
-        hidden += self._admit()
-        if not hidden:
+        scores = [self._decode()] if self.running else []
+        scores += self._admit()
+        if not scores:
             return []
-        tokens, log_probs = self._choose(torch.cat(hidden))
+        tokens, log_probs = self._choose(torch.cat(scores) if len(scores) > 1 else scores[0])
         events = []
         for completion, token, log_prob in zip(self.running, tokens, log_probs, strict=True):
             completion.tokens.append(token)
@@ -169,20 +170,27 @@ class Batcher:
             yield completion
 
     def _decode(self) -> Tensor:
-        """The last tokens of all running sequences through the network. (running, hidden)"""
+        """The last tokens of all running sequences through the network. (running, vocab)"""
         last = [completion.tokens[-1] for completion in self.running]
-        ids = torch.tensor(last + [0] * (self._rows(len(last)) - len(last)), device=self.device)
-        return self.model(ids.unsqueeze(1), cache=self.cache).hidden[: len(last), -1]
+        rows = self._rows(len(last))
+        ids = torch.tensor(last + [0] * (rows - len(last)), device=self.device)
+        self.cache.begin(rows, 1)
+        if self._in_c(rows):
+            return read(self.model, ids.unsqueeze(1), self.cache).logits[:, -1]
+        hidden = self.model(ids.unsqueeze(1), cache=self.cache).hidden[:, -1]
+        return logits(hidden, self.model.lm_head.weight)[: len(last)]
+
+    def _in_c(self, rows: int) -> bool:
+        """Whether decode.c takes a step of so many rows."""
+        return self.device.type == "cpu" and rows <= native.MOST_TOKENS
 
     def _rows(self, count: int) -> int:
         """How many rows a pass over so many has: in PyTorch a power of two, so that shapes are few."""
-        if self.device.type == "cpu" and count <= native.MOST_TOKENS:
-            return count
-        return min(1 << (count - 1).bit_length(), self.slots)
+        return count if self._in_c(count) else min(1 << (count - 1).bit_length(), self.slots)
 
     def _admit(self) -> list[Tensor]:
-        """Give free slots to those who wait, in their order. Returns the last hidden state, (1, hidden), of each."""
-        hidden = []
+        """Give free slots to those who wait, in their order. Returns each one's logits of its first token, (1, vocab)."""
+        scores = []
         while self.waiting and len(self.running) < self.slots:
             completion = self.waiting[0]
             while self._prompts[completion.request.prompt].latents is None:
@@ -190,8 +198,8 @@ class Batcher:
             prompt = self._take_prompt(completion)
             self.cache.occupy(prompt.latents)
             self.running.append(self.waiting.popleft())
-            hidden.append(prompt.hidden)
-        return hidden
+            scores.append(prompt.logits)
+        return scores
 
     def _take_prompt(self, completion: Completion) -> _Prompt:
         """The prompt of a request that waits no longer; forgotten when it was the last."""
@@ -217,17 +225,14 @@ class Batcher:
         ids = torch.tensor([[*prompt.ids, *[0] * (width - len(prompt.ids))] for prompt in batch], device=self.device)
         cache = LatentCache(self.model.config, len(batch), width, self.cache.latents.dtype, self.device)
         last = torch.tensor([len(prompt.ids) - 1 for prompt in batch], device=self.device)
-        hidden = prefill(self.model, ids, cache, last)
+        scores = logits(prefill(self.model, ids, cache, last), self.model.lm_head.weight)
         for row, prompt in enumerate(batch):
             prompt.latents = cache.latents[:, row, : len(prompt.ids)]
-            prompt.hidden = hidden[row : row + 1]
+            prompt.logits = scores[row : row + 1]
 
-    def _choose(self, hidden: Tensor) -> tuple[list[int], list[float]]:
-        """The next token of each running sequence, by its own rule, and its log-probability."""
-        count = len(hidden)
-        if (more := self._rows(count) - count) > 0:
-            hidden = torch.cat((hidden, hidden.new_zeros(more, hidden.shape[1])))
-        scores = logits(hidden, self.model.lm_head.weight)[:count]
+    def _choose(self, scores: Tensor) -> tuple[list[int], list[float]]:
+        """The next token of each running sequence, (running, vocab), by its own rule, and its log-probability."""
+        count = len(scores)
         ways: dict[Sampling, list[int]] = {}
         for row, completion in enumerate(self.running):
             ways.setdefault(completion.request.sampling, []).append(row)

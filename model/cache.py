@@ -79,7 +79,8 @@ class LatentCache:
     def part(self, rows: slice) -> LatentCache:
         """Some rows as a cache of their own, in the same memory; its lengths are its own from here on."""
         part = copy(self)
-        part.latents, part.lengths, part.decoders = self.latents[:, rows], list(self.lengths), {}
+        part.latents, part.lengths = self.latents[:, rows], list(self.lengths)
+        part.decoders, part.steppers = {}, {}
         part.steppers = {}
         part.padding = None if self.padding is None else self.padding[rows]
         return part
@@ -99,8 +100,8 @@ class LatentCache:
 class SlotCache(LatentCache):
     """Sequences of different lengths, each in a slot of its own from position 0: for `model.batching`.
 
-    The slots in use are the first ones, in the order of the rows of a pass. `model(ids, cache=slots)` takes one row for
-    each of them; further rows, which fill a batch up, leave nothing behind.
+    The slots in use are the first ones, in the order of the rows of a pass. `begin`, then `model(ids, cache=slots)`
+    takes one row for each of them; further rows, which fill a batch up, leave nothing behind.
 
     Args:
         slots: sequences at once; max_length: most positions of one.
@@ -131,15 +132,14 @@ class SlotCache(LatentCache):
             self.held[slot] = time
         self.held[self.used] = 0
 
-    def begin(self, batch: int, time: int) -> Tensor:
-        """Make room for a pass over all layers; returns the positions of its tokens, (batch, time)."""
+    def begin(self, batch: int, time: int) -> None:
+        """Make room for the next pass, over all layers; `positions` are those of its tokens, (batch, time)."""
         self.start = self.held[:batch].clone()
         self.end = int(self.start.max()) + time
         if self.end > self.max_length:
             raise ValueError(f"latent cache: {self.end} positions, but only {self.max_length} were allocated")
         self.held[: self.used] += time
         self.positions = (self.start[:, None] + torch.arange(time)).to(self.latents.device)
-        return self.positions
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
         """Write the positions of this pass; returns (batch, longest, C), of which each row sees up to its own ones."""

@@ -109,7 +109,7 @@ class MiniDeepSeek(nn.Module):
         """
         batch, time = input_ids.shape
         if position_ids is None:
-            position_ids = self._positions(batch, time, cache, input_ids.device)
+            position_ids = self._positions(time, cache, input_ids.device)
         rope = self.rotary(position_ids)
         if isinstance(cache, SlotCache):
             visibility = Visibility.reaching(position_ids, cache.end)
@@ -206,9 +206,9 @@ class MiniDeepSeek(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def _positions(self, batch: int, time: int, cache: Cache | None, device: torch.device) -> Tensor:
+    def _positions(self, time: int, cache: Cache | None, device: torch.device) -> Tensor:
         if isinstance(cache, SlotCache):
-            return cache.begin(batch, time)
+            return cache.positions
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + time, device=device)[None]
         if cache is not None and cache.padding is not None:

@@ -163,9 +163,11 @@ def test_rows_of_different_lengths_decode_in_c_as_in_pytorch(tiny_model, monkeyp
         cache = SlotCache(model.config, 3, 20, torch.float32, "cpu")
         for length in (4, 11, 7):
             cache.occupy(torch.randn(3, length, 24, generator=torch.Generator().manual_seed(length)))
+        cache.begin(3, 1)
         first = model(torch.tensor([[5], [6], [7]]), cache=cache).logits
         cache.release(0)
         assert cache.held.tolist() == [8, 12, 0]
+        cache.begin(2, 2)
         return torch.cat((first[[2, 1], 0], model(torch.tensor([[8, 9], [10, 11]]), cache=cache).logits[:, 1]))
 
     model = tiny_model()
@@ -177,5 +179,5 @@ def test_rows_of_different_lengths_decode_in_c_as_in_pytorch(tiny_model, monkeyp
 def test_a_sequence_that_outgrows_its_slot_is_an_error(tiny_model):
     cache = SlotCache(tiny_model().config, 1, 4, torch.float32, "cpu")
     cache.occupy(torch.zeros(3, 4, 24))
-    with pytest.raises(ValueError, match="5 positions, but only 4 were allocated"), torch.no_grad():
-        tiny_model()(torch.tensor([[1]]), cache=cache)
+    with pytest.raises(ValueError, match="5 positions, but only 4 were allocated"):
+        cache.begin(1, 1)
