@@ -44,7 +44,9 @@ WEIGHTS = (
     "input_norm q_a_norm kv_a_norm post_norm router q_a q_a_bias q_b kv_a kv_a_bias kv_b o o_bias gate up down "
     "gate_up_experts down_experts router_bias cache"
 )
-ROOM = "normed q_a q kv attended inner affinity choice_weight choice_inner joined angles scores choice token_of first_of"
+ROOM = (
+    "normed q_a q kv attended inner affinity choice_weight choice_inner joined angles scores choice token_of first_of"
+)
 
 
 class Shape(ctypes.Structure):
