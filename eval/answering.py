@@ -10,7 +10,7 @@ import torch
 from errors import UserError
 from model import MiniDeepSeek
 from model.batching import GREEDY, Batcher, Request
-from model.generate import stream
+from model.generate import check_speculative, stream
 from model.sampling import Sampling
 from model.speculative import stream_speculative
 from text.chat_template import Message, encode_chat, encode_chats
@@ -28,8 +28,13 @@ class Answerer:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, ckpt: str, device: str = "auto", dtype: str = "auto", lora: str = "") -> Answerer:
-        """Load a checkpoint folder for inference, with the adapter of the folder `lora` in its weights."""
+    def open(cls, ckpt: str, device: str = "auto", dtype: str = "auto", lora: str = "", quantize: str = "") -> Answerer:
+        """Load a checkpoint folder for inference, with the adapter of the folder `lora` in its weights.
+
+        quantize: int8 keeps the layers' matrices in 8 bits with a scale for each row; empty keeps them as they are.
+        """
+        if quantize not in ("", "int8"):
+            raise UserError(f"--quantize {quantize}: int8, or leave it out")
         place = Ranks.start(device).device
         if lora:
             from training.merging import open_adapted  # peft takes seconds to import
@@ -37,7 +42,13 @@ class Answerer:
             model, tokenizer = open_adapted(ckpt, lora)
         else:
             model, tokenizer = open_checkpoint(ckpt)
-        return cls(model.to(place, choose_dtype(dtype, place)).eval(), tokenizer)
+        chosen = choose_dtype(dtype, place)
+        if quantize:
+            from training.frozen import shrink_frozen  # torchao takes a second to import
+
+            # From the checkpoint's own float32, not from what bfloat16 left of it.
+            shrink_frozen(model.requires_grad_(False), quantize, chosen)
+        return cls(model.to(place, chosen).eval(), tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -50,8 +61,13 @@ class Answerer:
         max_new_tokens: int,
         seed: int | None = None,
         speculative: bool = False,
+        draft_tokens: int = 0,
+        accepted: list[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[str, int]]:
-        """Pieces of the answer to the last message, whole characters only, each with the number of tokens so far."""
+        """Pieces of the answer to the last message, whole characters only, each with the number of tokens so far.
+
+        The last two options are those of `stream_speculative`.
+        """
         ids, _ = encode_chat(self.tokenizer, messages, add_generation_prompt=True)
         prompt = torch.tensor([ids], device=self.device)
         stop = (self.tokenizer.eos_id,)
@@ -62,9 +78,8 @@ class Answerer:
             )
         limit = min(max_new_tokens, room)
         if speculative:
-            if sampling.temperature > 0 or not self.model.mtp:
-                raise UserError("--speculative needs --temperature 0 and a checkpoint with an MTP layer")
-            tokens = stream_speculative(self.model, prompt, limit, stop)
+            check_speculative(self.model, prompt, sampling)
+            tokens = stream_speculative(self.model, prompt, limit, stop, accepted, draft_tokens, sampling, seed)
         else:
             tokens = (int(step) for step in stream(self.model, prompt, limit, sampling, stop, seed))
         decoder = StreamDecoder(self.tokenizer, skip_special_tokens=False)

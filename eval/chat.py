@@ -32,9 +32,11 @@ class Conversation:
         max_new_tokens: int,
         seed: int | None,
         speculative: bool,
+        draft_tokens: int = 0,
     ) -> None:
         self.answerer, self.sampling = answerer, sampling
-        self.max_new_tokens, self.seed, self.speculative = max_new_tokens, seed, speculative
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.speculative, self.draft_tokens = speculative, draft_tokens
         self.system = system
         self.messages: list[Message] = []
 
@@ -43,7 +45,10 @@ class Conversation:
         asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
         prompt: list[Message] = [{"role": "system", "content": self.system}, *asked] if self.system else asked
         answer, count, start = "", 0, time.perf_counter()
-        pieces = self.answerer.stream_reply(prompt, self.sampling, self.max_new_tokens, self.seed, self.speculative)
+        passes: list[tuple[int, int]] = []
+        pieces = self.answerer.stream_reply(
+            prompt, self.sampling, self.max_new_tokens, self.seed, self.speculative, self.draft_tokens, passes
+        )
         try:
             for piece, count in pieces:  # noqa: B007
                 answer += piece
@@ -52,7 +57,11 @@ class Conversation:
             pass  # the person has read enough; what was said stays in the history
         print()
         seconds = time.perf_counter() - start
-        print(f"[{count} tokens, {count / max(seconds, 1e-9):.1f} tok/s]", file=sys.stderr)
+        speed = f"{count} tokens, {count / max(seconds, 1e-9):.1f} tok/s"
+        if passes:
+            kept, drafted = (sum(numbers) for numbers in zip(*passes, strict=True))
+            speed += f", {kept} of {drafted} drafts kept ({kept / drafted:.0%})"
+        print(f"[{speed}]", file=sys.stderr)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def command(self, line: str) -> bool:
@@ -83,7 +92,9 @@ def chat(
     max_new_tokens: int = 256,
     seed: int | None = None,
     speculative: bool = False,
+    draft_tokens: int = 0,
     lora: str = "",
+    quantize: str = "",
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
@@ -100,8 +111,10 @@ def chat(
         repetition_penalty: above 1, repeats become less likely
         max_new_tokens: longest answer, in tokens
         seed: makes sampling repeatable
-        speculative: draft with the MTP layer (needs --temperature 0)
+        speculative: draft with the MTP layers: the same greedy tokens, or sampled ones of the same distribution
+        draft_tokens: the most drafts a pass with --speculative; 0 means one for each MTP layer
         lora: folder of an adapter that lora_sft.py made for this checkpoint
+        quantize: int8 keeps the matrices of the layers in 8 bits; empty keeps them as they are
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
@@ -109,7 +122,10 @@ def chat(
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     except ValueError as error:
         raise UserError(f"chat.py: {error}") from None
-    talk = Conversation(Answerer.open(ckpt, device, dtype, lora), system, sampling, max_new_tokens, seed, speculative)
+    if draft_tokens < 0:
+        raise UserError(f"--draft_tokens {draft_tokens}: must be at least 0")
+    answerer = Answerer.open(ckpt, device, dtype, lora, quantize)
+    talk = Conversation(answerer, system, sampling, max_new_tokens, seed, speculative, draft_tokens)
     if once is not None:
         talk.ask(once)
         return

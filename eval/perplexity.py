@@ -92,7 +92,14 @@ def read_blocks(path: Path) -> Iterator[str]:
 
 
 def perplexity(
-    ckpt: str, file: str, json: bool = False, window: int = 0, lora: str = "", device: str = "auto", dtype: str = "auto"
+    ckpt: str,
+    file: str,
+    json: bool = False,
+    window: int = 0,
+    lora: str = "",
+    quantize: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> None:
     """Perplexity and bits per byte of a text file.
 
@@ -102,13 +109,14 @@ def perplexity(
         json: print one JSON object instead of a sentence
         window: tokens a pass; 0 means the model's context, at most 1024
         lora: folder of an adapter that lora_sft.py made for this checkpoint
+        quantize: int8 keeps the matrices of the layers in 8 bits; empty keeps them as they are
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a text file")
-    answerer = Answerer.open(ckpt, device, dtype, lora)
+    answerer = Answerer.open(ckpt, device, dtype, lora, quantize)
     total = math.ceil(path.stat().st_size / BLOCK)
     bar = Console(stderr=True)
     blocks = track(read_blocks(path), "scoring", total=total, console=bar, transient=True, disable=not bar.is_terminal)

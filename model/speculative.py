@@ -12,6 +12,7 @@ from model.sampling import Sampling
 from model.stepper import draft, read
 from model.transformer import MiniDeepSeek
 
+GREEDY = Sampling(temperature=0.0)
 LIKELY = 0.4  # a draft is continued while all of it comes true with this probability, by its own estimate
 
 
@@ -23,7 +24,7 @@ def stream_speculative(
     stop: tuple[int, ...] = (),
     accepted: list[tuple[int, int]] | None = None,
     draft_tokens: int = 0,
-    sampling: Sampling = Sampling(temperature=0.0),
+    sampling: Sampling = GREEDY,
     seed: int | None = None,
 ) -> Iterator[int]:
     """The tokens of one prompt, greedy ones the same as plain decoding's, sampled ones of the same distribution.
@@ -34,7 +35,8 @@ def stream_speculative(
     Args:
         input_ids: (1, time).
         accepted: receives of each pass how many drafts were kept, and how many there were.
-        draft_tokens: the most drafts a pass; 0 means one for each MTP layer. Further ones chain the last layer on itself.
+        draft_tokens: the most drafts a pass; 0 means one for each MTP layer. Further ones chain the last layer on
+            itself.
         sampling: without repetition penalty.
     """
     device, time = input_ids.device, input_ids.shape[1]
@@ -110,8 +112,8 @@ class _DraftChain:
     """The MTP layers as drafters, each with its own latent cache.
 
     With n tokens known, the main model has seen n-1 of them. Depth k joins, for position t, the state of depth k-1 with
-    token t+k, so its last k-1 positions rest on drafts: they are computed anew once the tokens are known. The last depth
-    may go on from its own state and draft, one position further each time, for drafts beyond D.
+    token t+k, so its last k-1 positions rest on drafts: they are computed anew once the tokens are known. The last
+    depth may go on from its own state and draft, one position further each time, for drafts beyond D.
     """
 
     def __init__(self, model: MiniDeepSeek, cache: LatentCache, judge: Judge, most: int) -> None:

@@ -345,7 +345,9 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(talk, asked):
         (["--top_p", 0], "top_p"),
         (["--temperatur", 1], "temperatur"),
         (["--ckpt", "nowhere"], "nowhere.*: "),
-        (["--speculative", "--temperature", 0.5, "--once", "a"], "--speculative needs --temperature 0"),
+        (["--speculative", "--repetition_penalty", 1.5, "--once", "a"], "speculative.*without repetition penalty"),
+        (["--draft_tokens", -1], "--draft_tokens -1"),
+        (["--quantize", "int3"], "--quantize int3"),
     ],
 )
 def test_a_wrong_option_is_one_line(options, what, talk):

@@ -15,7 +15,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.sampling import Sampling
-from model.speculative import _DraftChain, stream_speculative
+from model.speculative import Judge, _DraftChain, stream_speculative
 from text.chat_template import encode_chat
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
@@ -196,38 +196,43 @@ def test_speculative_decoding_gives_the_greedy_tokens(depth, length, half_traine
     for model in half_trained(depth), tiny_model(num_nextn_predict_layers=depth):
         prompt = prompt_of(length)
         plain = model.generate(prompt, max_new_tokens=20)
-        assert torch.equal(model.generate(prompt, max_new_tokens=20, speculative=True), plain)
+        for drafts in (0, 1, 2, 5):
+            options = dict(max_new_tokens=20, speculative=True, draft_tokens=drafts)
+            assert torch.equal(model.generate(prompt, **options), plain)
         stop = int(plain[0, length + 9])
         options = dict(max_new_tokens=20, eos_token_id=stop)
         assert torch.equal(model.generate(prompt, speculative=True, **options), model.generate(prompt, **options))
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_drafts_do_not_depend_on_the_passes_before(depth, length, half_trained, monkeypatch):
+def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_trained, monkeypatch):
     """Each pass drafts what a chain would draft that reads all tokens so far at once."""
     model, drafted, draft = half_trained(depth), [], _DraftChain.draft
 
-    def spy(chain: _DraftChain, states: torch.Tensor, tokens: list[int]) -> list[int]:
+    def spy(chain: _DraftChain, states: torch.Tensor, tokens: list[int]) -> tuple[list[int], list[None]]:
         drafts = draft(chain, states, tokens)
         drafted.append((list(tokens), drafts))
         return drafts
 
     monkeypatch.setattr(_DraftChain, "draft", spy)
-    list(stream_speculative(model, prompt_of(length), 24))
+    list(stream_speculative(model, prompt_of(length), 24, draft_tokens=most))
     monkeypatch.undo()
-    assert len(drafted) > 24 / (depth + 1) - 1
+    assert len(drafted) > 24 / (most + 1) - 1
+    assert max(len(drafts) for _, (drafts, _) in drafted) <= most
     for tokens, drafts in drafted:
-        cache = LatentCache(model.config, 1, len(tokens) + depth + 1, torch.float32, "cpu", mtp=True)
+        cache = LatentCache(model.config, 1, len(tokens) + most + 1, torch.float32, "cpu", mtp=True)
         with torch.no_grad():
             states = model(torch.tensor([tokens[:-1]])).state
-            assert _DraftChain(model, cache).draft(states, tokens) == drafts
+            assert _DraftChain(model, cache, Judge(GREEDY, None), most).draft(states, tokens) == drafts
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_drafts_that_come_true_save_passes(depth, half_trained):
-    accepted: list[int] = []
-    tokens = list(stream_speculative(half_trained(depth), rule(1, 10), 60, accepted=accepted))
+    passes: list[tuple[int, int]] = []
+    tokens = list(stream_speculative(half_trained(depth), rule(1, 10), 60, accepted=passes))
+    accepted = [kept for kept, _ in passes]
     assert len(tokens) == 60 and sum(accepted) > 10
     assert all(0 <= kept <= depth for kept in accepted)
     # The first token comes from reading the prompt, each later pass gives its drafts and one more.
@@ -236,16 +241,9 @@ def test_drafts_that_come_true_save_passes(depth, half_trained):
         assert max(accepted) > 1
 
 
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"temperature": 0.5}, "greedy, without penalty and for a single prompt only"),
-        ({"repetition_penalty": 1.1}, "greedy, without penalty and for a single prompt only"),
-        ({"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, "greedy, without penalty and for a single prompt only"),
-    ],
-)
-def test_what_speculative_decoding_cannot_do_is_said(options, what, tiny_model):
-    with pytest.raises(UserError, match=what):
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.1}, {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}])
+def test_what_speculative_decoding_cannot_do_is_said(options, tiny_model):
+    with pytest.raises(UserError, match="without repetition penalty and for a single prompt only"):
         tiny_model().generate(**{"input_ids": prompt_of(3), "speculative": True, **options})
     with pytest.raises(UserError, match="no MTP layer"):
         tiny_model(num_nextn_predict_layers=0).generate(prompt_of(3), speculative=True)
@@ -313,5 +311,5 @@ def test_speculative_streaming_gives_the_same_answer(pretrained):
     asked = [{"role": "user", "content": "你好，月牙镇"}]
     plain, fast = (list(answerer.stream_reply(asked, GREEDY, 30, speculative=kind)) for kind in (False, True))
     assert fast == plain and len(plain) > 1
-    with pytest.raises(UserError, match="--speculative needs --temperature 0"):
-        next(answerer.stream_reply(asked, Sampling(), 30, speculative=True))
+    with pytest.raises(UserError, match="without repetition penalty"):
+        next(answerer.stream_reply(asked, Sampling(1.2), 30, speculative=True))

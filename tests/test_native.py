@@ -14,6 +14,7 @@ from model import MiniDeepSeek, native
 from model.cache import LatentCache
 from model.moe import Router
 from model.norm import RMSNorm
+from model.stepper import Step, Stepper, draft, read
 
 SHAPES = {
     "plain": {},
@@ -99,11 +100,47 @@ def test_two_threads_give_what_one_gives(tiny_model):
 def test_the_mtp_chain_drafts_in_c_too(tiny_model, monkeypatch):
     model, prompt = tiny_model(num_nextn_predict_layers=2), torch.randint(0, 61, (1, 9))
     used = []
-    run = native.Decoder.run
-    monkeypatch.setattr(native.Decoder, "run", lambda self, *a: used.append(self.places.start) or run(self, *a))
+    run = Stepper.run_step
+    monkeypatch.setattr(Stepper, "run_step", lambda self, *a: used.append(self.places.start) or run(self, *a))
     drafted = model.generate(prompt, max_new_tokens=20, speculative=True)
     assert {0, 3, 4} <= set(used)
     assert torch.equal(drafted, in_pytorch(monkeypatch, lambda: model.generate(prompt, max_new_tokens=20)))
+
+
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 6, 3])])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_whole_step_in_c_equals_the_model(shape, padding, tiny_model, monkeypatch):
+    model = shaken(tiny_model(**SHAPES[shape]))
+    ids = torch.randint(0, 61, (3, 16), generator=torch.Generator().manual_seed(1))
+
+    def run() -> tuple[torch.Tensor, ...]:
+        cache = LatentCache(model.config, 3, 16, torch.float32, "cpu", padding, mtp=True)
+        pieces = ids.split(4, dim=1)
+        parts = [read(model, piece, cache, 1 if i == 2 else 4) for i, piece in enumerate(pieces)]
+        if padding is None:  # drafts are made for single prompts
+            parts += [draft(model, parts[i].states, piece, 1, cache) for i, piece in enumerate(pieces)]
+        return tuple(torch.cat([getattr(p, name) for p in parts], dim=1) for name in Step._fields)
+
+    used, step = [], Stepper.run_step
+    monkeypatch.setattr(Stepper, "run_step", lambda self, *a: used.append(self.places.start) or step(self, *a))
+    ours = run()
+    assert used == [0] * 4 + ([3] * 4 if padding is None else [])
+    for mine, expected in zip(ours, in_pytorch(monkeypatch, run), strict=True):
+        torch.testing.assert_close(mine, expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_token_gives_the_same_bits_whatever_stands_beside_it(dtype, tiny_model):
+    """Or speculative decoding would not be exact."""
+    model = shaken(tiny_model(hidden_size=80, kv_lora_rank=48, moe_intermediate_size=72)).to(dtype)
+    ids = torch.randint(0, 61, (1, 13))
+    found = []
+    for sizes in ([6] + [1] * 7, [6, 2, 2, 3], [6, 3, 4], [6, 7]):
+        cache = LatentCache(model.config, 1, 16, torch.float32, "cpu")
+        found.append(torch.cat([read(model, part, cache, part.shape[1]).logits for part in ids.split(sizes, dim=1)], 1))
+    assert all(torch.equal(logits, found[0]) for logits in found[1:])
 
 
 @torch.no_grad()

@@ -1,0 +1,105 @@
+"""Our speculative decoding against our own plain decoding, greedy, in turn, on a trained checkpoint with an MTP layer.
+
+python bench/speculative.py --ckpt out/pretrain/final --file heldout.txt [--drafts 1 2 3] [--new 96] [--rounds 5]
+
+The prompts are the first tokens of lines of the file. Each speculative worker first checks that its tokens are those
+of plain decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from side_by_side import Contender, compare, serve, table, verdict
+
+from errors import UserError, command_line
+from model import MiniDeepSeek
+from model.generate import stream
+from model.sampling import Sampling
+from model.speculative import stream_speculative
+from text.tokenizer import Tokenizer
+from training.machine import DTYPES
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def main() -> None:
+    options = parse()
+    if options.worker is not None:
+        work(options)
+        return
+    own = {"drafts", "json", "worker", "rounds"}
+    command = [__file__, *(f"--{name}={value}" for name, value in vars(options).items() if name not in own)]
+    plain = Contender("plain", [*command, "--worker=0"])
+    ours = [Contender(f"drafts: at most {most}", [*command, f"--worker={most}"]) for most in options.drafts]
+    compare([plain, *ours], options.rounds)
+    print(f"{options.ckpt}, {options.dtype}, {options.prompts} prompts, {options.new} new tokens each, greedy, one row")
+    print(table([plain, *ours], {"tokens/s": "{:,.0f}", "tokens a pass": "{:.2f}", "drafts kept": "{:.0%}"}))
+    for contender in ours:
+        print(f"{contender.name}: the same tokens, {verdict(contender, plain, 'tokens/s')}")
+    if options.json:
+        results = {contender.name: contender.results for contender in [plain, *ours]}
+        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="checkpoint folder with an MTP layer")
+    parser.add_argument("--file", required=True, help="UTF-8 text like that of its training")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3], help="the most drafts a pass")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    for name, default in {"prompts": 8, "prompt": 24, "new": 96, "rounds": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", help="write the measurements to this file")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def work(options: argparse.Namespace) -> None:
+    """Decode all prompts in this process, once for each line on stdin."""
+    model = MiniDeepSeek.from_pretrained(options.ckpt, dtype=DTYPES[options.dtype]).eval()
+    starts = prompts(Tokenizer.from_folder(options.ckpt), Path(options.file), options.prompts, options.prompt)
+
+    def plain(prompt: torch.Tensor) -> list[int]:
+        return [int(token) for token in stream(model, prompt, options.new, GREEDY)]
+
+    def speculative(prompt: torch.Tensor, passes: list[tuple[int, int]]) -> list[int]:
+        return list(stream_speculative(model, prompt, options.new, accepted=passes, draft_tokens=options.worker))
+
+    if options.worker:
+        for prompt in starts:
+            if speculative(prompt, []) != plain(prompt):
+                raise SystemExit("error: speculative decoding gave other tokens than plain decoding")
+
+    def measure() -> dict[str, float]:
+        passes: list[tuple[int, int]] = []
+        start = time.perf_counter()
+        count = sum(len(speculative(prompt, passes) if options.worker else plain(prompt)) for prompt in starts)
+        result = {"tokens/s": count / (time.perf_counter() - start), "tokens a pass": 1.0, "drafts kept": 0.0}
+        if passes:
+            kept, drafted = (sum(numbers) for numbers in zip(*passes, strict=True))
+            result |= {"tokens a pass": 1 + kept / len(passes), "drafts kept": kept / drafted}
+        return result
+
+    serve(measure)
+
+
+def prompts(tokenizer: Tokenizer, file: Path, count: int, length: int) -> list[torch.Tensor]:
+    """The first `length` tokens of long enough lines, spread over the file, each (1, 1 + length)."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give a text file")
+    lines = [tokenizer.encode(line) for line in file.read_text(encoding="utf8").splitlines()]
+    lines = [ids for ids in lines if len(ids) >= length]
+    if len(lines) < count:
+        raise UserError(f"{file}: {len(lines)} lines of {length} tokens or more; lower --prompts or --prompt")
+    chosen = lines[:: len(lines) // count][:count]
+    return [torch.tensor([[tokenizer.eos_id, *ids[:length]]]) for ids in chosen]
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))
