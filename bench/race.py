@@ -54,12 +54,12 @@ def main() -> None:
     out = Path(options.out).resolve()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {options.out}: not empty; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    print(split_text(options.data, out, options.held_out_kb * 1000), flush=True)
-    train_tokenizer(out, options.vocab_size)
     contenders = [ours(Path(config).resolve(), out, options) for config in options.config]
     if options.peer:
         contenders += [peer(Path(options.peer).resolve(), size, out, options) for size in options.sizes]
+    out.mkdir(parents=True, exist_ok=True)
+    print(split_text(options.data, out, options.held_out_kb * 1000), flush=True)
+    train_tokenizer(out, options.vocab_size)
     results = {}
     for contender in contenders:
         results[contender["name"]] = race(contender, out, options)
@@ -96,7 +96,9 @@ def train_tokenizer(out: Path, vocab_size: int) -> None:
 
 def ours(config: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """pretrain.py with a recipe; nothing more is held out, and only the end is saved."""
-    name = config.stem
+    if not config.is_file():
+        raise UserError(f"{config}: no such file; give a recipe such as configs/cpu.yaml")
+    name, recipe = config.stem, yaml.safe_load(config.read_text(encoding="utf8"))
     given = {
         "config": config, "data": out / "train.jsonl", "tokenizer": out / "tokenizer", "shards": out / "shards",
         "out": out / name / "run", "seed": options.seed, "threads": options.threads, "max_minutes": options.minutes,
@@ -109,7 +111,7 @@ def ours(config: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]
         "folder": str(ROOT),
         "tokenizer": str(out / "tokenizer"),
         "begin": "eos",
-        "window": yaml.safe_load(config.read_text(encoding="utf8")).get("sequence_length", 512),
+        "window": recipe.get("sequence_length", 512),
     }
 
 
@@ -118,7 +120,9 @@ def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dic
     program = folder / "trainer" / "train_pretrain.py"
     if not program.is_file():
         raise UserError(f"{program}: no such file; --peer needs a checkout of minimind")
-    hidden, layers = size.split("x")
+    hidden, _, layers = size.partition("x")
+    if not (hidden.isdigit() and layers.isdigit()):
+        raise UserError(f"--sizes {size}: write hidden size x layers, such as 512x8")
     given = {
         "hidden_size": hidden, "num_hidden_layers": layers, "data_path": out / "train.jsonl",
         "save_dir": out / f"minimind-{size}", "save_interval": NEVER, "max_seq_len": PEER_LENGTH,
