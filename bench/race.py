@@ -40,15 +40,12 @@ def main() -> None:
     parser.add_argument("--peer", help="folder of a checkout of minimind; left out: only ours runs")
     parser.add_argument("--sizes", nargs="*", default=["512x8", "256x4"], help="of the peer: hidden size x layers")
     parser.add_argument("--peer_options", default="", help="further options of its train_pretrain.py, in one string")
-    parser.add_argument(
-        "--config", nargs="*", default=[str(ROOT / "configs" / "cpu.yaml")], help="ours, one or several"
-    )
+    recipe = str(ROOT / "configs" / "minutes.yaml")
+    parser.add_argument("--config", nargs="*", default=[recipe], help="ours, one or several")
     parser.add_argument("--vocab_size", type=int, default=6400, help="of our tokenizer")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of our weights and data order; the peer has one of its own"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of our weights and data order; the peer has its own")
     parser.add_argument("--held_out_kb", type=int, default=150)
     options = parser.parse_args()
     out = Path(options.out).resolve()
@@ -97,7 +94,7 @@ def train_tokenizer(out: Path, vocab_size: int) -> None:
 def ours(config: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """pretrain.py with a recipe; nothing more is held out, and only the end is saved."""
     if not config.is_file():
-        raise UserError(f"{config}: no such file; give a recipe such as configs/cpu.yaml")
+        raise UserError(f"{config}: no such file; give a recipe such as configs/minutes.yaml")
     name, recipe = config.stem, yaml.safe_load(config.read_text(encoding="utf8"))
     given = {
         "config": config, "data": out / "train.jsonl", "tokenizer": out / "tokenizer", "shards": out / "shards",
@@ -109,6 +106,8 @@ def ours(config: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]
         "program": str(ROOT / "pretrain.py"),
         "arguments": [part for key, value in given.items() for part in (f"--{key}", str(value))],
         "folder": str(ROOT),
+        "modules": str(ROOT),
+        "out": str(out / name),
         "tokenizer": str(out / "tokenizer"),
         "begin": "eos",
         "window": recipe.get("sequence_length", 512),
@@ -125,7 +124,7 @@ def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dic
         raise UserError(f"--sizes {size}: write hidden size x layers, such as 512x8")
     given = {
         "hidden_size": hidden, "num_hidden_layers": layers, "data_path": out / "train.jsonl",
-        "save_dir": out / f"minimind-{size}", "save_interval": NEVER, "max_seq_len": PEER_LENGTH,
+        "save_dir": out / f"minimind-{size}" / "run", "save_interval": NEVER, "max_seq_len": PEER_LENGTH,
     }  # fmt: skip
     return {
         "name": f"minimind {size}{' ' if options.peer_options else ''}{options.peer_options}",
@@ -133,6 +132,8 @@ def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dic
         "arguments": [part for key, value in given.items() for part in (f"--{key}", str(value))]
         + options.peer_options.split(),
         "folder": str(program.parent),
+        "modules": str(folder),
+        "out": str(out / f"minimind-{size}"),
         "tokenizer": str(folder / "model"),
         "begin": "bos",
         "window": PEER_LENGTH - 1,
@@ -141,22 +142,21 @@ def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dic
 
 def race(contender: dict[str, Any], out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One contender in its own process, to the end of its time. Returns its size and its points."""
-    folder = out / contender["name"].replace("ours, ", "").replace(" ", "-")
-    folder.mkdir(exist_ok=True)
+    folder = Path(contender["out"])
+    folder.mkdir()
     moments = [60 * options.minutes * share for share in MOMENTS]
     held_out = str(out / "heldout.jsonl")
     described = {**contender, "moments": moments, "threads": options.threads, "held_out": held_out}
     (folder / "contender.json").write_text(json.dumps(described, indent=2), encoding="utf8")
-    modules = Path(contender["program"]).parents[0 if contender["begin"] == "eos" else 1]
     command = [sys.executable, str(ROOT / "bench" / "watched.py"), str(folder / "contender.json")]
     with open(folder / "log.txt", "w", encoding="utf8") as log:
-        done = subprocess.run(command, env=environment(modules, options.threads), stdout=log, stderr=log)
+        done = subprocess.run(command, env=environment(contender["modules"], options.threads), stdout=log, stderr=log)
     if done.returncode:
         raise UserError(f"{contender['name']}: ended with code {done.returncode}; see {folder / 'log.txt'}")
     return json.loads((folder / "result.json").read_text(encoding="utf8"))
 
 
-def environment(modules: Path, threads: int) -> dict[str, str]:
+def environment(modules: str | Path, threads: int) -> dict[str, str]:
     """Where a contender finds its modules, and how many threads it may use; nothing is written beside its sources."""
     own = {"PYTHONPATH": str(modules), "OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
     return {**os.environ, **own}

@@ -50,7 +50,7 @@ class Watch:
 
     def weights(self, seconds: float) -> dict[str, Tensor]:
         """What was kept at one of `kept`, which is then given up."""
-        weights = torch.load(self._file(seconds), weights_only=True)
+        weights = torch.load(self._file(seconds), weights_only=True, map_location="cpu")
         self._file(seconds).unlink()
         return weights
 
@@ -98,10 +98,15 @@ def main() -> None:
     watch.close()
     torch.set_num_threads(contender["threads"])
     rows = rows_of(texts, encoder(contender["tokenizer"], contender["begin"]), contender["window"])
-    points = []
+    points, before = [], {}
     for seconds in watch.kept:
-        watch.model.load_state_dict(watch.weights(seconds))
-        points.append({"seconds": seconds, "bits_per_byte": bits_per_byte(watch.model, rows, texts)})
+        weights = watch.weights(seconds)
+        watch.model.load_state_dict(weights)
+        # Between two steps of an optimiser that takes minutes for one, nothing changes.
+        if not (before and all(torch.equal(weights[name], before[name]) for name in weights)):
+            bits = bits_per_byte(watch.model, rows, texts)
+        points.append({"seconds": seconds, "bits_per_byte": bits})
+        before = weights
     result = {"parameters": sum(p.numel() for p in watch.model.parameters()), "points": points}
     (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf8")
 
@@ -135,7 +140,7 @@ def rows_of(texts: Iterable[str], encode: Callable[[str], list[int]], window: in
 def bits_per_byte(model: nn.Module, rows: list[tuple[list[int], int]], texts: list[str]) -> float:
     """-log2 p of each document and its end, given its begin alone, over the bytes of all in UTF-8; in float32."""
     model.eval()
-    nats = 0.0
+    device, nats = next(model.parameters(), torch.empty(0)).device, 0.0
     for first in range(0, len(rows), ROWS):
         part = rows[first : first + ROWS]
         shape = len(part), max(len(ids) for ids, _ in part) - 1
@@ -143,8 +148,8 @@ def bits_per_byte(model: nn.Module, rows: list[tuple[list[int], int]], texts: li
         for row, (ids, scored) in enumerate(part):  # padding is on the right, where nobody looks
             inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
             labels[row, scored - 1 : len(ids) - 1] = torch.tensor(ids[scored:])
-        logits = model(inputs).logits.float()
-        nats += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum").item()
+        logits = model(inputs.to(device)).logits.float().flatten(0, 1)
+        nats += F.cross_entropy(logits, labels.flatten().to(device), ignore_index=-100, reduction="sum").item()
     return nats / math.log(2) / sum(len(text.encode("utf8")) for text in texts)
 
 
