@@ -66,8 +66,9 @@ def curve(kind: str, seed: int, out: Path, options: argparse.Namespace) -> list[
     command += [part for key, value in given.items() for part in (f"--{key}", str(value))]
     command += [*options.options.split(), *getattr(options, f"{kind}_options").split()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a", encoding="utf8") as log:
-        subprocess.run(command, env=environment(ROOT, options.threads), stdout=log, stderr=log)
+    if not (folder / "final").is_dir():
+        with open(folder / "log.txt", "a", encoding="utf8") as log:
+            subprocess.run(command, env=environment(ROOT, options.threads), stdout=log, stderr=log)
     if not (folder / "final").is_dir():
         raise UserError(f"{folder}: did not come to its end; see {folder / 'log.txt'}, then run the same again")
     entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "val_bits_per_byte" in entry]
