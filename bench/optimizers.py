@@ -2,9 +2,9 @@
 
     python bench/optimizers.py --data corpus.csv --tokenizer DIR --out out/optimizers [--seeds 3] [--steps 500]
 
-Runs pretrain.py for each seed with each optimiser in turn, all else equal. The target is what AdamW ends with, its worst
-seed, unless --target gives one; time is that of training without validations. Runs that are complete in OUT
-are read, not run again, and interrupted ones go on. Writes OUT/optimizers.json and OUT/optimizers.png.
+Runs pretrain.py for each seed with each optimiser in turn, all else equal. The target is what AdamW ends with, its
+worst seed, unless --target gives one; time is that of training without validations. Runs that are complete in OUT are
+read, not run again, and interrupted ones go on. Writes OUT/optimizers.json and OUT/optimizers.png.
 """
 
 from __future__ import annotations
