@@ -1,4 +1,4 @@
-"""The optimiser: AdamW as DeepSeek-V3 uses it (section 4.2)."""
+"""The optimiser: AdamW as DeepSeek-V3 uses it (section 4.2), or Muon for the matrices inside the layers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import nn
 
 from errors import UserError
 from model.packed import quiet_torchao
+from training.muon import Muon
 
-KINDS = ("adamw", "adamw8bit", "paged_adamw8bit")
+KINDS = ("adamw", "adamw8bit", "paged_adamw8bit", "muon")
+# Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
+LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
 NO_RATIOS: Mapping[str, float] = {}
 
 
@@ -30,7 +33,9 @@ class OptimSettings:
         weight_decay: on matrices only; norms, embeddings' biases and the router bias have none.
         clip: largest norm of the gradient.
         kind: adamw, or with moments in 8 bits adamw8bit (torchao; compiles for some seconds) and paged_adamw8bit
-            (bitsandbytes, on CUDA).
+            (bitsandbytes, on CUDA); or muon: orthogonalised momentum for the matrices inside the layers, scaled so that
+            the learning rate and the weight decay of AdamW suit it, and AdamW for embedding, head, router and norms.
+        momentum: Muon's.
     """
 
     lr: float = 1e-3
@@ -42,26 +47,42 @@ class OptimSettings:
     weight_decay: float = 0.1
     clip: float = 1.0
     kind: str = "adamw"
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"--optim.kind {self.kind}: one of {', '.join(KINDS)}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--optim.momentum {self.momentum}: give a number from 0 to below 1")
 
 
 def build_optimizer(
     model: nn.Module, settings: OptimSettings, lr_ratios: Mapping[str, float] = NO_RATIOS
 ) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices (two axes and more) only; fused where the device has it.
+    """The optimiser of `settings.kind`; weight decay on matrices (two axes and more) only; fused where it can be.
 
     lr_ratios: learning rates over that of the settings, of parameters with these words in their names.
-    Raises `UserError` for a kind that is not there.
+    Raises `UserError` for a kind whose package is not there.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             ratio = next((ratio for word, ratio in lr_ratios.items() if word in name), 1.0)
-            groups.setdefault((parameter.dim() >= 2, ratio), []).append(parameter)
-    parts = [
-        {"params": members, "weight_decay": settings.weight_decay if decays else 0.0, "lr_ratio": ratio}
-        for (decays, ratio), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+            parts = _matrices_in(name, parameter) if settings.kind == "muon" else 0
+            groups.setdefault((parameter.dim() >= 2, ratio, parts), []).append(parameter)
+    described = [
+        {"params": members, "weight_decay": settings.weight_decay if decays else 0.0, "lr_ratio": ratio, "parts": parts}
+        for (decays, ratio, parts), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]
-    return _class_of(settings.kind)(parts, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    make = _class_of(settings.kind, settings.momentum)
+    return make(described, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def _matrices_in(name: str, parameter: nn.Parameter) -> int:
+    """How many matrices stand one above the other in each of a parameter's; 0 where Muon has no part in it."""
+    if parameter.dim() < 2 or any(word in name for word in LOOKED_UP):
+        return 0
+    return 2 if name.endswith("gate_up_proj") else 1
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -74,20 +95,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = value
 
 
-def _class_of(kind: str) -> Callable[..., torch.optim.Optimizer]:
+def _class_of(kind: str, momentum: float) -> Callable[..., torch.optim.Optimizer]:
     if kind == "adamw":
         return partial(torch.optim.AdamW, fused=True)
+    if kind == "muon":
+        return partial(Muon, momentum=momentum)
     if kind == "adamw8bit":
         with quiet_torchao():
             from torchao.optim import AdamW8bit
         return AdamW8bit
-    if kind == "paged_adamw8bit":
-        try:
-            from bitsandbytes.optim import PagedAdamW8bit
-        except ImportError:
-            raise UserError(f"--optim.kind {kind}: needs the package; pip install bitsandbytes") from None
-        return PagedAdamW8bit
-    raise UserError(f"--optim.kind {kind}: one of {', '.join(KINDS)}")
+    try:
+        from bitsandbytes.optim import PagedAdamW8bit
+    except ImportError:
+        raise UserError(f"--optim.kind {kind}: needs the package; pip install bitsandbytes") from None
+    return PagedAdamW8bit
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:

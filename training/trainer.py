@@ -247,7 +247,7 @@ class Trainer:
         return True
 
     def _fixed(self) -> dict[str, Any]:
-        """What the order of the data depends on."""
+        """What the order of the data, and the optimiser's state, depend on."""
         settings = self.settings
         return {
             "seed": settings.seed,
@@ -255,6 +255,7 @@ class Trainer:
             "rows": settings.rows,
             "tokenizer": self.tokenizer.fingerprint,
             "data": getattr(self.dataset, "identity", ""),
+            "optim.kind": settings.optim.kind,
         }
 
     def _finish(self) -> None:
