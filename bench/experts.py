@@ -54,7 +54,9 @@ def main() -> None:
         return
     given = [f"--{name}={getattr(options, name)}" for name in ("preset", "layers", "dtype", "rows", "length", "device")]
     given += ["--split"] * options.split + ["--experts", *map(str, options.experts)]
-    contenders = [Contender(f"{count} experts", [__file__, *given, "--worker", str(count)]) for count in options.experts]
+    contenders = [
+        Contender(f"{count} experts", [__file__, *given, "--worker", str(count)]) for count in options.experts
+    ]
     compare(contenders, options.rounds)
     config = config_of(options, options.experts[0])
     print(
