@@ -180,7 +180,12 @@ class KeptMemory:
 def grouped_linear(x_RD: Tensor, weight_EOD: Tensor | Packed, plan: Plan, kept: KeptMemory | None = None) -> Tensor:
     """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O). kept: for the gradient of the weight."""
     if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
-        return F.grouped_mm(x_RD, dense(weight_EOD, x_RD.dtype).transpose(-2, -1), offs=plan.ends)
+        weight = dense(weight_EOD, x_RD.dtype)
+        out, inner = (-size % SMALL_ROW_BLOCK for size in weight.shape[1:])
+        if out or inner:  # rows of both must be aligned to 16 bytes, which adapters of a low rank are not
+            x_RD, weight = F.pad(x_RD, (0, inner)), F.pad(weight, (0, inner, 0, out))
+        product = F.grouped_mm(x_RD, weight.transpose(-2, -1), offs=plan.ends)
+        return product[:, : weight_EOD.shape[1]] if out else product
     return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist(), kept or KeptMemory())
 
 
@@ -314,7 +319,8 @@ class _Permute(torch.autograd.Function):
 def _gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
     """(R, D), (N, K) -> (N, D): the sum of each token's K rows."""
     if rows_RD.is_cuda:
-        return rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).sum(1)
+        rows_NKD = rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape)
+        return rows_NKD.sum(1, dtype=rows_RD.dtype)  # autocast would make it float32, and the residual stream with it
     # On CPU K additions of contiguous rows are several times faster than a sum over a middle axis.
     first, *others = row_of_choice.unbind(1)
     total = rows_RD.index_select(0, first)

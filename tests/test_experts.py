@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from model.experts import FEW_CHOICES, ROW_BLOCKS, SMALL_ROW_BLOCK, Experts, Plan, count_choices
+from model.experts import FEW_CHOICES, ROW_BLOCKS, SMALL_ROW_BLOCK, Experts, Plan, count_choices, grouped_linear
 from model.moe import DeepseekMoE
 
 EXPERTS, CHOSEN, HIDDEN = 8, 3, 32
@@ -211,6 +211,33 @@ def test_cuda_branch_equals_a_plain_loop(case, product, experts, on_cuda, monkey
     loop = values_and_gradients(lambda *a: plain_loop(experts, *a), experts, x.float(), weights, indices, direction)
     for ours, expected in zip(fast, loop, strict=True):
         assert (ours.float() - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_low_ranks_are_padded_for_cudas_alignment_with_the_same_numbers(on_cuda, monkeypatch):
+    shapes = []
+    product = F.grouped_mm
+
+    def checked(x, weight, offs):
+        shapes.append((x.shape, weight.shape))
+        assert all(size % 8 == 0 for size in (x.shape[-1], *weight.shape[1:]))  # rows of 16 bytes
+        assert offs.dtype == torch.int32 and (offs % 8 == 0).all()
+        return product(x, weight, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", checked)
+    indices = balanced(30)
+    plan = Plan.of(indices, EXPERTS)
+    x = torch.randn(len(plan.token_of_row), 32).bfloat16()
+    a, b = torch.randn(EXPERTS, 4, 32, requires_grad=True), torch.randn(EXPERTS, 20, 4, requires_grad=True)
+    used = int(plan.ends[-1])  # what is in the rows after that is never read
+    out = grouped_linear(grouped_linear(x, a, plan), b, plan)[:used]
+    expert = torch.searchsorted(plan.ends, torch.arange(used), right=True)
+    inner = torch.einsum("rd,rkd->rk", x[:used].float(), a[expert])
+    expected = torch.einsum("rk,rok->ro", inner, b[expert])
+    assert len(shapes) == 2 and out.shape == expected.shape
+    assert (out.float() - expected).norm() <= 2e-2 * expected.norm()
+    gradients = torch.autograd.grad(out.float().square().sum(), [a, b])
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected.square().sum(), [a, b]), strict=True):
+        assert (ours - theirs).norm() <= 3e-2 * theirs.norm()
 
 
 def test_float32_on_cuda_equals_a_plain_loop(experts, on_cuda):
