@@ -4,7 +4,8 @@
 # make lora   an adapter on the demo's fine-tuned model: blessings in five styles, measured before and after
 # make test   every test, the demo path at a tiny size among them
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
-# make lint   make bench   make clean-demo
+# make bench  speed and memory beside transformers and others, in turn: out/bench/summary.md and .png
+# make lint   make clean-demo
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -43,9 +44,15 @@ check-gguf: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
+# Each bench measures in turn and writes what it found; summary.py makes one table and one picture of them.
+BENCH := out/bench
 bench: $(VENV)/installed-dev
-	$(RUN) bench/train_step.py
-	$(RUN) bench/decode.py
+	$(RUN) bench/train_step.py --json $(BENCH)/train-bf16.json
+	$(RUN) bench/train_step.py --dtype fp32 --json $(BENCH)/train-fp32.json
+	$(RUN) bench/decode.py --json $(BENCH)/decode.json
+	$(RUN) bench/decode.py --batch 16 --prompt 1024 --new 16 --peers eager --rounds 3 --json $(BENCH)/decode-many.json
+	$(RUN) bench/shard_corpus.py --megabytes 300 --folder $(BENCH)/shards --json $(BENCH)/data.json
+	$(RUN) bench/summary.py $(BENCH)
 
 clean-demo:
 	rm -rf $(OUT) $(WORLD) data/shards

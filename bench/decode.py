@@ -10,12 +10,15 @@ import sys
 import time
 
 import torch
-from side_by_side import against_transformers, options_of, serve, table, verdict
+from side_by_side import against_transformers, findings, options_of, serve, verdict
 
 from model import MiniDeepSeek
-from training.machine import DTYPES
+from model.cache import LatentCache
+from model.counts import count
+from training.machine import DTYPES, measured_bandwidth
 
 PEERS = ("eager", "batched_mm", "grouped_mm")
+CACHED = "cached"
 
 
 def main() -> None:
@@ -23,16 +26,24 @@ def main() -> None:
     if options.worker:
         work(options)
         return
-    _, ours, peers = against_transformers(__file__, options)
-    print(
-        f"{options.preset}, batch {options.batch}, prompt {options.prompt}, {options.new} new tokens, {options.dtype}; "
-        f"medians of {options.rounds}"
+    config, ours, peers = against_transformers(__file__, options)
+    found = findings(
+        f"decoding, {options.preset}, batch {options.batch}, prompt {options.prompt}, {options.new} new tokens, "
+        f"{options.dtype}, greedy; medians of {options.rounds}",
+        [ours, *peers],
     )
-    print(table([ours, *peers], {"tokens/s": "{:,.1f}", "prefill s": "{:.3f}"}))
     best = max(peers, key=lambda peer: peer.median("tokens/s"))
-    print(f"tokens/s against {best.name}: {verdict(ours, best, 'tokens/s')}")
-    fastest = min(peers, key=lambda peer: peer.median("prefill s"))
-    print(f"prefill time against {fastest.name}: {verdict(ours, fastest, 'prefill s')}")
+    fastest = max(peers, key=lambda peer: peer.median("prefill tokens/s"))
+    found.verdicts = [verdict(ours, best, "tokens/s"), verdict(ours, fastest, "prefill tokens/s")]
+    costs = count(config)
+    found.facts["weights that a token reads"] = f"{costs.activated * DTYPES[options.dtype].itemsize / 1e6:,.0f} MB"
+    expanded = costs.mha_cache_bytes // 2 // config.num_hidden_layers
+    found.facts["cached numbers a token and layer"] = (
+        f"{ours.median(CACHED):,.0f}, transformers {best.median(CACHED):,.0f}; expanded keys and values: {expanded:,}"
+    )
+    found.facts["memory bandwidth"] = f"{measured_bandwidth() / 1e9:,.1f} GB/s"
+    found.show({"tokens/s": "{:,.1f}", "prefill tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"})
+    found.save(options.json)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -41,6 +52,8 @@ def work(options: argparse.Namespace) -> None:
     prompt = torch.randint(0, 6400, (options.batch, options.prompt), generator=generator)
     if options.worker == "ours":
         model = MiniDeepSeek.from_pretrained(options.folder, dtype=DTYPES[options.dtype]).eval()
+        cache = LatentCache(model.config, 1, 1, torch.float32, torch.device("cpu"))
+        held = cache.latents[0].numel()
 
         def generate(count: int) -> None:
             model.generate(prompt, max_new_tokens=count)
@@ -51,6 +64,8 @@ def work(options: argparse.Namespace) -> None:
             options.folder, dtype=DTYPES[options.dtype], experts_implementation=options.worker
         ).eval()
         model.generation_config.eos_token_id = None
+        cache = model(prompt[:1, :1], use_cache=True).past_key_values.layers[0]
+        held = cache.keys.numel() + cache.values.numel()
         mask = torch.ones_like(prompt)
 
         def generate(count: int) -> None:
@@ -65,7 +80,8 @@ def work(options: argparse.Namespace) -> None:
     def measure() -> dict[str, float]:
         prefill = seconds(1)
         rest = seconds(options.new) - prefill
-        return {"tokens/s": options.batch * (options.new - 1) / rest, "prefill s": prefill}
+        speed = options.batch * (options.new - 1) / rest
+        return {"tokens/s": speed, "prefill tokens/s": prompt.numel() / prefill, CACHED: held}
 
     serve(measure, warm_up=1)
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from side_by_side import Contender, compare, serve, table, verdict
+from side_by_side import Contender, compare, findings, serve, verdict
 
 from dataset import PromptDataset
 from errors import UserError, command_line
@@ -35,6 +35,8 @@ from training.ranks import Ranks
 from training.rewards import Rewards, Sample, reward
 from training.rollout import Sampler
 from training.trainer import Trainer
+
+COLUMNS = {"samples/s": "{:,.2f}", "memory_mb": "{:,.0f}"}
 
 
 @reward
@@ -75,15 +77,14 @@ def main() -> None:
             Contender(name, [__file__, "--folder", folder, *shape, "--worker", name]) for name in ("ours", "trl")
         ]
         compare(contenders, options.rounds)
-    print(
-        f"{options.preset} without MTP, {options.prompts} prompts of {options.data} x {options.group} completions of "
-        f"up to {options.new} tokens, {options.dtype}; medians of {options.rounds}"
+    found = findings(
+        f"GRPO step, {options.preset} without MTP, {options.prompts} prompts of {options.data} x {options.group} "
+        f"completions of up to {options.new} tokens, {options.dtype}; medians of {options.rounds}",
+        contenders,
     )
-    print(table(contenders, {"samples/s": "{:,.2f}", "memory_mb": "{:,.0f}"}))
-    print(f"samples/s against trl: {verdict(*contenders, 'samples/s')}")
-    if options.json:
-        results = {contender.name: contender.results for contender in contenders}
-        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
+    found.verdicts = [verdict(*contenders, key) for key in COLUMNS]
+    found.show(COLUMNS)
+    found.save(options.json)
 
 
 def write_checkpoint(preset: str, folder: Path) -> None:

@@ -17,12 +17,13 @@ import resource
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from side_by_side import Contender, compare, table, verdict
+from side_by_side import Contender, compare, findings, verdict
 
 from errors import UserError, command_line
 from LMConfig import LMConfig
@@ -75,21 +76,18 @@ def main() -> None:
             group = [Contender(name, [__file__, "--folder", folder, *given, "--worker", name]) for name in names]
             compare(group, options.rounds)
             contenders |= {contender.name: contender for contender in group}
-    print(
-        f"{options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, "
-        f"adapters of r 8 on {options.targets}; medians of {options.rounds}"
+    found = findings(
+        f"fine-tuning, {options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, "
+        f"adapters of r 8 on {options.targets}; medians of {options.rounds}",
+        list(contenders.values()),
     )
-    print(table(list(contenders.values()), COLUMNS))
     pairs = [("full", "full"), ("lora", "lora"), ("lora-recompute", "lora-recompute"), ("qlora-nf4", "qlora-nf4")]
     for mine, theirs in [*pairs, ("lora-recompute", "lora")]:
-        if f"trl {theirs}" not in contenders:
-            continue
-        pair = contenders[f"ours {mine}"], contenders[f"trl {theirs}"]
-        said = [f"{verdict(*pair, key)} {key}" for key in COLUMNS]
-        print(f"ours {mine} against trl {theirs}: {', '.join(said)}")
-    if options.json:
-        results = {contender.name: contender.results for contender in contenders.values()}
-        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
+        if f"trl {theirs}" in contenders:
+            pair = contenders[f"ours {mine}"], contenders[f"trl {theirs}"]
+            found.verdicts += [replace(verdict(*pair, key), quantity=f"{mine} {key}") for key in COLUMNS]
+    found.show(COLUMNS)
+    found.save(options.json)
 
 
 def token_rows(options: argparse.Namespace, rows: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from pathlib import Path
 import jsonargparse
 import numpy as np
 import psutil
+from findings import Findings, Verdict
 from tqdm import tqdm
 
 from errors import command_line
@@ -32,6 +33,7 @@ from text.tokenizer import Tokenizer, train_bpe
 
 CHINESE_SHARE = 0.7
 RAW_BATCH = 1000
+SPEED = "MB/s of text"
 
 
 def shard_corpus(
@@ -40,7 +42,8 @@ def shard_corpus(
     tokenizer: str = "",
     workers: int = 0,
     raw_megabytes: int = 200,
-    repeats: int = 1,
+    repeats: int = 3,
+    json: str | None = None,
 ) -> None:
     """Measure sharding against encode_batch.
 
@@ -51,6 +54,7 @@ def shard_corpus(
         workers: tokenising processes; 0: all cores
         raw_megabytes: how much of the CSV encode_batch gets
         repeats: measure both so often, in turn
+        json: write what was found to this file
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -59,16 +63,19 @@ def shard_corpus(
         write_corpus(file, megabytes * 1_000_000)
     model = Tokenizer.from_folder(tokenizer) if tokenizer else train_bpe(list(beginning(file, 10_000_000)), 6400)
     model.save(place / "tokenizer")
+    shards, alone = [], []
     for _ in range(repeats):
         shutil.rmtree(place / "shards", ignore_errors=True)
         seconds, size, peak = measured(make_shards, str(file), str(place / "tokenizer"), str(place / "shards"), workers)
-        raw_seconds, raw_size, _ = measured(
-            encode_raw, str(file), str(place / "tokenizer"), min(raw_megabytes, megabytes) * 1_000_000
-        )
-        sharding, raw = size / 1e6 / seconds, raw_size / 1e6 / raw_seconds
-        print(f"shards        {sharding:8.2f} MB/s of text in {seconds:.1f} s, peak memory {peak / 1e6:,.0f} MB")
-        print(f"encode_batch  {raw:8.2f} MB/s of text on {raw_size / 1e6:,.0f} MB in memory")
-        print(f"ratio         {sharding / raw:8.2f}")
+        shards.append({SPEED: size / 1e6 / seconds, "memory_mb": peak / 2**20})
+        raw = measured(encode_raw, str(file), str(place / "tokenizer"), min(raw_megabytes, megabytes) * 1_000_000)
+        alone.append({SPEED: raw[1] / 1e6 / raw[0], "memory_mb": raw[2] / 2**20})
+    title = f"{megabytes:,} MB of CSV to shards against encode_batch on {raw_megabytes:,} MB in memory"
+    found = Findings(f"{title}; medians of {repeats}", {"shards": shards, "encode_batch": alone})
+    speeds = ([result[SPEED] for result in results] for results in (shards, alone))
+    found.verdicts = [Verdict.of(SPEED, "encode_batch alone", *speeds)]
+    found.show({SPEED: "{:.2f}", "memory_mb": "{:,.0f}"})
+    found.save(json)
 
 
 def write_corpus(file: Path, size: int, seed: int = 0) -> None:

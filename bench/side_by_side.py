@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from findings import Findings, Verdict
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -48,13 +47,11 @@ class Contender:
         self.process.stdin.close()
         self.process.wait()
 
-    def median(self, key: str) -> float:
-        return statistics.median(result[key] for result in self.results)
+    def values(self, key: str) -> list[float]:
+        return [result[key] for result in self.results]
 
-    def spread(self, key: str) -> tuple[float, float]:
-        """Smallest and largest."""
-        values = [result[key] for result in self.results]
-        return min(values), max(values)
+    def median(self, key: str) -> float:
+        return statistics.median(self.values(key))
 
     def _read(self) -> dict[str, float]:
         for line in self.process.stdout:
@@ -89,9 +86,6 @@ def against_transformers(script: str, options: argparse.Namespace) -> tuple[LMCo
         ours = Contender("ours", [*command, "--worker", "ours"])
         peers = [Contender(f"transformers {peer}", [*command, "--worker", peer]) for peer in options.peers]
         compare([ours, *peers], options.rounds)
-    if options.json:
-        results = {contender.name: contender.results for contender in [ours, *peers]}
-        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
     return config, ours, peers
 
 
@@ -117,24 +111,11 @@ def compare(contenders: list[Contender], rounds: int) -> None:
         contender.stop()
 
 
-def verdict(ours: Contender, peer: Contender, key: str) -> str:
-    """The ratio of medians, or a refusal where the ranges overlap."""
-    ratio = ours.median(key) / peer.median(key)
-    (low, high), (peer_low, peer_high) = ours.spread(key), peer.spread(key)
-    if low <= peer_high and peer_low <= high:
-        return f"{ratio:.2f}x, but the ranges overlap: no difference shown"
-    return f"{ratio:.2f}x"
+def verdict(ours: Contender, peer: Contender, key: str) -> Verdict:
+    """The ratio of medians; as text it refuses to call a difference smaller than the spread a win."""
+    return Verdict.of(key, peer.name, ours.values(key), peer.values(key))
 
 
-def table(contenders: list[Contender], columns: dict[str, str]) -> str:
-    """Median (smallest - largest) of each column."""
-    lines = [
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    ]
-    for contender in contenders:
-        cells = []
-        for key, form in columns.items():
-            low, high = contender.spread(key)
-            cells.append(f"{form.format(contender.median(key))} ({form.format(low)} - {form.format(high)}) {key}")
-        lines.append(f"{contender.name:>28}  " + "  ".join(cells))
-    return "\n".join(lines)
+def findings(title: str, contenders: Sequence[Contender]) -> Findings:
+    """What these measured, ready for verdicts and facts."""
+    return Findings(title, {contender.name: contender.results for contender in contenders})

@@ -10,7 +10,7 @@ import sys
 import time
 
 import torch
-from side_by_side import against_transformers, options_of, serve, table, verdict
+from side_by_side import against_transformers, findings, options_of, serve, verdict
 
 from model import MiniDeepSeek
 from model.counts import count
@@ -19,6 +19,7 @@ from training.machine import DTYPES, autocast, measured_peak
 from training.optim import OptimSettings, build_optimizer
 
 PEERS = ("eager", "grouped_mm")  # batched_mm copies an expert for each token: out of memory at 4096 tokens
+COLUMNS = {"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"}
 
 
 def main() -> None:
@@ -27,17 +28,18 @@ def main() -> None:
         work(options)
         return
     config, ours, peers = against_transformers(__file__, options)
-    print(
-        f"{options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, AdamW; "
-        f"medians of {options.rounds}"
+    shape = f"{options.rows} x {options.length} tokens, {options.dtype}"
+    found = findings(
+        f"training step, {options.preset} without MTP, {shape}, AdamW; medians of {options.rounds}", [ours, *peers]
     )
-    print(table([ours, *peers], {"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"}))
-    peak = measured_peak(DTYPES[options.dtype], torch.device("cpu"))
-    share = ours.median("tokens/s") * count(config, options.length).flops / peak
-    print(f"matrix-product peak {peak / 1e9:,.0f} GFLOP/s; ours uses {share:.0%} of it")
     best = max(peers, key=lambda peer: peer.median("tokens/s"))
-    print(f"tokens/s against {best.name}: {verdict(ours, best, 'tokens/s')}")
-    print(f"peak memory against {best.name}: {verdict(ours, best, 'memory_mb')}")
+    found.verdicts = [verdict(ours, best, key) for key in COLUMNS]
+    peak = measured_peak(DTYPES[options.dtype], torch.device("cpu"))
+    for contender in (ours, best):
+        share = contender.median("tokens/s") * count(config, options.length).flops / peak
+        found.facts[f"share of the matrix peak, {contender.name}"] = f"{share:.0%} of {peak / 1e9:,.0f} GFLOP/s"
+    found.show(COLUMNS)
+    found.save(options.json)
 
 
 def work(options: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from model import fused
+
 CHUNK = 128  # query rows at a time on CPU
 LONGEST_CHUNKED = 2048  # beyond, the weights that the chunks keep would take more memory than their speed is worth
 
@@ -88,11 +90,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
     """
     value_size = v.shape[-1]
     if q.device.type == "cpu" and q.shape[1] <= LONGEST_CHUNKED:
-        mask = visibility.mask(q.shape[1], k.shape[1], q.device)
+        # Causality alone needs no mask where the softmax knows of it.
+        causal_only = visibility.allowed is None and fused.available(q)
+        mask = None if causal_only else visibility.mask(q.shape[1], k.shape[1], q.device)
         mask = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
         # Autocast would carry each softmax through memory in float32; the kernel computes in float32 anyway.
         with torch.autocast("cpu", enabled=False):
-            return _ChunkedAttention.apply(q, k, v, mask, scale)
+            return _ChunkedAttention.apply(q, k, v, mask, causal_only, scale)
     # The fused kernels want one head size for q, k and v: zeros added to v change nothing and are cut off again.
     if value_size < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - value_size))
@@ -122,23 +126,27 @@ class _ChunkedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal_only: bool, scale: float) -> Tensor:
         batch, queries, heads, _ = q.shape
         past = k.shape[1] - queries
         q, k, v = (rearrange(x, "b t h d -> (b h) t d") for x in (q, k, v))
         out, weights = v.new_empty(batch * heads, queries, v.shape[-1]), []
         for rows, end in _chunks(queries, past):
-            scores = torch.bmm(q[:, rows], k[:, :end].transpose(1, 2)).mul_(scale)
-            if mask is not None:
-                scores.view(batch, heads, -1, end).add_(mask[..., rows, :end])
-            weights.append(scores.softmax(-1))
+            scores = torch.bmm(q[:, rows], k[:, :end].transpose(1, 2))
+            if causal_only:
+                weights.append(fused.causal_softmax_(scores, past + rows.start, scale))
+            else:
+                scores.mul_(scale)
+                if mask is not None:
+                    scores.view(batch, heads, -1, end).add_(mask[..., rows, :end])
+                weights.append(scores.softmax(-1))
             out[:, rows] = torch.bmm(weights[-1], v[:, :end])
         ctx.save_for_backward(q, k, v, *weights)
-        ctx.scale, ctx.heads = scale, heads
+        ctx.causal_only, ctx.scale, ctx.heads = causal_only, scale, heads
         return rearrange(out, "(b h) t d -> b t h d", h=heads)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *weights = ctx.saved_tensors
         queries = grad.shape[1]
         grad = rearrange(grad, "b t h d -> (b h) t d")
@@ -146,11 +154,15 @@ class _ChunkedAttention(torch.autograd.Function):
         for (rows, end), weight in zip(_chunks(queries, k.shape[1] - queries), weights, strict=True):
             grad_v[:, :end] += torch.bmm(weight.transpose(1, 2), grad[:, rows])
             grad_weight = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2))
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype).mul_(ctx.scale)
+            if ctx.causal_only:
+                grad_scores = fused.softmax_back_(grad_weight, weight, ctx.scale)
+            else:
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+                grad_scores.mul_(ctx.scale)
             grad_q[:, rows] = torch.bmm(grad_scores, k[:, :end])
             grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
         gradients = (rearrange(x, "(b h) t d -> b t h d", h=ctx.heads) for x in (grad_q, grad_k, grad_v))
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _chunks(queries: int, past: int) -> list[tuple[slice, int]]:

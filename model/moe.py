@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model import fused
 from model.experts import Experts
 from model.norm import Float32Buffers, float32_only
 
@@ -24,7 +25,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden) -> (..., hidden)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if fused.fits(gate, up):
+            return self.down_proj(fused.FusedSwiGLU.apply(gate, up, None))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Routing(NamedTuple):

@@ -52,6 +52,17 @@ def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, se
     return 2 * size**3 / best
 
 
+def measured_bandwidth(megabytes: int = 1024, times: int = 5) -> float:
+    """Bytes a second that all threads read from main memory, best of several: what decoding is measured against."""
+    numbers = torch.ones(megabytes * 2**20 // 4)
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - start)
+    return numbers.numel() * 4 / best
+
+
 def peak_memory(device: torch.device) -> int:
     """The most memory used so far, in bytes: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":

@@ -1,0 +1,47 @@
+"""C compiled on the machine at hand, once, into the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+
+
+def compiled(source: Path, *flags: str) -> Path:
+    """The shared library of a C file, compiled now or found compiled. Raises OSError or CalledProcessError."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler (cc, gcc or clang) found")
+    # -march=native: what one processor got from another by a shared home folder might not run.
+    facts = (source.read_text(), compiler, *FLAGS, *flags, platform.platform(), _processor())
+    name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-deepseek-v3"
+    file = folder / f"{source.stem}-{name}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(handle)
+        try:
+            command = [compiler, *FLAGS, *flags, "-o", partial, str(source), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(partial, file)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+    return file
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(
+        next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Feat")
+    )

@@ -1,0 +1,212 @@
+// What lies between the matrix products of training on CPU, each as one pass over memory, forward and backward: SwiGLU,
+// RMSNorm and the softmax of causal attention. As PyTorch operations they are six passes and more.
+//
+// Numbers are float32, or bfloat16 (-DBF16); all arithmetic is float32. Rows are shared out among the threads in fixed
+// parts, so the same input gives the same bits. Row lengths are multiples of LANES but for the softmax's.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t whole_lanes __attribute__((vector_size(LANES * 4)));
+typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2), aligned(2)));
+#define INLINE static inline __attribute__((always_inline))
+
+#ifdef BF16
+typedef uint16_t number;
+INLINE lanes load(const number *x) {
+  return (lanes)(__builtin_convertvector(*(const half_lanes *)x, whole_lanes) << 16);
+}
+INLINE void store(number *to, lanes v) {
+#ifdef __AVX512BF16__
+  *(half_lanes *)to = (half_lanes)_mm512_cvtneps_pbh((__m512)v);
+#else
+  whole_lanes bits = (whole_lanes)v;  // to the nearest, ties to even
+  bits += 0x7fff + ((bits >> 16) & 1);
+  *(half_lanes *)to = __builtin_convertvector((bits >> 16) & 0xffff, half_lanes);
+#endif
+}
+INLINE float get(const number *x) {
+  uint32_t bits = (uint32_t)*x << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+#else
+typedef float number;
+INLINE lanes load(const number *x) { return *(const lanes *)x; }
+INLINE void store(number *to, lanes v) { *(lanes *)to = v; }
+INLINE float get(const number *x) { return *x; }
+#endif
+
+INLINE lanes all(float x) { return (lanes){0} + x; }
+INLINE lanes choose(whole_lanes where, lanes yes, lanes no) {
+  return (lanes)((where & (whole_lanes)yes) | (~where & (whole_lanes)no));
+}
+INLINE float total(lanes v) {
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += v[i];
+  return sum;
+}
+INLINE float largest(lanes v) {
+  float most = v[0];
+  for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// e^x = 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor series to r^6: within 3e-7 of the true value, relatively.
+INLINE lanes exp_lanes(lanes x) {
+  whole_lanes tiny = x < all(-87), huge = x > all(88);  // NaN is neither, and passes
+  x = choose(tiny, all(-87), choose(huge, all(88), x));
+  lanes turns = x * 1.44269504f;
+  whole_lanes n = __builtin_convertvector(turns + choose(turns < all(0), all(-0.5f), all(0.5f)), whole_lanes);
+  lanes whole = __builtin_convertvector(n, lanes);
+  lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  lanes p = all(1.f / 720);
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1;
+  p = p * r + 1;
+  return choose(tiny, all(0), choose(huge, all(INFINITY), p * (lanes)((n + 127) << 23)));
+}
+
+INLINE lanes sigmoid(lanes x) { return 1 / (1 + exp_lanes(-x)); }
+
+// out (rows, n) = silu(gate) * up * weight; gate and up: rows `stride` apart; weight: (rows,) or NULL.
+void swiglu(number *out, const number *gate, const number *up, const number *weight, int64_t rows, int64_t n,
+            int64_t stride, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    float by = weight ? get(weight + r) : 1;
+    for (int64_t i = 0; i < n; i += LANES) {
+      lanes g = load(gate + r * stride + i);
+      store(out + r * n + i, g * sigmoid(g) * load(up + r * stride + i) * by);
+    }
+  }
+}
+
+// Its gradients: to_gate and to_up `to_stride` apart, to_weight (rows,) or NULL.
+void swiglu_back(number *to_gate, number *to_up, number *to_weight, const number *grad, const number *gate,
+                 const number *up, const number *weight, int64_t rows, int64_t n, int64_t stride, int64_t to_stride,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    float by = weight ? get(weight + r) : 1;
+    lanes sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) {
+      lanes g = load(gate + r * stride + i), u = load(up + r * stride + i), d = load(grad + r * n + i);
+      lanes s = sigmoid(g), activated = g * s;
+      sum += activated * u * d;
+      store(to_up + r * to_stride + i, d * activated * by);
+      store(to_gate + r * to_stride + i, d * u * s * (1 + g * (1 - s)) * by);
+    }
+    if (to_weight) {
+      lanes value = all(total(sum));
+      number rounded[LANES];
+      store(rounded, value);
+      to_weight[r] = rounded[0];
+    }
+  }
+}
+
+// out (rows, n) = x / sqrt(mean(x^2) + eps) * weight; x: rows `stride` apart; inverse (rows,): 1 / sqrt(...), kept.
+void rms_norm(number *out, float *inverse, const number *x, const float *weight, int64_t rows, int64_t n, int64_t stride,
+              float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const number *row = x + r * stride;
+    lanes sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) sum += load(row + i) * load(row + i);
+    float by = inverse[r] = 1 / sqrtf(total(sum) / n + eps);
+    for (int64_t i = 0; i < n; i += LANES) store(out + r * n + i, load(row + i) * by * *(const lanes *)(weight + i));
+  }
+}
+
+// Its gradients: to_x (rows, n), and to_weight (threads, n), the sum over the rows of each thread.
+void rms_norm_back(number *to_x, float *to_weight, const number *grad, const number *x, const float *weight,
+                   const float *inverse, int64_t rows, int64_t n, int64_t stride, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < threads; t++) {
+    float *mine = to_weight + t * n;
+    memset(mine, 0, n * sizeof(float));
+    for (int64_t r = rows * t / threads; r < rows * (t + 1) / threads; r++) {
+      const number *row = x + r * stride, *d = grad + r * n;
+      float by = inverse[r];
+      lanes sum = {0};
+      for (int64_t i = 0; i < n; i += LANES) {
+        lanes value = load(row + i) * load(d + i);
+        sum += value * *(const lanes *)(weight + i);
+        *(lanes *)(mine + i) += value * by;
+      }
+      float share = total(sum) * by * by / n;
+      for (int64_t i = 0; i < n; i += LANES)
+        store(to_x + r * n + i, (load(d + i) * *(const lanes *)(weight + i) - load(row + i) * share) * by);
+    }
+  }
+}
+
+// The first `many` of a row, and zeros behind them: loads and stores that may end within LANES.
+INLINE lanes load_some(const number *x, int64_t many, float other) {
+  if (many >= LANES) return load(x);
+  number part[LANES];
+  memset(part, 0, sizeof part);
+  memcpy(part, x, many * sizeof(number));
+  lanes value = load(part);
+  for (int64_t i = many; i < LANES; i++) value[i] = other;
+  return value;
+}
+INLINE void store_some(number *to, lanes v, int64_t many) {
+  if (many >= LANES) {
+    store(to, v);
+    return;
+  }
+  number part[LANES];
+  store(part, v);
+  memcpy(to, part, many * sizeof(number));
+}
+
+// In place: row r of a block of `queries` rows keeps softmax(scale * x) over its first `first` + r + 1 of n numbers, the
+// keys that causality lets it see; the others become 0.
+void causal_softmax(number *x, int64_t blocks, int64_t queries, int64_t n, int64_t first, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < blocks * queries; r++) {
+    number *row = x + r * n;
+    int64_t seen = first + r % queries + 1;
+    lanes most = all(-INFINITY), sum = {0};
+    for (int64_t i = 0; i < seen; i += LANES) {
+      lanes v = load_some(row + i, seen - i, -INFINITY);
+      most = choose(v > most, v, most);
+    }
+    float top = largest(most);
+    float values[seen + LANES];
+    for (int64_t i = 0; i < seen; i += LANES) {
+      lanes v = exp_lanes((load_some(row + i, seen - i, -INFINITY) - top) * scale);
+      *(lanes *)(values + i) = v;
+      sum += v;
+    }
+    float by = 1 / total(sum);
+    for (int64_t i = 0; i < seen; i += LANES) store_some(row + i, *(lanes *)(values + i) * by, seen - i);
+    memset(row + seen, 0, (n - seen) * sizeof(number));
+  }
+}
+
+// In place on the gradient: scale * p * (grad - sum(p * grad)), p the result of the softmax. n: the length of a row.
+void softmax_back(number *grad, const number *p, int64_t rows, int64_t n, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    number *d = grad + r * n;
+    const number *row = p + r * n;
+    lanes sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) sum += load_some(d + i, n - i, 0) * load_some(row + i, n - i, 0);
+    float share = total(sum);
+    for (int64_t i = 0; i < n; i += LANES)
+      store_some(d + i, (load_some(d + i, n - i, 0) - share) * load_some(row + i, n - i, 0) * scale, n - i);
+  }
+}

@@ -1,0 +1,134 @@
+"""SwiGLU, RMSNorm and causal softmax as one pass over memory each, on CPU: `fused.c`, compiled on the machine at hand.
+
+Everywhere else, and without a C compiler, PyTorch computes the same in more passes: callers ask `fits` first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.compiled import compiled
+
+SOURCE = Path(__file__).with_name("fused.c")
+LANES = 16  # rows are whole numbers of so many
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def available(x: Tensor) -> bool:
+    """Whether `fused.c` computes on this device and in this type."""
+    if x.device.type != "cpu" or x.dtype not in TYPES or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    return library(x.dtype) is not None
+
+
+def fits(x: Tensor, *others: Tensor) -> bool:
+    """Whether it computes with x (..., n) and others like it: rows of whole lanes, evenly apart."""
+    if not available(x) or x.shape[-1] % LANES or not x.numel() or stride_of(x) is None:
+        return False
+    return all(type(y) is Tensor and y.dtype == x.dtype and stride_of(y) == stride_of(x) for y in others)
+
+
+def stride_of(x: Tensor) -> int | None:
+    """How far apart the rows (last axis) of x are, if one number says it for all of them."""
+    if x.dim() < 2 or x.stride(-1) != 1:
+        return None
+    stride = x.stride(-2)
+    for axis in range(x.dim() - 2):
+        if x.shape[axis] > 1 and x.stride(axis) != x.stride(axis + 1) * x.shape[axis + 1]:
+            return None
+    return stride
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """silu(gate) * up * weight, keeping only its inputs. gate, up: (..., n); weight: (...) or None."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        out = gate.new_empty(gate.shape)
+        weight = None if weight is None else weight.contiguous()
+        rows, inner = gate.numel() // gate.shape[-1], gate.shape[-1]
+        places = (address(tensor) for tensor in (out, gate, up, weight))
+        library(gate.dtype).swiglu(*places, rows, inner, stride_of(gate), torch.get_num_threads())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        inner = gate.shape[-1]
+        both = gate.new_empty(*gate.shape[:-1], 2 * inner)
+        to_gate, to_up = both.split(inner, dim=-1)
+        to_weight = None if weight is None else weight.new_empty(weight.shape)
+        grad, weight = grad.contiguous(), None if weight is None else weight.contiguous()
+        places = (address(tensor) for tensor in (to_gate, to_up, to_weight, grad, gate, up, weight))
+        library(gate.dtype).swiglu_back(
+            *places, gate.numel() // inner, inner, stride_of(gate), 2 * inner, torch.get_num_threads()
+        )
+        return to_gate, to_up, to_weight
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., n); weight: (n,) float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = x.shape[-1]
+        out, inverse = x.new_empty(x.shape), torch.empty(x.numel() // size)
+        places = (address(tensor) for tensor in (out, inverse, x, weight))
+        library(x.dtype).rms_norm(*places, len(inverse), size, stride_of(x), eps, torch.get_num_threads())
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        size, threads = x.shape[-1], torch.get_num_threads()
+        to_x, to_weight, grad = x.new_empty(x.shape), torch.empty(threads, size), grad.contiguous()
+        places = (address(tensor) for tensor in (to_x, to_weight, grad, x, weight, inverse))
+        library(x.dtype).rms_norm_back(*places, len(inverse), size, stride_of(x), threads)
+        return to_x, to_weight.sum(0), None
+
+
+def causal_softmax_(scores: Tensor, first: int, scale: float) -> Tensor:
+    """softmax(scale * scores) in place; query r of a block sees its first `first` + r + 1 keys, the others get 0.
+
+    scores: (blocks, queries, keys), contiguous.
+    """
+    library(scores.dtype).causal_softmax(address(scores), *scores.shape, first, scale, torch.get_num_threads())
+    return scores
+
+
+def softmax_back_(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """The gradient of scores, in place of that of softmax(scale * scores) = weights. All contiguous, (..., keys)."""
+    rows, keys = grad.numel() // grad.shape[-1], grad.shape[-1]
+    library(grad.dtype).softmax_back(address(grad), address(weights), rows, keys, scale, torch.get_num_threads())
+    return grad
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=2)
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """fused.c compiled for numbers of this type; None where that cannot be."""
+    try:
+        built = ctypes.CDLL(str(compiled(SOURCE, *(["-DBF16"] if dtype == torch.bfloat16 else []))))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    place, whole, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    built.swiglu.argtypes = [place] * 4 + [whole] * 3 + [threads]
+    built.swiglu_back.argtypes = [place] * 7 + [whole] * 4 + [threads]
+    built.rms_norm.argtypes = [place] * 4 + [whole] * 3 + [real, threads]
+    built.rms_norm_back.argtypes = [place] * 6 + [whole] * 3 + [threads]
+    built.causal_softmax.argtypes = [place] + [whole] * 4 + [real, threads]
+    built.softmax_back.argtypes = [place] * 2 + [whole] * 2 + [real, threads]
+    for name in ("swiglu", "swiglu_back", "rms_norm", "rms_norm_back", "causal_softmax", "softmax_back"):
+        getattr(built, name).restype = None
+    return built

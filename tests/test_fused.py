@@ -1,0 +1,136 @@
+"""The passes in C equal PyTorch's own operations, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from LMConfig import LMConfig
+from model import MiniDeepSeek, fused
+from model.attention import Visibility, attend
+from training.losses import NextTokenLoss
+
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 2.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def far(got: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference over that of what is wanted."""
+    return float((got.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch):
+    """Call it, and PyTorch computes from then on."""
+    return lambda: monkeypatch.setattr(fused, "library", lambda dtype: None)
+
+
+@pytest.fixture(autouse=True)
+def a_compiler_is_there() -> None:
+    assert all(fused.library(dtype) is not None for dtype in TYPES)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_swiglu_and_its_gradients_are_those_of_float64(dtype: torch.dtype, weighted: bool) -> None:
+    both = numbers(37, 96, dtype=dtype, scale=4.0).requires_grad_()
+    weight = numbers(37, dtype=dtype, seed=1).requires_grad_() if weighted else None
+    grad = numbers(37, 48, dtype=dtype, seed=2)
+    gate, up = both.chunk(2, dim=-1)  # rows that do not follow each other at once
+    assert fused.fits(gate, up)
+    out = fused.FusedSwiGLU.apply(gate, up, weight)
+    out.backward(grad)
+
+    exact = both.detach().double().requires_grad_()
+    by = weight.detach().double().requires_grad_() if weighted else torch.ones(37, dtype=torch.float64)
+    wanted = F.silu(exact[:, :48]) * exact[:, 48:] * by[:, None]
+    wanted.backward(grad.double())
+    limit = 1e-6 if dtype == torch.float32 else 3e-3
+    assert far(out, wanted) < limit
+    assert far(both.grad, exact.grad) < limit
+    if weighted:
+        assert far(weight.grad, by.grad) < limit
+
+
+def test_the_exponential_is_right_at_the_ends_of_its_range() -> None:
+    gate = torch.tensor([-200.0, -90.0, -87.5, -50.0, -1e-4, 0.0, 1e-4, 20.0, 87.0, 100.0, 3e38, -3e38] + [0.5] * 4)[
+        None
+    ]
+    out = fused.FusedSwiGLU.apply(gate, torch.ones_like(gate), None)
+    torch.testing.assert_close(out, F.silu(gate), rtol=1e-6, atol=1e-36)
+    assert fused.FusedSwiGLU.apply(gate * torch.nan, gate, None).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rms_norm_and_its_gradients_are_those_of_float64(dtype: torch.dtype) -> None:
+    wide = numbers(3, 11, 80, dtype=dtype).requires_grad_()
+    x, weight = wide[..., :64], numbers(64, seed=1).requires_grad_()
+    grad = numbers(3, 11, 64, dtype=dtype, seed=2)
+    assert fused.fits(x)
+    out = fused.FusedRMSNorm.apply(x, weight, 1e-3)
+    out.backward(grad)
+
+    exact, by = wide.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    wanted = F.rms_norm(exact[..., :64], (64,), by, 1e-3)
+    wanted.backward(grad.double())
+    limit = 1e-6 if dtype == torch.float32 else 3e-3
+    assert far(out, wanted) < limit and far(wide.grad, exact.grad) < limit and far(weight.grad, by.grad) < limit
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (150, 150), (3, 200), (17, 17)])
+def test_causal_attention_and_its_gradients_are_those_of_float64(
+    dtype: torch.dtype, batch: int, queries: int, keys: int
+) -> None:
+    sizes = ((queries, 48), (keys, 48), (keys, 32))
+    parts = [numbers(batch, t, 3, d, dtype=dtype, seed=i, scale=1.0).requires_grad_() for i, (t, d) in enumerate(sizes)]
+    grad = numbers(batch, queries, 3, 32, dtype=dtype, seed=5)
+    out = attend(*parts, 0.3, Visibility())
+    out.backward(grad)
+
+    q, k, v = exact = [part.detach().double().requires_grad_() for part in parts]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
+    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    wanted = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+    wanted.backward(grad.double())
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    assert far(out, wanted) < limit
+    for part, true in zip(parts, exact, strict=True):
+        assert (part.grad - true.grad).norm() <= limit * true.grad.norm() + 1e-12
+
+
+def test_a_training_step_has_the_same_loss_and_gradients_either_way(no_compiler) -> None:
+    config = LMConfig.preset("demo", num_hidden_layers=3, vocab_size=300)
+    tokens = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(0))
+
+    def step() -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = MiniDeepSeek(config)
+        total, count, _ = NextTokenLoss()(model, {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]})
+        (total / count).backward()
+        return total.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    loss, gradients = step()
+    no_compiler()
+    plain, wanted = step()
+    torch.testing.assert_close(loss, plain)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_it_cannot_compute_goes_to_pytorch() -> None:
+    x = numbers(4, 32)
+    assert fused.fits(x)
+    assert not fused.fits(numbers(4, 40))
+    assert not fused.fits(x.double())
+    assert not fused.fits(x.t())
+    assert not fused.fits(numbers(4, 3, 32).transpose(0, 1))
+    assert not fused.fits(x, x.bfloat16())
+    assert not fused.fits(x.to("meta"))
+    assert not fused.fits(x[:0])
