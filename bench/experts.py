@@ -20,11 +20,10 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from device import add_device, device_of, memory_mb, now
-from side_by_side import Contender, compare, table, verdict
+from side_by_side import Contender, compare, findings, verdict
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -59,17 +58,14 @@ def main() -> None:
     ]
     compare(contenders, options.rounds)
     config = config_of(options, options.experts[0])
-    print(
-        f"{options.preset} without MTP, {config.num_hidden_layers} layers, {options.rows} x {options.length} tokens, "
-        f"{options.dtype}, AdamW; medians of {options.rounds}"
+    found = findings(
+        f"training step with more experts, {options.preset} without MTP, {config.num_hidden_layers} layers, "
+        f"{options.rows} x {options.length} tokens, {options.dtype}, AdamW; medians of {options.rounds}",
+        contenders,
     )
-    print(table(contenders, COLUMNS))
-    for contender in contenders[1:]:
-        print(f"tokens/s of {contender.name} against {contenders[0].name}: "
-              f"{verdict(contender, contenders[0], 'tokens/s')}")  # fmt: skip
-    if options.json:
-        results = {contender.name: contender.results for contender in contenders}
-        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
+    found.verdicts = [verdict(contender, contenders[0], "tokens/s") for contender in contenders[1:]]
+    found.show(COLUMNS)
+    found.save(options.json)
 
 
 def config_of(options: argparse.Namespace, count: int) -> LMConfig:
