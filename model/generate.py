@@ -9,6 +9,7 @@ from torch import Tensor
 
 from errors import UserError
 from model.cache import LatentCache, cache_dtype
+from model.cuda_step import StaticStep
 from model.sampling import Sampling
 from model.speculative import stream_speculative
 from model.transformer import MiniDeepSeek, logits
@@ -27,6 +28,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     attention_mask: Tensor | None = None,
+    static: bool = False,
 ) -> Tensor:
     """Continue every row of a batch.
 
@@ -37,6 +39,7 @@ def generate(
         speculative: draft with the MTP chain and verify with one pass: the same greedy tokens, fewer passes.
         seed: of the sampling; None draws on torch's global generator.
         attention_mask: (batch, time) 1 for tokens, 0 for left padding.
+        static: steps of one shape, on CUDA as a graph (see `model.cuda_step`).
     Returns:
         (batch, time + new) prompt and completion; after its stop token a row holds the stop token's padding.
     """
@@ -48,7 +51,8 @@ def generate(
             raise UserError("speculative generation: this checkpoint has no MTP layer; leave --speculative out")
         new = list(stream_speculative(model, input_ids, max_new_tokens, stop_tokens(eos_token_id)))
         return torch.cat((input_ids, input_ids.new_tensor(new).view(1, -1)), dim=1)
-    steps = list(stream(model, input_ids, max_new_tokens, sampling, stop_tokens(eos_token_id), seed, attention_mask))
+    stop = stop_tokens(eos_token_id)
+    steps = list(stream(model, input_ids, max_new_tokens, sampling, stop, seed, attention_mask, static))
     return torch.cat((input_ids, *(ids.unsqueeze(1) for ids in steps)), dim=1)
 
 
@@ -68,6 +72,7 @@ def stream(
     stop: tuple[int, ...] = (),
     seed: int | None = None,
     attention_mask: Tensor | None = None,
+    static: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, (batch,), step by step; see `generate`."""
     batch, time = input_ids.shape
@@ -79,9 +84,15 @@ def stream(
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     # Padding is not text that could be repeated: the row's own last token stands in for it.
     ids, seen = input_ids, input_ids if padding is None else input_ids.where(attention_mask.bool(), input_ids[:, -1:])
+    advance = None
     for step in range(max_new_tokens):
-        out = model(ids, cache=cache)
-        chosen = sampling.choose(logits(out.hidden[:, -1], out.head), seen, generator)
+        if static and step:
+            advance = advance or StaticStep(model, cache)
+            scores = advance(ids)
+        else:
+            out = model(ids, cache=cache)
+            scores = logits(out.hidden[:, -1], out.head)
+        chosen = sampling.choose(scores, seen, generator)
         chosen = torch.where(running, chosen, torch.full_like(chosen, fill))
         yield chosen
         for token in stop:

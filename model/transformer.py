@@ -108,7 +108,9 @@ class MiniDeepSeek(nn.Module):
         if position_ids is None:
             position_ids = self._positions(time, cache, input_ids.device)
         rope = self.rotary(position_ids)
-        if cache is not None and cache.padding is not None:
+        if hasattr(cache, "visibility"):  # model.cuda_step: its length is no number that the host knows
+            visibility = cache.visibility()
+        elif cache is not None and cache.padding is not None:
             visibility = Visibility.padded(time, cache.length + time, cache.padding)
         elif segment_ids is not None:
             visibility = Visibility.packed(segment_ids)
@@ -121,7 +123,7 @@ class MiniDeepSeek(nn.Module):
             # A bfloat16 residual stream, as DeepSeek-V3's; autocast alone would carry it in float32.
             embedding = embedding.to(torch.get_autocast_dtype(input_ids.device.type))
         state, routings = embedding, []
-        decoding = isinstance(cache, LatentCache)
+        decoding = type(cache) is LatentCache
         fast = native.decoder(self.model.layers, self.config, embedding, cache) if decoding else None
         if fast is not None:
             state = fast.run(embedding, rope)

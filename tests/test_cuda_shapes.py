@@ -30,6 +30,7 @@ WAITS = {
     "lora_on_experts": (),
     "decoding": (),
     "generation": (),
+    "static_decoding": (),
 }
 
 
