@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 import torch
+from device import device_of, now
 from side_by_side import against_transformers, findings, options_of, serve, verdict
 
 from model import MiniDeepSeek
@@ -41,18 +41,19 @@ def main() -> None:
     found.facts["cached numbers a token and layer"] = (
         f"{ours.median(CACHED):,.0f}, transformers {best.median(CACHED):,.0f}; expanded keys and values: {expanded:,}"
     )
-    found.facts["memory bandwidth"] = f"{measured_bandwidth() / 1e9:,.1f} GB/s"
+    found.facts["memory bandwidth"] = f"{measured_bandwidth(device_of(options.device)) / 1e9:,.1f} GB/s"
     found.show({"tokens/s": "{:,.1f}", "prefill tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"})
     found.save(options.json)
 
 
 def work(options: argparse.Namespace) -> None:
     """Decode in this process, once for each line on stdin. The prefill is measured apart and taken off."""
+    device, dtype = device_of(options.device), DTYPES[options.dtype]
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, 6400, (options.batch, options.prompt), generator=generator)
+    prompt = torch.randint(0, 6400, (options.batch, options.prompt), generator=generator).to(device)
     if options.worker == "ours":
-        model = MiniDeepSeek.from_pretrained(options.folder, dtype=DTYPES[options.dtype]).eval()
-        cache = LatentCache(model.config, 1, 1, torch.float32, torch.device("cpu"))
+        model = MiniDeepSeek.from_pretrained(options.folder, dtype, str(device)).eval()
+        cache = LatentCache(model.config, 1, 1, torch.float32, device)
         held = cache.latents[0].numel()
 
         def generate(count: int) -> None:
@@ -60,9 +61,11 @@ def work(options: argparse.Namespace) -> None:
     else:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
-            options.folder, dtype=DTYPES[options.dtype], experts_implementation=options.worker
-        ).eval()
+        model = (
+            AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype, experts_implementation=options.worker)
+            .to(device)
+            .eval()
+        )
         model.generation_config.eos_token_id = None
         cache = model(prompt[:1, :1], use_cache=True).past_key_values.layers[0]
         held = cache.keys.numel() + cache.values.numel()
@@ -72,10 +75,10 @@ def work(options: argparse.Namespace) -> None:
             model.generate(prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
     def seconds(count: int) -> float:
-        start = time.perf_counter()
+        start = now(device)
         with torch.inference_mode():
             generate(count)
-        return time.perf_counter() - start
+        return now(device) - start
 
     def measure() -> dict[str, float]:
         prefill = seconds(1)
@@ -83,7 +86,7 @@ def work(options: argparse.Namespace) -> None:
         speed = options.batch * (options.new - 1) / rest
         return {"tokens/s": speed, "prefill tokens/s": prompt.numel() / prefill, CACHED: held}
 
-    serve(measure, warm_up=1)
+    serve(measure, device, warm_up=1)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from device import add_device, device_of, memory_mb
 from side_by_side import Contender, compare, findings, serve, verdict
 
 from dataset import PromptDataset
@@ -37,6 +38,8 @@ from training.rollout import Sampler
 from training.trainer import Trainer
 
 COLUMNS = {"samples/s": "{:,.2f}", "memory_mb": "{:,.0f}"}
+
+SHAPE = ("dtype", "prompts", "group", "new", "data", "longest", "device")
 
 
 @reward
@@ -64,15 +67,14 @@ def main() -> None:
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    add_device(parser)
     options = parser.parse_args()
     if options.worker:
         (ours if options.worker == "ours" else trl)(options)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(options.preset, Path(folder))
-        shape = [
-            f"--{name}={getattr(options, name)}" for name in ("dtype", "prompts", "group", "new", "data", "longest")
-        ]
+        shape = [f"--{name}={getattr(options, name)}" for name in SHAPE]
         contenders = [
             Contender(name, [__file__, "--folder", folder, *shape, "--worker", name]) for name in ("ours", "trl")
         ]
@@ -102,12 +104,12 @@ def ours(options: argparse.Namespace) -> None:
     """A step of the project's trainer for each line on stdin."""
     rows, length = options.prompts * options.group, options.longest + options.new
     settings = GRPOSettings(
-        ckpt=options.folder, data=options.data, out=options.folder + "/run", dtype=options.dtype, device="cpu",
+        ckpt=options.folder, data=options.data, out=options.folder + "/run", dtype=options.dtype, device=options.device,
         prompts=options.prompts, group=options.group, max_new_tokens=options.new, sequence_length=length,
         micro_tokens=rows * length, max_steps=10**6, optim=OptimSettings(lr=1e-6, weight_decay=0.0),
     )  # fmt: skip
     model, tokenizer = MiniDeepSeek.from_pretrained(options.folder), Tokenizer.from_folder(options.folder)
-    ranks, dtype = Ranks.start("cpu"), DTYPES[options.dtype]
+    ranks, dtype = Ranks.start(options.device), DTYPES[options.dtype]
     prompts = PromptDataset([(options.data, 1.0)], tokenizer, options.longest)
     rewards = Rewards({"variety": variety}, {"variety": 1.0})
     experience = Experience(prompts, rewards, Sampler(model, dtype), settings, length, rows, ranks, dtype)
@@ -121,7 +123,7 @@ def ours(options: argparse.Namespace) -> None:
         trainer.progress.step += 1
         return {"samples/s": rows / (time.perf_counter() - start)}
 
-    serve(measure)
+    serve(measure, ranks.device)
 
 
 def trl(options: argparse.Namespace) -> None:
@@ -150,9 +152,7 @@ def trl(options: argparse.Namespace) -> None:
         def on_step_end(self, args, state, control, **_) -> None:
             self.done += 1
             if self.done > 2:
-                import resource
-
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                memory = memory_mb(device_of(options.device))
                 speed = rows / (time.perf_counter() - self.start)
                 print(json.dumps({"samples/s": speed, "memory_mb": memory}), flush=True)
             elif self.done == 2:
@@ -161,10 +161,11 @@ def trl(options: argparse.Namespace) -> None:
     def reward_funcs(completions: Sequence[list[dict[str, str]]], **_: object) -> list[float]:
         return [distinct(completion[0]["content"]) for completion in completions]
 
+    on_cpu = device_of(options.device).type == "cpu"
     config = GRPOConfig(
         output_dir=options.folder + "/trl", per_device_train_batch_size=rows, num_generations=options.group,
         max_completion_length=options.new, learning_rate=1e-6, max_steps=1000, report_to=[], save_strategy="no",
-        logging_strategy="no", use_cpu=True, bf16=options.dtype == "bf16", disable_tqdm=True, loss_type="grpo",
+        logging_strategy="no", use_cpu=on_cpu, bf16=options.dtype == "bf16", disable_tqdm=True, loss_type="grpo",
         beta=0.0, gradient_checkpointing=False, temperature=1.0,
     )  # fmt: skip
     GRPOTrainer(

@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from device import add_device, device_of, memory_mb, now
 from side_by_side import Contender, compare, findings, verdict
 
 from errors import UserError, command_line
@@ -58,12 +57,15 @@ def main() -> None:
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    add_device(parser)
     options = parser.parse_args()
     if options.worker:
         who, way = options.worker.split(" ")
         (ours if who == "ours" else peer)(way, options)
         return
-    given = [f"--{name}={getattr(options, name)}" for name in ("dtype", "rows", "length", "targets", "experts")]
+    given = [
+        f"--{name}={getattr(options, name)}" for name in ("dtype", "rows", "length", "targets", "experts", "device")
+    ]
     contenders: dict[str, Contender] = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -99,20 +101,21 @@ class Meter:
     """Speed of a step, and the peak of the process beyond what it held when this was made."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.tokens, self.held = options.rows * options.length, psutil.Process().memory_info().rss
+        self.tokens, self.device = options.rows * options.length, device_of(options.device)
+        self.held = psutil.Process().memory_info().rss / 2**20 if self.device.type == "cpu" else 0.0
         self.start = 0.0
 
     def begin(self) -> None:
-        self.start = time.perf_counter()
+        self.start = now(self.device)
 
     def end(self) -> dict[str, float]:
-        seconds, peak = time.perf_counter() - self.start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"tokens/s": self.tokens / seconds, "memory_mb": (peak - self.held) / 2**20}
+        seconds = now(self.device) - self.start
+        return {"tokens/s": self.tokens / seconds, "memory_mb": memory_mb(self.device) - self.held}
 
 
 def ours(way: str, options: argparse.Namespace) -> None:
     """A step for each line on stdin; three warm up."""
-    dtype, device = DTYPES[options.dtype], torch.device("cpu")
+    dtype, device = DTYPES[options.dtype], device_of(options.device)
     meter = Meter(options)
     model = MiniDeepSeek.from_pretrained(options.folder)
     model.gradient_checkpointing = way.endswith("recompute")
@@ -121,10 +124,10 @@ def ours(way: str, options: argparse.Namespace) -> None:
         Adapter.add(model, LoraSettings(targets=options.targets, dropout=dropout), options.folder)
         base = next((base for base in ("int8", "nf4") if base in way), "auto")
         shrink_frozen(model, base, dtype)
-    model.train()
+    model.to(device).train()
     loss = NextTokenLoss(mtp=False, balance_weight=0.0)
     optimizer = build_optimizer(model, OptimSettings(lr=1e-4, weight_decay=0.0))
-    ids = token_rows(options, options.rows)
+    ids = token_rows(options, options.rows).to(device)
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
     def step() -> dict[str, float]:
@@ -183,7 +186,8 @@ def peer(way: str, options: argparse.Namespace) -> None:
         )
     config = SFTConfig(
         output_dir=f"{options.folder}/{way}", per_device_train_batch_size=options.rows, max_length=options.length,
-        learning_rate=1e-4, max_steps=10**6, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True,
+        learning_rate=1e-4, max_steps=10**6, report_to=[], save_strategy="no", logging_strategy="no",
+        use_cpu=meter.device.type == "cpu",
         bf16=options.dtype == "bf16", disable_tqdm=True, gradient_checkpointing=way.endswith("recompute"),
     )  # fmt: skip
     # What its users do: train all weights in float32 under autocast, adapters on a base in bfloat16.

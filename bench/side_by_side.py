@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from device import add_device, memory_mb
 from findings import Findings, Verdict
 
 from LMConfig import LMConfig
@@ -71,6 +71,7 @@ def options_of(doc: str, peers: tuple[str, ...], **numbers: int) -> argparse.Nam
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    add_device(parser)
     return parser.parse_args()
 
 
@@ -89,14 +90,14 @@ def against_transformers(script: str, options: argparse.Namespace) -> tuple[LMCo
     return config, ours, peers
 
 
-def serve(measure: Callable[[], dict[str, float]], warm_up: int = 2) -> None:
+def serve(measure: Callable[[], dict[str, float]], device: torch.device, warm_up: int = 2) -> None:
     """The other side of `Contender`: measure once for each line on stdin, and report the peak memory too."""
     for _ in range(warm_up):
         measure()
     print("{}", flush=True)
     for _ in sys.stdin:
         result = measure()
-        result["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        result["memory_mb"] = memory_mb(device)
         print(json.dumps(result), flush=True)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 import torch
+from device import device_of, now
 from side_by_side import against_transformers, findings, options_of, serve, verdict
 
 from model import MiniDeepSeek
@@ -34,7 +34,7 @@ def main() -> None:
     )
     best = max(peers, key=lambda peer: peer.median("tokens/s"))
     found.verdicts = [verdict(ours, best, key) for key in COLUMNS]
-    peak = measured_peak(DTYPES[options.dtype], torch.device("cpu"))
+    peak = measured_peak(DTYPES[options.dtype], device_of(options.device))
     for contender in (ours, best):
         share = contender.median("tokens/s") * count(config, options.length).flops / peak
         found.facts[f"share of the matrix peak, {contender.name}"] = f"{share:.0%} of {peak / 1e9:,.0f} GFLOP/s"
@@ -44,9 +44,9 @@ def main() -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Train in this process, a step for each line on stdin."""
-    dtype, device = DTYPES[options.dtype], torch.device("cpu")
+    dtype, device = DTYPES[options.dtype], device_of(options.device)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 6400, (options.rows, options.length + 1), generator=generator)
+    tokens = torch.randint(0, 6400, (options.rows, options.length + 1), generator=generator).to(device)
     if options.worker == "ours":
         model = MiniDeepSeek.from_pretrained(options.folder)
         loss_of = NextTokenLoss(mtp=False)
@@ -64,19 +64,19 @@ def work(options: argparse.Namespace) -> None:
         def loss() -> torch.Tensor:
             return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
 
-    optimizer = build_optimizer(model, OptimSettings(lr=1e-4))
+    optimizer = build_optimizer(model.to(device), OptimSettings(lr=1e-4))
 
     def measure() -> dict[str, float]:
-        start = time.perf_counter()
+        start = now(device)
         with autocast(dtype, device):
             value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return {"tokens/s": options.rows * options.length / (time.perf_counter() - start)}
+        return {"tokens/s": options.rows * options.length / (now(device) - start)}
 
-    serve(measure, warm_up=3)
+    serve(measure, device, warm_up=3)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from model import fused
 
@@ -21,18 +22,41 @@ class Visibility:
     """Which key positions each query position may attend to.
 
     Attributes:
-        allowed: (batch or 1, 1, queries, keys) bool, or None for plain causal attention over equal lengths.
+        unpadded: (batch, 1, queries, keys) bool where rows have padding on the left, else None.
         segment_ids: (batch, time) integers when samples are packed with isolation, else None.
     """
 
-    allowed: Tensor | None = None
+    unpadded: Tensor | None = None
     segment_ids: Tensor | None = None
 
     @staticmethod
     def packed(segment_ids: Tensor) -> Visibility:
         """Causal within a segment, nothing across. segment_ids: (batch, time)."""
-        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        return Visibility(same & causal(segment_ids.shape[1], segment_ids.shape[1], segment_ids.device), segment_ids)
+        return Visibility(segment_ids=segment_ids)
+
+    @property
+    def plain(self) -> bool:
+        """Whether each position sees all that came before."""
+        return self.unpadded is None and self.segment_ids is None
+
+    @cached_property
+    def allowed(self) -> Tensor | None:
+        """(batch, 1, queries, keys) bool, or None for plain causal attention: time^2 numbers, made when asked for."""
+        if self.segment_ids is None:
+            return self.unpadded
+        ids = self.segment_ids
+        return (ids[:, None, :, None] == ids[:, None, None, :]) & causal(ids.shape[1], ids.shape[1], ids.device)
+
+    @cached_property
+    def segment_ends(self) -> Tensor:
+        """Where each run of one segment id starts in the flattened batch, and the end of the last: (runs + 1,) int32.
+
+        How many there are is known to the host only after a wait for the device: once a forward pass, not once a layer.
+        """
+        new = torch.ones_like(self.segment_ids, dtype=torch.bool)
+        new[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        starts = new.flatten().nonzero().flatten()
+        return torch.cat((starts, starts.new_full((1,), new.numel()))).int()
 
     @staticmethod
     def padded(queries: int, keys: int, padding: Tensor) -> Visibility:
@@ -57,7 +81,7 @@ class Visibility:
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Bool, broadcastable to (batch, heads, queries, keys), for the last `queries` positions; None: all visible."""
-        if self.allowed is not None or queries == 1:
+        if queries == 1 or not self.plain:
             return self.allowed
         return causal(queries, keys, device)
 
@@ -93,12 +117,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
     # The fused kernels want one head size for q, k and v: zeros added to v change nothing and are cut off again.
     if value_size < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - value_size))
-    plain = visibility.allowed is None and q.shape[1] == k.shape[1]
-    flash = flash_attention() if q.is_cuda and q.dtype == torch.bfloat16 and value_size <= q.shape[-1] else None
+    plain = visibility.plain and q.shape[1] == k.shape[1]
+    fits = q.is_cuda and q.dtype == torch.bfloat16 and value_size <= q.shape[-1]
+    flash = flash_attention() if fits else None
     if flash is not None and plain:
         return flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)[..., :value_size]
-    if flash is not None and visibility.segment_ids is not None:
-        return _attend_segments(flash, q, k, v, scale, visibility.segment_ids)[..., :value_size]
+    if visibility.segment_ids is not None and fits and (flash is not None or q.shape[-1] % 8 == 0):
+        return _attend_segments(flash, q, k, v, scale, visibility.segment_ends)[..., :value_size]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -163,17 +188,16 @@ def _chunks(queries: int, past: int) -> list[tuple[slice, int]]:
     return [(slice(start, min(start + CHUNK, queries)), past + min(start + CHUNK, queries)) for start in starts]
 
 
-def _attend_segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor) -> Tensor:
-    """Isolated packing with flash-attn's variable-length kernel: each run of one segment id is its own sequence."""
-    batch, time = segment_ids.shape
-    new = torch.ones_like(segment_ids, dtype=torch.bool)
-    new[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = new.flatten().nonzero().flatten()
-    ends = torch.cat((starts, starts.new_tensor([batch * time]))).int()
-    out = flash.flash_attn_varlen_func(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, time, time, softmax_scale=scale, causal=True
-    )
-    return out.unflatten(0, (batch, time))
+def _attend_segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """Isolated packing by kernels for sequences of varying length: flash-attn's, or the ones that torch has on CUDA."""
+    time, (q_flat, k_flat, v_flat) = q.shape[1], (x.flatten(0, 1) for x in (q, k, v))
+    if flash is None:
+        out = varlen_attn(q_flat, k_flat, v_flat, ends, ends, time, time, scale=scale, window_size=(-1, 0))
+    else:
+        out = flash.flash_attn_varlen_func(
+            q_flat, k_flat, v_flat, ends, ends, time, time, softmax_scale=scale, causal=True
+        )
+    return out.view_as(q)
 
 
 @lru_cache(maxsize=1)

@@ -14,10 +14,11 @@ from LMConfig import LMConfig
 from model import fused
 from model.packed import Packed, dense
 
-# CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work), and CUDA's
-# grouped products want aligned groups: each expert's rows are padded to a multiple of this.
-ROW_BLOCK = 128
-SMALL_ROW_BLOCK = 8
+# CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work): each expert's
+# rows are padded to a multiple of the largest of these blocks of which its share fills four.
+ROW_BLOCKS = (128, 64, 32, 16)
+SMALL_ROW_BLOCK = 8  # under that, and on CUDA, whose grouped products want groups aligned to 16 bytes
+KEPT_BYTES = 2**25  # glibc gives a larger block back to the system as soon as it is freed
 FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
 
@@ -44,6 +45,7 @@ class Experts(nn.Module):
         count, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
+        self.kept = {name: KeptMemory() for name, _ in self.named_parameters()}
 
     def forward(
         self,
@@ -82,7 +84,7 @@ class Experts(nn.Module):
         return _Combine.apply(out_RD, plan.token_of_row, plan.row_of_choice)
 
     def _product(self, name: str, x_RF: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
-        out = grouped_linear(x_RF, getattr(self, name), plan)
+        out = grouped_linear(x_RF, getattr(self, name), plan, self.kept[name])
         if name not in corrections:
             return out
         a, b, scale = corrections[name]
@@ -121,7 +123,7 @@ class Plan:
         """Sort the choices by expert and pad each expert's rows to a whole number of blocks."""
         tokens, top_k = indices_NK.shape
         choices = tokens * top_k
-        block = ROW_BLOCK if choices >= experts * ROW_BLOCK // 4 else SMALL_ROW_BLOCK if tokens > 1 else 1
+        block = SMALL_ROW_BLOCK if indices_NK.is_cuda else row_block(tokens, choices / experts)
         expert_of_choice = indices_NK.flatten()
         sorted_experts, order = expert_of_choice.sort(stable=True)
         counts = count_choices(expert_of_choice, experts)
@@ -137,56 +139,109 @@ class Plan:
         return Plan(counts, ends.int(), choice_of_row // top_k, choice_of_row, row_of_choice.view(tokens, top_k))
 
 
+def row_block(tokens: int, mean_rows: float) -> int:
+    """What each expert's rows are padded to a multiple of, on CPU: little of its share is wasted, few shapes occur."""
+    return next((block for block in ROW_BLOCKS if mean_rows >= 4 * block), SMALL_ROW_BLOCK if tokens > 1 else 1)
+
+
 def count_choices(indices: Tensor, experts: int) -> Tensor:
     """How often each expert was chosen, (E,) int64; unlike bincount, without a host round trip."""
     flat = indices.flatten()
     return torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-def grouped_linear(x_RD: Tensor, weight_EOD: Tensor | Packed, plan: Plan) -> Tensor:
-    """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O)."""
-    if isinstance(weight_EOD, Tensor) and weight_EOD.requires_grad:
-        weight_EOD = weight_EOD.to(x_RD.dtype)  # its gradient finds the way back to the weight's own type
+class KeptMemory:
+    """The memory of a gradient, taken again in the next step once nobody else holds it.
+
+    The system finds and clears the pages of a new block one by one, which for the gradients of a hundred small experts
+    takes as long as their products.
+    """
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict) -> KeptMemory:
+        return KeptMemory()
+
+    def __reduce__(self) -> tuple:
+        return KeptMemory, ()
+
+    def like(self, x: Tensor) -> Tensor:
+        """A tensor like x of any content; x is of one shape all along."""
+        if x.device.type != "cpu" or x.nbytes < KEPT_BYTES:
+            return torch.empty_like(x)
+        if self.tensor is None or self._holders() > 2:  # this one, and the storage's face to Python
+            self.tensor = torch.empty_like(x)
+        return self.tensor.detach()
+
+    def _holders(self) -> int:
+        return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
+
+
+def grouped_linear(x_RD: Tensor, weight_EOD: Tensor | Packed, plan: Plan, kept: KeptMemory | None = None) -> Tensor:
+    """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O). kept: for the gradient of the weight."""
     if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
-        return F.grouped_mm(x_RD, dense(weight_EOD, x_RD.dtype).transpose(-2, -1), offs=plan.ends)
-    return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist())
+        weight = dense(weight_EOD, x_RD.dtype)
+        out, inner = (-size % SMALL_ROW_BLOCK for size in weight.shape[1:])
+        if out or inner:  # rows of both must be aligned to 16 bytes, which adapters of a low rank are not
+            x_RD, weight = F.pad(x_RD, (0, inner)), F.pad(weight, (0, inner, 0, out))
+        product = F.grouped_mm(x_RD, weight.transpose(-2, -1), offs=plan.ends)
+        return product[:, : weight_EOD.shape[1]] if out else product
+    return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist(), kept or KeptMemory())
 
 
 class _GroupedLinear(torch.autograd.Function):
     """A loop over the experts that writes into one buffer, forward and backward.
 
-    A frozen weight costs no product, and neither it in another type nor the rows are kept for its gradient.
+    A weight of another type is cast expert by expert, in the cache, in both passes: a copy of all would be written to
+    memory, read again twice, and kept. A frozen weight costs no product, nor are rows kept for its gradient.
     """
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_EOD: Tensor | Packed, ends: list[int]) -> Tensor:
+    def forward(ctx, x_RD: Tensor, weight_EOD: Tensor | Packed, ends: list[int], kept: KeptMemory) -> Tensor:
         packed = isinstance(weight_EOD, Packed)
         ctx.save_for_backward(x_RD if ctx.needs_input_grad[1] else None, None if packed else weight_EOD)
-        ctx.packed, ctx.dtype, ctx.ends = weight_EOD if packed else None, x_RD.dtype, ends
-        weight_EOD = dense(weight_EOD, x_RD.dtype)
+        ctx.packed, ctx.dtype, ctx.ends, ctx.kept = weight_EOD if packed else None, x_RD.dtype, ends, kept
+        weight_EOD = dense(weight_EOD, x_RD.dtype) if packed else weight_EOD
         # Where the number of rows is only bounded (CUDA in float32), those past the last expert must still be numbers.
         make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
-        out = make(x_RD.shape[0], weight_EOD.shape[1])
+        out, weight_of = make(x_RD.shape[0], weight_EOD.shape[1]), _Cast(weight_EOD, x_RD.dtype)
         for expert, rows in _spans(ends):
-            torch.mm(x_RD[rows], weight_EOD[expert].t(), out=out[rows])
+            torch.mm(x_RD[rows], weight_of(expert).t(), out=out[rows])
         return out
 
     @staticmethod
-    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_RD, weight_EOD = ctx.saved_tensors
-        weight_EOD = dense(ctx.packed if weight_EOD is None else weight_EOD, ctx.dtype)
-        spans, grad_RO, grad_x, grad_weight = _spans(ctx.ends), grad_RO.contiguous(), None, None
+        weight_EOD = dense(ctx.packed, ctx.dtype) if weight_EOD is None else weight_EOD
+        ends, spans, grad_RO, grad_x, grad_weight = ctx.ends, _spans(ctx.ends), grad_RO.contiguous(), None, None
+        weight_of = _Cast(weight_EOD, ctx.dtype)
         if ctx.needs_input_grad[0]:
-            make = grad_RO.new_empty if ctx.ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
+            make = grad_RO.new_empty if ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
             grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight_EOD) if len(spans) == len(ctx.ends) else torch.zeros_like(weight_EOD)
+            grad_weight = ctx.kept.like(weight_EOD)
+            product = grad_RO.new_empty(weight_EOD.shape[1:])
+            for expert in set(range(len(ends))).difference(expert for expert, _ in spans):
+                grad_weight[expert].zero_()
         for expert, rows in spans:
             if grad_x is not None:
-                torch.mm(grad_RO[rows], weight_EOD[expert], out=grad_x[rows])
+                torch.mm(grad_RO[rows], weight_of(expert), out=grad_x[rows])
             if grad_weight is not None:
-                torch.mm(grad_RO[rows].t(), x_RD[rows], out=grad_weight[expert])
-        return grad_x, grad_weight, None
+                grad_weight[expert].copy_(torch.mm(grad_RO[rows].t(), x_RD[rows], out=product))
+        return grad_x, grad_weight, None, None
+
+
+class _Cast:
+    """One expert's matrix after the other in another type, all in the same place."""
+
+    def __init__(self, weight_EOD: Tensor, dtype: torch.dtype) -> None:
+        self.weight_EOD = weight_EOD
+        self.place = None if weight_EOD.dtype == dtype else weight_EOD.new_empty(weight_EOD.shape[1:], dtype=dtype)
+
+    def __call__(self, expert: int) -> Tensor:
+        weight = self.weight_EOD[expert]
+        return weight if self.place is None else self.place.copy_(weight)
 
 
 def _spans(ends: list[int]) -> list[tuple[int, slice]]:
@@ -273,7 +328,8 @@ class _Permute(torch.autograd.Function):
 def _gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
     """(R, D), (N, K) -> (N, D): the sum of each token's K rows."""
     if rows_RD.is_cuda:
-        return rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).sum(1)
+        rows_NKD = rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape)
+        return rows_NKD.sum(1, dtype=rows_RD.dtype)  # autocast would make it float32, and the residual stream with it
     # On CPU K additions of contiguous rows are several times faster than a sum over a middle axis.
     first, *others = row_of_choice.unbind(1)
     total = rows_RD.index_select(0, first)

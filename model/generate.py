@@ -9,6 +9,7 @@ from torch import Tensor
 
 from errors import UserError
 from model.cache import LatentCache, cache_dtype
+from model.cuda_step import StaticStep
 from model.prefill import prefill
 from model.sampling import Sampling
 from model.speculative import stream_speculative
@@ -30,6 +31,7 @@ def generate(
     seed: int | None = None,
     attention_mask: Tensor | None = None,
     draft_tokens: int = 0,
+    static: bool = False,
 ) -> Tensor:
     """Continue every row of a batch.
 
@@ -42,6 +44,7 @@ def generate(
         seed: of the sampling; None draws on torch's global generator.
         attention_mask: (batch, time) 1 for tokens, 0 for left padding.
         draft_tokens: the most drafts a speculative pass; 0 means one for each MTP layer.
+        static: steps of one shape, on CUDA as a graph (see `model.cuda_step`).
     Returns:
         (batch, time + new) prompt and completion; after its stop token a row holds the stop token's padding.
     """
@@ -55,7 +58,8 @@ def generate(
             )
         )
         return torch.cat((input_ids, input_ids.new_tensor(new).view(1, -1)), dim=1)
-    steps = list(stream(model, input_ids, max_new_tokens, sampling, stop_tokens(eos_token_id), seed, attention_mask))
+    stop = stop_tokens(eos_token_id)
+    steps = list(stream(model, input_ids, max_new_tokens, sampling, stop, seed, attention_mask, static))
     return torch.cat((input_ids, *(ids.unsqueeze(1) for ids in steps)), dim=1)
 
 
@@ -83,6 +87,7 @@ def stream(
     stop: tuple[int, ...] = (),
     seed: int | None = None,
     attention_mask: Tensor | None = None,
+    static: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, (batch,), step by step; see `generate`."""
     batch, time = input_ids.shape
@@ -94,9 +99,14 @@ def stream(
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     # Padding is not text that could be repeated: the row's own last token stands in for it.
     ids, seen = input_ids, input_ids if padding is None else input_ids.where(attention_mask.bool(), input_ids[:, -1:])
+    advance = None
     for count in range(1, max_new_tokens + 1):
         if count == 1:
             found = logits(prefill(model, ids, cache), model.lm_head.weight)
+            choice = found.argmax(-1)
+        elif static:
+            advance = advance or StaticStep(model, cache)
+            found = advance(ids)
             choice = found.argmax(-1)
         else:
             step = read(model, ids, cache)

@@ -113,6 +113,8 @@ class MiniDeepSeek(nn.Module):
         rope = self.rotary(position_ids)
         if isinstance(cache, SlotCache):
             visibility = Visibility.reaching(position_ids, cache.end)
+        elif hasattr(cache, "visibility"):  # model.cuda_step: its length is no number that the host knows
+            visibility = cache.visibility()
         elif cache is not None and cache.padding is not None:
             visibility = Visibility.padded(time, cache.length + time, cache.padding)
         elif segment_ids is not None:
@@ -126,7 +128,7 @@ class MiniDeepSeek(nn.Module):
             # A bfloat16 residual stream, as DeepSeek-V3's; autocast alone would carry it in float32.
             embedding = embedding.to(torch.get_autocast_dtype(input_ids.device.type))
         state, routings = embedding, []
-        decoding = isinstance(cache, LatentCache)
+        decoding = type(cache) is LatentCache
         fast = native.decoder(self.model.layers, self.config, embedding, cache) if decoding else None
         if fast is not None:
             state = fast.run(embedding, rope)

@@ -133,9 +133,30 @@ def fake_flash_attn(calls: list[str]) -> SimpleNamespace:
 def test_segments_for_flash_attn_equal_the_masked_reference():
     q, k, v = torch.randn(3, 2, 11, 3, 6).unbind()
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, -1, -1], [2, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]])
-    out = _attend_segments(fake_flash_attn([]), q, k, v, 0.3, segments)
+    visibility = Visibility.packed(segments)
+    out = _attend_segments(fake_flash_attn([]), q, k, v, 0.3, visibility.segment_ends)
+    assert "allowed" not in vars(visibility)  # no mask of time x time
     mask = causal(11, 11, q.device) & (segments[:, None, :, None] == segments[:, None, None, :])
     torch.testing.assert_close(out, reference(q, k, v, 0.3, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(monkeypatch):
+    def varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, window_size):
+        assert window_size == (-1, 0)  # all that came before, nothing after
+        flash = fake_flash_attn([]).flash_attn_varlen_func
+        return flash(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, True)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
+    monkeypatch.setattr(attention, "flash_attention", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    q, k = torch.randn(2, 2, 20, 3, 16).bfloat16().unbind()
+    v = torch.randn(2, 20, 3, 8).bfloat16()
+    visibility = Visibility.packed(torch.arange(40).view(2, 20) // 7)
+    out = attend(q, k, v, 0.37, visibility)
+    assert out.shape == v.shape and "allowed" not in vars(visibility)
+    expected = reference(q.float(), k.float(), v.float(), 0.37, visibility.allowed)
+    assert (out.float() - expected).norm() / expected.norm() < 2e-2
 
 
 @pytest.mark.parametrize(("kind", "call"), [("causal", "whole"), ("packed", "segments"), ("padded", None)])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from model.experts import FEW_CHOICES, ROW_BLOCK, SMALL_ROW_BLOCK, Experts, Plan, count_choices
+from model.experts import FEW_CHOICES, ROW_BLOCKS, SMALL_ROW_BLOCK, Experts, Plan, count_choices, grouped_linear
 from model.moe import DeepseekMoE
 
 EXPERTS, CHOSEN, HIDDEN = 8, 3, 32
@@ -49,7 +52,7 @@ CHOICES = {
     "all tokens to one expert": lambda: torch.full((40, 1), 5),
     "the last experts get nothing": lambda: balanced(40) % 4,
     "the first experts get nothing": lambda: balanced(300) % 3 + 5,
-    "a block filled to its last row": lambda: torch.arange(EXPERTS).repeat(ROW_BLOCK, 1)[:, :CHOSEN],
+    "a block filled to its last row": lambda: torch.arange(EXPERTS).repeat(ROW_BLOCKS[-1], 1)[:, :CHOSEN],
 }
 
 
@@ -102,10 +105,71 @@ def test_every_choice_has_a_row_of_its_own_among_its_experts(case):
     assert int(plan.ends[-1]) == len(plan.token_of_row)
 
 
-@pytest.mark.parametrize(("tokens", "block"), [(300, ROW_BLOCK), (30, SMALL_ROW_BLOCK), (1, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "block"), [(1400, ROW_BLOCKS[0]), (300, ROW_BLOCKS[-1]), (30, SMALL_ROW_BLOCK), (1, 1)]
+)
 def test_rows_come_in_blocks_so_that_few_shapes_occur(tokens, block):
     sizes = Plan.of(balanced(tokens), EXPERTS).ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
     assert (sizes % block == 0).all()
+
+
+@pytest.mark.parametrize("count", [16, 64, 256])
+def test_few_rows_are_padding_however_many_experts_share_them(count):
+    plan = Plan.of(torch.rand(4096, count).topk(4, dim=-1).indices, count)
+    assert len(plan.token_of_row) < 1.2 * 4096 * 4
+    assert len(plan.ends.diff().unique()) < 24  # row counts that kernels are generated for
+
+
+def test_no_other_copy_of_all_weights_is_made_or_kept_for_the_backward_pass(experts):
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        out = experts(torch.randn(60, HIDDEN, requires_grad=True), torch.rand(60, CHOSEN), balanced(60))
+    out.float().sum().backward()
+    stacks = [saved for saved in kept if saved.dim() == 3]
+    assert {saved.data_ptr() for saved in stacks} == {weight.data_ptr() for weight in experts.parameters()}
+
+
+@pytest.fixture
+def large_experts(experts, monkeypatch) -> Experts:
+    """Large enough for the memory of their gradients to be kept."""
+    monkeypatch.setattr("model.experts.KEPT_BYTES", 0)
+    return experts
+
+
+def backward(experts: Experts, seed: int) -> None:
+    x = torch.randn(60, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    experts(x, torch.ones(60, 1), torch.full((60, 1), seed)).sum().backward()
+
+
+def test_memory_of_a_gradient_is_taken_again_and_holds_nothing_of_the_step_before(large_experts):
+    backward(large_experts, 1)
+    place = large_experts.down_proj.grad.data_ptr()
+    large_experts.zero_grad()
+    backward(large_experts, 2)
+    gradient = large_experts.down_proj.grad
+    assert gradient.data_ptr() == place
+    assert gradient[2].abs().sum() > 0 and gradient[:2].abs().sum() == 0
+
+
+def test_memory_of_a_gradient_that_is_still_held_is_not_written(large_experts):
+    backward(large_experts, 1)
+    held = large_experts.down_proj.grad
+    before = held.clone()
+    backward(large_experts, 1)  # accumulates
+    torch.testing.assert_close(large_experts.down_proj.grad, 2 * before)
+    alone = torch.autograd.grad(large_experts(torch.ones(9, HIDDEN), torch.ones(9, 1), torch.ones(9, 1).long()).sum(),
+                                [large_experts.down_proj])[0][1]  # fmt: skip
+    value = alone.clone()
+    large_experts.zero_grad()
+    backward(large_experts, 1)
+    assert torch.equal(alone, value)
+
+
+def test_a_copy_of_the_experts_has_memory_of_its_own(large_experts):
+    backward(large_experts, 1)
+    copy = deepcopy(large_experts)
+    assert copy.kept["down_proj"].tensor is None and len(pickle.dumps(large_experts.kept)) < 1000
 
 
 def test_choices_are_counted(experts):
@@ -147,6 +211,33 @@ def test_cuda_branch_equals_a_plain_loop(case, product, experts, on_cuda, monkey
     loop = values_and_gradients(lambda *a: plain_loop(experts, *a), experts, x.float(), weights, indices, direction)
     for ours, expected in zip(fast, loop, strict=True):
         assert (ours.float() - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_low_ranks_are_padded_for_cudas_alignment_with_the_same_numbers(on_cuda, monkeypatch):
+    shapes = []
+    product = F.grouped_mm
+
+    def checked(x, weight, offs):
+        shapes.append((x.shape, weight.shape))
+        assert all(size % 8 == 0 for size in (x.shape[-1], *weight.shape[1:]))  # rows of 16 bytes
+        assert offs.dtype == torch.int32 and (offs % 8 == 0).all()
+        return product(x, weight, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", checked)
+    indices = balanced(30)
+    plan = Plan.of(indices, EXPERTS)
+    x = torch.randn(len(plan.token_of_row), 32).bfloat16()
+    a, b = torch.randn(EXPERTS, 4, 32, requires_grad=True), torch.randn(EXPERTS, 20, 4, requires_grad=True)
+    used = int(plan.ends[-1])  # what is in the rows after that is never read
+    out = grouped_linear(grouped_linear(x, a, plan), b, plan)[:used]
+    expert = torch.searchsorted(plan.ends, torch.arange(used), right=True)
+    inner = torch.einsum("rd,rkd->rk", x[:used].float(), a[expert])
+    expected = torch.einsum("rk,rok->ro", inner, b[expert])
+    assert len(shapes) == 2 and out.shape == expected.shape
+    assert (out.float() - expected).norm() <= 2e-2 * expected.norm()
+    gradients = torch.autograd.grad(out.float().square().sum(), [a, b])
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected.square().sum(), [a, b]), strict=True):
+        assert (ours - theirs).norm() <= 3e-2 * theirs.norm()
 
 
 def test_float32_on_cuda_equals_a_plain_loop(experts, on_cuda):

@@ -52,13 +52,15 @@ def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, se
     return 2 * size**3 / best
 
 
-def measured_bandwidth(megabytes: int = 1024, times: int = 5) -> float:
-    """Bytes a second that all threads read from main memory, best of several: what decoding is measured against."""
-    numbers = torch.ones(megabytes * 2**20 // 4)
+def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int = 5) -> float:
+    """Bytes a second that the GPU, or all threads, read from memory, best of several: what decoding is measured by."""
+    numbers = torch.ones(megabytes * 2**20 // 4, device=device)
     best = float("inf")
     for _ in range(times):
+        _synchronise(device)
         start = time.perf_counter()
         numbers.sum()
+        _synchronise(device)
         best = min(best, time.perf_counter() - start)
     return numbers.numel() * 4 / best
 
