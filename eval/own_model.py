@@ -79,7 +79,9 @@ class OwnModel:
         nats = logits(out.hidden[:, -1], out.head).log_softmax(-1)[rows, first].double()
         if rest:
             cache.keep_rows(rows)
-            out = model(padded([choice[:-1] for choice in flat], rest, self.answerer.tokenizer.pad_id).to(device), cache=cache)
+            out = model(
+                padded([choice[:-1] for choice in flat], rest, self.answerer.tokenizer.pad_id).to(device), cache=cache
+            )
             labels = padded([choice[1:] for choice in flat], rest, IGNORE).to(device)
             nats = nats - token_losses(out.hidden, out.head, labels).double().sum(1)
         return nats.tolist()

@@ -69,7 +69,9 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
     for name in names:
         if columns.get(name) is None:
             shown = ", ".join(map(repr, row)) or "none"
-            raise UserError(f"{place}: no column {name!r}, the columns are {shown}; name the columns so, or take a split with answers")
+            raise UserError(
+                f"{place}: no column {name!r}, the columns are {shown}; name the columns so, or take a split with answers"
+            )
     if "choices" in columns:
         given = columns["choices"]
         if isinstance(given, dict):  # ARC's {"text": [...], "label": [...]}
@@ -85,7 +87,9 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
     for name, text in [("question", question), *zip(string.ascii_uppercase, choices, strict=False)]:
         if not text:
             raise UserError(f"{place}: {name} is empty; correct the row")
-    return ChoiceItem(str(columns.get("subject") or subject), question, choices, _answer(place, columns["answer"], len(choices)))
+    return ChoiceItem(
+        str(columns.get("subject") or subject), question, choices, _answer(place, columns["answer"], len(choices))
+    )
 
 
 def _answer(place: str, answer: Any, count: int) -> int:
@@ -116,7 +120,9 @@ def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tup
         if file.suffix.lower() in SUFFIXES
     ]
     if not files:
-        raise UserError(f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files in it and no *_{split} files; check the path and the split")
+        raise UserError(
+            f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files in it and no *_{split} files; check the path and the split"
+        )
     for subject, file in files:
         if not subjects or subject in subjects:
             yield subject, Source(str(file))
@@ -129,7 +135,9 @@ def _subsets(source: Source) -> list[str]:
         return sorted(datasets.get_dataset_config_names(source.path))
     except Exception as error:  # the Hub's client raises of every kind
         what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source.path}: no such path here, and the Hub does not give it ({what}); check the path or the network") from None
+        raise UserError(
+            f"{source.path}: no such path here, and the Hub does not give it ({what}); check the path or the network"
+        ) from None
 
 
 def _rows(source: Source) -> Iterator[tuple[str, object]]:
@@ -155,7 +163,9 @@ def _headerless_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
             reader, line = csv.reader(stream, strict=True), 1
             for fields in reader:
                 if len(fields) < 4:
-                    raise UserError(f"{file}:{line}: {len(fields)} fields; write question, choices and the answer's letter")
+                    raise UserError(
+                        f"{file}:{line}: {len(fields)} fields; write question, choices and the answer's letter"
+                    )
                 choices = zip(string.ascii_uppercase, fields[1:-1], strict=False)
                 yield f"{file}:{line}", {"question": fields[0], **dict(choices), "answer": fields[-1]}
                 line = reader.line_num + 1

@@ -118,7 +118,9 @@ class MultipleChoice:
     def _asked(self, item: ChoiceItem) -> str:
         lines = [item.question]
         if self.form == "letters":
-            lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, item.choices, strict=False)]
+            lines += [
+                f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, item.choices, strict=False)
+            ]
         return "\n".join([*lines, self.cue] if self.cue else lines)
 
 

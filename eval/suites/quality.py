@@ -81,13 +81,13 @@ def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def repetition(text: str, n: int = REPEATED) -> float:
-    """The share of an answer's n-grams that stood in it before: 1 - different / all (Welleck et al. 2020, seq-rep-n)."""
+    """The share of an answer's n-grams that stood in it before: 1 - different / all (Welleck et al. 2020)."""
     found = ngrams(units(text), n)
     return 1 - len(set(found)) / len(found) if found else 0.0
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams of all answers together (Li et al. 2016). It falls as there are more answers."""
+    """Different n-grams over all n-grams of all answers together (Li et al. 2016); less the more answers."""
     found = [gram for text in texts for gram in ngrams(units(text), n)]
     return len(set(found)) / len(found) if found else 0.0
 

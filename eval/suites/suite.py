@@ -1,8 +1,8 @@
 """What a suite is: items, a measurement of each, and scores with their uncertainty. Suites are YAML files.
 
-    multiple_choice:
-      data: data/ceval
-      shots: 5
+multiple_choice:
+  data: data/ceval
+  shots: 5
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def open_suite(entry: str, kinds: dict[str, type]) -> tuple[str, Suite]:
     kind, settings = _read(file)
     if kind not in kinds:
         near = difflib.get_close_matches(kind, kinds, n=1)
-        raise UserError(f"{file}: kind {kind!r}; " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(kinds)}"))
+        raise UserError(
+            f"{file}: kind {kind!r}; " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(kinds)}")
+        )
     if data:
         settings["data"] = data
     parser = ArgumentParser(exit_on_error=False)
@@ -98,7 +100,11 @@ def _read(file: Path) -> tuple[str, dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{file}{place}: not YAML ({str(error).splitlines()[0]}); mend it") from None
-    if not isinstance(content, dict) or len(content) != 1 or not isinstance(settings := next(iter(content.values())), dict):
+    if (
+        not isinstance(content, dict)
+        or len(content) != 1
+        or not isinstance(settings := next(iter(content.values())), dict)
+    ):
         raise UserError(f"{file}: must be one kind of suite with its settings, as in multiple_choice: {{data: DIR}}")
     return str(next(iter(content))), dict(settings)
 

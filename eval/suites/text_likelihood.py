@@ -119,7 +119,9 @@ def _likelihoods(group: str, rows: Sequence[Row]) -> list[Score]:
     spread_of = _interval(nats, tokens, np.exp)
     return [
         Score(group, "bits_per_byte", nats.sum() / math.log(2) / size.sum(), *bits, items=len(rows), share=False),
-        Score(group, "perplexity", math.exp(min(nats.sum() / tokens.sum(), 700)), *spread_of, items=len(rows), share=False),
+        Score(
+            group, "perplexity", math.exp(min(nats.sum() / tokens.sum(), 700)), *spread_of, items=len(rows), share=False
+        ),
     ]
 
 
