@@ -13,7 +13,7 @@ import torch
 from errors import UserError
 from text.chat_template import Message
 from text.tokenizer import Tokenizer
-from training.machine import choose_dtype
+from training.machine import DTYPES, choose_dtype
 from training.ranks import Ranks
 
 AT_ONCE = 8192  # positions a forward pass
@@ -30,7 +30,7 @@ class OpenedModel(Protocol):
     """What suites ask of a model. Nats are log-likelihoods: 0 is certain.
 
     Attributes: name: for people. context: tokens that it reads. chats: whether it has a chat template.
-        bos, eos: the tokens that a text can be said to follow.
+        bos, eos: the tokens that a text can be said to follow. dtype: fp32 or bf16.
     """
 
     name: str
@@ -38,6 +38,7 @@ class OpenedModel(Protocol):
     chats: bool
     bos: int
     eos: int
+    dtype: str
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, as the tokenizer makes them by itself: some put a token in front."""
@@ -108,6 +109,11 @@ def _is_own(folder: Path) -> bool:
             print(f"notice: {folder}: another project's tokenizer; opened through transformers", file=sys.stderr)
             return False
     return True
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name that --dtype gives a type."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def batches(items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from eval.answering import Answerer
-from eval.opened_model import Choices, Window, batches, padded, rounded
+from eval.opened_model import Choices, Window, batches, name_of, padded, rounded
 from model.cache import LatentCache, cache_dtype
 from model.generate import generate
 from model.transformer import logits
@@ -26,7 +26,7 @@ class OwnModel:
 
     @classmethod
     def open(cls, folder: str, device: str, dtype: torch.dtype) -> OwnModel:
-        return cls(folder, Answerer.open(folder, device, "bf16" if dtype == torch.bfloat16 else "fp32"))
+        return cls(folder, Answerer.open(folder, device, name_of(dtype)))
 
     @property
     def context(self) -> int:
@@ -39,6 +39,10 @@ class OwnModel:
     @property
     def eos(self) -> int:
         return self.answerer.tokenizer.eos_id
+
+    @property
+    def dtype(self) -> str:
+        return name_of(self.answerer.model.lm_head.weight.dtype)
 
     def encode(self, text: str) -> list[int]:
         return self.answerer.tokenizer.encode(text)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from errors import UserError
-from eval.opened_model import Choices, Window, batches, padded, rounded
+from eval.opened_model import Choices, Window, batches, name_of, padded, rounded
 from text.chat_template import Message
 
 LOGITS = 2**26  # numbers at once: with a vocabulary of 150,000 they, not the layers, fill the memory
@@ -28,7 +28,7 @@ class PeerModel:
 
     @classmethod
     def open(cls, folder: Path, gguf: str, device: torch.device, dtype: torch.dtype) -> PeerModel:
-        """Raises `UserError` where transformers, or what it needs for this folder, is missing, or the folder is none."""
+        """Raises `UserError` where transformers, or what it needs for this folder, is missing, or does not open it."""
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
             from transformers.utils import logging
@@ -63,6 +63,10 @@ class PeerModel:
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"{self.name}: its tokenizer has no end token; mend tokenizer_config.json")
         return self.tokenizer.eos_token_id
+
+    @property
+    def dtype(self) -> str:
+        return name_of(self.network.dtype)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)

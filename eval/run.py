@@ -43,9 +43,9 @@ def run(ckpt: str, suite: str, out: str = "", limit: int = 0, device: str = "aut
     for one in suites.values():
         one.items(limit)  # what is wrong with the data is said before minutes are spent
     model = open_model(ckpt, device, dtype)
-    folder = Path(out) if out else out_folder(ckpt)
-    measured = [measure(name, one, model, weights_of(ckpt, dtype), folder, limit) for name, one in suites.items()]
-    written = write_scores(folder, ckpt, measured)
+    folder, weights = Path(out) if out else out_folder(ckpt), weights_of(ckpt, model.dtype)
+    measured = [measure(name, one, model, weights, folder, limit) for name, one in suites.items()]
+    written = write_scores(folder, ckpt, weights, measured)
     table = Table(*HEADER, title=ckpt)
     for one in measured:
         for score in one.scores:

@@ -32,21 +32,24 @@ def weights_of(ckpt: str, dtype: str) -> dict[str, Any]:
     return {"ckpt": str(path.absolute()), "dtype": dtype, "files": stamps}
 
 
-def write_scores(out: Path, ckpt: str, measured: Sequence[Measured]) -> list[Path]:
-    """Write the scores beside those of suites that were measured before, and the page and picture of all."""
+def write_scores(out: Path, ckpt: str, weights: dict[str, Any], measured: Sequence[Measured]) -> list[Path]:
+    """Write the scores beside those that the same weights have of other suites, and the page and picture of all."""
     found = read_scores(out) if (out / SCORES).is_file() else {}
-    suites = found.get("suites", {}) if found.get("ckpt") == ckpt else {}
+    suites = found.get("suites", {}) if found.get("weights") == weights else {}
     suites.update({one.name: one.to_dict() for one in measured})
     all_of_them = [_measured(one) for one in suites.values()]
     written = [out / SCORES, out / "scores.md", out / "scores.png"]
-    _replace(written[0], json.dumps({"ckpt": ckpt, "suites": suites}, ensure_ascii=False, indent=2) + "\n")
+    _replace(
+        written[0],
+        json.dumps({"ckpt": ckpt, "weights": weights, "suites": suites}, ensure_ascii=False, indent=2) + "\n",
+    )
     _replace(written[1], markdown(ckpt, all_of_them))
     draw(ckpt, all_of_them, written[2])
     return [path for path in written if path.is_file()]
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """{"ckpt": ..., "suites": {name: ...}} of a folder that `write_scores` wrote. Raises `UserError` for another file."""
+    """{"ckpt": ..., "suites": {name: ...}} as `write_scores` wrote it. Raises `UserError` for any other file."""
     path = folder / SCORES
     try:
         found = json.loads(path.read_text(encoding="utf8"))

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from eval.suites.suite import rows_of
 from text.registry import Source, find_sources
-from text.row_report import RowError, RowReport
-from text.rows import read_rows
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 ALSO = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}
@@ -59,8 +58,6 @@ def read_choices(data: str, split: str, subjects: list[str]) -> dict[str, list[C
 
 def to_item(place: str, row: object, subject: str) -> ChoiceItem:
     """One row. Raises `UserError` that names its place."""
-    if isinstance(row, RowError):
-        raise UserError(f"{place}: {row}; mend the row")
     if not isinstance(row, dict):
         raise UserError(f"{place}: not an object with question, choices and answer; correct the row")
     columns = {str(name).strip().lower() if len(str(name)) > 1 else str(name): value for name, value in row.items()}
@@ -70,7 +67,7 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
         if columns.get(name) is None:
             shown = ", ".join(map(repr, row)) or "none"
             raise UserError(
-                f"{place}: no column {name!r}, the columns are {shown}; name the columns so, or take a split with answers"
+                f"{place}: no column {name!r}, the columns are {shown}; rename one, or take a split with answers"
             )
     if "choices" in columns:
         given = columns["choices"]
@@ -121,7 +118,7 @@ def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tup
     ]
     if not files:
         raise UserError(
-            f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files in it and no *_{split} files; check the path and the split"
+            f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files and no *_{split} files; check path and split"
         )
     for subject, file in files:
         if not subjects or subject in subjects:
@@ -144,7 +141,7 @@ def _rows(source: Source) -> Iterator[tuple[str, object]]:
     if not source.is_hub and source.path.lower().endswith(".csv") and _is_headerless(Path(source.path)):
         yield from _headerless_rows(Path(source.path))
         return
-    yield from read_rows(source, "stop", RowReport())
+    yield from rows_of(source)
 
 
 def _is_headerless(file: Path) -> bool:

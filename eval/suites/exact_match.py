@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +10,12 @@ from errors import UserError
 from eval.opened_model import OpenedModel
 from eval.suites.asking import ask
 from eval.suites.estimates import majority, pass_at_k, wilson
-from eval.suites.suite import Row, Score, spread
+from eval.suites.suite import Row, Score, rows_of, spread
 from text.answers import as_number, final_answer
 from text.chat_template import Message
-from text.problems import Problem, open_problems
-from text.registry import GENERATORS, find_sources
-from text.row_report import RowError, RowReport
-from text.rows import read_rows
+from text.problems import Problem, open_problems, to_problem
+from text.registry import GENERATORS, Source, find_sources
+from text.row_report import RowError
 from training.rewards import is_correct
 
 RIGHT = ("right",)  # under which all right answers vote, however they are written
@@ -62,9 +61,8 @@ class ExactMatch:
     def items(self, limit: int) -> list[Problem]:
         found: list[Problem] = []
         for source in find_sources(self.data, kind="prompt"):
-            problems = open_problems(source, on_error="stop")
             is_made = source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
-            found += problems.held_out(self.problems) if is_made else problems.train
+            found += open_problems(source).held_out(self.problems) if is_made else _problems(source)
         return spread(found, limit)
 
     def measure(self, model: OpenedModel, items: Sequence[Problem], seed: int) -> list[Row]:
@@ -110,15 +108,24 @@ class ExactMatch:
             return messages
         (source,) = find_sources(self.shots_data, kind="prompt")
         worked: list[Message] = []
-        for place, row in read_rows(source, "stop", RowReport()):
+        for place, row in rows_of(source):
             row = source.layout.arrange(row) if source.layout.format else row
-            if isinstance(row, RowError) or not isinstance(row, dict) or not {"question", "answer"} <= set(row):
+            if not isinstance(row, dict) or not {"question", "answer"} <= set(row):
                 raise UserError(f"{place}: not an object with question and answer; correct the row")
             worked += [{"role": "user", "content": str(row["question"])}]
             worked += [{"role": "assistant", "content": str(row["answer"])}]
             if len(worked) == 2 * self.shots:
                 return messages + worked
         raise UserError(f"{self.shots_data}: {len(worked) // 2} problems; set shots to that or less")
+
+
+def _problems(source: Source) -> Iterator[Problem]:
+    """Every row as a problem, those that are asked twice too. Raises `UserError` for the first that is none."""
+    for place, row in rows_of(source):
+        try:
+            yield to_problem(row, source.layout)
+        except RowError as error:
+            raise UserError(f"{place}: {error}; correct the row") from None
 
 
 def _votes(problem: Problem, row: Row) -> list[Hashable | None]:

@@ -157,9 +157,9 @@ def _means(groups: Sequence[Sequence[tuple[bool, bool, float]]]) -> list[Score]:
     chance = sum(sum(guess for *_, guess in group) / len(group) for group in groups) / len(groups)
     for place, metric in enumerate(("acc", "acc_norm")):
         shares = [sum(row[place] for row in group) / len(group) for group in groups]
-        # Two right and two wrong answers are added to each subject, lest one that is all right count as certain.
+        # As if two right and two wrong answers came before: a subject that is all right is not certain.
         careful = [(share * len(group) + 2) / (len(group) + 4) for share, group in zip(shares, groups, strict=True)]
-        variances = [p * (1 - p) / (len(group) + 4) for p, group in zip(careful, groups, strict=True)]
+        variances = [p * (1 - p) / len(group) for p, group in zip(careful, groups, strict=True)]
         mean, width = sum(shares) / len(shares), Z * math.sqrt(sum(variances)) / len(groups)
         low, high = max(mean - width, 0.0), min(mean + width, 1.0)
         scores.append(Score("mean of subjects", metric, mean, low, high, chance, count))

@@ -8,7 +8,7 @@ multiple_choice:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from errors import UserError
 from eval.opened_model import OpenedModel
+from text.registry import Source
+from text.row_report import RowError, RowReport
+from text.rows import read_rows
 
 BUILT_IN = Path(__file__).resolve().parents[2] / "configs" / "eval"
 Row = dict[str, Any]
@@ -107,6 +110,16 @@ def _read(file: Path) -> tuple[str, dict[str, Any]]:
     ):
         raise UserError(f"{file}: must be one kind of suite with its settings, as in multiple_choice: {{data: DIR}}")
     return str(next(iter(content))), dict(settings)
+
+
+def rows_of(source: Source) -> Iterator[tuple[str, object]]:
+    """(place, row) of each row of a source. Raises `UserError` for a file or a row that cannot be read."""
+    report = RowReport()
+    for place, row in read_rows(source, "stop", report):
+        report.rows += 1
+        if isinstance(row, RowError):
+            raise UserError(f"{place}: {row}; mend the row")
+        yield place, row
 
 
 def spread(items: list[Any], limit: int) -> list[Any]:

@@ -13,10 +13,8 @@ import numpy as np
 from errors import UserError
 from eval.opened_model import OpenedModel
 from eval.perplexity import read_blocks
-from eval.suites.suite import Row, Score, spread
-from text.registry import find_sources
-from text.row_report import RowError, RowReport
-from text.rows import read_rows
+from eval.suites.suite import Row, Score, rows_of, spread
+from text.registry import Source, find_sources
 
 RESAMPLES = 1000
 
@@ -84,21 +82,19 @@ class TextLikelihood:
                 scores += _likelihoods(source, group)
         return scores
 
-    def _texts(self, source: object) -> Iterator[str]:
+    def _texts(self, source: Source) -> Iterator[str]:
         if source.path.lower().endswith(".txt"):
             text = "".join(read_blocks(Path(source.path)))
             if text:
                 yield text
             return
-        report = RowReport()
-        for place, row in read_rows(source, "stop", report):
-            if isinstance(row, RowError):
-                raise UserError(f"{place}: {row}; mend the row")
-            if not isinstance(row, dict) or not isinstance(row.get(self.column), str):
+        column = source.layout.columns.get("text", self.column)
+        for place, row in rows_of(source):
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
                 shown = ", ".join(map(repr, row)) if isinstance(row, dict) else "none"
-                raise UserError(f"{place}: no text in column {self.column!r}, the columns are {shown}; set column")
-            if row[self.column]:
-                yield row[self.column]
+                raise UserError(f"{place}: no text in column {column!r}, the columns are {shown}; set column")
+            if row[column]:
+                yield row[column]
 
 
 def rolling(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
