@@ -93,7 +93,9 @@ def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]
     maps = []
     for layer in range(layers):
         axis = figure.add_subplot(grid[layer // columns, layer % columns])
-        image = axis.imshow(shown[:, layer], aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, float(shown.max())))
+        image = axis.imshow(
+            shown[:, layer].numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, float(shown.max()))
+        )
         axis.set(title=f"MoE layer {layer + 1}", xlabel="expert", xticks=range(0, experts, max(experts // 8, 1)))
         axis.set_yticks(range(len(domains)), list(domains) if layer % columns == 0 else [""] * len(domains))
         maps.append(axis)

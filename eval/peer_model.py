@@ -125,7 +125,14 @@ class PeerModel:
             pad_token_id=self.eos,
             **sampling,
         )
-        return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        ends = self.network.generation_config.eos_token_id
+        ends = {self.eos, *(ends if isinstance(ends, list) else [ends])}
+        texts = []
+        for row in out[:, width:].tolist():
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            # Marks such as <think> are part of an answer, and special tokens to some tokenizers.
+            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=False))
+        return texts
 
     def _log_probs(self, rows: Sequence[Sequence[int]], first: int) -> Iterator[torch.Tensor]:
         """Of each row (width - first, vocab) float32, of the positions from `first` on; padding is on the right."""

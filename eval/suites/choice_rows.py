@@ -151,6 +151,8 @@ def _is_headerless(file: Path) -> bool:
             first = next(csv.reader(stream), [])
     except (OSError, UnicodeDecodeError, csv.Error):
         return False  # the reader of rows says what is wrong
+    if any(field.strip().lower() == "question" for field in first):
+        return False
     return len(first) >= 4 and first[-1].strip() in tuple(string.ascii_uppercase[: len(first) - 2])
 
 

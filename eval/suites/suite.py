@@ -89,7 +89,7 @@ def open_suite(entry: str, kinds: dict[str, type]) -> tuple[str, Suite]:
     parser.add_class_arguments(kinds[kind])
     try:
         suite = kinds[kind](**vars(parser.instantiate(parser.parse_object(settings))))
-    except ArgumentError as error:
+    except (ArgumentError, UserError) as error:
         raise UserError(f"{file}: {' '.join(str(error).split())}") from None
     return file.stem, suite
 
