@@ -37,6 +37,7 @@ RELATIVE = 1e-5  # of a log-likelihood: what the order of float32 sums may chang
 INTRO = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 LETTERS = "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
 SHOTS = 5
+WINDOW = 1024  # tokens that texts are scored in
 
 
 def check(ckpt: str, questions: str = "", count: int = 100) -> None:
@@ -59,7 +60,7 @@ def check(ckpt: str, questions: str = "", count: int = 100) -> None:
         for subject, items in subjects.items():
             suites |= write_choices(folder, subject, items)
         suites["texts"] = write_texts(folder, subjects)
-        theirs = run_lm_eval(ckpt, model.context, folder, list(suites))
+        theirs = run_lm_eval(ckpt, min(WINDOW, model.context), folder, list(suites))
         failed = False
         for task, suite in suites.items():
             failed |= differs(task, suite, model, folder, theirs[task])
@@ -133,7 +134,7 @@ def write_choices(folder: Path, subject: str, items: Sequence[ChoiceItem]) -> di
 
 
 def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> Suite:
-    """Documents of several lengths, the last longer than any context of this project's presets that is tested."""
+    """Documents of several lengths, the last one longer than a window."""
     lines = [f"{item.question} {item.choices[item.answer]}" for items in subjects.values() for item in items]
     texts = [*lines[:20], "\n".join(lines[20:60]), "\n".join(lines * 3)]
     write_lines(folder / "texts.jsonl", [{"text": text} for text in texts])
@@ -149,7 +150,7 @@ def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> Suite:
     }
     (folder / "texts.yaml").write_text(yaml.safe_dump(task), encoding="utf8")
     # lm-eval lets a text follow <s>, and scores windows that share one token.
-    return TextLikelihood(data=str(folder / "texts.jsonl"), window=1 << 20, stride=1 << 20, start="bos")
+    return TextLikelihood(data=str(folder / "texts.jsonl"), window=WINDOW, stride=WINDOW, start="bos")
 
 
 def write_lines(path: Path, rows: Sequence[dict]) -> None:
