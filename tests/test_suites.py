@@ -8,6 +8,7 @@ import random
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -212,6 +213,34 @@ def test_accuracy_is_raw_and_for_each_character(tmp_path):
 def test_more_worked_questions_than_there_are_is_one_line(tmp_path):
     with pytest.raises(UserError, match="high_school has 5 questions in split 'dev'; set shots to 5 or less"):
         MultipleChoice(data=str(exam(tmp_path, 3)), shots=6).items(0)
+
+
+def test_one_list_of_worked_questions_serves_all_subjects(tmp_path):
+    rows = [{"question": f"Q{n}", "choices": ["a", "b"], "answer": 0, "subject": f"s{n % 2}"} for n in range(6)]
+    for name, part in (("asked", rows), ("worked", [{**row, "subject": "any"} for row in rows[:2]]), ("few", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf8")
+    settings = dict(data=str(tmp_path / "asked.jsonl"), shots=2)
+    items = MultipleChoice(**settings, shots_data=str(tmp_path / "worked.jsonl")).items(0)
+    assert len(items) == 6 and {tuple(shot.question for shot in item.shots) for item in items} == {("Q0", "Q1")}
+    own = MultipleChoice(**settings, shots_data=str(tmp_path / "asked.jsonl")).items(0)
+    assert {tuple(shot.question for shot in item.shots) for item in own} == {("Q0", "Q2"), ("Q1", "Q3")}
+    with pytest.raises(UserError, match=r"few\.jsonl: s0 has 1 questions in split 'dev'; set shots to 1 or less"):
+        MultipleChoice(**settings, shots_data=str(tmp_path / "few.jsonl")).items(0)
+
+
+def test_the_hubs_test_split_is_measured(monkeypatch):
+    asked = []
+
+    def load(name: str, subset: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
+        asked.append((name, subset, split))
+        return datasets.IterableDataset.from_generator(
+            lambda: iter([{"question": "1+1", "answer": "#### 2", "text": "x"}])
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert ExactMatch(data="openai/gsm8k:main").items(0)[0].answer == "2"
+    assert TextLikelihood(data="some/texts", split="validation").items(0) == [("some/texts", "x")]
+    assert asked == [("openai/gsm8k", "main", "test"), ("some/texts", None, "validation")]
 
 
 # Texts

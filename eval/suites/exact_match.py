@@ -10,11 +10,11 @@ from errors import UserError
 from eval.opened_model import OpenedModel
 from eval.suites.asking import ask
 from eval.suites.estimates import majority, pass_at_k, wilson
-from eval.suites.suite import Row, Score, rows_of, spread
+from eval.suites.suite import Row, Score, rows_of, sources_of, spread
 from text.answers import as_number, final_answer
 from text.chat_template import Message
 from text.problems import Problem, open_problems, to_problem
-from text.registry import GENERATORS, Source, find_sources
+from text.registry import GENERATORS, Source
 from text.row_report import RowError
 from training.rewards import is_correct
 
@@ -27,7 +27,7 @@ class ExactMatch:
 
     Args:
         data: files, Hub data sets, names, or generators such as arithmetic:1-2, whose held-out problems are asked.
-        problems: of a generator.
+        split: of data on the Hub. problems: of a generator.
         shots: worked problems before each, the first rows of `shots_data` with the whole of their answers.
         shots_data: a file of problems that are not asked.
         system: system prompt.
@@ -38,6 +38,7 @@ class ExactMatch:
     """
 
     data: str
+    split: str = "test"
     problems: int = 256
     shots: int = 0
     shots_data: str = ""
@@ -60,7 +61,7 @@ class ExactMatch:
 
     def items(self, limit: int) -> list[Problem]:
         found: list[Problem] = []
-        for source in find_sources(self.data, kind="prompt"):
+        for source in sources_of(self.data, self.split, "prompt"):
             is_made = source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
             found += open_problems(source).held_out(self.problems) if is_made else _problems(source)
         return spread(found, limit)
@@ -106,7 +107,7 @@ class ExactMatch:
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         if not self.shots:
             return messages
-        (source,) = find_sources(self.shots_data, kind="prompt")
+        (source,) = sources_of(self.shots_data, "train", "prompt")
         worked: list[Message] = []
         for place, row in rows_of(source):
             row = source.layout.arrange(row) if source.layout.format else row

@@ -60,15 +60,8 @@ class MultipleChoice:
 
     def items(self, limit: int) -> list[Asked]:
         asked = read_choices(self.data, self.split, self.subjects)
-        worked = read_choices(self.shots_data or self.data, self.shots_split, list(asked)) if self.shots else {}
-        for subject, items in worked.items():
-            if len(items) < self.shots:
-                raise UserError(
-                    f"{self.shots_data or self.data}: {subject} has {len(items)} questions in split "
-                    f"{self.shots_split!r}; set shots to {len(items)} or less"
-                )
-        shots = {subject: tuple(items[: self.shots]) for subject, items in worked.items()}
-        return spread([Asked(item, shots.get(item.subject, ())) for items in asked.values() for item in items], limit)
+        shots = self._worked(list(asked))
+        return spread([Asked(item, shots[item.subject]) for items in asked.values() for item in items], limit)
 
     def measure(self, model: OpenedModel, items: Sequence[Asked], seed: int) -> list[Row]:
         encoded, cut = [], []
@@ -96,6 +89,21 @@ class MultipleChoice:
             for subject, group in groups.items():
                 scores += _accuracies(subject, group)
         return scores
+
+    def _worked(self, subjects: list[str]) -> dict[str, tuple[ChoiceItem, ...]]:
+        """The worked questions of each subject; where there is one list of them, they serve all subjects."""
+        if not self.shots:
+            return {subject: () for subject in subjects}
+        place = self.shots_data or self.data
+        worked = read_choices(place, self.shots_split, [])
+        if len(worked) == 1:
+            worked = dict.fromkeys(subjects, next(iter(worked.values())))
+        for subject in subjects:
+            count = len(worked.get(subject, ()))
+            if count < self.shots:
+                remedy = f"set shots to {count} or less" if count else "add some"
+                raise UserError(f"{place}: {subject} has {count} questions in split {self.shots_split!r}; {remedy}")
+        return {subject: tuple(worked[subject][: self.shots]) for subject in subjects}
 
     def _choices(self, item: ChoiceItem) -> Sequence[str]:
         return string.ascii_uppercase[: len(item.choices)] if self.form == "letters" else item.choices

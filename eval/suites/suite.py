@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from errors import UserError
 from eval.opened_model import OpenedModel
-from text.registry import Source
+from text.registry import Source, find_sources
 from text.row_report import RowError, RowReport
 from text.rows import read_rows
 
@@ -110,6 +110,11 @@ def _read(file: Path) -> tuple[str, dict[str, Any]]:
     ):
         raise UserError(f"{file}: must be one kind of suite with its settings, as in multiple_choice: {{data: DIR}}")
     return str(next(iter(content))), dict(settings)
+
+
+def sources_of(data: str, split: str, kind: str | None) -> list[Source]:
+    """The places of `data`; `split` is that of those on the Hub, where training takes another."""
+    return [replace(source, split=split) if source.is_hub else source for source in find_sources(data, kind=kind)]
 
 
 def rows_of(source: Source) -> Iterator[tuple[str, object]]:

@@ -13,8 +13,8 @@ import numpy as np
 from errors import UserError
 from eval.opened_model import OpenedModel
 from eval.perplexity import read_blocks
-from eval.suites.suite import Row, Score, rows_of, spread
-from text.registry import Source, find_sources
+from eval.suites.suite import Row, Score, rows_of, sources_of, spread
+from text.registry import Source
 
 RESAMPLES = 1000
 
@@ -32,13 +32,15 @@ class TextLikelihood:
 
     Args:
         data: text files (.txt is one document), or .csv, .jsonl, .parquet with a document a row; several with commas.
-        column: of the rows. window: most tokens a pass. stride: tokens that a further window scores; the rest of it is
-            context, so that window - stride tokens or more stand before each. stride = window scores every window anew.
+        column: of the rows. split: of data on the Hub. window: most tokens a pass.
+        stride: tokens that a further window scores; the rest of it is context, so that window - stride tokens or more
+            stand before each. stride = window scores every window anew.
         start: what a document follows: eos, the end of another, as in pretraining, or bos.
         chunk: documents that are measured together.
     """
 
     data: str
+    split: str = "test"
     column: str = "text"
     window: int = 1024
     stride: int = 512
@@ -53,7 +55,7 @@ class TextLikelihood:
 
     def items(self, limit: int) -> list[Document]:
         found = []
-        for source in find_sources(self.data, kind=None):
+        for source in sources_of(self.data, self.split, None):
             found += spread([Document(str(source), text) for text in self._texts(source)], limit)
         if not found:
             raise UserError(f"{self.data}: no text in it; give a file with text")
