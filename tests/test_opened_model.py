@@ -1,0 +1,88 @@
+"""A model's likelihoods are those of plain passes, whoever opens it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from likelihoods import nats_by_hand
+
+from eval.opened_model import OpenedModel
+from eval.own_model import OwnModel
+from eval.peer_model import PeerModel
+from eval.suites.choice_rows import ChoiceItem
+from eval.suites.multiple_choice import Asked, MultipleChoice, encode_pairs
+from text.chat_template import Message
+
+
+@pytest.fixture(params=["own", "peer"])
+def model(request) -> OpenedModel:
+    return request.getfixturevalue(request.param)
+
+
+def test_each_folder_is_opened_by_its_own_kind(own, peer):
+    assert isinstance(own, OwnModel) and own.chats and own.context == 1024
+    assert isinstance(peer, PeerModel) and not peer.chats and peer.context == 256
+
+
+def test_continuations_have_the_likelihood_of_one_pass_over_the_whole_row(model):
+    """Contexts of many lengths, and continuations of one token and of several, some of the same beginning."""
+    rng = random.Random(0)
+    line = lambda length: [rng.randrange(13, 600) for _ in range(length)]  # noqa: E731
+    items = [(line(length), [line(1), line(5), line(1), line(20)]) for length in (1, 40, 7, 33, 90)]
+    items.append((line(5), [line(1), line(1)]))
+    for (context, choices), nats in zip(items, model.continuation_nats(items), strict=True):
+        for choice, value in zip(choices, nats, strict=True):
+            assert value == pytest.approx(nats_by_hand(model, context + choice, len(context)), rel=1e-4)
+
+
+def test_windows_have_the_likelihood_of_one_pass(model):
+    rng = random.Random(1)
+    windows = [
+        ([rng.randrange(13, 600) for _ in range(length)], scored) for length, scored in [(60, 1), (9, 4), (2, 1)]
+    ]
+    for (ids, scored), value in zip(windows, model.window_nats(windows), strict=True):
+        assert value == pytest.approx(nats_by_hand(model, ids, scored), rel=1e-4)
+
+
+def test_a_context_is_read_once_for_all_its_choices(own, monkeypatch):
+    read = []
+    forward = type(own.answerer.model).forward
+    monkeypatch.setattr(
+        type(own.answerer.model),
+        "forward",
+        lambda self, ids, **rest: read.append(ids.shape) or forward(self, ids, **rest),
+    )
+    own.continuation_nats([([20] * 64, [[21, 22], [23, 24], [25, 26], [27, 28]])])
+    assert [tuple(shape) for shape in read] == [(1, 64), (4, 16)]
+    read.clear()
+    own.continuation_nats([([20] * 64, [[21], [22], [23], [24]])])  # letters need nothing but the context
+    assert [tuple(shape) for shape in read] == [(1, 64)]
+
+
+def test_this_projects_folder_through_transformers_gives_the_same(own, pretrained):
+    other = PeerModel.open(pretrained / "final", "", torch.device("cpu"), torch.float32)
+    chat: list[Message] = [{"role": "user", "content": "月牙镇在哪里？"}]
+    assert other.encode_chat(chat) == own.encode_chat(chat) and other.encode("a b，c") == own.encode("a b，c")
+    items = [(own.encode("月牙镇"), [own.encode("很美丽"), own.encode("在山下。")]), (own.encode("2+3"), [[20]])]
+    for ours, theirs in zip(own.continuation_nats(items), other.continuation_nats(items), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    for prompts in ([chat, chat], ["月牙镇", "the"]):
+        assert own.reply(prompts, 8, 0.0, 0) == other.reply(prompts, 8, 0.0, 0)
+
+
+def test_a_pair_is_encoded_as_one_text_and_cut_where_the_context_ends(own):
+    context, (first, second) = encode_pairs(own, "Question: x\nAnswer: ", ["yes", "no"])
+    assert context == own.encode("Question: x\nAnswer:")
+    assert (first, second) == (own.encode(" yes"), own.encode(" no"))
+    assert encode_pairs(own, "", ["yes"]) == ([own.bos], [own.encode("yes")])
+
+
+def test_an_endless_context_loses_its_beginning_and_is_counted(own, monkeypatch):
+    item = ChoiceItem("s", "月" * 3000, ("a", "b"), 0)
+    suite, seen = MultipleChoice(data="x"), []
+    monkeypatch.setattr(OwnModel, "continuation_nats", lambda self, items: seen.extend(items) or [[0.0, -1.0]])
+    (row,) = suite.measure(own, [Asked(item, ())], 0)
+    (context, choices), whole = seen[0], own.encode(suite._asked(item))
+    assert row["cut"] and len(context) + len(choices[0]) == own.context + 1 and context == whole[-len(context) :]
