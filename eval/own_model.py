@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from model.generate import generate
 from model.transformer import logits
 from text.chat_template import Message, encode_chat
 from training.losses import IGNORE, token_losses
+
+SHARED = 32  # tokens that contexts must have in common for it to be worth reading them apart
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,42 @@ class OwnModel:
 
     @torch.inference_mode()
     def continuation_nats(self, items: Sequence[Choices]) -> list[list[float]]:
-        """A context is read once; then each of its continuations has a row of the cache."""
+        """A context is read once; then each of its continuations has a row of the cache.
+
+        Continuations of one token, such as letters, need no more than the context; and what the contexts have in common
+        from their beginning on, such as worked questions, is read once for all of them.
+        """
         nats: list[list[float]] = [[] for _ in items]
-        for part in batches(items, lambda item: len(item[0]) + sum(map(len, item[1]))):
-            contexts, choices = zip(*(items[place] for place in part), strict=True)
+        letters = [place for place, (_, choices) in enumerate(items) if all(len(choice) == 1 for choice in choices)]
+        for shared, places in _same_beginnings([(place, items[place][0]) for place in letters]):
+            for part in batches(places, lambda place, shared=shared: len(items[place][0]) - shared):
+                chosen = [places[number] for number in part]
+                log_probs = self._next_log_probs([items[place][0] for place in chosen], shared)
+                for place, row in zip(chosen, log_probs, strict=True):
+                    nats[place] = row[[choice[0] for choice in items[place][1]]].double().tolist()
+        others = [place for place in range(len(items)) if not nats[place]]
+        for part in batches(others, lambda place: len(items[place][0]) + sum(map(len, items[place][1]))):
+            chosen = [others[number] for number in part]
+            contexts, choices = zip(*(items[place] for place in chosen), strict=True)
             scored = iter(self._continued(contexts, [choice for own in choices for choice in own], choices))
-            for place, own in zip(part, choices, strict=True):
+            for place, own in zip(chosen, choices, strict=True):
                 nats[place] = [next(scored) for _ in own]
         return nats
+
+    def _next_log_probs(self, contexts: Sequence[list[int]], shared: int) -> torch.Tensor:
+        """(contexts, vocab) float32 of the token after each context; the first `shared` tokens are the same in all."""
+        model, device, pad = self.answerer.model, self.answerer.device, self.answerer.tokenizer.pad_id
+        width = rounded(max(map(len, contexts)) - shared)
+        cache = None
+        if shared:
+            cache = LatentCache(model.config, 1, shared + width, cache_dtype(model), device)
+            model(torch.tensor([contexts[0][:shared]], device=device), cache=cache)
+            cache.keep_rows(torch.zeros(len(contexts), dtype=torch.long, device=device))
+        # Padding is on the right, where no earlier position sees it.
+        out = model(padded([ids[shared:] for ids in contexts], width, pad).to(device), cache=cache)
+        last = torch.tensor([len(ids) - shared - 1 for ids in contexts], device=device)
+        hidden = out.hidden[torch.arange(len(contexts), device=device), last]
+        return logits(hidden, out.head).log_softmax(-1)
 
     def _continued(
         self, contexts: Sequence[list[int]], flat: Sequence[list[int]], choices: Sequence[list[list[int]]]
@@ -128,3 +158,18 @@ class OwnModel:
             ids = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
             texts.append(tokenizer.decode(ids, skip_special_tokens=False))
         return texts
+
+
+def _same_beginnings(contexts: Sequence[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int]]]:
+    """(tokens that they share, places) of contexts that begin alike; each has a token of its own left.
+
+    contexts: (place, ids).
+    """
+    groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    for place, ids in contexts:
+        groups.setdefault(tuple(ids[:SHARED]), []).append((place, ids))
+    for group in groups.values():
+        own = min(len(ids) for _, ids in group) - 1
+        columns = zip(*(ids[:own] for _, ids in group), strict=True)
+        shared = next((place for place, column in enumerate(columns) if len(set(column)) > 1), own)
+        yield shared if len(group) > 1 and shared >= SHARED else 0, [place for place, _ in group]

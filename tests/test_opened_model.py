@@ -61,6 +61,24 @@ def test_a_context_is_read_once_for_all_its_choices(own, monkeypatch):
     assert [tuple(shape) for shape in read] == [(1, 64)]
 
 
+def test_what_contexts_have_in_common_is_read_once(own, monkeypatch):
+    """Questions after the same worked ones, in two subjects: the likelihoods of whole rows, from fewer tokens."""
+    rng = random.Random(2)
+    line = lambda length: [rng.randrange(13, 600) for _ in range(length)]  # noqa: E731
+    subjects, letters = [line(200), line(90), line(10)], [[20], [21], [22], [23]]
+    items = [(subjects[number % 3] + line(5 + number), letters) for number in range(9)] + [(subjects[0], letters)]
+    want = [[nats_by_hand(own, context + choice, len(context)) for choice in letters] for context, _ in items]
+    read, forward = [], type(own.answerer.model).forward
+    monkeypatch.setattr(
+        type(own.answerer.model),
+        "forward",
+        lambda self, ids, **rest: read.append(ids.numel()) or forward(self, ids, **rest),
+    )
+    for found, expected in zip(own.continuation_nats(items), want, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert sum(read) < 199 + 90 + 16 * 4 + 16 * 3 + 32 * 3 + 1 < sum(len(context) for context, _ in items)
+
+
 def test_this_projects_folder_through_transformers_gives_the_same(own, pretrained):
     other = PeerModel.open(pretrained / "final", "", torch.device("cpu"), torch.float32)
     chat: list[Message] = [{"role": "user", "content": "月牙镇在哪里？"}]
