@@ -188,6 +188,8 @@ def test_folders_that_hold_no_model_are_one_line(tmp_path, pretrained):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "two" / name).write_bytes(b"GGUF")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF rest")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "alien").mkdir()
     (tmp_path / "alien" / "config.json").write_text('{"model_type": "unheard_of"}')
     for name, what in {
@@ -195,6 +197,7 @@ def test_folders_that_hold_no_model_are_one_line(tmp_path, pretrained):
         "two": "2 .gguf files; name one of them",
         "broken.gguf": "transformers does not open it",
         "alien": "transformers does not open it",
+        "adapter": "is an adapter, not a model; give the checkpoint",
     }.items():
         with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: {re.escape(what)}") as error:
             open_model(str(tmp_path / name))

@@ -11,6 +11,7 @@ import pytest
 from likelihoods import values
 
 from errors import UserError
+from eval.opened_model import OpenedModel, open_model
 from eval.own_model import OwnModel
 from eval.suites.choice_rows import ChoiceItem
 from eval.suites.exact_match import ExactMatch
@@ -28,13 +29,22 @@ def exam(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
-def test_a_model_that_knows_nothing_is_at_chance(peer, tmp_path):
+@pytest.fixture
+def untrained(tiny_model, tokenizer, tmp_path) -> OpenedModel:
+    """A folder of this project with random weights."""
+    tiny_model(vocab_size=600, max_position_embeddings=256).save_pretrained(tmp_path / "untrained")
+    tokenizer.save(tmp_path / "untrained")
+    return open_model(str(tmp_path / "untrained"), "cpu", "fp32")
+
+
+@pytest.mark.parametrize("name", ["untrained", "peer"])
+def test_a_model_that_knows_nothing_is_at_chance(name, request, tmp_path):
     """Whatever the form and the number of worked questions, chance lies in the interval, and the interval is narrow."""
-    data = str(exam(tmp_path, 300))
+    model, data = request.getfixturevalue(name), str(exam(tmp_path / "exam", 300))
     for form, shots in (("letters", 0), ("letters", 2), ("text", 0)):
         suite = MultipleChoice(data=data, form=form, shots=shots)
         items = suite.items(0)
-        for score in suite.scores(items, suite.measure(peer, items, 0)):
+        for score in suite.scores(items, suite.measure(model, items, 0)):
             assert (
                 score.low < score.chance == 0.25 < score.high and score.high - score.low < 0.11 and score.items == 300
             )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from likelihoods import nats_by_hand
 
-from eval.opened_model import OpenedModel
+from eval.opened_model import OpenedModel, open_model
 from eval.own_model import OwnModel
 from eval.peer_model import PeerModel
 from eval.suites.choice_rows import ChoiceItem
 from eval.suites.multiple_choice import Asked, MultipleChoice, encode_pairs
 from text.chat_template import Message
+from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 @pytest.fixture(params=["own", "peer"])
@@ -104,3 +109,54 @@ def test_an_endless_context_loses_its_beginning_and_is_counted(own, monkeypatch)
     (row,) = suite.measure(own, [Asked(item, ())], 0)
     (context, choices), whole = seen[0], own.encode(suite._asked(item))
     assert row["cut"] and len(context) + len(choices[0]) == own.context + 1 and context == whole[-len(context) :]
+
+
+# GGUF
+
+
+def write_gguf(path: Path, tokenizer: Tokenizer, hidden: int = 32, inner: int = 64) -> None:
+    """A Llama of one layer with random weights and this tokenizer, as llama.cpp's converter writes it."""
+    content = json.loads(tokenizer.raw.to_str())["model"]
+    tokens = sorted(content["vocab"], key=content["vocab"].get)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if number < len(SPECIAL_TOKENS) else 1 for number in range(len(tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in content["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {"attn_q": (hidden, hidden), "attn_k": (hidden, hidden), "attn_v": (hidden, hidden)}
+    shapes |= {"attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
+    shapes |= {"ffn_down": (hidden, inner), "attn_norm": (hidden,), "ffn_norm": (hidden,)}
+    tensors = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    tensors |= {"token_embd.weight": (len(tokens), hidden), "output.weight": (len(tokens), hidden)}
+    rng = np.random.default_rng(0)
+    for name, shape in {**tensors, "output_norm.weight": (hidden,)}.items():
+        writer.add_tensor(name, (rng.normal(size=shape) / 6).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_measured_by_its_name_or_its_folder(tokenizer, tmp_path):
+    write_gguf(tmp_path / "small.gguf", tokenizer)
+    for path in (tmp_path / "small.gguf", tmp_path):
+        found = open_model(str(path), "cpu", "fp32")
+        assert isinstance(found, PeerModel) and found.name == str(tmp_path / "small.gguf")
+        assert (found.context, found.dtype, found.chats, found.eos) == (128, "fp32", False, 2)
+        assert found.encode("月牙镇 the town") == tokenizer.encode("月牙镇 the town")
+        ids, choice = found.encode("月牙镇"), [20, 30, 40]
+        ((nats,),) = found.continuation_nats([(ids, [choice])])
+        assert nats == pytest.approx(nats_by_hand(found, ids + choice, len(ids)), rel=1e-4)
+        assert len(found.reply(["the"], 4, 0.0, 0)) == 1
