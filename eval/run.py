@@ -20,7 +20,7 @@ from eval.score_files import out_folder, weights_of, write_scores
 from eval.suites.kinds import KINDS
 from eval.suites.measuring import measure
 from eval.suites.score_table import HEADER, cells
-from eval.suites.suite import open_suite
+from eval.suites.suite import open_suites
 from training.settings import call
 
 
@@ -37,9 +37,7 @@ def run(ckpt: str, suite: str, out: str = "", limit: int = 0, device: str = "aut
     """
     if limit < 0:
         raise UserError(f"--limit {limit}: give 0 for all items, or a number of them")
-    suites = dict(open_suite(entry.strip(), KINDS) for entry in suite.split(",") if entry.strip())
-    if not suites:
-        raise UserError("--suite: names nothing; give a name or a .yaml file")
+    suites = open_suites(suite, KINDS)
     for one in suites.values():
         one.items(limit)  # what is wrong with the data is said before minutes are spent
     model = open_model(ckpt, device, dtype)

@@ -18,7 +18,7 @@ from eval.suites.kinds import KINDS
 from eval.suites.measured_rows import MeasuredRows
 from eval.suites.measuring import measure
 from eval.suites.replies import Questions
-from eval.suites.suite import BUILT_IN, Score, open_suite
+from eval.suites.suite import BUILT_IN, Score, open_suite, open_suites
 from training.settings import call
 
 
@@ -139,6 +139,15 @@ def test_every_built_in_suite_can_be_opened():
         assert opened == name and type(suite) in KINDS.values() and suite.data
     assert open_suite("ceval-5-shot=some/where", KINDS)[1].data == "some/where"
     assert open_suite("ceval-5-shot", KINDS)[1].shots == 5 and open_suite("mmlu", KINDS)[1].shots == 0
+
+
+def test_one_suite_on_two_sets_of_data_is_two_suites():
+    found = open_suites("text=a/zh.txt, text=b/en.txt,mmlu", KINDS)
+    assert {name: suite.data for name, suite in found.items()} == {
+        "text": "a/zh.txt", "text-en": "b/en.txt", "mmlu": "data/mmlu"
+    }  # fmt: skip
+    with pytest.raises(UserError, match="mmlu: is named twice"):
+        open_suites("mmlu,mmlu", KINDS)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,26 @@ class Suite(Protocol):
         """The whole first, then group by group."""
 
 
+def open_suites(entries: str, kinds: dict[str, type]) -> dict[str, Suite]:
+    """Suites by name, from entries of `open_suite` separated by commas; one on two sets of data is two suites.
+
+    Raises `UserError` for an entry that is wrong, for none, and for one that is there twice.
+    """
+    suites: dict[str, Suite] = {}
+    for entry in (part.strip() for part in entries.split(",")):
+        if not entry:
+            continue
+        name, suite = open_suite(entry, kinds)
+        if name in suites and suites[name].data != suite.data:
+            name = f"{name}-{Path(suite.data).stem}"
+        if name in suites:
+            raise UserError(f"--suite {entry}: is named twice; leave one out")
+        suites[name] = suite
+    if not suites:
+        raise UserError("--suite: names nothing; give a name or a .yaml file")
+    return suites
+
+
 def open_suite(entry: str, kinds: dict[str, type]) -> tuple[str, Suite]:
     """`NAME`, `FILE.yaml`, or either followed by `=DATA` for the same suite on other data, as (name, suite).
 
