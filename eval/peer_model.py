@@ -89,10 +89,10 @@ class PeerModel:
         unique = list(rows)
         for part in batches(unique, len):
             ids = [unique[place] for place in part]
-            starts = [len(items[rows[row][0][0]][0]) - 1 for row in ids]
-            for row, log_probs in enumerate(self._log_probs(ids, min(starts))):
-                first = starts[row] - min(starts)
-                for item, number in rows[ids[row]]:
+            lowest = min(len(items[item][0]) for row in ids for item, _ in rows[row]) - 1
+            for row, log_probs in zip(ids, self._log_probs(ids, lowest), strict=True):
+                for item, number in rows[row]:
+                    first = len(items[item][0]) - 1 - lowest
                     choice = torch.tensor(items[item][1][number], device=log_probs.device)
                     found = log_probs[first : first + len(choice)].gather(1, choice[:, None])
                     nats[item][number] = found.double().sum().item()

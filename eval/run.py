@@ -38,11 +38,13 @@ def run(ckpt: str, suite: str, out: str = "", limit: int = 0, device: str = "aut
     if limit < 0:
         raise UserError(f"--limit {limit}: give 0 for all items, or a number of them")
     suites = open_suites(suite, KINDS)
-    for one in suites.values():
-        one.items(limit)  # what is wrong with the data is said before minutes are spent
+    items = {name: one.items(limit) for name, one in suites.items()}
+    for name, found in items.items():
+        if not found:
+            raise UserError(f"--suite {name}: {suites[name].data} has nothing to measure in it; give other data")
     model = open_model(ckpt, device, dtype)
     folder, weights = Path(out) if out else out_folder(ckpt), weights_of(ckpt, model.dtype)
-    measured = [measure(name, one, model, weights, folder, limit) for name, one in suites.items()]
+    measured = [measure(name, one, items[name], model, weights, folder) for name, one in suites.items()]
     written = write_scores(folder, ckpt, weights, measured)
     table = Table(*HEADER, title=ckpt)
     for one in measured:

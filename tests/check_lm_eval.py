@@ -185,7 +185,7 @@ def _nats(answer: float | Sequence) -> float:
 
 def differs(task: str, suite: Suite, model: OpenedModel, folder: Path, theirs: dict) -> bool:
     """Whether a metric differs in a digit that lm-eval prints, or a log-likelihood by more than rounding."""
-    measured = measure(task, suite, model, {}, folder / "ours")
+    measured = measure(task, suite, suite.items(0), model, {}, folder / "ours")
     ours = {score.metric: score for score in measured.scores if score.group == "all"}
     rows = [json.loads(line) for line in (folder / "ours" / f"{task}.jsonl").read_text().splitlines()[1:]]
     nats = [row["nats"] if isinstance(row["nats"], list) else [-row["nats"]] for row in rows]

@@ -79,7 +79,7 @@ class Stopped(Exception):
 def test_a_measurement_that_was_killed_goes_on_to_the_same_rows(pretrained, suites):
     model, weights = open_model(str(pretrained / "final"), "cpu", "fp32"), {"ckpt": "a"}
     suite = Questions(data=str(suites / "q.jsonl"), max_new_tokens=4, chunk=4)
-    whole = measure("asked", suite, model, weights, suites / "whole")
+    whole = measure("asked", suite, suite.items(0), model, weights, suites / "whole")
     lines = (suites / "whole" / "asked.jsonl").read_bytes().splitlines(keepends=True)
     measured = []
 
@@ -101,17 +101,17 @@ def test_a_measurement_that_was_killed_goes_on_to_the_same_rows(pretrained, suit
         kind.__name__ = "Questions"  # the same suite to the file
     settings = dict(data=suite.data, max_new_tokens=4, chunk=4)
     with pytest.raises(Stopped):
-        measure("asked", Dying(**settings), model, weights, suites / "cut")
+        measure("asked", Dying(**settings), suite.items(0), model, weights, suites / "cut")
     path = suites / "cut" / "asked.jsonl"
     assert path.read_bytes().splitlines(keepends=True) == lines[: 1 + 8]
     for torn in (b"", lines[9], lines[9] + lines[10][:7]):  # killed while a chunk was being written
         path.write_bytes(b"".join(lines[:9]) + torn)
         measured.clear()
-        again = measure("asked", Counting(**settings), model, weights, suites / "cut")
+        again = measure("asked", Counting(**settings), suite.items(0), model, weights, suites / "cut")
         assert measured[0] == (8, 4) and sum(count for _, count in measured) == whole.items - 8
         assert again.scores == whole.scores and path.read_bytes().splitlines(keepends=True) == lines
     measured.clear()
-    measure("asked", Counting(**settings), model, weights, suites / "cut")
+    measure("asked", Counting(**settings), suite.items(0), model, weights, suites / "cut")
     assert not measured  # all is known
 
 
@@ -122,6 +122,27 @@ def test_rows_of_another_model_or_setting_are_not_taken(tmp_path):
     assert MeasuredRows(tmp_path / "x.jsonl", facts, 2).rows == [{"a": 1}, {"a": 2}]
     other = MeasuredRows(tmp_path / "x.jsonl", {**facts, "model": {"ckpt": "b"}}, 2)
     assert other.rows == [] and other.started_anew == f"{tmp_path / 'x.jsonl'}: held other measurements; started anew"
+
+
+def test_rows_of_a_file_that_was_changed_are_not_taken(own, suites):
+    path = suites / "q.jsonl"
+    settings = dict(data=str(path), max_new_tokens=4, chunk=4)
+    before = Questions(**settings).items(0)
+    measure("asked", Questions(**settings), before, own, {}, suites / "out")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    rows[0]["question"] = "2+2?"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    asked = []
+
+    class Counting(Questions):
+        def measure(self, model, items, seed):
+            asked.extend(items)
+            return super().measure(model, items, seed)
+
+    Counting.__name__ = "Questions"
+    after = Counting(**settings).items(0)
+    measure("asked", Counting(**settings), after, own, {}, suites / "out")
+    assert asked == after and len(after) == len(before)
 
 
 def test_results_stand_in_the_run_of_the_checkpoint(pretrained, tmp_path):
@@ -242,7 +263,7 @@ def test_what_a_suite_says_is_what_the_page_says(tmp_path, pretrained, suites, m
             return [Score("all", "acc", 0.5, 0.25, 0.75, 0.25, 2), Score("a|b", "acc", 1.0, items=1)]
 
     monkeypatch.setattr(eval.suites.measuring, "asdict", lambda suite: {})
-    measured = measure("made", Made(), None, {}, tmp_path)
+    measured = measure("made", Made(), [1, 2], None, {}, tmp_path)
     page = eval.score_files.markdown("m", [measured])
     assert "| made | all | acc | 50.0% | 25.0% to 75.0% | 25.0% | 2 |" in page
     assert "| made | a\\|b | acc | 100.0% |  |  | 1 |" in page and "made: 1 of 2 questions had no room" in page

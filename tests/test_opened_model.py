@@ -37,6 +37,8 @@ def test_continuations_have_the_likelihood_of_one_pass_over_the_whole_row(model)
     line = lambda length: [rng.randrange(13, 600) for _ in range(length)]  # noqa: E731
     items = [(line(length), [line(1), line(5), line(1), line(20)]) for length in (1, 40, 7, 33, 90)]
     items.append((line(5), [line(1), line(1)]))
+    begun = line(4)
+    items += [(begun, [[20, 21, 22]]), ([*begun, 20], [[21, 23], [24]])]  # rows that are the beginnings of others
     for (context, choices), nats in zip(items, model.continuation_nats(items), strict=True):
         for choice, value in zip(choices, nats, strict=True):
             assert value == pytest.approx(nats_by_hand(model, context + choice, len(context)), rel=1e-4)

@@ -17,6 +17,7 @@ from eval.suites.suite import Row, Score, rows_of, sources_of, spread
 from text.registry import Source
 
 RESAMPLES = 1000
+MOST_NATS = 700  # whose exponential a float still holds
 
 
 class Document(NamedTuple):
@@ -114,19 +115,18 @@ def rolling(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 def _likelihoods(group: str, rows: Sequence[Row]) -> list[Score]:
     nats, tokens, size = (np.array([row[name] for row in rows], dtype=float) for name in ("nats", "tokens", "bytes"))
     bits = _interval(nats / math.log(2), size)
-    spread_of = _interval(nats, tokens, np.exp)
+    low, high = (None if edge is None else math.exp(min(edge, MOST_NATS)) for edge in _interval(nats, tokens))
+    perplexity = math.exp(min(nats.sum() / tokens.sum(), MOST_NATS))
     return [
         Score(group, "bits_per_byte", nats.sum() / math.log(2) / size.sum(), *bits, items=len(rows), share=False),
-        Score(
-            group, "perplexity", math.exp(min(nats.sum() / tokens.sum(), 700)), *spread_of, items=len(rows), share=False
-        ),
+        Score(group, "perplexity", perplexity, low, high, items=len(rows), share=False),
     ]
 
 
-def _interval(above: np.ndarray, below: np.ndarray, of=lambda ratio: ratio) -> tuple[float | None, float | None]:
+def _interval(above: np.ndarray, below: np.ndarray) -> tuple[float | None, float | None]:
     """The 95% interval of a ratio of sums over documents, by the bootstrap; none of a single document."""
     if len(above) < 2:
         return None, None
     drawn = np.random.default_rng(0).integers(len(above), size=(RESAMPLES, len(above)))
     low, high = np.quantile(above[drawn].sum(1) / below[drawn].sum(1), (0.025, 0.975))
-    return float(of(min(low, 700))), float(of(min(high, 700)))
+    return float(low), float(high)
