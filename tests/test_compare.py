@@ -90,6 +90,7 @@ def test_scores_on_other_items_are_not_to_be_compared(runs, tmp_path):
     other = write_scores(tmp_path / "peer", items=20, exam=(0.9, 0.8, 1.0))
     page = markdown(open_runs([runs[0], str(other)]))
     assert "exam: settings or items differ between the runs; its numbers are not to be compared." in page
+    assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "90.0% (80.0% to 100.0%) *"]
     assert "sums: settings" not in page and rows(page)["stage"] == ["next token", "–"]
 
 
