@@ -4,6 +4,7 @@
 # make lora   an adapter on the demo's fine-tuned model: blessings in five styles, measured before and after
 # make test   every test, the demo path at a tiny size among them
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
+# make check-lm-eval   lm-evaluation-harness on the demo's last model: same scores (installs lm-eval once; CKPT=DIR: another one)
 # make bench  speed and memory beside transformers and others, in turn: out/bench/summary.md and .png
 # make lint   make clean-demo
 
@@ -20,7 +21,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat r1 lora test check-gguf lint bench clean-demo
+.PHONY: demo chat r1 lora test check-gguf check-lm-eval lint bench clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -40,6 +41,10 @@ CKPT ?= $(OUT)/grpo/final
 check-gguf: $(VENV)/installed-dev
 	@$(RUN) -c 'import llama_cpp' 2>/dev/null || $(RUN) -m pip install llama-cpp-python==0.3.36
 	$(RUN) tests/check_gguf.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
+
+check-lm-eval: $(VENV)/installed-dev
+	@$(RUN) -c 'import lm_eval' 2>/dev/null || $(RUN) -m pip install lm-eval==0.4.13
+	$(RUN) tests/check_lm_eval.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

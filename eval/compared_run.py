@@ -1,0 +1,86 @@
+"""One of several runs to be compared: its curves, and its scores where it was measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from eval.score_files import SCORES, read_scores
+from eval.suites.suite import Score
+from training.log import read_metrics
+
+WHOLE = ("all", "mean of subjects")
+# What tells a stage by its entries; the losses of different stages are different things.
+STAGES = {"reward": "rewards", "margin": "preferences", "divergence": "distillation"}
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """Attributes: entries: of metrics.jsonl, in order; suites: of scores.json, by name. Either may be empty."""
+
+    name: str
+    entries: list[dict[str, Any]]
+    suites: dict[str, dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: str) -> ComparedRun:
+        """A run folder, a checkpoint in one, or a folder with scores alone. Raises `UserError` for anything else."""
+        path = Path(folder)
+        run = path if (path / "metrics.jsonl").is_file() or (path / SCORES).is_file() else path.absolute().parent
+        entries = read_metrics(run / "metrics.jsonl")
+        for entry in entries:
+            if entry.get("max_vio"):
+                entry["max_vio_worst"] = max(entry["max_vio"])
+        found = [path] if (path / SCORES).is_file() else _measured(run, path)
+        if not path.is_dir() or not (entries or found):
+            raise UserError(
+                f"{folder}: neither metrics.jsonl nor {SCORES} in it; name a run folder, or measure it first"
+            )
+        suites = read_scores(found[0])["suites"] if found else {}
+        return cls(folder, entries, suites)
+
+    @property
+    def stage(self) -> str:
+        """What its loss is a loss of."""
+        keys = {key for entry in self.entries for key in entry}
+        return next((stage for key, stage in STAGES.items() if key in keys), "next token")
+
+    def last(self, key: str) -> float | None:
+        """The last value of a measure."""
+        return next((entry[key] for entry in reversed(self.entries) if entry.get(key) is not None), None)
+
+    def scores(self) -> Iterator[tuple[tuple[str, str, str], Score]]:
+        """((suite, group, metric), score) of each suite as a whole."""
+        for suite, measured in self.suites.items():
+            for score in (Score(**score) for score in measured["scores"]):
+                if score.group in WHOLE:
+                    yield (suite, score.group, score.metric), score
+
+
+def open_runs(folders: Sequence[str]) -> list[ComparedRun]:
+    """The runs, under names without what all paths begin with. Raises `UserError` for fewer than two."""
+    if len(folders) < 2:
+        raise UserError("compare: two runs or more are compared; name another")
+    paths = [str(Path(folder)) for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"compare: {max(paths, key=paths.count)} is named twice")
+    common = os.path.commonpath([os.path.abspath(path) for path in paths])
+    runs = [ComparedRun.open(folder) for folder in folders]
+    names = [os.path.relpath(os.path.abspath(path), common) for path in paths]
+    return [
+        ComparedRun(path if name == "." else name, run.entries, run.suites)
+        for path, name, run in zip(paths, names, runs, strict=True)
+    ]
+
+
+def _measured(run: Path, path: Path) -> list[Path]:
+    """Folders with the scores of a run: those of the checkpoint that was named, of the last one, or the newest."""
+    found = sorted((run / "eval").glob(f"*/{SCORES}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    folders = [file.parent for file in found]
+    wanted = path.name if path.absolute() != run.absolute() else "final"
+    named = [folder for folder in folders if folder.name == wanted]
+    return named or ([] if path.absolute() != run.absolute() else folders)

@@ -1,0 +1,188 @@
+"""Runs side by side: one table, one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.compared_run import ComparedRun
+from eval.suites.score_table import shown, table
+from eval.suites.suite import Score
+from training.log import ROUNDING
+from training.plots import PANELS
+
+COLUMNS = 3
+AXES = {"tokens": "tokens", "step": "steps", "seconds": "seconds of training"}
+# What the table tells of a run's end, with its form.
+ENDS = {
+    "step": ("steps", "{:,}"),
+    "tokens": ("tokens", "{:,}"),
+    "seconds": ("seconds of training", "{:,.0f}"),
+    "tokens_per_second": ("tokens per second, at the end", "{:,.0f}"),
+    "loss": ("loss", "{:.4f}"),
+    "val_bits_per_byte": ("held-out bits per byte", "{:.4f}"),
+    "val_accuracy": ("held-out accuracy", "{:.1%}"),
+    "val_pass_1": ("held-out pass@1", "{:.1%}"),
+    "val_margin": ("held-out margin", "{:.3f}"),
+    "reward": ("reward", "{:.3f}"),
+    "kl": ("KL", "{:.4f}"),
+    "max_vio_worst": ("MaxVio, worst layer", "{:.2f}"),
+}
+NONE = "–"
+
+
+def markdown(runs: Sequence[ComparedRun]) -> str:
+    """What each run came to, then the scores that any of them has."""
+    names = [run.name for run in runs]
+    lines = ["# Comparison", ""]
+    if any(run.entries for run in runs):
+        rows = [["stage", *(run.stage if run.entries else NONE for run in runs)]]
+        for key, (label, form) in ENDS.items():
+            values = [run.last(key) for run in runs]
+            if any(value is not None for value in values):
+                rows.append([label, *(NONE if value is None else form.format(value) for value in values)])
+        lines += [*table(rows, ["at the end of training", *names]), ""]
+        if len({run.stage for run in runs if run.entries}) > 1:
+            lines += ["The losses are of different stages: they are not of one unit.", ""]
+    rows, notes = _score_rows(runs)
+    if rows:
+        lines += [*table(rows, ["suite", "group", "metric", "chance", *names]), ""]
+        lines += [
+            "In brackets: the 95% interval. *: the intervals of the first run and of this one have nothing in common.",
+            "",
+        ]
+    return "\n".join([*lines, *notes])
+
+
+def _score_rows(runs: Sequence[ComparedRun]) -> tuple[list[list[str]], list[str]]:
+    found = [dict(run.scores()) for run in runs]
+    notes, rows = [], []
+    for suite in dict.fromkeys(suite for run in runs for suite in run.suites):
+        facts = {_facts(run.suites[suite]) for run in runs if suite in run.suites}
+        if len(facts) > 1:
+            notes.append(f"{suite}: settings or items differ between the runs; its numbers are not to be compared.\n")
+    for key in dict.fromkeys(key for scores in found for key in scores):
+        scores = [own.get(key) for own in found]
+        chance = next((shown(score.chance, score) for score in scores if score and score.chance is not None), "")
+        rows.append([*key, chance, *(_cell(score, scores[0]) for score in scores)])
+    return rows, notes
+
+
+def _facts(measured: dict[str, Any]) -> str:
+    settings = {name: value for name, value in measured["settings"].items() if name != "chunk"}
+    return repr((sorted(settings.items(), key=lambda item: item[0]), measured["items"]))
+
+
+def _cell(score: Score | None, first: Score | None) -> str:
+    if score is None:
+        return NONE
+    if score.low is None:
+        return shown(score.value, score)
+    text = f"{shown(score.value, score)} ({shown(score.low, score)} to {shown(score.high, score)})"
+    apart = first is not None and first.low is not None and (score.low > first.high or score.high < first.low)
+    return f"{text} *" if apart else text
+
+
+def draw(runs: Sequence[ComparedRun], path: Path, x: str) -> None:
+    """A panel for each measure that a run logged, with a line for each run, and bars for the scores."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [panel for title, unit, keys in PANELS for panel in _split(title, unit, keys, runs)]
+    shares, others = _bars(runs)
+    count = len(panels) + len([bars for bars in (shares, others) if bars])
+    columns = max(min(COLUMNS, count), 1)
+    rows = max(-(-count // columns), 1)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(16, 4.2 * rows), layout="constrained", squeeze=False)
+    colours = {run.name: f"C{number}" for number, run in enumerate(runs)}
+    places = iter(axes.flat)
+    for title, unit, lines in panels:
+        _curves(next(places), title, unit, lines, colours, x)
+    for title, unit, bars in (
+        ("scores (black: 95%, red: chance)", "share", shares),
+        ("texts", "bits per byte", others),
+    ):
+        if bars:
+            _draw_bars(next(places), title, unit, bars, colours)
+    for unused in places:
+        unused.set_axis_off()
+    handles = [pyplot.Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4))
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+Line = tuple[ComparedRun, str, str]
+"""A run, a key of its entries, and what the key is called."""
+
+
+def _split(
+    title: str, unit: str, keys: dict[str, str], runs: Sequence[ComparedRun]
+) -> list[tuple[str, str, list[Line]]]:
+    """The panel, or for losses one for each stage: a loss of pairs and one of tokens have no common scale."""
+    lines = [(run, key, label) for run in runs for key, label in keys.items() if _is_told(run, key)]
+    if "loss" not in keys:
+        return [(title, unit, lines)] if lines else []
+    stages = dict.fromkeys(run.stage for run, _, _ in lines)
+    parts = {stage: [line for line in lines if line[0].stage == stage] for stage in stages}
+    if len(parts) == 1:
+        return [(title, unit, lines)]
+    return [(f"{title}: {stage}", unit if stage == "next token" else "loss", part) for stage, part in parts.items()]
+
+
+def _is_told(run: ComparedRun, key: str) -> bool:
+    return any(entry.get(key) is not None and abs(entry[key]) > ROUNDING for entry in run.entries if entry["step"] > 0)
+
+
+def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[str, str], x: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    styles = dict(zip(dict.fromkeys(key for _, key, _ in lines), ("-", "--", ":"), strict=False))
+    for run, key, label in lines:
+        points = [(entry[x], entry[key]) for entry in run.entries if entry.get(key) is not None and entry["step"] > 0]
+        marker = "o" if len(points) == 1 else ""  # a line of one point would not be seen
+        axis.plot(*zip(*points, strict=True), styles[key] + marker, color=colours[run.name], linewidth=1.2, label=label)
+    axis.set(title=title, xlabel=AXES[x], ylabel=unit)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axis.grid(alpha=0.3)
+    if len(styles) > 1:
+        from matplotlib.lines import Line2D
+
+        names = {key: label for _, key, label in lines}
+        axis.legend(handles=[Line2D([], [], color="grey", linestyle=styles[key], label=names[key]) for key in styles])
+
+
+def _bars(runs: Sequence[ComparedRun]) -> tuple[dict, dict]:
+    """{(suite, group, metric): {run: score}} of shares, and of bits per byte; other units have no common scale."""
+    shares: dict[tuple[str, str, str], dict[str, Score]] = {}
+    others: dict[tuple[str, str, str], dict[str, Score]] = {}
+    for run in runs:
+        for key, score in run.scores():
+            if score.share or score.metric == "bits_per_byte":
+                (shares if score.share else others).setdefault(key, {})[run.name] = score
+    return shares, others
+
+
+def _draw_bars(axis: Any, title: str, unit: str, bars: dict, colours: dict[str, str]) -> None:
+    height, most = 0.8 / len(colours), 14
+    keys = list(bars)[:most]
+    for place, key in enumerate(keys):
+        for number, (name, colour) in enumerate(colours.items()):
+            score = bars[key].get(name)
+            if score is None:
+                continue
+            at = place - 0.4 + height * (number + 0.5)
+            axis.barh(at, score.value, height=height, color=colour)
+            if score.low is not None:
+                axis.plot([score.low, score.high], [at, at], color="black", linewidth=1)
+            if score.chance is not None:
+                axis.plot([score.chance] * 2, [place - 0.4, place + 0.4], color="red", linewidth=1.5)
+    labels = [" ".join(part for part in key if part not in ("all", "bits_per_byte")) for key in keys]
+    axis.set_yticks(range(len(keys)), labels, fontsize=8)
+    axis.invert_yaxis()
+    left_out = f"; {len(bars) - most} more in the table" if len(bars) > most else ""
+    axis.set(title=title + left_out, xlabel=unit)
+    axis.grid(axis="x", alpha=0.3)

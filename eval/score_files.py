@@ -1,0 +1,73 @@
+"""Where scores are written, and what they are read from: scores.json with a page and a picture beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError, naming
+from eval.suites.measuring import Measured
+from eval.suites.score_table import draw, markdown
+from eval.suites.suite import Score
+
+SCORES = "scores.json"
+
+
+def out_folder(ckpt: str) -> Path:
+    """RUN/eval/final for RUN/final; out/eval/NAME for what is no checkpoint of a run."""
+    path = Path(ckpt)
+    if path.is_dir() and (path.absolute().parent / "metrics.jsonl").is_file():
+        return path.parent / "eval" / path.name
+    return Path("out") / "eval" / (path.stem if path.suffix == ".gguf" else path.absolute().name)
+
+
+def weights_of(ckpt: str, dtype: str) -> dict[str, Any]:
+    """What tells a model's measurements from those of another: its place, and sizes and times of its files."""
+    path = Path(ckpt)
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return {"ckpt": str(path.absolute()), "dtype": dtype, "files": stamps}
+
+
+def write_scores(out: Path, ckpt: str, weights: dict[str, Any], measured: Sequence[Measured]) -> list[Path]:
+    """Write the scores beside those that the same weights have of other suites, and the page and picture of all."""
+    found = read_scores(out) if (out / SCORES).is_file() else {}
+    suites = found.get("suites", {}) if found.get("weights") == weights else {}
+    suites.update({one.name: one.to_dict() for one in measured})
+    all_of_them = [_measured(one) for one in suites.values()]
+    written = [out / SCORES, out / "scores.md", out / "scores.png"]
+    _replace(
+        written[0],
+        json.dumps({"ckpt": ckpt, "weights": weights, "suites": suites}, ensure_ascii=False, indent=2) + "\n",
+    )
+    _replace(written[1], markdown(ckpt, all_of_them))
+    draw(ckpt, all_of_them, written[2])
+    return [path for path in written if path.is_file()]
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """{"ckpt": ..., "suites": {name: ...}} as `write_scores` wrote it. Raises `UserError` for any other file."""
+    path = folder / SCORES
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+        for one in found["suites"].values():
+            _measured(one)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; measure with eval/run.py") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not scores as eval/run.py writes them; delete the file and measure again") from None
+    return found
+
+
+def _measured(one: dict[str, Any]) -> Measured:
+    return Measured(**{**one, "scores": [Score(**score) for score in one["scores"]]})
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with naming(path):
+        partial.write_text(text, encoding="utf8")
+        os.replace(partial, path)

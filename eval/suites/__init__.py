@@ -1,0 +1,1 @@
+"""Suites: what eval/run.py measures checkpoints on."""

@@ -1,0 +1,39 @@
+"""Questions put to any model: in its chat template, or as text to be continued where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eval.opened_model import OpenedModel
+from text.chat_template import Message
+
+ENDS = ("\n\n", "\nQuestion:")  # a model without turns goes on and asks itself the next question
+
+
+def ask(
+    model: OpenedModel, conversations: Sequence[Sequence[Message]], max_new_tokens: int, temperature: float, seed: int
+) -> list[str]:
+    """The answer to each conversation; empty where question and answer have no room in the context."""
+    prompts = [conversation if model.chats else as_text(conversation) for conversation in conversations]
+    lengths = [len(model.encode_chat(prompt) if model.chats else model.encode(prompt)) for prompt in prompts]
+    fitting = [place for place, length in enumerate(lengths) if length + max_new_tokens <= model.context]
+    answers = [""] * len(prompts)
+    if fitting:
+        replies = model.reply([prompts[place] for place in fitting], max_new_tokens, temperature, seed)
+        for place, reply in zip(fitting, replies, strict=True):
+            answers[place] = reply if model.chats else _first(reply)
+    return answers
+
+
+def as_text(conversation: Sequence[Message]) -> str:
+    """A conversation as questions and answers, up to where the next answer begins."""
+    names = {"user": "Question: ", "assistant": "Answer: "}
+    parts = [names.get(message["role"], "") + message["content"] for message in conversation]
+    return "\n\n".join([*parts, "Answer:"]).replace("\n\nAnswer:", "\nAnswer:")
+
+
+def _first(reply: str) -> str:
+    reply = reply.lstrip()
+    for end in ENDS:
+        reply = reply.partition(end)[0]
+    return reply.strip()

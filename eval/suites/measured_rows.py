@@ -1,0 +1,62 @@
+"""What was measured so far, on disk: a measurement that was stopped goes on with the chunk that it was at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import naming
+from eval.suites.suite import Row
+
+
+class MeasuredRows:
+    """JSONL: a line that says what is measured on what, then a line for each item, in order, flushed chunk by chunk.
+
+    Attributes: rows: of whole chunks. started_anew: why what the file held was not taken, or nothing.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], chunk: int) -> None:
+        """facts: all that the rows depend on. Rows of other facts and torn chunks are forgotten."""
+        self.path, self.rows, self.started_anew = path, [], ""
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        found = [_parsed(line) for line in lines]
+        if found and found[0] == facts:
+            whole = next((number for number, row in enumerate(found) if row is None), len(found)) - 1
+            self.rows = found[1 : whole - whole % chunk + 1] if whole < facts["items"] else found[1 : whole + 1]
+        elif found:
+            self.started_anew = f"{path}: held other measurements; started anew"
+        kept = b"".join(_line(row) for row in [facts, *self.rows])
+        with naming(path):
+            self._file = path.open("wb")
+            self._file.write(kept)
+            self._file.flush()
+
+    def __enter__(self) -> MeasuredRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write a chunk down."""
+        with naming(self.path):
+            self._file.write(b"".join(map(_line, rows)))
+            self._file.flush()
+        self.rows += rows
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    # Escapes, since half a surrogate pair is no UTF-8.
+    return json.dumps(row).encode() + b"\n"
