@@ -4,6 +4,7 @@
 # make lora   an adapter on the demo's fine-tuned model: blessings in five styles, measured before and after
 # make test   every test, the demo path at a tiny size among them
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
+# make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (10 to 15 minutes)
 # make lint   make bench   make clean-demo
 
 SHELL := /bin/bash
@@ -19,7 +20,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat r1 lora test check-gguf lint bench clean-demo
+.PHONY: demo chat r1 lora test check-gguf chaos lint bench clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -39,6 +40,9 @@ CKPT ?= $(OUT)/grpo/final
 check-gguf: $(VENV)/installed-dev
 	@$(RUN) -c 'import llama_cpp' 2>/dev/null || $(RUN) -m pip install llama-cpp-python==0.3.36
 	$(RUN) tests/check_gguf.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
+
+chaos: $(VENV)/installed-dev
+	$(RUN) bench/chaos.py --kills 100 --jobs 2
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

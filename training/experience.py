@@ -246,7 +246,9 @@ class Experience:
         """(rows, new) of another model, or of the policy before its steps; every rank computes its share."""
         device, out = self.ranks.device, torch.zeros_like(self.held["sampled_log_probs"])
         mine = self.order.view(self.ranks.world, -1)[self.ranks.rank]
-        for rows in mine[self.held["left_out"][mine] == 0].split(self.micro_rows):
+        learnt = mine[self.held["left_out"][mine] == 0]
+        # A rank may have nothing to learn from, and an empty tensor splits into one empty part.
+        for rows in learnt.split(self.micro_rows) if len(learnt) else ():
             batch = {name: value.to(device) for name, value in self._rows(rows).items()}
             with autocast(self.dtype, device):
                 found = label_log_probs(*completion_hidden(model, batch), batch["labels"], self.settings.temperature)
