@@ -1,11 +1,12 @@
-"""Kill training runs with SIGKILL at random moments and during saves, take them up again, and compare with unbroken runs.
+"""Kill training runs with SIGKILL at random moments and during saves, resume them, compare them with unbroken ones.
 
 python bench/chaos.py --kills 100                                all stages, one and two ranks, what `make chaos` does
 python bench/chaos.py --kills 12 --stage grpo --ranks 2
 
-Every start is the stage's script as a person starts it (with two ranks through torchrun), at a tiny size. A kill takes the
-script and all processes it started. When a run is complete at last, its final folder (weights, optimiser state, random
-state, tokenizer) and its log must be those of a run that nobody disturbed, to the bit. Exit code 1 if any is not.
+Every start is the stage's script as a person starts it (with two ranks through torchrun), at a tiny size. A kill
+takes the script and all processes it started. When a run is complete at last, its final folder (weights, optimiser
+state, random state, tokenizer) and its log must be those of a run that nobody disturbed, to the bit. Exit code 1 if
+any is not.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ LIMIT = 180.0  # seconds that a start may take to its end
 class Score:
     """What one stage on one number of ranks went through.
 
-    Attributes: kills; in_saves: those that left a half-written checkpoint; runs: that came to their end; differences: of
-    these from the unbroken run.
+    Attributes: kills; in_saves: those that left a half-written checkpoint; runs: that came to their end;
+    differences: of these from the unbroken run.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""Processes that are forked from the test's, so that they start at once: to be killed, or to be the ranks of one run."""
+"""Processes forked from the test's, so that they start at once: to be killed, or to be the ranks of one run."""
 
 from __future__ import annotations
 
