@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+GRACE = 5.0  # seconds
+
 
 class Forked:
     """A call in a process of its own. It is what bench/victim.py calls a victim."""
@@ -72,9 +74,9 @@ class Forked:
 def on_ranks(
     world: int, work: Callable[[int], object], folder: Path, seconds: float = 60, **environment: str
 ) -> list[Forked]:
-    """Call `work(rank)` on each of `world` ranks, as torchrun would, and wait for their end.
+    """Call `work(rank)` on each of `world` ranks, as torchrun would, until all have ended, or one has failed.
 
-    environment: more of it.
+    As torchrun does, the others then have some seconds to end too. environment: more of it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -93,8 +95,10 @@ def on_ranks(
     ranks = [Forked(rank_of(rank), folder / f"rank-{rank}.log") for rank in range(world)]
     try:
         end = time.monotonic() + seconds
-        for rank in ranks:
-            rank.wait(max(end - time.monotonic(), 0.1))
+        while any(rank.code is None for rank in ranks) and time.monotonic() < end:
+            if any(rank.code for rank in ranks):
+                end = min(end, time.monotonic() + GRACE)
+            time.sleep(0.005)
     finally:
         for rank in ranks:
             rank.kill()
