@@ -1,4 +1,4 @@
-"""pretrain.py whose last rank kills itself in step 4 of torchrun's first attempt. A script for tests/test_restart.py."""
+"""pretrain.py whose last rank kills itself in step 4 of torchrun's first attempt. For tests/test_restart.py."""
 
 from __future__ import annotations
 
