@@ -35,16 +35,20 @@ class Forked:
             with open(self._said, "w", encoding="utf8") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                code = call() or 0
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            result = call()
+            code = result if isinstance(result, int) else 0
         except SystemExit as end:
-            code = int(end.code or 0)
+            code = end.code if isinstance(end.code, int) else 0
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            # Whatever happens, this process must not go on as a second pytest.
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
 
     @property
     def code(self) -> int | None:

@@ -26,9 +26,8 @@ def together(make, tmp_path) -> Callable[..., list[Forked]]:
     def call(upset: Callable[[Trainer, int], object] = lambda *_: None, **of_rank_1: object) -> list[Forked]:
         def train(rank: int) -> None:
             options = {"max_steps": 6, "dist": DistSettings(timeout=3.0, check_every=2), "save_every": 2}
-            trainer = make(**{**options, **(of_rank_1 if rank else {})})
             ranks = Ranks.start("cpu", timeout=3.0)
-            trainer.ranks = trainer.skipping._ranks = trainer.interrupt._ranks = ranks
+            trainer = make(ranks=ranks, **{**options, **(of_rank_1 if rank else {})})
             upset(trainer, rank)
             command_line(trainer.run)
 

@@ -116,9 +116,8 @@ def test_a_batch_that_is_bad_on_one_rank_is_skipped_by_both(make, tmp_path):
     """Rank 1 has the later half of each step's samples."""
 
     def train(rank: int) -> None:
-        trainer = poisoned(make, Poison(ROWS + ROWS // 2), max_steps=3, save_every=1, keep=3)
-        trainer.ranks = Ranks.start("cpu", timeout=20)
-        trainer.skipping._ranks = trainer.interrupt._ranks = trainer.ranks
+        ranks = Ranks.start("cpu", timeout=20)
+        trainer = poisoned(make, Poison(ROWS + ROWS // 2), ranks=ranks, max_steps=3, save_every=1, keep=3)
         command_line(trainer.run)
 
     ranks = on_ranks(2, train, tmp_path)
