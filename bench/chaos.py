@@ -83,6 +83,8 @@ class Attack:
             # The resolved settings are written when training begins.
             started, before = out / "config.yaml", time.time()
             wait_until(lambda: started.is_file() and started.stat().st_mtime >= before, victim, LIMIT)
+            if victim.code is None:
+                victim.aim()
             if kind < EARLY + AIMED:
                 skipped = self.random.randrange(4)
                 for _ in range(skipped + 1):

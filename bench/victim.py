@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +56,9 @@ class Victim(Protocol):
 
     code: int | None
 
+    def aim(self) -> None:
+        """Find its processes now, so that a kill is quick."""
+
     def kill(self) -> bool:
         """SIGKILL to all of its processes. Returns whether it was still running."""
 
@@ -75,6 +80,7 @@ class ProcessTree:
 
     def __init__(self, command: list[str]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+        self._known: list[psutil.Process] = []
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=self.said, stderr=subprocess.STDOUT, start_new_session=True
@@ -84,20 +90,20 @@ class ProcessTree:
     def code(self) -> int | None:
         return self.process.poll()
 
+    def aim(self) -> None:
+        self._known = psutil.Process(self.process.pid).children(recursive=True)
+
     def kill(self) -> bool:
         running = self.process.poll() is None
         if running:
-            # torchrun gives each worker a session of its own, so a group is not enough. Who is stopped starts no child.
+            # At once; to look for children takes longer than a save. Who is stopped starts no more of them.
+            self.process.send_signal(signal.SIGSTOP)
+            _kill(self._known)
             parent = psutil.Process(self.process.pid)
-            parent.suspend()
-            family = [parent, *parent.children(recursive=True)]
-            for member in family:
-                try:
-                    member.kill()
-                except psutil.NoSuchProcess:
-                    continue
+            others = parent.children(recursive=True)  # torchrun gives each worker a session: no group has them all
+            _kill([*others, parent])
             self.process.wait()
-            psutil.wait_procs(family[1:], timeout=20)
+            psutil.wait_procs([*self._known, *others], timeout=20)
         return running
 
     def wait(self, seconds: float) -> int | None:
@@ -200,6 +206,12 @@ def _unequal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 
 def _without_clocks(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in CLOCKS}
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _run(arguments: list[object]) -> None:

@@ -58,6 +58,9 @@ class Forked:
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
+    def aim(self) -> None:
+        """Its only process is known."""
+
     def kill(self) -> bool:
         running = self.code is None
         if running:
