@@ -37,6 +37,11 @@ class Saver:
             self._running = self._thread.submit(write, self._stager.stage(tensors))
 
     @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._running is not None and not self._running.done()
+
+    @property
     def failed(self) -> bool:
         """Whether a save has failed in the thread; `wait` raises why."""
         return self._running is not None and self._running.done() and self._running.exception() is not None
