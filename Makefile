@@ -6,6 +6,7 @@
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make check-lm-eval   lm-evaluation-harness on the demo's last model: same scores (installs lm-eval once; CKPT=DIR: another one)
 # make bench  speed and memory beside transformers and others, in turn: out/bench/summary.md and .png
+# make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (10 to 15 minutes)
 # make lint   make clean-demo
 
 SHELL := /bin/bash
@@ -21,7 +22,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat r1 lora test check-gguf check-lm-eval lint bench clean-demo
+.PHONY: demo chat r1 lora test check-gguf check-lm-eval lint bench clean-demo chaos
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -45,6 +46,9 @@ check-gguf: $(VENV)/installed-dev
 check-lm-eval: $(VENV)/installed-dev
 	@$(RUN) -c 'import lm_eval' 2>/dev/null || $(RUN) -m pip install lm-eval==0.4.13
 	$(RUN) tests/check_lm_eval.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
+
+chaos: $(VENV)/installed-dev
+	$(RUN) bench/chaos.py --kills 100 --jobs 2
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

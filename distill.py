@@ -24,7 +24,7 @@ from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.own_answers import OnPolicySettings, OwnAnswers
 from training.ranks import Ranks
-from training.resume import left_off
+from training.resume import check_unused
 from training.rollout import Sampler
 from training.settings import NextTokenSettings, model_config, parse
 from training.stage import begin, check_vocabulary, open_checkpoint
@@ -83,7 +83,7 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
 def main() -> None:
     settings = parse(DistillSettings, __doc__ or "")
     ranks = begin(settings)
-    left_off(Path(settings.out), settings.resume, {})  # refuses a folder in use before minutes are spent
+    check_unused(Path(settings.out), settings.resume)  # refuses a folder in use before minutes are spent
     if settings.method == "answers":
         settings = replace(settings, data=str(ask_for_answers(settings, ranks)))
         if not settings.has_student:

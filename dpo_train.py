@@ -18,7 +18,7 @@ from training.optim import OptimSettings
 from training.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings
 from training.ranks import Ranks
 from training.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
-from training.resume import left_off
+from training.resume import check_unused
 from training.settings import StageSettings, parse
 from training.stage import begin, open_checkpoint
 from training.trainer import Trainer
@@ -61,7 +61,7 @@ class DPOSettings(StageSettings):
 def main() -> None:
     settings = parse(DPOSettings, __doc__ or "")
     ranks = begin(settings)
-    left_off(Path(settings.out), settings.resume, {})  # refuses a folder in use before minutes are spent
+    check_unused(Path(settings.out), settings.resume)  # refuses a folder in use before minutes are spent
     model, tokenizer = open_checkpoint(settings.ckpt)
     # The MTP layers have no part in this loss. Router biases stand still: policy and reference route by the same ones.
     model.mtp.requires_grad_(False)

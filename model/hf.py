@@ -103,10 +103,13 @@ def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def save_pretrained(model: MiniDeepSeek, folder: str | Path) -> None:
     """Write config.json, generation_config.json and model.safetensors, each complete or not at all."""
-    folder = Path(folder)
+    save_state(model.state_dict(), model.config, Path(folder))
+
+
+def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None:
+    """The same from a state dict of ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    state = {name: tensor.to("cpu") for name, tensor in model.state_dict().items()}
+    state = {name: tensor.to("cpu") for name, tensor in state.items()}
     temporary = folder / f".{WEIGHTS}.partial"
     save_file(to_hugging_face(state, config), temporary, metadata={"format": "pt"})
     with open(temporary, "rb") as file:

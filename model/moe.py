@@ -36,8 +36,8 @@ class Routing(NamedTuple):
 
     Attributes:
         counts: (E,) float32, how many tokens chose each expert.
-        balance_loss: scalar float32, the sequence-wise balance loss (Eq. 17 to 20, before alpha), each sequence
-            weighted by its number of real tokens, so that sums over micro-batches and ranks stay sums over tokens.
+        balance_loss: (B,) float32, the balance loss of each sequence (Eq. 17 to 20, before alpha) times its number of
+            real tokens, so that sums over micro-batches and ranks stay sums over tokens.
     """
 
     counts: Tensor
@@ -124,7 +124,7 @@ def routing(scores_BTE: Tensor, indices_BTK: Tensor, real_BT: Tensor | None) -> 
     counts_BE = chosen_BTE.sum(1)
     f_BE = counts_BE * experts / (top_k * length_B1.clamp(min=1))
     p_BE = probability_BTE.sum(1) / length_B1.clamp(min=1)
-    return Routing(counts_BE.sum(0), ((f_BE * p_BE).sum(1, keepdim=True) * length_B1).sum())
+    return Routing(counts_BE.sum(0), (f_BE * p_BE).sum(1) * length_B1.squeeze(1))
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ class Output(NamedTuple):
         head: (vocab, hidden) weight of the output head.
         mtp_hidden: for each MTP depth k = 1 .. D, (batch, time, hidden) after its norm; position t predicts t+k+1.
         counts: (MoE layers, experts) float32, loads of this pass, the MTP layers' last; or None without MoE layers.
-        balance_loss: scalar float32, summed over MoE layers, weighted by tokens (see `model.moe.Routing`).
+        balance_loss: (B,) float32, summed over MoE layers, times tokens (see `model.moe.Routing`).
     """
 
     hidden: Tensor
@@ -156,7 +156,7 @@ class MiniDeepSeek(nn.Module):
             head=self.lm_head.weight,
             mtp_hidden=tuple(mtp_hidden),
             counts=torch.stack([routing.counts for routing in seen]) if seen else None,
-            balance_loss=torch.stack([routing.balance_loss for routing in seen]).sum() if seen else None,
+            balance_loss=torch.stack([routing.balance_loss for routing in seen]).sum(0) if seen else None,
         )
 
     def draft(self, state: Tensor, next_ids: Tensor, depth: int, cache: LatentCache) -> tuple[Tensor, Tensor]:

@@ -161,8 +161,10 @@ def test_two_ranks_train_as_one_process_does(train, pretrained, tmp_path):
     assert [e.get("sample") for e in together] == [e.get("sample") for e in alone]
 
 
-def test_groups_without_variance_give_no_gradient(train, pretrained, tmp_path):
-    train("run", "--rewards", json.dumps({f"{__name__}:constant": 1.0}), "--max_steps", 2, "--resample", 1)
+@pytest.mark.parametrize("mu", [1, 2])
+def test_groups_without_variance_give_no_gradient(mu, train, pretrained, tmp_path):
+    silent = ["--rewards", json.dumps({f"{__name__}:constant": 1.0}), "--resample", 1, "--mu", mu]
+    train("run", *silent, "--max_steps", 2)
     for entry in entries(tmp_path / "run")[1:]:
         assert (entry["zero_variance"], entry["redrawn"], entry["grad_norm"], entry["total_loss"]) == (1, 1, 0, 0)
     before, after = weights(pretrained / "final"), weights(tmp_path / "run" / "final")

@@ -123,9 +123,9 @@ def test_the_total_is_main_plus_weighted_mtp_plus_weighted_balance(batch, tiny_m
     out = model(**inputs, mtp=True)
     main = reference(out.hidden, out.head, batch["labels"])
     mtp = [reference(out.mtp_hidden[k - 1], out.head, labels_ahead(batch, k)) for k in (1, 2)]
-    real = (batch["segment_ids"] >= 0).sum() if "segment_ids" in batch else batch["labels"].numel()
+    real = (batch["segment_ids"] >= 0).sum(1) if "segment_ids" in batch else 16
     labels = (batch["labels"] != IGNORE).sum()
-    balance = out.balance_loss / real * labels
+    balance = (out.balance_loss / real * (batch["labels"] != IGNORE).sum(1)).sum()
     torch.testing.assert_close(total, main + 0.3 / 2 * sum(mtp) + 0.02 * balance)
     assert count == labels
     torch.testing.assert_close(metrics["main"], main.detach())

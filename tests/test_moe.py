@@ -168,7 +168,7 @@ def test_padding_is_not_counted(tiny_model):
     padded = model(ids, segment_ids=segments)
     alone = [model(ids[:1, :14]), model(ids[1:])]
     assert torch.equal(padded.counts, alone[0].counts + alone[1].counts)
-    torch.testing.assert_close(padded.balance_loss, alone[0].balance_loss + alone[1].balance_loss)
+    torch.testing.assert_close(padded.balance_loss, torch.cat([alone[0].balance_loss, alone[1].balance_loss]))
 
 
 def test_a_model_without_experts_reports_no_loads(tiny_model):
@@ -198,7 +198,7 @@ def random_routing(batch: int, time: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_balance_loss_is_eq_17_to_20_for_each_sequence(lengths):
     scores, indices = random_routing(2, 9)
     real = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
-    loss = routing(scores, indices, None if lengths == [9, 9] else real).balance_loss
+    loss = routing(scores, indices, None if lengths == [9, 9] else real).balance_loss.sum()
     expected = balance_by_hand(scores, indices, lengths)
     torch.testing.assert_close(loss, expected)
     for grad, wanted in zip(*(torch.autograd.grad(x, [scores]) for x in (loss, expected)), strict=True):
@@ -214,14 +214,14 @@ def test_balance_loss_teaches_the_router_through_the_scores_only(tiny_model):
     model = tiny_model()
     ids = torch.randint(0, 61, (2, 20))
     out = model(ids)
-    out.balance_loss.backward()
+    out.balance_loss.sum().backward()
     gate = model.model.layers[-1].mlp.gate
     assert gate.weight.grad.abs().max() > 0
     assert not gate.e_score_correction_bias.requires_grad and not out.counts.requires_grad
     with torch.no_grad():
         for router in model.routers()[:2]:
             router.weight -= 0.01 * router.weight.grad / router.weight.grad.norm()
-        assert model(ids).balance_loss < out.balance_loss
+        assert model(ids).balance_loss.sum() < out.balance_loss.sum()
 
 
 def test_bias_rises_below_the_mean_load_and_falls_above_it():
@@ -262,7 +262,7 @@ def test_checkpointing_gives_the_same_gradients_and_counts_once(tiny_model):
         model.model.layers[1].mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
         out = model(ids, mtp=True)
         logits = (out.logits, out.mtp_logits(1), out.mtp_logits(2))
-        (sum(part.square().mean() for part in logits) + out.balance_loss).backward()
+        (sum(part.square().mean() for part in logits) + out.balance_loss.sum()).backward()
         assert len(calls) == 1 + checkpointing  # the layer did run again
         results.append((out.counts, [parameter.grad for parameter in model.parameters()]))
     (counts, grads), (counts_again, grads_again) = results

@@ -40,7 +40,10 @@ class Rows:
 
 
 class Maker:
-    """`make(out, dataset, world, model fields, **settings)`: a trainer of a fresh model, validated on 4 rows."""
+    """`make(out, dataset, world, model fields, **settings)`: a trainer of a fresh model, validated on 4 rows.
+
+    It is rank 0 of `world`, or the one that `ranks` says.
+    """
 
     def __init__(self, folder: Path, tiny_config: Callable[..., LMConfig], tokenizer: Tokenizer) -> None:
         self.folder, self.tiny_config, self.tokenizer = folder, tiny_config, tokenizer
@@ -51,6 +54,7 @@ class Maker:
         dataset: Rows | None = None,
         world: int = 1,
         model: dict | None = None,
+        ranks: Ranks | None = None,
         **changes: object,
     ) -> Trainer:
         given = dict(
@@ -60,15 +64,16 @@ class Maker:
         settings = NextTokenSettings(out=str(self.folder / out), **{**given, **changes})
         torch.manual_seed(settings.seed)
         config = self.tiny_config(vocab_size=VOCAB, **(model or {}))
-        ranks = Ranks(0, world, torch.device("cpu"))
+        ranks = ranks or Ranks(0, world, torch.device("cpu"))
         validation = BitsPerByte([Rows().batch(range(100, 104))], self.tokenizer.token_bytes)
         loss = NextTokenLoss(mtp=bool(config.num_nextn_predict_layers))
         return Trainer(settings, ranks, MiniDeepSeek(config), self.tokenizer, dataset or Rows(), loss, validation)
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint but the clock's."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != "progress.json"]
+    """Every file of a checkpoint but the clock's, and the checksums, of which one is the clock's."""
+    clocks = ("progress.json", "manifest.json")
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name not in clocks]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 

@@ -78,6 +78,10 @@ class ChatDataset:
         """The conversations of a row, as numbers in `chats`, in the order in which they stand in it."""
         return self._rows[index]
 
+    def describe(self, index: int) -> str:
+        """Where the conversations of a row come from."""
+        return self.chats.describe(self.members(index))
+
     def filled(self) -> float:
         """The share of positions that hold conversations rather than padding."""
         return self._rows.filled()

@@ -79,6 +79,10 @@ class PreferenceDataset:
             rows.append(row)
         return stacked(rows)
 
+    def describe(self, index: int) -> str:
+        """Where the pairs of a row come from."""
+        return self.pairs.describe(self._rows[index])
+
     def places(self, index: int) -> np.ndarray:
         """Where in `pairs.ids` the tokens stand that the positions of a row predict; padding has none."""
         begins = self.pairs.begins

@@ -84,6 +84,13 @@ class PretrainDataset:
         epoch, place = divmod(number, self._windows[source])
         return source, shuffled(place, self._windows[source], self._seed, source, epoch)
 
+    def describe(self, index: int) -> str:
+        """Where a sample comes from: the shards, and which of their documents, counted from 0."""
+        source, window = self.locate(index)
+        stream, begin = self._streams[source], window * self.sequence_length
+        first, last = map(stream.document_at, (begin, min(begin + self.sequence_length, stream.tokens - 1)))
+        return f"{stream.folder} documents {first} to {last}"
+
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The samples of these indices."""
         length = self.sequence_length

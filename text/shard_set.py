@@ -69,6 +69,15 @@ class TokenStream:
         begin = int(bounds[place - 1, 0]) if place else 0
         return first + begin, first + int(bounds[place, 0]), int(bounds[place, 1])
 
+    def document_at(self, token: int) -> int:
+        """The number of the document that a token of the stream belongs to. Raises `IndexError` outside the stream."""
+        if not 0 <= token < self.tokens:
+            raise IndexError(f"token {token} of {self.tokens}")
+        shard = int(np.searchsorted(self._token_starts, token, side="right")) - 1
+        ends = self._map(f"{self._shards[shard]['name']}.npy")[:, 0]
+        place = int(np.searchsorted(ends, token - int(self._token_starts[shard]), side="right"))
+        return int(self._document_starts[shard]) + place
+
     def _map(self, name: str) -> np.ndarray:
         if name not in self._maps:
             file = self.folder / name

@@ -47,6 +47,15 @@ class TokenRows:
         """Rows of the samples `members`, each once an epoch, weights aside."""
         return MixedEpochs(members, self.owners[members], None, self.positions, capacity, seed, packing)
 
+    def describe(self, members: Iterable[int]) -> str:
+        """Where samples come from: the source, and which of its samples in use they are, counted from 1."""
+        said = []
+        for member in members:
+            owner = self.owners[member]
+            number = member - int(np.searchsorted(self.owners, owner)) + 1
+            said.append(f"{self.sources[owner]} #{number}")
+        return ", ".join(said)
+
     def identity(self, rows: MixedEpochs) -> str:
         """What the order of training depends on beside the seed: the samples and their shares of a mixture."""
         shares = ":".join(map(str, rows.shares))

@@ -9,6 +9,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
@@ -68,8 +69,15 @@ class Adapter:
 
     def save(self, folder: Path) -> None:
         """adapter_model.safetensors and adapter_config.json, as peft names and reads them."""
-        state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+        self.write(self.tensors(), folder)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B under peft's names."""
+        return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+
+    def write(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """A copy of `tensors()` as `save` would."""
+        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt", "base": self.base})
         self._saved_config().save_pretrained(str(folder))
 

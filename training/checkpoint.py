@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
+from training.manifest import write_manifest
 from training.optim import load_state_tensors, state_tensors
 
 STEP = re.compile(r"step-(\d+)$")
+WEIGHT, STATE = "weight|", "state|"  # before the names of a snapshot's tensors
+OLDER = "--resume last-good goes on from the one before it"
 DATA = "data|"  # before the names of a data set's tensors; the optimiser's begin with a parameter's name
 
 
@@ -31,6 +35,7 @@ class Progress:
     Attributes:
         step: optimiser steps done; tokens: positions seen, counted or not; seconds: of training, over all sittings.
         finished: the budget is spent. run: settings that must not change between sittings.
+        skipped: steps among `step` that were left out, since their loss or gradient was not finite.
     """
 
     step: int = 0
@@ -38,6 +43,7 @@ class Progress:
     seconds: float = 0.0
     finished: bool = False
     run: dict[str, object] = field(default_factory=dict)
+    skipped: int = 0
 
 
 class Weights(Protocol):
@@ -45,11 +51,68 @@ class Weights(Protocol):
 
     model: MiniDeepSeek
 
-    def save(self, folder: Path) -> None:
-        """Write them into a folder."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """They themselves, not copies."""
+
+    def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        """Write a copy of `tensors()`, and what else belongs to it, into a folder. Called while training goes on."""
 
     def load(self, folder: Path) -> None:
         """Put those of a folder in place. Raises `UserError` when they are of another model."""
+
+
+class Snapshot:
+    """What a checkpoint holds of a moment: `tensors`, to be copied before training goes on, and the rest.
+
+    data: the state of a data set that the model makes itself, if it has any.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        data: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        self._weights, self._tokenizer, self._progress = weights, tokenizer, asdict(progress)
+        self.tensors = {f"{WEIGHT}{name}": value for name, value in weights.tensors().items()}
+        self.tensors |= {f"{STATE}{name}": value for name, value in state_tensors(optimizer, weights.model).items()}
+        self.tensors[f"{STATE}rng"] = torch.get_rng_state()
+        self.tensors |= {f"{STATE}{DATA}{name}": value for name, value in (data or {}).items()}
+
+    def write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Write it with a copy of its tensors under a temporary name, flush it, and give it its name.
+
+        So it is complete or not there. Raises `UserError` when it cannot be written.
+        """
+        temporary, before = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "before"))
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            if not folder.parent.is_dir():
+                # Made anew, it might lie on another disk than the one that is gone.
+                raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(folder.parent))
+            (temporary / "training").mkdir(parents=True)
+            self._weights.write(_part(tensors, WEIGHT), temporary)
+            self._tokenizer.save(temporary)
+            state = {name: tensor.cpu().contiguous() for name, tensor in _part(tensors, STATE).items()}
+            save_file(state, temporary / "training" / "state.safetensors")
+            text = json.dumps(self._progress, indent=2)
+            (temporary / "training" / "progress.json").write_text(text, encoding="utf8")
+            write_manifest(temporary)
+            for path in [*temporary.rglob("*"), temporary]:
+                _flush(path)
+            if folder.is_dir():  # the end of a run that was given a larger budget
+                shutil.rmtree(before, ignore_errors=True)
+                os.replace(folder, before)
+            os.replace(temporary, folder)
+            _flush(folder.parent)
+            shutil.rmtree(before, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = newest(folder.parent)
+            safe = f"the checkpoint before it is intact: {kept}" if kept else "no checkpoint was there before"
+            raise UserError(f"{folder}: could not be saved ({error}); {safe}; {_remedy(error)}") from None
 
 
 def save_checkpoint(
@@ -60,34 +123,9 @@ def save_checkpoint(
     progress: Progress,
     data: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write all of a checkpoint under a temporary name, flush it, and give it its name: complete or not there.
-
-    data: the state of a data set that the model makes itself, if it has any.
-    """
-    temporary, before = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "before"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        (temporary / "training").mkdir(parents=True)
-        weights.save(temporary)
-        tokenizer.save(temporary)
-        state = state_tensors(optimizer, weights.model)
-        state["rng"] = torch.get_rng_state()
-        state.update({f"{DATA}{name}": value for name, value in (data or {}).items()})
-        save_file(state, temporary / "training" / "state.safetensors")
-        (temporary / "training" / "progress.json").write_text(json.dumps(asdict(progress), indent=2), encoding="utf8")
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        if folder.is_dir():  # the end of a run that was given a larger budget
-            shutil.rmtree(before, ignore_errors=True)
-            os.replace(folder, before)
-        os.replace(temporary, folder)
-        _flush(folder.parent)
-        shutil.rmtree(before, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        kept = newest(folder.parent)
-        safe = f"the checkpoint before it is intact: {kept}" if kept else "no checkpoint was there before"
-        raise UserError(f"{folder}: could not be saved ({error}); {safe}; free some space and use --resume") from None
+    """Write a checkpoint of this moment. See `Snapshot`."""
+    snapshot = Snapshot(weights, tokenizer, optimizer, progress, data)
+    snapshot.write(folder, snapshot.tensors)
 
 
 def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -96,15 +134,13 @@ def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.opti
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); delete {folder} and use --resume") from None
+        raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); {OLDER}") from None
     torch.set_rng_state(state.pop("rng"))
     data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
     try:
         load_state_tensors(optimizer, model, state)
     except KeyError as error:
-        raise DamagedCheckpoint(
-            f"{path}: state of an unknown parameter {error}; delete {folder} and use --resume"
-        ) from None
+        raise DamagedCheckpoint(f"{path}: state of an unknown parameter {error}; {OLDER}") from None
     return data
 
 
@@ -114,7 +150,7 @@ def read_progress(folder: Path) -> Progress:
     try:
         return Progress(**json.loads(path.read_text(encoding="utf8")))
     except (OSError, ValueError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read ({error}); delete {folder} and use --resume") from None
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error}); {OLDER}") from None
 
 
 def steps(out: Path) -> list[Path]:
@@ -122,13 +158,16 @@ def steps(out: Path) -> list[Path]:
     return sorted((path for path in out.glob("step-*") if STEP.match(path.name)), key=_step)
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first: its end is the newest, unless a larger budget took it further."""
+    found, final = steps(out), out / "final"
+    return sorted([*found, final], key=_step) if final.is_dir() else found
+
+
 def newest(out: Path) -> Path | None:
     """`out`/final when the run is complete, else the last step checkpoint, else None."""
-    found, final = steps(out), out / "final"
-    if not final.is_dir():
-        return found[-1] if found else None
-    # A complete run that was given a larger budget has step checkpoints beyond its old end.
-    return found[-1] if found and _step(found[-1]) > _step(final) else final
+    found = checkpoints(out)
+    return found[-1] if found else None
 
 
 def keep_last(out: Path, count: int) -> None:
@@ -145,6 +184,19 @@ def _step(folder: Path) -> float:
         return read_progress(folder).step
     except DamagedCheckpoint:
         return math.inf
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _remedy(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make the folder writable and use --resume"
+    if number == errno.ENOENT:
+        return "bring the folder back and use --resume"
+    return "free some space and use --resume"
 
 
 def _flush(path: Path) -> None:

@@ -53,6 +53,7 @@ def step_entry(
         "mfu": mfu,
         "seconds": progress.seconds,
         "labels": result.labels,
+        "skipped": progress.skipped,
         "memory": memory,
     }
     for name, value in result.metrics.items():

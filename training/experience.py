@@ -25,6 +25,7 @@ from training.rollout import Completions, RolloutSettings, Sampler, chances, com
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
+SHOWN = 60  # characters of a prompt, and of a completion, in a message
 ENTRY = "entry"  # the log's entry among the saved tensors, as JSON in bytes
 CHANCES = 0x6772706F  # keeps the numbers of sampling apart from those of the data order
 
@@ -100,6 +101,14 @@ class Experience:
         learnt = int((self.held["left_out"][rows] == 0).sum())
         shown = rows[: max(-(-learnt // ROWS) * ROWS, 1)]
         return {**self._rows(shown), "absent": torch.stack((torch.tensor(len(rows) - len(shown)), tokens))}
+
+    def describe(self, index: int) -> str:
+        """The end of the prompt and the completion of a row."""
+        row = int(self.order[index % len(self.order)])
+        begin, end = int(self.held["prompt_lengths"][row]), int(self.held["lengths"][row])
+        tokens = self.held["tokens"][row].tolist()
+        prompt, completion = self.tokenizer.decode(tokens[:begin]), self.tokenizer.decode(tokens[begin:end])
+        return f"prompt {prompt[-SHOWN:]!r}, completion {completion[:SHOWN]!r}"
 
     def state(self) -> dict[str, Tensor]:
         """The completions in use, if another step uses them."""
@@ -244,7 +253,9 @@ class Experience:
         """(rows, new) of another model, or of the policy before its steps; every rank computes its share."""
         device, out = self.ranks.device, torch.zeros_like(self.held["sampled_log_probs"])
         mine = self.order.view(self.ranks.world, -1)[self.ranks.rank]
-        for rows in mine[self.held["left_out"][mine] == 0].split(self.micro_rows):
+        learnt = mine[self.held["left_out"][mine] == 0]
+        # A rank may have nothing to learn from, and an empty tensor splits into one empty part.
+        for rows in learnt.split(self.micro_rows) if len(learnt) else ():
             batch = {name: value.to(device) for name, value in self._rows(rows).items()}
             with autocast(self.dtype, device):
                 found = label_log_probs(*completion_hidden(model, batch), batch["labels"], self.settings.temperature)

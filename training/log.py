@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -93,13 +94,15 @@ class RunLog:
         """One object into metrics.jsonl, one line on the terminal."""
         if not self.active:
             return
+        # JSON has no word for what is not finite.
+        metrics = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
         with naming(self.path):
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
         values = dict(metrics)
         if metrics.get("max_vio"):
             values["max_vio_worst"] = max(metrics["max_vio"])
-        if abs(metrics.get("loss", 1.0)) < ROUNDING:
+        if abs(1.0 if metrics.get("loss") is None else metrics["loss"]) < ROUNDING:
             del values["loss"]
         if metrics.get("memory"):
             values["memory_gb"] = metrics["memory"] / 1e9

@@ -109,8 +109,8 @@ class NextTokenLoss:
     """Cross entropy, plus lambda / D * the MTP losses (Eq. 25), plus alpha * the sequence-wise balance loss (Eq. 17).
 
     All three are sums over tokens and divided by the same count, the labels of the main model, so that micro-batches
-    and ranks add up to the loss of the whole batch: exactly, except that where micro-batches differ in their share of
-    labels, the balance loss weighs them by it. An MTP depth has a few labels fewer than it is divided by.
+    and ranks add up to the loss of the whole batch. The balance loss weighs a sequence by its labels. An MTP depth
+    has a few labels fewer than it is divided by.
 
     Attributes:
         mtp: whether the MTP chain runs at all.
@@ -139,9 +139,10 @@ class NextTokenLoss:
             total = total + self.weight_of_mtp(batch) * mtp
             metrics["mtp"] = mtp.detach()
         if out.counts is not None:
-            real = labels.numel() if "segment_ids" not in batch else (batch["segment_ids"] >= 0).sum().clamp(min=1)
-            # Per token of the sequence; brought to the scale of the counted labels, which may be fewer.
-            balance = out.balance_loss * count / real
+            real_BT = batch["segment_ids"] >= 0 if "segment_ids" in batch else torch.ones_like(labels, dtype=torch.bool)
+            # Per token of the sequence; brought to the scale of its labels that count, which may be fewer.
+            share_B = (labels != IGNORE).sum(1) / real_BT.sum(1).clamp(min=1)
+            balance = (out.balance_loss * share_B).sum()
             if self.balance_weight:
                 total = total + self.balance_weight * balance
             metrics["balance"] = balance.detach() / out.counts.shape[0]

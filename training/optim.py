@@ -112,16 +112,19 @@ def _class_of(kind: str, momentum: float) -> Callable[..., torch.optim.Optimizer
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimiser's state as flat tensors named `<parameter>|<quantity>`, or `...|<part>` of quantities in 8 bits."""
+    """The optimiser's state as flat tensors named `<parameter>|<quantity>`, or `...|<part>` of quantities in 8 bits.
+
+    They are the state itself, not copies.
+    """
     names = {p: name for name, p in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
                 parts, _ = value.__tensor_flatten__()
-                tensors.update({f"{names[p]}|{key}|{part}": getattr(value, part).detach().clone() for part in parts})
+                tensors.update({f"{names[p]}|{key}|{part}": getattr(value, part).detach() for part in parts})
             else:
-                tensors[f"{names[p]}|{key}"] = torch.as_tensor(value).detach().clone()
+                tensors[f"{names[p]}|{key}"] = torch.as_tensor(value).detach()
     return tensors
 
 

@@ -80,6 +80,10 @@ class OwnAnswers:
     def __len__(self) -> int:
         return len(self.chats)
 
+    def describe(self, index: int) -> str:
+        """As of the conversations."""
+        return self.chats.describe(index)
+
     def is_own(self, step: int) -> bool:
         """Whether the student answers in this step."""
         return scramble(self.chats.seed, CHOICE, step) < self.settings.on_policy * WORD

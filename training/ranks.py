@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
+
+Result = TypeVar("Result")
+# What gloo and NCCL say when a peer is silent, and when it is gone.
+SILENT = ("timed out", "timeout")
+GONE = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process has exited")
+ROLL_CALL = 2.0  # seconds in which those who waited in vain must have said so
+
+
+@dataclass
+class DistSettings:
+    """How ranks work together.
+
+    Args:
+        timeout: seconds to wait for another rank before the run ends.
+        check_every: steps between checks that all ranks hold the same weights to the bit; 0: none.
+    """
+
+    timeout: float = 1800.0
+    check_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise UserError(f"--dist.timeout {self.timeout:g}: must be positive")
+        if self.check_every < 0:
+            raise UserError(f"--dist.check_every {self.check_every}: must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -25,8 +52,8 @@ class Ranks:
     device: torch.device
 
     @classmethod
-    def start(cls, device: str) -> Ranks:
-        """Join the peers that torchrun started, if any. `device`: auto, cpu or cuda."""
+    def start(cls, device: str, timeout: float = DistSettings.timeout) -> Ranks:
+        """Join the peers that torchrun started, if any. `device`: auto, cpu or cuda. timeout: see `DistSettings`."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda"):
@@ -40,8 +67,9 @@ class Ranks:
             torch.cuda.set_device(place)
             torch.set_float32_matmul_precision("high")
         if world > 1 and not dist.is_initialized():
-            backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            # Objects and checkpoints travel through CPU memory on a GPU machine too.
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         return cls(int(os.environ.get("RANK", "0")), world, place)
 
     @property
@@ -67,6 +95,57 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Call `work` on the main rank and give its result to all. A `UserError` there ends all, and is told once."""
+        if self.world == 1:
+            return work()
+        result, error = None, None
+        if self.main:
+            try:
+                result = work()
+            except UserError as caught:
+                error = caught
+        box = [(result, error.exit_code if error else 0)]
+        dist.broadcast_object_list(box)
+        if error:
+            raise error
+        result, code = box[0]
+        if code:
+            raise SystemExit(code)
+        return result
+
+    def fail(self, message: str) -> NoReturn:
+        """End the run with a `UserError`; called by all ranks, and told once."""
+        if self.main:
+            raise UserError(message)
+        raise SystemExit(UserError.exit_code)
+
+    @contextmanager
+    def explained(self, timeout: float) -> Iterator[None]:
+        """Turn what a collective raises when a peer is silent for `timeout` seconds, or gone, into a `UserError`."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).lower()
+            if self.world == 1 or not any(word in said for word in SILENT + GONE):
+                raise
+            if any(word in said for word in SILENT):
+                absent = ", ".join(map(str, self._absent())) or "another rank"
+                raise UserError(
+                    f"rank {self.rank}: no answer from rank {absent} in {timeout:g} s; see what it does there "
+                    "(py-spy dump), or raise --dist.timeout if it was only slow; then use --resume"
+                ) from None
+            raise UserError(f"rank {self.rank}: another rank has ended; its own message says why") from None
+
+    def _absent(self) -> list[int]:
+        """The ranks that do not say at once that they have waited in vain too."""
+        with suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"waited/{self.rank}", "1")
+            time.sleep(ROLL_CALL)
+            return [rank for rank in range(self.world) if not store.check([f"waited/{rank}"])]
+        return []
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from errors import UserError
+from errors import DamagedCheckpoint, UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from training.checkpoint import Progress, Weights, load_training_state, newest, read_progress
+from model.hf import save_state
+from training.checkpoint import OLDER, Progress, Weights, checkpoints, load_training_state, newest, read_progress
+from training.manifest import verify
+
+Resume = bool | Literal["last-good"]
+LAST_GOOD = "last-good"
 
 
-def left_off(out: Path, resume: bool, run: dict[str, Any]) -> tuple[Path, Progress] | None:
-    """The newest checkpoint of a run folder and how far it is, or None where there is none.
+def check_unused(out: Path, resume: Resume) -> None:
+    """Raises `UserError` when there is a run in `out` but nobody asked to go on with it."""
+    found = newest(out) if out.is_dir() else None
+    if found is not None and not resume:
+        raise UserError(f"{out}: holds a run already ({found.name}); add --resume to go on, or choose another --out")
+
+
+def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Progress] | None:
+    """The newest checkpoint of a run folder, verified, and how far it is, or None where there is none.
 
     Args:
+        resume: `LAST_GOOD` sets checkpoints aside that are damaged, and takes the newest that is not.
         run: what the order of the data depends on, which must be what it was.
 
-    Raises `UserError` when there is a run but nobody asked to go on with it, or it was another one.
+    Raises `UserError` when there is a run but nobody asked to go on with it, or it was another one, and
+    `DamagedCheckpoint` when the newest is damaged.
     """
-    found = newest(out) if out.is_dir() else None
-    if found is None:
+    check_unused(out, resume)
+    while (found := newest(out) if out.is_dir() else None) is not None:
+        try:
+            verify(found)
+            progress = read_progress(found)
+            break
+        except DamagedCheckpoint as error:
+            if resume != LAST_GOOD:
+                raise DamagedCheckpoint(f"{_problem(error)}; {_way_out(out, found)}") from None
+            aside = _set_aside(found)
+            print(f"notice: {_problem(error)}; set aside as {aside}", file=sys.stderr)
+    else:
         return None
-    if not resume:
-        raise UserError(f"{out}: holds a run already ({found.name}); add --resume to go on, or choose another --out")
-    progress = read_progress(found)
     for name, value in run.items():
         _unchanged(found, name, progress.run.get(name, value), value)
     return found, progress
+
+
+def _problem(error: DamagedCheckpoint) -> str:
+    return str(error).removesuffix(f"; {OLDER}")
+
+
+def _way_out(out: Path, damaged: Path) -> str:
+    older = [path for path in checkpoints(out) if path != damaged]
+    if older:
+        return f"{OLDER}, {older[-1]}"
+    return "no older checkpoint is there; choose another --out to begin anew"
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint so that it counts no more. Returns its new place."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.replace(aside)
+    return aside
 
 
 class WholeModel:
@@ -39,8 +81,11 @@ class WholeModel:
     def __init__(self, model: MiniDeepSeek) -> None:
         self.model = model
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+    def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        save_state(tensors, self.model.config, folder)
 
     def load(self, folder: Path) -> None:
         saved = MiniDeepSeek.from_pretrained(folder)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
@@ -15,6 +15,8 @@ from errors import UserError, naming
 from LMConfig import LMConfig
 from text.registry import REGISTRY
 from training.optim import OptimSettings
+from training.ranks import DistSettings
+from training.resume import Resume
 from training.schedule import Schedule
 
 
@@ -24,7 +26,7 @@ class StageSettings:
 
     Args:
         out: run folder: checkpoints, metrics.jsonl, resolved config.
-        resume: continue the run in `out` from its newest checkpoint.
+        resume: continue the run in `out` from its newest checkpoint; last-good: from the newest that is not damaged.
         seed: of weights and data order.
         device: auto, cpu or cuda.
         dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
@@ -44,13 +46,16 @@ class StageSettings:
         val_tokens: most held-out tokens to validate on.
         save_every: steps between checkpoints; 0: only at the end.
         keep: step checkpoints kept.
+        background_save: write checkpoints while training goes on, from a copy of weights and optimiser state.
+        max_skipped: steps in a row without a finite loss and gradient, each left out, that end the run.
+        dist: how ranks work together.
         wandb: name of a wandb project; empty: no wandb.
         on_error: skip or stop, for a row of data that cannot be read.
         datasets: YAML file that gives data sets names; LLaMA-Factory's dataset_info.json will do.
     """
 
     out: str
-    resume: bool = False
+    resume: Resume = False
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -70,12 +75,15 @@ class StageSettings:
     val_tokens: int = 262144
     save_every: int = 500
     keep: int = 2
+    background_save: bool = True
+    max_skipped: int = 10
+    dist: DistSettings = field(default_factory=DistSettings)
     wandb: str = ""
     on_error: str = "skip"
     datasets: str = REGISTRY
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_tokens", "micro_tokens", "log_every", "keep"):
+        for name in ("sequence_length", "batch_tokens", "micro_tokens", "log_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("max_steps", "max_tokens", "max_minutes"):
@@ -175,10 +183,10 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
 
 
 def _flags(kind: Callable[..., Any], prefix: str = "--") -> set[str]:
-    """The options that are true or false, those of settings within settings too: `--lora.dora`."""
+    """The options that may be true or false, those of settings within settings too: `--lora.dora`."""
     flags = set()
     for name, hint in get_type_hints(kind).items():
-        if hint is bool:
+        if hint is bool or bool in get_args(hint):
             flags.add(prefix + name)
         elif is_dataclass(hint):
             flags |= _flags(hint, f"{prefix}{name}.")

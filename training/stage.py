@@ -10,13 +10,16 @@ from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
+from training.lock import restarted
 from training.ranks import Ranks
 from training.settings import StageSettings
 
 
 def begin(settings: StageSettings) -> Ranks:
-    """Join the other ranks, set threads and seed: the same weights on every rank."""
-    ranks = Ranks.start(settings.device)
+    """Join the other ranks, set threads and seed: the same weights on every rank. A restart by torchrun resumes."""
+    ranks = Ranks.start(settings.device, settings.dist.timeout)
+    if ranks.on_main(lambda: restarted(Path(settings.out))):
+        settings.resume = settings.resume or True
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)

@@ -89,6 +89,10 @@ class TaughtChats:
     def __len__(self) -> int:
         return len(self.chats)
 
+    def describe(self, index: int) -> str:
+        """As of the conversations."""
+        return self.chats.describe(index)
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """`ChatDataset.batch`, and what the teacher says of it."""
         ids, log_probs = self.kept.read(member for index in indices for member in self.chats.members(index))

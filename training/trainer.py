@@ -16,9 +16,11 @@ from model import MiniDeepSeek
 from model.counts import count as count_costs
 from model.moe import update_bias
 from text.tokenizer import Tokenizer
-from training.checkpoint import Progress, Weights, keep_last, newest, save_checkpoint
+from training.agreement import check_facts, check_weights, checksums, code_version
+from training.checkpoint import Progress, Snapshot, Weights, keep_last, newest
 from training.entries import StepResult, announcement, step_entry, untrained_entry
 from training.interrupt import Interrupt
+from training.lock import RunLock
 from training.log import RunLog
 from training.losses import Batch, Loss
 from training.machine import autocast, choose_dtype, measured_peak, peak_memory
@@ -26,8 +28,10 @@ from training.optim import build_optimizer, set_learning_rate
 from training.plots import draw_run
 from training.ranks import Ranks
 from training.resume import WholeModel, left_off, take_up
+from training.saver import Saver
 from training.schedule import Budget, learning_rate, lowest, value_at
 from training.settings import StageSettings, save_resolved
+from training.skipping import Skipping
 from training.tally import Tally
 from training.validation import Validation
 
@@ -102,9 +106,22 @@ class Trainer:
         self.weights = weights or WholeModel(self.model)
         self.optimizer = optimizer or build_optimizer(self.model, settings.optim)
         self.interrupt = Interrupt(ranks)
+        self.skipping = Skipping(self.out, settings.max_skipped, ranks, dataset)
+        self.saver = Saver(settings.background_save, ranks.device)
 
     def run(self) -> Path:
         """Train until the budget is spent or a signal arrives. Returns the newest checkpoint folder."""
+        lock = RunLock(self.out)
+        with self.ranks.explained(self.settings.dist.timeout):
+            check_facts(self.ranks, self._facts())
+            self.ranks.on_main(lock.acquire)
+            try:
+                return self._run(lock)
+            finally:
+                self.saver.close()
+                lock.release()
+
+    def _run(self, lock: RunLock) -> Path:
         fresh = not self._resume()
         if self.progress.finished:
             self.ranks.say(f"{self.out}: already complete after {self.progress.step} steps; raise the budget to go on")
@@ -118,7 +135,7 @@ class Trainer:
         peak = measured_peak(self.dtype, self.ranks.device) * self.ranks.world if self.ranks.main else 1.0
         self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, peak))
         if self.ranks.main:
-            self.out.mkdir(parents=True, exist_ok=True)
+            lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
@@ -143,6 +160,8 @@ class Trainer:
             progress.step += 1
             progress.tokens += result.positions
             progress.seconds, stop = self._agree(time.perf_counter() - origin)
+            if settings.dist.check_every and progress.step % settings.dist.check_every == 0:
+                check_weights(self.ranks, self.model, progress.step)
             share = self.budget.progress(progress.step, progress.seconds)
             progress.finished = share >= 1
             log.progress(share)
@@ -167,12 +186,13 @@ class Trainer:
         mine = range(first + ranks.rank * per_rank, first + (ranks.rank + 1) * per_rank)
         micro = [mine[start : start + micro_rows] for start in range(0, per_rank, micro_rows)]
         nominal = self.settings.rows * self.settings.row_tokens
-        tally = Tally()
+        tally, parts = Tally(), []
         for index, indices in enumerate(micro):
             batch = self._move(self.dataset.batch(list(indices)))
             with ranks.no_sync(self.module, index < len(micro) - 1), autocast(self.dtype, ranks.device):
                 loss, count, metrics = self.loss(self.module, batch)
                 (loss / nominal).backward()
+            parts.append((indices, loss.detach(), count))
             positions = torch.tensor(batch["input_ids"].numel(), device=ranks.device)
             for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
                 tally.add(name, value)
@@ -184,18 +204,21 @@ class Trainer:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip)
-        self.optimizer.step()
+        means, norm = tally.means(count), norm.item()
+        if math.isfinite(means["loss"]) and math.isfinite(norm):
+            self.skipping.went_well()
+            self.optimizer.step()
+            if counts is not None and self.bias_speed:
+                for router, load in zip(self.model.routers(), counts, strict=False):
+                    update_bias(router.e_score_correction_bias, load, self.bias_speed)
+        else:
+            self.progress.skipped += 1
+            self.skipping.skip(self.progress.step + 1, means["loss"], norm, parts)
         self.optimizer.zero_grad(set_to_none=True)
-        if counts is not None and self.bias_speed:
-            for router, load in zip(self.model.routers(), counts, strict=False):
-                update_bias(router.e_score_correction_bias, load, self.bias_speed)
-        means = tally.means(count)
         if extra:
             seconds = max(time.perf_counter() - prepared, 1e-9)
             extra = {**extra, "train_tokens_per_second": positions.item() / seconds}
-        return StepResult(
-            means.pop("loss"), norm.item(), int(labels.item()), int(positions.item()), means, counts, extra
-        )
+        return StepResult(means.pop("loss"), norm, int(labels.item()), int(positions.item()), means, counts, extra)
 
     def _set_rates(self, share: float) -> float:
         """Move the learning rate, the bias speed and what the loss has of the schedules along the run."""
@@ -233,7 +256,7 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Take up the newest checkpoint, if asked to and there is one. Returns whether it did."""
-        found = left_off(self.out, self.settings.resume, self.progress.run)
+        found = self.ranks.on_main(lambda: left_off(self.out, self.settings.resume, self.progress.run))
         if found is None:
             return False
         folder, self.progress = found
@@ -245,6 +268,17 @@ class Trainer:
             self.dataset.load_state(state)
         self.ranks.say(f"resuming from {folder}: step {self.progress.step}, {self.progress.tokens:,} tokens")
         return True
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        return {
+            "settings": self.settings,
+            "run": self.progress.run,
+            "model": self.model.config,
+            "code": code_version(),
+            "torch": torch.__version__,
+            "weights": {name: value.item() for name, value in checksums(self.model).items()},
+        }
 
     def _fixed(self) -> dict[str, Any]:
         """What the order of the data, and the optimiser's state, depend on."""
@@ -263,6 +297,7 @@ class Trainer:
         name = "final" if self.progress.finished else f"step-{self.progress.step}"
         if self.progress.finished or not (self.out / name).is_dir():
             self._save(name)
+        self.ranks.on_main(self.saver.wait)
         if not self.progress.finished:
             self.ranks.say(f"interrupted: saved {self.out / name}; the same command with --resume goes on from there")
         else:
@@ -271,20 +306,33 @@ class Trainer:
             )
 
     def _save(self, name: str) -> None:
-        if self.ranks.main:
-            data = self.dataset.state() if self._has_policy_data() else {}
-            save_checkpoint(self.out / name, self.weights, self.tokenizer, self.optimizer, self.progress, data)
+        """Begin to write a checkpoint of this moment; an error of the one before it comes up here."""
+        self.ranks.on_main(lambda: self._write(name))
+
+    def _write(self, name: str) -> None:
+        data = self.dataset.state() if self._has_policy_data() else {}
+        snapshot = Snapshot(self.weights, self.tokenizer, self.optimizer, self.progress, data)
+
+        def write(tensors: dict[str, Tensor]) -> None:
+            snapshot.write(self.out / name, tensors)
             if name != "final":
                 keep_last(self.out, self.settings.keep)
-        self.ranks.barrier()
+
+        self.saver.save(snapshot.tensors, write)
 
     def _has_policy_data(self) -> bool:
         return isinstance(self.dataset, PolicyDataset)
 
     def _agree(self, seconds: float) -> tuple[float, bool]:
-        """Rank 0's clock, and whether any rank was told to stop: all ranks must end at the same step."""
-        mine = torch.tensor([seconds if self.ranks.main else 0.0, float(self.interrupt.asked)], dtype=torch.float64)
-        elapsed, stop = self.ranks.sum(mine.to(self.ranks.device)).tolist()
+        """Rank 0's clock, and whether any rank was told to stop: all ranks must end at the same step.
+
+        Raises the error of a save that has failed meanwhile.
+        """
+        mine = [seconds if self.ranks.main else 0.0, float(self.interrupt.asked), float(self.saver.failed)]
+        mine = torch.tensor(mine, dtype=torch.float64).to(self.ranks.device)
+        elapsed, stop, failed = self.ranks.sum(mine).tolist()
+        if failed:
+            self.ranks.on_main(self.saver.wait)
         return elapsed, stop > 0
 
     def _move(self, batch: Batch) -> Batch:

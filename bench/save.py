@@ -1,0 +1,122 @@
+"""What a checkpoint costs the steps beside it: written in the background, and with training waiting for it.
+
+python bench/save.py [--preset 26m] [--dtype fp32] [--rows 4] [--length 512] [--steps 24] [--every 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer, train_bpe
+from text.world.cast import World
+from text.world.corpus import documents
+from training.losses import Batch, NextTokenLoss
+from training.machine import DTYPES
+from training.ranks import Ranks
+from training.settings import NextTokenSettings
+from training.trainer import Trainer
+
+
+class Noise:
+    """Random tokens."""
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        self.vocab_size, self.length = vocab_size, length
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        numbers = torch.Generator().manual_seed(indices[0])
+        ids = torch.randint(self.vocab_size, (len(indices), self.length + 1), generator=numbers)
+        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+
+@dataclass
+class Times:
+    """Seconds of steps without a save, of those beside one (what it kept them waiting included), of a write."""
+
+    quiet: list[float]
+    beside: list[float]
+    bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """The mean step beside a save over the median one without."""
+        return statistics.mean(self.beside) / statistics.median(self.quiet)
+
+
+class Watched(Trainer):
+    """A trainer that notes when each step begins, and whether a checkpoint was on its way since the one before."""
+
+    def watch(self) -> None:
+        self.begins: list[float] = []
+        self.beside: list[bool] = []
+        self.saving = False
+
+    def _step(self):
+        self.begins.append(time.perf_counter())
+        self.beside.append(self.saving)
+        self.saving = self.saver.busy
+        return super()._step()
+
+    def _save(self, name: str) -> None:
+        super()._save(name)
+        self.saving = True
+
+
+def measure(options: argparse.Namespace, tokenizer: Tokenizer, background: bool) -> Times:
+    """One run of `options.steps` steps with a checkpoint every `options.every`."""
+    torch.manual_seed(0)
+    config = LMConfig.preset(options.preset, vocab_size=6400)
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        settings = NextTokenSettings(
+            out=folder, sequence_length=options.length, batch_tokens=options.rows * options.length,
+            micro_tokens=options.rows * options.length, max_steps=options.steps, save_every=options.every,
+            log_every=1000, dtype=options.dtype, background_save=background, keep=1,
+        )  # fmt: skip
+        data, loss = Noise(config.vocab_size, options.length), NextTokenLoss(mtp=bool(config.num_nextn_predict_layers))
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        trainer = Watched(settings, ranks, MiniDeepSeek(config), tokenizer, data, loss)
+        trainer.watch()
+        trainer.run()
+        size = sum(path.stat().st_size for path in (Path(folder) / "final").rglob("*") if path.is_file())
+    seconds = [after - before for before, after in zip(trainer.begins, trainer.begins[1:], strict=False)]
+    # A step's interval ends with the call that saves, so what comes after it tells whether a save was in it.
+    beside = [now or later for now, later in zip(trainer.beside, trainer.beside[1:], strict=False)]
+    pairs = list(zip(seconds, beside, strict=True))[2:]  # the first steps pay for what is made once
+    return Times([s for s, save in pairs if not save], [s for s, save in pairs if save], size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="26m")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--dir", help="on whose disk to write; the system's temporary folder when left out")
+    options = parser.parse_args()
+    tokenizer = train_bpe(list(documents(World.build(1), "pretrain", 200_000)), 600)
+    for name, background in (("in the background", True), ("training waits", False)):
+        times = measure(options, tokenizer, background)
+        print(
+            f"{name:>18}: {times.bytes / 1e6:,.0f} MB; a step takes {statistics.median(times.quiet):.2f} s, beside a "
+            f"save {statistics.mean(times.beside):.2f} s on average of {len(times.beside)}, {times.ratio:.2f}x; "
+            f"at most {max(times.beside):.2f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Processes forked from the test's, so that they start at once: to be killed, or to be the ranks of one run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+GRACE = 5.0  # seconds
+
+
+class Forked:
+    """A call in a process of its own. It is what bench/victim.py calls a victim."""
+
+    def __init__(self, call: Callable[[], object], said: Path) -> None:
+        """said: file for what the call prints."""
+        self._said, self._code = said, None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child(call)
+
+    def _child(self, call: Callable[[], object]) -> None:
+        code = 1
+        try:
+            os.setsid()
+            with open(self._said, "w", encoding="utf8") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            result = call()
+            code = result if isinstance(result, int) else 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            # Whatever happens, this process must not go on as a second pytest.
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+
+    @property
+    def code(self) -> int | None:
+        """As of subprocess: negative for a signal, None while it runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def aim(self) -> None:
+        """Its only process is known."""
+
+    def kill(self) -> bool:
+        running = self.code is None
+        if running:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(10)
+        return running
+
+    def wait(self, seconds: float) -> int | None:
+        end = time.monotonic() + seconds
+        while self.code is None and time.monotonic() < end:
+            time.sleep(0.002)
+        return self.code
+
+    def output(self) -> str:
+        return self._said.read_text(encoding="utf8", errors="replace")
+
+
+def on_ranks(
+    world: int, work: Callable[[int], object], folder: Path, seconds: float = 60, **environment: str
+) -> list[Forked]:
+    """Call `work(rank)` on each of `world` ranks, as torchrun would, until all have ended, or one has failed.
+
+    As torchrun does, the others then have some seconds to end too. environment: more of it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank_of(rank: int) -> Callable[[], object]:
+        def call() -> object:
+            given = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            os.environ.update({name: str(value) for name, value in given.items()}, GLOO_SOCKET_IFNAME="lo")
+            os.environ.update(environment)
+            torch.set_num_threads(1)
+            return work(rank)
+
+        return call
+
+    ranks = [Forked(rank_of(rank), folder / f"rank-{rank}.log") for rank in range(world)]
+    try:
+        end = time.monotonic() + seconds
+        while any(rank.code is None for rank in ranks) and time.monotonic() < end:
+            if any(rank.code for rank in ranks):
+                end = min(end, time.monotonic() + GRACE)
+            time.sleep(0.005)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return ranks

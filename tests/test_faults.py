@@ -1,0 +1,119 @@
+"""Disks that fill, folders that vanish, slow saves: one line, and what was saved stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from forked import Forked
+from safetensors import SafetensorError
+from toy_stage import ROWS, Rows, files
+
+import training.checkpoint
+from errors import UserError, command_line
+from training.manifest import verify
+from training.saver import Saver
+
+
+def at_step(step: int, happen: Callable[[], object]) -> Rows:
+    """Rows in whose step `step` something happens."""
+
+    def before(indices: Sequence[int]) -> None:
+        if indices[0] == (step - 1) * ROWS:
+            happen()
+
+    return Rows(before)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_disk_that_fills_ends_the_run_and_a_resume_loses_nothing(background, make, monkeypatch):
+    """Saves of step 2 and 4; the disk is full from step 3 on."""
+    whole = make("whole", max_steps=8, save_every=2)
+    whole.run()
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        trainer = make(max_steps=8, save_every=2, background_save=background)
+        fills = at_step(3, lambda: (trainer.saver.wait(), patch.setattr(training.checkpoint, "save_file", full)))
+        trainer.dataset = fills
+        with pytest.raises(UserError) as caught:
+            trainer.run()
+    message = str(caught.value)
+    assert message.startswith(f"{trainer.out / 'step-4'}: could not be saved (I/O error: No space left on device")
+    assert f"intact: {trainer.out / 'step-2'}; free some space and use --resume" in message and "\n" not in message
+    assert [path.name for path in trainer.out.glob("*step-*")] == ["step-2"]
+    verify(trainer.out / "step-2")
+    make(max_steps=8, save_every=2, resume=True).run()
+    assert files(trainer.out / "final") == files(whole.out / "final")
+
+
+def test_a_write_that_the_kernel_refuses_ends_in_one_line_and_code_2(make, tmp_path):
+    """A limit on the size of files, which weights exceed and metrics do not."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        command_line(lambda: make(max_steps=4, save_every=2).run())
+
+    process = Forked(limited, tmp_path / "said.log")
+    assert process.wait(60) == 2
+    last = process.output().strip().splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'run' / 'step-2'}: could not be saved (") and "Traceback" not in last
+    assert not list((tmp_path / "run").glob(".*.partial")) and not list((tmp_path / "run").glob("step-*"))
+
+
+def test_a_run_folder_that_vanishes_is_not_made_anew(make, tmp_path):
+    """What was mounted there is gone, and the disk below it is not where checkpoints belong."""
+    trainer = make(dataset=at_step(3, lambda: shutil.rmtree(tmp_path / "run")), save_every=2, max_steps=6)
+    with pytest.raises(UserError, match=r"could not be saved .*vanished.*bring the folder back and use --resume"):
+        trainer.run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_may_not_be_written_says_so(make, monkeypatch):
+    trainer = make(max_steps=2)
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    with monkeypatch.context() as patch:
+        trainer.dataset = at_step(2, lambda: patch.setattr(training.checkpoint.Path, "mkdir", refuse))
+        with pytest.raises(UserError, match=r"Read-only file system.*make the folder writable and use --resume"):
+            trainer.run()
+
+
+def test_what_is_saved_is_the_moment_of_the_save():
+    """The writer starts late; training has gone on."""
+    saver, go, written = Saver(True, torch.device("cpu")), threading.Event(), []
+    weight = torch.ones(3)
+    for value in (1.0, 2.0):
+        weight.fill_(value)
+
+        def write(tensors: dict[str, torch.Tensor]) -> None:
+            go.wait(10)
+            written.append(tensors["weight"].tolist())
+
+        saver.save({"weight": weight}, write)
+        weight.fill_(7.0)
+        go.set()
+    saver.close()
+    assert written == [[1.0] * 3, [2.0] * 3]
+
+
+def test_the_background_saves_what_the_foreground_does(make):
+    options = dict(max_steps=5, save_every=1, keep=9)
+    runs = [make(name, **options, background_save=name == "background") for name in ("background", "foreground")]
+    for trainer in runs:
+        trainer.run()
+    names = sorted(path.name for path in runs[0].out.iterdir() if path.is_dir())
+    assert names == ["final", "step-1", "step-2", "step-3", "step-4"]
+    for name in names:
+        assert files(runs[0].out / name) == files(runs[1].out / name), name

@@ -1,0 +1,59 @@
+"""Writing checkpoints while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+Write = Callable[[dict[str, Tensor]], None]
+
+
+class Saver:
+    """Saves one checkpoint at a time, in a thread, from a copy of its tensors.
+
+    The copy is made by the stager of torch.distributed.checkpoint, which keeps its memory (page-locked beside a GPU)
+    for the next one. Its writers are not used: a folder that transformers opens, and that has its name only when it
+    is whole, is not what they write.
+    """
+
+    def __init__(self, background: bool, device: torch.device) -> None:
+        """background: or the caller waits, and no copy is made. device: where the tensors are."""
+        self._stager = self._thread = None
+        if background:
+            self._stager = DefaultStager(StagingOptions(device.type == "cuda", False, False, False))
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._running: Future[None] | None = None
+
+    def save(self, tensors: dict[str, Tensor], write: Write) -> None:
+        """Have `write` called with a copy of the tensors. Raises the `UserError` of the save before this one."""
+        self.wait()
+        if self._stager is None or self._thread is None:
+            write(tensors)
+        else:
+            self._running = self._thread.submit(write, self._stager.stage(tensors))
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._running is not None and not self._running.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed in the thread; `wait` raises why."""
+        return self._running is not None and self._running.done() and self._running.exception() is not None
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk. Raises the `UserError` of a save that failed."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def close(self) -> None:
+        """Wait, whatever became of it, and give the copy's memory back."""
+        if self._stager is not None and self._thread is not None:
+            self._thread.shutdown()
+            self._stager.close()
