@@ -45,6 +45,10 @@ def _moves(letter: str) -> bool:
     return category(letter) in ("Cc", "Cf", "Cs")
 
 
+# What is wrong with a path rather than with the disk.
+PATHS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
     """Give an `OSError` the name of `file` where it has none: a write that fails does not say where."""
@@ -69,7 +73,7 @@ def command_line(main: Callable[[], None]) -> None:
         remedies = {
             **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
             **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
-            **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the path"),
+            **dict.fromkeys(PATHS, "check the path"),
         }
         if error.errno not in remedies:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from fuzz.hostile import Thrower
 from model import MiniDeepSeek
@@ -14,7 +14,9 @@ from text.tokenizer import Tokenizer
 LEAST = 2000  # cases of a whole run of `make fuzz`
 THROWER = pytest.StashKey[Thrower]()
 
-ANY_SPEED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+# Explaining a failure traces every line, which takes longer than the limit of a case.
+PHASES = [phase for phase in Phase if phase is not Phase.explain]
+ANY_SPEED = {"deadline": None, "phases": PHASES, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("short", max_examples=20, derandomize=True, database=None, **ANY_SPEED)
 settings.register_profile("long", max_examples=200, print_blob=True, **ANY_SPEED)
 

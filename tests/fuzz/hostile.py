@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from errors import command_line
 
-SECONDS = 10.0  # of the processor
+SECONDS = 5.0  # of the processor
 MEMORY = 1 << 30  # bytes that a case may add
 LONGEST_LINE = 4000  # characters; of them, escapes of what cannot be shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import struct
@@ -67,6 +68,11 @@ def _damage(draw: Callable[..., Any], data: bytes) -> bytes:
     return b"" if kind == "empty" else data
 
 
+def values() -> st.SearchStrategy:
+    """Of a kind, a size or a spelling that nobody expects."""
+    return st.sampled_from(VALUES).map(copy.deepcopy)
+
+
 @st.composite
 def strange(draw: Callable[..., Any], value: Any) -> Any:
     """A JSON value with one to three of its parts replaced, removed, renamed or put elsewhere."""
@@ -78,7 +84,7 @@ def strange(draw: Callable[..., Any], value: Any) -> Any:
 
 def _change(draw: Callable[..., Any], value: Any) -> Any:
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 30)) == 0:
-        return draw(st.sampled_from(VALUES))
+        return draw(values())
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = draw(st.sampled_from(keys))
     if isinstance(value[key], dict | list) and value[key] and draw(st.integers(0, 3)):
@@ -86,7 +92,7 @@ def _change(draw: Callable[..., Any], value: Any) -> Any:
         return value
     kind = draw(st.sampled_from(("replace", "replace", "replace", "remove", "rename", "elsewhere")))
     if kind == "replace":
-        value[key] = draw(st.sampled_from(VALUES))
+        value[key] = draw(values())
     elif kind == "remove":
         del value[key]
     elif kind == "rename" and isinstance(value, dict):
