@@ -54,7 +54,7 @@ class Tokenizer:
     """Text to token ids and back. Text stays text: a special token that is spelled out in it is encoded as letters."""
 
     def __init__(self, raw: tokenizers.Tokenizer) -> None:
-        """Raises `UserError` unless the special tokens are the project's, at the lowest ids, and any text comes back."""
+        """Raises `UserError` unless the special tokens are the project's at the lowest ids, and all text comes back."""
         for number, token in enumerate(SPECIAL_TOKENS):
             if raw.token_to_id(token) != number:
                 raise UserError(

@@ -16,7 +16,11 @@ THROWER = pytest.StashKey[Thrower]()
 
 # Explaining a failure traces every line, which takes longer than the limit of a case.
 PHASES = [phase for phase in Phase if phase is not Phase.explain]
-ANY_SPEED = {"deadline": None, "phases": PHASES, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+ANY_SPEED = {
+    "deadline": None,
+    "phases": PHASES,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 settings.register_profile("short", max_examples=20, derandomize=True, database=None, **ANY_SPEED)
 settings.register_profile("long", max_examples=200, print_blob=True, **ANY_SPEED)
 
@@ -44,6 +48,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a small checkpoint, without a training state."""
     from conftest import TINY
+
     from LMConfig import LMConfig
 
     folder = tmp_path_factory.mktemp("whole")

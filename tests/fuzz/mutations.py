@@ -22,8 +22,8 @@ NUMBERS = (b"0", b"-1", b"18446744073709551615", b"9223372036854775808", b"1e308
 WORDS = tuple(struct.pack("<Q", word) for word in (0, 1, 2**31, 2**40, 2**63 - 1, 2**63, 2**64 - 1))
 DEEP = "@deep@"  # stands for lists in lists, which no Python value can hold
 VALUES = (
-    None, True, False, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), -0.5, "", "0", "x", "x" * 10_000,
-    "\0", "\ud800", "../../outside", "/etc/passwd", "\x1b[2J", "</s>", "a\nb", DEEP, [], {}, [None], [[]], {"": None},
+    None, True, False, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), -0.5, "", "0", "x",
+    "x" * 10_000, "\0", "\ud800", "../../outside", "/etc/passwd", "\x1b[2J", "</s>", "a\nb", DEEP, [], {}, [None], [[]], {"": None},
     {"a": {"b": []}}, [1, "two", None],
 )  # fmt: skip
 
@@ -38,7 +38,9 @@ def damaged(draw: Callable[..., Any], original: bytes) -> bytes:
 
 
 def _damage(draw: Callable[..., Any], data: bytes) -> bytes:
-    kind = draw(st.sampled_from(("flip", "cut", "remove", "insert", "number", "repeat", "word", "swap", "empty", "drop")))
+    kind = draw(
+        st.sampled_from(("flip", "cut", "remove", "insert", "number", "repeat", "word", "swap", "empty", "drop"))
+    )
     place, other = sorted(draw(st.tuples(*[st.integers(0, max(len(data), 1))] * 2)))
     if kind == "flip" and data:
         place = min(place, len(data) - 1)

@@ -154,16 +154,15 @@ OTHERS = (
     {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}, {"type": "Whitespace"}, {"type": "Strip"},
     {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]}, {"type": "Fuse"}, {"type": "Metaspace"},
     {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}, {"direction": "Right", "max_length": 1,
-     "strategy": "LongestFirst", "stride": 0}, {"strategy": {"Fixed": 4}, "direction": "Left", "pad_to_multiple_of": None,
+     "strategy": "LongestFirst", "stride": 0}, {"strategy": {"Fixed": 4}, "direction": "Left",
+     "pad_to_multiple_of": None,
      "pad_id": 3, "pad_type_id": 0, "pad_token": "<pad>"},
 )  # fmt: skip
 
 
 @thrown()
 @given(part=st.sampled_from(TOKENIZER_PARTS), other=st.sampled_from(OTHERS).map(copy.deepcopy) | values())
-def test_a_tokenizer_with_parts_of_another(
-    throw: Thrower, checkpoint: dict[str, bytes], part: str, other: Any
-) -> None:
+def test_a_tokenizer_with_parts_of_another(throw: Thrower, checkpoint: dict[str, bytes], part: str, other: Any) -> None:
     content = {**json.loads(checkpoint["tokenizer.json"]), part: other}
     with folder_of({"tokenizer.json": json.dumps(content).encode()}) as folder:
         found: Tokenizer | None = throw(Tokenizer.from_folder, folder).value

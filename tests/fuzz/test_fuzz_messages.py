@@ -25,9 +25,9 @@ from text.tokenizer import Tokenizer
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | values()
 NAMES = st.sampled_from(
-    ("role", "content", "from", "value", "messages", "conversations", "instruction", "input", "output", "history", "q", "a",
-     "system", "tools", "tool_calls", "function", "name", "arguments", "prompt", "chosen", "rejected", "question", "answer",
-     "Question", "Complex_CoT", "Response", "kind", "text")
+    ("role", "content", "from", "value", "messages", "conversations", "instruction", "input", "output", "history", "q",
+     "a", "system", "tools", "tool_calls", "function", "name", "arguments", "prompt", "chosen", "rejected", "question",
+     "answer", "Question", "Complex_CoT", "Response", "kind", "text")
 )  # fmt: skip
 ROLES = st.sampled_from((*ROLE_MARKS, "human", "gpt", "observation"))
 ANYTHING = st.recursive(
@@ -39,7 +39,9 @@ ROWS = ANYTHING | st.sampled_from([row for rows in CONTENTS.values() for row in 
 LAYOUTS = st.sampled_from([Layout(), *(Layout(name) for name in FORMATS)]) | st.builds(
     Layout,
     st.sampled_from(("alpaca", "sharegpt", "openthoughts", "preference", "prompt")),
-    st.dictionaries(st.sampled_from(("prompt", "response", "messages", "chosen", "system", "history")), NAMES, max_size=3),
+    st.dictionaries(
+        st.sampled_from(("prompt", "response", "messages", "chosen", "system", "history")), NAMES, max_size=3
+    ),
     st.dictionaries(st.sampled_from(("role_tag", "content_tag", "user_tag", "assistant_tag")), NAMES, max_size=3),
 )
 CONVERSATION = st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text(max_size=40)}), max_size=5)

@@ -163,7 +163,9 @@ def test_a_reader(throw: Thrower, reader: str, file: tuple[str, bytes, str], on_
 @pytest.mark.parametrize("command", [dataset.check, dataset.preview])
 @thrown()
 @given(file=data_files())
-def test_what_dataset_py_says(throw: Thrower, tokenizer_folder: Path, command: Any, file: tuple[str, bytes, str]) -> None:
+def test_what_dataset_py_says(
+    throw: Thrower, tokenizer_folder: Path, command: Any, file: tuple[str, bytes, str]
+) -> None:
     name, content, place = file
     with tempfile.TemporaryDirectory() as folder:
         put(Path(folder, name), content, place)

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +60,7 @@ def stepped(model: MiniDeepSeek) -> torch.optim.Optimizer:
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> MiniDeepSeek:
     from conftest import TINY
+
     from LMConfig import LMConfig
 
     sizes = {**TINY, "vocab_size": tokenizer.vocab_size, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
@@ -102,7 +102,10 @@ def test_resuming(throw: Thrower, a_run: Path, model: MiniDeepSeek, data: st.Dat
 
 
 @thrown(0.5)
-@given(name=st.sampled_from(("step-9", "step-99999999999999999999", "final", "step-x", "step-")), place=st.sampled_from(PLACES))
+@given(
+    name=st.sampled_from(("step-9", "step-99999999999999999999", "final", "step-x", "step-")),
+    place=st.sampled_from(PLACES),
+)
 def test_what_lies_beside_checkpoints(throw: Thrower, a_run: Path, model: MiniDeepSeek, name: str, place: str) -> None:
     with copy_of(a_run) as out:
         put(out / name, b"x", place)

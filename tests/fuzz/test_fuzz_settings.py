@@ -56,7 +56,7 @@ def sources_of(file: Path) -> None:
     """Every entry asked for, as each stage would."""
     for name in Registry.read(file).entries:
         for kind in ("text", "chat", "preference", "prompt", None):
-            find_sources(f"./{name}" if not name else name, file, kind)
+            find_sources(name or "./", file, kind)
 
 
 @thrown()
@@ -115,9 +115,21 @@ def test_a_recipe(throw: Thrower, name: str, data: st.DataObject) -> None:
 @thrown(0.5)
 @given(data=st.data())
 def test_a_command_line(throw: Thrower, data: st.DataObject) -> None:
-    names = ("optim.lr", "model.hidden_size", "model", "optim", "max_steps", "out", "bias_speed", "resume", "config", "x")
+    names = (
+        "optim.lr",
+        "model.hidden_size",
+        "model",
+        "optim",
+        "max_steps",
+        "out",
+        "bias_speed",
+        "resume",
+        "config",
+        "x",
+    )
     given = data.draw(st.dictionaries(st.sampled_from(names), st.text(max_size=12) | st.sampled_from((
-        "nan", "inf", "-1", "1e999", "{}", "[", "{a: b}", "null", "true", "9" * 400, "*a", "!!python/name:os.system", "",
+        "nan", "inf", "-1", "1e999", "{}", "[", "{a: b}", "null", "true", "9" * 400, "*a", "",
+        "!!python/name:os.system",
     )), max_size=3))  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in {"data": "a", "out": "b", **given}.items()]
     with tempfile.TemporaryDirectory() as folder:
@@ -125,5 +137,7 @@ def test_a_command_line(throw: Thrower, data: st.DataObject) -> None:
 
 
 def test_settings_that_distil(throw: Thrower) -> None:
-    done = throw(parse, distill.DistillSettings, "", ["--data=a", "--out=b", "--teacher=c", "--student={hidden_size: x}"])
+    done = throw(
+        parse, distill.DistillSettings, "", ["--data=a", "--out=b", "--teacher=c", "--student={hidden_size: x}"]
+    )
     assert done.code in (0, 2)
