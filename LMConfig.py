@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -40,6 +41,9 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAY_BE_ZERO = {
     "attention_dropout", "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", *TOKENS
 }  # fmt: skip
+# Far above any network that was ever trained; a number beyond is a slip or a damaged file, and would fill the memory.
+MOST = 2**31 - 1
+MOST_OF = {"num_hidden_layers": 1024, "num_nextn_predict_layers": 1024, "n_routed_experts": 2**16}
 YARN_FIELDS = {
     "attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim",
     "original_max_position_embeddings", "rope_theta", "rope_type", "truncate", "type",
@@ -110,8 +114,8 @@ class LMConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LMConfig:
         """The preset `name`, with `changes` to single fields."""
-        if name not in PRESETS:
-            near = _did_you_mean(name, PRESETS)
+        if not isinstance(name, str) or name not in PRESETS:
+            near = _did_you_mean(str(name), PRESETS)
             raise ConfigError(f"model.preset: no preset {name!r}{near}; one of {', '.join(PRESETS)}")
         known = {f.name for f in fields(cls)}
         for key in changes:
@@ -126,6 +130,8 @@ class LMConfig:
         Args:
             data: the JSON object; `place` names its file in error messages.
         """
+        if not isinstance(data, dict):
+            raise ConfigError(f"{place}: not a JSON object; restore the file")
         data = dict(data)
         if data.get("model_type", "deepseek_v3") != "deepseek_v3":
             raise ConfigError(f"{place}: model_type is {data['model_type']!r}; only 'deepseek_v3' is read")
@@ -163,10 +169,8 @@ class LMConfig:
             raise ConfigError(f"{path}: not found; give a checkpoint folder (config.json and model.safetensors)")
         try:
             data = json.loads(path.read_text(encoding="utf8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error}); restore the file") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: not a JSON object; restore the file")
         return cls.from_dict(data, str(path))
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,6 +204,9 @@ class LMConfig:
             if value < 0 or (value == 0 and f.name not in MAY_BE_ZERO):
                 least = "0 or more" if f.name in MAY_BE_ZERO else "a positive number"
                 raise ConfigError(f"{f.name} = {value}: out of range; set {least}")
+            most = MOST_OF.get(f.name, MOST) if isinstance(value, int) else math.inf
+            if not value <= most or value == math.inf:  # the first is so of NaN too
+                raise ConfigError(f"{f.name} = {value}: out of range; set {most} or less")
         for holds, field, complaint in self._rules():
             if not holds:
                 raise ConfigError(f"{field} = {getattr(self, field)!r}: {complaint}")
@@ -251,7 +258,7 @@ def _yarn_rules(yarn: dict[str, Any]) -> list[tuple[bool, str, str]]:
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(str(word), list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 

@@ -3,6 +3,7 @@
 # make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL
 # make lora   an adapter on the demo's fine-tuned model: blessings in five styles, measured before and after
 # make test   every test, the demo path at a tiny size among them
+# make fuzz   thousands of damaged files at every entry point; each is read or refused in one line
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make check-lm-eval   lm-evaluation-harness on the demo's last model: same scores (installs lm-eval once; CKPT=DIR: another one)
 # make bench  speed and memory beside transformers and others, in turn: out/bench/summary.md and .png
@@ -22,7 +23,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat r1 lora test check-gguf check-lm-eval lint bench clean-demo chaos
+.PHONY: demo chat r1 lora test check-gguf check-lm-eval lint bench clean-demo chaos fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -36,6 +37,9 @@ chat: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest
+
+fuzz: $(VENV)/installed-dev
+	$(RUN) -m pytest tests/fuzz --hypothesis-profile=long
 
 # llama.cpp is compiled from source, which takes minutes; what is not installed yet is installed into the venv.
 CKPT ?= $(OUT)/grpo/final

@@ -8,18 +8,45 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unicodedata import category
+
+LONGEST = 1000  # characters of a message; data may be quoted in it
+ENDS = {"\n": " ", "\r": " ", "\t": " ", "\u2028": " ", "\u2029": " "}
 
 
 class UserError(Exception):
-    """Something the person can mend. The message names the file, the place in it and the remedy. Exit code 2."""
+    """Something the person can mend. The message names the file, the place in it and the remedy. Exit code 2.
+
+    Whatever the message quotes, of a file or another program, it is one line that a terminal only shows.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that is truncated, incomplete or of another shape than its config says. Exit code 3."""
 
     exit_code = 3
+
+
+def one_line(text: str) -> str:
+    """The text without line ends, with controls and halves of characters spelled out; its middle left out if long."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    shown = "".join(ENDS.get(letter) or (ascii(letter)[1:-1] if _moves(letter) else letter) for letter in text)
+    return shown.strip()
+
+
+def _moves(letter: str) -> bool:
+    """Whether a terminal would obey it, or cannot show it: controls, directions of writing, surrogates."""
+    return category(letter) in ("Cc", "Cf", "Cs")
+
+
+# What is wrong with a path rather than with the disk.
+PATHS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -46,12 +73,12 @@ def command_line(main: Callable[[], None]) -> None:
         remedies = {
             **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
             **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
-            **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the path"),
+            **dict.fromkeys(PATHS, "check the path"),
         }
         if error.errno not in remedies:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}; {remedies[error.errno]}", file=sys.stderr)
+        print(f"error: {one_line(f'{place}{error.strerror}')}; {remedies[error.errno]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

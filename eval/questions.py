@@ -57,7 +57,7 @@ def read_questions(path: Path) -> list[Question]:
         try:
             row = json.loads(line)
             questions.append(Question(str(row["question"]), str(row["answer"]), str(row.get("kind", "all"))))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path}:{number}: not an object with 'question' and 'answer'; correct the line") from None
     if not questions:
         raise UserError(f"{path}: no questions in it; give JSONL with question and answer")

@@ -57,7 +57,7 @@ def read_favours(path: Path) -> list[Favour]:
         try:
             row = json.loads(line)
             favours.append(Favour(*(str(row[name]) for name in ("question", "answer", "opening", "closing"))))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"{path}:{number}: not an object with 'question', 'answer', 'opening', 'closing'; correct the line"
             ) from None

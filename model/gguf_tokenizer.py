@@ -74,7 +74,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a GGUF holds the tokenizer, give a folder that has one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore the file") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; restore the file")

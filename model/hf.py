@@ -25,6 +25,8 @@ from model.weight_files import WEIGHTS, WeightFiles
 
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
+MOST_TIMES = 4  # as many weights as the files hold, a network may have before it is built and compared
+
 
 def released_name(name: str, config: LMConfig) -> str:
     """The released name of one of our weights: MTP layers are counted on from the main ones."""
@@ -138,7 +140,7 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, devi
     folder = Path(folder)
     config = LMConfig.from_pretrained(folder)
     files = WeightFiles(folder)
-    layers = {int(match[1]) for name in files.names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    layers = {int(match[1]) for name in files.names if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     if config.num_nextn_predict_layers and not any(layer >= config.num_hidden_layers for layer in layers):
         print(
             f"notice: {folder} holds no MTP weights, though its config.json says "
@@ -146,12 +148,27 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, devi
             file=sys.stderr,
         )
         config.num_nextn_predict_layers = 0
+    check_size(config, files, folder)
     model = MiniDeepSeek(config)
     try:
         fill(model, files)
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     return model.to(device=device, dtype=dtype)
+
+
+def check_size(config: LMConfig, files: WeightFiles, folder: Path) -> None:
+    """Before memory is asked for: a network many times as large as its weights is none of these files.
+
+    What is wrong with a smaller difference, `fill` can say better. Raises `DamagedCheckpoint`.
+    """
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in MiniDeepSeek(config).parameters())
+    if size > MOST_TIMES * files.numbers:
+        raise DamagedCheckpoint(
+            f"{folder}: config.json describes a network of {size:,} weights, the files hold {files.numbers:,}; "
+            "restore config.json, or use another checkpoint"
+        )
 
 
 def main() -> None:

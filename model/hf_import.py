@@ -55,7 +55,7 @@ def _foreign_tokenizer(folder: Path, vocab_size: int) -> str:
         content = json.loads(path.read_text(encoding="utf8"))
         names = {token["id"]: token["content"] for token in content["added_tokens"]}
         size = 1 + max([*names, *content["model"]["vocab"].values()])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"tokenizer.json is none that can be read: {works}"
     if size > vocab_size:
         return f"tokenizer.json has {size} tokens, the model's vocabulary {vocab_size}: {works}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class WeightFiles:
     """model.safetensors, or the shards that model.safetensors.index.json lists.
 
     Attributes:
-        names: of all tensors, as the files hold them.
+        names: of all tensors, as the files hold them. numbers: how many are in them all.
     Raises:
         UserError: no such folder, no weights in it, or quantised by a method that is not read.
         DamagedCheckpoint: a file that is cut short, or a list of shards that is none.
@@ -27,8 +28,11 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.block = folder, block_size(folder)
-        self._names = {path: _names(path) for path in _files(folder)}
+        found = {path: _sizes(path) for path in _files(folder)}
+        # Each matrix right before its scales, so that the two meet at once where they are in one file.
+        self._names = {path: sorted(sizes) for path, sizes in found.items()}
         self.names = {name for names in self._names.values() for name in names}
+        self.numbers = sum(size for sizes in found.values() for size in sizes.values())
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor; FP8 matrices are dequantised to float32 and their scales left out.
@@ -75,7 +79,7 @@ def _files(folder: Path) -> list[Path]:
         try:
             names = json.loads(index.read_text(encoding="utf8"))["weight_map"].values()
             files = sorted({folder / name for name in names})
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedCheckpoint(f"{index}: not a list of shards; restore the file") from None
         if strange := [file for file in files if file.parent != folder]:
             raise DamagedCheckpoint(f"{index}: names {strange[0]}, outside the checkpoint folder; restore the file")
@@ -85,11 +89,11 @@ def _files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no {WEIGHTS} in it; give a checkpoint folder such as OUT/final or OUT/step-N")
 
 
-def _names(path: Path) -> list[str]:
-    """Each matrix right before its scales, so that the two meet at once where they are in one file."""
+def _sizes(path: Path) -> dict[str, int]:
+    """How many numbers each tensor of a file has."""
     try:
         with safe_open(path, framework="pt") as file:
-            return sorted(file.keys())
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from None
 

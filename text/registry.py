@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from errors import UserError
 from text.formats import FORMATS, KINDS, TAGS, Layout
+from text.yaml_file import parse_yaml
 
 REGISTRY = "datasets.yaml"
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".txt")
@@ -152,16 +151,13 @@ class Registry:
         file = Path(file)
         try:
             text = file.read_text(encoding="utf-8-sig")
-            entries = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+            entries = json.loads(text) if file.suffix == ".json" else parse_yaml(file, text)
         except FileNotFoundError:
             raise UserError(f"{file}: no such file; name the registry with --datasets") from None
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise UserError(f"{file}:{line}: not YAML ({error.problem}); mend it") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg}); mend it") from error
-        except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); write it in UTF-8") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); write it in UTF-8") from error
         if entries is None:
             entries = {}
         if not isinstance(entries, dict):

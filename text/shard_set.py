@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,37 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         index = json.loads(file.read_bytes())
         if index["layout"] != LAYOUT:
             raise UserError(f"{file}: layout {index['layout']}, this program reads {LAYOUT}; delete the folder")
+        if problem := _problem_with(index):
+            raise ValueError(problem)
         return index
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({error}); delete the folder and prepare the shards again") from error
+
+
+def _problem_with(index: dict[str, Any]) -> str:
+    """Where an index is not as this program writes it; nothing where it is. Its names become those of files."""
+    kinds = {"complete": bool, "fingerprint": str, "eos_id": int, "sources": list, "recipe": dict, "parts": list}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(index[name], kind)]:
+        return f"{wrong[0]} is {index[wrong[0]]!r}"
+    if not 0 <= index["eos_id"] < 1 << 16:
+        return f"eos_id is {index['eos_id']}"
+    for part in index["parts"]:
+        if type(part["read"]) is not int or part["read"] < 1:
+            return "a part without its last document"
+        for split, shard in ((split, part[split]) for split in SPLITS if part[split] is not None):
+            counts = [shard[name] for name in ("tokens", "documents", "bytes", "bin_size", "npy_size")]
+            if not all(type(count) is int and count >= 0 for count in counts):
+                return f"counts of {shard['name']!r}"
+            if not re.fullmatch(rf"{split}-\d{{5,9}}", shard["name"], re.ASCII):
+                return f"a shard {shard['name']!r}"
+            tokens, documents, _, size, bounds = counts
+            if size != 2 * tokens or not 8 * documents < bounds < 8 * documents + 512:  # .npy has a header
+                return f"counts of {shard['name']}"
+            if not all(isinstance(shard[name], str) for name in ("bin_checksum", "npy_checksum")):
+                return f"checksums of {shard['name']}"
+    return ""
 
 
 def find_damage(folder: Path, part: dict[str, Any], checksums: bool = True) -> str | None:

@@ -46,12 +46,15 @@ SPLIT_PATTERN = (
 MAX_VOCAB_SIZE = 65_535
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
+# A character for each byte that UTF-8 may begin a character with, and for each that may follow.
+EVERY_BYTE = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x11_0000, 0x1000)]))
+
 
 class Tokenizer:
     """Text to token ids and back. Text stays text: a special token that is spelled out in it is encoded as letters."""
 
     def __init__(self, raw: tokenizers.Tokenizer) -> None:
-        """Raises `UserError` unless the special tokens are the project's, at the lowest ids."""
+        """Raises `UserError` unless the special tokens are the project's at the lowest ids, and all text comes back."""
         for number, token in enumerate(SPECIAL_TOKENS):
             if raw.token_to_id(token) != number:
                 raise UserError(
@@ -60,8 +63,12 @@ class Tokenizer:
                 )
         # This flag is not part of tokenizer.json: it is lost by every copy, file or pickle, and is set anew here.
         raw.encode_special_tokens = True
+        raw.no_truncation()
+        raw.no_padding()
         self.raw = raw
         self.vocab_size = raw.get_vocab_size()
+        if problem := _problem_with(raw):
+            raise UserError(f"{problem}; use a tokenizer made by train_tokenizer.py")
         self.special_ids: dict[str, int] = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
         self.unk_id, self.bos_id, self.eos_id, self.pad_id = range(4)
         self.token_bytes = self._count_bytes()
@@ -151,6 +158,24 @@ class Tokenizer:
         model = content["model"]
         parts = [model["vocab"], model["merges"], added, content["pre_tokenizer"], content["normalizer"]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _problem_with(raw: tokenizers.Tokenizer) -> str:
+    """Why this is not byte-level BPE as this project and its checkpoints need it; nothing where it is."""
+    content = json.loads(raw.to_str())
+    if content["model"]["type"] != "BPE" or content["model"]["dropout"]:
+        return "not BPE, or one that draws lots"
+    if sorted(raw.get_vocab().values()) != list(range(raw.get_vocab_size())):
+        return "the ids of its vocabulary are not 0, 1, 2, ..., each once"
+    added = {token["content"]: token["special"] for token in content["added_tokens"]}
+    if set(added) != set(SPECIAL_TOKENS) or not all(added.values()):  # others would be looked for in what people write
+        return "its added tokens are not the special tokens of this project"
+    letters = set().union(*content["model"]["vocab"].keys() - added.keys())
+    if not letters <= _byte_letters().keys():
+        return "its tokens are not spelled in letters that stand for bytes"
+    if raw.decode(raw.encode(EVERY_BYTE, add_special_tokens=False).ids) != EVERY_BYTE:
+        return "text does not come back from its tokens as it was"
+    return ""
 
 
 class StreamDecoder:

@@ -76,7 +76,7 @@ class Journal:
             try:
                 row = json.loads(line)
                 self.known[row["key"]] = Answer(row["answer"], row["finish"], row["tokens"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{path}:{number}: not an answer as this program wrote it; remove the line") from None
         if len(whole) < len(content):
             with naming(path), path.open("r+b") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -14,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from errors import UserError, naming
 from LMConfig import LMConfig
 from text.registry import REGISTRY
+from text.yaml_file import read_yaml
 from training.optim import OptimSettings
 from training.ranks import DistSettings
 from training.resume import Resume
@@ -175,11 +177,30 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
         # `--resume` alone means `--resume true`.
         if argument in flags and (arguments[index + 1 : index + 2] or ["--"])[0].startswith("-"):
             arguments[index] = f"{argument}=true"
+    for index, argument in enumerate(arguments):
+        name, given, path = argument.partition("=")
+        if name == "--config" and (path := path if given else "".join(arguments[index + 1 : index + 2])):
+            read_yaml(Path(path))  # refused before the parser makes of it what it stands for
     try:
-        return vars(parser.instantiate(parser.parse_args(arguments)))
-    except ArgumentError as error:
+        given = vars(parser.instantiate(parser.parse_args(arguments)))
+    # The parser lets exceptions through of values that its types cannot hold, such as 10**400 as a float.
+    except (ArgumentError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None
+    _check_values(kind, given)
+    return given
+
+
+def _check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str = "--") -> None:
+    """What the parser lets through: nothing where something is needed, and numbers that are none."""
+    for name, hint in get_type_hints(kind).items():
+        value = given.get(name, 0)
+        if value is None and type(None) not in get_args(hint):
+            raise UserError(f"{prefix}{name}: is empty; give a value or leave it out")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{name} {value}: must be a finite number")
+        if is_dataclass(hint) and is_dataclass(value):
+            _check_values(hint, vars(value), f"{prefix}{name}.")
 
 
 def _flags(kind: Callable[..., Any], prefix: str = "--") -> set[str]:

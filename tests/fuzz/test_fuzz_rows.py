@@ -1,0 +1,192 @@
+"""Data files of every format and content, damaged in every way, at every reader: rows are lost, never the program."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dataset
+from dataset import ChatDataset, PreferenceDataset, PromptDataset
+from fuzz.hostile import Thrower, thrown
+from fuzz.mutations import PLACES, damaged, put, strange_json
+from text.conversations import read_conversations
+from text.preferences import read_preferences
+from text.problems import open_problems
+from text.prompts import read_prompts
+from text.readers import Corpus
+from text.registry import Source
+from text.row_report import RowReport
+from text.tokenizer import Tokenizer
+
+TURNS = [{"from": "human", "value": "春天来了吗？"}, {"from": "gpt", "value": "<think>hm</think>来了。"}]
+CONTENTS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": f"第{number}天，春天来了。\nIt's spring, no. {number}."} for number in range(6)],
+    "chat": [
+        {"instruction": "问", "input": "more", "output": "答", "system": "S", "history": [["a", "b"]]},
+        {"conversations": TURNS, "system": "S", "tools": '[{"name": "f"}]'},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A",
+                       "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
+        {"Question": "Q", "Complex_CoT": "thought", "Response": "A"},
+        {"history": [["a", "b"]], "q": "Q", "a": "A"},
+    ],
+    "preference": [
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": {"from": "gpt", "value": "没有。"}},
+        {"prompt": [{"role": "user", "content": "Q"}], "chosen": [{"role": "assistant", "content": "A"}],
+         "rejected": [{"role": "assistant", "content": "B"}]},
+    ],
+    "prompt": [
+        {"question": "1+1?", "answer": "It is #### 2"}, {"question_zh-cn": "一加二？", "answer_only": "3"},
+        {"prompt": "1/2?", "answer": 0.5, "kind": "halves"}, {"problem": "x?", "answer": "\\frac{1}{2}"},
+    ],
+}  # fmt: skip
+
+
+def as_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Each column as text where the rows do not agree on its type."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            columns[name] = pa.array([None if value is None else json.dumps(value) for value in values])
+    return pa.table(columns)
+
+
+def as_csv(rows: list[dict[str, Any]]) -> bytes:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(names)
+    for row in rows:
+        values = [row.get(name, "") for name in names]
+        writer.writerow([value if isinstance(value, str) else str(value) for value in values])
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pa.parquet.write_table(as_table(rows), sink)
+    return sink.getvalue()
+
+
+def as_arrow(rows: list[dict[str, Any]], opener: Any = pa.ipc.new_stream) -> bytes:
+    sink, table = io.BytesIO(), as_table(rows)
+    with opener(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def as_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def whole(kind: str, name: str) -> bytes:
+    """An undamaged file of a content and a format."""
+    rows = CONTENTS[kind]
+    if name == "a.jsonl.gz":
+        return gzip.compress(as_lines(rows))
+    if name == "a.txt":
+        return "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    if name == "b.arrow":
+        return as_arrow(rows, pa.ipc.new_file)
+    writers = {"a.csv": as_csv, "a.parquet": as_parquet, "a.arrow": as_arrow, "a.jsonl": as_lines}
+    return writers[name](rows) if name in writers else json.dumps(rows).encode()
+
+
+NAMES = ("a.csv", "a.jsonl", "a.json", "a.parquet", "a.arrow", "b.arrow", "a.txt", "a.jsonl.gz")
+
+
+@st.composite
+def data_files(draw: Any, kinds: tuple[str, ...] = tuple(CONTENTS)) -> tuple[str, bytes, str]:
+    """(name, damaged content, what is in its place)"""
+    kind, name = draw(st.sampled_from(kinds)), draw(st.sampled_from(NAMES))
+    original = whole(kind, name)
+    if name == "a.json":
+        content = draw(strange_json(original))
+    elif name == "a.jsonl" and draw(st.booleans()):
+        lines = original.splitlines()
+        number = draw(st.integers(0, len(lines) - 1))
+        lines[number] = draw(strange_json(lines[number]))
+        content = b"\n".join(lines)
+    elif name == "a.jsonl.gz" and draw(st.booleans()):
+        content = gzip.compress(draw(damaged(gzip.decompress(original))))
+    else:
+        content = draw(damaged(original))
+    return name, content, draw(st.sampled_from(PLACES))
+
+
+def read_all(reader: Any, path: Path, on_error: str) -> RowReport:
+    report = RowReport()
+    for _ in reader(path, on_error, report):
+        pass
+    return report
+
+
+READERS = {
+    "chat": partial(read_all, read_conversations),
+    "preference": partial(read_all, read_preferences),
+    "prompts": partial(read_all, lambda path, on_error, report: read_prompts([path], on_error=on_error, report=report)),
+    "problems": lambda path, on_error: open_problems(path, on_error),
+    "text": lambda path, on_error: list(Corpus(str(path), on_error=on_error)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@thrown()
+@given(file=data_files(), on_error=st.sampled_from(("skip", "stop")))
+def test_a_reader(throw: Thrower, reader: str, file: tuple[str, bytes, str], on_error: str) -> None:
+    name, content, place = file
+    with tempfile.TemporaryDirectory() as folder:
+        put(Path(folder, name), content, place)
+        given = Path(folder) if place == "folder" else Path(folder, name)
+        done = throw(READERS[reader], given, on_error)
+    if isinstance(done.value, RowReport):
+        assert done.value.rows == done.value.kept + done.value.left_out + done.value.problems.total()
+
+
+@pytest.mark.parametrize("command", [dataset.check, dataset.preview])
+@thrown()
+@given(file=data_files())
+def test_what_dataset_py_says(
+    throw: Thrower, tokenizer_folder: Path, command: Any, file: tuple[str, bytes, str]
+) -> None:
+    name, content, place = file
+    with tempfile.TemporaryDirectory() as folder:
+        put(Path(folder, name), content, place)
+        throw(command, str(Path(folder, name)), tokenizer=str(tokenizer_folder), datasets="none.yaml")
+
+
+def batches(kind: Any, path: Path, tokenizer: Tokenizer, **options: Any) -> None:
+    made = kind([Source(str(path))], tokenizer, 64, **options)
+    made.print_summary()
+    if kind is not PromptDataset:
+        made.batch(range(len(made)))
+
+
+STAGES = {"chat": ChatDataset, "preference": PreferenceDataset, "prompt": PromptDataset}
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@thrown()
+@given(data=st.data())
+def test_the_data_set_of_a_stage(throw: Thrower, tokenizer: Tokenizer, kind: str, data: st.DataObject) -> None:
+    name, content, place = data.draw(data_files((kind,)))
+    with tempfile.TemporaryDirectory() as folder:
+        put(Path(folder, name), content, place)
+        throw(batches, STAGES[kind], Path(folder, name), tokenizer, val_fraction=data.draw(st.sampled_from((0, 0.3))))
