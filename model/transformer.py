@@ -128,7 +128,7 @@ class MiniDeepSeek(nn.Module):
             # A bfloat16 residual stream, as DeepSeek-V3's; autocast alone would carry it in float32.
             embedding = embedding.to(torch.get_autocast_dtype(input_ids.device.type))
         state, routings = embedding, []
-        decoding = type(cache) is LatentCache
+        decoding = type(cache) in (LatentCache, SlotCache)
         fast = native.decoder(self.model.layers, self.config, embedding, cache) if decoding else None
         if fast is not None:
             state = fast.run(embedding, rope)
