@@ -189,7 +189,7 @@ class Batcher:
         return count if self._in_c(count) else min(1 << (count - 1).bit_length(), self.slots)
 
     def _admit(self) -> list[Tensor]:
-        """Give free slots to those who wait, in their order. Returns the (1, vocab) logits of each one's first."""
+        """Give free slots to those who wait, in their order. Returns (1, vocab) logits of their first tokens."""
         scores = []
         while self.waiting and len(self.running) < self.slots:
             completion = self.waiting[0]

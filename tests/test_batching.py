@@ -78,6 +78,16 @@ def test_a_sampled_completion_depends_on_its_own_chances_only(sampling, path, ti
     assert [each.tokens for each in Batcher(model, 5, LONGEST).run(other)] != [each.tokens for each in single]
 
 
+def test_each_token_is_drawn_by_its_own_chance(path, tiny_model):
+    model, asked = stopping(tiny_model), requests(8, Sampling(temperature=0.8))
+    for made in Batcher(model, 3, LONGEST).run(asked):
+        for place, token in enumerate(made.tokens):
+            ids = torch.tensor([[*made.request.prompt, *made.tokens[:place]]])
+            with torch.no_grad():
+                cumulative = (model(ids).logits[0, -1] / 0.8).softmax(-1).cumsum(-1)
+            assert token == int((cumulative <= made.request.chances[place]).sum())
+
+
 def test_requests_that_come_and_go_at_any_time_change_nothing_for_others(path, tiny_model):
     model, asked = stopping(tiny_model), requests(16)
     batcher, running, finished = Batcher(model, 4, LONGEST), [], {}

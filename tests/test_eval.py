@@ -222,10 +222,10 @@ def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_pa
     """Half of the replies are in style, a quarter the preferred answer."""
     favours, asked = [FAVOUR] * 4, []
     replies = [FAVOUR.answer, "你好！很久。很高兴帮到你。", "我把书交给阿橘。", ""]
-    monkeypatch.setattr(Answerer, "reply", lambda *given, **options: asked.append(options) or replies)
+    monkeypatch.setattr(Answerer, "replies", lambda *given: asked.append(given[-2:]) or replies)
     score = score_style(answerer, favours)
     assert (score.preferred, score.exact, score.answers) == (0.5, 0.25, 4)
-    assert asked == [{"temperature": 0.7, "seed": 0}]
+    assert asked == [(Sampling(temperature=0.7), 0)]
     monkeypatch.undo()
     path = tmp_path / "favours.jsonl"
     path.write_text(json.dumps(vars(FAVOUR), ensure_ascii=False) + "\n\n", encoding="utf8")

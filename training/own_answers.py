@@ -140,7 +140,9 @@ class OwnAnswers:
         settings = self.settings
         drawn = chances([(self.chats.seed, CHANCES, step, place) for place in places], 1, settings.max_new_tokens)
         asked = [prompts[place].tolist() for place in places]
-        fitting = [own[:, : self.chats.sequence_length + 1 - len(ids)] for own, ids in zip(drawn, asked, strict=True)]
+        fitting = [
+            own[:, : max(self.chats.sequence_length + 1 - len(ids), 1)] for own, ids in zip(drawn, asked, strict=True)
+        ]
         made = sample_groups(policy, asked, fitting, self.stop, settings.sample_temperature, settings.rollout_rows)
         return {place: group.tokens[0, : group.lengths[0]].numpy() for place, group in zip(places, made, strict=True)}
 

@@ -24,7 +24,7 @@ from model.sampling import Sampling
 from text.order import scramble
 from text.tokenizer import Tokenizer
 
-SLOTS = 128  # completions at a time; on CPU more are hardly faster
+SLOTS = 128  # completions at a time where no setting says: as many rows as decode.c takes
 
 
 @dataclass(kw_only=True)
