@@ -127,7 +127,7 @@ def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dic
         "save_dir": out / f"minimind-{size}" / "run", "save_interval": NEVER, "max_seq_len": PEER_LENGTH,
     }  # fmt: skip
     return {
-        "name": f"minimind {size}{' ' if options.peer_options else ''}{options.peer_options}",
+        "name": f"minimind {size}{', --peer_options' if options.peer_options else ''}",
         "program": str(program),
         "arguments": [part for key, value in given.items() for part in (f"--{key}", str(value))]
         + options.peer_options.split(),
