@@ -52,6 +52,8 @@ def markdown(runs: Sequence[ComparedRun]) -> str:
             "In brackets: the 95% interval. *: the intervals of the first run and of this one have nothing in common.",
             "",
         ]
+    if any(row[2] == "perplexity" for row in rows):
+        notes.append("Perplexity is a token's: it compares models of one tokenizer only. Bits per byte compare any.\n")
     return "\n".join([*lines, *notes])
 
 
