@@ -24,6 +24,8 @@ from eval.perplexity import perplexity, read_blocks, score_text
 from eval.questions import Question, Result, accuracy, questions, read_questions
 from eval.report import report
 from eval.style import Favour, in_style, read_favours, score_style, style
+from model.experts import Experts
+from model.packed import Int8Weight, PackedLinear
 from model.sampling import Sampling
 from training.settings import call
 
@@ -336,6 +338,30 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(talk, asked):
     done = talk("嗯" * 3000 + "\n好\n")
     assert done.err.count("error: the conversation has") == 1 and "/reset" in done.err
     assert [len(messages) for messages in asked] == [1, 1] and done.code == 0
+
+
+@torch.no_grad()
+def test_int8_weights_answer_as_their_rounded_values_would(pretrained):
+    folder = str(pretrained / "final")
+    packed, rounded = Answerer.open(folder, "cpu", "fp32", quantize="int8"), Answerer.open(folder, "cpu", "fp32")
+    ids, changed = torch.arange(100, 124)[None], 0
+    exact = rounded.model(ids).logits
+    for name, module in packed.model.named_modules():
+        twin = rounded.model.get_submodule(name)
+        if isinstance(module, PackedLinear):
+            changed += bool(twin.weight.copy_(module.packed.dense(torch.float32)).any())
+        elif isinstance(module, Experts):
+            for matrix in ("gate_up_proj", "down_proj"):
+                if isinstance(getattr(module, matrix), Int8Weight):
+                    getattr(twin, matrix).copy_(getattr(module, matrix).dense(torch.float32))
+                    changed += 1
+    logits = packed.model(ids).logits
+    torch.testing.assert_close(logits, rounded.model(ids).logits)
+    assert changed > 10 and 0 < (logits - exact).norm() / exact.norm() < 0.05
+    prompt = ids[:, :9]
+    plain = rounded.model.generate(prompt, max_new_tokens=20)
+    for model in packed.model, rounded.model:
+        assert torch.equal(model.generate(prompt, max_new_tokens=20, speculative=True, draft_tokens=2), plain)
 
 
 @pytest.mark.parametrize(

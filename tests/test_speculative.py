@@ -69,9 +69,9 @@ def test_a_wrong_rule_is_noticed(wrong, monkeypatch):
 
 
 def test_sampled_texts_come_as_often_as_the_model_says(tiny_model):
-    model, prompt, sampling = tiny_model(), torch.tensor([[5, 17, 3]]), Sampling(temperature=1.3, top_k=2)
+    model, prompt, sampling = tiny_model(), torch.tensor([[5, 17, 3]]), Sampling(temperature=1.3, top_k=3)
     expected = {(): 1.0}
-    for _ in range(3):
+    for _ in range(2):
         longer = {}
         for text, chance in expected.items():
             with torch.no_grad():
@@ -79,8 +79,8 @@ def test_sampled_texts_come_as_often_as_the_model_says(tiny_model):
             shares = sampling.probabilities(logits)[0].tolist()
             longer |= {(*text, token): chance * share for token, share in enumerate(shares) if share}
         expected = longer
-    run = dict(max_new_tokens=3, draft_tokens=2, sampling=sampling)
-    seen = [tuple(stream_speculative(model, prompt, seed=seed, **run)) for seed in range(300)]
+    run = dict(max_new_tokens=2, draft_tokens=2, sampling=sampling)
+    seen = [tuple(stream_speculative(model, prompt, seed=seed, **run)) for seed in range(150)]
     assert surprise(seen, expected) < 4
 
 
