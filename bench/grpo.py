@@ -108,8 +108,9 @@ def ours(options: argparse.Namespace) -> None:
         prompts=options.prompts, group=options.group, max_new_tokens=options.new, sequence_length=length,
         micro_tokens=rows * length, max_steps=10**6, optim=OptimSettings(lr=1e-6, weight_decay=0.0),
     )  # fmt: skip
-    model, tokenizer = MiniDeepSeek.from_pretrained(options.folder), Tokenizer.from_folder(options.folder)
     ranks, dtype = Ranks.start(options.device), DTYPES[options.dtype]
+    model, tokenizer = MiniDeepSeek.from_pretrained(options.folder), Tokenizer.from_folder(options.folder)
+    model.to(ranks.device)  # before the sampler copies it
     prompts = PromptDataset([(options.data, 1.0)], tokenizer, options.longest)
     rewards = Rewards({"variety": variety}, {"variety": 1.0})
     experience = Experience(prompts, rewards, Sampler(model, dtype), settings, length, rows, ranks, dtype)

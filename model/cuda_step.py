@@ -22,7 +22,7 @@ class StaticCache(LatentCache):
 
     def __init__(self, filled: LatentCache) -> None:
         self.latents, self.padding, self.absorbed = filled.latents, filled.padding, filled.absorbed
-        self.position = torch.tensor([filled.length], device=self.latents.device)
+        self.position = torch.full((1,), filled.length, device=self.latents.device)
         places = torch.arange(self.max_length, device=self.latents.device)
         first = torch.zeros(1, dtype=torch.long, device=places.device) if self.padding is None else self.padding
         self.real = places >= first[:, None]
