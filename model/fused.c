@@ -116,6 +116,17 @@ void swiglu_back(number *to_gate, number *to_up, number *to_weight, const number
   }
 }
 
+// out (count, n): the sum of the `many` rows of x that `places` (count, many) names for each.
+void gather_sum(number *out, const number *x, const int64_t *places, int64_t count, int64_t many, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t i = 0; i < n; i += LANES) {
+      lanes sum = load(x + places[r * many] * n + i);
+      for (int64_t k = 1; k < many; k++) sum += load(x + places[r * many + k] * n + i);
+      store(out + r * n + i, sum);
+    }
+}
+
 // out (rows, n) = x / sqrt(mean(x^2) + eps) * weight; x: rows `stride` apart; inverse (rows,): 1 / sqrt(...), kept.
 void rms_norm(number *out, float *inverse, const number *x, const float *weight, int64_t rows, int64_t n, int64_t stride,
               float eps, int threads) {

@@ -1,4 +1,4 @@
-"""SwiGLU, RMSNorm and causal softmax as one pass over memory each, on CPU: `fused.c`, compiled on the machine at hand.
+"""SwiGLU, RMSNorm, causal softmax and sums of rows on CPU, each as one pass over memory: `fused.c`, compiled here.
 
 Everywhere else, and without a C compiler, PyTorch computes the same in more passes: callers ask `fits` first.
 """
@@ -95,6 +95,14 @@ class FusedRMSNorm(torch.autograd.Function):
         return to_x, to_weight.sum(0), None
 
 
+def gather_sum(rows_RD: Tensor, places_NK: Tensor) -> Tensor:
+    """(R, D), (N, K) int64 -> (N, D): the sum of the K rows that are named for each. Rows are contiguous."""
+    out, places = rows_RD.new_empty(len(places_NK), rows_RD.shape[1]), places_NK.contiguous()
+    addresses = (address(tensor) for tensor in (out, rows_RD, places))
+    library(rows_RD.dtype).gather_sum(*addresses, *places.shape, rows_RD.shape[1], torch.get_num_threads())
+    return out
+
+
 def causal_softmax_(scores: Tensor, first: int, scale: float) -> Tensor:
     """softmax(scale * scores) in place; query r of a block sees its first `first` + r + 1 keys, the others get 0.
 
@@ -127,8 +135,10 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     built.swiglu_back.argtypes = [place] * 7 + [whole] * 4 + [threads]
     built.rms_norm.argtypes = [place] * 4 + [whole] * 3 + [real, threads]
     built.rms_norm_back.argtypes = [place] * 6 + [whole] * 3 + [threads]
+    built.gather_sum.argtypes = [place] * 3 + [whole] * 3 + [threads]
     built.causal_softmax.argtypes = [place] + [whole] * 4 + [real, threads]
     built.softmax_back.argtypes = [place] * 2 + [whole] * 2 + [real, threads]
-    for name in ("swiglu", "swiglu_back", "rms_norm", "rms_norm_back", "causal_softmax", "softmax_back"):
-        getattr(built, name).restype = None
+    for function in (built.swiglu, built.swiglu_back, built.rms_norm, built.rms_norm_back, built.gather_sum):
+        function.restype = None
+    built.causal_softmax.restype = built.softmax_back.restype = None
     return built

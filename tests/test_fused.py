@@ -105,6 +105,15 @@ def test_causal_attention_and_its_gradients_are_those_of_float64(
         assert (part.grad - true.grad).norm() <= limit * true.grad.norm() + 1e-12
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("many", [1, 2, 5])
+def test_sums_of_rows_are_those_of_float64(dtype: torch.dtype, many: int) -> None:
+    rows = numbers(50, 48, dtype=dtype)
+    places = torch.randint(0, 50, (many, 33), generator=torch.Generator().manual_seed(1)).t()
+    wanted = rows.double()[places].sum(1)
+    assert far(fused.gather_sum(rows, places), wanted) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
 def test_a_training_step_has_the_same_loss_and_gradients_either_way(no_compiler) -> None:
     config = LMConfig.preset("demo", num_hidden_layers=3, vocab_size=300)
     tokens = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(0))
