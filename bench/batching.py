@@ -13,7 +13,7 @@ import sys
 import time
 
 import torch
-from side_by_side import against_transformers, options_of, serve, table, verdict
+from side_by_side import against_transformers, findings, options_of, serve, verdict
 
 from model import MiniDeepSeek
 from model.batching import Batcher, Request
@@ -32,13 +32,15 @@ def main() -> None:
     wanted = lengths(options)
     for peer in peers:
         peer.name = f"ours in {LOCK_STEP}" if peer.name.endswith(LOCK_STEP) else f"{peer.name} in {LOCK_STEP}"
-    print(
-        f"{options.preset}, {options.dtype}: {options.requests} prompts of {options.prompt} tokens, {options.slots} at "
-        f"a time; completions of {sum(wanted) / len(wanted):.0f} tokens on average, {max(wanted)} at most"
+    found = findings(
+        f"continuous batching, {options.preset}, {options.dtype}: {options.requests} prompts of {options.prompt} tokens, "
+        f"{options.slots} at a time; completions of {sum(wanted) / len(wanted):.0f} tokens on average, {max(wanted)} at "
+        f"most; medians of {options.rounds}",
+        [ours, *peers],
     )
-    print(table([ours, *peers], {"tokens/s": "{:,.0f}"}))
-    for peer in peers:
-        print(f"tokens/s against {peer.name}: {verdict(ours, peer, 'tokens/s')}")
+    found.verdicts = [verdict(ours, peer, "tokens/s") for peer in peers]
+    found.show({"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"})
+    found.save(options.json)
 
 
 def lengths(options: argparse.Namespace) -> list[int]:

@@ -9,13 +9,13 @@ of plain decoding.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from side_by_side import Contender, compare, serve, table, verdict
+from side_by_side import Contender, compare, findings, serve, verdict
 
 from errors import UserError, command_line
 from model import MiniDeepSeek
@@ -38,13 +38,16 @@ def main() -> None:
     plain = Contender("plain", [*command, "--worker=0"])
     ours = [Contender(f"drafts: at most {most}", [*command, f"--worker={most}"]) for most in options.drafts]
     compare([plain, *ours], options.rounds)
-    print(f"{options.ckpt}, {options.dtype}, {options.prompts} prompts, {options.new} new tokens each, greedy, one row")
-    print(table([plain, *ours], {"tokens/s": "{:,.0f}", "tokens a pass": "{:.2f}", "drafts kept": "{:.0%}"}))
-    for contender in ours:
-        print(f"{contender.name}: the same tokens, {verdict(contender, plain, 'tokens/s')}")
-    if options.json:
-        results = {contender.name: contender.results for contender in [plain, *ours]}
-        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf8")
+    found = findings(
+        f"speculative decoding of {options.ckpt}, {options.dtype}, {options.prompts} prompts, {options.new} new tokens "
+        f"each, greedy, one row, the same tokens; medians of {options.rounds}",
+        [plain, *ours],
+    )
+    found.verdicts = [replace(verdict(one, plain, "tokens/s"), quantity=f"tokens/s, {one.name}") for one in ours]
+    found.show({"tokens/s": "{:,.0f}", "tokens a pass": "{:.2f}", "drafts kept": "{:.0%}"})
+    for one in ours:
+        found.facts[f"drafts kept, {one.name}"] = f"{one.median('drafts kept'):.0%}"
+    found.save(options.json)
 
 
 def parse() -> argparse.Namespace:
