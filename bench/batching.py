@@ -32,10 +32,10 @@ def main() -> None:
     wanted = lengths(options)
     for peer in peers:
         peer.name = f"ours in {LOCK_STEP}" if peer.name.endswith(LOCK_STEP) else f"{peer.name} in {LOCK_STEP}"
+    shape = f"{options.requests} prompts of {options.prompt} tokens, {options.slots} at a time"
+    answers = f"completions of {sum(wanted) / len(wanted):.0f} tokens on average, {max(wanted)} at most"
     found = findings(
-        f"continuous batching, {options.preset}, {options.dtype}: {options.requests} prompts of {options.prompt} tokens, "
-        f"{options.slots} at a time; completions of {sum(wanted) / len(wanted):.0f} tokens on average, {max(wanted)} at "
-        f"most; medians of {options.rounds}",
+        f"continuous batching, {options.preset}, {options.dtype}; {shape}; {answers}; medians of {options.rounds}",
         [ours, *peers],
     )
     found.verdicts = [verdict(ours, peer, "tokens/s") for peer in peers]
