@@ -347,14 +347,14 @@ def test_int8_weights_answer_as_their_rounded_values_would(pretrained):
     ids, changed = torch.arange(100, 124)[None], 0
     exact = rounded.model(ids).logits
     for name, module in packed.model.named_modules():
-        twin = rounded.model.get_submodule(name)
         if isinstance(module, PackedLinear):
-            changed += bool(twin.weight.copy_(module.packed.dense(torch.float32)).any())
-        elif isinstance(module, Experts):
-            for matrix in ("gate_up_proj", "down_proj"):
-                if isinstance(getattr(module, matrix), Int8Weight):
-                    getattr(twin, matrix).copy_(getattr(module, matrix).dense(torch.float32))
-                    changed += 1
+            rounded.model.get_submodule(name).weight.copy_(module.packed.dense(torch.float32))
+            changed += 1
+        elif isinstance(module, Experts) and isinstance(module.down_proj, Int8Weight):
+            twin = rounded.model.get_submodule(name)
+            twin.gate_up_proj.copy_(module.gate_up_proj.dense(torch.float32))
+            twin.down_proj.copy_(module.down_proj.dense(torch.float32))
+            changed += 2
     logits = packed.model(ids).logits
     torch.testing.assert_close(logits, rounded.model(ids).logits)
     assert changed > 10 and 0 < (logits - exact).norm() / exact.norm() < 0.05

@@ -228,6 +228,21 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
             assert _DraftChain(model, cache, Judge(GREEDY, None), most).draft(states, tokens) == drafts
 
 
+def test_further_drafts_follow_from_the_last_layers_own_state(half_trained):
+    model, tokens = half_trained(1).requires_grad_(False), rule(1, 12)[0].tolist()
+    cache = LatentCache(model.config, 1, 16, torch.float32, "cpu", mtp=True)
+    states = model(torch.tensor([tokens[:-1]])).state
+    drafts, _ = _DraftChain(model, cache, Judge(GREEDY, None), 3).draft(states, tokens)
+    assert len(drafts) > 1
+    line = list(tokens)
+    for _ in drafts:  # by hand: each time the whole line anew, the layer's own states behind the main model's
+        fresh = LatentCache(model.config, 1, 16, torch.float32, "cpu", mtp=True)
+        found, own = model.draft(states, torch.tensor([line[1:]]), 1, fresh)
+        line.append(int(found[0, -1].argmax()))
+        states = torch.cat((states, own[:, -1:]), dim=1)
+    assert line[len(tokens) :] == drafts
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_drafts_that_come_true_save_passes(depth, half_trained):
     passes: list[tuple[int, int]] = []
