@@ -163,7 +163,7 @@ def _bars(runs: Sequence[ComparedRun]) -> tuple[dict, dict]:
     others: dict[tuple[str, str, str], dict[str, Score]] = {}
     for run in runs:
         for key, score in run.scores():
-            if score.share or score.metric == "bits_per_byte":
+            if key[1] == "all" and (score.share or score.metric == "bits_per_byte"):
                 (shares if score.share else others).setdefault(key, {})[run.name] = score
     return shares, others
 
