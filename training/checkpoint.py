@@ -39,6 +39,12 @@ class Progress:
     finished: bool = False
     run: dict[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
+        numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in (self.tokens, self.seconds))
+        if type(self.step) is not int or self.step < 0 or not numbers or not isinstance(self.run, dict):
+            raise ValueError("not the progress of a run")
+
 
 class Weights(Protocol):
     """What of a model a checkpoint holds."""
@@ -97,14 +103,17 @@ def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.opti
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); delete {folder} and use --resume") from None
-    torch.set_rng_state(state.pop("rng"))
-    data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
     try:
+        random = state.pop("rng")
+        data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
         load_state_tensors(optimizer, model, state)
+        torch.set_rng_state(random)
     except KeyError as error:
         raise DamagedCheckpoint(
             f"{path}: state of an unknown parameter {error}; delete {folder} and use --resume"
         ) from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); delete {folder} and use --resume") from None
     return data
 
 
@@ -113,7 +122,7 @@ def read_progress(folder: Path) -> Progress:
     path = folder / "training" / "progress.json"
     try:
         return Progress(**json.loads(path.read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error}); delete {folder} and use --resume") from None
 
 
