@@ -36,7 +36,7 @@ class Adapter:
         self.base, name, config.base_model_name_or_path = fingerprint(model), config.base_model_name_or_path, None
         try:
             self.peft: PeftModel = get_peft_model(model, config)
-        except ValueError as error:
+        except Exception as error:  # peft raises what it likes for a configuration that it cannot use
             raise UserError(f"the adapter does not fit the model ({error}); choose other --lora.targets") from None
         config.base_model_name_or_path = name  # peft has overwritten it with what a transformers model knows
         for module in model.modules():
@@ -136,7 +136,7 @@ def read_config(folder: Path) -> LoraConfig:
         raise UserError(f"{folder}: no {CONFIG} in it; give a folder that lora_sft.py wrote, such as OUT/final")
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # peft raises what it likes for values that it does not know
         raise UserError(f"{path}: cannot be read ({error}); restore the file") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{path}: not of a LoRA; only those can be used")

@@ -45,6 +45,12 @@ class Progress:
     run: dict[str, object] = field(default_factory=dict)
     skipped: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
+        numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in (self.tokens, self.seconds))
+        if type(self.step) is not int or self.step < 0 or not numbers or not isinstance(self.run, dict):
+            raise ValueError("not the progress of a run")
+
 
 class Weights(Protocol):
     """What of a model a checkpoint holds."""
@@ -135,12 +141,15 @@ def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.opti
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); {OLDER}") from None
-    torch.set_rng_state(state.pop("rng"))
-    data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
     try:
+        random = state.pop("rng")
+        data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
         load_state_tensors(optimizer, model, state)
+        torch.set_rng_state(random)
     except KeyError as error:
         raise DamagedCheckpoint(f"{path}: state of an unknown parameter {error}; {OLDER}") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); {OLDER}") from None
     return data
 
 
@@ -149,7 +158,7 @@ def read_progress(folder: Path) -> Progress:
     path = folder / "training" / "progress.json"
     try:
         return Progress(**json.loads(path.read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error}); {OLDER}") from None
 
 

@@ -132,9 +132,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl; a last line that was cut short is left out."""
     entries = []
     if path.is_file():
-        for line in path.read_text(encoding="utf8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                entries.append(json.loads(line))
-            except ValueError:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(entry, dict) and "step" in entry:
+                entries.append(entry)
     return entries

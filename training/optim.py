@@ -16,6 +16,7 @@ from training.muon import Muon
 KINDS = ("adamw", "adamw8bit", "paged_adamw8bit", "muon")
 # Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
 LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 NO_RATIOS: Mapping[str, float] = {}
 
 
@@ -129,7 +130,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_tensors`."""
+    """The inverse of `state_tensors`. Raises `KeyError` or `ValueError` for what is no state of these parameters."""
     parameters = dict(model.named_parameters())
     parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
@@ -140,6 +141,10 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         else:
             # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
             counter = value.dim() == 0 and not value.is_floating_point()
+            if (key in (*MOMENTS, "momentum_buffer") and (value.shape != p.shape or value.dtype != p.dtype)) or (
+                key == "step" and value.numel() != 1
+            ):
+                raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
             optimizer.state[p][key] = int(value) if counter else value.to(p.device)
     for (parameter, key), held in parts.items():
         from torchao.optim.subclass_8bit import OptimState8bit
@@ -148,3 +153,6 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         p = parameters[parameter]
         state = OptimState8bit(held["codes"], held["scale"], held["qmap"], signed=key == "exp_avg")
         optimizer.state[p][key] = state.view(p.shape)
+    for state in optimizer.state.values():
+        if not {*MOMENTS, "step"} <= {*state} and ({*MOMENTS} & {*state} or {*state} == {"step"}):
+            raise ValueError(f"a parameter with {', '.join(sorted(state))} alone")

@@ -23,7 +23,8 @@ WORDS = tuple(struct.pack("<Q", word) for word in (0, 1, 2**31, 2**40, 2**63 - 1
 DEEP = "@deep@"  # stands for lists in lists, which no Python value can hold
 VALUES = (
     None, True, False, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), -0.5, "", "0", "x",
-    "x" * 10_000, "\0", "\ud800", "../../outside", "/etc/passwd", "\x1b[2J", "</s>", "a\nb", DEEP, [], {}, [None], [[]], {"": None},
+    "x" * 10_000,
+    "\0", "\ud800", "../../outside", "/etc/passwd", "\x1b[2J", "</s>", "a\nb", DEEP, [], {}, [None], [[]], {"": None},
     {"a": {"b": []}}, [1, "two", None],
 )  # fmt: skip
 
