@@ -137,7 +137,7 @@ def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> Suite:
     """Documents of several lengths, the last one longer than a window."""
     lines = [f"{item.question} {item.choices[item.answer]}" for items in subjects.values() for item in items]
     texts = [*lines[:20], "\n".join(lines[20:60]), "\n".join(lines * 3)]
-    write_lines(folder / "texts.jsonl", [{"text": text} for text in texts])
+    write_lines(folder / "texts.jsonl", [{"text": text} for text in texts if text])
     task = {
         "task": "texts",
         "dataset_path": "json",
