@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
@@ -16,7 +16,6 @@ from LMConfig import LMConfig
 from text.registry import REGISTRY
 from training.optim import OptimSettings
 from training.ranks import DistSettings
-from training.resume import Resume
 from training.schedule import Schedule
 
 
@@ -55,7 +54,7 @@ class StageSettings:
     """
 
     out: str
-    resume: Resume = False
+    resume: bool | Literal["last-good"] = False
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
