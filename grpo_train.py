@@ -25,7 +25,7 @@ from training.trainer import Trainer
 
 
 @dataclass(kw_only=True)
-class GRPOSettings(RolloutSettings, StageSettings):
+class GRPOSettings(StageSettings, RolloutSettings):
     """Settings of reinforcement learning. A step has prompts * group rows, whatever batch_tokens says.
 
     Args:

@@ -180,3 +180,24 @@ def test_a_function_is_called_with_the_command_line():
     assert seen == {"ckpt": "c", "json": True, "window": 8}
     with pytest.raises(UserError, match="ckpt"):
         call(function, "", ["--window", "8"])
+
+
+@pytest.mark.parametrize(
+    "kind", [PretrainSettings, SFTSettings, LoraSFTSettings, DPOSettings, GRPOSettings, DistillSettings]
+)
+def test_every_stage_takes_settings_within_settings_and_each_way_to_resume(kind):
+    given = {"out": "o", "data": "d", "ckpt": "c"} | ({"teacher": "t"} if kind is DistillSettings else {})
+    base = [part for name, value in given.items() for part in (f"--{name}", value)]
+    settings = parse(kind, "", [*base, "--optim.lr", "0.5", "--dist.timeout", "7", "--dist.check_every", "3"])
+    assert (settings.optim.lr, settings.dist.timeout, settings.dist.check_every) == (0.5, 7.0, 3)
+    ways = {(): False, ("--resume",): True, ("--resume", "true"): True, ("--resume", "false"): False}
+    for words, meaning in {**ways, ("--resume", "last-good"): "last-good"}.items():
+        assert parse(kind, "", [*base, *words]).resume == meaning
+    for wrong in (
+        ["--resume", "lastgood"],
+        ["--dist.timeout", "0"],
+        ["--dist.check_every", "-1"],
+        ["--max_skipped", "0"],
+    ):
+        with pytest.raises(UserError):
+            parse(kind, "", [*base, *wrong])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
@@ -18,7 +18,6 @@ from text.registry import REGISTRY
 from text.yaml_file import read_yaml
 from training.optim import OptimSettings
 from training.ranks import DistSettings
-from training.resume import Resume
 from training.schedule import Schedule
 
 
@@ -57,7 +56,7 @@ class StageSettings:
     """
 
     out: str
-    resume: Resume = False
+    resume: bool | Literal["last-good"] = False
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
