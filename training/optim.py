@@ -117,9 +117,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         else:
             # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
             counter = value.dim() == 0 and not value.is_floating_point()
-            if (key in MOMENTS and (value.shape != p.shape or value.dtype != p.dtype)) or (
-                key == "step" and value.numel() != 1
-            ):
+            wanted = (p.shape, p.dtype) if key in MOMENTS else (value.shape, value.dtype)
+            if (value.shape, value.dtype) != wanted or (key == "step" and value.numel() != 1):
                 raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
             optimizer.state[p][key] = int(value) if counter else value.to(p.device)
     for (parameter, key), held in parts.items():
