@@ -11,6 +11,7 @@ from eval.answering import Answerer
 from eval.opened_model import Choices, Window, batches, name_of, padded, rounded
 from model.cache import LatentCache, cache_dtype
 from model.generate import generate
+from model.sampling import Sampling
 from model.transformer import logits
 from text.chat_template import Message, encode_chat
 from training.losses import IGNORE, token_losses
@@ -138,9 +139,8 @@ class OwnModel:
     def reply(
         self, prompts: Sequence[Sequence[Message] | str], max_new_tokens: int, temperature: float, seed: int
     ) -> list[str]:
-        sampling = {"temperature": temperature, **({"seed": seed} if temperature else {})}
         if not isinstance(prompts[0], str):
-            return self.answerer.reply(prompts, max_new_tokens, **sampling)
+            return self.answerer.reply(prompts, max_new_tokens, Sampling(temperature=temperature), seed)
         tokenizer, device = self.answerer.tokenizer, self.answerer.device
         # An empty text has nothing to be continued: it follows the end of another.
         encoded = [tokenizer.encode(text) or [tokenizer.eos_id] for text in prompts]
@@ -151,7 +151,8 @@ class OwnModel:
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_id,
             attention_mask=padded([[1] * len(ids) for ids in encoded], width, 0, left=True).to(device),
-            **sampling,
+            temperature=temperature,
+            seed=seed if temperature else None,
         )
         texts = []
         for row in out[:, width:].tolist():

@@ -141,9 +141,9 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         else:
             # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
             counter = value.dim() == 0 and not value.is_floating_point()
-            if (key in (*MOMENTS, "momentum_buffer") and (value.shape != p.shape or value.dtype != p.dtype)) or (
-                key == "step" and value.numel() != 1
-            ):
+            moment = key in (*MOMENTS, "momentum_buffer")
+            wanted = (p.shape, p.dtype) if moment else (value.shape, value.dtype)
+            if (value.shape, value.dtype) != wanted or (key == "step" and value.numel() != 1):
                 raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
             optimizer.state[p][key] = int(value) if counter else value.to(p.device)
     for (parameter, key), held in parts.items():
