@@ -13,17 +13,18 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
-# A step waits for the device where the host needs a number of it: how many labels the gradients are divided by, and
-# what is logged. Ragged data waits once more a pass: how many segments, how many answers there are.
-LABELS, LOGGED = "training/trainer.py: count = max(labels.item(), 1)", "training/trainer.py: means.pop("
+# A step waits for the device where the host needs a number of it: how many labels the gradients are divided by,
+# whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many segments, how many answers there are.
+LABELS, LOGGED = "training/trainer.py: count = max(labels.item(), 1)", "training/trainer.py: return StepResult("
+FINITE = "training/trainer.py: means, norm = tally.means(count), norm.item()"
 MEANS, SEGMENTS = "training/tally.py: name: value.item()", "model/attention.py: starts = new.flatten().nonzero()"
 ANSWERS, TEACHER = "training/log_probs.py: places = ", "training/teacher.py: places = "
 COMPARED = "training/distillation.py: places = "
 WAITS = {
     "moe_layer": (),
-    "training_step": (MEANS, LABELS, LOGGED),
-    "packed_step": (SEGMENTS, MEANS, LABELS, LOGGED),
-    "recomputed_step": (MEANS, LABELS, LOGGED),
+    "training_step": (MEANS, LABELS, FINITE, LOGGED),
+    "packed_step": (SEGMENTS, MEANS, LABELS, FINITE, LOGGED),
+    "recomputed_step": (MEANS, LABELS, FINITE, LOGGED),
     "policy_loss": (ANSWERS,),
     "preference_loss": (SEGMENTS, ANSWERS),
     "distillation_loss": (COMPARED, TEACHER),
