@@ -14,7 +14,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
 # A step waits for the device where the host needs a number of it: how many labels the gradients are divided by,
-# whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many segments, how many answers there are.
+# whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many segments, how
+# many answers there are.
 LABELS, LOGGED = "training/trainer.py: count = max(labels.item(), 1)", "training/trainer.py: return StepResult("
 FINITE = "training/trainer.py: means, norm = tally.means(count), norm.item()"
 MEANS, SEGMENTS = "training/tally.py: name: value.item()", "model/attention.py: starts = new.flatten().nonzero()"
