@@ -60,11 +60,15 @@ lint: $(VENV)/installed-dev
 # Each bench measures in turn and writes what it found; summary.py makes one table and one picture of them.
 BENCH := out/bench
 bench: $(VENV)/installed-dev
-	$(RUN) bench/train_step.py --json $(BENCH)/train-bf16.json
-	$(RUN) bench/train_step.py --dtype fp32 --json $(BENCH)/train-fp32.json
-	$(RUN) bench/decode.py --json $(BENCH)/decode.json
-	$(RUN) bench/decode.py --batch 16 --prompt 1024 --new 16 --peers eager --rounds 3 --json $(BENCH)/decode-many.json
-	$(RUN) bench/shard_corpus.py --megabytes 300 --folder $(BENCH)/shards --json $(BENCH)/data.json
+	$(RUN) bench/train_step.py --rounds 4 --json $(BENCH)/1-train-bf16.json
+	$(RUN) bench/train_step.py --dtype fp32 --rounds 3 --peers eager --json $(BENCH)/2-train-fp32.json
+	$(RUN) bench/decode.py --peers eager grouped_mm --json $(BENCH)/3-decode.json
+	$(RUN) bench/decode.py --batch 16 --prompt 1024 --new 16 --peers eager --rounds 3 --json $(BENCH)/4-decode-many.json
+	$(RUN) bench/batching.py --peers "lock step" eager --requests 64 --slots 16 --rounds 3 --json $(BENCH)/5-batching.json
+	$(RUN) bench/experts.py --rounds 3 --json $(BENCH)/6-experts.json
+	$(RUN) bench/shard_corpus.py --megabytes 300 --folder $(BENCH)/shards --json $(BENCH)/7-data.json
+	@if test -d $(OUT)/pretrain/final; then $(RUN) bench/speculative.py --ckpt $(OUT)/pretrain/final --file $(WORLD)/heldout.txt \
+	    --prompt 16 --json $(BENCH)/8-speculative.json; else echo "no drafts measured: make demo trains a model that has an MTP layer"; fi
 	$(RUN) bench/summary.py $(BENCH)
 
 clean-demo:
