@@ -203,7 +203,7 @@ def test_damaged_training_state_is_named_in_one_line(name, damage, sitting):
 
 def test_the_state_of_another_model_is_refused(sitting, tiny_model):
     other = tiny_model(first_k_dense_replace=3)
-    with pytest.raises(DamagedCheckpoint, match="state of an unknown parameter|does not fit the model"):
+    with pytest.raises(DamagedCheckpoint, match=r"state of an unknown parameter|does not fit the model"):
         load_training_state(sitting.out / "step-1", other, build_optimizer(other, OptimSettings()))
 
 
