@@ -64,7 +64,7 @@ def _parquet_batches(file: DataFile) -> Iterator[tuple[pyarrow.RecordBatch, int]
                 yield batch, line
                 line += batch.num_rows
                 file.position = size * (line - 1) // rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second: the name of a column
         raise _damaged(error) from error
 
 
@@ -85,7 +85,7 @@ def _arrow_batches(file: DataFile) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
                     yield batch.slice(start, ROWS_AT_ONCE), line + start
                 line += batch.num_rows
                 file.position = source.tell()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second: the name of a column
         raise _damaged(error) from error
 
 
