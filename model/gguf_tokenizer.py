@@ -40,6 +40,14 @@ class GGUFTokenizer:
         Raises:
             UserError: no tokenizer, or one that splits text in another way than llama.cpp's "qwen2".
         """
+        try:
+            return cls._of(folder, vocab_size)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            path = folder / "tokenizer.json"
+            raise UserError(f"{path}: is none that this project wrote ({error!r}); restore the file") from error
+
+    @classmethod
+    def _of(cls, folder: Path, vocab_size: int) -> GGUFTokenizer:
         path = folder / "tokenizer.json"
         content, settings = _read(path), _read(folder / "tokenizer_config.json")
         remedy = "convert this folder with llama.cpp's own convert_hf_to_gguf.py"

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -98,6 +99,21 @@ def test_an_arrow_file_is_read_like_a_stream(tmp_path: Path) -> None:
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=3)
     assert read(tmp_path / "a.arrow")[0] == list(zip(TEXTS, [1, 2, 3, 4], strict=True))
+
+
+def test_an_arrow_file_that_points_outside_of_itself_is_refused(tmp_path: Path) -> None:
+    """pyarrow would read memory that is not its own, and take the program with it."""
+    text = pa.array(["one", "two"])
+    lists, objects = pa.array([["a"], ["b"]]), pa.StructArray.from_arrays([text], ["a"])
+    for number, (column, offsets) in enumerate(((text, [0, 3, 6]), (lists, [0, 1, 2]), (objects, [0, 3, 6]))):
+        file = tmp_path / f"{number}.arrow"
+        batch = pa.RecordBatch.from_arrays([column, pa.array(["x", "y"])], ["a", "text"])
+        with pa.ipc.new_stream(str(file), batch.schema) as writer:
+            writer.write_batch(batch)
+        content, sound = file.read_bytes(), np.array(offsets, np.int32).tobytes()
+        assert sound in content
+        file.write_bytes(content.replace(sound, np.array([0, 1 << 29, 1 << 30], np.int32).tobytes()))
+        assert "damaged" in stop(file)
 
 
 def test_plain_text_is_parted_at_blank_lines_and_at_a_length(tmp_path: Path) -> None:

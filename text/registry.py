@@ -198,9 +198,7 @@ class Registry:
 
 def _layout(place: str, entry: Mapping[str, Any]) -> Layout:
     name, columns, tags = entry.get("format", ""), entry.get("columns") or {}, entry.get("tags") or {}
-    for key, names in (("columns", columns), ("tags", tags)):
-        if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
-            raise UserError(f"{place}: {key} must name one thing each, as in {{prompt: question, response: reply}}")
+    _check_names(place, columns, tags)
     if name:
         _check_known(place, "format", [name], FORMATS)
         _check_known(place, f"column of {name}", columns, FORMATS[name].columns)
@@ -208,6 +206,12 @@ def _layout(place: str, entry: Mapping[str, Any]) -> Layout:
         raise UserError(f"{place}: columns say nothing without a format; give one of {', '.join(FORMATS)}")
     _check_known(place, "tag", tags, TAGS)
     return Layout(name, columns, tags)
+
+
+def _check_names(place: str, columns: Any, tags: Any) -> None:
+    for key, names in (("columns", columns), ("tags", tags)):
+        if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
+            raise UserError(f"{place}: {key} must name one thing each, as in {{prompt: question, response: reply}}")
 
 
 def _number(place: str, entry: Mapping[str, Any], key: str, default: Any, kind: Any, above: int) -> Any:
@@ -224,7 +228,8 @@ def _from_llama_factory(place: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     _check_known(place, "key", entry, LLAMA_FACTORY_KEYS)
     if not entry.get("hf_hub_url") and not entry.get("file_name"):
         raise UserError(f"{place}: has neither hf_hub_url nor file_name; download the data and give its file_name")
-    columns, tags = dict(entry.get("columns") or {}), entry.get("tags") or {}
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    _check_names(place, columns, tags)
     for role in ("images", "videos", "audios", "kto_tag"):
         if role in columns:
             raise UserError(f"{place}: has {role}, which no stage of this project reads; name a data set of text pairs")

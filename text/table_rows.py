@@ -64,7 +64,7 @@ def _parquet_batches(file: DataFile) -> Iterator[tuple[pyarrow.RecordBatch, int]
                 yield batch, line
                 line += batch.num_rows
                 file.position = size * (line - 1) // rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second: the name of a column
         raise _damaged(error) from error
 
 
@@ -77,14 +77,41 @@ def _arrow_batches(file: DataFile) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
         with pyarrow.OSFile(str(file.path)) as source:
             line = 1
             for batch in _record_batches(source):
+                for column in batch.columns:
+                    _check_places(column)
                 if file.column is not None and file.column not in batch.schema.names:
                     raise file.no_column(batch.schema.names, None)
                 for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                     yield batch.slice(start, ROWS_AT_ONCE), line + start
                 line += batch.num_rows
                 file.position = source.tell()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second: the name of a column
         raise _damaged(error) from error
+
+
+def _check_places(array: pyarrow.Array) -> None:
+    """Raises `ArrowInvalid` where values would lie outside of what was read: pyarrow itself trusts a file.
+
+    Text is taken as bytes, so that one value that is not UTF-8 costs no more than its row.
+    """
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_struct(array.type):
+        array.validate()
+        for number in range(array.type.num_fields):
+            _check_places(array.field(number))
+    elif types.is_list(array.type) or types.is_large_list(array.type):
+        array.validate()
+        offsets = array.offsets.to_numpy()
+        if (offsets[1:] < offsets[:-1]).any():
+            raise pyarrow.ArrowInvalid("a list that ends before it begins")
+        _check_places(array.values)
+    elif types.is_string(array.type) or types.is_large_string(array.type):
+        binary = pyarrow.binary() if types.is_string(array.type) else pyarrow.large_binary()
+        array.view(binary).validate(full=True)
+    else:
+        array.validate(full=True)
 
 
 def _record_batches(source: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:

@@ -16,9 +16,11 @@ DEEPEST = 100
 
 
 def read_yaml(file: Path) -> Any:
-    """The content of a file. Raises `UserError` for one that is not YAML, or with aliases that blow it up."""
+    """The content of a file. Raises `UserError` for one that is not there, not YAML, or blown up by aliases."""
     try:
         return parse_yaml(file, file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; check the path") from error
     except ValueError as error:  # bytes that are not UTF-8, or NUL in the name
         raise UserError(f"{file}: cannot be read ({error}); write it in UTF-8") from error
 
