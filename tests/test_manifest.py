@@ -85,7 +85,16 @@ def test_a_checkpoint_from_before_there_were_checksums_is_taken(trained, make):
     assert make(max_steps=8, save_every=2, resume=True).run() == trained.out / "final"
 
 
-def test_a_manifest_that_is_no_manifest_is_damage(trained):
-    (trained.out / "step-6" / MANIFEST).write_text("[1, 2]")
+NO_MANIFESTS = [
+    "[1, 2]",
+    "[" * 30_000,
+    '{"../other": {"bytes": 1, "xxh3_128": ""}}',
+    '{"/etc/passwd": {"bytes": 1, "xxh3_128": ""}}',
+]
+
+
+@pytest.mark.parametrize("content", NO_MANIFESTS, ids=["list", "deep", "parent", "absolute"])
+def test_a_manifest_that_is_no_manifest_is_damage(trained, content):
+    (trained.out / "step-6" / MANIFEST).write_text(content)
     with pytest.raises(DamagedCheckpoint, match=r"manifest\.json: cannot be read"):
         verify(trained.out / "step-6")

@@ -48,7 +48,8 @@ class Progress:
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
         numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in (self.tokens, self.seconds))
-        if type(self.step) is not int or self.step < 0 or not numbers or not isinstance(self.run, dict):
+        counts = all(type(value) is int and value >= 0 for value in (self.step, self.skipped))
+        if not counts or not numbers or not isinstance(self.run, dict):
             raise ValueError("not the progress of a run")
 
 

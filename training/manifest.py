@@ -30,10 +30,12 @@ def verify(folder: Path) -> None:
     try:
         files = json.loads(path.read_text(encoding="utf8"))
         saved = {str(name): (int(facts["bytes"]), str(facts["xxh3_128"])) for name, facts in files.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
     for name, (size, checksum) in saved.items():
         file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedCheckpoint(f"{path}: cannot be read ({name!r} is not in the folder)")
         try:
             if file.stat().st_size != size:
                 raise DamagedCheckpoint(
