@@ -86,7 +86,7 @@ def work(options: argparse.Namespace) -> None:
             (continuous if options.worker == "ours" else waiting)()
         return {"tokens/s": sum(wanted) / (time.perf_counter() - start)}
 
-    serve(measure, warm_up=1)
+    serve(measure, torch.device("cpu"), warm_up=1)
 
 
 if __name__ == "__main__":

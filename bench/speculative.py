@@ -89,7 +89,7 @@ def work(options: argparse.Namespace) -> None:
             result |= {"tokens a pass": 1 + kept / len(passes), "drafts kept": kept / drafted}
         return result
 
-    serve(measure)
+    serve(measure, torch.device("cpu"))
 
 
 def prompts(tokenizer: Tokenizer, file: Path, count: int, length: int) -> list[torch.Tensor]:
