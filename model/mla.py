@@ -9,6 +9,7 @@ from LMConfig import LMConfig
 from model.attention import Visibility, attend, pick
 from model.cache import Cache, LatentCache
 from model.norm import RMSNorm
+from model.products import Linear
 from model.rope import rotate, softmax_scale
 
 # Up to this many new positions the absorbed form reads the latents as they are; beyond, expanding them once is cheaper.
@@ -31,16 +32,16 @@ class MultiHeadLatentAttention(nn.Module):
         hidden, bias = config.hidden_size, config.attention_bias
         query_size = self.heads * config.qk_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_size, bias=False)
+            self.q_proj = Linear(hidden, query_size, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)  # W^DQ
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)  # W^DQ
             # The inner norms keep eps 1e-6 whatever rms_norm_eps says, as in the released code.
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=1e-6)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)  # W^UQ and W^QR
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=bias)  # W^DKV and W^KR
+            self.q_b_proj = Linear(config.q_lora_rank, query_size, bias=False)  # W^UQ and W^QR
+        self.kv_a_proj_with_mqa = Linear(hidden, self.rank + self.rope, bias=bias)  # W^DKV and W^KR
         self.kv_a_layernorm = RMSNorm(self.rank, eps=1e-6)
-        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)  # W^UK and W^UV
-        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
+        self.kv_b_proj = Linear(self.rank, self.heads * (self.nope + self.value), bias=False)  # W^UK and W^UV
+        self.o_proj = Linear(self.heads * self.value, hidden, bias=bias)
 
     def forward(
         self,
@@ -85,7 +86,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         A cache keeps them for its life. The module does not: a fused optimiser changes weights unnoticed.
         """
-        if type(self.kv_b_proj) is nn.Linear:
+        if type(self.kv_b_proj) is Linear:
             weight = self.kv_b_proj.weight
         else:  # packed, or with an adapter around it: what it makes of each unit of the latent
             weight = self.kv_b_proj(torch.eye(self.rank, device=self.kv_a_layernorm.weight.device)).t()

@@ -12,6 +12,7 @@ from LMConfig import LMConfig
 from model import fused
 from model.experts import Experts
 from model.norm import Float32Buffers, float32_only
+from model.products import Linear
 
 
 class SwiGLU(nn.Module):
@@ -19,9 +20,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = Linear(hidden, inner, bias=False)
+        self.up_proj = Linear(hidden, inner, bias=False)
+        self.down_proj = Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden) -> (..., hidden)."""

@@ -11,6 +11,7 @@ from model.cache import LatentCache
 from model.layer import DecoderLayer
 from model.moe import Routing
 from model.norm import RMSNorm
+from model.products import Linear
 
 
 class SharedHead(nn.Module):
@@ -31,7 +32,7 @@ class MTPLayer(DecoderLayer):
         super().__init__(config, layer)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)  # M_k
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)  # M_k
         self.shared_head = SharedHead(config)
 
     def join(self, hidden_BTD: Tensor, embedding_BTD: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
 from model.mtp import MTPLayer, SharedHead
 from model.norm import RMSNorm
+from model.products import Linear
 
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
 SOURCE = Path(__file__).with_name("decode.c")
@@ -177,7 +178,7 @@ def build(dtype: torch.dtype, fine: torch.dtype) -> Path:
 def _plain(layers: Sequence[DecoderLayer]) -> bool:
     """Every module is ours and unhooked, the weights of types that decode.c reads; and decode.c was compiled."""
     ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
-    ours |= {Experts, Router, RMSNorm, nn.Linear}
+    ours |= {Experts, Router, RMSNorm, Linear}
     for module in (module for layer in layers for module in layer.modules()):
         if type(module) not in ours or module._forward_hooks or module._forward_pre_hooks:
             return False

@@ -9,6 +9,7 @@ from errors import UserError
 from model import MiniDeepSeek
 from model.experts import Experts
 from model.packed import Int8Weight, NF4Weight, Packed, PackedLinear
+from model.products import Linear
 
 BASES = ("auto", "int8", "nf4")
 
@@ -25,7 +26,7 @@ def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:
     Norms and routers keep float32, and what is trained stays as it is. Embedding and head are never packed.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Embedding, Experts)) or type(module) is nn.Linear:
+        if isinstance(module, (nn.Embedding, Experts)) or type(module) in (nn.Linear, Linear):
             trained = any(parameter.requires_grad for parameter in module.parameters())
             if trained:
                 continue

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.products import product
 from model.transformer import Output
 from training.chunks import chunks
 from training.tally import Metric
@@ -47,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counted = labels_N[part] != IGNORE
             target = labels_N[part].clamp(min=0).unsqueeze(1)
             # Normalised in float32 inside the kernel; in bfloat16 what leaves it is rounded, as its gradient is anyway.
-            p = (hidden_ND[part] @ weight.t()).softmax(-1)
+            p = product(hidden_ND[part], weight).softmax(-1)
             nll = -p.gather(1, target).float().clamp(min=torch.finfo(torch.float32).tiny).log()
             total += (nll.squeeze(1) * counted).sum()
             if with_grad:
@@ -55,9 +56,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p[torch.arange(p.shape[0], device=p.device), target.squeeze(1)] -= 1  # scatter_add_ would copy all of p
                 # Labels that do not count are struck out where rows are narrow: in h and in its gradient.
                 kept = counted.unsqueeze(1).to(weight.dtype)
-                torch.mul(p @ weight, kept, out=grad_hidden[part])
+                torch.mul(product(p, weight.t()), kept, out=grad_hidden[part])
                 if trains_head:
-                    grad_head += p.t() @ (hidden_ND[part] * kept)
+                    grad_head += product(p.t(), (hidden_ND[part] * kept).t())
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_VD.dtype
         return total

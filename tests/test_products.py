@@ -1,0 +1,79 @@
+"""Products by oneDNN equal torch's own, and are asked for only where they pay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from LMConfig import LMConfig
+from model import MiniDeepSeek, products
+from training.losses import NextTokenLoss
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch):
+    """`on(True)`: as on a processor that is not Intel's; `on(False)`: as on one of Intel's."""
+    return lambda here: monkeypatch.setattr(products, "_not_intel", lambda: here)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_and_its_gradients_are_those_of_float64(bias: bool, on) -> None:
+    on(True)
+    layer = products.Linear(48, 80, bias=bias)
+    x, grad = numbers(3, 50, 48).requires_grad_(), numbers(3, 50, 80, seed=1)
+    assert products.faster(x)
+    out = layer(x)
+    out.backward(grad)
+    exact = x.detach().double().requires_grad_()
+    weight = layer.weight.detach().double().requires_grad_()
+    wanted = F.linear(exact, weight, layer.bias.detach().double() if bias else None)
+    wanted.backward(grad.double())
+    for got, true in ((out, wanted), (x.grad, exact.grad), (layer.weight.grad, weight.grad)):
+        assert (got.double() - true).norm() < 1e-6 * true.norm()
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, grad.sum((0, 1)))
+
+
+def test_products_of_parts_and_transposes_are_right(on) -> None:
+    on(True)
+    a, b = numbers(300, 96), numbers(70, 200, seed=1)
+    for left, right in ((a[100:228, :64], b[:, :64]), (a.t()[:, :200], b[:, :200]), (a[:, ::2], b[:, :48])):
+        wanted = left.double() @ right.double().t()
+        assert (products.product(left, right).double() - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_a_training_step_has_the_same_loss_and_gradients_either_way(on) -> None:
+    config = LMConfig.preset("demo", num_hidden_layers=3, vocab_size=300, n_routed_experts=4, n_group=1, topk_group=1)
+    tokens = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(0))
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model = MiniDeepSeek(config)
+        total, count, _ = NextTokenLoss()(model, {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]})
+        (total / count).backward()
+        return total.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    on(True)
+    loss, gradients = step()
+    on(False)
+    plain, wanted = step()
+    torch.testing.assert_close(loss, plain)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_they_are_asked_for_where_they_pay(on) -> None:
+    on(True)
+    x = numbers(64, 32)
+    assert products.faster(x)
+    assert not products.faster(x[:63])
+    assert not products.faster(x.bfloat16()) and not products.faster(x.double()) and not products.faster(x.to("meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not products.faster(x)
+    on(False)
+    assert not products.faster(x)
