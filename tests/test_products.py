@@ -77,3 +77,22 @@ def test_they_are_asked_for_where_they_pay(on) -> None:
         assert not products.faster(x)
     on(False)
     assert not products.faster(x)
+
+
+def test_a_part_of_something_wider_is_no_slow_case(on) -> None:
+    """oneDNN would compute it by a reference loop; what it is given must be dense."""
+    on(True)
+    given = []
+    real = torch.ops.mkldnn._linear_pointwise
+
+    class Watched:
+        def _linear_pointwise(self, a: torch.Tensor, b: torch.Tensor, *rest: object) -> torch.Tensor:
+            given.append(b)
+            return real(a, b, *rest)
+
+    wide = numbers(64, 160)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops, "mkldnn", Watched())
+        out = products.product(numbers(70, 64), wide[:, :128].t())
+    assert len(given) == 1 and (given[0].is_contiguous() or given[0].t().is_contiguous())
+    torch.testing.assert_close(out, numbers(70, 64) @ wide[:, :128])
