@@ -115,7 +115,9 @@ class Snapshot:
             os.replace(temporary, folder)
             _flush(folder.parent)
             shutil.rmtree(before, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError):
+            if not folder.parent.is_dir():  # while it was written, too
+                error = FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(folder.parent))
             shutil.rmtree(temporary, ignore_errors=True)
             kept = newest(folder.parent)
             safe = f"the checkpoint before it is intact: {kept}" if kept else "no checkpoint was there before"
