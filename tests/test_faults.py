@@ -72,7 +72,12 @@ def test_a_write_that_the_kernel_refuses_ends_in_one_line_and_code_2(make, tmp_p
 
 def test_a_run_folder_that_vanishes_is_not_made_anew(make, tmp_path):
     """What was mounted there is gone, and the disk below it is not where checkpoints belong."""
-    trainer = make(dataset=at_step(3, lambda: shutil.rmtree(tmp_path / "run")), save_every=2, max_steps=6)
+
+    def vanish() -> None:
+        trainer.saver.wait()
+        shutil.rmtree(tmp_path / "run")
+
+    trainer = make(dataset=at_step(3, vanish), save_every=2, max_steps=6)
     with pytest.raises(UserError, match=r"could not be saved .*vanished.*bring the folder back and use --resume"):
         trainer.run()
     assert not (tmp_path / "run").exists()

@@ -115,13 +115,14 @@ class Snapshot:
             os.replace(temporary, folder)
             _flush(folder.parent)
             shutil.rmtree(before, ignore_errors=True)
-        except (OSError, SafetensorError):
-            if not folder.parent.is_dir():  # while it was written, too
-                error = FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(folder.parent))
+        except (OSError, SafetensorError) as error:
+            cause: Exception = error
+            if not folder.parent.is_dir():  # it vanished while this was written
+                cause = FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(folder.parent))
             shutil.rmtree(temporary, ignore_errors=True)
             kept = newest(folder.parent)
             safe = f"the checkpoint before it is intact: {kept}" if kept else "no checkpoint was there before"
-            raise UserError(f"{folder}: could not be saved ({error}); {safe}; {_remedy(error)}") from None
+            raise UserError(f"{folder}: could not be saved ({cause}); {safe}; {_remedy(cause)}") from None
 
 
 def save_checkpoint(
