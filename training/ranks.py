@@ -69,8 +69,9 @@ class Ranks:
         if world > 1 and not dist.is_initialized():
             # Objects and checkpoints travel through CPU memory on a GPU machine too.
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        return cls(int(os.environ.get("RANK", "0")), world, place)
+            wait = timedelta(seconds=timeout)
+            dist.init_process_group(backend, store=_store(world, wait), rank=_rank(), world_size=world, timeout=wait)
+        return cls(_rank(), world, place)
 
     @property
     def main(self) -> bool:
@@ -159,12 +160,12 @@ class Ranks:
         """
         if self.world == 1:
             return model
-        # Every rank computes the same router bias from summed loads; broadcasting buffers would only cost time.
+        # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(
             model,
             device_ids=ids,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
             find_unused_parameters=some_rest,
         )
@@ -177,3 +178,21 @@ class Ranks:
         """Leave the group."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _store(world: int, timeout: timedelta) -> dist.Store:
+    """Where ranks leave their addresses for one another, in a room of its own for each attempt of torchrun.
+
+    torchrun --max-restarts keeps one store for all attempts: a rank that looks up another before that one has come
+    back would call at the address of the process that died. The number of the attempt is common to the ranks of one
+    node only, so that several nodes share the one room as torch has it.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world:
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
