@@ -57,8 +57,11 @@ chaos: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# Each bench measures in turn and writes what it found; summary.py makes one table and one picture of them.
+# Each bench measures in turn and writes what it found; summary.py makes one table and one picture of them. Two peers are not among the
+# requirements: GSM8K=gsm8k_train.jsonl measures GRPO beside trl, MINIMIND=DIR races its checkout on DATA for half an hour.
 BENCH := out/bench
+GSM8K ?=
+MINIMIND ?=
 bench: $(VENV)/installed-dev
 	$(RUN) bench/train_step.py --rounds 4 --json $(BENCH)/1-train-bf16.json
 	$(RUN) bench/train_step.py --dtype fp32 --rounds 3 --json $(BENCH)/2-train-fp32.json
@@ -66,9 +69,15 @@ bench: $(VENV)/installed-dev
 	$(RUN) bench/decode.py --batch 16 --prompt 1024 --new 16 --peers eager --rounds 3 --json $(BENCH)/4-decode-many.json
 	$(RUN) bench/batching.py --peers "lock step" eager --requests 64 --slots 16 --rounds 3 --json $(BENCH)/5-batching.json
 	$(RUN) bench/experts.py --rounds 3 --json $(BENCH)/6-experts.json
+	$(RUN) bench/experts.py --rounds 3 --rows 32 --json $(BENCH)/6-experts-32-rows.json
+	$(RUN) bench/experts.py --rounds 3 --split --json $(BENCH)/6-experts-split.json
 	$(RUN) bench/shard_corpus.py --megabytes 300 --folder $(BENCH)/shards --json $(BENCH)/7-data.json
 	@if test -d $(OUT)/pretrain/final; then $(RUN) bench/speculative.py --ckpt $(OUT)/pretrain/final --file $(WORLD)/heldout.txt \
 	    --prompt 16 --json $(BENCH)/8-speculative.json; else echo "no drafts measured: make demo trains a model that has an MTP layer"; fi
+	@if test -n "$(GSM8K)"; then $(RUN) bench/grpo.py --dtype bf16 --data $(GSM8K) --longest 256 --rounds 3 --json $(BENCH)/9-grpo.json; \
+	    else echo "trl not measured: pip install trl, then make bench GSM8K=gsm8k_train.jsonl"; fi
+	@if test -n "$(MINIMIND)"; then $(RUN) bench/race.py --data $(TEXT) --peer $(MINIMIND) --out $(BENCH)/race; \
+	    else echo "minimind not measured: make bench MINIMIND=its-checkout DATA=sequence_monkey.csv"; fi
 	$(RUN) bench/summary.py $(BENCH)
 
 clean-demo:
