@@ -58,10 +58,11 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 # Each bench measures in turn and writes what it found; summary.py makes one table and one picture of them. Two peers are not among the
-# requirements: GSM8K=gsm8k_train.jsonl measures GRPO beside trl, MINIMIND=DIR races its checkout on DATA for half an hour.
+# requirements: GSM8K=gsm8k_train.jsonl measures GRPO beside trl, MINIMIND=DIR races its checkout on RACE_DATA for half an hour.
 BENCH := out/bench
 GSM8K ?=
 MINIMIND ?=
+RACE_DATA ?= $(TEXT)
 bench: $(VENV)/installed-dev
 	$(RUN) bench/train_step.py --rounds 4 --json $(BENCH)/1-train-bf16.json
 	$(RUN) bench/train_step.py --dtype fp32 --rounds 3 --json $(BENCH)/2-train-fp32.json
@@ -76,8 +77,8 @@ bench: $(VENV)/installed-dev
 	    --prompt 16 --json $(BENCH)/8-speculative.json; else echo "no drafts measured: make demo trains a model that has an MTP layer"; fi
 	@if test -n "$(GSM8K)"; then $(RUN) bench/grpo.py --dtype bf16 --data $(GSM8K) --longest 256 --rounds 3 --json $(BENCH)/9-grpo.json; \
 	    else echo "trl not measured: pip install trl, then make bench GSM8K=gsm8k_train.jsonl"; fi
-	@if test -n "$(MINIMIND)"; then $(RUN) bench/race.py --data $(TEXT) --peer $(MINIMIND) --out $(BENCH)/race; \
-	    else echo "minimind not measured: make bench MINIMIND=its-checkout DATA=sequence_monkey.csv"; fi
+	@if test -n "$(MINIMIND)"; then $(RUN) bench/race.py --data $(RACE_DATA) --peer $(MINIMIND) --out $(BENCH)/race; \
+	    else echo "minimind not measured: make bench MINIMIND=its-checkout RACE_DATA=sequence_monkey.csv"; fi
 	$(RUN) bench/summary.py $(BENCH)
 
 clean-demo:
