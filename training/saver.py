@@ -26,6 +26,7 @@ class Saver:
         if background:
             self._stager = DefaultStager(StagingOptions(device.type == "cuda", False, False, False))
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+            _alone(self._thread)
         self._running: Future[None] | None = None
 
     def save(self, tensors: dict[str, Tensor], write: Write) -> None:
@@ -57,3 +58,16 @@ class Saver:
         if self._stager is not None and self._thread is not None:
             self._thread.shutdown()
             self._stager.close()
+
+
+def _alone(thread: ThreadPoolExecutor) -> None:
+    """Keep torch's operations in `thread` to that thread.
+
+    Otherwise its first one starts a team of threads of its own, which stays. Beside it OpenMP counts more threads than
+    cores, and no longer lets those of training wait for their next piece of work without going to sleep: small
+    operations of a step take twice as long from then on.
+    """
+    threads = torch.get_num_threads()
+    thread.submit(torch.get_num_threads).result()  # a thread takes the common number when it is first asked
+    thread.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(threads)  # the number that threads begin with is one for all
