@@ -242,35 +242,47 @@ INLINE __m512i add_pairs(__m512i sum, __m512i a, __m512i b) {
 #endif
 }
 
+// Codes i .. i + PAIRS of each row times those of the vectors; of the last ones, those that are `inside`.
+INLINE void add_codes(const int R, const int C, const int last, __mmask32 inside, __m512i sum[8][4 * PARTS],
+                      const void *const *w, const Vector *x, int64_t apart, int64_t i) {
+  __m512i column[4 * PARTS];
+  UNROLL for (int c = 0; c < C * PARTS; c++)
+    column[c] = _mm512_loadu_si512(x[c / PARTS].fixed + c % PARTS * apart + i);
+  UNROLL for (int r = 0; r < R; r++) {
+    const int8_t *codes = (const int8_t *)w[r] + i;
+    __m512i row = _mm512_cvtepi8_epi16(last ? _mm256_maskz_loadu_epi8(inside, codes)
+                                            : _mm256_loadu_si256((const __m256i *)codes));
+    UNROLL for (int c = 0; c < C * PARTS; c++) sum[r][c] = add_pairs(sum[r][c], row, column[c]);
+  }
+}
+
 // out[r][c] = codes w[r] . x[c] / step[c].
 INLINE void fixed_tile(const int R, const int C, const void *const *w, const Vector *x, int64_t n, float out[][4]) {
-  lanes sum[8][4];
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int c = 0; c < C; c++) sum[r][c] = (lanes){0};
-  for (int64_t i = 0; i < n;) {
-    __m512i whole[8][4 * PARTS];
+  for (int64_t first = 0; first < n; first += EXACT) {
+    int64_t i = first, end = first + EXACT < n ? first + EXACT : n;
+    __m512i sum[8][4 * PARTS];
     UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int c = 0; c < C * PARTS; c++) whole[r][c] = _mm512_setzero_si512();
-    for (int64_t end = i + EXACT < n ? i + EXACT : n; i < end; i += PAIRS) {
-      __m512i column[4 * PARTS];
-      UNROLL for (int c = 0; c < C * PARTS; c++)
-        column[c] = _mm512_loadu_si512(x[c / PARTS].fixed + c % PARTS * PADDED(n) + i);
-      __mmask32 inside = n - i < PAIRS ? (1u << (n - i)) - 1 : 0xffffffff;
+      UNROLL for (int c = 0; c < C * PARTS; c++) sum[r][c] = _mm512_setzero_si512();
+    for (; i + 2 * PAIRS <= end; i += 2 * PAIRS) {
+      UNROLL for (int r = 0; r < R; r++) __builtin_prefetch((const int8_t *)w[r] + CODES_AHEAD + i);
+      add_codes(R, C, 0, 0, sum, w, x, PADDED(n), i);
+      add_codes(R, C, 0, 0, sum, w, x, PADDED(n), i + PAIRS);
+    }
+    for (; i < end; i += PAIRS)
+      add_codes(R, C, 1, end - i < PAIRS ? (1u << (end - i)) - 1 : 0xffffffff, sum, w, x, PADDED(n), i);
+    UNROLL for (int c = 0; c < C; c++) {
+      lanes value[8];
+      float part[8][4];
       UNROLL for (int r = 0; r < R; r++) {
-        __m512i row = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(inside, (const int8_t *)w[r] + i));
-        __builtin_prefetch((const int8_t *)w[r] + CODES_AHEAD + i);
-        UNROLL for (int c = 0; c < C * PARTS; c++) whole[r][c] = add_pairs(whole[r][c], row, column[c]);
+        value[r] = (lanes)_mm512_cvtepi32_ps(sum[r][c * PARTS]);
+        if (PARTS == 2) value[r] += (lanes)_mm512_cvtepi32_ps(sum[r][c * PARTS + PARTS - 1]) * (1.0f / 32768);
+      }
+      UNROLL for (int r = 0; r < R; r += 4) {
+        four_totals(value[r], value[r + 1], value[r + 2], value[r + 3], part[r], 1);
+        for (int k = 0; k < 4; k++) out[r + k][c] = part[r][k] + (first ? out[r + k][c] : 0);
       }
     }
-    UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int c = 0; c < C; c++) {
-        sum[r][c] += (lanes)_mm512_cvtepi32_ps(whole[r][c * PARTS]);
-        if (PARTS == 2) sum[r][c] += (lanes)_mm512_cvtepi32_ps(whole[r][c * PARTS + PARTS - 1]) * (1.0f / 32768);
-      }
   }
-  UNROLL for (int c = 0; c < C; c++)
-    UNROLL for (int r = 0; r < R; r += 4)
-      four_totals(sum[r][c], sum[r + 1][c], sum[r + 2][c], sum[r + 3][c], &out[r][c], 4);
 }
 #endif
 
@@ -284,6 +296,9 @@ static void vectors(Vector *v, const float *x, int64_t count, int64_t n, Matrix 
   }
 }
 
+typedef float four[4];
+INLINE four *from_column(four *out, int c) { return (four *)&out[0][c]; }
+
 // ROWS rows by up to four vectors, as many at a time as there are registers. Not inlined: it is compiled once.
 static void __attribute__((noinline)) rows_by_vectors(int count, const Rows *rows, const Vector *x, int64_t n,
                                                       float out[ROWS][4]) {
@@ -296,20 +311,22 @@ static void __attribute__((noinline)) rows_by_vectors(int count, const Rows *row
     return;
   }
 #ifdef FIXED
-  if (count == 1) fixed_tile(8, 1, w, x, n, out);
 #if PARTS == 1
+  if (count == 1) fixed_tile(8, 1, w, x, n, out);
   else if (count == 2) fixed_tile(8, 2, w, x, n, out);
   else if (count == 3) fixed_tile(8, 3, w, x, n, out);
-#else
-  else if (count == 2) fixed_tile(4, 2, w, x, n, out), fixed_tile(4, 2, w + 4, x, n, out + 4);
-  else if (count == 3) fixed_tile(4, 3, w, x, n, out), fixed_tile(4, 3, w + 4, x, n, out + 4);
-#endif
   else fixed_tile(4, 4, w, x, n, out), fixed_tile(4, 4, w + 4, x, n, out + 4);
 #else
-  if (count == 1) tile(8, 1, 1, w, x, n, out);
-  else if (count == 2) tile(8, 2, 1, w, x, n, out);
-  else if (count == 3) tile(4, 3, 1, w, x, n, out), tile(4, 3, 1, w + 4, x, n, out + 4);
-  else tile(4, 4, 1, w, x, n, out), tile(4, 4, 1, w + 4, x, n, out + 4);
+  for (int c = 0; c < count; c += 2)
+    if (c + 1 == count) fixed_tile(8, 1, w, x + c, n, from_column(out, c));
+    else
+      fixed_tile(4, 2, w, x + c, n, from_column(out, c)), fixed_tile(4, 2, w + 4, x + c, n, from_column(out + 4, c));
+#endif
+#else
+  for (int c = 0; c < count; c += 2)
+    for (int r = 0; r < ROWS; r += 4)
+      if (c + 1 == count) tile(4, 1, 1, w + r, x + c, n, from_column(out + r, c));
+      else tile(4, 2, 1, w + r, x + c, n, from_column(out + r, c));
 #endif
   for (int r = 0; r < ROWS; r++)
     for (int c = 0; c < count; c++) out[r][c] *= rows->scale[r] * x[c].step;
