@@ -23,7 +23,7 @@ typedef weight fine;
 
 #define LANES 16
 #define AHEAD 4096  // weights are fetched so many before they are needed: half the time of a step, measured
-#define CODES_AHEAD 4096
+#define CODES_AHEAD 4096  // the same for codes
 typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef float lanes8 __attribute__((vector_size(LANES * 2)));
 typedef float lanes4 __attribute__((vector_size(LANES)));
