@@ -2,9 +2,9 @@
 //
 // Decoding is bound by reading the weights once and by the cost of starting each small product; here a step is one call.
 // Weights are read where they are, float32 or bfloat16 (-DBF16), those of norms and routers perhaps float32 beside
-// bfloat16 ones (-DFLOAT_NORMS), matrices also in 8 bits (rows.h). Arithmetic is float32, but where the processor multiplies bfloat16, what meets a
-// bfloat16 matrix is rounded to it as PyTorch's products do. The same mathematics as mla.py, moe.py and layer.py, which
-// say what each line is; tests hold the two equal.
+// bfloat16 ones (-DFLOAT_NORMS), matrices also in 8 bits (rows.h). Arithmetic is float32, but where the processor
+// multiplies bfloat16, what meets a bfloat16 matrix is rounded to it as PyTorch's products do. The same mathematics as
+// mla.py, moe.py and layer.py, which say what each line is; tests hold the two equal.
 //
 // N tokens = rows * time; token n is row n / time, at position held[n / time] + n % time of the cache.
 
