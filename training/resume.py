@@ -14,7 +14,7 @@ from errors import DamagedCheckpoint, UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.hf import save_state
-from training.checkpoint import OLDER, Progress, Weights, checkpoints, load_training_state, newest, read_progress
+from training.checkpoint import Progress, Weights, checkpoints, load_training_state, newest, read_progress
 from training.manifest import verify
 
 Resume = bool | Literal["last-good"]
@@ -46,9 +46,9 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
             break
         except DamagedCheckpoint as error:
             if resume != LAST_GOOD:
-                raise DamagedCheckpoint(f"{_problem(error)}; {_way_out(out, found)}") from None
+                raise DamagedCheckpoint(f"{error}; {_way_out(out, found)}") from None
             aside = _set_aside(found)
-            print(f"notice: {_problem(error)}; set aside as {aside}", file=sys.stderr)
+            print(f"notice: {error}; set aside as {aside}", file=sys.stderr)
     else:
         return None
     for name, value in run.items():
@@ -56,14 +56,10 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
     return found, progress
 
 
-def _problem(error: DamagedCheckpoint) -> str:
-    return str(error).removesuffix(f"; {OLDER}")
-
-
 def _way_out(out: Path, damaged: Path) -> str:
     older = [path for path in checkpoints(out) if path != damaged]
     if older:
-        return f"{OLDER}, {older[-1]}"
+        return f"--resume last-good goes on from the one before it, {older[-1]}"
     return "no older checkpoint is there; choose another --out to begin anew"
 
 
