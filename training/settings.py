@@ -186,11 +186,11 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
     except (ArgumentError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None
-    _check_values(kind, given)
+    check_values(kind, given)
     return given
 
 
-def _check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str = "--") -> None:
+def check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str = "--") -> None:
     """What the parser lets through: nothing where something is needed, and numbers that are none."""
     for name, hint in get_type_hints(kind).items():
         value = given.get(name, 0)
@@ -198,8 +198,10 @@ def _check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str =
             raise UserError(f"{prefix}{name}: is empty; give a value or leave it out")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{name} {value}: must be a finite number")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{prefix}{name}: has a NUL character; leave it out")
         if is_dataclass(hint) and is_dataclass(value):
-            _check_values(hint, vars(value), f"{prefix}{name}.")
+            check_values(hint, vars(value), f"{prefix}{name}.")
 
 
 def _flags(kind: Callable[..., Any], prefix: str = "--") -> set[str]:
