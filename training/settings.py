@@ -198,8 +198,8 @@ def check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str = 
             raise UserError(f"{prefix}{name}: is empty; give a value or leave it out")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{name} {value}: must be a finite number")
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"{prefix}{name}: has a NUL character; leave it out")
+        if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter < "\udc80" for letter in value)):
+            raise UserError(f"{prefix}{name}: has a NUL or half of a character; leave it out")
         if is_dataclass(hint) and is_dataclass(value):
             check_values(hint, vars(value), f"{prefix}{name}.")
 
