@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from errors import UserError
 from eval.opened_model import OpenedModel
 from text.chat_template import Message
 
 ENDS = ("\n\n", "\nQuestion:")  # a model without turns goes on and asks itself the next question
+
+
+def check_asking(max_new_tokens: int, chunk: int, temperature: float = 0.0) -> None:
+    """Raises `UserError` for settings with which nothing can be asked."""
+    if max_new_tokens < 1 or chunk < 1 or temperature < 0:
+        raise UserError("max_new_tokens and chunk must be 1 or more, temperature 0 or more")
 
 
 def ask(
