@@ -19,6 +19,7 @@ import pretrain
 from dataset import ChatDataset
 from model import MiniDeepSeek
 from text.order import scramble
+from training.datasets import PolicyDataset
 from training.distillation import SAMPLED, DistillationLoss, DistillationSettings
 from training.log import read_metrics
 from training.losses import IGNORE
@@ -26,7 +27,6 @@ from training.own_answers import CHANCES, CHOICE, OnPolicySettings, OwnAnswers, 
 from training.ranks import Ranks
 from training.rollout import Sampler, chances, joined, sample_groups
 from training.teacher import open_teacher
-from training.trainer import PolicyDataset
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent

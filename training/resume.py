@@ -14,8 +14,10 @@ from errors import DamagedCheckpoint, UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.hf import save_state
+from text.tokenizer import Tokenizer
 from training.checkpoint import Progress, Weights, checkpoints, load_training_state, newest, read_progress
 from training.manifest import verify
+from training.settings import StageSettings
 
 Resume = bool | Literal["last-good"]
 LAST_GOOD = "last-good"
@@ -69,6 +71,18 @@ def _set_aside(folder: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     folder.replace(aside)
     return aside
+
+
+def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> dict[str, Any]:
+    """What the order of the data, and the optimiser's state, depend on: a run cannot change it midway."""
+    return {
+        "seed": settings.seed,
+        "sequence_length": settings.sequence_length,
+        "rows": settings.rows,
+        "tokenizer": tokenizer.fingerprint,
+        "data": getattr(dataset, "identity", ""),
+        "optim.kind": settings.optim.kind,
+    }
 
 
 class WholeModel:

@@ -18,7 +18,7 @@ from text.registry import REGISTRY
 from text.yaml_file import read_yaml
 from training.optim import OptimSettings
 from training.ranks import DistSettings
-from training.schedule import Schedule
+from training.schedule import Budget, Schedule
 
 
 @dataclass(kw_only=True)
@@ -110,6 +110,30 @@ class StageSettings:
     def micro_rows(self) -> int:
         """Samples a forward pass on one rank."""
         return max(self.micro_tokens // self.row_tokens, 1)
+
+    def budget(self, samples: int) -> Budget:
+        """The limits that were given; one pass over so many samples (or `epochs`) when none was."""
+        limits = []
+        if self.max_steps is not None:
+            limits.append(self.max_steps)
+        if self.max_tokens is not None:
+            limits.append(math.ceil(self.max_tokens / (self.rows * self.row_tokens)))
+        if not limits and self.max_minutes is None:
+            limits.append(max(math.ceil(self.epochs * samples / self.rows), 1))
+        return Budget(min(limits) if limits else None, self.max_minutes)
+
+    def check_fit(self, world: int, longest: int) -> None:
+        """Raises `UserError` where a step cannot be shared by `world` ranks, or rows are too long for the model."""
+        if self.rows % world:
+            raise UserError(
+                f"--batch_tokens {self.batch_tokens}: {self.rows} rows do not divide among {world} "
+                f"ranks; choose a multiple of {world * self.row_tokens}"
+            )
+        if self.sequence_length > longest:
+            raise UserError(
+                f"--sequence_length {self.sequence_length}: the model reads {longest} tokens; "
+                "lower it, or give a new model a larger max_position_embeddings"
+            )
 
     @property
     def schedules(self) -> dict[str, Schedule]:
