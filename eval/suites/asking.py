@@ -20,7 +20,12 @@ def check_asking(max_new_tokens: int, chunk: int, temperature: float = 0.0) -> N
 def ask(
     model: OpenedModel, conversations: Sequence[Sequence[Message]], max_new_tokens: int, temperature: float, seed: int
 ) -> list[str]:
-    """The answer to each conversation; empty where question and answer have no room in the context."""
+    """The answer to each conversation; empty where question and answer have no room in the context.
+
+    Raises `UserError` where no question would have any.
+    """
+    if max_new_tokens >= model.context:
+        raise UserError(f"max_new_tokens {max_new_tokens}: the model reads {model.context} tokens in all; lower it")
     prompts = [conversation if model.chats else as_text(conversation) for conversation in conversations]
     lengths = [len(model.encode_chat(prompt) if model.chats else model.encode(prompt)) for prompt in prompts]
     fitting = [place for place, length in enumerate(lengths) if length + max_new_tokens <= model.context]

@@ -22,7 +22,7 @@ from eval.suites.suite import Score
 from fuzz.hostile import Outcome, Thrower
 from fuzz.test_fuzz_comparisons import SCORED, documents_of
 from fuzz.test_fuzz_settings import LAUGHS, sources_of
-from fuzz.test_fuzz_suites import laid_out, measured
+from fuzz.test_fuzz_suites import Letters, laid_out, measured
 from fuzz.test_fuzz_talk import REPLY, Misbehaving
 from LMConfig import LMConfig
 from model.gguf_tokenizer import GGUFTokenizer
@@ -160,6 +160,15 @@ def test_choices_that_cannot_be_asked(row: dict, what: str, throw: Thrower, tmp_
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"multiple_choice": settings}))
     done = throw(measured, tmp_path / "s.yaml", tmp_path / "out")
     assert done.code == 2 and what in done.err
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "questions", "style", "quality"])
+def test_answers_as_long_as_the_context(name: str, throw: Thrower, tmp_path: Path) -> None:
+    """Every question was left unasked, and the score was 0%."""
+    suite = laid_out(tmp_path, name)
+    suite.write_text(re.sub(r"max_new_tokens: \d+", f"max_new_tokens: {Letters.context}", suite.read_text()))
+    done = throw(measured, suite, tmp_path / "out")
+    assert done.code == 2 and "max_new_tokens 200: the model reads 200 tokens" in done.err
 
 
 def test_worked_problems_from_two_places(throw: Thrower, tmp_path: Path) -> None:
