@@ -193,7 +193,7 @@ def test_a_reply_of_another_type(change: dict, throw: Thrower, tmp_path: Path) -
         (json.dumps({**REPLY, "usage": {"completion_tokens": float("inf")}}).encode(), {}),
         (b'{"choices": ' + DEEP.encode() + b"}", {}),
         (b"not packed", {"Content-Encoding": "gzip"}),
-        (b" " * (MOST_BYTES + 1), {}),
+        (json.dumps(REPLY).encode() + b" " * MOST_BYTES, {}),
     ],
     ids=["infinite", "deep", "not packed", "endless"],
 )

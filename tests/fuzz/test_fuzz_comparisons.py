@@ -81,7 +81,7 @@ def damage_one(data: st.DataObject, folder: Path) -> list[str]:
     return runs
 
 
-@thrown()
+@thrown(0.5)
 @given(data=st.data())
 def test_a_comparison(throw: Thrower, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def not_rendered() -> Iterator[None]:
         yield
 
 
-@thrown(0.25)
+@thrown(0.1)
 @given(data=st.data())
 def test_the_picture_of_a_comparison(not_rendered: None, throw: Thrower, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def test_names_of_runs(throw: Thrower, names: list[str]) -> None:
         throw(compared, [str(Path(folder, name)) if name in ("a", "b") else name for name in names])
 
 
-@thrown(0.25)
+@thrown(0.1)
 @given(content=damaged_logs())
 def test_the_curves_of_a_run(not_rendered: None, throw: Thrower, content: bytes) -> None:
     """What every training script draws at its end, and eval/experts.py of the run that its checkpoint is from."""
@@ -152,7 +152,7 @@ def documents_of(run: Path) -> list[str]:
     return list(held_out_documents(run))
 
 
-@thrown(0.75)
+@thrown(0.5)
 @given(data=st.data())
 def test_the_settings_of_a_pretraining(throw: Thrower, pretraining: Path, data: st.DataObject) -> None:
     whole = (pretraining / "config.yaml").read_bytes()

@@ -62,7 +62,7 @@ def answerer(folder: Path) -> Answerer:
 LINES = st.text(max_size=30) | st.sampled_from(("/reset", "/system \ud800", "/system", "/x", "</s><|user|>", "长" * 80))
 
 
-@thrown()
+@thrown(0.5)
 @given(lines=st.lists(LINES, max_size=4), new=st.sampled_from((1, 5, 10**9)), speculative=st.booleans())
 def test_a_conversation(throw: Thrower, answerer: Answerer, lines: list[str], new: int, speculative: bool) -> None:
     talk = Conversation(answerer, "S", Sampling(temperature=0.0), new, 0, speculative)
@@ -95,7 +95,7 @@ WORDS = ("", "0", "-1", "3", "0.5", "nan", "inf", "1e999", "9" * 400, "null", "t
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-@thrown(0.25)
+@thrown(0.15)
 @given(data=st.data())
 def test_the_options_of(throw: Thrower, folder: Path, script: Callable[..., None], data: st.DataObject) -> None:
     names = sorted(set(inspect.signature(script).parameters) - {"json", "show"})
@@ -143,7 +143,7 @@ def replies(draw: Any) -> bytes:
     return gzip.compress(content) if draw(st.integers(0, 4)) == 0 else content
 
 
-@thrown(3)
+@thrown()
 @given(content=replies(), status=st.sampled_from((200, 200, 200, 200, 204, 301, 400, 401, 429, 503)), headers=HEADERS)
 def test_what_an_endpoint_answers(throw: Thrower, content: bytes, status: int, headers: dict[str, str]) -> None:
     """From the question to the file that is learnt from, which can be read."""
@@ -162,7 +162,7 @@ def test_what_an_endpoint_answers(throw: Thrower, content: bytes, status: int, h
         throw(gather_answers, out, given[0], True, *given[2:])  # what it wrote down can be read again
 
 
-@thrown(2)
+@thrown(0.5)
 @given(data=st.data())
 def test_a_journal_that_is_gone_on_with(throw: Thrower, data: st.DataObject) -> None:
     row = {"key": "", "messages": [], "sample": 0, "answer": "春天。", "finish": "stop", "tokens": 3}
@@ -184,7 +184,7 @@ def as_script(main: Callable[[], None], *arguments: object) -> None:
         main()
 
 
-@thrown(0.5)
+@thrown(0.3)
 @given(data=st.data())
 def test_collecting(throw: Thrower, folder: Path, data: st.DataObject) -> None:
     """Problems or chats that are damaged, and rewards of any shape; the file that comes of it can be read."""
@@ -207,7 +207,7 @@ def test_collecting(throw: Thrower, folder: Path, data: st.DataObject) -> None:
         assert done.code or list(read_conversations(out, on_error="stop"))
 
 
-@thrown(0.5)
+@thrown(0.3)
 @given(file=data_files(("text",)), vocab_size=st.sampled_from((280, 300)), on_error=st.sampled_from(("skip", "stop")))
 def test_training_a_tokenizer(throw: Thrower, file: tuple[str, bytes, str], vocab_size: int, on_error: str) -> None:
     name, content, place = file
