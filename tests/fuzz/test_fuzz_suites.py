@@ -95,8 +95,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {
         [{"question": text, "choices": {"text": CHOICES, "label": list("ABCD")}, "answer": 1, "subject": "s"}
          for text in ASKED])}),
     "gsm8k": ({"exact_match": {"max_new_tokens": 40, "chunk": 2}}, {"test.jsonl": PROBLEMS}),
-    "sampled": ({"exact_match": {"max_new_tokens": 9, "samples": 2, "temperature": 1.0, "k": [1, 2], "shots": 1, "chunk": 2}},
-                {"test.jsonl": PROBLEMS, "train.jsonl": PROBLEMS}),
+    "sampled": ({"exact_match": {"samples": 2, "temperature": 1.0, "k": [1, 2], "shots": 1, "max_new_tokens": 9,
+                                 "chunk": 2}}, {"test.jsonl": PROBLEMS, "train.jsonl": PROBLEMS}),
     "text": ({"text": {"window": 16, "stride": 8, "chunk": 2}}, {"a.jsonl": as_lines([{"text": t} for t in ASKED])}),
     "plain": ({"text": {"window": 16, "stride": 8}}, {"a.txt": "\n".join(ASKED).encode()}),
     "questions": ({"questions": {"max_new_tokens": 5, "chunk": 2}}, {"q.jsonl": REPLIES}),
