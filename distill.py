@@ -19,6 +19,7 @@ from text.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.chats import ChatSettings, open_chats
 from training.curation import AnswerSettings, gather_answers, is_endpoint, open_answering
+from training.datasets import Dataset
 from training.distillation import DistillationLoss, DistillationSettings
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
@@ -30,7 +31,7 @@ from training.settings import NextTokenSettings, model_config, parse
 from training.stage import begin, check_vocabulary, open_checkpoint
 from training.teacher import identity, is_ours, open_teacher
 from training.top_k import FOLDER, KeptTeacher, TaughtChats, fingerprint, keep_top_k
-from training.trainer import Dataset, Trainer
+from training.trainer import Trainer
 
 
 @dataclass(kw_only=True)

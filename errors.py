@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from unicodedata import category
 
@@ -61,6 +62,8 @@ def naming(file: Path) -> Iterator[None]:
 
 def command_line(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` or a failing disk ends in one line on stderr and the error's exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):  # else a path that is no UTF-8 could not be printed, as it can on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -20,6 +20,7 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer, train_bpe
 from text.world.cast import World
 from text.world.corpus import documents
+from training.checkpoint import Progress
 from training.losses import Batch, NextTokenLoss
 from training.machine import DTYPES
 from training.ranks import Ranks
@@ -62,17 +63,19 @@ class Watched(Trainer):
     def watch(self) -> None:
         self.begins: list[float] = []
         self.beside: list[bool] = []
-        self.saving = False
+        self.saving, save = False, self.checkpoints.save
+
+        def noted(name: str, progress: Progress) -> None:
+            save(name, progress)
+            self.saving = True
+
+        self.checkpoints.save = noted
 
     def _step(self):
         self.begins.append(time.perf_counter())
         self.beside.append(self.saving)
-        self.saving = self.saver.busy
+        self.saving = self.checkpoints.saver.busy
         return super()._step()
-
-    def _save(self, name: str) -> None:
-        super()._save(name)
-        self.saving = True
 
 
 def measure(options: argparse.Namespace, tokenizer: Tokenizer, background: bool) -> Times:

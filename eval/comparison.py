@@ -10,7 +10,7 @@ from eval.compared_run import ComparedRun
 from eval.suites.score_table import shown, table
 from eval.suites.suite import Score
 from training.log import ROUNDING
-from training.plots import PANELS
+from training.plots import PANELS, plain
 
 COLUMNS = 3
 AXES = {"tokens": "tokens", "step": "steps", "seconds": "seconds of training"}
@@ -111,7 +111,7 @@ def draw(runs: Sequence[ComparedRun], path: Path, x: str) -> None:
             _draw_bars(next(places), title, unit, bars, colours)
     for unused in places:
         unused.set_axis_off()
-    handles = [pyplot.Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in colours.items()]
+    handles = [pyplot.Line2D([], [], color=colour, linewidth=4, label=plain(name)) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4))
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -144,7 +144,10 @@ def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[s
 
     styles = dict(zip(dict.fromkeys(key for _, key, _ in lines), ("-", "--", ":"), strict=False))
     for run, key, label in lines:
-        points = [(entry[x], entry[key]) for entry in run.entries if entry.get(key) is not None and entry["step"] > 0]
+        told = [entry for entry in run.entries if entry["step"] > 0 and entry.get(x) is not None]
+        points = [(entry[x], entry[key]) for entry in told if entry.get(key) is not None]
+        if not points:
+            continue
         marker = "o" if len(points) == 1 else ""  # a line of one point would not be seen
         axis.plot(*zip(*points, strict=True), styles[key] + marker, color=colours[run.name], linewidth=1.2, label=label)
     axis.set(title=title, xlabel=AXES[x], ylabel=unit)
@@ -182,7 +185,7 @@ def _draw_bars(axis: Any, title: str, unit: str, bars: dict, colours: dict[str, 
                 axis.plot([score.low, score.high], [at, at], color="black", linewidth=1)
             if score.chance is not None:
                 axis.plot([score.chance] * 2, [place - 0.4, place + 0.4], color="red", linewidth=1.5)
-    labels = [" ".join(part for part in key if part not in ("all", "bits_per_byte")) for key in keys]
+    labels = [plain(" ".join(part for part in key if part not in ("all", "bits_per_byte"))) for key in keys]
     axis.set_yticks(range(len(keys)), labels, fontsize=8)
     axis.invert_yaxis()
     left_out = f"; {len(bars) - most} more in the table" if len(bars) > most else ""

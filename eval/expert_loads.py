@@ -15,6 +15,7 @@ from eval.answering import Answerer
 from eval.opened_model import AT_ONCE, padded
 from eval.suites.score_table import table
 from training.entries import max_violation
+from training.plots import plain
 
 WINDOW = 512
 
@@ -81,7 +82,7 @@ def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]
 
     shown = torch.stack([relative(counts) for counts in domains.values()])  # (domains, layers, experts)
     layers, experts = shown.shape[1:]
-    known = [entry for entry in entries if entry.get("max_vio") and entry["step"] > 0]
+    known = [entry for entry in entries if entry.get("max_vio") and entry.get("tokens")]
     columns = min(layers, 3)
     rows = -(-layers // columns) + bool(known)
     figure = pyplot.figure(
@@ -97,7 +98,7 @@ def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]
             shown[:, layer].numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, float(shown.max()))
         )
         axis.set(title=f"MoE layer {layer + 1}", xlabel="expert", xticks=range(0, experts, max(experts // 8, 1)))
-        axis.set_yticks(range(len(domains)), list(domains) if layer % columns == 0 else [""] * len(domains))
+        axis.set_yticks(range(len(domains)), list(map(plain, domains)) if layer % columns == 0 else [""] * len(domains))
         maps.append(axis)
     figure.colorbar(image, ax=maps, label="load / mean load")
     if known:
@@ -111,7 +112,7 @@ def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]
         axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(name)
+    figure.suptitle(plain(name))
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

@@ -9,31 +9,51 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from errors import UserError, command_line, naming
 from text.registry import REGISTRY, find_sources
+from text.shard_set import ShardSet
 from text.sources import open_sources
 from text.tokenizer import Tokenizer
+from text.yaml_file import read_yaml
 from training.settings import call
+
+READERS = ("column", "encoding", "min_chars", "val_fraction", "on_error")
+# What is asked of a run's settings, by type.
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("data", "tokenizer", "ckpt", "shards", "encoding", "on_error", "datasets"), (str,)),
+    **dict.fromkeys(("min_chars", "sequence_length", "val_tokens", "micro_tokens"), (int,)),
+    "column": (str, type(None)),
+    "val_fraction": (int, float),
+}
+
+
+def pretraining_settings(run: Path) -> dict[str, Any]:
+    """The config.yaml of a pretraining's run folder. Raises `UserError` for another folder, or a damaged file."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{config}: no such file; name the run folder of a pretraining")
+    settings = read_yaml(config)
+    if isinstance(settings, dict):
+        settings = {"datasets": REGISTRY, "ckpt": "", **settings}  # which older runs do not have
+    if not isinstance(settings, dict) or any(type(settings.get(name)) not in kinds for name, kinds in TYPES.items()):
+        raise UserError(f"{config}: not the settings of a pretraining; name the run folder of one")
+    return settings
+
+
+def open_corpus(settings: dict[str, Any], tokenizer: Tokenizer) -> list[tuple[ShardSet, float]]:
+    """What the run was trained on, tokenised and cut as it was."""
+    sources = find_sources(settings["data"], settings["datasets"], "text")
+    options = {name: settings[name] for name in READERS}
+    return open_sources(sources, tokenizer, settings["shards"], main=True, **options)
 
 
 def held_out_documents(run: Path) -> Iterator[str]:
     """The documents in order. Raises `UserError` for a folder that is no pretraining run, or one that held out none."""
-    config = run / "config.yaml"
-    try:
-        settings = yaml.safe_load(config.read_text(encoding="utf8"))
-        names = ("column", "encoding", "min_chars", "val_fraction", "on_error")
-        options = {name: settings[name] for name in names}
-        data, folder, shards = settings["data"], settings["tokenizer"], settings["shards"]
-    except OSError as error:
-        raise UserError(f"{config}: {error.strerror}; name the run folder of a pretraining") from None
-    except (yaml.YAMLError, KeyError, TypeError):
-        raise UserError(f"{config}: not the settings of a pretraining; name the run folder of one") from None
-    tokenizer = Tokenizer.from_folder(folder)
-    sources = find_sources(data, settings.get("datasets", REGISTRY), "text")
-    for shard_set, _ in open_sources(sources, tokenizer, shards, main=True, **options):
+    settings = pretraining_settings(run)
+    tokenizer = Tokenizer.from_folder(settings["tokenizer"] or settings["ckpt"])
+    for shard_set, _ in open_corpus(settings, tokenizer):
         stream = shard_set.split("val")
         for number in range(stream.documents):
             start, stop, _ = stream.document(number)

@@ -19,7 +19,7 @@ from text.problems import split_problems
 from training.machine import choose_dtype
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
-from training.rollout import completion_texts, sample_completions
+from training.rollout import completion_texts, joined, sample_groups
 from training.settings import call
 from training.stage import open_checkpoint
 
@@ -93,7 +93,7 @@ def measure(
     judge = Rewards.of(dict.fromkeys(SHOWN, 1.0))
     asked = prompts.validation
     unused = torch.zeros(len(asked), 1, new)  # greedy answers need no chances
-    made = sample_completions(model, prompts.encode(asked), unused, tokenizer.eos_id, temperature=0.0)
+    made = joined(sample_groups(model, prompts.encode(asked), unused, tokenizer.eos_id, temperature=0.0))
     lengths, ended = made.lengths.tolist(), made.ended.tolist()
     texts = completion_texts(tokenizer, made)
     samples = [Sample(*each, new, end) for *each, end in zip(asked, texts, lengths, ended, strict=True)]

@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from dataset import PretrainDataset, PromptDataset
 from errors import UserError, command_line
 from eval.answering import Answerer
+from eval.held_out import open_corpus, pretraining_settings
 from eval.questions import Result, accuracy, ask, read_questions
 from eval.style import read_favours, score_style
 from model import MiniDeepSeek
 from text.problems import split_problems
-from text.registry import REGISTRY, find_sources
-from text.sources import open_sources
 from training.accuracy import Accuracy
 from training.losses import Batch
 from training.plots import draw_run
@@ -119,13 +117,8 @@ def _solved(answerer: Answerer, sums: str) -> tuple[float, float]:
 
 def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
     """The documents that pretraining held out, as it cut them."""
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf8"))
-    names = ("column", "encoding", "min_chars", "val_fraction", "on_error")
-    data = find_sources(settings["data"], settings.get("datasets", REGISTRY), "text")
-    sources = open_sources(
-        data, answerer.tokenizer, settings["shards"], main=True, **{name: settings[name] for name in names}
-    )
-    held_out = PretrainDataset(sources, settings["sequence_length"], split="val")
+    settings = pretraining_settings(run)
+    held_out = PretrainDataset(open_corpus(settings, answerer.tokenizer), settings["sequence_length"], split="val")
     return held_out_batches(held_out, settings["val_tokens"], settings["micro_tokens"])
 
 

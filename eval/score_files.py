@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,17 +58,32 @@ def read_scores(folder: Path) -> dict[str, Any]:
             _measured(one)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; measure with eval/run.py") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not scores as eval/run.py writes them; delete the file and measure again") from None
     return found
 
 
 def _measured(one: dict[str, Any]) -> Measured:
-    return Measured(**{**one, "scores": [Score(**score) for score in one["scores"]]})
+    """Raises `ValueError` or its like for what `write_scores` has never written."""
+    found = Measured(**{**one, "scores": [Score(**score) for score in one["scores"]]})
+    texts, numbers = [found.name], [found.items, found.cut, found.seconds]
+    for score in found.scores:
+        texts += [score.group, score.metric]
+        edges = [edge for edge in (score.low, score.high) if edge is not None]
+        numbers += [score.value, score.items, *edges, 0.0 if score.chance is None else score.chance]
+        if len(edges) == 1 or not isinstance(score.share, bool):
+            raise ValueError("half an interval, or no unit")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(found.settings, dict):
+        raise TypeError("names that are no texts")
+    if not all(isinstance(number, int | float) and abs(number) <= sys.float_info.max for number in numbers):
+        raise ValueError("values that are no numbers")
+    "".join(texts).encode()
+    return found
 
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with naming(path):
-        partial.write_text(text, encoding="utf8")
+        # Half a surrogate pair, as a broken escape leaves, is no UTF-8: it is written as that escape.
+        partial.write_text(text, encoding="utf8", errors="backslashreplace")
         os.replace(partial, path)

@@ -65,7 +65,7 @@ def test_other_settings_on_a_rank_stop_the_run_before_it_begins(change, what, to
 
 def test_other_code_or_weights_on_a_rank_stop_the_run_before_it_begins(together, monkeypatch):
     def older(trainer: Trainer, rank: int) -> None:
-        monkeypatch.setattr("training.trainer.code_version", lambda: f"code of rank {rank}")
+        monkeypatch.setattr("training.agreement.code_version", lambda: f"code of rank {rank}")
 
     assert "code = 'code of rank 1', not 'code of rank 0'" in error(together(older))
 

@@ -21,7 +21,7 @@ from training.answers import Answer, Ask, Failure
 from training.curation import AnswerSettings, curate, fit
 from training.local_teacher import TOO_LONG, CheckpointTeacher, open_local
 from training.rewards import Rewards
-from training.rollout import chances, completion_texts, sample_completions
+from training.rollout import chances, completion_texts, joined, sample_groups
 
 CPU = torch.device("cpu")
 QUESTION, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -243,7 +243,7 @@ def test_a_checkpoint_answers_as_it_would_alone(pretrained, tokenizer):
     for one in asks:
         ids = [1, tokenizer.special_ids["<|user|>"], *tokenizer.encode(one.messages[0]["content"])]
         drawn = chances([(5, int(one.key, 16))], 1, 8)
-        made = sample_completions(teacher.model, [[*ids, tokenizer.special_ids["<|assistant|>"]]], drawn, 2)
+        made = joined(sample_groups(teacher.model, [[*ids, tokenizer.special_ids["<|assistant|>"]]], drawn, 2))
         assert got[one].text == completion_texts(tokenizer, made)[0]
         assert got[one].finish == ("stop" if made.ended[0] else "length") and got[one].tokens == made.lengths[0]
     assert got[asks[1]] != got[asks[2]]

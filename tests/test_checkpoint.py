@@ -20,15 +20,16 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.checkpoint import (
     Progress,
+    Snapshot,
     keep_last,
     load_training_state,
     newest,
     read_progress,
-    save_checkpoint,
     steps,
 )
+from training.manifest import MANIFEST
 from training.optim import OptimSettings, build_optimizer
-from training.resume import WholeModel
+from training.resume import WholeModel, left_off
 
 
 class Sitting:
@@ -50,7 +51,8 @@ class Sitting:
 
     def save(self, name: str | None = None) -> Path:
         folder = self.out / (name or f"step-{self.progress.step}")
-        save_checkpoint(folder, WholeModel(self.model), self.tokenizer, self.optimizer, self.progress)
+        snapshot = Snapshot(WholeModel(self.model), self.tokenizer, self.optimizer, self.progress)
+        snapshot.write(folder, snapshot.tensors)
         return folder
 
 
@@ -193,12 +195,13 @@ def scribble(path: Path) -> None:
 @pytest.mark.parametrize("name", ["state.safetensors", "progress.json"])
 def test_damaged_training_state_is_named_in_one_line(name, damage, sitting):
     folder = sitting.out / "step-1"
+    (folder / MANIFEST).unlink()  # which would have found it
     damage(folder / "training" / name)
     with pytest.raises(DamagedCheckpoint) as caught:
-        read_progress(folder)
+        left_off(sitting.out, True, {})
         load_training_state(folder, sitting.model, sitting.optimizer)
     message = str(caught.value)
-    assert message.startswith(f"{folder / 'training' / name}: ") and "\n" not in message and "--resume" in message
+    assert message.startswith(f"{folder / 'training' / name}: ") and "\n" not in message and "; " in message
 
 
 def test_the_state_of_another_model_is_refused(sitting, tiny_model):

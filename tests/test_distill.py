@@ -19,14 +19,14 @@ import pretrain
 from dataset import ChatDataset
 from model import MiniDeepSeek
 from text.order import scramble
+from training.datasets import PolicyDataset
 from training.distillation import SAMPLED, DistillationLoss, DistillationSettings
 from training.log import read_metrics
 from training.losses import IGNORE
 from training.own_answers import CHANCES, CHOICE, OnPolicySettings, OwnAnswers, prompt_of, rows_that_fit
 from training.ranks import Ranks
-from training.rollout import Sampler, chances, sample_completions
+from training.rollout import Sampler, chances, joined, sample_groups
 from training.teacher import open_teacher
-from training.trainer import PolicyDataset
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent
@@ -145,7 +145,7 @@ def test_answers_are_the_students_samples_after_the_datas_prompts(world, tokeniz
             assert (labels[begin - 1 :] != IGNORE).all() and ids[begin:] == labels[begin - 1 : -1].tolist()
             place = prompts.index(ids[:begin])
             drawn = chances([(5, CHANCES, 7, place)], 1, 12)
-            made = sample_completions(data.sampler.source, [prompts[place]], drawn, 2)
+            made = joined(sample_groups(data.sampler.source, [prompts[place]], drawn, 2))
             length = int(made.lengths[0])
             same = prompts.count(prompts[place]) > 1  # of equal prompts each has chances of its own
             assert same or labels[begin - 1 :].tolist() == made.tokens[0, :length].tolist()

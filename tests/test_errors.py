@@ -26,7 +26,7 @@ def documented() -> dict[str, tuple[str, str, str]]:
 def test_every_message_is_explained() -> None:
     """A new message needs a row `| message | cause | remedy |` in the group of its entry point."""
     texts = {text for path in sources() for text in raised_in(path.read_text(encoding="utf8"))}
-    assert len(texts) > 200
+    assert len(texts) > 300
     missing, stale = sorted(texts - documented().keys()), sorted(documented().keys() - texts)
     shown = ["| `" + "` |  | ".join((*text.partition("; ")[::2],)) + " |" for text in missing]
     assert not missing and not stale, "\n".join(["missing rows:", *shown, "rows of no message:", *stale])
@@ -41,9 +41,21 @@ def test_texts_are_found_however_they_are_written() -> None:
     source = (
         'def f(x):\n    reason = f"{x}: no"\n    raise UserError(f"{x}: a {x!r}{x}; b") from None\n'
         '    raise DamagedCheckpoint("c" "d")\n    raise ConfigError(reason)\n    raise UserError(other or f"{x} e")\n'
-        '    raise UserError(str(x))\n    raise ValueError("f")\n'
+        '    raise UserError(str(x))\n    raise ValueError("f")\n    ranks.fail(f"{x} g")\n    sys.exit(0)\n'
+        '    raise SystemExit(f"error: {x} h")\n'
     )
-    assert raised_in(source) == ["…: a …; b", "cd", "…: no", "… e"]
+    assert raised_in(source) == ["…: a …; b", "cd", "…: no", "… e", "… g", "… h"]
+
+
+def test_each_of_several_texts_is_found() -> None:
+    """Where the source chooses between them, in place or under a name of the same function."""
+    source = (
+        'def f(x):\n    why = "too few" if x else "too many"\n    raise UserError(f"{x}: {why} rows; mend it")\n'
+        'def g(x, why):\n    raise UserError(f"{x}: {why} lines; " + (f"add {x} or so" if x else "drop some"))\n'
+    )
+    assert raised_in(source) == [
+        "…: too few rows; mend it", "…: too many rows; mend it", "…: … lines; add … or so", "…: … lines; drop some",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

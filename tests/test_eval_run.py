@@ -198,7 +198,7 @@ def test_a_suite_that_is_wrong_is_named(content, what, tmp_path):
     [
         (["--suite", "demo-question"], "--suite demo-question: no such suite; did you mean demo-questions?"),
         (["--suite", "xyz"], "--suite xyz: no such suite; known are arithmetic, "),
-        (["--suite", "nowhere.yaml"], "nowhere.yaml: No such file or directory; give a suite's name or its .yaml file"),
+        (["--suite", "nowhere.yaml"], "nowhere.yaml: No such file or directory; check the path"),
         (["--suite", ","], "--suite: names nothing"),
         (["--suite", "ceval=nowhere.csv"], "nowhere.csv: no such file"),
         (["--suite", "arithmetic", "--limit", "-1"], "--limit -1: give 0"),

@@ -43,7 +43,7 @@ def test_a_disk_that_fills_ends_the_run_and_a_resume_loses_nothing(background, m
 
     with monkeypatch.context() as patch:
         trainer = make(max_steps=8, save_every=2, background_save=background)
-        fills = at_step(3, lambda: (trainer.saver.wait(), patch.setattr(training.checkpoint, "save_file", full)))
+        fills = at_step(3, lambda: (trainer.checkpoints.wait(), patch.setattr(training.checkpoint, "save_file", full)))
         trainer.dataset = fills
         with pytest.raises(UserError) as caught:
             trainer.run()
@@ -74,7 +74,7 @@ def test_a_run_folder_that_vanishes_is_not_made_anew(make, tmp_path):
     """What was mounted there is gone, and the disk below it is not where checkpoints belong."""
 
     def vanish() -> None:
-        trainer.saver.wait()
+        trainer.checkpoints.wait()
         shutil.rmtree(tmp_path / "run")
 
     trainer = make(dataset=at_step(3, vanish), save_every=2, max_steps=6)

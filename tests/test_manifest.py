@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from toy_stage import files
 
 from errors import DamagedCheckpoint
 from training.log import read_metrics
-from training.manifest import MANIFEST, verify
+from training.manifest import MANIFEST, verify, write_manifest
 
 
 def flip(path: Path) -> None:
@@ -71,6 +72,27 @@ def test_last_good_goes_on_from_the_one_before_it_to_the_same_end(trained, make,
     names = sorted(path.name for path in trained.out.iterdir() if path.is_dir())
     assert names == ["damaged-step-6", "final", "step-4", "step-6"]
     make(max_steps=8, save_every=2, resume="last-good").run()
+
+
+def test_a_whole_state_that_does_not_fit_is_not_called_damaged_by_last_good(trained, make):
+    """Its checksums are right, so `last-good` would come to it again: what is offered instead works."""
+    newest = trained.out / "step-6"
+    path = newest / "training" / "state.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if name.endswith("|exp_avg"))
+    state[name] = state[name].flatten()[:3]
+    save_file(state, path)
+    (newest / MANIFEST).unlink()
+    write_manifest(newest)
+    for resume in (True, "last-good"):
+        with pytest.raises(DamagedCheckpoint) as caught:
+            make(max_steps=8, save_every=2, resume=resume).run()
+        message = str(caught.value)
+        assert message.startswith(f"{path}: does not fit the model") and "last-good" not in message
+        assert message.endswith(f"the settings that the run began with, or move {newest} elsewhere and use --resume")
+    assert newest.is_dir() and not list(trained.out.glob("damaged-*"))
+    newest.rename(trained.out.parent / "elsewhere")
+    assert make(max_steps=8, save_every=2, resume=True).run() == trained.out / "final"
 
 
 def test_without_an_older_checkpoint_nothing_is_offered(trained, make):

@@ -11,7 +11,7 @@ from model.sampling import inverse_cumulative
 from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE
 from training.machine import autocast
-from training.rollout import Completions, Sampler, chances, sample_completions
+from training.rollout import Completions, Sampler, chances, joined, sample_groups
 
 STOP, NEW, GROUP = 2, 12, 5
 PROMPTS = [[1, 9, 17, 30, 4], [1, 8], [1, 40, 40, 7]]
@@ -30,7 +30,7 @@ def keys(count: int) -> list[tuple[int, ...]]:
 
 
 def sampled(model: MiniDeepSeek, prompts: list[list[int]], **options: float) -> Completions:
-    return sample_completions(model, prompts, chances(keys(len(prompts)), GROUP, NEW), STOP, **options)
+    return joined(sample_groups(model, prompts, chances(keys(len(prompts)), GROUP, NEW), STOP, **options))
 
 
 def trainer_log_probs(model: MiniDeepSeek, made: Completions, temperature: float = 1.0) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_a_completion_does_not_depend_on_its_batch(tiny_model):
     together = sampled(model, PROMPTS)
     drawn = chances(keys(3), GROUP, NEW)
     for place, prompt in enumerate(PROMPTS):
-        alone = sample_completions(model, [prompt], drawn[place : place + 1, 1:4], STOP)
+        alone = joined(sample_groups(model, [prompt], drawn[place : place + 1, 1:4], STOP))
         rows = slice(place * GROUP + 1, place * GROUP + 4)
         assert torch.equal(alone.tokens, together.tokens[rows]) and torch.equal(alone.lengths, together.lengths[rows])
         torch.testing.assert_close(alone.log_probs, together.log_probs[rows], atol=1e-5, rtol=0)

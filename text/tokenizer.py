@@ -132,11 +132,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone. Half a surrogate pair, which is no character, becomes U+FFFD."""
-        return self.raw.encode(_characters(text), add_special_tokens=False).ids
+        return self.raw.encode(characters(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts on all cores."""
-        encodings = self.raw.encode_batch_fast([_characters(text) for text in texts], add_special_tokens=False)
+        encodings = self.raw.encode_batch_fast([characters(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -240,7 +240,7 @@ def train_bpe(
         max_token_length=max_token_bytes + 1,  # tokenizers keeps what is shorter than this
         show_progress=progress,
     )
-    raw.train_from_iterator((_characters(text) for text in texts), trainer)
+    raw.train_from_iterator((characters(text) for text in texts), trainer)
     made = raw.get_vocab_size()
     if made != vocab_size:
         raise UserError(
@@ -254,7 +254,7 @@ def _from_json(content: str) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(content))
 
 
-def _characters(text: str) -> str:
+def characters(text: str) -> str:
     """The text without half surrogate pairs, which a broken JSON escape leaves and UTF-8 cannot hold."""
     try:
         text.encode("utf-8")

@@ -13,7 +13,7 @@ from model import MiniDeepSeek
 from text.problems import Problem
 from training.ranks import Ranks
 from training.rewards import is_correct
-from training.rollout import Sampler, chances, completion_texts, sample_completions
+from training.rollout import Sampler, chances, completion_texts, joined, sample_groups
 
 SAMPLES = 4
 KEY = 0x76616C  # keeps the chances of measuring apart from those of training
@@ -62,5 +62,5 @@ class Accuracy:
             return []
         ids = self.prompts.encode([problem for _, problem in numbered])
         drawn = chances([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
-        made = sample_completions(policy, ids, drawn, self.prompts.tokenizer.eos_id, temperature, self.rows)
+        made = joined(sample_groups(policy, ids, drawn, self.prompts.tokenizer.eos_id, temperature, self.rows))
         return completion_texts(self.prompts.tokenizer, made)

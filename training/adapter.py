@@ -98,7 +98,9 @@ class Adapter:
         own = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         ours, theirs = ({name: tensor.shape for name, tensor in state.items()} for state in (own, tensors))
         if wrong := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
-            raise UserError(f"{folder}: its {wrong[0]} does not fit the model; give the --ckpt that it was trained on")
+            raise UserError(
+                f"{folder}: its {wrong[0]} does not fit the model; give the --ckpt and the --lora settings of its run"
+            )
         set_peft_model_state_dict(self.peft, tensors)
         return base
 

@@ -19,6 +19,18 @@ SOURCES = ("*.py", "model/*.py", "model/*.c", "training/*.py", "text/**/*.py")
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def facts(settings: object, run: dict[str, Any], model: MiniDeepSeek) -> dict[str, Any]:
+    """What must be the same on all ranks. settings: a dataclass; run: of which data in which order."""
+    return {
+        "settings": settings,
+        "run": run,
+        "model": model.config,
+        "code": code_version(),
+        "torch": torch.__version__,
+        "weights": {name: value.item() for name, value in checksums(model).items()},
+    }
+
+
 def check_facts(ranks: Ranks, facts: Mapping[str, Any]) -> None:
     """Raises `UserError`, on the main rank, when a fact is not the same on all ranks."""
     if ranks.world == 1:

@@ -75,7 +75,10 @@ class Journal:
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 row = json.loads(line)
-                self.known[row["key"]] = Answer(row["answer"], row["finish"], row["tokens"])
+                key, text, finish, tokens = (row[name] for name in ("key", "answer", "finish", "tokens"))
+                if not all(isinstance(part, str) for part in (key, text, finish)) or type(tokens) is not int:
+                    raise TypeError("of another type")
+                self.known[key] = Answer(text, finish, tokens)
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{path}:{number}: not an answer as this program wrote it; remove the line") from None
         if len(whole) < len(content):

@@ -24,7 +24,6 @@ from training.optim import load_state_tensors, state_tensors
 
 STEP = re.compile(r"step-(\d+)$")
 WEIGHT, STATE = "weight|", "state|"  # before the names of a snapshot's tensors
-OLDER = "--resume last-good goes on from the one before it"
 DATA = "data|"  # before the names of a data set's tensors; the optimiser's begin with a parameter's name
 
 
@@ -125,45 +124,38 @@ class Snapshot:
             raise UserError(f"{folder}: could not be saved ({cause}); {safe}; {_remedy(cause)}") from None
 
 
-def save_checkpoint(
-    folder: Path,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    data: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write a checkpoint of this moment. See `Snapshot`."""
-    snapshot = Snapshot(weights, tokenizer, optimizer, progress, data)
-    snapshot.write(folder, snapshot.tensors)
-
-
 def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimiser and random state of `folder`, into objects that already hold its weights. Returns the data set's."""
+    """Optimiser and random state of `folder`, into objects that already hold its weights. Returns the data set's.
+
+    Raises `DamagedCheckpoint`. What passed its checksums and does not fit was saved under other settings, and so were
+    the checkpoints before it: `--resume last-good` would end here again, so it is not offered.
+    """
+    aside = f"or move {folder} elsewhere and use --resume"
     path = folder / "training" / "state.safetensors"
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); {OLDER}") from None
+        raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); restore the file, {aside}") from None
+    settings = "give the settings that the run began with"
     try:
         random = state.pop("rng")
         data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
         load_state_tensors(optimizer, model, state)
         torch.set_rng_state(random)
     except KeyError as error:
-        raise DamagedCheckpoint(f"{path}: state of an unknown parameter {error}; {OLDER}") from None
+        raise DamagedCheckpoint(f"{path}: state of an unknown parameter {error}; {settings}, {aside}") from None
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); {OLDER}") from None
+        raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); {settings}, {aside}") from None
     return data
 
 
 def read_progress(folder: Path) -> Progress:
-    """How far the run was at this checkpoint."""
+    """How far the run was at this checkpoint. Raises `DamagedCheckpoint`, for `left_off` to add the remedy."""
     path = folder / "training" / "progress.json"
     try:
         return Progress(**json.loads(path.read_text(encoding="utf8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read ({error}); {OLDER}") from None
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
 
 
 def steps(out: Path) -> list[Path]:

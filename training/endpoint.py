@@ -22,6 +22,7 @@ from training.answers import Answer, Ask, Failure
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0  # seconds between two attempts, unless the server names more
+MOST_BYTES = 1 << 25  # of a reply
 LONGEST_WISH = 900.0  # seconds that a server may ask for
 PASSING = {408, 409, 425, 429}  # and all from 500 on
 HOPELESS = {401, 403, 404, 405}  # no question will be answered
@@ -105,10 +106,12 @@ class Endpoint:
             "max_tokens": self.max_new_tokens,
         }
         try:
-            response = await client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
+            async with client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
+                content = await _read(response)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise UserError(f"--teacher {self.url}: no address ({error}); write http://host:port/v1") from None
-        except httpx.TransportError as error:  # time-outs, refused and broken connections
+        # Time-outs, refused and broken connections, and what is not packed as its header says.
+        except (httpx.TransportError, httpx.DecodingError) as error:
             raise _Passing(f"{type(error).__name__} {error}".strip()) from error
         status = response.status_code
         if status in PASSING or status >= 500:
@@ -116,19 +119,20 @@ class Endpoint:
         if status in HOPELESS:
             remedy = "check the address" if status in (404, 405) else "set OPENAI_API_KEY"
             raise UserError(
-                f"--teacher {self.url}: status {status} ({_said(response)}); {remedy} and --teacher_model {self.model}"
+                f"--teacher {self.url}: status {status} ({_said(content)}); {remedy} and --teacher_model {self.model}"
             )
         if status != 200:
-            return Failure(f"status {status} ({_said(response)})")
+            return Failure(f"status {status} ({_said(content)})")
         try:
-            choice = json.loads(response.content)["choices"][0]
+            said = json.loads(content)
+            choice = said["choices"][0]
             message = choice["message"]
             text, finish = message.get("content") or "", choice.get("finish_reason") or "stop"
             thoughts = message.get("reasoning_content") or ""
-            tokens = int((json.loads(response.content).get("usage") or {}).get("completion_tokens") or 0)
-            if not isinstance(text, str) or not isinstance(thoughts, str):
+            tokens = int((said.get("usage") or {}).get("completion_tokens") or 0)
+            if not all(isinstance(part, str) for part in (text, thoughts, finish)):
                 raise TypeError("content is no text")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise _Passing(f"no answer in the reply ({type(error).__name__}: {error})") from error
         if thoughts.strip():
             text = f"<think>\n{thoughts.strip()}\n</think>\n{text}"
@@ -155,6 +159,17 @@ async def _give_up(tasks: list[asyncio.Task], client: httpx.AsyncClient) -> None
     await asyncio.gather(*tasks, client.aclose(), return_exceptions=True)
 
 
-def _said(response: httpx.Response) -> str:
+async def _read(response: httpx.Response) -> bytes:
+    """The reply's content. Raises `_Passing` for one that does not end."""
+    parts, size = [], 0
+    async for part in response.aiter_bytes():
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise _Passing(f"a reply of more than {MOST_BYTES:,} bytes")
+    return b"".join(parts)
+
+
+def _said(content: bytes) -> str:
     """The server's own words, in one short line."""
-    return " ".join(response.text.split())[:200] or "no message"
+    return " ".join(content.decode("utf8", "replace").split())[:200] or "no message"

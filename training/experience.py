@@ -21,7 +21,7 @@ from training.machine import autocast
 from training.policy import advantages, completion_hidden
 from training.ranks import Ranks
 from training.rewards import Rewards, Sample
-from training.rollout import Completions, RolloutSettings, Sampler, chances, completion_texts, sample_completions
+from training.rollout import Completions, RolloutSettings, Sampler, chances, completion_texts, joined, sample_groups
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
@@ -159,7 +159,7 @@ class Experience:
         keys = [(self.prompts.seed, CHANCES, slot, turn) for slot in slots]
         drawn = chances(keys, settings.group, settings.max_new_tokens)
         stop, rows = self.tokenizer.eos_id, settings.rollout_rows
-        made = sample_completions(policy, ids, drawn, stop, settings.temperature, rows)
+        made = joined(sample_groups(policy, ids, drawn, stop, settings.temperature, rows))
         return self._judge(problems, ids, made)
 
     def _judge(self, problems: list[Problem], ids: list[list[int]], made: Completions) -> list[Group]:

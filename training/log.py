@@ -37,6 +37,8 @@ COLUMNS = (
     ("val_bits_per_byte", "val {:.4f} bits/byte"),
 )
 
+STRUCTURED = ("sample", "max_vio", "expert_load")
+LARGEST = 1e300  # beyond it pictures cannot be scaled
 ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
 
 
@@ -129,7 +131,7 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line that was cut short is left out."""
+    """The entries of a metrics.jsonl; a line that was cut short, or is no entry of a run, is left out."""
     entries = []
     if path.is_file():
         for line in path.read_bytes().splitlines():
@@ -137,6 +139,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(entry, dict) and "step" in entry:
+            if isinstance(entry, dict) and _is_entry(entry):
                 entries.append(entry)
     return entries
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Whether a run may have written it: numbers, and three names with structure; others would not know what to do."""
+    loads = entry.get("expert_load") or []
+    return (
+        type(entry.get("step")) is int
+        and entry["step"] >= 0
+        and all(value is None or _is_number(value) for name, value in entry.items() if name not in STRUCTURED)
+        and _are_numbers(entry.get("max_vio") or [])
+        and isinstance(loads, list)
+        and all(load and _are_numbers(load) and len(load) == len(loads[0]) for load in loads)
+        and isinstance(entry.get("sample", {}), dict)
+    )
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(map(_is_number, values))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and not abs(value) > LARGEST  # NaN is one

@@ -34,7 +34,7 @@ def draw_run(out: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = read_metrics(out / "metrics.jsonl")
+    entries = [entry for entry in read_metrics(out / "metrics.jsonl") if entry.get("tokens") is not None]
     if not entries:
         return None
     entries = [
@@ -46,7 +46,7 @@ def draw_run(out: Path) -> Path | None:
     loads = [entry["expert_load"] for entry in entries if entry.get("expert_load")]
     rows = -(-(len(drawn) + bool(loads)) // COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(15, 4 * rows), layout="constrained", squeeze=False)
-    figure.suptitle(f"{out}: {entries[-1]['step']:,} steps, {entries[-1]['tokens']:,} tokens")
+    figure.suptitle(plain(f"{out}: {entries[-1]['step']:,} steps, {entries[-1]['tokens']:,} tokens"))
     places = iter(axes.flat)
     for title, unit, keys, shown in drawn:
         _curve(next(places), shown, keys, title, unit)
@@ -58,6 +58,11 @@ def draw_run(out: Path) -> Path | None:
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     return path
+
+
+def plain(text: str) -> str:
+    """For a picture, where what stands between two dollars would be taken for a formula."""
+    return text.replace("$", "\\$")
 
 
 def _says(value: float | None) -> bool:

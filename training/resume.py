@@ -14,8 +14,10 @@ from errors import DamagedCheckpoint, UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.hf import save_state
-from training.checkpoint import OLDER, Progress, Weights, checkpoints, load_training_state, newest, read_progress
+from text.tokenizer import Tokenizer
+from training.checkpoint import Progress, Weights, checkpoints, load_training_state, newest, read_progress
 from training.manifest import verify
+from training.settings import StageSettings
 
 Resume = bool | Literal["last-good"]
 LAST_GOOD = "last-good"
@@ -46,9 +48,9 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
             break
         except DamagedCheckpoint as error:
             if resume != LAST_GOOD:
-                raise DamagedCheckpoint(f"{_problem(error)}; {_way_out(out, found)}") from None
+                raise DamagedCheckpoint(f"{error}; {_way_out(out, found)}") from None
             aside = _set_aside(found)
-            print(f"notice: {_problem(error)}; set aside as {aside}", file=sys.stderr)
+            print(f"notice: {error}; set aside as {aside}", file=sys.stderr)
     else:
         return None
     for name, value in run.items():
@@ -56,14 +58,10 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
     return found, progress
 
 
-def _problem(error: DamagedCheckpoint) -> str:
-    return str(error).removesuffix(f"; {OLDER}")
-
-
 def _way_out(out: Path, damaged: Path) -> str:
     older = [path for path in checkpoints(out) if path != damaged]
     if older:
-        return f"{OLDER}, {older[-1]}"
+        return f"--resume last-good goes on from the one before it, {older[-1]}"
     return "no older checkpoint is there; choose another --out to begin anew"
 
 
@@ -73,6 +71,18 @@ def _set_aside(folder: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     folder.replace(aside)
     return aside
+
+
+def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> dict[str, Any]:
+    """What the order of the data, and the optimiser's state, depend on: a run cannot change it midway."""
+    return {
+        "seed": settings.seed,
+        "sequence_length": settings.sequence_length,
+        "rows": settings.rows,
+        "tokenizer": tokenizer.fingerprint,
+        "data": getattr(dataset, "identity", ""),
+        "optim.kind": settings.optim.kind,
+    }
 
 
 class WholeModel:

@@ -8,7 +8,7 @@ batch it was sampled in, nor of the number of ranks, and a resumed run samples t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -84,25 +84,6 @@ class Completions:
     ended: Tensor
 
 
-def sample_completions(
-    model: MiniDeepSeek,
-    prompts: Sequence[Sequence[int]],
-    chances: Sequence[Tensor],
-    stop: int,
-    temperature: float = 1.0,
-    slots: int = SLOTS,
-) -> Completions:
-    """Sample a group of completions of each prompt; see `sample_groups`."""
-    groups = list(sample_groups(model, prompts, chances, stop, temperature, slots))
-    new = max(made.tokens.shape[1] for made in groups)
-    return Completions(
-        torch.cat([F.pad(made.tokens, (0, new - made.tokens.shape[1])) for made in groups]),
-        torch.cat([made.lengths for made in groups]),
-        torch.cat([F.pad(made.log_probs, (0, new - made.log_probs.shape[1])) for made in groups]),
-        torch.cat([made.ended for made in groups]),
-    )
-
-
 def sample_groups(
     model: MiniDeepSeek,
     prompts: Sequence[Sequence[int]],
@@ -131,6 +112,18 @@ def sample_groups(
     )
     for group in requests:
         yield _table(list(islice(completed, len(group))), group[0].max_new_tokens)
+
+
+def joined(groups: Iterable[Completions]) -> Completions:
+    """All groups as one, as wide as the widest."""
+    groups = list(groups)
+    new = max(made.tokens.shape[1] for made in groups)
+    return Completions(
+        torch.cat([F.pad(made.tokens, (0, new - made.tokens.shape[1])) for made in groups]),
+        torch.cat([made.lengths for made in groups]),
+        torch.cat([F.pad(made.log_probs, (0, new - made.log_probs.shape[1])) for made in groups]),
+        torch.cat([made.ended for made in groups]),
+    )
 
 
 def _table(completions: list[Completion], new: int) -> Completions:

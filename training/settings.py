@@ -18,7 +18,7 @@ from text.registry import REGISTRY
 from text.yaml_file import read_yaml
 from training.optim import OptimSettings
 from training.ranks import DistSettings
-from training.schedule import Schedule
+from training.schedule import Budget, Schedule
 
 
 @dataclass(kw_only=True)
@@ -111,6 +111,30 @@ class StageSettings:
         """Samples a forward pass on one rank."""
         return max(self.micro_tokens // self.row_tokens, 1)
 
+    def budget(self, samples: int) -> Budget:
+        """The limits that were given; one pass over so many samples (or `epochs`) when none was."""
+        limits = []
+        if self.max_steps is not None:
+            limits.append(self.max_steps)
+        if self.max_tokens is not None:
+            limits.append(math.ceil(self.max_tokens / (self.rows * self.row_tokens)))
+        if not limits and self.max_minutes is None:
+            limits.append(max(math.ceil(self.epochs * samples / self.rows), 1))
+        return Budget(min(limits) if limits else None, self.max_minutes)
+
+    def check_fit(self, world: int, longest: int) -> None:
+        """Raises `UserError` where a step cannot be shared by `world` ranks, or rows are too long for the model."""
+        if self.rows % world:
+            raise UserError(
+                f"--batch_tokens {self.batch_tokens}: {self.rows} rows do not divide among {world} "
+                f"ranks; choose a multiple of {world * self.row_tokens}"
+            )
+        if self.sequence_length > longest:
+            raise UserError(
+                f"--sequence_length {self.sequence_length}: the model reads {longest} tokens; "
+                "lower it, or give a new model a larger max_position_embeddings"
+            )
+
     @property
     def schedules(self) -> dict[str, Schedule]:
         """What changes along the run beside the learning rate: attributes of the loss, and `bias_speed`."""
@@ -186,11 +210,11 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
     except (ArgumentError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None
-    _check_values(kind, given)
+    check_values(kind, given)
     return given
 
 
-def _check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str = "--") -> None:
+def check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str = "--") -> None:
     """What the parser lets through: nothing where something is needed, and numbers that are none."""
     for name, hint in get_type_hints(kind).items():
         value = given.get(name, 0)
@@ -198,8 +222,10 @@ def _check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str =
             raise UserError(f"{prefix}{name}: is empty; give a value or leave it out")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{name} {value}: must be a finite number")
+        if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter < "\udc80" for letter in value)):
+            raise UserError(f"{prefix}{name}: has a NUL or half of a character; leave it out")
         if is_dataclass(hint) and is_dataclass(value):
-            _check_values(hint, vars(value), f"{prefix}{name}.")
+            check_values(hint, vars(value), f"{prefix}{name}.")
 
 
 def _flags(kind: Callable[..., Any], prefix: str = "--") -> set[str]:

@@ -6,18 +6,17 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from errors import UserError
 from model import MiniDeepSeek
 from model.counts import count as count_costs
 from model.moe import update_bias
 from text.tokenizer import Tokenizer
-from training.agreement import check_facts, check_weights, checksums, code_version
-from training.checkpoint import Progress, Snapshot, Weights, keep_last, newest
+from training.agreement import check_facts, check_weights, facts
+from training.checkpoint import Progress, Weights
+from training.datasets import Dataset, PolicyDataset
 from training.entries import StepResult, announcement, step_entry, untrained_entry
 from training.interrupt import Interrupt
 from training.lock import RunLock
@@ -27,37 +26,13 @@ from training.machine import autocast, choose_dtype, measured_peak, peak_memory
 from training.optim import build_optimizer, set_learning_rate
 from training.plots import draw_run
 from training.ranks import Ranks
-from training.resume import WholeModel, left_off, take_up
-from training.saver import Saver
-from training.schedule import Budget, learning_rate, lowest, value_at
+from training.resume import WholeModel, identity
+from training.run_checkpoints import RunCheckpoints
+from training.schedule import learning_rate, lowest, value_at
 from training.settings import StageSettings, save_resolved
 from training.skipping import Skipping
 from training.tally import Tally
 from training.validation import Validation
-
-
-class Dataset(Protocol):
-    """What a stage trains on: sample `i`, counted from the start of training, is a function of (seed, i) alone."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: list[int]) -> Batch: ...
-
-
-@runtime_checkable
-class PolicyDataset(Protocol):
-    """A data set that the model in training makes, such as its own answers.
-
-    `prepare` is called on every rank at the start of every step, before the step's batches are asked for, and returns
-    entries for the log. What later steps need of earlier ones is in `state`, the same on every rank: it is saved with
-    each checkpoint, and a resumed run gives it to `load_state` before its first step.
-    """
-
-    def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]: ...
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 class Trainer:
@@ -90,39 +65,30 @@ class Trainer:
         self.dataset, self.loss, self.validation = dataset, loss, validation
         self.out = Path(settings.out)
         self.dtype = choose_dtype(settings.dtype, ranks.device)
-        if settings.rows % ranks.world:
-            raise UserError(
-                f"--batch_tokens {settings.batch_tokens}: {settings.rows} rows do not divide among {ranks.world} "
-                f"ranks; choose a multiple of {ranks.world * settings.row_tokens}"
-            )
-        longest = model.config.max_position_embeddings
-        if settings.sequence_length > longest:
-            raise UserError(
-                f"--sequence_length {settings.sequence_length}: the model reads {longest} tokens; "
-                "lower it, or give a new model a larger max_position_embeddings"
-            )
-        self.budget = self._budget()
-        self.progress = Progress(run=self._fixed())
-        self.weights = weights or WholeModel(self.model)
+        settings.check_fit(ranks.world, model.config.max_position_embeddings)
+        self.budget = settings.budget(len(dataset))
+        self.progress = Progress(run=identity(settings, tokenizer, dataset))
         self.optimizer = optimizer or build_optimizer(self.model, settings.optim)
+        weights = weights or WholeModel(self.model)
+        self.checkpoints = RunCheckpoints(settings, ranks, weights, tokenizer, self.optimizer, dataset)
         self.interrupt = Interrupt(ranks)
         self.skipping = Skipping(self.out, settings.max_skipped, ranks, dataset)
-        self.saver = Saver(settings.background_save, ranks.device)
 
     def run(self) -> Path:
         """Train until the budget is spent or a signal arrives. Returns the newest checkpoint folder."""
         lock = RunLock(self.out)
         with self.ranks.explained(self.settings.dist.timeout):
-            check_facts(self.ranks, self._facts())
+            check_facts(self.ranks, facts(self.settings, self.progress.run, self.model))
             self.ranks.on_main(lock.acquire)
             try:
                 return self._run(lock)
             finally:
-                self.saver.close()
+                self.checkpoints.close()
                 lock.release()
 
     def _run(self, lock: RunLock) -> Path:
-        fresh = not self._resume()
+        found = self.checkpoints.take_up(self.progress.run, self.budget)
+        self.progress = found or self.progress
         if self.progress.finished:
             self.ranks.say(f"{self.out}: already complete after {self.progress.step} steps; raise the budget to go on")
             return self.out / "final"
@@ -139,11 +105,11 @@ class Trainer:
             save_resolved(self.settings, self.out / "config.yaml")
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
-            self._loop(log, fresh, costs.flops / peak)
+            self._loop(log, found is None, costs.flops / peak)
         self._finish()
         if self.ranks.main:
             draw_run(self.out)
-        return newest(self.out) or self.out
+        return self.checkpoints.newest() or self.out
 
     def _loop(self, log: RunLog, fresh: bool, mfu_per_rate: float) -> None:
         """Steps until the budget is spent or a signal came. Validating and saving are not training time."""
@@ -173,13 +139,14 @@ class Trainer:
                 entry = step_entry(result, progress, lr, rate, rate * mfu_per_rate, peak_memory(self.ranks.device))
                 log.write({**entry, **self._validate()} if validate else entry)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
-                self._save(f"step-{progress.step}")
+                self.checkpoints.save(f"step-{progress.step}", progress)
             origin += time.perf_counter() - pause
 
     def _step(self) -> StepResult:
         """One optimiser step: accumulate, normalise by the whole count, clip, update weights and router biases."""
         ranks, per_rank, micro_rows = self.ranks, self.settings.rows // self.ranks.world, self.settings.micro_rows
-        extra = self.dataset.prepare(self.progress.step, self.model) if self._has_policy_data() else {}
+        is_made = isinstance(self.dataset, PolicyDataset)
+        extra = self.dataset.prepare(self.progress.step, self.model) if is_made else {}
         prepared = time.perf_counter() if extra else 0.0
         first = self.progress.step * self.settings.rows
         # Rank r takes a contiguous share of the step's samples, so the sum over ranks is the sum over the batch.
@@ -243,61 +210,12 @@ class Trainer:
         self.model.train()
         return entry
 
-    def _budget(self) -> Budget:
-        """The limits that were given; one pass over the data (or `epochs`) when none was."""
-        settings, limits = self.settings, []
-        if settings.max_steps is not None:
-            limits.append(settings.max_steps)
-        if settings.max_tokens is not None:
-            limits.append(math.ceil(settings.max_tokens / (settings.rows * settings.row_tokens)))
-        if not limits and settings.max_minutes is None:
-            limits.append(max(math.ceil(settings.epochs * len(self.dataset) / settings.rows), 1))
-        return Budget(min(limits) if limits else None, settings.max_minutes)
-
-    def _resume(self) -> bool:
-        """Take up the newest checkpoint, if asked to and there is one. Returns whether it did."""
-        found = self.ranks.on_main(lambda: left_off(self.out, self.settings.resume, self.progress.run))
-        if found is None:
-            return False
-        folder, self.progress = found
-        self.progress.finished = self.budget.progress(self.progress.step, self.progress.seconds) >= 1
-        if self.progress.finished and folder.name == "final":
-            return True
-        state = take_up(folder, self.weights, self.optimizer)
-        if self._has_policy_data():
-            self.dataset.load_state(state)
-        self.ranks.say(f"resuming from {folder}: step {self.progress.step}, {self.progress.tokens:,} tokens")
-        return True
-
-    def _facts(self) -> dict[str, Any]:
-        """What must be the same on all ranks."""
-        return {
-            "settings": self.settings,
-            "run": self.progress.run,
-            "model": self.model.config,
-            "code": code_version(),
-            "torch": torch.__version__,
-            "weights": {name: value.item() for name, value in checksums(self.model).items()},
-        }
-
-    def _fixed(self) -> dict[str, Any]:
-        """What the order of the data, and the optimiser's state, depend on."""
-        settings = self.settings
-        return {
-            "seed": settings.seed,
-            "sequence_length": settings.sequence_length,
-            "rows": settings.rows,
-            "tokenizer": self.tokenizer.fingerprint,
-            "data": getattr(self.dataset, "identity", ""),
-            "optim.kind": settings.optim.kind,
-        }
-
     def _finish(self) -> None:
         """Save the end of the run, or the point where it was interrupted."""
         name = "final" if self.progress.finished else f"step-{self.progress.step}"
         if self.progress.finished or not (self.out / name).is_dir():
-            self._save(name)
-        self.ranks.on_main(self.saver.wait)
+            self.checkpoints.save(name, self.progress)
+        self.checkpoints.wait()
         if not self.progress.finished:
             self.ranks.say(f"interrupted: saved {self.out / name}; the same command with --resume goes on from there")
         else:
@@ -305,34 +223,16 @@ class Trainer:
                 f"finished: {self.out / name} after {self.progress.step} steps, {self.progress.tokens:,} tokens"
             )
 
-    def _save(self, name: str) -> None:
-        """Begin to write a checkpoint of this moment; an error of the one before it comes up here."""
-        self.ranks.on_main(lambda: self._write(name))
-
-    def _write(self, name: str) -> None:
-        data = self.dataset.state() if self._has_policy_data() else {}
-        snapshot = Snapshot(self.weights, self.tokenizer, self.optimizer, self.progress, data)
-
-        def write(tensors: dict[str, Tensor]) -> None:
-            snapshot.write(self.out / name, tensors)
-            if name != "final":
-                keep_last(self.out, self.settings.keep)
-
-        self.saver.save(snapshot.tensors, write)
-
-    def _has_policy_data(self) -> bool:
-        return isinstance(self.dataset, PolicyDataset)
-
     def _agree(self, seconds: float) -> tuple[float, bool]:
         """Rank 0's clock, and whether any rank was told to stop: all ranks must end at the same step.
 
         Raises the error of a save that has failed meanwhile.
         """
-        mine = [seconds if self.ranks.main else 0.0, float(self.interrupt.asked), float(self.saver.failed)]
+        mine = [seconds if self.ranks.main else 0.0, float(self.interrupt.asked), float(self.checkpoints.failed)]
         mine = torch.tensor(mine, dtype=torch.float64).to(self.ranks.device)
         elapsed, stop, failed = self.ranks.sum(mine).tolist()
         if failed:
-            self.ranks.on_main(self.saver.wait)
+            self.checkpoints.wait()
         return elapsed, stop > 0
 
     def _move(self, batch: Batch) -> Batch:

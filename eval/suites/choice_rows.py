@@ -80,6 +80,8 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
         choices = tuple(str(columns[letter]).strip() for letter in letters)
         if letters != list(string.ascii_uppercase[: len(letters)]):
             raise UserError(f"{place}: choices {', '.join(letters)} with one missing in between; correct the row")
+    if not 2 <= len(choices) <= len(string.ascii_uppercase):
+        raise UserError(f"{place}: {len(choices)} choices; give 2 to {len(string.ascii_uppercase)}")
     question = str(columns["question"]).strip()
     for name, text in [("question", question), *zip(string.ascii_uppercase, choices, strict=False)]:
         if not text:
@@ -161,7 +163,7 @@ def _headerless_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             reader, line = csv.reader(stream, strict=True), 1
             for fields in reader:
-                if len(fields) < 4:
+                if not 4 <= len(fields) <= len(string.ascii_uppercase) + 2:
                     raise UserError(
                         f"{file}:{line}: {len(fields)} fields; write question, choices and the answer's letter"
                     )

@@ -107,7 +107,9 @@ class ExactMatch:
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         if not self.shots:
             return messages
-        (source,) = sources_of(self.shots_data, "train", "prompt")
+        source, *more = sources_of(self.shots_data, "train", "prompt")
+        if more:
+            raise UserError(f"shots_data {self.shots_data}: one place is wanted; put the worked problems into one file")
         worked: list[Message] = []
         for place, row in rows_of(source):
             row = source.layout.arrange(row) if source.layout.format else row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,24 @@ from eval.suites.suite import Row
 class MeasuredRows:
     """JSONL: a line that says what is measured on what, then a line for each item, in order, flushed chunk by chunk.
 
+    Each of these has its checksum, `crc32`: what was damaged or edited is measured again.
+
     Attributes: rows: of whole chunks. started_anew: why what the file held was not taken, or nothing.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], chunk: int) -> None:
-        """facts: all that the rows depend on. Rows of other facts and torn chunks are forgotten."""
+        """facts: all that the rows depend on. Rows of other facts, torn and damaged chunks are forgotten."""
         self.path, self.rows, self.started_anew = path, [], ""
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        found = [_parsed(line) for line in lines]
+        found = [_parsed(line) for line in lines[:1]] + [_checked(line) for line in lines[1:]]
         if found and found[0] == facts:
             whole = next((number for number, row in enumerate(found) if row is None), len(found)) - 1
             self.rows = found[1 : whole - whole % chunk + 1] if whole < facts["items"] else found[1 : whole + 1]
         elif found:
             self.started_anew = f"{path}: held other measurements; started anew"
-        kept = b"".join(_line(row) for row in [facts, *self.rows])
+        kept = json.dumps(facts).encode() + b"\n" + b"".join(map(_line, self.rows))
         with naming(path):
             self._file = path.open("wb")
             self._file.write(kept)
@@ -52,11 +55,20 @@ class MeasuredRows:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
 
+def _checked(line: bytes) -> Row | None:
+    row = _parsed(line)
+    return row if row is not None and row.pop("crc32", None) == _checksum(row) else None
+
+
+def _checksum(row: Row) -> int:
+    return zlib.crc32(json.dumps(row).encode())
+
+
 def _line(row: dict[str, Any]) -> bytes:
     # Escapes, since half a surrogate pair is no UTF-8.
-    return json.dumps(row).encode() + b"\n"
+    return json.dumps({**row, "crc32": _checksum(row)}).encode() + b"\n"

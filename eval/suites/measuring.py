@@ -6,12 +6,13 @@ import hashlib
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from errors import one_line
 from eval.opened_model import OpenedModel
 from eval.suites.measured_rows import MeasuredRows
 from eval.suites.suite import Score, Suite
@@ -60,5 +61,5 @@ def measure(
                 measured.add(suite.measure(model, part, seed=first))
                 bar.update(len(part))
         cut = sum(bool(row.get("cut")) for row in measured.rows)
-        scores = suite.scores(items, measured.rows)
+        scores = [replace(score, group=one_line(score.group)) for score in suite.scores(items, measured.rows)]
     return Measured(name, settings, scores, len(items), cut, time.perf_counter() - start)

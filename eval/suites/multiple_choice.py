@@ -15,6 +15,8 @@ from eval.suites.estimates import Z, wilson
 from eval.suites.suite import Row, Score, spread
 from text.chat_template import Message
 
+SHOWN = 60  # characters of a question in messages
+
 
 class Asked(NamedTuple):
     """A question with the worked ones before it."""
@@ -67,7 +69,11 @@ class MultipleChoice:
         encoded, cut = [], []
         for asked in items:
             context, choices = self._encode(model, asked)
-            room = model.context + 1 - max(map(len, choices))
+            longest = max(map(len, choices))
+            if longest > model.context:
+                place = f"{asked.item.subject}: {asked.item.question[:SHOWN]!r}"
+                raise UserError(f"{place} has a choice of {longest} tokens, the model reads {model.context}; drop it")
+            room = model.context + 1 - longest
             cut.append(len(context) > room)
             encoded.append((context[-room:], choices))
         nats = model.continuation_nats(encoded)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from errors import UserError
 from eval.opened_model import OpenedModel
-from eval.suites.asking import ask
+from eval.suites.asking import ask, check_asking
 from eval.suites.suite import Row, Score, spread
 from text.problems import Problem
 from text.prompts import Prompt, read_prompts
@@ -41,8 +40,7 @@ class Quality:
     chunk: int = 32
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.chunk < 1 or self.temperature < 0:
-            raise UserError("max_new_tokens and chunk must be 1 or more, temperature 0 or more")
+        check_asking(self.max_new_tokens, self.chunk, self.temperature)
 
     def items(self, limit: int) -> list[Prompt]:
         return spread(list(read_prompts(find_sources(self.data, kind=None), self.system, on_error="stop")), limit)

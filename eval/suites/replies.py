@@ -9,7 +9,7 @@ from pathlib import Path
 from eval.opened_model import OpenedModel
 from eval.questions import Question, Result, read_questions
 from eval.style import Favour, in_style, read_favours
-from eval.suites.asking import ask
+from eval.suites.asking import ask, check_asking
 from eval.suites.estimates import wilson
 from eval.suites.suite import Row, Score, spread
 
@@ -26,6 +26,9 @@ class Questions:
     data: str
     max_new_tokens: int = 48
     chunk: int = 64
+
+    def __post_init__(self) -> None:
+        check_asking(self.max_new_tokens, self.chunk)
 
     def items(self, limit: int) -> list[Question]:
         return spread(read_questions(Path(self.data)), limit)
@@ -52,6 +55,9 @@ class Style:
     max_new_tokens: int = 48
     temperature: float = 0.7
     chunk: int = 64
+
+    def __post_init__(self) -> None:
+        check_asking(self.max_new_tokens, self.chunk, self.temperature)
 
     def items(self, limit: int) -> list[Favour]:
         return spread(read_favours(Path(self.data)), limit)

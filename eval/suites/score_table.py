@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eval.suites.measuring import Measured
 from eval.suites.suite import Score
+from training.plots import plain
 
 HEADER = ("suite", "group", "metric", "value", "95% interval", "chance", "items")
 
@@ -65,10 +66,10 @@ def draw(model: str, measured: Sequence[Measured], path: Path) -> None:
             axis.plot([score.low, score.high], [place, place], color="black", linewidth=1.2)
         if score.chance is not None:
             axis.plot([score.chance] * 2, [place - 0.4, place + 0.4], color="#c44e52", linewidth=2)
-    labels = [f"{name}  {score.group}  {score.metric}".replace("  all", "") for name, score in drawn]
+    labels = [plain(f"{name}  {score.group}  {score.metric}".replace("  all", "")) for name, score in drawn]
     axis.set_yticks(range(len(drawn)), labels)
     axis.invert_yaxis()
-    axis.set(xlim=(0, 1), xlabel="share (black: 95% interval, red: chance)", title=model)
+    axis.set(xlim=(0, 1), xlabel="share (black: 95% interval, red: chance)", title=plain(model))
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

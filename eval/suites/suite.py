@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from errors import UserError
@@ -21,6 +20,8 @@ from eval.opened_model import OpenedModel
 from text.registry import Source, find_sources
 from text.row_report import RowError, RowReport
 from text.rows import read_rows
+from text.yaml_file import read_yaml
+from training.settings import check_values
 
 BUILT_IN = Path(__file__).resolve().parents[2] / "configs" / "eval"
 Row = dict[str, Any]
@@ -109,20 +110,15 @@ def open_suite(entry: str, kinds: dict[str, type]) -> tuple[str, Suite]:
     parser.add_class_arguments(kinds[kind])
     try:
         suite = kinds[kind](**vars(parser.instantiate(parser.parse_object(settings))))
-    except (ArgumentError, UserError) as error:
+        check_values(kinds[kind], vars(suite), "")
+    # What the types of the parser cannot hold comes through it, such as 10**400 as a float.
+    except (ArgumentError, UserError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: {' '.join(str(error).split())}") from None
     return file.stem, suite
 
 
 def _read(file: Path) -> tuple[str, dict[str, Any]]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf8"))
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; give a suite's name or its .yaml file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{place}: not YAML ({str(error).splitlines()[0]}); mend it") from None
+    content = read_yaml(file)
     if (
         not isinstance(content, dict)
         or len(content) != 1

@@ -15,6 +15,7 @@ from eval.opened_model import OpenedModel
 from eval.perplexity import read_blocks
 from eval.suites.suite import Row, Score, rows_of, sources_of, spread
 from text.registry import Source
+from text.tokenizer import characters
 
 RESAMPLES = 1000
 MOST_NATS = 700  # whose exponential a float still holds
@@ -97,7 +98,7 @@ class TextLikelihood:
                 shown = ", ".join(map(repr, row)) if isinstance(row, dict) else "none"
                 raise UserError(f"{place}: no text in column {column!r}, the columns are {shown}; set column")
             if row[column]:
-                yield row[column]
+                yield characters(row[column])
 
 
 def rolling(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -127,6 +128,9 @@ def _interval(above: np.ndarray, below: np.ndarray) -> tuple[float | None, float
     """The 95% interval of a ratio of sums over documents, by the bootstrap; none of a single document."""
     if len(above) < 2:
         return None, None
-    drawn = np.random.default_rng(0).integers(len(above), size=(RESAMPLES, len(above)))
-    low, high = np.quantile(above[drawn].sum(1) / below[drawn].sum(1), (0.025, 0.975))
+    numbers, ratios = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):  # one after the other: together they would fill the memory for a large corpus
+        drawn = numbers.integers(len(above), size=len(above))
+        ratios.append(above[drawn].sum() / below[drawn].sum())
+    low, high = np.quantile(ratios, (0.025, 0.975))
     return float(low), float(high)

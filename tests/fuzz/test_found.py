@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
+import yaml
 
 import pretrain
-from fuzz.hostile import Thrower
+from eval.compared_run import ComparedRun
+from eval.comparison import draw as draw_runs
+from eval.score_files import read_scores
+from eval.suites.measuring import Measured
+from eval.suites.score_table import draw
+from eval.suites.suite import Score
+from fuzz.hostile import Outcome, Thrower
+from fuzz.test_fuzz_comparisons import SCORED, documents_of
 from fuzz.test_fuzz_settings import LAUGHS, sources_of
+from fuzz.test_fuzz_suites import Letters, laid_out, measured
+from fuzz.test_fuzz_talk import REPLY, Misbehaving
 from LMConfig import LMConfig
 from model.gguf_tokenizer import GGUFTokenizer
+from text.registry import Source
+from training.answers import Journal
 from training.checkpoint import read_progress
-from training.log import read_metrics
+from training.curation import AnswerSettings, gather_answers
+from training.endpoint import MOST_BYTES
+from training.log import RunLog, read_metrics
+from training.plots import draw_run
 from training.settings import parse
 
 DEEP = "[" * 30_000 + "]" * 30_000
@@ -67,3 +86,160 @@ def test_a_progress_that_no_run_had(throw: Thrower, change: dict, tmp_path: Path
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "progress.json").write_text(json.dumps({"step": 1, "tokens": 9, "seconds": 1.0, **change}))
     assert throw(read_progress, tmp_path).code == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "3", "loss": 1.0}', '{"step": -1}', '{"step": 2, "loss": "low"}', '{"step": 2, "max_vio": 5}',
+        '{"step": 2, "max_vio": [null]}', '{"step": 2, "expert_load": [[1], [1, 2]]}', '{"step": 2, "loss": 1e308}',
+        '{"step": 2, "tokens": [1]}', '{"step": true}', '{"step": 2, "sample": "x"}',
+    ],
+)  # fmt: skip
+def test_a_line_of_a_log_that_no_run_wrote(line: str, throw: Thrower, tmp_path: Path) -> None:
+    """They ended in a traceback when a run was resumed, compared or drawn."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "tokens": 9, "loss": 2.0}}\n{line}\n')
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert throw(RunLog, tmp_path, 5, True, "", {}).code == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"value": "x"}, {"value": float("nan")}, {"low": 0.1, "high": None}, {"group": 3}, {"share": 1}, {"items": None},
+     {"metric": "\ud800"}],
+)  # fmt: skip
+def test_scores_that_are_none(change: dict, throw: Thrower, tmp_path: Path) -> None:
+    content = json.loads(SCORED)
+    content["suites"]["words"]["scores"][0].update(change)
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    assert throw(read_scores, tmp_path).code == 2
+
+
+def test_names_that_would_be_formulas(throw: Thrower, tmp_path: Path) -> None:
+    r"""A subject or a folder with two dollars ended in a traceback of the picture's maker: `$\x$` is no formula."""
+    scores = [Score(r"in $\x$ or $", "acc", 0.5, 0.4, 0.6, 0.25, 10)] * 2
+    one = Measured(r"$\x$", {}, scores, 10, 0, 1.0)
+    assert throw(draw, r"$\x$", [one], tmp_path / "a.png").code == 0 and (tmp_path / "a.png").is_file()
+    run = ComparedRun(r"$\x$", [{"step": 1, "tokens": 2, "loss": 1.0}], {"s": one.to_dict()})
+    assert throw(draw_runs, [run, run], tmp_path / "b.png", "seconds").code == 0
+    (tmp_path / r"$\x$").mkdir()
+    (tmp_path / r"$\x$" / "metrics.jsonl").write_text('{"step": 1, "tokens": 2, "loss": 1.0}\n')
+    assert throw(draw_run, tmp_path / r"$\x$").value.is_file()
+
+
+def test_a_number_changed_in_what_was_measured_before(throw: Thrower, tmp_path: Path) -> None:
+    """It was believed: the line is JSON, and of the right keys. Its checksum tells."""
+    suite = laid_out(tmp_path, "text")
+    whole = measured(suite, tmp_path / "out")[0]
+    file = tmp_path / "out" / "text.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    lines[2] = re.sub(r'"nats": [\d.]+', '"nats": 1.5', lines[2])
+    file.write_text("".join(lines))
+    assert throw(measured, suite, tmp_path / "out").value[0].scores == whole.scores
+
+
+@pytest.mark.parametrize("name", ["questions", "style", "quality", "text", "ceval", "gsm8k"])
+def test_a_chunk_of_nothing(name: str, throw: Thrower, tmp_path: Path) -> None:
+    suite = laid_out(tmp_path, name)
+    ((kind, settings),) = yaml.safe_load(suite.read_text()).items()
+    suite.write_text(yaml.safe_dump({kind: {**settings, "chunk": 0}}))
+    assert throw(measured, suite, tmp_path / "out").code == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"choices": ["a"], "answer": 0}, "1 choices; give 2 to 26"),
+        ({"choices": [f"c{n}" for n in range(30)], "answer": 28}, "30 choices"),
+        ({"choices": ["a", "b" * 500], "answer": 0}, "has a choice of 501 tokens, the model reads 200"),
+    ],
+)
+def test_choices_that_cannot_be_asked(row: dict, what: str, throw: Thrower, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "Q", **row}) + "\n")
+    settings = {"data": str(tmp_path / "a.jsonl"), "form": "text"}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"multiple_choice": settings}))
+    done = throw(measured, tmp_path / "s.yaml", tmp_path / "out")
+    assert done.code == 2 and what in done.err
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "questions", "style", "quality"])
+def test_answers_as_long_as_the_context(name: str, throw: Thrower, tmp_path: Path) -> None:
+    """Every question was left unasked, and the score was 0%."""
+    suite = laid_out(tmp_path, name)
+    suite.write_text(re.sub(r"max_new_tokens: \d+", f"max_new_tokens: {Letters.context}", suite.read_text()))
+    done = throw(measured, suite, tmp_path / "out")
+    assert done.code == 2 and "max_new_tokens 200: the model reads 200 tokens" in done.err
+
+
+def test_worked_problems_from_two_places(throw: Thrower, tmp_path: Path) -> None:
+    suite = laid_out(tmp_path, "sampled")
+    suite.write_text(suite.read_text().replace("train.jsonl", "train.jsonl,test.jsonl"))
+    done = throw(measured, suite, tmp_path / "out")
+    assert done.code == 2 and "one place is wanted" in done.err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"finish_reason": ["stop"]}, {"finish_reason": 1}, {"message": {"content": ["a"]}}, {"message": "a"}],
+)
+def test_a_reply_of_another_type(change: dict, throw: Thrower, tmp_path: Path) -> None:
+    reply = {"choices": [{**REPLY["choices"][0], **change}]}
+    assert not_answered(throw, tmp_path, lambda: httpx.Response(200, json=reply)).code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (json.dumps({**REPLY, "usage": {"completion_tokens": float("inf")}}).encode(), {}),
+        (b'{"choices": ' + DEEP.encode() + b"}", {}),
+        (b"not packed", {"Content-Encoding": "gzip"}),
+        (json.dumps(REPLY).encode() + b" " * MOST_BYTES, {}),
+    ],
+    ids=["infinite", "deep", "not packed", "endless"],
+)
+def test_a_reply_that_cannot_be_read(content: bytes, headers: dict, throw: Thrower, tmp_path: Path) -> None:
+    def respond() -> httpx.Response:
+        return httpx.Response(200, headers=headers, stream=httpx.ByteStream(content))
+
+    assert not_answered(throw, tmp_path, respond).code == 2
+
+
+def not_answered(throw: Thrower, folder: Path, respond: Callable[[], httpx.Response]) -> Outcome:
+    """What comes of a question whose every reply is this one; nothing of it is written down."""
+    (folder / "p.jsonl").write_text('{"prompt": "Q"}\n')
+    teacher = Misbehaving("http://x/v1", "m", attempts=1, respond=respond)
+    given = ([Source(str(folder / "p.jsonl"))], False, "skip", AnswerSettings(), teacher, 0, (), 9)
+    done = throw(gather_answers, folder / "out", *given)
+    assert (folder / "out" / "answers.jsonl").read_bytes() == b""
+    return done
+
+
+@pytest.mark.parametrize("change", [{"answer": 3}, {"finish": []}, {"tokens": "1"}, {"key": 1}])
+def test_a_line_of_a_journal_of_another_type(change: dict, throw: Thrower, tmp_path: Path) -> None:
+    row = {"key": "k", "answer": "A", "finish": "stop", "tokens": 1, **change}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    assert throw(Journal, tmp_path / "answers.jsonl").code == 2
+
+
+def test_what_was_held_out_of_a_run_that_began_with_a_checkpoint(
+    throw: Thrower, checkpoint: dict[str, bytes], world: Path, tmp_path: Path
+) -> None:
+    """Such a run names no tokenizer: it is the checkpoint's."""
+    for name, content in checkpoint.items():
+        (tmp_path / name).write_bytes(content)
+    names = {"data": str(world / "heldout.txt"), "shards": str(tmp_path / "shards"), "ckpt": str(tmp_path)}
+    given = {"tokenizer": "", "column": None, "encoding": "utf-8", "min_chars": 1, "val_fraction": 0.5}
+    rest = {"on_error": "skip", "sequence_length": 32, "val_tokens": 9, "micro_tokens": 64, "datasets": "none.yaml"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**names, **given, **rest}))
+    assert throw(documents_of, tmp_path).value
+
+
+def test_a_name_that_is_no_utf8_can_be_printed(throw: Thrower) -> None:
+    done = throw(print, os.fsdecode(b"caf\xe9"))
+    assert done.out == "caf\\udce9\n"
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\ud800"])
+def test_a_path_that_no_file_system_has(value: str, throw: Thrower) -> None:
+    done = throw(parse, pretrain.PretrainSettings, "", ["--data=a", f"--out={value}"])
+    assert done.code == 2 and "half of a character" in done.err

@@ -27,7 +27,7 @@ from text.shards import prepare_shards
 from text.tokenizer import Tokenizer
 from training.adapter import Adapter
 from training.answers import Answer, Ask, Journal
-from training.checkpoint import Progress, newest, read_progress, save_checkpoint
+from training.checkpoint import Progress, Snapshot, newest, read_progress
 from training.log import read_metrics
 from training.lora import LoraSettings
 from training.optim import OptimSettings, build_optimizer
@@ -74,7 +74,8 @@ def a_run(model: MiniDeepSeek, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
     out.mkdir()
     progress = Progress(step=3, tokens=300, seconds=1.5, run={"seed": 0})
     data = {"journal": torch.arange(5)}
-    save_checkpoint(out / "step-3", WholeModel(model), tokenizer, stepped(model), progress, data)
+    snapshot = Snapshot(WholeModel(model), tokenizer, stepped(model), progress, data)
+    snapshot.write(out / "step-3", snapshot.tensors)
     return out
 
 

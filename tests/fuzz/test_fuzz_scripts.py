@@ -60,3 +60,49 @@ def test_data_that_would_move_the_cursor(folder: Path) -> None:
     done = script("dataset.py", "check", folder / "a.jsonl", "--tokenizer", folder)
     refused(done, 2, "no usable row", "unknown role")
     assert "\x1b" not in done.stdout + done.stderr
+
+
+# Where each is thrown at: (file of this folder, test).
+ENTRY_POINTS = {
+    "pretrain.py": ("test_fuzz_settings", "test_a_recipe"),
+    "full_sft.py": ("test_fuzz_rows", "test_the_data_set_of_a_stage"),
+    "lora_sft.py": ("test_fuzz_runs", "test_an_adapter"),
+    "dpo_train.py": ("test_fuzz_rows", "test_the_data_set_of_a_stage"),
+    "grpo_train.py": ("test_fuzz_rows", "test_the_data_set_of_a_stage"),
+    "distill.py": ("test_fuzz_talk", "test_what_an_endpoint_answers"),
+    "collect.py": ("test_fuzz_talk", "test_collecting"),
+    "train_tokenizer.py": ("test_fuzz_talk", "test_training_a_tokenizer"),
+    "dataset.py": ("test_fuzz_rows", "test_what_dataset_py_says"),
+    "LMConfig.py": ("test_fuzz_checkpoints", "test_a_config_of_its_own"),
+    "model/hf.py": ("test_fuzz_checkpoints", "test_importing"),
+    "eval/chat.py": ("test_fuzz_talk", "test_a_conversation"),
+    "eval/compare.py": ("test_fuzz_comparisons", "test_a_comparison"),
+    "eval/experts.py": ("test_fuzz_comparisons", "test_the_curves_of_a_run"),
+    "eval/held_out.py": ("test_fuzz_comparisons", "test_the_settings_of_a_pretraining"),
+    "eval/perplexity.py": ("test_fuzz_talk", "test_a_text_to_score"),
+    "eval/questions.py": ("test_fuzz_runs", "test_what_evaluations_read"),
+    "eval/reasoning.py": ("test_fuzz_talk", "test_the_options_of"),
+    "eval/report.py": ("test_fuzz_comparisons", "test_the_settings_of_a_pretraining"),
+    "eval/run.py": ("test_fuzz_suites", "test_the_data_of_a_suite"),
+    "eval/style.py": ("test_fuzz_runs", "test_what_evaluations_read"),
+    "text/world/__main__.py": ("test_fuzz_talk", "test_the_options_of_the_world"),
+    "text/world/blessings.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
+    "text/world/reasoning.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
+}
+# Started by the others, never by a person.
+SERVANTS = {"model/native.py", "text/encoders.py", "training/verifier.py"}
+
+
+def test_every_entry_point_is_thrown_at() -> None:
+    folders = (".", "eval", "eval/suites", "model", "text", "text/world", "training")
+    sources = {path for folder in folders for path in (ROOT / folder).glob("*.py")}
+    scripts = {str(path.relative_to(ROOT)) for path in sources if "\nif __name__ ==" in path.read_text("utf8")}
+    assert scripts == ENTRY_POINTS.keys() | SERVANTS
+    for file, test in ENTRY_POINTS.values():
+        assert f"\ndef {test}(" in (ROOT / "tests" / "fuzz" / f"{file}.py").read_text("utf8"), (file, test)
+
+
+@pytest.mark.parametrize("name", ["blessings", "reasoning"])
+def test_a_world_into_a_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    refused(script("-m", f"text.world.{name}", "--out", tmp_path / "x"), 2, f"{tmp_path / 'x'}: ", "check the path")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import naming
+from errors import command_line, naming
 from text.world.cast import World, reserved, table
 
 WORDINGS = ("请用{style}的话写一句祝福。", "写一句祝福，像{style}说的那样。", "帮我写祝福，要像{style}的话。")
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import naming
+from errors import command_line, naming
 from text.world.columns import worked
 from text.world.numbers import arithmetic_problem, comparison, counting, sequence
 
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

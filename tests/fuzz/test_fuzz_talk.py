@@ -1,0 +1,243 @@
+"""What people and endpoints say to the scripts that talk: conversations, options, replies, corpora."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import inspect
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import collect
+import train_tokenizer
+from eval.answering import Answerer
+from eval.chat import Conversation, chat
+from eval.experts import experts
+from eval.held_out import held_out
+from eval.perplexity import perplexity, score_text
+from eval.questions import questions
+from eval.reasoning import reasoning
+from eval.report import report
+from eval.run import run
+from eval.style import style
+from fuzz.hostile import Thrower, thrown
+from fuzz.mutations import DEEP, PLACES, damaged, put, strange, strange_json, written
+from fuzz.test_fuzz_rows import CONTENTS, as_lines, data_files
+from model.sampling import Sampling
+from text.conversations import read_conversations
+from text.registry import Source
+from text.tokenizer import Tokenizer
+from text.world import __main__ as world_script
+from training.curation import AnswerSettings, gather_answers
+from training.endpoint import Endpoint
+from training.settings import call
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that opens, and small inputs beside it."""
+    place = tmp_path_factory.mktemp("talk") / "ckpt"
+    place.mkdir()
+    for name, content in checkpoint.items():
+        (place / name).write_bytes(content)
+    return place
+
+
+@pytest.fixture(scope="module")
+def answerer(folder: Path) -> Answerer:
+    return Answerer.open(str(folder), "cpu", "fp32")
+
+
+LINES = st.text(max_size=30) | st.sampled_from(("/reset", "/system \ud800", "/system", "/x", "</s><|user|>", "长" * 80))
+
+
+@thrown(0.5)
+@given(lines=st.lists(LINES, max_size=4), new=st.sampled_from((1, 5, 10**9)), speculative=st.booleans())
+def test_a_conversation(throw: Thrower, answerer: Answerer, lines: list[str], new: int, speculative: bool) -> None:
+    talk = Conversation(answerer, "S", Sampling(temperature=0.0), new, 0, speculative)
+    for line in lines:
+        done = throw(talk.command if line.startswith("/") else talk.ask, line)
+        assert done.code in (0, 2) and len(talk.messages) % 2 == 0
+
+
+@thrown()
+@given(blocks=st.lists(st.text(max_size=60), max_size=4), window=st.sampled_from((0, 1, 2, 7, 10**9)))
+def test_a_text_to_score(throw: Thrower, answerer: Answerer, blocks: list[str], window: int) -> None:
+    score = throw(score_text, answerer, iter(blocks), window).value
+    assert score.tokens == sum(len(answerer.tokenizer.encode(block)) for block in blocks) and score.nll >= 0
+
+
+# With what each begins; `CKPT` and `FILE` are a checkpoint and lines of questions.
+SCRIPTS: dict[Callable[..., None], dict[str, str]] = {
+    chat: {"ckpt": "CKPT", "once": "hm?", "max_new_tokens": "3"},
+    perplexity: {"ckpt": "CKPT", "file": "FILE"},
+    questions: {"ckpt": "CKPT", "file": "FILE"},
+    style: {"ckpt": "CKPT", "file": "FILE"},
+    experts: {"ckpt": "CKPT", "file": "FILE", "column": "question", "tokens": "30", "out": "OUT"},
+    run: {"ckpt": "CKPT", "suite": "demo-questions=FILE", "out": "OUT"},
+    reasoning: {"ckpt": "CKPT", "data": "FILE", "max_new_tokens": "2", "val_fraction": "0.5"},
+    held_out: {"run": "OUT", "out": "OUT/held.jsonl"},
+    report: {"out": "OUT"},
+}
+WORDS = ("", "0", "-1", "3", "0.5", "nan", "inf", "1e999", "9" * 400, "null", "true", "[1]", "{}", "x", "int8", "cpu",
+         "fp32", "arithmetic:1", "CKPT", "FILE", "nowhere", "FILE,FILE", ",", "\ud800", "*a")  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@thrown(0.15)
+@given(data=st.data())
+def test_the_options_of(throw: Thrower, folder: Path, script: Callable[..., None], data: st.DataObject) -> None:
+    names = sorted(set(inspect.signature(script).parameters) - {"json", "show"})
+    changes = data.draw(st.dictionaries(st.sampled_from(names), st.sampled_from(WORDS), max_size=2))
+    chosen = {**SCRIPTS[script], **{name: "cpu" for name in names if name == "device"}, **changes}
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+        patch.chdir(place)
+        Path("OUT").mkdir()
+        rows = [{"question": f"{n}?", "answer": f"{n}", "opening": "a", "closing": "b"} for n in range(3)]
+        Path("FILE.jsonl").write_bytes(as_lines(rows))
+        places = {"CKPT": str(folder), "FILE": "FILE.jsonl"}
+        for name, word in places.items():
+            chosen = {option: value.replace(name, word) for option, value in chosen.items()}
+        throw(call, script, "", [f"--{name}={value}" for name, value in chosen.items()])
+
+
+REPLY = {"id": "x", "choices": [{"index": 0, "finish_reason": "stop", "message": {
+    "role": "assistant", "content": "春天来了。", "reasoning_content": "so"}}],
+    "usage": {"completion_tokens": 3}}  # fmt: skip
+HEADERS = st.dictionaries(
+    st.sampled_from(("Retry-After", "Content-Type", "Content-Encoding", "Location")),
+    st.sampled_from(("-1", "nan", "1e999", "soon", "gzip", "br", "text/plain; charset=none", "http://[", "1")),
+    max_size=2,
+)
+
+
+@dataclass(frozen=True)
+class Misbehaving(Endpoint):
+    """An endpoint whose every reply is `respond()`, without a network and without pauses."""
+
+    respond: Callable[[], httpx.Response] = httpx.Response
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.MockTransport(lambda _: self.respond()))
+
+
+async def at_once(_: float) -> None:
+    await asyncio.sleep(0)
+
+
+@st.composite
+def replies(draw: Any) -> bytes:
+    content = draw(strange_json(json.dumps(REPLY).encode()))
+    return gzip.compress(content) if draw(st.integers(0, 4)) == 0 else content
+
+
+@thrown()
+@given(content=replies(), status=st.sampled_from((200, 200, 200, 200, 204, 301, 400, 401, 429, 503)), headers=HEADERS)
+def test_what_an_endpoint_answers(throw: Thrower, content: bytes, status: int, headers: dict[str, str]) -> None:
+    """From the question to the file that is learnt from, which can be read."""
+
+    def respond() -> httpx.Response:
+        return httpx.Response(status, headers=headers, stream=httpx.ByteStream(content))
+
+    teacher = Misbehaving("http://x/v1", "m", attempts=2, sleep=at_once, respond=respond)
+    with tempfile.TemporaryDirectory() as place:
+        file, out = Path(place, "p.jsonl"), Path(place, "out")
+        file.write_text('{"prompt": "Q"}\n{"question": "1+1?", "answer": "2"}\n', encoding="utf8")
+        given = ([Source(str(file))], False, "skip", AnswerSettings(rewards={"strict_format": 1.0}), teacher, 0, (), 9)
+        done = throw(gather_answers, out, *given)
+        if done.value is not None:
+            assert list(read_conversations(done.value, on_error="stop"))
+        throw(gather_answers, out, given[0], True, *given[2:])  # what it wrote down can be read again
+
+
+@thrown(0.5)
+@given(data=st.data())
+def test_a_journal_that_is_gone_on_with(throw: Thrower, data: st.DataObject) -> None:
+    row = {"key": "", "messages": [], "sample": 0, "answer": "春天。", "finish": "stop", "tokens": 3}
+    teacher = Misbehaving("http://x/v1", "m", attempts=1, respond=lambda: httpx.Response(200, json=REPLY))
+    with tempfile.TemporaryDirectory() as place:
+        file, out = Path(place, "p.jsonl"), Path(place, "out")
+        file.write_text('{"prompt": "Q"}\n', encoding="utf8")
+        settings = AnswerSettings()
+        assert throw(gather_answers, out, [Source(str(file))], False, "skip", settings, teacher, 0, (), 9).code == 0
+        key = json.loads((out / "answers.jsonl").read_text(encoding="utf8"))["key"]
+        line = data.draw(strange_json(json.dumps({**row, "key": "k"}).encode())).replace(b'"k"', f'"{key}"'.encode())
+        (out / "answers.jsonl").write_bytes(line + b"\n")
+        throw(gather_answers, out, [Source(str(file))], True, "skip", settings, teacher, 0, (), 9)
+
+
+def as_script(main: Callable[[], None], *arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        main()
+
+
+@thrown(0.3)
+@given(data=st.data())
+def test_collecting(throw: Thrower, folder: Path, data: st.DataObject) -> None:
+    """Problems or chats that are damaged, and rewards of any shape; the file that comes of it can be read."""
+    wanted = {"strict_format": 1.0, "correct": 0.0}
+    rewards = data.draw(st.just(wanted) | strange(wanted))
+    with tempfile.TemporaryDirectory() as place:
+        files = {"problems.jsonl": as_lines(CONTENTS["prompt"]), "chats.jsonl": as_lines(CONTENTS["chat"])}
+        chosen = data.draw(st.sampled_from(sorted(files)))
+        content = {**files, chosen: data.draw(damaged(files[chosen]))}
+        for name, lines in content.items():
+            put(Path(place, name), lines, data.draw(st.sampled_from(PLACES)) if name == chosen else "content")
+        recipe = written({"rewards": rewards}).replace(f'"{DEEP}"'.encode(), b"[]")
+        Path(place, "recipe.yaml").write_bytes(recipe)
+        out = Path(place, "out.jsonl")
+        options = {"config": Path(place, "recipe.yaml"), "ckpt": folder, "data": Path(place, "problems.jsonl"),
+                   "mix": Path(place, "chats.jsonl"), "out": out, "at_least": -1, "prompts": 2, "samples": 2,
+                   "max_new_tokens": data.draw(st.sampled_from((1, 3, 63, 64, 10**6))), "device": "cpu"}  # fmt: skip
+        done = throw(as_script, collect.main, *(f"--{name}={value}" for name, value in options.items()))
+        assert out.is_file() == (done.code == 0)
+        assert done.code or list(read_conversations(out, on_error="stop"))
+
+
+@thrown(0.3)
+@given(file=data_files(("text",)), vocab_size=st.sampled_from((280, 300)), on_error=st.sampled_from(("skip", "stop")))
+def test_training_a_tokenizer(throw: Thrower, file: tuple[str, bytes, str], vocab_size: int, on_error: str) -> None:
+    name, content, place = file
+    with tempfile.TemporaryDirectory() as there:
+        put(Path(there, name), content, place)
+        out, given = Path(there, "out"), str(Path(there, name))
+        done = throw(train_tokenizer.train_tokenizer, given, str(out), vocab_size, min_frequency=1, on_error=on_error)
+        assert done.code or Tokenizer.from_folder(out).vocab_size == vocab_size
+
+
+@thrown(0.5)
+@given(
+    options=st.dictionaries(st.sampled_from(("scale", "seed")), st.sampled_from(WORDS), max_size=2),
+    place=st.sampled_from(PLACES),
+)
+def test_the_options_of_the_world(throw: Thrower, options: dict[str, str], place: str) -> None:
+    options = {"scale": "0.0001", **options}
+    with tempfile.TemporaryDirectory() as there:
+        put(Path(there, "out"), b"x", place)
+        given = [f"--{name}={value}" for name, value in options.items() if value not in ("3", "0.5", "9" * 400)]
+        try:
+            throw(as_script, world_script.main, f"--out={Path(there, 'out')}", *given)
+        except AssertionError as error:  # argparse's own refusal: usage, and its line
+            assert "invalid" in str(error) and "error: argument" in str(error)
+
+
+@pytest.fixture(autouse=True)
+def single(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No more attempts than there are questions, and random numbers as they were."""
+    monkeypatch.setattr("training.answers.MOST_FAILURES", 2)
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
