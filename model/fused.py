@@ -105,7 +105,13 @@ def gather_sum(rows_RD: Tensor, places_NK: Tensor) -> Tensor:
 
 
 def route(
-    x_ND: Tensor, centroids_ED: Tensor, bias_E: Tensor, top_k: int, groups: tuple[int, int], normalise: bool, scale: float
+    x_ND: Tensor,
+    centroids_ED: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    groups: tuple[int, int],
+    normalise: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """What `model.moe.Router` gives for x, contiguous: weights (N, K) float32 and indices (N, K) int64.
 

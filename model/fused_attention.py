@@ -1,4 +1,4 @@
-"""Attention of prefill on CPU in one pass: `fused_attention.c`, compiled here where the processor multiplies bfloat16."""
+"""Attention of prefill on CPU in one pass: `fused_attention.c`, compiled where the processor multiplies bfloat16."""
 
 from __future__ import annotations
 
