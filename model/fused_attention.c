@@ -18,8 +18,9 @@ typedef uint32_t pair;    // two of them, neighbours along the axis that a produ
 
 #define LANES 16
 #define ROWS 6       // queries of a tile: with four vectors of keys or values 24 sums, which live in registers
-#define GROUPS 8     // tiles of queries that meet a block of keys while it lies in the nearest cache
-#define BLOCK 128    // keys of a block; more than a block of queries and LANES
+#define GROUPS 4     // tiles of queries that meet a block of keys while it lies in the nearest cache
+#define AHEAD 16     // rows of a head are fetched so many before they are needed
+#define BLOCK 256    // keys of a block; more than a block of queries and LANES
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -27,6 +28,11 @@ INLINE __m512 widened(__m256i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtep
 INLINE __mmask16 first_lanes(int64_t many) { return many >= LANES ? 0xffff : (1 << many) - 1; }
 INLINE int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t whole(int64_t x, int64_t of) { return (x + of - 1) / of * of; }
+
+// Rows of one head lie a whole token apart, further than the processor looks ahead by itself.
+INLINE void fetch(const number *x, int64_t many) {
+  for (int64_t i = 0; i < many; i += 32) __builtin_prefetch(x + i);
+}
 
 // 2^x of numbers that are not above 0: 2^n e^(r ln 2) with |r| <= 1/2, by its Taylor series to r^5, within 3e-6.
 INLINE __m512 power_of_two(__m512 x) {
@@ -102,28 +108,32 @@ static void pack_keys(pair *to, const number *keys, int64_t pairs) {
 // what was summed with another top before is scaled to the new one. Row r sees the keys from[r] <= i < to[r].
 static void soften(number *p, float *scores, int64_t keys, const int64_t *from, const int64_t *to, float factor,
                    float *top, float *sum, float *out, int64_t width) {
+  __m512 most[ROWS], less[ROWS], total[ROWS], by = _mm512_set1_ps(factor);
   for (int r = 0; r < ROWS; r++) {
-    float *row = scores + r * BLOCK;
-    for (int64_t i = 0; i < lower(from[r], keys); i++) row[i] = -INFINITY;
-    for (int64_t i = to[r] < 0 ? 0 : to[r]; i < keys; i++) row[i] = -INFINITY;
-    __m512 most = _mm512_set1_ps(top[r]), total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < keys; i += LANES) most = _mm512_max_ps(most, _mm512_loadu_ps(row + i));
-    float now = _mm512_reduce_max_ps(most);
-    __m512 by = _mm512_set1_ps(factor), less = _mm512_set1_ps(now * factor);
-    for (int64_t i = 0; i < keys; i += LANES) {
-      __m512 value = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(row + i), by, less));
-      total = _mm512_add_ps(total, value);
+    for (int64_t i = 0; i < lower(from[r], keys); i++) scores[r * BLOCK + i] = -INFINITY;
+    for (int64_t i = to[r] < 0 ? 0 : to[r]; i < keys; i++) scores[r * BLOCK + i] = -INFINITY;
+  }
+  UNROLL for (int r = 0; r < ROWS; r++) most[r] = _mm512_set1_ps(top[r]);
+  for (int64_t i = 0; i < keys; i += LANES)
+    UNROLL for (int r = 0; r < ROWS; r++) most[r] = _mm512_max_ps(most[r], _mm512_loadu_ps(scores + r * BLOCK + i));
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    float now = _mm512_reduce_max_ps(most[r]);
+    less[r] = _mm512_set1_ps(now * factor);
+    total[r] = _mm512_setzero_ps();
+    if (now == top[r]) continue;
+    __m512 old = power_of_two(_mm512_set1_ps((top[r] - now) * factor));
+    for (int64_t i = 0; i < width; i += LANES)
+      _mm512_storeu_ps(out + r * width + i, _mm512_mul_ps(_mm512_loadu_ps(out + r * width + i), old));
+    sum[r] *= _mm512_cvtss_f32(old);
+    top[r] = now;
+  }
+  for (int64_t i = 0; i < keys; i += LANES)
+    UNROLL for (int r = 0; r < ROWS; r++) {
+      __m512 value = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores + r * BLOCK + i), by, less[r]));
+      total[r] = _mm512_add_ps(total[r], value);
       _mm256_storeu_si256((__m256i *)(p + r * BLOCK + i), (__m256i)_mm512_cvtneps_pbh(value));
     }
-    if (now != top[r]) {
-      __m512 old = power_of_two(_mm512_set1_ps((top[r] - now) * factor));
-      for (int64_t i = 0; i < width; i += LANES)
-        _mm512_storeu_ps(out + r * width + i, _mm512_mul_ps(_mm512_loadu_ps(out + r * width + i), old));
-      sum[r] *= _mm512_cvtss_f32(old);
-      top[r] = now;
-    }
-    sum[r] += _mm512_reduce_add_ps(total);
-  }
+  UNROLL for (int r = 0; r < ROWS; r++) sum[r] += _mm512_reduce_add_ps(total[r]);
 }
 
 // A query as its head has it, the second part turned by its angles (pairs of cos and sin), zeros up to `width`.
@@ -165,6 +175,7 @@ void attend(number *out, const number *q, const number *kv, const number *k_rope
       for (int64_t j = 0; j < keys; j += LANES) {
         memset(some_keys, 0, sizeof some_keys);
         for (int64_t i = j; i < lower(j + LANES, held); i++) {
+          fetch(head + (i + AHEAD) * step, nope + value);
           memcpy(some_keys + (i - j) * 2 * pairs, head + i * step, nope * sizeof(number));
           memcpy(some_keys + (i - j) * 2 * pairs + nope, k_rope + (b * held + i) * apart, rope * sizeof(number));
         }
@@ -181,9 +192,11 @@ void attend(number *out, const number *q, const number *kv, const number *k_rope
         }
       for (int64_t t = 0; t < time; t += GROUPS * ROWS) {
         const int64_t here = lower(GROUPS * ROWS, time - t), first = past + t, last = first + here - 1;
-        for (int64_t r = 0; r < here; r++)
-          rotated(queries + r * 2 * pairs, q + (((b * time + t + r) * heads) + h) * (nope + rope),
-                  angles + b * angle_rows + (t + r) * rope, nope, rope, 2 * pairs);
+        for (int64_t r = 0; r < here; r++) {
+          const number *query = q + (((b * time + t + r) * heads) + h) * (nope + rope);
+          fetch(query + AHEAD * heads * (nope + rope), nope + rope);
+          rotated(queries + r * 2 * pairs, query, angles + b * angle_rows + (t + r) * rope, nope, rope, 2 * pairs);
+        }
         memset(queries + here * 2 * pairs, 0, (GROUPS * ROWS - here) * 2 * pairs * sizeof(number));
         memset(mixed, 0, sizeof mixed);
         for (int r = 0; r < GROUPS * ROWS; r++) top[r] = -INFINITY, sum[r] = 0;
