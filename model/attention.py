@@ -24,10 +24,12 @@ class Visibility:
     Attributes:
         unpadded: (batch, 1, queries, keys) bool where rows have padding on the left, else None.
         segment_ids: (batch, time) integers when samples are packed with isolation, else None.
+        padding: (batch,) the positions on the left that `unpadded` hides, where that is all it does besides causality.
     """
 
     unpadded: Tensor | None = None
     segment_ids: Tensor | None = None
+    padding: Tensor | None = None
 
     @staticmethod
     def packed(segment_ids: Tensor) -> Visibility:
@@ -66,7 +68,7 @@ class Visibility:
         # A padding position sees itself, or its softmax over nothing would be NaN.
         itself = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries)
         allowed = causal(queries, keys, device)
-        return Visibility((allowed & real) | (allowed & itself))
+        return Visibility((allowed & real) | (allowed & itself), padding=padding)
 
     @staticmethod
     def reaching(positions_BT: Tensor, keys: int) -> Visibility:

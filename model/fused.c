@@ -221,3 +221,60 @@ void softmax_back(number *grad, const number *p, int64_t rows, int64_t n, float 
       store_some(d + i, (load_some(d + i, n - i, 0) - share) * load_some(row + i, n - i, 0) * scale, n - i);
   }
 }
+
+// The router of `count` tokens x (count, n): s = sigmoid(x . centroid), the top_k experts with the highest s + bias
+// within the best groups (by the sum of their two best), and their weights from s alone. See moe.py.
+//   centroids (n, wide): one column an expert, zeros behind the last; wide: experts, up to whole lanes
+//   weights, choices (count, top_k): from the highest s + bias on
+#define TOGETHER 8  // tokens that meet each row of centroids while it is in a register
+void route(float *weights, int64_t *choices, const number *x, const float *centroids, const float *bias, int64_t count,
+           int64_t n, int64_t experts, int64_t wide, int64_t top_k, int64_t groups, int64_t top_groups, int64_t normalise,
+           float scale, int threads) {
+  const int64_t size = experts / groups;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t first = 0; first < count; first += TOGETHER) {
+    int64_t here = count - first < TOGETHER ? count - first : TOGETHER;
+    float rows[TOGETHER][n], affinity[TOGETHER][wide], biased[experts], group_score[groups];
+    char lost[groups];
+    for (int64_t t = 0; t < TOGETHER; t++)
+      for (int64_t i = 0; i < n; i += LANES)
+        *(lanes *)(rows[t] + i) = load(x + (first + (t < here ? t : here - 1)) * n + i);
+    for (int64_t e = 0; e < wide; e += LANES) {
+      lanes sum[TOGETHER] = {{0}};
+      for (int64_t i = 0; i < n; i++)
+        for (int64_t t = 0; t < TOGETHER; t++) sum[t] += rows[t][i] * *(const lanes *)(centroids + i * wide + e);
+      for (int64_t t = 0; t < TOGETHER; t++) *(lanes *)(affinity[t] + e) = sigmoid(sum[t]);
+    }
+    for (int64_t t = 0; t < here; t++) {
+      float *weight = weights + (first + t) * top_k, all_chosen = 1e-20f;
+      for (int64_t e = 0; e < experts; e++) biased[e] = affinity[t][e] + bias[e];
+      for (int64_t g = 0; g < groups; g++) {
+        float best = -INFINITY, second = -INFINITY;
+        for (int64_t e = g * size; e < (g + 1) * size; e++) {
+          float lower = biased[e] > best ? best : biased[e];
+          best = biased[e] > best ? biased[e] : best;
+          second = lower > second ? lower : second;
+        }
+        group_score[g] = best + second;
+        lost[g] = 1;
+      }
+      for (int64_t k = 0; k < top_groups; k++) {
+        int64_t best = 0;
+        while (!lost[best]) best++;
+        for (int64_t g = best + 1; g < groups; g++)
+          if (lost[g] && group_score[g] > group_score[best]) best = g;
+        lost[best] = 0;
+      }
+      for (int64_t e = 0; e < experts; e++) biased[e] = lost[e / size] ? -INFINITY : biased[e];
+      for (int64_t k = 0; k < top_k; k++) {
+        int64_t best = 0;
+        for (int64_t e = 1; e < experts; e++) best = biased[e] > biased[best] ? e : best;
+        choices[(first + t) * top_k + k] = best;
+        weight[k] = affinity[t][best];
+        all_chosen += weight[k];
+        biased[best] = -INFINITY;
+      }
+      for (int64_t k = 0; k < top_k; k++) weight[k] = weight[k] / (normalise ? all_chosen : 1) * scale;
+    }
+  }
+}

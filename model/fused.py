@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.compiled import compiled
@@ -103,6 +104,29 @@ def gather_sum(rows_RD: Tensor, places_NK: Tensor) -> Tensor:
     return out
 
 
+def route(
+    x_ND: Tensor,
+    centroids_ED: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    groups: tuple[int, int],
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """What `model.moe.Router` gives for x, contiguous: weights (N, K) float32 and indices (N, K) int64.
+
+    centroids, bias: float32; groups: how many there are, and how many of them may be chosen from.
+    """
+    count, size = x_ND.shape
+    experts = len(centroids_ED)
+    wide = F.pad(centroids_ED.t(), (0, -experts % LANES)).contiguous()
+    weights, choices = torch.empty(count, top_k), torch.empty(count, top_k, dtype=torch.int64)
+    places = (address(tensor) for tensor in (weights, choices, x_ND, wide, bias_E))
+    sizes = (count, size, experts, wide.shape[1], top_k, *groups, normalise)
+    library(x_ND.dtype).route(*places, *sizes, scale, torch.get_num_threads())
+    return weights, choices
+
+
 def causal_softmax_(scores: Tensor, first: int, scale: float) -> Tensor:
     """softmax(scale * scores) in place; query r of a block sees its first `first` + r + 1 keys, the others get 0.
 
@@ -140,5 +164,6 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     built.softmax_back.argtypes = [place] * 2 + [whole] * 2 + [real, threads]
     for function in (built.swiglu, built.swiglu_back, built.rms_norm, built.rms_norm_back, built.gather_sum):
         function.restype = None
-    built.causal_softmax.restype = built.softmax_back.restype = None
+    built.route.argtypes = [place] * 5 + [whole] * 8 + [real, threads]
+    built.route.restype = built.causal_softmax.restype = built.softmax_back.restype = None
     return built

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model import fused_attention
 from model.attention import Visibility, attend, pick
 from model.cache import Cache, LatentCache
 from model.norm import RMSNorm
@@ -61,7 +62,10 @@ class MultiHeadLatentAttention(nn.Module):
         if wanted_B is not None:
             visibility = visibility.only(wanted_B, x.shape[1], latent_BSC.shape[1])
             x, rope = pick(x, wanted_B), pick(rope, wanted_B)
-        q_nope, q_rope = self._queries(x, rope)
+        q_BTHQ = self._queries(x)
+        if isinstance(cache, LatentCache) and x.shape[1] > ABSORB_UP_TO and fused_attention.fits(q_BTHQ, visibility):
+            return self.o_proj(self.attend_fused(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), visibility).flatten(2))
+        q_nope, q_rope = self._rotated(q_BTHQ, rope)
         if isinstance(cache, LatentCache) and x.shape[1] <= ABSORB_UP_TO:
             if self.layer not in cache.absorbed:
                 cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)
@@ -80,6 +84,12 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotated key for all heads
         return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, visibility)
+
+    def attend_fused(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+        """The same in one pass, for prefill on CPU: q not rotated; neither keys nor scores are ever written out."""
+        c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
+        kv_BSHE = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1))
+        return fused_attention.attend(q_BTHQ, kv_BSHE, k_rope, rope, self.scale, visibility.padding)
 
     def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W^UK (H, nope, rank) and W^UV (H, rank, value) of every head, laid out for `attend_absorbed`.
@@ -115,10 +125,14 @@ class MultiHeadLatentAttention(nn.Module):
         out = out.transpose(0, 1) @ w_uv
         return out.transpose(0, 1).reshape(batch, time, self.heads, self.value).to(q_nope.dtype)
 
-    def _queries(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, H, nope) and (B, T, H, rope), the latter rotated (Eq. 6 to 9)."""
+    def _queries(self, x: Tensor) -> Tensor:
+        """(B, T, H, nope + rope), not rotated (Eq. 6 and 7)."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
+        return q.unflatten(-1, (self.heads, -1))
+
+    def _rotated(self, q_BTHQ: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, H, nope) and (B, T, H, rope), the latter rotated (Eq. 8 and 9)."""
+        q_nope, q_rope = q_BTHQ.split((self.nope, self.rope), dim=-1)
         return q_nope, rotate(q_rope, rope)
 
     def _latents(self, x: Tensor, rope: Tensor) -> Tensor:

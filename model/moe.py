@@ -65,6 +65,18 @@ class Router(Float32Buffers):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
         return weights * self.config.routed_scaling_factor, indices, scores
 
+    def select(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and indices of `forward`, where nobody asks for gradients or scores."""
+        config, watched = self.config, self._forward_hooks or self._forward_pre_hooks
+        fast = x_ND.is_contiguous() and type(self.weight) is nn.Parameter and fused.fits(x_ND)
+        if torch.is_grad_enabled() or watched or not fast:
+            return self(x_ND)[:2]
+        groups = (config.n_group, config.topk_group)
+        top_k, bias_E = config.num_experts_per_tok, self.e_score_correction_bias
+        return fused.route(
+            x_ND, self.weight.float(), bias_E, top_k, groups, config.norm_topk_prob, config.routed_scaling_factor
+        )
+
     @torch.no_grad()
     def choose(self, scores_NE: Tensor) -> Tensor:
         """The K experts with the highest s + b within the best groups (Eq. 16 and node-limited routing). (N, K)."""
@@ -98,7 +110,10 @@ class DeepseekMoE(nn.Module):
         real: (batch, time) bool, False where a position is padding and is not counted.
         """
         x_ND = x_BTD.flatten(0, 1)
-        weights, indices, scores = self.gate(x_ND)
+        if count:
+            weights, indices, scores = self.gate(x_ND)
+        else:
+            weights, indices = self.gate.select(x_ND)
         out = self.experts(x_ND, weights, indices).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)

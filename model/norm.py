@@ -21,8 +21,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., size). The mean square is taken in float32; the result has the type of x."""
-        if type(self.weight) is nn.Parameter and self.weight.dtype == torch.float32 and fused.fits(x):
-            return fused.FusedRMSNorm.apply(x, self.weight, self.eps)
+        if type(self.weight) is nn.Parameter and fused.fits(x):
+            return fused.FusedRMSNorm.apply(x, self.weight.float(), self.eps)
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # goes through float32 by itself
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
