@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model import causal
 from model.attention import Visibility, attend, pick
 from model.cache import Cache, LatentCache
 from model.norm import RMSNorm
@@ -61,23 +62,27 @@ class MultiHeadLatentAttention(nn.Module):
         if wanted_B is not None:
             visibility = visibility.only(wanted_B, x.shape[1], latent_BSC.shape[1])
             x, rope = pick(x, wanted_B), pick(rope, wanted_B)
-        q_nope, q_rope = self._queries(x, rope)
+        q_BTHQ = self._unrotated_queries(x)
         if isinstance(cache, LatentCache) and x.shape[1] <= ABSORB_UP_TO:
             if self.layer not in cache.absorbed:
                 cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)
-            out = self.attend_absorbed(q_nope, q_rope, latent_BSC, visibility, *cache.absorbed[self.layer])
+            queries = self._rotated(q_BTHQ, rope)
+            out = self.attend_absorbed(*queries, latent_BSC, visibility, *cache.absorbed[self.layer])
         else:
-            out = self.attend_naive(q_nope, q_rope, latent_BSC.to(q_nope.dtype), visibility)
+            out = self.attend_naive(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), visibility)
         return self.o_proj(out.flatten(2))
 
-    def attend_naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+    def attend_naive(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
         """Expand the latents to keys and values of every head (Eq. 3 to 5), then attend: for training and prefill.
 
-        q_nope: (B, T, H, nope); q_rope: (B, T, H, rope), rotated. Returns (B, T, H, value).
+        q: (B, T, H, nope + rope), not yet rotated. Returns (B, T, H, value).
         """
-        q_BTHQ = torch.cat((q_nope, q_rope), dim=-1)
         c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
-        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
+        kv = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1))
+        if visibility.plain and causal.fits(q_BTHQ, kv, k_rope):
+            return causal.CausalAttention.apply(q_BTHQ, kv, k_rope, rope, self.scale)
+        q_BTHQ = torch.cat(self._rotated(q_BTHQ, rope), dim=-1)
+        k_nope, v = kv.split((self.nope, self.value), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotated key for all heads
         return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, visibility)
 
@@ -115,10 +120,14 @@ class MultiHeadLatentAttention(nn.Module):
         out = out.transpose(0, 1) @ w_uv
         return out.transpose(0, 1).reshape(batch, time, self.heads, self.value).to(q_nope.dtype)
 
-    def _queries(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, H, nope) and (B, T, H, rope), the latter rotated (Eq. 6 to 9)."""
+    def _unrotated_queries(self, x: Tensor) -> Tensor:
+        """(B, T, H, nope + rope) (Eq. 6 and 7)."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
+        return q.unflatten(-1, (self.heads, -1))
+
+    def _rotated(self, q_BTHQ: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, H, nope) and (B, T, H, rope), the latter rotated (Eq. 8 and 9)."""
+        q_nope, q_rope = q_BTHQ.split((self.nope, self.rope), dim=-1)
         return q_nope, rotate(q_rope, rope)
 
     def _latents(self, x: Tensor, rope: Tensor) -> Tensor:
