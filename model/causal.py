@@ -7,14 +7,13 @@ projections wrote them, and gradients written where they are wanted. Everywhere 
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.compiled import compiled
+from model.compiled import multiplies, opened
 from model.fused import LANES, TYPES, address, stride_of
 
 SOURCE = Path(__file__).with_name("causal.c")
@@ -37,15 +36,7 @@ def fits(q: Tensor, kv: Tensor, k_rope: Tensor) -> bool:
     same = all(type(x) is Tensor and x.dtype == q.dtype for x in (q, kv, k_rope))
     rope = k_rope.shape[-1]
     sizes = (rope, q.shape[-1] - rope, kv.shape[-1] - q.shape[-1] + rope)
-    return same and not any(size % LANES for size in sizes) and quicker(q.dtype) and library(q.dtype) is not None
-
-
-@lru_cache(maxsize=2)
-def quicker(dtype: torch.dtype) -> bool:
-    """On processors with AVX-512, for bfloat16 with its products, unless they have AMX, which only libraries use."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return torch.cpu._is_avx512_supported()
+    return same and not any(size % LANES for size in sizes) and multiplies(q.dtype) and library(q.dtype) is not None
 
 
 class CausalAttention(torch.autograd.Function):
@@ -94,9 +85,8 @@ def _call(name: str, dtype: torch.dtype, sizes: Sizes, *tensors: Tensor) -> None
 @lru_cache(maxsize=2)
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """causal.c compiled for numbers of this type; None where that cannot be."""
-    try:
-        built = ctypes.CDLL(str(compiled(SOURCE, *(["-DBF16"] if dtype == torch.bfloat16 else []))))
-    except (OSError, subprocess.CalledProcessError):
+    built = opened(SOURCE, dtype)
+    if built is None:
         return None
     place, sizes, whole = ctypes.c_void_p, ctypes.POINTER(Sizes), ctypes.c_int
     built.attend.argtypes = [place] * 7 + [sizes, whole]

@@ -221,15 +221,13 @@ class _GroupedLinear(torch.autograd.Function):
             grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
         if ctx.needs_input_grad[1]:
             grad_weight = ctx.kept.like(weight_EOD)
-            product = grad_RO.new_empty(weight_EOD.shape[1:])
             for expert in set(range(len(ends))).difference(expert for expert, _ in spans):
                 grad_weight[expert].zero_()
         for expert, rows in spans:
             if grad_x is not None:
                 _product_into(grad_x[rows], grad_RO[rows], weight_of(expert).t())
             if grad_weight is not None:
-                _product_into(product, grad_RO[rows].t(), x_RD[rows].t())
-                grad_weight[expert].copy_(product)
+                products.gradient_into(grad_weight[expert], grad_RO[rows], x_RD[rows])
         return grad_x, grad_weight, None, None
 
 

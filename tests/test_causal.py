@@ -23,7 +23,7 @@ def a_compiler_is_there() -> None:
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch):
     """`on(True)`: as on a processor where it is the quicker way; `on(False)`: as on another."""
-    return lambda here: monkeypatch.setattr(causal, "quicker", lambda dtype: here)
+    return lambda here: monkeypatch.setattr(causal, "multiplies", lambda dtype: here)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -79,6 +79,58 @@ def test_they_are_asked_for_where_they_pay(on) -> None:
     assert not products.faster(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "out", "features"), [(64, 16, 16), (65, 48, 112), (300, 160, 64), (515, 32, 96)])
+def test_gradients_of_weights_are_those_of_float64(
+    dtype: torch.dtype, tokens: int, out: int, features: int, on
+) -> None:
+    on(True)
+    grad = numbers(tokens, out + 16).to(dtype)[:, :out]  # rows further apart than they are long
+    x = numbers(tokens, features + 8, seed=1).to(dtype)[:, 8:]
+    wanted = grad.double().t() @ x.double()
+    assert products._suits(torch.empty(out, features), grad, x)
+    got = products.gradient_into(torch.full((out, features), torch.nan), grad, x)
+    assert (got - wanted).norm() < 1e-6 * wanted.norm()
+    products.add_gradient(got, grad, x)
+    assert (got - 2 * wanted).norm() < 2e-6 * wanted.norm()
+
+
+def test_gradients_of_weights_where_they_are_no_whole_lanes_are_right_too(on) -> None:
+    on(True)
+    grad, x = numbers(100, 20), numbers(100, 48, seed=1)
+    to = torch.zeros(20, 48)
+    assert not products._suits(to, grad, x)
+    torch.testing.assert_close(products.add_gradient(products.gradient_into(to, grad, x), grad, x), 2 * grad.t() @ x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_under_autocast_is_torchs_own(bias: bool, on, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+    layer, calls = products.Linear(48, 80, bias=bias), []
+    real = products._gradient
+    monkeypatch.setattr(products, "_gradient", lambda *given, **how: calls.append(1) or real(*given, **how))
+    x, grad = numbers(3, 50, 48).bfloat16().requires_grad_(), numbers(3, 50, 80, seed=1).bfloat16()
+    results = []
+    for each in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+        x.grad = layer.weight.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = each(x)
+        out.backward(grad)
+        assert out.dtype == torch.bfloat16
+        results.append((out.detach(), x.grad, layer.weight.grad))
+    assert calls == ([] if bias else [1])  # torch adds a bias before it rounds
+    (out, to_x, to_weight), wanted = results
+    torch.testing.assert_close(out, wanted[0])
+    torch.testing.assert_close(to_x, wanted[1])
+    if bias:
+        return
+    assert to_weight.dtype == torch.float32
+    exact = grad.flatten(0, 1).double().t() @ x.detach().flatten(0, 1).double()
+    assert (
+        (to_weight - exact).norm() < 1e-6 * exact.norm() < (wanted[2] - exact).norm()
+    )  # nothing is rounded to bfloat16
+
+
 def test_a_part_of_something_wider_is_no_slow_case(on) -> None:
     """oneDNN would compute it by a reference loop; what it is given must be dense."""
     on(True)
