@@ -34,13 +34,6 @@ static void product(float *out, int64_t out_step, const unit *a, int64_t a_row, 
   }
 }
 
-// to[k * step + r] = unit k of row r: rows of x become columns.
-static void transposed(unit *to, int64_t step, const number *x, int64_t x_step, int64_t rows, int64_t n) {
-  for (int64_t start = 0; start < rows; start += LANES)
-    for (int64_t k = 0; k < n / PAIR; k++)
-      for (int64_t r = start; r < start + LANES && r < rows; r++) memcpy(to + k * step + r, x + r * x_step + k * PAIR, 4);
-}
-
 #ifdef BF16  // units of the numbers of two rows
 INLINE units both_halves(lanes low, lanes high) {
   half_lanes halves[2];

@@ -1,4 +1,4 @@
-// Gradients of weights on CPU: grad^T x summed in float32 and written as float32, where the optimiser reads it. Libraries
+// Products of experts in float32, into place, and gradients of weights on CPU: grad^T x summed in float32 and written as float32, where the optimiser reads it. Libraries
 // are at their slowest here, since both matrices are summed over along their rows (docs/lab-log.md).
 //
 // Numbers are float32, or bfloat16 (-DBF16). Every thread computes some rows of the result, summing over the tokens in
@@ -39,5 +39,35 @@ void weight_gradient(float *to, const number *grad, int64_t grad_step, const num
         i += columns * LANES;
       }
     }
+  }
+}
+
+// out (m, n) = a (m, k) b; b (k, n), or with `turned` (n, k). Rows of a and out follow each other at once. m is a multiple
+// of TILE, k and n of LANES. memory: k * n units, shared by the threads.
+void multiply(float *out, const number *a, const number *b, int turned, int64_t m, int64_t k, int64_t n, float *memory,
+              int threads) {
+  unit *panels = (unit *)memory;
+  int64_t depth = k / PAIR;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < n; j += 2 * LANES) {  // each panel's rows follow each other
+      int64_t wide = n - j < 2 * LANES ? n - j : 2 * LANES;
+      unit *to = panels + j * depth;
+      if (turned)
+        transposed(to, wide, b + j * k, k, wide, k);
+      else
+        side_by_side(to, wide, b + j, n, k, wide);
+    }
+#pragma omp for schedule(static)
+    for (int64_t rows = 0; rows < m; rows += 8 * TILE)
+      for (int64_t j = 0; j < n; j += 2 * LANES)
+        for (int64_t i = rows; i < m && i < rows + 8 * TILE; i += TILE) {
+          const unit *left = (const unit *)(a + i * k), *right = panels + j * depth;
+          if (n - j < 2 * LANES)
+            tile(1, out + i * n + j, n, left, depth, 1, right, LANES, depth, 0);
+          else
+            tile(2, out + i * n + j, n, left, depth, 1, right, 2 * LANES, depth, 0);
+        }
   }
 }

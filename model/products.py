@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.compiled import multiplies, opened
 
 SOURCE = Path(__file__).with_name("products.c")
-LANES = 16
+LANES, TILE = 16, 8
 LEAST_ROWS = 64  # with fewer, generating oneDNN's kernels for a new shape costs more than they save
 
 
@@ -58,7 +58,7 @@ def product(a_NI: Tensor, b_OI: Tensor) -> Tensor:
 
 
 def in_c(x: Tensor) -> bool:
-    """Whether `products.c` is the quick way for gradients of weights from x (..., features)."""
+    """Whether `products.c` is the quick way for products with x (..., features)."""
     if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
         return False
     if x.dtype not in (torch.float32, torch.bfloat16) or x.numel() < LEAST_ROWS * x.shape[-1]:
@@ -66,6 +66,19 @@ def in_c(x: Tensor) -> bool:
     if x.dtype == torch.float32 and not _not_intel():
         return False
     return multiplies(x.dtype) and library(x.dtype) is not None
+
+
+def product_into(out_NO: Tensor, a_NI: Tensor, b_OI: Tensor) -> Tensor:
+    """out = a b^T, without a copy; returns `out`. oneDNN has no way to write float32 into place."""
+    dense = all(x.is_contiguous() for x in (out_NO, a_NI)) and (b_OI.is_contiguous() or b_OI.t().is_contiguous())
+    lanes = not len(a_NI) % TILE and not any(size % LANES for size in b_OI.shape)
+    if a_NI.dtype == torch.float32 and in_c(a_NI) and b_OI.dtype == out_NO.dtype == a_NI.dtype and dense and lanes:
+        built, memory = library(a_NI.dtype), torch.empty(b_OI.numel() + LANES)
+        ahead = -memory.data_ptr() % 64
+        places = out_NO.data_ptr(), a_NI.data_ptr(), b_OI.data_ptr(), b_OI.is_contiguous()
+        built.multiply(*places, *a_NI.shape, len(b_OI), memory.data_ptr() + ahead, torch.get_num_threads())
+        return out_NO
+    return out_NO.copy_(product(a_NI, b_OI)) if faster(a_NI) else torch.mm(a_NI, b_OI.t(), out=out_NO)
 
 
 def gradient_into(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tensor:
@@ -104,7 +117,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     place, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     built.weight_gradient.argtypes = [place, place, whole, place, whole, whole, whole, whole, flag, place, flag]
-    built.weight_gradient.restype = None
+    built.multiply.argtypes = [place, place, place, flag, whole, whole, whole, place, flag]
+    built.weight_gradient.restype = built.multiply.restype = None
     built.scratch.argtypes, built.scratch.restype = [whole, flag], whole
     return built
 

@@ -64,3 +64,10 @@ static void side_by_side(unit *to, int64_t step, const number *x, int64_t x_step
 #endif
     }
 }
+
+// to[k * step + r] = unit k of row r: rows of x become columns.
+static void transposed(unit *to, int64_t step, const number *x, int64_t x_step, int64_t rows, int64_t n) {
+  for (int64_t start = 0; start < rows; start += LANES)
+    for (int64_t k = 0; k < n / PAIR; k++)
+      for (int64_t r = start; r < start + LANES && r < rows; r++) memcpy(to + k * step + r, x + r * x_step + k * PAIR, 4);
+}

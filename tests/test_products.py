@@ -95,6 +95,26 @@ def test_gradients_of_weights_are_those_of_float64(
     assert (got - 2 * wanted).norm() < 2e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize(("rows", "features", "out"), [(64, 16, 16), (72, 48, 80), (200, 112, 96)])
+def test_products_into_place_are_those_of_float64(rows: int, features: int, out: int, on, monkeypatch) -> None:
+    on(True)
+    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(products, "product", None)  # nothing else is asked
+    whole, a, weight = torch.full((rows + 8, out), torch.nan), numbers(rows, features), numbers(out, features, seed=1)
+    wanted = a.double() @ weight.double().t()
+    for b in (weight, weight.t().contiguous().t()):
+        got = products.product_into(whole[:rows], a, b)
+        assert got.data_ptr() == whole.data_ptr() and (got - wanted).norm() < 1e-6 * wanted.norm()
+        assert whole[rows:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_into_place_that_are_no_whole_tiles_are_right_too(dtype: torch.dtype, on) -> None:
+    on(True)
+    a, b = numbers(101, 40).to(dtype), numbers(24, 40, seed=1).to(dtype)
+    torch.testing.assert_close(products.product_into(torch.empty(101, 24, dtype=dtype), a, b), a @ b.t())
+
+
 def test_gradients_of_weights_where_they_are_no_whole_lanes_are_right_too(on) -> None:
     on(True)
     grad, x = numbers(100, 20), numbers(100, 48, seed=1)
