@@ -43,21 +43,14 @@ INLINE units both_halves(lanes low, lanes high) {
 }
 #endif
 
-// Pairs of numbers turned by their angles.
-INLINE void turn(number *x, const float *angles, int64_t rope) {
-  for (int64_t i = 0; i < rope; i += 2) {
-    float real = get(x + i), imaginary = get(x + i + 1);
-    put(x + i, real * angles[i] - imaginary * angles[i + 1]);
-    put(x + i + 1, real * angles[i + 1] + imaginary * angles[i]);
-  }
-}
-
-INLINE void turn_back(float *x, const float *angles, int64_t rope) {
-  for (int64_t i = 0; i < rope; i += 2) {
-    float real = x[i], imaginary = x[i + 1];
-    x[i] = real * angles[i] + imaginary * angles[i + 1];
-    x[i + 1] = imaginary * angles[i] - real * angles[i + 1];
-  }
+// Eight pairs of numbers turned by their angles, (cos, sin) of each; `sign` -1: back.
+INLINE lanes turned_by(lanes x, const float *angles, float sign) {
+  const whole_lanes other = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+  const whole_lanes even = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
+  const lanes signs = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+  lanes angle = *(const lanes *)angles;
+  lanes sine = __builtin_shuffle(angle, even + 1) * signs * sign;
+  return x * __builtin_shuffle(angle, even) + __builtin_shuffle(x, other) * sine;
 }
 
 typedef struct {
@@ -103,7 +96,10 @@ static void load_queries(Place *place, const Sizes *s, const number *x, const fl
   number *rows = (number *)place->q_rows;
   for (int64_t r = 0; r < many; r++) {
     memcpy(rows + r * qk, x + r * s->heads * qk, qk * sizeof(number));
-    turn(rows + r * qk + s->nope, angles + r * s->rope, s->rope);
+    for (int64_t i = 0; i < s->rope; i += LANES) {
+      number *place = rows + r * qk + s->nope + i;
+      store(place, turned_by(load(place), angles + r * s->rope + i, 1));
+    }
   }
   memset(rows + many * qk, 0, (up_to(many, TILE) - many) * qk * sizeof(number));
 }
@@ -136,18 +132,21 @@ void attend(number *out, float *log_sum, const number *q, const number *kv, cons
           float *row = p.scores + r * p.wide;
           int64_t seen = past + start + r + 1;
           lanes most = all(-INFINITY), sum = all(0);
-          for (int64_t i = 0; i < seen; i += LANES) {
+          int64_t last = (seen - 1) / LANES * LANES;  // the only lanes of which a part is hidden
+          lanes *edge = (lanes *)(row + last);
+          *edge = choose(within(seen - last), *edge, all(-INFINITY));
+          for (int64_t i = 0; i <= last; i += LANES) {
             lanes v = *(lanes *)(row + i);
-            v = choose(within(seen - i), v, all(-INFINITY));
             most = choose(v > most, v, most);
           }
           float top = largest(most);
-          for (int64_t i = 0; i < end; i += LANES) {
-            lanes v = i < seen ? exp_lanes((*(lanes *)(row + i) - top) * s.scale) : all(0);
-            v = choose(within(seen - i), v, all(0));
+          for (int64_t i = 0; i <= last; i += LANES) {
+            lanes v = exp_lanes((*(lanes *)(row + i) - top) * s.scale);
+            if (i == last) v = choose(within(seen - last), v, all(0));
             sum += v;
             store((number *)row + i, v);  // in place: never ahead of what is read
           }
+          for (int64_t i = last + LANES; i < end; i += LANES) store((number *)row + i, all(0));
           float whole = total(sum);
           inverse[r] = 1 / whole;
           if (r < many) log_sum[(b * heads + h) * s.queries + start + r] = top * s.scale + logf(whole);
@@ -203,8 +202,9 @@ void attend_back(number *to_q, number *to_kv, number *to_k_rope, const number *g
           int64_t seen = r < many ? past + start + r + 1 : 0;
           lanes sum = all(0);
           for (int64_t i = 0; i < end; i += LANES) {
-            lanes v = i < seen ? exp_lanes(*(lanes *)(row + i) * s.scale - log_sums[r]) : all(0);
-            v = choose(within(seen - i), v, all(0));
+            lanes v = all(0);
+            if (i < seen) v = exp_lanes(*(lanes *)(row + i) * s.scale - log_sums[r]);
+            if (i + LANES > seen) v = choose(within(seen - i), v, all(0));
             sum += v * *(lanes *)(to + i);
             *(lanes *)(row + i) = v;
           }
@@ -231,8 +231,10 @@ void attend_back(number *to_q, number *to_kv, number *to_k_rope, const number *g
         for (int64_t r = 0; r < many; r++) {
           number *to = to_q + ((first + r) * heads + h) * qk;
           float *row = p.out + r * qk;
-          turn_back(row + s.nope, angles + b * s.angles_batch + (start + r) * s.rope, s.rope);
-          for (int64_t i = 0; i < qk; i += LANES) store(to + i, *(lanes *)(row + i));
+          const float *angle = angles + b * s.angles_batch + (start + r) * s.rope;
+          for (int64_t i = 0; i < s.nope; i += LANES) store(to + i, *(lanes *)(row + i));
+          for (int64_t i = 0; i < s.rope; i += LANES)
+            store(to + s.nope + i, turned_by(*(lanes *)(row + s.nope + i), angle + i, -1));
         }
       }
       for (int64_t r = 0; r < s.keys; r++) {
