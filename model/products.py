@@ -73,25 +73,21 @@ def product_into(out_NO: Tensor, a_NI: Tensor, b_OI: Tensor) -> Tensor:
     dense = all(x.is_contiguous() for x in (out_NO, a_NI)) and (b_OI.is_contiguous() or b_OI.t().is_contiguous())
     lanes = not len(a_NI) % TILE and not any(size % LANES for size in b_OI.shape)
     if a_NI.dtype == torch.float32 and in_c(a_NI) and b_OI.dtype == out_NO.dtype == a_NI.dtype and dense and lanes:
-        built, memory = library(a_NI.dtype), torch.empty(b_OI.numel() + LANES)
-        ahead = -memory.data_ptr() % 64
-        places = out_NO.data_ptr(), a_NI.data_ptr(), b_OI.data_ptr(), b_OI.is_contiguous()
-        built.multiply(*places, *a_NI.shape, len(b_OI), memory.data_ptr() + ahead, torch.get_num_threads())
-        return out_NO
+        return product_in_c(out_NO, a_NI, b_OI)
     return out_NO.copy_(product(a_NI, b_OI)) if faster(a_NI) else torch.mm(a_NI, b_OI.t(), out=out_NO)
 
 
 def gradient_into(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """to = grad^T x, summed in float32; returns `to`."""
     if _suits(to_OI, grad_NO, x_NI):
-        return _gradient(to_OI, grad_NO, x_NI, add=False)
+        return gradient_in_c(to_OI, grad_NO, x_NI, add=False)
     return to_OI.copy_(product(grad_NO.t(), x_NI.t()))
 
 
 def add_gradient(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """to += grad^T x, summed in float32; returns `to`."""
     if _suits(to_OI, grad_NO, x_NI):
-        return _gradient(to_OI, grad_NO, x_NI, add=True)
+        return gradient_in_c(to_OI, grad_NO, x_NI, add=True)
     return to_OI.add_(product(grad_NO.t(), x_NI.t()))
 
 
@@ -100,11 +96,21 @@ def _suits(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> bool:
     return rows and to_OI.dtype == torch.float32 and to_OI.is_contiguous() and in_c(grad_NO) and type(x_NI) is Tensor
 
 
-def _gradient(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor, add: bool) -> Tensor:
+def product_in_c(out_NO: Tensor, a_NI: Tensor, b_OI: Tensor) -> Tensor:
+    """`multiply` of products.c."""
+    built, memory = library(a_NI.dtype), torch.empty(b_OI.numel() + LANES)
+    places = out_NO.data_ptr(), a_NI.data_ptr(), b_OI.data_ptr(), b_OI.is_contiguous()
+    ahead = -memory.data_ptr() % 64  # rows begin with a line of the cache
+    built.multiply(*places, *a_NI.shape, len(b_OI), memory.data_ptr() + ahead, torch.get_num_threads())
+    return out_NO
+
+
+def gradient_in_c(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor, add: bool) -> Tensor:
+    """`weight_gradient` of products.c."""
     built, threads = library(grad_NO.dtype), torch.get_num_threads()
     memory = torch.empty(threads * built.scratch(to_OI.shape[0], threads) + LANES)
     places = to_OI.data_ptr(), grad_NO.data_ptr(), grad_NO.stride(0), x_NI.data_ptr(), x_NI.stride(0)
-    ahead = -memory.data_ptr() % 64  # rows begin with a line of the cache
+    ahead = -memory.data_ptr() % 64
     built.weight_gradient(*places, len(x_NI), *to_OI.shape, add, memory.data_ptr() + ahead, threads)
     return to_OI
 

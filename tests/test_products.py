@@ -13,8 +13,13 @@ from training.losses import NextTokenLoss
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch):
-    """`on(True)`: as on a processor that is not Intel's; `on(False)`: as on one of Intel's."""
-    return lambda here: monkeypatch.setattr(products, "_not_intel", lambda: here)
+    """`on(True)`: as on a processor that is not Intel's and has AVX-512; `on(False)`: as on one of Intel's."""
+
+    def change(here: bool) -> None:
+        monkeypatch.setattr(products, "_not_intel", lambda: here)
+        monkeypatch.setattr(products, "multiplies", lambda dtype: here)
+
+    return change
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -98,7 +103,6 @@ def test_gradients_of_weights_are_those_of_float64(
 @pytest.mark.parametrize(("rows", "features", "out"), [(64, 16, 16), (72, 48, 80), (200, 112, 96)])
 def test_products_into_place_are_those_of_float64(rows: int, features: int, out: int, on, monkeypatch) -> None:
     on(True)
-    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
     monkeypatch.setattr(products, "product", None)  # nothing else is asked
     whole, a, weight = torch.full((rows + 8, out), torch.nan), numbers(rows, features), numbers(out, features, seed=1)
     wanted = a.double() @ weight.double().t()
@@ -125,10 +129,9 @@ def test_gradients_of_weights_where_they_are_no_whole_lanes_are_right_too(on) ->
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_under_autocast_is_torchs_own(bias: bool, on, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
     layer, calls = products.Linear(48, 80, bias=bias), []
-    real = products._gradient
-    monkeypatch.setattr(products, "_gradient", lambda *given, **how: calls.append(1) or real(*given, **how))
+    real = products.gradient_in_c
+    monkeypatch.setattr(products, "gradient_in_c", lambda *given, **how: calls.append(1) or real(*given, **how))
     x, grad = numbers(3, 50, 48).bfloat16().requires_grad_(), numbers(3, 50, 80, seed=1).bfloat16()
     results = []
     for each in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
