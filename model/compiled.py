@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
@@ -35,6 +39,26 @@ def compiled(source: Path, *flags: str) -> Path:
         finally:
             Path(partial).unlink(missing_ok=True)
     return file
+
+
+@lru_cache
+def opened(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """A C file compiled for numbers of this type, float32 or bfloat16; None where that cannot be."""
+    try:
+        return ctypes.CDLL(str(compiled(source, *(["-DBF16"] if dtype == torch.bfloat16 else []))))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@lru_cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether products in C are the quick way: AVX-512, for bfloat16 with its products, unless there is AMX.
+
+    AMX multiplies several times faster, and only libraries use it.
+    """
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_supported()
 
 
 def _processor() -> str:

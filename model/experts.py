@@ -227,7 +227,7 @@ class _GroupedLinear(torch.autograd.Function):
         make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
         out, weight_of = make(x_RD.shape[0], weight_EOD.shape[1]), _Cast(weight_EOD, x_RD.dtype)
         for expert, rows in _spans(ends):
-            _product_into(out[rows], x_RD[rows], weight_of(expert))
+            products.product_into(out[rows], x_RD[rows], weight_of(expert))
         return out
 
     @staticmethod
@@ -241,24 +241,14 @@ class _GroupedLinear(torch.autograd.Function):
             grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
         if ctx.needs_input_grad[1]:
             grad_weight = ctx.kept.like(weight_EOD)
-            product = grad_RO.new_empty(weight_EOD.shape[1:])
             for expert in set(range(len(ends))).difference(expert for expert, _ in spans):
                 grad_weight[expert].zero_()
         for expert, rows in spans:
             if grad_x is not None:
-                _product_into(grad_x[rows], grad_RO[rows], weight_of(expert).t())
+                products.product_into(grad_x[rows], grad_RO[rows], weight_of(expert).t())
             if grad_weight is not None:
-                _product_into(product, grad_RO[rows].t(), x_RD[rows].t())
-                grad_weight[expert].copy_(product)
+                products.gradient_into(grad_weight[expert], grad_RO[rows], x_RD[rows])
         return grad_x, grad_weight, None, None
-
-
-def _product_into(out_NO: Tensor, a_NI: Tensor, b_OI: Tensor) -> None:
-    """out = a b^T."""
-    if products.faster(a_NI):
-        out_NO.copy_(products.product(a_NI, b_OI))
-    else:
-        torch.mm(a_NI, b_OI.t(), out=out_NO)
 
 
 class _Cast:
@@ -284,7 +274,7 @@ def _weighted_swiglu(gate_up_R2I: Tensor, weights_R: Tensor) -> Tensor:
     """silu(gate) * up * weight for gate_up = [gate | up]; weights are of its type."""
     gate, up = gate_up_R2I.chunk(2, dim=-1)
     if fused.fits(gate, up):
-        return fused.FusedSwiGLU.apply(gate, up, weights_R)
+        return fused.FusedSwiGLU.apply(weights_R, gate_up_R2I)
     return _WeightedSwiGLU.apply(gate_up_R2I, weights_R)
 
 

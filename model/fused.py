@@ -47,11 +47,15 @@ def stride_of(x: Tensor) -> int | None:
 
 
 class FusedSwiGLU(torch.autograd.Function):
-    """silu(gate) * up * weight, keeping only its inputs. gate, up: (..., n); weight: (...) or None."""
+    """silu(gate) * up * weight, keeping only its inputs.
+
+    weight: (...) or None; parts: gate_up (..., 2 * n) = [gate | up], or gate and up, (..., n) each.
+    """
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
+    def forward(ctx, weight: Tensor | None, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *parts)
+        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
         out = gate.new_empty(gate.shape)
         weight = None if weight is None else weight.contiguous()
         rows, inner = gate.numel() // gate.shape[-1], gate.shape[-1]
@@ -60,8 +64,9 @@ class FusedSwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        gate, up, weight = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *parts = ctx.saved_tensors
+        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
         inner = gate.shape[-1]
         both = gate.new_empty(*gate.shape[:-1], 2 * inner)
         to_gate, to_up = both.split(inner, dim=-1)
@@ -71,7 +76,7 @@ class FusedSwiGLU(torch.autograd.Function):
         library(gate.dtype).swiglu_back(
             *places, gate.numel() // inner, inner, stride_of(gate), 2 * inner, torch.get_num_threads()
         )
-        return to_gate, to_up, to_weight
+        return to_weight, *((to_gate, to_up) if len(parts) == 2 else (both,))
 
 
 class FusedRMSNorm(torch.autograd.Function):

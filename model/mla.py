@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import fused_attention
+from model import causal, fused_attention
 from model.attention import Visibility, attend, pick
 from model.cache import Cache, LatentCache
 from model.norm import RMSNorm
@@ -65,23 +65,26 @@ class MultiHeadLatentAttention(nn.Module):
         q_BTHQ = self._queries(x)
         if isinstance(cache, LatentCache) and x.shape[1] > ABSORB_UP_TO and fused_attention.fits(q_BTHQ, visibility):
             return self.o_proj(self.attend_fused(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), visibility).flatten(2))
-        q_nope, q_rope = self._rotated(q_BTHQ, rope)
         if isinstance(cache, LatentCache) and x.shape[1] <= ABSORB_UP_TO:
             if self.layer not in cache.absorbed:
                 cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)
-            out = self.attend_absorbed(q_nope, q_rope, latent_BSC, visibility, *cache.absorbed[self.layer])
+            queries = self._rotated(q_BTHQ, rope)
+            out = self.attend_absorbed(*queries, latent_BSC, visibility, *cache.absorbed[self.layer])
         else:
-            out = self.attend_naive(q_nope, q_rope, latent_BSC.to(q_nope.dtype), visibility)
+            out = self.attend_naive(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), visibility)
         return self.o_proj(out.flatten(2))
 
-    def attend_naive(self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+    def attend_naive(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
         """Expand the latents to keys and values of every head (Eq. 3 to 5), then attend: for training and prefill.
 
-        q_nope: (B, T, H, nope); q_rope: (B, T, H, rope), rotated. Returns (B, T, H, value).
+        q: (B, T, H, nope + rope), not yet rotated. Returns (B, T, H, value).
         """
-        q_BTHQ = torch.cat((q_nope, q_rope), dim=-1)
         c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
-        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
+        kv = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1))
+        if visibility.plain and causal.fits(q_BTHQ, kv, k_rope):
+            return causal.CausalAttention.apply(q_BTHQ, kv, k_rope, rope, self.scale)
+        q_BTHQ = torch.cat(self._rotated(q_BTHQ, rope), dim=-1)
+        k_nope, v = kv.split((self.nope, self.value), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotated key for all heads
         return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, visibility)
 

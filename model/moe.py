@@ -28,7 +28,7 @@ class SwiGLU(nn.Module):
         """x: (..., hidden) -> (..., hidden)."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if fused.fits(gate, up):
-            return self.down_proj(fused.FusedSwiGLU.apply(gate, up, None))
+            return self.down_proj(fused.FusedSwiGLU.apply(None, gate, up))
         return self.down_proj(F.silu(gate) * up)
 
 

@@ -37,13 +37,14 @@ def a_compiler_is_there() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("weighted", [True, False])
-def test_swiglu_and_its_gradients_are_those_of_float64(dtype: torch.dtype, weighted: bool) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_swiglu_and_its_gradients_are_those_of_float64(dtype: torch.dtype, weighted: bool, whole: bool) -> None:
     both = numbers(37, 96, dtype=dtype, scale=4.0).requires_grad_()
     weight = numbers(37, dtype=dtype, seed=1).requires_grad_() if weighted else None
     grad = numbers(37, 48, dtype=dtype, seed=2)
     gate, up = both.chunk(2, dim=-1)  # rows that do not follow each other at once
     assert fused.fits(gate, up)
-    out = fused.FusedSwiGLU.apply(gate, up, weight)
+    out = fused.FusedSwiGLU.apply(weight, *((both,) if whole else (gate, up)))
     out.backward(grad)
 
     exact = both.detach().double().requires_grad_()
@@ -61,9 +62,9 @@ def test_the_exponential_is_right_at_the_ends_of_its_range() -> None:
     gate = torch.tensor([-200.0, -90.0, -87.5, -50.0, -1e-4, 0.0, 1e-4, 20.0, 87.0, 100.0, 3e38, -3e38] + [0.5] * 4)[
         None
     ]
-    out = fused.FusedSwiGLU.apply(gate, torch.ones_like(gate), None)
+    out = fused.FusedSwiGLU.apply(None, gate, torch.ones_like(gate))
     torch.testing.assert_close(out, F.silu(gate), rtol=1e-6, atol=1e-36)
-    assert fused.FusedSwiGLU.apply(gate * torch.nan, gate, None).isnan().all()
+    assert fused.FusedSwiGLU.apply(None, gate * torch.nan, gate).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", TYPES)

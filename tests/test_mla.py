@@ -91,9 +91,11 @@ def test_absorbed_attention_equals_naive(shape, padded, mla):
     x = torch.randn(2, 14, 32, dtype=torch.float64)
     rope = rotary(torch.arange(14)[None])
     visibility = Visibility.padded(6, 14, torch.tensor([3, 0])) if padded else Visibility()
-    queries, latents = [part[:, -6:] for part in layer._rotated(layer._queries(x), rope)], layer._latents(x, rope)
-    naive = layer.attend_naive(*queries, latents, visibility)
-    absorbed = layer.attend_absorbed(*queries, latents, visibility, *layer.absorbed_weights(torch.float64))
+    queries, rope_of_last, latents = layer._queries(x)[:, -6:], rope[:, -6:], layer._latents(x, rope)
+    naive = layer.attend_naive(queries, rope_of_last, latents, visibility)
+    absorbed = layer.attend_absorbed(
+        *layer._rotated(queries, rope_of_last), latents, visibility, *layer.absorbed_weights(torch.float64)
+    )
     torch.testing.assert_close(absorbed, naive, atol=1e-6, rtol=1e-5)
 
 

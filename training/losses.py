@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.products import product
+from model.products import add_gradient, product
 from model.transformer import Output
 from training.chunks import chunks
 from training.tally import Metric
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 kept = counted.unsqueeze(1).to(weight.dtype)
                 torch.mul(product(p, weight.t()), kept, out=grad_hidden[part])
                 if trains_head:
-                    grad_head += product(p.t(), (hidden_ND[part] * kept).t())
+                    add_gradient(grad_head, p, hidden_ND[part] * kept)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_VD.dtype
         return total
