@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from eval.answering import Answerer
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache
+from model.greedy_pass import GreedyPass
 from model.sampling import Sampling
 from model.speculative import Judge, _DraftChain, stream_speculative
 from text.chat_template import encode_chat
@@ -217,6 +219,7 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
         return drafts
 
     monkeypatch.setattr(_DraftChain, "draft", spy)
+    monkeypatch.setattr("model.speculative.greedy_pass", lambda *_: None)
     list(stream_speculative(model, prompt_of(length), 24, draft_tokens=most))
     monkeypatch.undo()
     assert len(drafted) > 24 / (most + 1) - 1
@@ -226,6 +229,25 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
         with torch.no_grad():
             states = model(torch.tensor([tokens[:-1]])).state
             assert _DraftChain(model, cache, Judge(GREEDY, None), most).draft(states, tokens) == drafts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 2, 40, 150])
+@pytest.mark.parametrize("most", [1, 2, 3, 6])
+def test_a_pass_in_one_call_drafts_and_keeps_what_several_calls_do(most, length, dtype, half_trained, monkeypatch):
+    model, prompt, calls, run = copy.deepcopy(half_trained(1)).to(dtype), rule(1, length), [], GreedyPass.run
+    monkeypatch.setattr(GreedyPass, "run", lambda self: calls.append(run(self)) or calls[-1])
+    found = []
+    for threads in (1, 2, 0):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads or 1)
+        if not threads:
+            monkeypatch.setattr("model.speculative.greedy_pass", lambda *_: None)
+        accepted: list[tuple[int, int]] = []
+        tokens = list(stream_speculative(model, prompt, 40, accepted=accepted, draft_tokens=most))
+        found.append((tokens, accepted))
+    assert found[0] == found[1] == found[2]
+    passes = found[2][1]
+    assert len(calls) == 2 * len(passes) and 0 < sum(kept for kept, _ in passes) < sum(drafts for _, drafts in passes)
 
 
 def test_further_drafts_follow_from_the_last_layers_own_state(half_trained):
