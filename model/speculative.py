@@ -57,19 +57,16 @@ def stream_speculative(
                 return
         if fast is not None:
             new, drafted = fast.run()
-            tokens += new
-            if accepted is not None:
-                accepted.append((len(new) - 1, drafted))
-            continue
-        drafts, chances = chain.draft(states, tokens)
-        held = cache.length
-        step = read(model, torch.tensor([[tokens[-1], *drafts]], device=device), cache, len(drafts) + 1)
-        new = judge.keep(drafts, chances, step.choice, step.logits)
+        else:
+            drafts, chances = chain.draft(states, tokens)
+            held, drafted = cache.length, len(drafts)
+            step = read(model, torch.tensor([[tokens[-1], *drafts]], device=device), cache, drafted + 1)
+            new = judge.keep(drafts, chances, step.choice, step.logits)
+            states = step.states[:, : len(new)]
+            cache.truncate(held + len(new))
         if accepted is not None:
-            accepted.append((len(new) - 1, len(drafts)))
+            accepted.append((len(new) - 1, drafted))
         tokens += new
-        states = step.states[:, : len(new)]
-        cache.truncate(held + len(new))
 
 
 class Judge:
