@@ -232,21 +232,22 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [1, 2, 40, 150])
-@pytest.mark.parametrize("most", [1, 2, 3, 6])
-def test_a_pass_in_one_call_drafts_and_keeps_what_several_calls_do(most, length, dtype, half_trained, monkeypatch):
-    model, prompt, calls, run = copy.deepcopy(half_trained(1)).to(dtype), rule(1, length), [], GreedyPass.run
+@pytest.mark.parametrize("most", [1, 3, 6])
+def test_a_pass_in_one_call_drafts_and_keeps_what_several_calls_do(most, dtype, half_trained, monkeypatch):
+    model, run, calls, found = copy.deepcopy(half_trained(1)).to(dtype), GreedyPass.run, [], []
+    with torch.no_grad():  # or, after so simple a text, all drafts were right
+        weight = model.mtp[0].shared_head.norm.weight
+        weight.mul_(1 + 2.5 * torch.randn(weight.shape))
     monkeypatch.setattr(GreedyPass, "run", lambda self: calls.append(run(self)) or calls[-1])
-    found = []
+    prompts = [rule(1, length) for length in (1, 2, 150)]
     for threads in (1, 2, 0):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads or 1)
         if not threads:
             monkeypatch.setattr("model.speculative.greedy_pass", lambda *_: None)
-        accepted: list[tuple[int, int]] = []
-        tokens = list(stream_speculative(model, prompt, 40, accepted=accepted, draft_tokens=most))
-        found.append((tokens, accepted))
+        passes: list[tuple[int, int]] = []
+        run_all = [list(stream_speculative(model, p, 40, accepted=passes, draft_tokens=most)) for p in prompts]
+        found.append((run_all, passes))
     assert found[0] == found[1] == found[2]
-    passes = found[2][1]
     assert len(calls) == 2 * len(passes) and 0 < sum(kept for kept, _ in passes) < sum(drafts for _, drafts in passes)
 
 
