@@ -1,20 +1,23 @@
 """Greedy decoding against transformers' DeepseekV3 on the same weights, in turn.
 
 python bench/decode.py [--preset 64m] [--dtype bf16] [--batch 1] [--prompt 128] [--new 64] [--rounds 5]
+python bench/decode.py --quantize int8 [--peers]        ours with 8-bit weights too [and no transformers]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 import torch
 from device import device_of, now
-from side_by_side import against_transformers, findings, options_of, serve, verdict
+from side_by_side import against_transformers, findings, parser_of, serve, verdict
 
 from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.counts import count
+from training.frozen import shrink_frozen
 from training.machine import DTYPES, measured_bandwidth
 
 PEERS = ("eager", "batched_mm", "grouped_mm")
@@ -22,24 +25,30 @@ CACHED = "cached"
 
 
 def main() -> None:
-    options = options_of(__doc__, PEERS, batch=1, prompt=128, new=64)
+    parser = parser_of(__doc__, PEERS, batch=1, prompt=128, new=64)
+    parser.add_argument("--quantize", choices=["int8"], help="measure ours with weights in 8 bits too")
+    options = parser.parse_args()
     if options.worker:
         work(options)
         return
-    config, ours, peers = against_transformers(__file__, options)
+    config, ours, peers = against_transformers(__file__, options, [options.quantize] if options.quantize else [])
     found = findings(
         f"decoding, {options.preset}, batch {options.batch}, prompt {options.prompt}, {options.new} new tokens, "
         f"{options.dtype}, greedy; medians of {options.rounds}",
         [ours, *peers],
     )
-    best = max(peers, key=lambda peer: peer.median("tokens/s"))
-    fastest = max(peers, key=lambda peer: peer.median("prefill tokens/s"))
-    found.verdicts = [verdict(ours, best, "tokens/s"), verdict(ours, fastest, "prefill tokens/s")]
+    smaller, peers = (peers[:1], peers[1:]) if options.quantize else ([], peers)
+    found.verdicts = [replace(verdict(each, ours, "tokens/s"), quantity="tokens/s in 8 bits") for each in smaller]
+    if peers:
+        best = max(peers, key=lambda peer: peer.median("tokens/s"))
+        fastest = max(peers, key=lambda peer: peer.median("prefill tokens/s"))
+        found.verdicts += [verdict(ours, best, "tokens/s"), verdict(ours, fastest, "prefill tokens/s")]
     costs = count(config)
     found.facts["weights that a token reads"] = f"{costs.activated * DTYPES[options.dtype].itemsize / 1e6:,.0f} MB"
     expanded = costs.mha_cache_bytes // 2 // config.num_hidden_layers
+    theirs = f", transformers {best.median(CACHED):,.0f}" if peers else ""
     found.facts["cached numbers a token and layer"] = (
-        f"{ours.median(CACHED):,.0f}, transformers {best.median(CACHED):,.0f}; expanded keys and values: {expanded:,}"
+        f"{ours.median(CACHED):,.0f}{theirs}; expanded keys and values: {expanded:,}"
     )
     found.facts["memory bandwidth"] = f"{measured_bandwidth(device_of(options.device)) / 1e9:,.1f} GB/s"
     found.show({"tokens/s": "{:,.1f}", "prefill tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"})
@@ -51,8 +60,11 @@ def work(options: argparse.Namespace) -> None:
     device, dtype = device_of(options.device), DTYPES[options.dtype]
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 6400, (options.batch, options.prompt), generator=generator).to(device)
-    if options.worker == "ours":
-        model = MiniDeepSeek.from_pretrained(options.folder, dtype, str(device)).eval()
+    if options.worker in ("ours", "int8"):
+        model = MiniDeepSeek.from_pretrained(options.folder).requires_grad_(False)
+        if options.worker == "int8":
+            shrink_frozen(model, "int8", dtype)
+        model = model.to(device, dtype).eval()
         cache = LatentCache(model.config, 1, 1, torch.float32, device)
         held = cache.latents[0].numel()
 

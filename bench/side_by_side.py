@@ -61,6 +61,11 @@ class Contender:
 
 
 def options_of(doc: str, peers: tuple[str, ...], **numbers: int) -> argparse.Namespace:
+    """What `parser_of` reads from the command line."""
+    return parser_of(doc, peers, **numbers).parse_args()
+
+
+def parser_of(doc: str, peers: tuple[str, ...], **numbers: int) -> argparse.ArgumentParser:
     """The command line that every comparison with transformers has, and these numbers with their defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="64m")
@@ -72,20 +77,26 @@ def options_of(doc: str, peers: tuple[str, ...], **numbers: int) -> argparse.Nam
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     add_device(parser)
-    return parser.parse_args()
+    return parser
 
 
-def against_transformers(script: str, options: argparse.Namespace) -> tuple[LMConfig, Contender, list[Contender]]:
-    """Measure `script --worker NAME` for ours and each peer in turn, all on one checkpoint without MTP."""
+def against_transformers(
+    script: str, options: argparse.Namespace, also: Sequence[str] = ()
+) -> tuple[LMConfig, Contender, list[Contender]]:
+    """Measure `script --worker NAME` for ours and each peer in turn, all on one checkpoint without MTP.
+
+    also: further workers of ours, which come first among the peers.
+    """
     config = LMConfig.preset(options.preset, num_nextn_predict_layers=0)
-    own = {"peers", "json", "worker", "folder", "rounds"}
+    own = {"peers", "json", "worker", "folder", "rounds", "quantize"}
     given = [f"--{name}={value}" for name, value in vars(options).items() if name not in own]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         MiniDeepSeek(config).save_pretrained(folder)
         command = [script, "--folder", folder, *given]
         ours = Contender("ours", [*command, "--worker", "ours"])
-        peers = [Contender(f"transformers {peer}", [*command, "--worker", peer]) for peer in options.peers]
+        peers = [Contender(f"ours {name}", [*command, "--worker", name]) for name in also]
+        peers += [Contender(f"transformers {peer}", [*command, "--worker", peer]) for peer in options.peers]
         compare([ours, *peers], options.rounds)
     return config, ours, peers
 

@@ -18,8 +18,9 @@ def compiled(source: Path, *flags: str) -> Path:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc or clang) found")
+    headers = (header.read_text() for header in sorted(source.parent.glob("*.h")))
     # -march=native: what one processor got from another by a shared home folder might not run.
-    facts = (source.read_text(), compiler, *FLAGS, *flags, platform.platform(), _processor())
+    facts = (source.read_text(), *headers, compiler, *FLAGS, *flags, platform.platform(), _processor())
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-deepseek-v3"
     file = folder / f"{source.stem}-{name}.so"

@@ -8,23 +8,7 @@
 //
 // N tokens = rows * time; token n is row n / time, at position held[n / time] + n % time of the cache.
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#ifdef BF16
-typedef uint16_t weight;
-#else
-typedef float weight;
-#endif
-#ifdef FLOAT_NORMS
-typedef float fine;
-#else
-typedef weight fine;
-#endif
+#include "rows.h"
 
 typedef struct {
   int64_t hidden, heads, nope, rope, value, rank, q_rank, dense_inner, shared_inner;
@@ -34,9 +18,10 @@ typedef struct {
 
 typedef struct {
   const fine *input_norm, *q_a_norm, *kv_a_norm, *post_norm, *router;  // router is NULL in a dense layer
-  const weight *q_a, *q_a_bias, *q_b, *kv_a, *kv_a_bias, *kv_b, *o, *o_bias;  // q_a is NULL without query compression
-  const weight *gate, *up, *down;                // dense layer, or shared experts; NULL when none
-  const weight *gate_up_experts, *down_experts;
+  Matrix q_a, q_b, kv_a, kv_b, o;          // q_a is NULL without query compression
+  const weight *q_a_bias, *kv_a_bias, *o_bias;
+  Matrix gate, up, down;                   // dense layer, or shared experts; NULL when none
+  Matrix gate_up_experts, down_experts;    // those of all experts, one below the other
   const float *router_bias;
   float *cache;  // (rows, capacity, rank + rope): [c^KV after its norm ; k^R after RoPE]
 } Layer;
@@ -44,182 +29,17 @@ typedef struct {
 // What is before and after the layers. enorm, hnorm, eh_proj: an MTP layer's; NULL for the main model.
 typedef struct {
   int64_t vocab;
-  const weight *embedding, *head, *eh_proj;
+  const weight *embedding;
+  Matrix head, eh_proj;
   const fine *enorm, *hnorm, *norm;
   const float *angles;  // (positions, rope/2, 2): cos and sin
 } Ends;
 
 typedef struct {
   float *normed, *q_a, *q, *kv, *attended, *inner, *affinity, *choice_weight, *choice_inner, *joined, *angles, *scores;
-  int64_t *choice, *token_of, *first_of;
+  int16_t *fixed;  // a thread's vectors in fixed point, `fixed_size` numbers for each
+  int64_t *choice, *token_of, *first_of, fixed_size;
 } Scratch;
-
-#define LANES 16
-#define AHEAD 4096  // weights are fetched so many before they are needed: half the time of a step, measured
-typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef float lanes8 __attribute__((vector_size(LANES * 2)));
-typedef float lanes4 __attribute__((vector_size(LANES)));
-typedef uint16_t half_lanes __attribute__((vector_size(LANES * 2), aligned(2)));
-typedef uint32_t whole_lanes __attribute__((vector_size(LANES * 4)));
-#define INLINE static inline __attribute__((always_inline))
-
-#ifdef BF16
-INLINE float get(const weight *w) {
-  uint32_t bits = (uint32_t)*w << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-INLINE lanes load(const weight *w) {
-#ifdef __AVX512F__  // two instructions; compilers make six of what is below
-  return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)w)), 16);
-#else
-  return (lanes)(__builtin_convertvector(*(const half_lanes *)w, whole_lanes) << 16);
-#endif
-}
-#else
-INLINE float get(const weight *w) { return *w; }
-INLINE lanes load(const weight *w) { return *(const lanes *)w; }
-#endif
-
-#ifdef FLOAT_NORMS
-INLINE float get_fine(const fine *w) { return *w; }
-#else
-INLINE float get_fine(const fine *w) { return get(w); }
-#endif
-
-// By halves: adding up one after the other would take as long as the product of a short row.
-INLINE float total(lanes v) {
-  lanes8 low, high;
-  lanes4 left, right;
-  memcpy(&low, &v, sizeof low);
-  memcpy(&high, (char *)&v + sizeof low, sizeof high);
-  low += high;
-  memcpy(&left, &low, sizeof left);
-  memcpy(&right, (char *)&low + sizeof left, sizeof right);
-  left += right;
-  return (left[0] + left[2]) + (left[1] + left[3]);
-}
-
-#ifdef __clang__
-#define SHUFFLE __builtin_shufflevector
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (whole_lanes){__VA_ARGS__})
-#endif
-#define UNROLL _Pragma("GCC unroll 8")  // or sums would live in memory
-
-// The sums of four vectors at once, each added up in the order of `total`.
-INLINE void four_totals(lanes a, lanes b, lanes c, lanes d, float *out, int64_t stride) {
-#ifdef __AVX512F__
-  lanes ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  lanes cd = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  lanes all = SHUFFLE(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-              SHUFFLE(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  all += SHUFFLE(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  for (int r = 0; r < 4; r++) out[r * stride] = all[4 * r];
-#else
-  out[0] = total(a), out[stride] = total(b), out[2 * stride] = total(c), out[3 * stride] = total(d);
-#endif
-}
-
-// out[r][c] = w[r] . x[c] for R rows of a matrix and C vectors: each is read once for all of the other. The order of
-// additions is the same for every R and C: a token's numbers do not depend on the tokens beside it.
-INLINE void tile(const int R, const int C, const weight *const *w, const float *const *x, int64_t n, float out[][4]) {
-  lanes sum[8][4];
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int c = 0; c < C; c++) sum[r][c] = (lanes){0};
-  int64_t i = 0;
-#if defined(BF16) && defined(__AVX512BF16__)
-  // Vectors are rounded to bfloat16 too, as in PyTorch's products; sums stay float32. Twice the products an instruction.
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    __m512bh column[4];
-    UNROLL for (int c = 0; c < C; c++)
-      column[c] = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x[c] + i + LANES), _mm512_loadu_ps(x[c] + i));
-    UNROLL for (int r = 0; r < R; r++) {
-      __m512bh row = (__m512bh)_mm512_loadu_si512(w[r] + i);
-      __builtin_prefetch(w[r] + AHEAD + i);
-      UNROLL for (int c = 0; c < C; c++) sum[r][c] = (lanes)_mm512_dpbf16_ps((__m512)sum[r][c], row, column[c]);
-    }
-  }
-#elif defined(BF16) && defined(__AVX512F__)
-  // Two neighbours as one number of 32 bits: shifted it is the first, masked the second. So one load and two simple
-  // operations give 32 weights; the vectors are parted in the same way, once for all rows.
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    lanes even[4], odd[4];
-    UNROLL for (int c = 0; c < C; c++) {
-      lanes a = *(const lanes *)(x[c] + i), b = *(const lanes *)(x[c] + i + LANES);
-      even[c] = SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-      odd[c] = SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    }
-    UNROLL for (int r = 0; r < R; r++) {
-      whole_lanes two = (whole_lanes)_mm512_loadu_si512(w[r] + i);
-      lanes first = (lanes)(two << 16), second = (lanes)(two & 0xffff0000u);
-      __builtin_prefetch(w[r] + AHEAD + i);
-      UNROLL for (int c = 0; c < C; c++) sum[r][c] += first * even[c];
-      UNROLL for (int c = 0; c < C; c++) sum[r][c] += second * odd[c];
-    }
-  }
-#endif
-  for (; i + LANES <= n; i += LANES) {
-    lanes column[4];
-    UNROLL for (int c = 0; c < C; c++) column[c] = *(const lanes *)(x[c] + i);
-    UNROLL for (int r = 0; r < R; r++) {
-      lanes row = load(w[r] + i);
-      __builtin_prefetch(w[r] + AHEAD + i);
-      UNROLL for (int c = 0; c < C; c++) sum[r][c] += row * column[c];
-    }
-  }
-  UNROLL for (int c = 0; c < C; c++)
-    UNROLL for (int r = 0; r < R; r += 4)
-      four_totals(sum[r][c], sum[r + 1][c], sum[r + 2][c], sum[r + 3][c], &out[r][c], 4);
-  for (; i < n; i++)
-    for (int r = 0; r < R; r++)
-      for (int c = 0; c < C; c++) out[r][c] += get(w[r] + i) * x[c][i];
-}
-
-// ROWS rows by up to four vectors, as many at a time as there are registers. Not inlined: it is compiled once.
-#define ROWS 8
-static void __attribute__((noinline)) rows_by_vectors(int count, const weight *const *w, const float *const *x, int64_t n, float out[ROWS][4]) {
-  if (count == 1) tile(8, 1, w, x, n, out);
-  else if (count == 2) tile(8, 2, w, x, n, out);
-  else if (count == 3) tile(4, 3, w, x, n, out), tile(4, 3, w + 4, x, n, out + 4);
-  else tile(4, 4, w, x, n, out), tile(4, 4, w + 4, x, n, out + 4);
-}
-
-static float dot(const float *a, const float *b, int64_t n) {
-  lanes sum = {0};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) sum += *(const lanes *)(a + i) * *(const lanes *)(b + i);
-  float result = total(sum);
-  for (; i < n; i++) result += a[i] * b[i];
-  return result;
-}
-
-// Dot products of a with four neighbouring rows of x, `stride` numbers apart.
-static void four_dots(float *out, const float *a, const float *x, int64_t stride, int64_t n) {
-  lanes sum[4] = {{0}, {0}, {0}, {0}};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int r = 0; r < 4; r++) sum[r] += *(const lanes *)(a + i) * *(const lanes *)(x + r * stride + i);
-  for (int r = 0; r < 4; r++) out[r] = total(sum[r]);
-  for (; i < n; i++)
-    for (int r = 0; r < 4; r++) out[r] += a[i] * x[r * stride + i];
-}
-
-// out (n,) += sum over R rows of w of by[r] * w[r].
-INLINE void add_rows(const int R, float *out, const float *by, const weight *w, int64_t n) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    lanes sum = *(const lanes *)(out + i);
-    UNROLL for (int r = 0; r < R; r++) sum += by[r] * load(w + r * n + i);
-    *(lanes *)(out + i) = sum;
-  }
-  for (; i < n; i++)
-    for (int r = 0; r < R; r++) out[i] += by[r] * get(w + r * n + i);
-}
 
 static void rms_norm(float *out, const float *x, const fine *w, int64_t n, float eps) {
   float by = 1 / sqrtf(dot(x, x, n) / n + eps);
@@ -267,18 +87,15 @@ static float exponentials(float *x, int64_t n, float most) {
 // The functions below are called by all threads together; `omp for` shares the work, and waits unless `nowait`.
 
 // out (N, O) = x (N, I) w^T + bias, or added to what out holds.
-static void product(float *out, const float *x, const weight *w, const weight *bias, int64_t N, int64_t O, int64_t I,
-                    int add) {
+static void product(float *out, const Vector *x, Matrix w, const weight *bias, int64_t N, int64_t O, int64_t I, int add) {
 #pragma omp for schedule(static) nowait
   for (int64_t o = 0; o < O; o += ROWS) {
-    const weight *rows[ROWS];
-    for (int r = 0; r < ROWS; r++) rows[r] = w + (o + r < O ? o + r : O - 1) * I;
+    Rows rows;
+    for (int r = 0; r < ROWS; r++) set_row(&rows, r, w, o + r < O ? o + r : O - 1, I);
     for (int64_t n = 0; n < N; n += 4) {
       int count = N - n < 4 ? N - n : 4;
-      const float *vectors[4];
       float result[ROWS][4];
-      for (int c = 0; c < count; c++) vectors[c] = x + (n + c) * I;
-      rows_by_vectors(count, rows, vectors, I, result);
+      rows_by_vectors(count, &rows, x + n, I, result);
       for (int c = 0; c < count; c++)
         for (int r = 0; r < ROWS && o + r < O; r++) {
           float *to = out + (n + c) * O + o + r;
@@ -288,20 +105,20 @@ static void product(float *out, const float *x, const weight *w, const weight *b
   }
 }
 
-// out[c] = silu(gate x[c]) * (up x[c]) * scale[c], vectors given by pointers; gate and up are (O, I).
-static void swiglu(float *const *out, const float *const *x, const float *scale, const weight *gate, const weight *up,
-                   int64_t N, int64_t O, int64_t I) {
+// out[c] = silu(gate x[c]) * (up x[c]) * scale[c], results given by pointers; gate and up are (O, I).
+static void swiglu(float *const *out, const Vector *x, const float *scale, Matrix gate, Matrix up, int64_t N, int64_t O,
+                   int64_t I) {
 #pragma omp for schedule(static) nowait
   for (int64_t o = 0; o < O; o += ROWS / 2) {
-    const weight *rows[ROWS];
+    Rows rows;
     for (int r = 0; r < ROWS / 2; r++) {
-      int64_t at = (o + r < O ? o + r : O - 1) * I;
-      rows[r] = gate + at, rows[ROWS / 2 + r] = up + at;
+      int64_t at = o + r < O ? o + r : O - 1;
+      set_row(&rows, r, gate, at, I), set_row(&rows, ROWS / 2 + r, up, at, I);
     }
     for (int64_t n = 0; n < N; n += 4) {
       int count = N - n < 4 ? N - n : 4;
       float result[ROWS][4] = {{0}};
-      rows_by_vectors(count, rows, x + n, I, result);
+      rows_by_vectors(count, &rows, x + n, I, result);
       lanes *g = (lanes *)result[0], *u = (lanes *)result[ROWS / 2];  // four rows of four vectors are 16 numbers
       *g = *g / (1 + exp_of(-*g)) * *u;
       for (int c = 0; c < count; c++)
@@ -311,16 +128,14 @@ static void swiglu(float *const *out, const float *const *x, const float *scale,
 }
 
 // One head of one token: absorbed MLA over the positions first .. last of its row's latents.
-static void attend(const Shape *s, const Layer *layer, float *q, const float *angle, const float *latents, int64_t head,
-                   int64_t first, int64_t last, float *scores, float *out) {
+static void attend(const Shape *s, const Layer *layer, const Scratch *t, float *q, const float *angle,
+                   const float *latents, int64_t head, int64_t first, int64_t last, float *out) {
   int64_t width = s->rank + s->rope, p;
-  float query[width], mixed[s->rank];  // [q W^UK ; q^R], as a latent is [c^KV ; k^R]
-  const weight *w_uk = layer->kv_b + head * (s->nope + s->value) * s->rank, *w_uv = w_uk + s->nope * s->rank;
+  float query[width], mixed[s->rank], *scores = t->scores;  // [q W^UK ; q^R], as a latent is [c^KV ; k^R]
+  Matrix w_uk = from_row(layer->kv_b, head * (s->nope + s->value), s->rank), w_uv = from_row(w_uk, s->nope, s->rank);
   rotate(q + s->nope, angle, s->rope);
   memset(query, 0, s->rank * sizeof(float));
-  int64_t d = 0;
-  for (; d + 4 <= s->nope; d += 4) add_rows(4, query, q + d, w_uk + d * s->rank, s->rank);
-  for (; d < s->nope; d++) add_rows(1, query, q + d, w_uk + d * s->rank, s->rank);
+  add_rows(query, q, w_uk, s->nope, s->rank);
   memcpy(query + s->rank, q + s->nope, s->rope * sizeof(float));
   for (p = first; p + 4 <= last + 1; p += 4) four_dots(scores + p, query, latents + p * width, width, width);
   for (; p <= last; p++) scores[p] = dot(query, latents + p * width, width);
@@ -339,12 +154,13 @@ static void attend(const Shape *s, const Layer *layer, float *q, const float *an
   for (; p <= last; p++)
     for (int64_t i = 0; i < s->rank; i++) mixed[i] += scores[p] * latents[p * width + i];
   for (int64_t i = 0; i < s->rank; i++) mixed[i] /= sum;
-  const float *vector = mixed;
-  for (d = 0; d < s->value; d += ROWS) {
-    const weight *rows[ROWS];
+  Vector vector;
+  vectors(&vector, mixed, 1, s->rank, w_uv, t->fixed);
+  for (int64_t d = 0; d < s->value; d += ROWS) {
+    Rows rows;
     float result[ROWS][4];
-    for (int r = 0; r < ROWS; r++) rows[r] = w_uv + (d + r < s->value ? d + r : d) * s->rank;
-    rows_by_vectors(1, rows, &vector, s->rank, result);
+    for (int r = 0; r < ROWS; r++) set_row(&rows, r, w_uv, d + r < s->value ? d + r : d, s->rank);
+    rows_by_vectors(1, &rows, &vector, s->rank, result);
     for (int r = 0; r < ROWS && d + r < s->value; r++) out[d + r] = result[r][0];
   }
 }
@@ -393,47 +209,50 @@ static void choose(const Shape *s, const float *logits, const float *bias, float
 
 // x (N, hidden) += attention of the normed x.
 static void attention(const Shape *s, const Layer *layer, Scratch *t, float *x, const float *angles, const int64_t *padding,
-                      int64_t rows, int64_t time, const int64_t *held, int64_t capacity, float *scores) {
+                      int64_t rows, int64_t time, const int64_t *held, int64_t capacity) {
+  Vector vector[rows * time];
   int64_t N = rows * time, width = s->rank + s->rope, qk = s->nope + s->rope, heads = s->heads;
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < N; n++) rms_norm(t->normed + n * s->hidden, x + n * s->hidden, layer->input_norm, s->hidden, s->eps);
-  if (layer->q_a) product(t->q_a, t->normed, layer->q_a, layer->q_a_bias, N, s->q_rank, s->hidden, 0);
-  else product(t->q, t->normed, layer->q_b, NULL, N, heads * qk, s->hidden, 0);
-  product(t->kv, t->normed, layer->kv_a, layer->kv_a_bias, N, width, s->hidden, 0);
+  vectors(vector, t->normed, N, s->hidden, layer->kv_a, t->fixed);
+  if (layer->q_a.rows) product(t->q_a, vector, layer->q_a, layer->q_a_bias, N, s->q_rank, s->hidden, 0);
+  else product(t->q, vector, layer->q_b, NULL, N, heads * qk, s->hidden, 0);
+  product(t->kv, vector, layer->kv_a, layer->kv_a_bias, N, width, s->hidden, 0);
 #pragma omp barrier
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < N; n++) {
     float *latent = layer->cache + ((n / time) * capacity + held[n / time] + n % time) * width, *kv = t->kv + n * width;
-    if (layer->q_a) rms_norm(t->q_a + n * s->q_rank, t->q_a + n * s->q_rank, layer->q_a_norm, s->q_rank, 1e-6f);
+    if (layer->q_a.rows) rms_norm(t->q_a + n * s->q_rank, t->q_a + n * s->q_rank, layer->q_a_norm, s->q_rank, 1e-6f);
     rms_norm(latent, kv, layer->kv_a_norm, s->rank, 1e-6f);
     rotate(kv + s->rank, angles + n * s->rope, s->rope);
     memcpy(latent + s->rank, kv + s->rank, s->rope * sizeof(float));
   }
-  if (layer->q_a) {
-    product(t->q, t->q_a, layer->q_b, NULL, N, heads * qk, s->q_rank, 0);
+  if (layer->q_a.rows) {
+    vectors(vector, t->q_a, N, s->q_rank, layer->q_b, t->fixed);
+    product(t->q, vector, layer->q_b, NULL, N, heads * qk, s->q_rank, 0);
 #pragma omp barrier
   }
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < N * heads; i++) {
     int64_t n = i / heads, row = n / time, last = held[row] + n % time;
     int64_t first = padding && padding[row] < last ? padding[row] : padding ? last : 0;  // a padding position sees itself
-    attend(s, layer, t->q + i * qk, angles + n * s->rope, layer->cache + row * capacity * width, i % heads, first, last,
-           scores, t->attended + i * s->value);
+    attend(s, layer, t, t->q + i * qk, angles + n * s->rope, layer->cache + row * capacity * width, i % heads, first,
+           last, t->attended + i * s->value);
   }
-  product(x, t->attended, layer->o, layer->o_bias, N, s->hidden, heads * s->value, 1);
+  vectors(vector, t->attended, N, heads * s->value, layer->o, t->fixed);
+  product(x, vector, layer->o, layer->o_bias, N, s->hidden, heads * s->value, 1);
 #pragma omp barrier
 }
 
 // x (N, hidden) += SwiGLU of the normed x, dense or shared, `inner` wide. Its halves are apart: experts come between.
-static void dense_inner(const Shape *s, const Layer *layer, Scratch *t, int64_t N, int64_t inner) {
-  const float *from[N];
+static void dense_inner(const Shape *s, const Layer *layer, Scratch *t, const Vector *normed, int64_t N, int64_t inner) {
   float *to[N];
-  for (int64_t n = 0; n < N; n++) from[n] = t->normed + n * s->hidden, to[n] = t->inner + n * inner;
-  swiglu(to, from, NULL, layer->gate, layer->up, N, inner, s->hidden);
+  for (int64_t n = 0; n < N; n++) to[n] = t->inner + n * inner;
+  swiglu(to, normed, NULL, layer->gate, layer->up, N, inner, s->hidden);
 }
 
 // x (N, hidden) += the chosen experts of each token. Tokens are grouped by expert, so that each is read once.
-static void experts(const Shape *s, const Layer *layer, Scratch *t, float *x, int64_t N) {
+static void experts(const Shape *s, const Layer *layer, Scratch *t, const Vector *normed, float *x, int64_t N) {
   int64_t I = s->expert_inner, D = s->hidden, K = s->top_k;
 #pragma omp for schedule(static) nowait
   for (int64_t e = 0; e < s->experts; e++) {
@@ -456,60 +275,73 @@ static void experts(const Shape *s, const Layer *layer, Scratch *t, float *x, in
     }
     t->first_of[s->experts] = place;
   }
-  if (layer->gate) dense_inner(s, layer, t, N, s->shared_inner);
+  if (layer->gate.rows) dense_inner(s, layer, t, normed, N, s->shared_inner);
   for (int64_t e = 0; e < s->experts; e++) {
     int64_t first = t->first_of[e], count = t->first_of[e + 1] - first;
     if (!count) continue;
-    const float *from[count];
+    Vector from[count];
     float *to[count], scale[count];
     for (int64_t c = 0; c < count; c++) {
       int64_t choice = t->token_of[first + c];
-      from[c] = t->normed + choice / K * D, to[c] = t->choice_inner + choice * I, scale[c] = t->choice_weight[choice];
+      from[c] = normed[choice / K], to[c] = t->choice_inner + choice * I, scale[c] = t->choice_weight[choice];
     }
-    const weight *gate = layer->gate_up_experts + e * 2 * I * D;
-    swiglu(to, from, scale, gate, gate + I * D, count, I, D);
+    Matrix gate = from_row(layer->gate_up_experts, e * 2 * I, D);
+    swiglu(to, from, scale, gate, from_row(gate, I, D), count, I, D);
   }
 #pragma omp barrier
+  Vector inner[N * K];
+  vectors(inner, t->choice_inner, N * K, I, layer->down_experts, t->fixed);
 #pragma omp for schedule(static)
   for (int64_t d = 0; d < D; d += ROWS)
     for (int64_t e = 0; e < s->experts; e++) {
       int64_t first = t->first_of[e], last = t->first_of[e + 1];
-      const weight *rows[ROWS];
-      for (int r = 0; r < ROWS; r++) rows[r] = layer->down_experts + (e * D + (d + r < D ? d + r : D - 1)) * I;
+      Rows rows;
+      for (int r = 0; r < ROWS; r++) set_row(&rows, r, layer->down_experts, e * D + (d + r < D ? d + r : D - 1), I);
       for (int64_t c = first; c < last; c += 4) {
         int count = last - c < 4 ? last - c : 4;
-        const float *vectors[4];
+        Vector from[4];
         float result[ROWS][4];
-        for (int v = 0; v < count; v++) vectors[v] = t->choice_inner + t->token_of[c + v] * I;
-        rows_by_vectors(count, rows, vectors, I, result);
+        for (int v = 0; v < count; v++) from[v] = inner[t->token_of[c + v]];
+        rows_by_vectors(count, &rows, from, I, result);
         for (int v = 0; v < count; v++)
           for (int r = 0; r < ROWS && d + r < D; r++) x[t->token_of[c + v] / K * D + d + r] += result[r][v];
       }
     }
 }
 
+// What a thread works in: the rooms of its own are those of its number.
+static Scratch own(const Scratch *scratch, int64_t capacity) {
+  Scratch t = *scratch;
+#ifdef _OPENMP
+  extern int omp_get_thread_num(void);
+  t.scores += omp_get_thread_num() * capacity;
+  t.fixed += omp_get_thread_num() * t.fixed_size;
+#endif
+  return t;
+}
+
 // Run `count` layers over x (rows * time, hidden), in place, all threads together. angles: (N, rope/2, 2).
 static void run(const Shape *s, const Layer *layers, int64_t count, Scratch *t, float *x, const float *angles,
                 const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t capacity) {
   int64_t N = rows * time;
-  int thread = 0;
-#ifdef _OPENMP
-  extern int omp_get_thread_num(void);
-  thread = omp_get_thread_num();
-#endif
+  Vector vector[N];
   for (int64_t l = 0; l < count; l++) {
     const Layer *layer = layers + l;
-    attention(s, layer, t, x, angles, padding, rows, time, held, capacity, t->scores + thread * capacity);
+    attention(s, layer, t, x, angles, padding, rows, time, held, capacity);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < N; n++)
       rms_norm(t->normed + n * s->hidden, x + n * s->hidden, layer->post_norm, s->hidden, s->eps);
     int64_t inner = layer->router ? s->shared_inner : s->dense_inner;
-    if (layer->router) experts(s, layer, t, x, N);
+    vectors(vector, t->normed, N, s->hidden, layer->router ? layer->gate_up_experts : layer->gate, t->fixed);
+    if (layer->router) experts(s, layer, t, vector, x, N);
     else {
-      dense_inner(s, layer, t, N, inner);
+      dense_inner(s, layer, t, vector, N, inner);
 #pragma omp barrier
     }
-    if (layer->gate) product(x, t->inner, layer->down, NULL, N, s->hidden, inner, 1);
+    if (layer->gate.rows) {
+      vectors(vector, t->inner, N, inner, layer->down, t->fixed);
+      product(x, vector, layer->down, NULL, N, s->hidden, inner, 1);
+    }
 #pragma omp barrier
   }
 }
@@ -520,7 +352,7 @@ void decode(const Shape *s, const Layer *layers, int64_t count, const Scratch *s
             const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t capacity, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Scratch t = *scratch;
+    Scratch t = own(scratch, capacity);
     run(s, layers, count, &t, x, angles, padding, held, rows, time, capacity);
   }
 }
@@ -534,14 +366,16 @@ static void begin(const Shape *s, const Ends *ends, Scratch *t, const int64_t *t
     int64_t position = held[n / time] + n % time - (padding ? padding[n / time] : 0);
     memcpy(t->angles + n * s->rope, ends->angles + (position < 0 ? 0 : position) * s->rope, s->rope * sizeof(float));
     const weight *embedding = ends->embedding + tokens[n] * D;
-    float *to = ends->eh_proj ? t->joined + n * 2 * D : x + n * D;
+    float *to = ends->eh_proj.rows ? t->joined + n * 2 * D : x + n * D;
     for (int64_t i = 0; i < D; i++) to[i] = get(embedding + i);
-    if (!ends->eh_proj) continue;
+    if (!ends->eh_proj.rows) continue;
     rms_norm(to, to, ends->enorm, D, s->eps);
     rms_norm(to + D, state + n * D, ends->hnorm, D, s->eps);
   }
-  if (ends->eh_proj) {
-    product(x, t->joined, ends->eh_proj, NULL, N, D, 2 * D, 0);
+  if (ends->eh_proj.rows) {
+    Vector joined[N];
+    vectors(joined, t->joined, N, 2 * D, ends->eh_proj, t->fixed);
+    product(x, joined, ends->eh_proj, NULL, N, D, 2 * D, 0);
 #pragma omp barrier
   }
 }
@@ -581,7 +415,9 @@ static void whole(const Shape *s, const Layer *layers, int64_t count, Scratch *t
   for (int64_t n = 0; n < rows * last; n++)
     rms_norm(t->normed + n * s->hidden, x + (n / last * time + time - last + n % last) * s->hidden, ends->norm, s->hidden,
              s->eps);
-  product(logits, t->normed, ends->head, NULL, rows * last, ends->vocab, s->hidden, 0);
+  Vector normed[rows * last];
+  vectors(normed, t->normed, rows * last, s->hidden, ends->head, t->fixed);
+  product(logits, normed, ends->head, NULL, rows * last, ends->vocab, s->hidden, 0);
 #pragma omp barrier
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < rows * last; n++)
@@ -597,7 +433,7 @@ void step(const Shape *s, const Layer *layers, int64_t count, const Scratch *scr
           int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Scratch t = *scratch;
+    Scratch t = own(scratch, capacity);
     whole(s, layers, count, &t, ends, tokens, state, x, logits, choice, confidence, padding, held, rows, time, last,
           capacity);
   }
@@ -627,7 +463,7 @@ int64_t speculate(const Speculation *p, int64_t known, int64_t fresh, int64_t *d
   int64_t drafts = 0, kept = 0;
 #pragma omp parallel num_threads(p->threads)
   {
-    Scratch t = *p->scratch;
+    Scratch t = own(p->scratch, p->capacity);
     int64_t held = known - 1 - fresh, time = fresh, made = 0;
     const float *state = p->states;
     float likely = 1;
@@ -656,8 +492,14 @@ int64_t speculate(const Speculation *p, int64_t known, int64_t fresh, int64_t *d
   return known + kept + 1;
 }
 
-// out (N, O) = x (N, I) w^T: the output head.
-void project(float *out, const float *x, const weight *w, int64_t N, int64_t O, int64_t I, int threads) {
+// out (N, O) = x (N, I) w^T: the output head. scales: NULL, or those of its codes (O,); room: `vectors` for each thread.
+void project(float *out, const float *x, const void *w, const float *scales, int16_t *room, int64_t N, int64_t O,
+             int64_t I, int threads) {
 #pragma omp parallel num_threads(threads)
-  product(out, x, w, NULL, N, O, I, 0);
+  {
+    Scratch t = own(&(Scratch){.fixed = room, .fixed_size = 2 * N * (I + 31)}, 0);
+    Vector vector[N];
+    vectors(vector, x, N, I, (Matrix){w, scales}, t.fixed);
+    product(out, vector, (Matrix){w, scales}, NULL, N, O, I, 0);
+  }
 }

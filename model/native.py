@@ -24,6 +24,7 @@ from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
 from model.mtp import MTPLayer, SharedHead
 from model.norm import RMSNorm
+from model.packed import Int8Weight, PackedLinear
 from model.products import Linear
 
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
@@ -36,12 +37,13 @@ WHOLE = (
     "normalise"
 )
 REAL = "eps scale routed_scale"
-WEIGHTS = (
-    "input_norm q_a_norm kv_a_norm post_norm router q_a q_a_bias q_b kv_a kv_a_bias kv_b o o_bias gate up down "
-    "gate_up_experts down_experts router_bias cache"
-)
+VECTORS = "input_norm q_a_norm kv_a_norm post_norm router"
+MATRICES = "q_a q_b kv_a kv_b o"
+BIASES = "q_a_bias kv_a_bias o_bias"
+FEED_FORWARD = "gate up down gate_up_experts down_experts"
 ROOM = (
-    "normed q_a q kv attended inner affinity choice_weight choice_inner joined angles scores choice token_of first_of"
+    "normed q_a q kv attended inner affinity choice_weight choice_inner joined angles scores fixed choice token_of "
+    "first_of"
 )
 
 
@@ -49,12 +51,29 @@ class Shape(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in WHOLE.split()] + [(n, ctypes.c_float) for n in REAL.split()]
 
 
+class Matrix(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
+
+    @classmethod
+    def of(cls, weight: Tensor | Int8Weight) -> Matrix:
+        """Where a weight is, (..., out, in); the caller keeps it alive."""
+        if isinstance(weight, Int8Weight):
+            return cls(weight.codes.data_ptr(), weight.scales.data_ptr())
+        return cls(weight.data_ptr(), None)
+
+
 class Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in WEIGHTS.split()]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in VECTORS.split()),
+        *((name, Matrix) for name in MATRICES.split()),
+        *((name, ctypes.c_void_p) for name in BIASES.split()),
+        *((name, Matrix) for name in FEED_FORWARD.split()),
+        *((name, ctypes.c_void_p) for name in ("router_bias", "cache")),
+    ]
 
 
 class Scratch(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ROOM.split()]
+    _fields_ = [*((name, ctypes.c_void_p) for name in ROOM.split()), ("fixed_size", ctypes.c_int64)]
 
 
 class Decoder:
@@ -115,7 +134,7 @@ class Decoder:
 
 def decoder(layers: Sequence[DecoderLayer], config: LMConfig, x: Tensor, cache: LatentCache) -> Decoder | None:
     """What can run x (batch, time, hidden) through the layers in C, or None: on other devices, with gradients, for many
-    tokens, and for weights that are wrapped, quantised or watched by hooks.
+    tokens, and for weights that are wrapped, in 4 bits or watched by hooks.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.shape[0] * x.shape[1] > MOST_TOKENS:
         return None
@@ -137,15 +156,31 @@ def project(x: Tensor, weight: Tensor) -> Tensor | None:
         return None
     if library(weight.dtype) is None or torch.compiler.is_compiling():
         return None
-    vectors = x.float().contiguous()
+    return _project(x, weight, weight.dtype)
+
+
+def project_codes(x: Tensor, weight: Int8Weight, dtype: torch.dtype) -> Tensor | None:
+    """The same with a weight in 8 bits; None without a C compiler.
+
+    dtype: of the vectors that meet the codes: bfloat16 lets them be rounded to 16 bits, float32 does not.
+    """
+    return None if library(dtype) is None else _project(x, weight, dtype)
+
+
+def _project(x: Tensor, weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tensor:
+    vectors, threads = x.float().contiguous(), torch.get_num_threads()
     out = vectors.new_empty(*x.shape[:-1], weight.shape[0])
-    library(weight.dtype).project(
+    count, matrix = vectors[..., 0].numel(), Matrix.of(weight)
+    room = torch.empty(threads * _fixed_size(count, weight.shape[1]) if matrix.scales else 0, dtype=torch.int16)
+    library(dtype).project(
         out.data_ptr(),
         vectors.data_ptr(),
-        weight.data_ptr(),
-        vectors[..., 0].numel(),
+        matrix.rows,
+        matrix.scales,
+        room.data_ptr(),
+        count,
         *weight.shape,
-        torch.get_num_threads(),
+        threads,
     )
     return out
 
@@ -165,7 +200,7 @@ def library(dtype: torch.dtype, fine: torch.dtype | None = None) -> ctypes.CDLL 
     built.step.restype = None
     built.speculate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     built.speculate.restype = ctypes.c_int64
-    built.project.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+    built.project.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     built.project.restype = None
     return built
 
@@ -180,22 +215,35 @@ def build(dtype: torch.dtype, fine: torch.dtype) -> Path:
 def _plain(layers: Sequence[DecoderLayer]) -> bool:
     """Every module is ours and unhooked, the weights of types that decode.c reads; and decode.c was compiled."""
     ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
-    ours |= {Experts, Router, RMSNorm, Linear}
+    ours |= {Experts, Router, RMSNorm, Linear, PackedLinear, Int8Weight}
     for module in (module for layer in layers for module in layer.modules()):
         if type(module) not in ours or module._forward_hooks or module._forward_pre_hooks:
             return False
     weights = [weight for layer in layers for weight in layer.parameters()]
     found = types(layers)
     plain = found is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
-    return plain and library(*found) is not None
+    return plain and all(map(_packed_wholly, layers)) and library(*found) is not None
+
+
+def _packed_wholly(layer: DecoderLayer) -> bool:
+    """All matrices of a layer are in 8 bits, or none is."""
+    packed = {type(module) is PackedLinear for module in layer.modules() if isinstance(module, nn.Linear)}
+    for module in layer.modules():
+        if isinstance(module, Experts):
+            packed |= {type(weight) is Int8Weight for weight in (module.gate_up_proj, module.down_proj)}
+    return len(packed) == 1
 
 
 def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:
-    """The type of the matrices, and that of norms and routers, the same or float32; None for any others."""
+    """The type of the matrices, and that of norms and routers, the same or float32; None for any others.
+
+    Where all matrices are in 8 bits, the vectors that they meet are of the type of the norms.
+    """
     matrices, fine = set(), set()
     for module in (module for layer in layers for module in layer.modules()):
         found = fine if isinstance(module, (RMSNorm, Router)) else matrices
         found.update(weight.dtype for weight in module.parameters(recurse=False))
+    matrices = matrices or set(fine)
     if (
         len(matrices) != 1
         or len(fine) != 1
@@ -234,40 +282,47 @@ def _layer(layer: DecoderLayer, latents: Tensor) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     compressed = hasattr(attention, "q_a_proj")
     dense = mlp.shared_experts if layer.is_moe else mlp
+    linear = {
+        "q_a": attention.q_a_proj if compressed else None,
+        "q_b": attention.q_b_proj if compressed else attention.q_proj,
+        "kv_a": attention.kv_a_proj_with_mqa,
+        "kv_b": attention.kv_b_proj,
+        "o": attention.o_proj,
+    }
     tensors = {
         "input_norm": layer.input_layernorm.weight,
-        "q_a": attention.q_a_proj.weight if compressed else None,
-        "q_a_bias": attention.q_a_proj.bias if compressed else None,
         "q_a_norm": attention.q_a_layernorm.weight if compressed else None,
-        "q_b": attention.q_b_proj.weight if compressed else attention.q_proj.weight,
-        "kv_a": attention.kv_a_proj_with_mqa.weight,
-        "kv_a_bias": attention.kv_a_proj_with_mqa.bias,
         "kv_a_norm": attention.kv_a_layernorm.weight,
-        "kv_b": attention.kv_b_proj.weight,
-        "o": attention.o_proj.weight,
-        "o_bias": attention.o_proj.bias,
         "post_norm": layer.post_attention_layernorm.weight,
         "cache": latents[attention.layer],
     }
+    tensors |= {f"{name}_bias": linear[name].bias for name in ("q_a", "kv_a", "o") if linear[name] is not None}
     if dense is not None:
-        tensors |= {"gate": dense.gate_proj.weight, "up": dense.up_proj.weight, "down": dense.down_proj.weight}
+        linear |= {"gate": dense.gate_proj, "up": dense.up_proj, "down": dense.down_proj}
+    matrices = {name: _weight(module) for name, module in linear.items() if module is not None}
     if layer.is_moe:
         tensors |= {"router": mlp.gate.weight, "router_bias": mlp.gate.e_score_correction_bias}
-        tensors |= {"gate_up_experts": mlp.experts.gate_up_proj, "down_experts": mlp.experts.down_proj}
-    return Layer(**{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()})
+        matrices |= {"gate_up_experts": mlp.experts.gate_up_proj, "down_experts": mlp.experts.down_proj}
+    addresses = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+    return Layer(**addresses, **{name: Matrix.of(weight) for name, weight in matrices.items()})
+
+
+def _weight(module: nn.Linear) -> Tensor | Int8Weight:
+    return module.packed if isinstance(module, PackedLinear) else module.weight
 
 
 def _scratch(config: LMConfig, tokens: int, capacity: int, threads: int) -> tuple[Scratch, tuple[Tensor, ...]]:
     """Room for a step's numbers, and the tensors that own it."""
     choices = tokens * config.num_experts_per_tok
     shared = config.n_shared_experts * config.moe_intermediate_size
+    inner, attended = max(config.intermediate_size, shared), config.num_attention_heads * config.v_head_dim
     floats = {
         "normed": tokens * config.hidden_size,
         "q_a": tokens * (config.q_lora_rank or 0),
         "q": tokens * config.num_attention_heads * config.qk_head_dim,
         "kv": tokens * (config.kv_lora_rank + config.qk_rope_head_dim),
-        "attended": tokens * config.num_attention_heads * config.v_head_dim,
-        "inner": tokens * max(config.intermediate_size, shared),
+        "attended": tokens * attended,
+        "inner": tokens * inner,
         "affinity": tokens * config.n_routed_experts,
         "choice_weight": choices,
         "choice_inner": choices * config.moe_intermediate_size,
@@ -276,10 +331,19 @@ def _scratch(config: LMConfig, tokens: int, capacity: int, threads: int) -> tupl
         "scores": capacity * threads,
     }
     integers = {"choice": choices, "token_of": choices, "first_of": config.n_routed_experts + 1}
+    widest = max(2 * config.hidden_size, config.q_lora_rank or 0, config.kv_lora_rank, attended, inner)
+    fixed_size = max(_fixed_size(tokens, widest), _fixed_size(choices, config.moe_intermediate_size))
     room, whole = torch.empty(sum(floats.values())), torch.empty(sum(integers.values()), dtype=torch.int64)
-    parts = [*room.split(list(floats.values())), *whole.split(list(integers.values()))]
-    addresses = {name: part.data_ptr() for name, part in zip([*floats, *integers], parts, strict=True)}
-    return Scratch(**addresses), (room, whole)
+    fixed = torch.empty(fixed_size * threads, dtype=torch.int16)
+    parts = [*room.split(list(floats.values())), *whole.split(list(integers.values())), fixed]
+    names = [*floats, *integers, "fixed"]
+    addresses = {name: part.data_ptr() for name, part in zip(names, parts, strict=True)}
+    return Scratch(**addresses, fixed_size=fixed_size), (room, whole, fixed)
+
+
+def _fixed_size(count: int, width: int) -> int:
+    """Numbers of 16 bits that so many vectors take in fixed point, at most; see `vectors` in rows.h."""
+    return 2 * count * (width + 31)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.norm import Float32Buffers
+
 BLOCK = 64  # elements that share a scale in 4 bits
 SCALES = 256  # scales that share a scale of their own: double quantisation
 
@@ -28,8 +30,8 @@ class Packed(nn.Module, ABC):
         """The weight in a type of products, made anew."""
 
 
-class Int8Weight(Packed):
-    """A scale for each row, which is an output feature."""
+class Int8Weight(Packed, Float32Buffers):
+    """A scale for each row, which is an output feature. decode.c reads the rows as they are."""
 
     def __init__(self, weight: Tensor) -> None:
         """weight: (..., out, in)."""
@@ -37,8 +39,21 @@ class Int8Weight(Packed):
         with quiet_torchao():
             from torchao.quantization import Int8Tensor, PerRow
         packed = Int8Tensor.from_hp(weight.detach().float(), granularity=PerRow())
-        self.register_buffer("codes", packed.qdata)
-        self.register_buffer("scales", packed.scale)
+        self._keep(packed.qdata, packed.scale)
+
+    @classmethod
+    def rounded(cls, weight: Tensor) -> Int8Weight:
+        """Made without torchao, whose import takes a second: for a copy that serves while tokens are generated."""
+        weight = weight.detach().float()
+        scales = (weight.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        packed = cls.__new__(cls)
+        Packed.__init__(packed, weight.shape)
+        packed._keep((weight / scales).round().to(torch.int8), scales)
+        return packed
+
+    def _keep(self, codes: Tensor, scales: Tensor) -> None:
+        self.register_buffer("codes", codes)  # (..., out, in)
+        self.register_buffer("scales", scales)  # (..., out, 1)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.codes.to(dtype).mul_(self.scales.to(dtype))

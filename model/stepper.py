@@ -15,9 +15,6 @@ from model.layer import DecoderLayer
 from model.norm import RMSNorm
 from model.transformer import MiniDeepSeek, logits
 
-# The struct of decode.c, field by field.
-ENDS = "embedding head eh_proj enorm hnorm norm angles"
-
 
 class Step(NamedTuple):
     """What a step gives.
@@ -59,7 +56,12 @@ def _step(states: Tensor, found: Tensor) -> Step:
 
 
 class Ends(ctypes.Structure):
-    _fields_ = [("vocab", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ENDS.split())]
+    _fields_ = [  # of the struct in decode.c
+        ("vocab", ctypes.c_int64),
+        ("embedding", ctypes.c_void_p),
+        *((name, native.Matrix) for name in ("head", "eh_proj")),
+        *((name, ctypes.c_void_p) for name in ("enorm", "hnorm", "norm", "angles")),
+    ]
 
 
 class Stepper(native.Decoder):
@@ -69,11 +71,14 @@ class Stepper(native.Decoder):
         super().__init__(layers, model.config, cache)
         positions = torch.arange(cache.max_length)[None]
         self.angles = torch.view_as_real(model.rotary(positions)).contiguous()
-        tensors = {"embedding": model.model.embed_tokens.weight, "head": model.lm_head.weight, "norm": norm.weight}
+        tensors = {"embedding": model.model.embed_tokens.weight, "norm": norm.weight, "angles": self.angles}
+        matrices = {"head": model.lm_head.weight}
         if hasattr(layers[0], "eh_proj"):
             mtp = layers[0]
-            tensors |= {"eh_proj": mtp.eh_proj.weight, "enorm": mtp.enorm.weight, "hnorm": mtp.hnorm.weight}
-        addresses = {name: tensor.data_ptr() for name, tensor in (tensors | {"angles": self.angles}).items()}
+            tensors |= {"enorm": mtp.enorm.weight, "hnorm": mtp.hnorm.weight}
+            matrices |= {"eh_proj": mtp.eh_proj.weight}
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        addresses |= {name: native.Matrix.of(weight) for name, weight in matrices.items()}
         self.ends = Ends(vocab=model.lm_head.weight.shape[0], **addresses)
 
     def run_step(self, ids: Tensor, last: int, state: Tensor | None = None) -> Step:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from decoding_steps import SHAPES, in_pytorch, shaken, steps
 from torch import nn
 
 from model import MiniDeepSeek, native
@@ -16,55 +17,12 @@ from model.moe import Router
 from model.norm import RMSNorm
 from model.stepper import Step, Stepper, draft, read
 
-SHAPES = {
-    "plain": {},
-    "sizes that fill no vector": dict(
-        hidden_size=42, intermediate_size=37, moe_intermediate_size=19, kv_lora_rank=21, q_lora_rank=23,
-        qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=11,
-    ),
-    "sizes of several vectors": dict(hidden_size=64, kv_lora_rank=48, moe_intermediate_size=40, v_head_dim=32),
-    "without q_lora": dict(q_lora_rank=None),
-    "attention bias": dict(attention_bias=True),
-    "yarn": dict(
-        rope_scaling=dict(type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
-    ),
-    "one group": dict(n_group=1, topk_group=1),
-    "all groups": dict(n_group=4, topk_group=4),
-    "weights not normalised": dict(norm_topk_prob=False, routed_scaling_factor=1.7),
-    "no shared expert": dict(n_shared_experts=0),
-    "two shared experts": dict(n_shared_experts=2),
-    "dense only": dict(first_k_dense_replace=3),
-    "wide eps": dict(rms_norm_eps=0.5),
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """These tests are about the compiled library: without a compiler there is nothing to compare."""
     if native.library(torch.float32) is None:
         pytest.skip("no C compiler here: decoding runs in PyTorch")
-
-
-@torch.no_grad()
-def steps(model: MiniDeepSeek, padding: torch.Tensor | None = None, batch: int = 3) -> torch.Tensor:
-    """Logits of 1, 2, 1 and 5 new tokens after a prompt of 7, for a batch."""
-    ids = torch.randint(0, 61, (batch, 16), generator=torch.Generator().manual_seed(1))
-    cache = LatentCache(model.config, batch, 16, torch.float32, "cpu", padding)
-    return torch.cat([model(part, cache=cache).logits for part in ids.split([7, 1, 2, 1, 5], dim=1)], dim=1)
-
-
-def in_pytorch(monkeypatch, compute, *arguments):
-    """The result of `compute` with decoding in PyTorch."""
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "MOST_TOKENS", 0)
-        return compute(*arguments)
-
-
-def shaken(model: MiniDeepSeek) -> MiniDeepSeek:
-    """With router biases that change choices, negative ones too."""
-    for router in model.routers():
-        router.e_score_correction_bias.normal_(std=0.5)
-    return model
 
 
 @pytest.mark.parametrize("padding", [None, torch.tensor([0, 6, 3])])
