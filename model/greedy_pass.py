@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from model.cache import LatentCache
-from model.native import Matrix
-from model.packed import Int8Weight
-from model.stepper import Ends, Stepper, draft, stepper
+from model.stepper import Stepper, draft, stepper
 from model.transformer import MiniDeepSeek
 
 # The struct of decode.c, field by field.
@@ -32,20 +30,14 @@ class Speculation(ctypes.Structure):
 class GreedyPass:
     """Passes over one prompt with one MTP layer; the positions of the cache are counted here from now on.
 
-    Drafts are read off an 8-bit copy of the head: half the weights to read. What it rounds otherwise may cost a draft,
-    but never changes a token.
-
     Args:
         main, mtp: what runs the main model and the MTP layer, over one cache that has room for `most` drafts.
         tokens: the known ones; the main model has read all but the last, the MTP layer has met all but the last two.
         state: (1, 1, hidden) of the main model at the last position that it has read.
-        head: (vocab, hidden) the copy.
         most: drafts a pass; likely: a draft is continued while all of it comes true with this probability.
     """
 
-    def __init__(
-        self, main: Stepper, mtp: Stepper, head: Int8Weight, tokens: list[int], state: Tensor, most: int, likely: float
-    ) -> None:
+    def __init__(self, main: Stepper, mtp: Stepper, tokens: list[int], state: Tensor, most: int, likely: float) -> None:
         main.prepare(most + 1)
         mtp.prepare(most + 1)
         self.library, self.known, self.fresh = main.library, len(tokens), 1
@@ -55,11 +47,9 @@ class GreedyPass:
         tensors["states"][0] = state[0, 0]
         tensors |= {"logits": torch.empty(most + 1, main.ends.vocab), "confidence": torch.empty(1)}
         tensors["choice"] = torch.empty(most + 1, dtype=torch.int64)
-        mtp_ends = Ends.from_buffer_copy(mtp.ends)
-        mtp_ends.head = Matrix.of(head)
-        structs = {"shape": main.shape, "scratch": main.scratch, "ends": main.ends, "mtp_ends": mtp_ends}
+        structs = {"shape": main.shape, "scratch": main.scratch, "ends": main.ends, "mtp_ends": mtp.ends}
         structs |= {"layers": main.addresses, "mtp": mtp.addresses, "line": self.line}
-        self.room = main, mtp, head, mtp_ends, tensors  # what the addresses below belong to
+        self.room = main, mtp, tensors  # what the addresses below belong to
         self.given = Speculation(
             count=len(main.layers),
             most=most,
@@ -95,4 +85,4 @@ def greedy_pass(
         return None
     if states.shape[1] > 1:
         draft(model, states[:, :-1], torch.tensor([tokens[1:-1]]), 1, cache)
-    return GreedyPass(main, mtp, model.draft_head.of(model.lm_head.weight), tokens, states[:, -1:], most, likely)
+    return GreedyPass(main, mtp, tokens, states[:, -1:], most, likely)

@@ -59,20 +59,6 @@ class Int8Weight(Packed, Float32Buffers):
         return self.codes.to(dtype).mul_(self.scales.to(dtype))
 
 
-class Int8Copy:
-    """An 8-bit copy of a weight beside it, made when first asked for, and again when the weight has changed."""
-
-    def __init__(self) -> None:
-        self.made_of: tuple[int, int] | None = None
-
-    def of(self, weight: Tensor) -> Int8Weight:
-        """weight: (..., out, in)."""
-        facts = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if facts != self.made_of:
-            self.copy, self.made_of = Int8Weight.rounded(weight), facts
-        return self.copy
-
-
 class NF4Weight(Packed):
     """NormalFloat: 16 levels at the quantiles of a normal distribution, a scale for 64 elements, itself in 8 bits."""
 

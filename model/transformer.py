@@ -19,7 +19,6 @@ from model.layer import DecoderLayer
 from model.moe import Router, Routing
 from model.mtp import MTPLayer
 from model.norm import RMSNorm
-from model.packed import Int8Copy
 from model.rope import RotaryEmbedding
 
 
@@ -87,7 +86,6 @@ class MiniDeepSeek(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.draft_head = Int8Copy()  # see model/greedy_pass.py
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
