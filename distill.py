@@ -91,7 +91,7 @@ def main() -> None:
             return
     model, tokenizer = open_student(settings)
     dataset, validation = open_chats(settings, tokenizer, ranks)
-    loss = NextTokenLoss(mtp=bool(model.mtp))
+    loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
     if settings.method == "logits":
         dataset, loss = with_teacher(settings, ranks, model, tokenizer, dataset)
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
@@ -143,7 +143,8 @@ def with_teacher(
     if settings.on_policy:
         sampler = Sampler(model.to(ranks.device), dtype)
         dataset = OwnAnswers(chats, sampler, settings, settings.rows, tokenizer.eos_id, ranks)
-    return dataset, DistillationLoss(mtp=bool(model.mtp), settings=settings, teacher=teacher)
+    loss = DistillationLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps, settings=settings, teacher=teacher)
+    return dataset, loss
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def main() -> None:
     ranks = begin(settings)
     model, tokenizer = open_checkpoint(settings.ckpt)
     dataset, validation = open_chats(settings, tokenizer, ranks)
-    Trainer(settings, ranks, model, tokenizer, dataset, NextTokenLoss(mtp=bool(model.mtp)), validation).run()
+    loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
     ranks.stop()
 
 

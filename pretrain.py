@@ -95,7 +95,8 @@ def main() -> None:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
         batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
         validation = BitsPerByte(batches, tokenizer.token_bytes)
-    Trainer(settings, ranks, model, tokenizer, dataset, NextTokenLoss(mtp=bool(model.mtp)), validation).run()
+    loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
     ranks.stop()
 
 

@@ -45,8 +45,9 @@ def main() -> None:
     )
     found.verdicts = [replace(verdict(one, plain, "tokens/s"), quantity=f"tokens/s, {one.name}") for one in ours]
     found.show({"tokens/s": "{:,.0f}", "tokens a pass": "{:.2f}", "drafts kept": "{:.0%}"})
-    for one in ours:
-        found.facts[f"drafts kept, {one.name}"] = f"{one.median('drafts kept'):.0%}"
+    for most, one in zip(options.drafts, ours, strict=True):
+        kept = ", ".join(f"{one.median(f'draft {place}'):.0%}" for place in range(1, most + 1))
+        found.facts[f"kept of the drafts in each place, {one.name}"] = kept
     found.save(options.json)
 
 
@@ -83,13 +84,26 @@ def work(options: argparse.Namespace) -> None:
         passes: list[tuple[int, int]] = []
         start = time.perf_counter()
         count = sum(len(speculative(prompt, passes) if options.worker else plain(prompt)) for prompt in starts)
-        result = {"tokens/s": count / (time.perf_counter() - start), "tokens a pass": 1.0, "drafts kept": 0.0}
-        if passes:
-            kept, drafted = (sum(numbers) for numbers in zip(*passes, strict=True))
-            result |= {"tokens a pass": 1 + kept / len(passes), "drafts kept": kept / drafted}
-        return result
+        speed = {"tokens/s": count / (time.perf_counter() - start)}
+        return speed | (acceptance(passes, options.worker) if passes else {"tokens a pass": 1.0, "drafts kept": 0.0})
 
     serve(measure, torch.device("cpu"))
+
+
+def acceptance(passes: list[tuple[int, int]], most: int) -> dict[str, float]:
+    """Tokens a pass, the share of all drafts that was kept, and that share for each place in the chain.
+
+    A draft counts wherever it was made, also behind one that was wrong.
+
+    Args:
+        passes: of each the drafts kept, and the drafts made.
+    """
+    kept, drafted = (sum(numbers) for numbers in zip(*passes, strict=True))
+    result = {"tokens a pass": 1 + kept / len(passes), "drafts kept": kept / max(drafted, 1)}
+    for place in range(1, most + 1):
+        made = sum(drafts >= place for _, drafts in passes)
+        result[f"draft {place}"] = sum(right >= place for right, _ in passes) / max(made, 1)
+    return result
 
 
 def prompts(tokenizer: Tokenizer, file: Path, count: int, length: int) -> list[torch.Tensor]:

@@ -188,7 +188,37 @@ class ContinuedLatents:
         return torch.cat((self.latents[layer].index_select(0, self.of), latent_BTC), dim=1)
 
 
-Cache = LatentCache | PromptLatents | ContinuedLatents
+class OwnStep:
+    """One step of an MTP layer in training on its own state, as `model.speculative` chains it: see `MTPLayer`.
+
+    Step 1 is the layer's ordinary pass. In step j, position u stands for a draft whose chain began at u - (j-1): of the
+    positions up to there the layer sees the latents of step 1, then of each following one that of the next step.
+
+    Args:
+        latents: of the steps before; this one's are added to it.
+        step: j, from 1.
+    """
+
+    def __init__(self, latents: dict[int, Tensor], step: int) -> None:
+        self.latents, self.step = latents, step
+
+    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
+        """(batch, j time, C): the latents of each step, one step behind the other."""
+        self.latents[self.step] = latent_BTC  # by number: recomputation of activations comes here twice
+        return torch.cat([self.latents[step] for step in range(1, self.step + 1)], dim=1)
+
+    def allowed(self, time: int, segment_ids: Tensor | None, device: torch.device) -> Tensor:
+        """(batch or 1, 1, time, j time) bool: which of them each position sees; j is 2 or more."""
+        behind = torch.arange(time, device=device)[:, None] - torch.arange(time, device=device)
+        first = behind >= self.step - 1
+        chain = [behind == self.step - step for step in range(2, self.step + 1)]
+        if segment_ids is None:
+            return torch.cat((first, *chain), dim=1)[None, None]
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        return torch.cat((first & same, *(part.expand_as(same) for part in chain)), dim=2)[:, None]
+
+
+Cache = LatentCache | PromptLatents | ContinuedLatents | OwnStep
 
 
 def cache_dtype(model: nn.Module) -> torch.dtype:

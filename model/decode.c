@@ -380,17 +380,48 @@ static void begin(const Shape *s, const Ends *ends, Scratch *t, const int64_t *t
   }
 }
 
-// The likeliest token (the first of equals), and how likely it is.
+// The likeliest token (the first of equals), and how likely it is unless confidence is NULL.
 static void pick(const float *logits, int64_t count, int64_t *choice, float *confidence) {
   int64_t best = 0, i;
-  for (i = 1; i < count; i++)
-    if (logits[i] > logits[best]) best = i;
-  lanes sums = {0};
+  lanes most = (lanes){0} - INFINITY, sums = {0};
+  for (i = 0; i + LANES <= count; i += LANES) {
+    lanes x = *(const lanes *)(logits + i);
+    whole_lanes more = (whole_lanes)(x > most);
+    most = (lanes)(((whole_lanes)x & more) | ((whole_lanes)most & ~more));
+  }
+  float top = -INFINITY;
+  for (int lane = 0; lane < LANES; lane++)
+    if (most[lane] > top) top = most[lane];
+  for (; i < count; i++)
+    if (logits[i] > top) top = logits[i];
+  while (best < count && logits[best] != top) best++;
+  if (best == count) best = 0;  // no number at all
+  *choice = best;
+  if (!confidence) return;
   for (i = 0; i + LANES <= count; i += LANES) sums += exp_of(*(const lanes *)(logits + i) - logits[best]);
   float sum = total(sums);
   for (; i < count; i++) sum += expf(logits[i] - logits[best]);
-  *choice = best;
   *confidence = 1 / sum;
+}
+
+// `step` below, by all threads together.
+static void whole(const Shape *s, const Layer *layers, int64_t count, Scratch *t, const Ends *ends, const int64_t *tokens,
+                  const float *state, float *x, float *logits, int64_t *choice, float *confidence,
+                  const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t last,
+                  int64_t capacity) {
+  begin(s, ends, t, tokens, state, x, padding, held, rows, time);
+  run(s, layers, count, t, x, t->angles, padding, held, rows, time, capacity);
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < rows * last; n++)
+    rms_norm(t->normed + n * s->hidden, x + (n / last * time + time - last + n % last) * s->hidden, ends->norm, s->hidden,
+             s->eps);
+  Vector normed[rows * last];
+  vectors(normed, t->normed, rows * last, s->hidden, ends->head, t->fixed);
+  product(logits, normed, ends->head, NULL, rows * last, ends->vocab, s->hidden, 0);
+#pragma omp barrier
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < rows * last; n++)
+    pick(logits + n * ends->vocab, ends->vocab, choice + n, confidence ? confidence + n : NULL);
 }
 
 // From tokens (rows * time,) to logits (rows * last, vocab) of each row's last positions, the likeliest tokens and
@@ -403,20 +434,62 @@ void step(const Shape *s, const Layer *layers, int64_t count, const Scratch *scr
 #pragma omp parallel num_threads(threads)
   {
     Scratch t = own(scratch, capacity);
-    begin(s, ends, &t, tokens, state, x, padding, held, rows, time);
-    run(s, layers, count, &t, x, t.angles, padding, held, rows, time, capacity);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < rows * last; n++)
-      rms_norm(t.normed + n * s->hidden, x + (n / last * time + time - last + n % last) * s->hidden, ends->norm, s->hidden,
-               s->eps);
-    Vector normed[rows * last];
-    vectors(normed, t.normed, rows * last, s->hidden, ends->head, t.fixed);
-    product(logits, normed, ends->head, NULL, rows * last, ends->vocab, s->hidden, 0);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < rows * last; n++)
-      pick(logits + n * ends->vocab, ends->vocab, choice + n, confidence + n);
+    whole(s, layers, count, &t, ends, tokens, state, x, logits, choice, confidence, padding, held, rows, time, last,
+          capacity);
   }
+}
+
+// What a pass of speculative decoding works on. states, logits and choice have most + 1 rows, x twice as many.
+typedef struct {
+  const Shape *shape;
+  const Scratch *scratch;
+  const Layer *layers, *mtp;  // of the main model, and its one MTP layer
+  int64_t count, most, capacity;  // of main layers; of drafts; of the cache
+  const Ends *ends, *mtp_ends;
+  int64_t *line;  // all tokens; drafts, then what takes their place, are written behind those that are known
+  float *states, *x, *logits, *confidence;
+  int64_t *choice;
+  float likely;  // a draft is continued while all of it comes true with this probability, by its own estimate
+  int32_t threads;
+} Speculation;
+
+// One greedy pass: up to `most` drafts of the MTP layer, all but the first from its own state and draft, and the main
+// model's reading of the last token and the drafts. The first `known` tokens of the line are known, the main model has
+// read all but one, and `states` holds what it made of the last `fresh` of those it has read, which the MTP layer has
+// not. Returns how many tokens are known then, and in *drafted how many drafts there were; line and states are as the
+// next pass wants them.
+int64_t speculate(const Speculation *p, int64_t known, int64_t fresh, int64_t *drafted) {
+  const Shape *s = p->shape;
+  int64_t drafts = 0, kept = 0;
+#pragma omp parallel num_threads(p->threads)
+  {
+    Scratch t = own(p->scratch, p->capacity);
+    int64_t held = known - 1 - fresh, time = fresh, made = 0;
+    const float *state = p->states;
+    float likely = 1;
+    while (made < p->most && likely >= p->likely) {
+      // The state of this draft must outlive its turn as an input: two places take turns behind the fresh ones.
+      float *x = p->x + (made % 2) * (p->most + 1) * s->hidden;
+      whole(s, p->mtp, 1, &t, p->mtp_ends, p->line + held + 1, state, x, p->logits, p->choice, p->confidence, NULL, &held,
+            1, time, 1, p->capacity);
+#pragma omp single
+      p->line[known + made] = *p->choice;
+      likely *= *p->confidence;
+      state = x + (time - 1) * s->hidden, held += time, time = 1, made++;
+#pragma omp barrier
+    }
+    held = known - 1;
+    whole(s, p->layers, p->count, &t, p->ends, p->line + held, NULL, p->states, p->logits, p->choice, NULL, NULL,
+          &held, 1, made + 1, made + 1, p->capacity);
+#pragma omp single
+    {
+      while (kept < made && p->line[known + kept] == p->choice[kept]) kept++;
+      p->line[known + kept] = p->choice[kept];
+      drafts = made;
+    }
+  }
+  *drafted = drafts;
+  return known + kept + 1;
 }
 
 // out (N, O) = x (N, I) w^T: the output head. scales: NULL, or those of its codes (O,); room: `vectors` for each thread.

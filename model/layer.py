@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import Visibility, pick
-from model.cache import LatentCache
+from model.cache import Cache, OwnStep
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Routing, SwiGLU
 from model.norm import RMSNorm
@@ -28,7 +28,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         rope: Tensor,
         visibility: Visibility,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
         real_BT: Tensor | None = None,
         wanted_B: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
@@ -40,6 +40,6 @@ class DecoderLayer(nn.Module):
         x = (x if wanted_B is None else pick(x, wanted_B)) + attended
         inner = self.post_attention_layernorm(x)
         if self.is_moe:
-            out, routing = self.mlp(inner, real_BT, count=cache is None)
+            out, routing = self.mlp(inner, real_BT, count=cache is None or isinstance(cache, OwnStep))
             return x + out, routing
         return x + self.mlp(inner), None

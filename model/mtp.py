@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import Visibility
-from model.cache import LatentCache
+from model.cache import Cache
 from model.layer import DecoderLayer
 from model.moe import Routing
 from model.norm import RMSNorm
@@ -26,6 +26,12 @@ class MTPLayer(DecoderLayer):
     """Depth k: joins the hidden state of position t with the embedding of token t+k and predicts token t+k+1.
 
     Embedding and output head are the main model's. `layer` counts on from the main layers, as in the released weights.
+
+    Beyond D the last layer can go on from its own state: for position u it joins its state of u-1, in place of depth
+    D-1's state of u, which needs a token that is not yet known, with token u+D, and predicts u+D+1. The paper has a
+    layer of its own for each further token; sharing one is what EAGLE (Li et al. 2024) does, and what serving engines
+    do with the one MTP layer of the released weights. A layer that has met its own states in training, over the latents
+    that it will then see (`MiniDeepSeek.forward(mtp_steps=K)`; EAGLE-3, Li et al. 2025), drafts further tokens better.
     """
 
     def __init__(self, config: LMConfig, layer: int) -> None:
@@ -45,7 +51,7 @@ class MTPLayer(DecoderLayer):
         embedding_BTD: Tensor,
         rope: Tensor,
         visibility: Visibility,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
         real_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the state for the next depth (before `shared_head.norm`), (batch, time, hidden), and the routing.

@@ -101,7 +101,7 @@ class Decoder:
             (batch, time, hidden) of the type of x; between the layers all numbers are float32.
         """
         batch, time, _ = x.shape
-        self._prepare(batch * time)
+        self.prepare(batch * time)
         held = self.cache.reserve_rows(self.places, batch, time)
         out = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         angles = torch.view_as_real(rope).expand(batch, -1, -1, -1, -1).contiguous()
@@ -122,7 +122,7 @@ class Decoder:
         )
         return out.to(x.dtype)
 
-    def _prepare(self, tokens: int) -> None:
+    def prepare(self, tokens: int) -> None:
         """Room for so many tokens, and new addresses where the cache has let rows go."""
         if tokens > self.tokens:
             self.tokens = tokens
@@ -198,6 +198,8 @@ def library(dtype: torch.dtype, fine: torch.dtype | None = None) -> ctypes.CDLL 
     built.step.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 4
     built.step.argtypes += [ctypes.c_int]
     built.step.restype = None
+    built.speculate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    built.speculate.restype = ctypes.c_int64
     built.project.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     built.project.restype = None
     return built

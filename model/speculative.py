@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.cache import LatentCache, cache_dtype
+from model.greedy_pass import greedy_pass
 from model.sampling import Sampling
 from model.stepper import draft, read
 from model.transformer import MiniDeepSeek
@@ -47,21 +48,25 @@ def stream_speculative(
     step = read(model, input_ids, cache)
     tokens = [*input_ids[0].tolist(), judge.pick(step.choice, step.logits)]
     states, written = step.states, 0
+    fast = greedy_pass(model, cache, tokens, states, most, LIKELY) if judge.greedy else None
     while max_new_tokens > 0:
         for token in tokens[time + written :]:
             written += 1
             yield token
             if token in stop or written == max_new_tokens:
                 return
-        drafts, chances = chain.draft(states, tokens)
-        held = cache.length
-        step = read(model, torch.tensor([[tokens[-1], *drafts]], device=device), cache, len(drafts) + 1)
-        new = judge.keep(drafts, chances, step.choice, step.logits)
+        if fast is not None:
+            new, drafted = fast.run()
+        else:
+            drafts, chances = chain.draft(states, tokens)
+            held, drafted = cache.length, len(drafts)
+            step = read(model, torch.tensor([[tokens[-1], *drafts]], device=device), cache, drafted + 1)
+            new = judge.keep(drafts, chances, step.choice, step.logits)
+            states = step.states[:, : len(new)]
+            cache.truncate(held + len(new))
         if accepted is not None:
-            accepted.append((len(new) - 1, len(drafts)))
+            accepted.append((len(new) - 1, drafted))
         tokens += new
-        states = step.states[:, : len(new)]
-        cache.truncate(held + len(new))
 
 
 class Judge:

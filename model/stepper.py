@@ -33,8 +33,8 @@ class Step(NamedTuple):
 
 def read(model: MiniDeepSeek, ids: Tensor, cache: LatentCache, last: int = 1) -> Step:
     """The main model reads ids (batch, time), which follow what the cache holds. Logits for the `last` positions."""
-    if (stepper := _stepper(model, model.model.layers, model.model.norm, ids, cache)) is not None:
-        return stepper.run_step(ids, last)
+    if (fast := stepper(model, model.model.layers, model.model.norm, ids, cache)) is not None:
+        return fast.run_step(ids, last)
     out = model(ids, cache=cache)
     return _step(out.state, logits(out.hidden[:, -last:], out.head))
 
@@ -44,8 +44,8 @@ def draft(model: MiniDeepSeek, state: Tensor, ids: Tensor, depth: int, cache: La
     places after each position; logits of the last position are about the token after those. The cache has room for MTP.
     """
     layer = model.mtp[depth - 1]
-    if (stepper := _stepper(model, [layer], layer.shared_head.norm, ids, cache)) is not None:
-        return stepper.run_step(ids, 1, state)
+    if (fast := stepper(model, [layer], layer.shared_head.norm, ids, cache)) is not None:
+        return fast.run_step(ids, 1, state)
     found, state = model.draft(state.to(model.lm_head.weight.dtype), ids, depth, cache)
     return _step(state, found)
 
@@ -84,7 +84,7 @@ class Stepper(native.Decoder):
     def run_step(self, ids: Tensor, last: int, state: Tensor | None = None) -> Step:
         """As `read`, and with a state (batch, time, hidden) as `draft`; states are float32."""
         batch, time = ids.shape
-        self._prepare(batch * time)
+        self.prepare(batch * time)
         held, padding = self.cache.reserve_rows(self.places, batch, time), self.cache.padding
         states = torch.empty(batch, time, self.config.hidden_size)
         found = torch.empty(batch, last, self.ends.vocab)
@@ -114,7 +114,7 @@ class Stepper(native.Decoder):
         return Step(states, found, choice, confidence)
 
 
-def _stepper(
+def stepper(
     model: MiniDeepSeek, layers: Sequence[DecoderLayer], norm: RMSNorm, ids: Tensor, cache: LatentCache
 ) -> Stepper | None:
     """What runs these layers and their ends in C, or None; see `native.decoder` and `_plain_ends`."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from LMConfig import LMConfig
 from model import native
 from model.attention import Visibility, pick
-from model.cache import Cache, LatentCache, SlotCache
+from model.cache import Cache, LatentCache, OwnStep, SlotCache
 from model.experts import Experts
 from model.layer import DecoderLayer
 from model.moe import Router, Routing
@@ -32,6 +32,8 @@ class Output(NamedTuple):
         mtp_hidden: for each MTP depth k = 1 .. D, (batch, time, hidden) after its norm; position t predicts t+k+1.
         counts: (MoE layers, experts) float32, loads of this pass, the MTP layers' last; or None without MoE layers.
         balance_loss: (B,) float32, summed over MoE layers, times tokens (see `model.moe.Routing`).
+        own_hidden: for each step j = 2 .. K of the last MTP depth D on its own state, (batch, time, hidden) after its
+            norm; position t predicts t+D+1, and is real from the j-th of its segment on.
     """
 
     hidden: Tensor
@@ -40,6 +42,7 @@ class Output(NamedTuple):
     mtp_hidden: tuple[Tensor, ...]
     counts: Tensor | None
     balance_loss: Tensor | None
+    own_hidden: tuple[Tensor, ...] = ()
 
     @property
     def logits(self) -> Tensor:
@@ -95,6 +98,7 @@ class MiniDeepSeek(nn.Module):
         cache: Cache | None = None,
         mtp: bool = False,
         wanted: Tensor | None = None,
+        mtp_steps: int = 1,
     ) -> Output:
         """Run the network over (batch, time) token ids.
 
@@ -106,6 +110,8 @@ class MiniDeepSeek(nn.Module):
             mtp: also run the MTP chain over the tokens at hand (training; `speculative` generation runs it by itself).
             wanted: (batch,) the one position of each row that is asked for, where a prompt is read into a cache: the
                 output has no others, and the last layer computes none but their latents.
+            mtp_steps: K, steps of the last MTP depth, the second and later ones on its own state (see `MTPLayer`); they
+                are not counted in the experts' loads.
         """
         batch, time = input_ids.shape
         if position_ids is None:
@@ -140,21 +146,30 @@ class MiniDeepSeek(nn.Module):
                 routings.append(routing)
             state, routing = self._run(last, state, rope, visibility, cache, real, wanted)
             routings.append(routing)
-        mtp_hidden, mtp_state = [], state
+        mtp_hidden, mtp_state, latents = [], state, {}
         for depth, layer in enumerate(self.mtp if mtp else [], start=1):
             # Position t meets token t+depth. The last `depth` positions meet nothing real: losses leave them out.
             ahead = embedding.roll(-depth, dims=1)
             counted = torch.arange(time, device=input_ids.device).expand(batch, time) < time - depth
             counted = counted if real is None else counted & real
-            mtp_state, routing = self._run(layer, mtp_state, ahead, rope, visibility, None, counted)
+            first = OwnStep(latents, 1) if mtp_steps > 1 and depth == len(self.mtp) else None
+            mtp_state, routing = self._run(layer, mtp_state, ahead, rope, visibility, first, counted)
             mtp_hidden.append(layer.shared_head.norm(mtp_state))
             routings.append(routing)
+        own_hidden = []
+        for number in range(2, mtp_steps + 1 if mtp_hidden else 0):
+            # Position t meets the state of t-1. The first positions of a segment meet nothing real: see `own_hidden`.
+            step = OwnStep(latents, number)
+            seen_then = Visibility(step.allowed(time, segment_ids, input_ids.device))
+            mtp_state, _ = self._run(layer, mtp_state.roll(1, dims=1), ahead, rope, seen_then, step, counted)
+            own_hidden.append(layer.shared_head.norm(mtp_state))
         seen: list[Routing] = [routing for routing in routings if routing is not None]
         return Output(
             hidden=self.model.norm(state),
             state=state,
             head=self.lm_head.weight,
             mtp_hidden=tuple(mtp_hidden),
+            own_hidden=tuple(own_hidden),
             counts=torch.stack([routing.counts for routing in seen]) if seen else None,
             balance_loss=torch.stack([routing.balance_loss for routing in seen]).sum(0) if seen else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from eval.answering import Answerer
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache
+from model.greedy_pass import GreedyPass
 from model.sampling import Sampling
 from model.speculative import Judge, _DraftChain, stream_speculative
 from text.chat_template import encode_chat
@@ -217,6 +219,7 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
         return drafts
 
     monkeypatch.setattr(_DraftChain, "draft", spy)
+    monkeypatch.setattr("model.speculative.greedy_pass", lambda *_: None)
     list(stream_speculative(model, prompt_of(length), 24, draft_tokens=most))
     monkeypatch.undo()
     assert len(drafted) > 24 / (most + 1) - 1
@@ -226,6 +229,26 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
         with torch.no_grad():
             states = model(torch.tensor([tokens[:-1]])).state
             assert _DraftChain(model, cache, Judge(GREEDY, None), most).draft(states, tokens) == drafts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("most", [1, 3, 6])
+def test_a_pass_in_one_call_drafts_and_keeps_what_several_calls_do(most, dtype, half_trained, monkeypatch):
+    model, run, calls, found = copy.deepcopy(half_trained(1)).to(dtype), GreedyPass.run, [], []
+    with torch.no_grad():  # or, after so simple a text, all drafts were right
+        weight = model.mtp[0].shared_head.norm.weight
+        weight.mul_(1 + 2.5 * torch.randn(weight.shape))
+    monkeypatch.setattr(GreedyPass, "run", lambda self: calls.append(run(self)) or calls[-1])
+    prompts = [rule(1, length) for length in (1, 2, 150)]
+    for threads in (1, 2, 0):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads or 1)
+        if not threads:
+            monkeypatch.setattr("model.speculative.greedy_pass", lambda *_: None)
+        passes: list[tuple[int, int]] = []
+        run_all = [list(stream_speculative(model, p, 40, accepted=passes, draft_tokens=most)) for p in prompts]
+        found.append((run_all, passes))
+    assert found[0] == found[1] == found[2]
+    assert len(calls) == 2 * len(passes) and 0 < sum(kept for kept, _ in passes) < sum(drafts for _, drafts in passes)
 
 
 def test_further_drafts_follow_from_the_last_layers_own_state(half_trained):

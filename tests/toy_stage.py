@@ -66,7 +66,7 @@ class Maker:
         config = self.tiny_config(vocab_size=VOCAB, **(model or {}))
         ranks = ranks or Ranks(0, world, torch.device("cpu"))
         validation = BitsPerByte([Rows().batch(range(100, 104))], self.tokenizer.token_bytes)
-        loss = NextTokenLoss(mtp=bool(config.num_nextn_predict_layers))
+        loss = NextTokenLoss(mtp=bool(config.num_nextn_predict_layers), mtp_steps=settings.mtp_steps)
         return Trainer(settings, ranks, MiniDeepSeek(config), self.tokenizer, dataset or Rows(), loss, validation)
 
 

@@ -105,6 +105,17 @@ def labels_ahead(batch: Batch, depth: int) -> Tensor:
     return ahead
 
 
+def labels_of_own_step(batch: Batch, depth: int, step: int) -> Tensor:
+    """What step j of MTP depth D on its own state predicts at position t: the same as the depth itself, but only where
+    the chain began, j-1 positions before, in the same segment."""
+    labels, begun = labels_ahead(batch, depth), step - 1
+    labels[:, :begun] = IGNORE
+    if "segment_ids" in batch:
+        segments = batch["segment_ids"]
+        labels[:, begun:].masked_fill_(segments[:, begun:] != segments[:, :-begun], IGNORE)
+    return labels
+
+
 @dataclass
 class NextTokenLoss:
     """Cross entropy, plus lambda / D * the MTP losses (Eq. 25), plus alpha * the sequence-wise balance loss (Eq. 17).
@@ -113,8 +124,11 @@ class NextTokenLoss:
     and ranks add up to the loss of the whole batch. The balance loss weighs a sequence by its labels. An MTP depth
     has a few labels fewer than it is divided by.
 
+    With K > 1 the MTP losses are those of the D depths and of steps 2 .. K of the last depth on its own state, which
+    the paper does not have; lambda weighs the mean of all D + K - 1.
+
     Attributes:
-        mtp: whether the MTP chain runs at all.
+        mtp: whether the MTP chain runs at all; mtp_steps: K.
         mtp_weight: lambda; balance_weight: alpha. The trainer moves both along their schedules. While lambda is 0 the
             chain is left out: its layers cost nothing and stay as they are.
     """
@@ -122,12 +136,13 @@ class NextTokenLoss:
     mtp: bool = True
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4
+    mtp_steps: int = 1
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Returns the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
-        out = model(**inputs, mtp=self.mtp and self.mtp_weight > 0)
+        out = model(**inputs, mtp=self.mtp and self.mtp_weight > 0, mtp_steps=self.mtp_steps)
         count = (labels != IGNORE).sum()
         main, parts = self.main(out, batch)
         total, metrics = main, {"main": main.detach(), **parts}
@@ -135,6 +150,10 @@ class NextTokenLoss:
             depths = [
                 cross_entropy_sum(hidden, out.head, labels_ahead(batch, depth))
                 for depth, hidden in enumerate(out.mtp_hidden, start=1)
+            ]
+            depths += [
+                cross_entropy_sum(hidden, out.head, labels_of_own_step(batch, len(out.mtp_hidden), step))
+                for step, hidden in enumerate(out.own_hidden, start=2)
             ]
             mtp = torch.stack(depths).mean()
             total = total + self.weight_of_mtp(batch) * mtp

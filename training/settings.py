@@ -147,6 +147,7 @@ class NextTokenSettings(StageSettings):
 
     Args:
         mtp_weight: weight of the multi-token-prediction loss; a number or {share of the run: value}.
+        mtp_steps: steps of the last MTP layer, all but the first on its own state, as when it drafts several tokens.
         balance_weight: weight of the sequence-wise balance loss; a number or {share of the run: value}.
         bias_speed: speed of the router's balancing bias; a number or {share of the run: value}.
     """
@@ -154,6 +155,12 @@ class NextTokenSettings(StageSettings):
     mtp_weight: float | dict[str, float] = 0.3
     balance_weight: float | dict[str, float] = 1e-4
     bias_speed: float | dict[str, float] = 1e-3
+    mtp_steps: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mtp_steps < 1:
+            raise UserError(f"--mtp_steps {self.mtp_steps}: must be at least 1")
 
     @property
     def schedules(self) -> dict[str, Schedule]:
