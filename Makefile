@@ -62,6 +62,7 @@ lint: $(VENV)/installed-dev
 BENCH := out/bench
 GSM8K ?=
 MINIMIND ?=
+DRAFTS ?= $(firstword $(wildcard out/speculative/final) $(OUT)/pretrain/final)
 RACE_DATA ?= $(TEXT)
 bench: $(VENV)/installed-dev
 	$(RUN) bench/train_step.py --rounds 4 --json $(BENCH)/1-train-bf16.json
@@ -73,8 +74,8 @@ bench: $(VENV)/installed-dev
 	$(RUN) bench/experts.py --rounds 3 --rows 32 --json $(BENCH)/6-experts-32-rows.json
 	$(RUN) bench/experts.py --rounds 3 --split --json $(BENCH)/6-experts-split.json
 	$(RUN) bench/shard_corpus.py --megabytes 300 --folder $(BENCH)/shards --json $(BENCH)/7-data.json
-	@if test -d $(OUT)/pretrain/final; then $(RUN) bench/speculative.py --ckpt $(OUT)/pretrain/final --file $(WORLD)/heldout.txt \
-	    --prompt 16 --json $(BENCH)/8-speculative.json; else echo "no drafts measured: make demo trains a model that has an MTP layer"; fi
+	@if test -d $(DRAFTS); then $(RUN) bench/speculative.py --ckpt $(DRAFTS) --file $(WORLD)/heldout.txt \
+	    --json $(BENCH)/8-speculative.json; else echo "no drafts measured: configs/speculative.yaml trains a model for them"; fi
 	@if test -n "$(GSM8K)"; then $(RUN) bench/grpo.py --dtype bf16 --data $(GSM8K) --longest 256 --rounds 3 --json $(BENCH)/9-grpo.json; \
 	    else echo "trl not measured: pip install trl, then make bench GSM8K=gsm8k_train.jsonl"; fi
 	@if test -n "$(MINIMIND)"; then $(RUN) bench/race.py --data $(RACE_DATA) --peer $(MINIMIND) --out $(BENCH)/race; \
