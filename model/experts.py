@@ -106,8 +106,8 @@ class Experts(nn.Module):
         for expert, rows in spans:
             x, gate_up = rows_of[: rows.stop - rows.start], gate_up_of[: rows.stop - rows.start]
             torch.index_select(x_ND, 0, plan.token_of_row[rows], out=x)
-            _product_into(gate_up, x, gate_up_weight(expert))
-            _product_into(out_RD[rows], _weighted_swiglu(gate_up, weights_R[rows]), down_weight(expert))
+            products.product_into(gate_up, x, gate_up_weight(expert))
+            products.product_into(out_RD[rows], _weighted_swiglu(gate_up, weights_R[rows]), down_weight(expert))
         return _gather_sum(out_RD, plan.row_of_choice)
 
     def _few(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
