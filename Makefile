@@ -72,7 +72,7 @@ bench: $(VENV)/installed-dev
 	$(RUN) bench/decode.py --quantize int8 --peers --json $(BENCH)/4-decode-int8.json
 	$(RUN) bench/batching.py --peers "lock step" eager --requests 64 --slots 16 --rounds 3 --json $(BENCH)/5-batching.json
 	$(RUN) bench/experts.py --rounds 3 --json $(BENCH)/6-experts.json
-	$(RUN) bench/experts.py --rounds 3 --rows 32 --json $(BENCH)/6-experts-32-rows.json
+	$(RUN) bench/experts.py --rounds 3 --rows 16 --experts 16 256 --json $(BENCH)/6-experts-16-rows.json
 	$(RUN) bench/experts.py --rounds 3 --split --json $(BENCH)/6-experts-split.json
 	$(RUN) bench/shard_corpus.py --megabytes 300 --folder $(BENCH)/shards --json $(BENCH)/7-data.json
 	@if test -d $(DRAFTS); then $(RUN) bench/speculative.py --ckpt $(DRAFTS) --file $(WORLD)/heldout.txt \
