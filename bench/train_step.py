@@ -35,7 +35,7 @@ def main() -> None:
     )
     best = max(peers, key=lambda peer: peer.median("tokens/s"))
     found.verdicts = [verdict(ours, best, key) for key in COLUMNS]
-    peak = max(peak, measured_peak(DTYPES[options.dtype], device_of(options.device)))  # a neighbour may have disturbed one
+    peak = max(peak, measured_peak(DTYPES[options.dtype], device_of(options.device)))  # one may have been disturbed
     for contender in (ours, best):
         share = contender.median("tokens/s") * count(config, options.length).flops / peak
         found.facts[f"share of the matrix peak, {contender.name}"] = f"{share:.0%} of {peak / 1e9:,.0f} GFLOP/s"
