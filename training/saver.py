@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -70,4 +73,11 @@ def _alone(thread: ThreadPoolExecutor) -> None:
     threads = torch.get_num_threads()
     thread.submit(torch.get_num_threads).result()  # a thread takes the common number when it is first asked
     thread.submit(torch.set_num_threads, 1).result()
+    thread.submit(_step_back).result()
     torch.set_num_threads(threads)  # the number that threads begin with is one for all
+
+
+def _step_back() -> None:
+    """Let training have the processor first, where threads have a priority of their own: on Linux."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
