@@ -1,6 +1,6 @@
 """What a checkpoint costs the steps beside it: written in the background, and with training waiting for it.
 
-python bench/save.py [--preset 26m] [--dtype fp32] [--rows 4] [--length 512] [--steps 24] [--every 8]
+python bench/save.py [--preset 26m] [--dtype fp32] [--rows 4] [--length 512] [--steps 44] [--every 10]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -45,16 +46,23 @@ class Noise:
 
 @dataclass
 class Times:
-    """Seconds of steps without a save, of those beside one (what it kept them waiting included), of a write."""
+    """Seconds of steps without a save, and of those beside each save (what it kept them waiting included)."""
 
     quiet: list[float]
-    beside: list[float]
+    saves: list[list[float]]
     bytes: int
 
-    @property
-    def ratio(self) -> float:
-        """The mean step beside a save over the median one without."""
-        return statistics.mean(self.beside) / statistics.median(self.quiet)
+    def show(self, name: str) -> None:
+        """A line about the first save, which makes room for the copy, and one about those after it."""
+        quiet = statistics.median(self.quiet)
+        print(f"{name}: {self.bytes / 1e6:,.0f} MB; a step without a save takes {quiet:.2f} s")
+        for which, saves in (("the first save", self.saves[:1]), ("later ones", self.saves[1:])):
+            if beside := [seconds for steps in saves for seconds in steps]:
+                mean = statistics.mean(beside)
+                print(
+                    f"  a step beside {which}: {mean:.2f} s on average of {len(beside)}, {mean / quiet:.2f}x; "
+                    f"at most {max(beside):.2f} s; a save costs {(mean - quiet) * len(beside) / len(saves):.2f} s"
+                )
 
 
 class Watched(Trainer):
@@ -97,8 +105,10 @@ def measure(options: argparse.Namespace, tokenizer: Tokenizer, background: bool)
     seconds = [after - before for before, after in zip(trainer.begins, trainer.begins[1:], strict=False)]
     # A step's interval ends with the call that saves, so what comes after it tells whether a save was in it.
     beside = [now or later for now, later in zip(trainer.beside, trainer.beside[1:], strict=False)]
-    pairs = list(zip(seconds, beside, strict=True))[2:]  # the first steps pay for what is made once
-    return Times([s for s, save in pairs if not save], [s for s, save in pairs if save], size)
+    pairs = list(zip(beside, seconds, strict=True))[2:]  # the first steps pay for what is made once
+    groups = [(save, [seconds for _, seconds in group]) for save, group in groupby(pairs, key=lambda pair: pair[0])]
+    quiet = [seconds for save, group in groups if not save for seconds in group]
+    return Times(quiet, [group for save, group in groups if save], size)
 
 
 def main() -> None:
@@ -107,18 +117,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=44)
+    parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--dir", help="on whose disk to write; the system's temporary folder when left out")
     options = parser.parse_args()
     tokenizer = train_bpe(list(documents(World.build(1), "pretrain", 200_000)), 600)
-    for name, background in (("in the background", True), ("training waits", False)):
-        times = measure(options, tokenizer, background)
-        print(
-            f"{name:>18}: {times.bytes / 1e6:,.0f} MB; a step takes {statistics.median(times.quiet):.2f} s, beside a "
-            f"save {statistics.mean(times.beside):.2f} s on average of {len(times.beside)}, {times.ratio:.2f}x; "
-            f"at most {max(times.beside):.2f} s"
-        )
+    for name, background in (("written in the background", True), ("training waits", False)):
+        measure(options, tokenizer, background).show(name)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import DamagedCheckpoint, command_line
 from LMConfig import LMConfig
+from model.tensor_file import save_file
 from model.transformer import MiniDeepSeek
 from model.weight_files import WEIGHTS, WeightFiles
 

@@ -14,10 +14,11 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
+from model.tensor_file import save_file
 from text.tokenizer import Tokenizer
 from training.manifest import write_manifest
 from training.optim import load_state_tensors, state_tensors

@@ -8,9 +8,9 @@ from pathlib import Path
 import xxhash
 
 from errors import DamagedCheckpoint
+from model.tensor_file import read_parts
 
 MANIFEST = "training/manifest.json"
-CHUNK = 1 << 22  # bytes read at a time
 
 
 def write_manifest(folder: Path) -> None:
@@ -54,7 +54,6 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 
 def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    for part in read_parts(path):
+        digest.update(part)
     return digest.hexdigest()
