@@ -1,6 +1,6 @@
 """A training step with more and more routed experts, each token still using as many weights, in turn.
 
-python bench/experts.py [--preset 64m] [--experts 16 64 256] [--layers 0] [--split] [--dtype bf16] [--rounds 5]
+python bench/experts.py [--preset 64m] [--experts 16 64 256] [--layers 0] [--split] [--optim adamw_bf16]
 
 Constant activated size: `num_experts_per_tok` x `moe_intermediate_size`, the width of the routed experts that one token
 goes through, is the same in every column, and so are the products of a step. There are two ways to have more experts:
@@ -31,6 +31,7 @@ from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast
 from training.optim import OptimSettings, build_optimizer
 
+GIVEN = ("preset", "layers", "dtype", "optim", "rows", "length", "device")  # to the workers
 COLUMNS = {"tokens/s": "{:,.0f}", "forward+backward s": "{:.3f}", "optimiser s": "{:.3f}", "memory_mb": "{:,.0f}"}
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the preset has")
     parser.add_argument("--split", action="store_true", help="narrower experts, not more weights")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--optim", default="adamw", choices=("adamw", "adamw_bf16"))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
@@ -51,7 +53,7 @@ def main() -> None:
     if options.worker:
         work(options)
         return
-    given = [f"--{name}={getattr(options, name)}" for name in ("preset", "layers", "dtype", "rows", "length", "device")]
+    given = [f"--{name}={getattr(options, name)}" for name in GIVEN]
     given += ["--split"] * options.split + ["--experts", *map(str, options.experts)]
     contenders = [
         Contender(f"{count} experts", [__file__, *given, "--worker", str(count)]) for count in options.experts
@@ -60,7 +62,7 @@ def main() -> None:
     config = config_of(options, options.experts[0])
     found = findings(
         f"training step with more experts, {options.preset} without MTP, {config.num_hidden_layers} layers, "
-        f"{options.rows} x {options.length} tokens, {options.dtype}, AdamW; medians of {options.rounds}",
+        f"{options.rows} x {options.length} tokens, {options.dtype}, {options.optim}; medians of {options.rounds}",
         contenders,
     )
     found.verdicts = [verdict(contender, contenders[0], "tokens/s") for contender in contenders[1:]]
@@ -88,7 +90,7 @@ def work(options: argparse.Namespace) -> None:
     model = MiniDeepSeek(config_of(options, options.worker)).to(device)
     tokens = torch.randint(0, model.config.vocab_size, (options.rows, options.length + 1)).to(device)
     batch, loss_of = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}, NextTokenLoss(mtp=False)
-    optimizer = build_optimizer(model, OptimSettings(lr=1e-4))
+    optimizer = build_optimizer(model, OptimSettings(lr=1e-4, kind=options.optim))
 
     def measure() -> dict[str, float]:
         start = now(device)

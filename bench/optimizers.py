@@ -1,10 +1,10 @@
-"""AdamW and Muon on one recipe: how long until held-out text costs a given number of bits per byte, over seeds.
+"""Optimisers on one recipe: how long until held-out text costs a given number of bits per byte, over seeds.
 
-    python bench/optimizers.py --data corpus.csv --tokenizer DIR --out out/optimizers [--seeds 3] [--steps 500]
+    python bench/optimizers.py --data corpus.csv --tokenizer DIR --out out/optimizers [--kinds adamw muon] [--seeds 3]
 
-Runs pretrain.py for each seed with each optimiser in turn, all else equal. The target is what AdamW ends with, its
-worst seed, unless --target gives one; time is that of training without validations. Runs that are complete in OUT are
-read, not run again, and interrupted ones go on. Writes OUT/optimizers.json and OUT/optimizers.png.
+Runs pretrain.py for each seed with each optimiser in turn, all else equal. The target is what the first one ends with,
+its worst seed, unless --target gives one; time is that of training without validations. Runs that are complete in OUT
+are read, not run again, and interrupted ones go on. Writes OUT/optimizers.json and OUT/optimizers.png.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from race import ROOT, environment, seconds_to
 from errors import UserError, command_line
 from training.log import read_metrics
 
-KINDS = ("adamw", "muon")
+KINDS = ("adamw", "adamw_bf16", "muon")
 
 
 def main() -> None:
@@ -33,22 +33,23 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--config", default=str(ROOT / "configs" / "minutes.yaml"))
+    parser.add_argument("--kinds", nargs="+", default=["adamw", "muon"], choices=KINDS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--val_every", type=int, default=25)
-    parser.add_argument("--target", type=float, help="bits per byte; left out: the worst end of AdamW's runs")
+    parser.add_argument("--target", type=float, help="bits per byte; left out: the worst end of the first kind's runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--options", default="", help="further options of pretrain.py for all, in one string")
     for kind in KINDS:
         parser.add_argument(f"--{kind}_options", default="", help=f"further ones for {kind}")
     options = parser.parse_args()
     out = Path(options.out)
-    curves: dict[str, list[list[dict[str, float]]]] = {kind: [] for kind in KINDS}
+    curves: dict[str, list[list[dict[str, float]]]] = {kind: [] for kind in options.kinds}
     for seed in range(options.seeds):
-        for kind in KINDS:
+        for kind in options.kinds:
             curves[kind].append(curve(kind, seed, out, options))
-    target = options.target or max(points[-1]["bits_per_byte"] for points in curves["adamw"])
-    summary = {kind: summarise(curves[kind], target) for kind in KINDS}
+    target = options.target or max(points[-1]["bits_per_byte"] for points in curves[options.kinds[0]])
+    summary = {kind: summarise(curves[kind], target) for kind in options.kinds}
     results = {"target": target, "summary": summary, "curves": curves}
     (out / "optimizers.json").write_text(json.dumps(results, indent=2), encoding="utf8")
     draw(curves, target, out / "optimizers.png")
@@ -108,7 +109,7 @@ def table(summary: dict[str, Any], target: float) -> str:
             reached = [value for value in values if value is not None]
             each = ", ".join("-" if value is None else form.format(value) for value in values)
             cells.append(f"{name} {form.format(statistics.mean(reached)) if reached else '-'} ({each})")
-        lines.append(f"{kind:>6}  " + "  ".join(cells))
+        lines.append(f"{kind:>10}  " + "  ".join(cells))
     return "\n".join(lines)
 
 
@@ -121,7 +122,7 @@ def draw(curves: dict[str, list[list[dict[str, float]]]], target: float, path: P
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for axes, (key, unit, label) in zip(panels, (("step", 1, "steps"), ("seconds", 60, "minutes")), strict=True):
-        for (kind, of_kind), colour in zip(curves.items(), ("C1", "C0"), strict=True):
+        for (kind, of_kind), colour in zip(curves.items(), ("C1", "C0", "C2"), strict=False):
             for seed, points in enumerate(of_kind):
                 x, y = [p[key] / unit for p in points[1:]], [p["bits_per_byte"] for p in points[1:]]
                 axes.plot(x, y, colour, alpha=0.8, label=None if seed else kind)

@@ -1,5 +1,5 @@
 // What lies between the matrix products of training on CPU, each as one pass over memory, forward and backward: SwiGLU,
-// RMSNorm and the softmax of causal attention. As PyTorch operations they are six passes and more.
+// RMSNorm, the softmax of causal attention, and AdamW. As PyTorch operations they are six passes and more.
 //
 // Numbers are float32, or bfloat16 (-DBF16); all arithmetic is float32. Rows are shared out among the threads in fixed
 // parts, so the same input gives the same bits. Row lengths are multiples of LANES but for the softmax's.
@@ -148,6 +148,34 @@ void softmax_back(number *grad, const number *p, int64_t rows, int64_t n, float 
     float share = total(sum);
     for (int64_t i = 0; i < n; i += LANES)
       store_some(d + i, (load_some(d + i, n - i, 0) - share) * load_some(row + i, n - i, 0) * scale, n - i);
+  }
+}
+
+INLINE lanes root(lanes v) {
+#ifdef __AVX512F__
+  return (lanes)_mm512_sqrt_ps((__m512)v);
+#else
+  for (int i = 0; i < LANES; i++) v[i] = sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// AdamW's update of n weights (Loshchilov and Hutter 2019) in one pass: w = keep * w - lr * m / (correction * sqrt(v) + eps)
+// with the moved moments m and v, which are then rounded to `number`.
+void adamw(float *w, const float *grad, number *first, number *second, int64_t n, float beta1, float beta2, float eps,
+           float keep, float lr, float correction, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n; i += LANES) {
+    lanes g = {0}, weight = {0}, m = load_some(first + i, n - i, 0), v = load_some(second + i, n - i, 0);
+    int64_t bytes = (n - i < LANES ? n - i : LANES) * sizeof(float);
+    memcpy(&g, grad + i, bytes);
+    memcpy(&weight, w + i, bytes);
+    m += (g - m) * (1 - beta1);
+    v = v * beta2 + g * g * (1 - beta2);
+    store_some(first + i, m, n - i);
+    store_some(second + i, v, n - i);
+    weight = weight * keep - m / (root(v) * correction + eps) * lr;
+    memcpy(w + i, &weight, bytes);
   }
 }
 

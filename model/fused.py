@@ -1,4 +1,4 @@
-"""SwiGLU, RMSNorm, causal softmax and sums of rows on CPU, each as one pass over memory: `fused.c`, compiled here.
+"""SwiGLU, RMSNorm, causal softmax, sums of rows and AdamW on CPU, each one pass over memory: `fused.c`, compiled here.
 
 Everywhere else, and without a C compiler, PyTorch computes the same in more passes: callers ask `fits` first.
 """
@@ -148,6 +148,15 @@ def softmax_back_(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
     return grad
 
 
+def adamw_(p: Tensor, grad: Tensor, first: Tensor, second: Tensor, *numbers: float) -> None:
+    """AdamW's update of p, float32, and of its moments, all contiguous and in place.
+
+    numbers: beta1, beta2, epsilon; what p keeps, 1 - lr * weight decay; lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t).
+    """
+    places = (address(tensor) for tensor in (p, grad, first, second))
+    library(first.dtype).adamw(*places, p.numel(), *numbers, torch.get_num_threads())
+
+
 def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -169,6 +178,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     built.softmax_back.argtypes = [place] * 2 + [whole] * 2 + [real, threads]
     for function in (built.swiglu, built.swiglu_back, built.rms_norm, built.rms_norm_back, built.gather_sum):
         function.restype = None
+    built.adamw.argtypes = [place] * 4 + [whole] + [real] * 6 + [threads]
+    built.adamw.restype = None
     built.route.argtypes = [place] * 5 + [whole] * 8 + [real, threads]
     built.route.restype = built.causal_softmax.restype = built.softmax_back.restype = None
     return built

@@ -17,6 +17,7 @@ from torch import nn
 from toy_stage import Maker
 
 import pretrain
+import training.machine
 import training.trainer
 from errors import command_line
 from eval.opened_model import OpenedModel, open_model
@@ -92,7 +93,7 @@ def call_main(main: Callable[[], None], *arguments: object) -> int:
     """A script's `main` in this process, as its command line calls it. Returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [Path(inspect.getfile(main)).name, *map(str, arguments)])
-        patch.setattr("training.trainer.measured_peak", lambda *_: 1e9)  # half a second a run
+        patch.setattr("training.machine.measured_peak", lambda *_, **__: 1e9)  # half a second a run
         try:
             command_line(main)
         except SystemExit as end:
@@ -188,5 +189,5 @@ def peer(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Open
 @pytest.fixture
 def make(tiny_config, tokenizer, tmp_path, monkeypatch) -> Maker:
     """Makes trainers of toy stages; the machine's peak is not measured."""
-    monkeypatch.setattr(training.trainer, "measured_peak", lambda *_: 1e9)
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 1e9)
     return Maker(tmp_path, tiny_config, tokenizer)

@@ -70,7 +70,7 @@ def test_a_rate_that_is_a_tensor_is_changed_in_place(model):
 
 
 def test_a_kind_that_is_not_there_is_named(model, monkeypatch):
-    with pytest.raises(UserError, match=r"--optim.kind adam: one of adamw, adamw8bit"):
+    with pytest.raises(UserError, match=r"--optim.kind adam: one of adamw, adamw_bf16, adamw8bit"):
         build_optimizer(model, OptimSettings(kind="adam"))
     if importlib.util.find_spec("bitsandbytes"):
         monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from toy_stage import ROWS, TIME, VOCAB, Rows, biases
 
+import training.machine
 import training.trainer
 from errors import UserError
 from model import MiniDeepSeek
@@ -20,7 +21,7 @@ from model.moe import update_bias
 from training.entries import max_violation
 from training.log import read_metrics
 from training.losses import Batch, NextTokenLoss
-from training.machine import measured_peak
+from training.machine import Peak, measured_peak
 from training.optim import OptimSettings, build_optimizer
 from training.ranks import Ranks
 from training.settings import StageSettings
@@ -341,6 +342,19 @@ def test_bfloat16_products_keep_float32_weights(make):
 
 def test_the_peak_is_measured_once_at_least_however_slow_the_machine():
     assert measured_peak(torch.float32, torch.device("cpu"), size=16, seconds=0) > 0
+
+
+def test_the_peak_is_that_of_the_best_moment(monkeypatch):
+    moments = iter([400.0, 300.0, 800.0, 500.0])
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: next(moments))
+    peak = Peak(torch.float32, Ranks(0, 2, torch.device("cpu")))
+    assert peak.rate == 800
+    assert [peak.look_again() for _ in range(3)] == [800, 1600, 1600]
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 1.0)
+    for _ in range(Peak.MOMENTS):
+        peak.look_again()
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 1e6)
+    assert peak.look_again() == 1600, "a long run goes on measuring"
 
 
 def test_measuring_the_peak_leaves_the_random_numbers_alone():

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from errors import UserError
+from training.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,6 +51,28 @@ def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, se
         _synchronise(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+class Peak:
+    """The FLOP/s that all ranks' matrix products may reach, by the best of several moments.
+
+    A neighbour on the machine can make any one of them too low, and a share of it larger than all there is.
+    """
+
+    MOMENTS = 10
+
+    def __init__(self, dtype: torch.dtype, ranks: Ranks) -> None:
+        """Measured by the main rank alone; infinite on the others."""
+        self._dtype, self._ranks, self._left = dtype, ranks, self.MOMENTS if ranks.main else 0
+        self.rate = measured_peak(dtype, ranks.device) * ranks.world if ranks.main else float("inf")
+
+    def look_again(self) -> float:
+        """The best so far, of this moment too if it is one of the first."""
+        if self._left > 0:
+            self._left -= 1
+            now = measured_peak(self._dtype, self._ranks.device, seconds=0.05) * self._ranks.world
+            self.rate = max(self.rate, now)
+        return self.rate
 
 
 def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int = 5) -> float:

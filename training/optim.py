@@ -11,9 +11,10 @@ from torch import nn
 
 from errors import UserError
 from model.packed import quiet_torchao
+from training.adamw import AdamWBF16
 from training.muon import Muon
 
-KINDS = ("adamw", "adamw8bit", "paged_adamw8bit", "muon")
+KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
 # Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
 LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -33,9 +34,10 @@ class OptimSettings:
         eps: AdamW's epsilon.
         weight_decay: on matrices only; norms, embeddings' biases and the router bias have none.
         clip: largest norm of the gradient.
-        kind: adamw, or with moments in 8 bits adamw8bit (torchao; compiles for some seconds) and paged_adamw8bit
-            (bitsandbytes, on CUDA); or muon: orthogonalised momentum for the matrices inside the layers, scaled so that
-            the learning rate and the weight decay of AdamW suit it, and AdamW for embedding, head, router and norms.
+        kind: adamw, or with moments in bfloat16 (section 3.3.3) adamw_bf16, or with moments in 8 bits adamw8bit
+            (torchao; compiles for some seconds) and paged_adamw8bit (bitsandbytes, on CUDA); or muon: orthogonalised
+            momentum for the matrices inside the layers, scaled so that the learning rate and the weight decay of AdamW
+            suit it, and AdamW for embedding, head, router and norms.
         momentum: Muon's.
     """
 
@@ -99,6 +101,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _class_of(kind: str, momentum: float) -> Callable[..., torch.optim.Optimizer]:
     if kind == "adamw":
         return partial(torch.optim.AdamW, fused=True)
+    if kind == "adamw_bf16":
+        return AdamWBF16
     if kind == "muon":
         return partial(Muon, momentum=momentum)
     if kind == "adamw8bit":
@@ -142,7 +146,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
             # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
             counter = value.dim() == 0 and not value.is_floating_point()
             moment = key in (*MOMENTS, "momentum_buffer")
-            wanted = (p.shape, p.dtype) if moment else (value.shape, value.dtype)
+            kept = getattr(optimizer, "moment_dtype", p.dtype)
+            wanted = (p.shape, kept) if moment else (value.shape, value.dtype)
             if (value.shape, value.dtype) != wanted or (key == "step" and value.numel() != 1):
                 raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
             optimizer.state[p][key] = int(value) if counter else value.to(p.device)

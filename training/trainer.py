@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from training.interrupt import Interrupt
 from training.lock import RunLock
 from training.log import RunLog
 from training.losses import Batch, Loss
-from training.machine import autocast, choose_dtype, measured_peak, peak_memory
+from training.machine import Peak, autocast, choose_dtype, peak_memory
 from training.optim import build_optimizer, set_learning_rate
 from training.plots import draw_run
 from training.ranks import Ranks
@@ -98,20 +99,20 @@ class Trainer:
         mtp_weight = self.settings.schedules.get("mtp_weight", 1.0)
         self.module = self.ranks.wrap(self.model, some_rest=lowest(mtp_weight) == 0)
         costs = count_costs(self.model.config, self.settings.sequence_length)
-        peak = measured_peak(self.dtype, self.ranks.device) * self.ranks.world if self.ranks.main else 1.0
-        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, peak))
+        peak = Peak(self.dtype, self.ranks)
+        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, peak.rate))
         if self.ranks.main:
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
-            self._loop(log, found is None, costs.flops / peak)
+            self._loop(log, found is None, lambda rate: rate * costs.flops / peak.look_again())
         self._finish()
         if self.ranks.main:
             draw_run(self.out)
         return self.checkpoints.newest() or self.out
 
-    def _loop(self, log: RunLog, fresh: bool, mfu_per_rate: float) -> None:
+    def _loop(self, log: RunLog, fresh: bool, mfu: Callable[[float], float]) -> None:
         """Steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
         if fresh and self.validation:
@@ -136,7 +137,7 @@ class Trainer:
             if validate or progress.step == 1 or progress.step % settings.log_every == 0:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
-                entry = step_entry(result, progress, lr, rate, rate * mfu_per_rate, peak_memory(self.ranks.device))
+                entry = step_entry(result, progress, lr, rate, mfu(rate), peak_memory(self.ranks.device))
                 log.write({**entry, **self._validate()} if validate else entry)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
