@@ -6,6 +6,7 @@ import torch
 
 from model import MiniDeepSeek, native
 from model.cache import LatentCache
+from model.stepper import read
 
 SHAPES = {
     "plain": {},
@@ -49,3 +50,16 @@ def shaken(model: MiniDeepSeek) -> MiniDeepSeek:
     for router in model.routers():
         router.e_score_correction_bias.normal_(std=0.5)
     return model
+
+
+NARROW = {"hidden_size": 80, "kv_lora_rank": 48, "moe_intermediate_size": 72}  # rows that end within a block
+
+
+@torch.no_grad()
+def same_bits_however_many(model: MiniDeepSeek) -> bool:
+    """Whether the logits of 13 tokens are the same to the bit, read one by one or up to seven at once."""
+    ids, found = torch.randint(0, 61, (1, 13)), []
+    for sizes in ([6] + [1] * 7, [6, 2, 2, 3], [6, 3, 4], [6, 7]):
+        cache = LatentCache(model.config, 1, 16, torch.float32, "cpu")
+        found.append(torch.cat([read(model, part, cache, part.shape[1]).logits for part in ids.split(sizes, dim=1)], 1))
+    return all(torch.equal(logits, found[0]) for logits in found[1:])

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from decoding_steps import SHAPES, in_pytorch, shaken, steps
+from decoding_steps import NARROW, SHAPES, in_pytorch, same_bits_however_many, shaken, steps
 from torch import nn
 
 from model import MiniDeepSeek, compiled, native
@@ -15,7 +15,7 @@ from model.batching import Batcher, Request
 from model.cache import LatentCache
 from model.experts import Experts
 from model.packed import Int8Weight, PackedLinear
-from model.stepper import Stepper, read
+from model.stepper import Stepper
 from training.frozen import shrink_frozen
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -138,15 +138,8 @@ def test_beside_bfloat16_the_codes_meet_vectors_finer_than_bfloat16(tiny_model, 
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@torch.no_grad()
 def test_a_token_gives_the_same_bits_whatever_stands_beside_it(dtype, tiny_model):
-    model = packed(shaken(tiny_model(hidden_size=80, kv_lora_rank=48, moe_intermediate_size=72)), dtype)
-    ids = torch.randint(0, 61, (1, 13))
-    found = []
-    for sizes in ([6] + [1] * 7, [6, 2, 2, 3], [6, 3, 4], [6, 7]):
-        cache = LatentCache(model.config, 1, 16, torch.float32, "cpu")
-        found.append(torch.cat([read(model, part, cache, part.shape[1]).logits for part in ids.split(sizes, dim=1)], 1))
-    assert all(torch.equal(logits, found[0]) for logits in found[1:])
+    assert same_bits_however_many(packed(shaken(tiny_model(**NARROW)), dtype))
 
 
 def test_two_threads_give_what_one_gives(tiny_model):

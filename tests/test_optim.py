@@ -69,6 +69,12 @@ def test_a_rate_that_is_a_tensor_is_changed_in_place(model):
         assert group["lr"] is rate and rate.item() == 0.25
 
 
+def test_moments_in_bfloat16_that_could_not_move_are_refused():
+    OptimSettings(kind="adamw_bf16", betas=(0.9, 0.99))
+    with pytest.raises(UserError, match=r"--optim.betas \[0.9, 0.999\]: adamw_bf16 would round"):
+        OptimSettings(kind="adamw_bf16", betas=(0.9, 0.999))
+
+
 def test_a_kind_that_is_not_there_is_named(model, monkeypatch):
     with pytest.raises(UserError, match=r"--optim.kind adam: one of adamw, adamw_bf16, adamw8bit"):
         build_optimizer(model, OptimSettings(kind="adam"))

@@ -17,6 +17,7 @@ from training.muon import Muon
 KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
 # Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
 LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
+SLOWEST = 0.99  # rate of decay with which a moment in bfloat16 still follows: one unit in its last place is 0.8 %
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 NO_RATIOS: Mapping[str, float] = {}
 
@@ -57,6 +58,11 @@ class OptimSettings:
             raise UserError(f"--optim.kind {self.kind}: one of {', '.join(KINDS)}")
         if not 0 <= self.momentum < 1:
             raise UserError(f"--optim.momentum {self.momentum}: give a number from 0 to below 1")
+        if self.kind == "adamw_bf16" and max(self.betas) > SLOWEST:
+            raise UserError(
+                f"--optim.betas {list(self.betas)}: adamw_bf16 would round the steps of its moments away; "
+                f"give {SLOWEST} at most, or take adamw"
+            )
 
 
 def build_optimizer(
