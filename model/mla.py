@@ -75,7 +75,7 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out.flatten(2))
 
     def attend_naive(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
-        """Expand the latents to keys and values of every head (Eq. 3 to 5), then attend: for training and prefill.
+        """Expand the latents to keys and values of every head (Eq. 2, 4 and 5), then attend: for training and prefill.
 
         q: (B, T, H, nope + rope), not yet rotated. Returns (B, T, H, value).
         """
@@ -139,6 +139,6 @@ class MultiHeadLatentAttention(nn.Module):
         return q_nope, rotate(q_rope, rope)
 
     def _latents(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(B, T, C): [c^KV after its norm ; k^R after RoPE] (Eq. 1 and 2), which is also what is cached."""
+        """(B, T, C): [c^KV after its norm ; k^R after RoPE] (Eq. 1 and 3), which is also what is cached."""
         c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
         return torch.cat((self.kv_a_layernorm(c_kv), rotate(k_rope.unsqueeze(2), rope).squeeze(2)), dim=-1)

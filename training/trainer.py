@@ -170,9 +170,8 @@ class Trainer:
         # DDP averaged over ranks, and each micro-batch was divided by the nominal number of labels.
         scale = nominal * ranks.world / count
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip)
-        means, norm = tally.means(count), norm.item()
+        means, norm = tally.means(count), torch.nn.utils.get_total_norm(gradients).item() * scale
+        torch._foreach_mul_(gradients, scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0))
         if math.isfinite(means["loss"]) and math.isfinite(norm):
             self.skipping.went_well()
             self.optimizer.step()
