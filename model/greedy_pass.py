@@ -7,7 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from model import native
 from model.cache import LatentCache
+from model.drafter import drafter
 from model.stepper import Stepper, draft, stepper
 from model.transformer import MiniDeepSeek
 
@@ -85,4 +87,12 @@ def greedy_pass(
         return None
     if states.shape[1] > 1:
         draft(model, states[:, :-1], torch.tensor([tokens[1:-1]]), 1, cache)
-    return GreedyPass(main, mtp, tokens, states[:, -1:], most, likely)
+    return GreedyPass(main, _light(model, mtp, cache), tokens, states[:, -1:], most, likely)
+
+
+def _light(model: MiniDeepSeek, mtp: Stepper, cache: LatentCache) -> Stepper:
+    """The MTP layer over the same cache with weights in 8 bits, where the same library reads both."""
+    if native.types(model.mtp)[0] != native.types(model.mtp)[1]:  # without matrices of its own: the type of its norms
+        return mtp
+    light = drafter(model)
+    return Stepper(model, [light.layer], light.layer.shared_head.norm, cache, light.head)

@@ -299,7 +299,7 @@ def _layer(layer: DecoderLayer, latents: Tensor) -> Layer:
     tensors |= {f"{name}_bias": linear[name].bias for name in ("q_a", "kv_a", "o") if linear[name] is not None}
     if dense is not None:
         linear |= {"gate": dense.gate_proj, "up": dense.up_proj, "down": dense.down_proj}
-    matrices = {name: _weight(module) for name, module in linear.items() if module is not None}
+    matrices = {name: weight_of(module) for name, module in linear.items() if module is not None}
     if layer.is_moe:
         tensors |= {"router": mlp.gate.weight, "router_bias": mlp.gate.e_score_correction_bias}
         matrices |= {"gate_up_experts": mlp.experts.gate_up_proj, "down_experts": mlp.experts.down_proj}
@@ -307,7 +307,8 @@ def _layer(layer: DecoderLayer, latents: Tensor) -> Layer:
     return Layer(**addresses, **{name: Matrix.of(weight) for name, weight in matrices.items()})
 
 
-def _weight(module: nn.Linear) -> Tensor | Int8Weight:
+def weight_of(module: nn.Linear) -> Tensor | Int8Weight:
+    """What `Matrix.of` takes of a linear layer."""
     return module.packed if isinstance(module, PackedLinear) else module.weight
 
 

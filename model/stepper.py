@@ -13,6 +13,7 @@ from model import native
 from model.cache import LatentCache
 from model.layer import DecoderLayer
 from model.norm import RMSNorm
+from model.packed import Int8Weight
 from model.transformer import MiniDeepSeek, logits
 
 
@@ -67,16 +68,23 @@ class Ends(ctypes.Structure):
 class Stepper(native.Decoder):
     """Layers with what is before and after them: the embedding, an MTP layer's join, the norm and the head."""
 
-    def __init__(self, model: MiniDeepSeek, layers: Sequence[DecoderLayer], norm: RMSNorm, cache: LatentCache) -> None:
+    def __init__(
+        self,
+        model: MiniDeepSeek,
+        layers: Sequence[DecoderLayer],
+        norm: RMSNorm,
+        cache: LatentCache,
+        head: Tensor | Int8Weight,
+    ) -> None:
         super().__init__(layers, model.config, cache)
         positions = torch.arange(cache.max_length)[None]
         self.angles = torch.view_as_real(model.rotary(positions)).contiguous()
         tensors = {"embedding": model.model.embed_tokens.weight, "norm": norm.weight, "angles": self.angles}
-        matrices = {"head": model.lm_head.weight}
+        matrices = {"head": head}
         if hasattr(layers[0], "eh_proj"):
             mtp = layers[0]
             tensors |= {"enorm": mtp.enorm.weight, "hnorm": mtp.hnorm.weight}
-            matrices |= {"eh_proj": mtp.eh_proj.weight}
+            matrices |= {"eh_proj": native.weight_of(mtp.eh_proj)}
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         addresses |= {name: native.Matrix.of(weight) for name, weight in matrices.items()}
         self.ends = Ends(vocab=model.lm_head.weight.shape[0], **addresses)
@@ -122,7 +130,8 @@ def stepper(
         return None
     place = layers[0].self_attn.layer
     if place not in cache.steppers:
-        cache.steppers[place] = Stepper(model, layers, norm, cache) if _plain_ends(model, layers, norm) else None
+        plain = _plain_ends(model, layers, norm)
+        cache.steppers[place] = Stepper(model, layers, norm, cache, model.lm_head.weight) if plain else None
     return cache.steppers[place]
 
 

@@ -1,0 +1,56 @@
+"""The MTP layer and the head in 8 bits, for drafts: half the reading, and what is drafted is verified anyway."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from model.experts import Experts
+from model.mtp import MTPLayer
+from model.packed import Int8Weight, PackedLinear
+from model.transformer import MiniDeepSeek
+
+
+class Drafter(NamedTuple):
+    """Copies of a model's last MTP layer and head. made_of: some of their numbers when the copies were made."""
+
+    layer: MTPLayer
+    head: Int8Weight
+    made_of: list[float]
+
+
+_drafters: WeakKeyDictionary[MiniDeepSeek, Drafter] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def drafter(model: MiniDeepSeek) -> Drafter:
+    """Made when it is first asked for, and again when weights have changed."""
+    layer, head = model.mtp[-1], model.lm_head.weight
+    # Fused optimisers change weights without a trace. Copies that were a little old would only be kept less often.
+    made_of = torch.cat([weight.flatten()[:: max(weight.numel() // 16, 1)] for weight in (*layer.parameters(), head)])
+    made_of = made_of.tolist()
+    found = _drafters.get(model)
+    if found is None or found.made_of != made_of:
+        # Weights are left out of the copy that are packed below.
+        matrices = [weight for weight in layer.parameters() if weight.dim() > 1]
+        light = copy.deepcopy(layer, {id(weight): weight for weight in matrices})
+        _pack(light)
+        found = _drafters[model] = Drafter(light, Int8Weight.rounded(head), made_of)
+    return found
+
+
+def _pack(layer: MTPLayer) -> None:
+    """The matrices in 8 bits, but for the router's."""
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, Experts):
+            for matrix in ("gate_up_proj", "down_proj"):
+                packed = Int8Weight.rounded(getattr(module, matrix))
+                delattr(module, matrix)
+                setattr(module, matrix, packed)
+        elif isinstance(module, nn.Linear):
+            parent, _, own = name.rpartition(".")
+            setattr(layer.get_submodule(parent), own, PackedLinear(module, Int8Weight.rounded(module.weight)))
