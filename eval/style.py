@@ -96,6 +96,8 @@ def style(
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
+    if temperature < 0:
+        raise UserError(f"--temperature {temperature}: must be at least 0")
     score = score_style(Answerer.open(ckpt, device, dtype, lora), read_favours(Path(file)), temperature, seed)
     print(
         as_json(score)

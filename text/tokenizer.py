@@ -44,6 +44,7 @@ SPLIT_PATTERN = (
 
 # Token shards are uint16, and 65,535 is left free as a mark.
 MAX_VOCAB_SIZE = 65_535
+MOST_SETTINGS = 50_000  # characters of tokenizer.json without vocabulary and merges; this project's has 4,000
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 # A character for each byte that UTF-8 may begin a character with, and for each that may follow.
@@ -87,6 +88,7 @@ class Tokenizer:
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8; make it anew with train_tokenizer.py") from error
         try:
+            _check_small(text)
             raw = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{file}: not a tokenizer ({error}); make it anew with train_tokenizer.py") from error
@@ -158,6 +160,27 @@ class Tokenizer:
         model = content["model"]
         parts = [model["vocab"], model["merges"], added, content["pre_tokenizer"], content["normalizer"]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_small(text: str) -> None:
+    """Raises `ValueError` for what tokenizers might open only with more memory than there is, which ends the process.
+
+    An added token becomes an automaton a hundred times as large, and a charsmap names the size of its own tables.
+    """
+    content = json.loads(text, object_pairs_hook=_without_doubles)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError("no object with a model in it")
+    if content.get("normalizer") is not None:
+        raise ValueError("it normalises text")
+    content["model"] = {**content["model"], "vocab": None, "merges": None}
+    if len(json.dumps(content)) > MOST_SETTINGS:
+        raise ValueError(f"more than {MOST_SETTINGS:,} characters beside its vocabulary and merges")
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in it")
+    return found
 
 
 def _problem_with(raw: tokenizers.Tokenizer) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pretrain
 from eval.compared_run import ComparedRun
 from eval.comparison import draw as draw_runs
 from eval.score_files import read_scores
+from eval.style import style
 from eval.suites.measuring import Measured
 from eval.suites.score_table import draw
 from eval.suites.suite import Score
@@ -27,6 +30,7 @@ from fuzz.test_fuzz_talk import REPLY, Misbehaving
 from LMConfig import LMConfig
 from model.gguf_tokenizer import GGUFTokenizer
 from text.registry import Source
+from text.tokenizer import Tokenizer
 from training.answers import Journal
 from training.checkpoint import read_progress
 from training.curation import AnswerSettings, gather_answers
@@ -243,3 +247,32 @@ def test_a_name_that_is_no_utf8_can_be_printed(throw: Thrower) -> None:
 def test_a_path_that_no_file_system_has(value: str, throw: Thrower) -> None:
     done = throw(parse, pretrain.PretrainSettings, "", ["--data=a", f"--out={value}"])
     assert done.code == 2 and "half of a character" in done.err
+
+
+def test_a_negative_temperature_is_refused(throw: Thrower, tmp_path: Path) -> None:
+    assert (
+        throw(style, "no checkpoint", "no file", temperature=-1.0).err
+        == "error: --temperature -1.0: must be at least 0\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["charsmap", "long token", "key twice", "no model", "no object"])
+def test_a_tokenizer_that_would_take_all_memory_is_refused(
+    kind: str, throw: Thrower, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """tokenizers ends the process when it cannot have the memory that it asks for."""
+    content = json.loads(tokenizer.raw.to_str())
+    whole, bomb = json.dumps(content), base64.b64encode(struct.pack("<I", 2**31) + b"a" * 60).decode()
+    charsmap = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": bomb}}
+    long = {"added_tokens": [*content["added_tokens"], {**content["added_tokens"][-1], "content": "x" * 10**7}]}
+    text = {
+        "charsmap": json.dumps(content | charsmap),
+        "long token": json.dumps(content | long),
+        "key twice": json.dumps(charsmap)[:-1] + "," + whole[1:],
+        "no model": json.dumps({**content, "model": None}),
+        "no object": "[]",
+    }[kind]
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf8")
+    done = throw(Tokenizer.from_folder, tmp_path)
+    assert done.code == 2
+    assert "tokenizer.json: not a tokenizer" in done.err
