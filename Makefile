@@ -72,10 +72,10 @@ bench: $(VENV)/installed-dev
 	$(RUN) bench/decode.py --quantize int8 --peers --json $(BENCH)/4-decode-int8.json
 	$(RUN) bench/batching.py --peers "lock step" eager --requests 64 --slots 16 --rounds 3 --json $(BENCH)/5-batching.json
 	$(RUN) bench/experts.py --rounds 3 --json $(BENCH)/6-experts.json
-	$(RUN) bench/experts.py --rounds 3 --rows 16 --experts 16 256 --json $(BENCH)/6-experts-16-rows.json
+	$(RUN) bench/experts.py --rounds 3 --rows 32 --experts 16 256 --json $(BENCH)/6-experts-32-rows.json
 	$(RUN) bench/experts.py --rounds 3 --split --json $(BENCH)/6-experts-split.json
 	$(RUN) bench/shard_corpus.py --megabytes 300 --folder $(BENCH)/shards --json $(BENCH)/7-data.json
-	@if test -d $(DRAFTS); then $(RUN) bench/speculative.py --ckpt $(DRAFTS) --file $(WORLD)/heldout.txt \
+	@if test -d $(DRAFTS); then $(RUN) bench/speculative.py --ckpt $(DRAFTS) --file $(WORLD)/heldout.txt --drafts 1 2 3 4 --rounds 7 \
 	    --json $(BENCH)/8-speculative.json; else echo "no drafts measured: configs/speculative.yaml trains a model for them"; fi
 	@if test -n "$(GSM8K)"; then $(RUN) bench/grpo.py --dtype bf16 --data $(GSM8K) --longest 256 --rounds 3 --json $(BENCH)/9-grpo.json; \
 	    else echo "trl not measured: pip install trl, then make bench GSM8K=gsm8k_train.jsonl"; fi
