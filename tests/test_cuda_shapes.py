@@ -17,7 +17,7 @@ TORCH = Path(torch.__file__).parent
 # whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many segments, how
 # many answers there are.
 LABELS, LOGGED = "training/trainer.py: count = max(labels.item(), 1)", "training/trainer.py: return StepResult("
-FINITE = "training/trainer.py: means, norm = tally.means(count), norm.item()"
+FINITE = "training/trainer.py: means, norm = tally.means(count), torch.nn.utils.get_total_norm(gradients).item()"
 MEANS, SEGMENTS = "training/tally.py: name: value.item()", "model/attention.py: starts = new.flatten().nonzero()"
 ANSWERS, TEACHER = "training/log_probs.py: places = ", "training/teacher.py: places = "
 COMPARED = "training/distillation.py: places = "
