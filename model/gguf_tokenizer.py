@@ -66,7 +66,7 @@ class GGUFTokenizer:
         template = (
             template_file.read_text(encoding="utf8") if template_file.is_file() else settings.get("chat_template")
         )
-        return cls(
+        found = cls(
             tokens=[names.get(number, f"[PAD{number}]") for number in range(vocab_size)],
             kinds=[kinds.get(number, NORMAL if number in names else UNUSED) for number in range(vocab_size)],
             merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
@@ -75,6 +75,9 @@ class GGUFTokenizer:
             # The marks around what is learnt mean something to training only, and not every program knows them.
             chat_template=GENERATION_MARK.sub("", template) if isinstance(template, str) else None,
         )
+        for text in (*found.tokens, *found.merges, found.chat_template or ""):
+            text.encode()  # raises an error for what is no text, or none that can be written
+        return found
 
 
 def _read(path: Path) -> dict[str, Any]:

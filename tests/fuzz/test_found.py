@@ -256,6 +256,17 @@ def test_a_negative_temperature_is_refused(throw: Thrower, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("content", [None, 5, ["x"], "\ud800"])
+def test_an_added_token_that_is_no_text_is_refused(
+    content: object, throw: Thrower, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    whole = json.loads(tokenizer.raw.to_str())
+    whole["added_tokens"][5]["content"] = content
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole), encoding="utf8")
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf8")
+    assert throw(GGUFTokenizer.from_folder, tmp_path, 600).code == 2
+
+
 @pytest.mark.parametrize("kind", ["charsmap", "long token", "key twice", "no model", "no object"])
 def test_a_tokenizer_that_would_take_all_memory_is_refused(
     kind: str, throw: Thrower, tokenizer: Tokenizer, tmp_path: Path
