@@ -13,7 +13,7 @@ import sys
 import time
 
 from errors import UserError, command_line
-from eval.answering import Answerer
+from eval.answering import Answerer, check_seed
 from model.sampling import Sampling
 from text.chat_template import Message
 from training.settings import call
@@ -82,7 +82,7 @@ class Conversation:
 
 def chat(
     ckpt: str,
-    once: str | None = None,
+    once: str = "",
     system: str = "",
     temperature: float = 0.7,
     top_k: int = 0,
@@ -122,11 +122,12 @@ def chat(
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     except ValueError as error:
         raise UserError(f"chat.py: {error}") from None
+    check_seed(seed)
     if draft_tokens < 0:
         raise UserError(f"--draft_tokens {draft_tokens}: must be at least 0")
     answerer = Answerer.open(ckpt, device, dtype, lora, quantize)
     talk = Conversation(answerer, system, sampling, max_new_tokens, seed, speculative, draft_tokens)
-    if once is not None:
+    if once:
         talk.ask(once)
         return
     print(f"Mini DeepSeek-V3, {ckpt}. {HELP}.")

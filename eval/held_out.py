@@ -45,7 +45,7 @@ def pretraining_settings(run: Path) -> dict[str, Any]:
 def open_corpus(settings: dict[str, Any], tokenizer: Tokenizer) -> list[tuple[ShardSet, float]]:
     """What the run was trained on, tokenised and cut as it was."""
     sources = find_sources(settings["data"], settings["datasets"], "text")
-    options = {name: settings[name] for name in READERS}
+    options = {name: settings.get(name) for name in READERS}
     return open_sources(sources, tokenizer, settings["shards"], main=True, **options)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from errors import UserError, command_line
-from eval.answering import Answerer
+from eval.answering import Answerer, check_seed
 from eval.questions import Question, ask
 from model.sampling import Sampling
 from training.settings import call
@@ -96,6 +96,7 @@ def style(
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
+    check_seed(seed)
     if temperature < 0:
         raise UserError(f"--temperature {temperature}: must be at least 0")
     score = score_style(Answerer.open(ckpt, device, dtype, lora), read_favours(Path(file)), temperature, seed)

@@ -19,6 +19,7 @@ from eval.compared_run import ComparedRun
 from eval.comparison import draw as draw_runs
 from eval.score_files import read_scores
 from eval.style import style
+from eval.suites.measured_rows import MeasuredRows
 from eval.suites.measuring import Measured
 from eval.suites.score_table import draw
 from eval.suites.suite import Score
@@ -254,6 +255,23 @@ def test_a_negative_temperature_is_refused(throw: Thrower, tmp_path: Path) -> No
         throw(style, "no checkpoint", "no file", temperature=-1.0).err
         == "error: --temperature -1.0: must be at least 0\n"
     )
+
+
+def test_a_seed_of_more_than_64_bits_is_refused(throw: Thrower) -> None:
+    done = throw(style, "no checkpoint", "no file", seed=10**30)
+    assert done.code == 2
+    assert "give a number of 64 bits" in done.err
+
+
+def test_rows_that_changed_places_are_measured_again(tmp_path: Path) -> None:
+    """The scores' intervals depend on their order."""
+    file, facts = tmp_path / "rows.jsonl", {"items": 2}
+    with MeasuredRows(file, facts, 1) as rows:
+        rows.add([{"a": 1}, {"a": 2}])
+    assert MeasuredRows(file, facts, 1).rows == [{"a": 1}, {"a": 2}]
+    head, first, second = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(head + second + first)
+    assert MeasuredRows(file, facts, 1).rows == []
 
 
 @pytest.mark.parametrize("content", [None, 5, ["x"], "\ud800"])
