@@ -11,7 +11,7 @@ from torch import nn
 
 from model.experts import Experts
 from model.mtp import MTPLayer
-from model.packed import Int8Weight, PackedLinear
+from model.packed import Int8Weight, pack_weights
 from model.transformer import MiniDeepSeek
 
 
@@ -38,19 +38,9 @@ def drafter(model: MiniDeepSeek) -> Drafter:
         # Weights are left out of the copy that are packed below.
         matrices = [weight for weight in layer.parameters() if weight.dim() > 1]
         light = copy.deepcopy(layer, {id(weight): weight for weight in matrices})
-        _pack(light)
+        # Every matrix but the router's, whose choices are made among close numbers.
+        for name, module in list(light.named_modules()):
+            if isinstance(module, (Experts, nn.Linear)):
+                pack_weights(light, name, Int8Weight.rounded)
         found = _drafters[model] = Drafter(light, Int8Weight.rounded(head), made_of)
     return found
-
-
-def _pack(layer: MTPLayer) -> None:
-    """The matrices in 8 bits, but for the router's."""
-    for name, module in list(layer.named_modules()):
-        if isinstance(module, Experts):
-            for matrix in ("gate_up_proj", "down_proj"):
-                packed = Int8Weight.rounded(getattr(module, matrix))
-                delattr(module, matrix)
-                setattr(module, matrix, packed)
-        elif isinstance(module, nn.Linear):
-            parent, _, own = name.rpartition(".")
-            setattr(layer.get_submodule(parent), own, PackedLinear(module, Int8Weight.rounded(module.weight)))

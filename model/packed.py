@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -116,6 +116,19 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.packed.dense(grad.dtype), None
+
+
+def pack_weights(root: nn.Module, name: str, pack: Callable[[nn.Parameter], Packed]) -> None:
+    """Put packed weights in the place of those of root's module of that name: a linear layer, or stacked experts."""
+    module = root.get_submodule(name)
+    if isinstance(module, nn.Linear):
+        parent, _, own = name.rpartition(".")
+        setattr(root.get_submodule(parent), own, PackedLinear(module, pack(module.weight)))
+        return
+    for matrix, weight in list(module.named_parameters(recurse=False)):
+        packed = pack(weight)
+        delattr(module, matrix)
+        setattr(module, matrix, packed)
 
 
 def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ def seen(tmp_path_factory) -> dict[str, dict]:
     done = subprocess.run(
         [sys.executable, str(HERE / "fake_cuda.py")],
         cwd=HERE.parent,
-        env={**os.environ, "LD_PRELOAD": str(library)},
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent)},
         capture_output=True,
         text=True,
     )

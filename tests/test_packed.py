@@ -13,7 +13,7 @@ from errors import UserError
 from model.experts import Experts
 from model.packed import BLOCK, SCALES, Int8Weight, NF4Weight, PackedLinear
 from training.adapter import Adapter
-from training.frozen import check_base, pack, shrink_frozen
+from training.frozen import check_base, nf4_or_int8, shrink_frozen
 from training.lora import LoraSettings
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -51,9 +51,8 @@ def test_eight_bits_are_half_a_step_from_the_weight(weight):
 
 def test_a_weight_whose_size_has_no_blocks_gets_eight_bits():
     odd = nn.Parameter(torch.randn(5, 7))
-    assert isinstance(pack(odd, "nf4"), Int8Weight) and isinstance(
-        pack(nn.Parameter(torch.randn(8, 8)), "nf4"), NF4Weight
-    )
+    assert isinstance(nf4_or_int8(odd), Int8Weight)
+    assert isinstance(nf4_or_int8(nn.Parameter(torch.randn(8, 8))), NF4Weight)
 
 
 @pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])

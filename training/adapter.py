@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.experts import Experts
 from model.packed import quiet_torchao
+from model.tensor_file import save_file
 from training.dropout import Dropout
 from training.lora import ExpertsLora, LoraSettings
 

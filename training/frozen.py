@@ -8,7 +8,7 @@ from torch import nn
 from errors import UserError
 from model import MiniDeepSeek
 from model.experts import Experts
-from model.packed import Int8Weight, NF4Weight, Packed, PackedLinear
+from model.packed import Int8Weight, NF4Weight, Packed, pack_weights
 from model.products import Linear
 
 BASES = ("auto", "int8", "nf4")
@@ -32,16 +32,10 @@ def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:
                 continue
             if base == "auto" or not name.startswith("model.layers."):
                 module.to(dtype)
-            elif isinstance(module, Experts):
-                for matrix in ("gate_up_proj", "down_proj"):
-                    packed = pack(getattr(module, matrix), base)
-                    delattr(module, matrix)
-                    setattr(module, matrix, packed)
             else:
-                parent, _, own = name.rpartition(".")
-                setattr(model.get_submodule(parent), own, PackedLinear(module, pack(module.weight, base)))
+                pack_weights(model, name, nf4_or_int8 if base == "nf4" else Int8Weight)
 
 
-def pack(weight: nn.Parameter, base: str) -> Packed:
+def nf4_or_int8(weight: nn.Parameter) -> Packed:
     """In 4 bits where the size allows it, else in 8."""
-    return NF4Weight(weight) if base == "nf4" and NF4Weight.fits(weight) else Int8Weight(weight)
+    return NF4Weight(weight) if NF4Weight.fits(weight) else Int8Weight(weight)
