@@ -1,8 +1,8 @@
 // What lies between the matrix products of training on CPU, each as one pass over memory, forward and backward: SwiGLU,
-// RMSNorm, the softmax of causal attention, and AdamW. As PyTorch operations they are six passes and more.
+// RMSNorm, the softmax of causal attention, cross entropy, and AdamW. As PyTorch operations they are six passes and more.
 //
 // Numbers are float32, or bfloat16 (-DBF16); all arithmetic is float32. Rows are shared out among the threads in fixed
-// parts, so the same input gives the same bits. Row lengths are multiples of LANES but for the softmax's.
+// parts, so the same input gives the same bits. Row lengths are multiples of LANES but for softmax's and cross entropy's.
 
 #include "lanes.h"
 
@@ -148,6 +148,32 @@ void softmax_back(number *grad, const number *p, int64_t rows, int64_t n, float 
     float share = total(sum);
     for (int64_t i = 0; i < n; i += LANES)
       store_some(d + i, (load_some(d + i, n - i, 0) - share) * load_some(row + i, n - i, 0) * scale, n - i);
+  }
+}
+
+// nll (rows,) = -log softmax(x)[label]; and x (rows, n) becomes its gradient, softmax(x) - onehot(label). Where the label
+// is negative both are 0.
+void cross_entropy(number *x, float *nll, const int64_t *labels, int64_t rows, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    number *row = x + r * n;
+    if (labels[r] < 0) {
+      memset(row, 0, n * sizeof(number));
+      nll[r] = 0;
+      continue;
+    }
+    lanes most = all(-INFINITY), sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) {
+      lanes v = load_some(row + i, n - i, -INFINITY);
+      most = choose(v > most, v, most);
+    }
+    float top = largest(most), wanted = get(row + labels[r]) - top;
+    for (int64_t i = 0; i < n; i += LANES) sum += exp_lanes(load_some(row + i, n - i, -INFINITY) - top);
+    float all_of_it = total(sum), by = 1 / all_of_it;
+    for (int64_t i = 0; i < n; i += LANES)
+      store_some(row + i, exp_lanes(load_some(row + i, n - i, -INFINITY) - top) * by, n - i);
+    nll[r] = logf(all_of_it) - wanted;
+    put(row + labels[r], expf(wanted) * by - 1);  // rounded as the difference that it is
   }
 }
 

@@ -1,4 +1,4 @@
-"""SwiGLU, RMSNorm, causal softmax, sums of rows and AdamW on CPU, each one pass over memory: `fused.c`, compiled here.
+"""SwiGLU, RMSNorm, causal softmax, cross entropy, sums of rows and AdamW on CPU, each in one pass: `fused.c`, compiled.
 
 Everywhere else, and without a C compiler, PyTorch computes the same in more passes: callers ask `fits` first.
 """
@@ -148,6 +148,19 @@ def softmax_back_(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
     return grad
 
 
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label], (N,) float32; logits (N, V) become its gradient, softmax(logits) - onehot(label).
+
+    labels: (N,) int64. Where they are negative both are 0. All contiguous. Raises `IndexError` for a label beyond V.
+    """
+    if len(labels) and labels.max() >= logits.shape[1]:
+        raise IndexError(f"label {labels.max()} of {logits.shape[1]}")
+    nll = torch.empty(len(labels))
+    places = (address(tensor) for tensor in (logits, nll, labels))
+    library(logits.dtype).cross_entropy(*places, *logits.shape, torch.get_num_threads())
+    return nll
+
+
 def adamw_(p: Tensor, grad: Tensor, first: Tensor, second: Tensor, *numbers: float) -> None:
     """AdamW's update of p, float32, and of its moments, all contiguous and in place.
 
@@ -178,6 +191,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     built.softmax_back.argtypes = [place] * 2 + [whole] * 2 + [real, threads]
     for function in (built.swiglu, built.swiglu_back, built.rms_norm, built.rms_norm_back, built.gather_sum):
         function.restype = None
+    built.cross_entropy.argtypes, built.cross_entropy.restype = [place] * 3 + [whole] * 2 + [threads], None
     built.adamw.argtypes = [place] * 4 + [whole] + [real] * 6 + [threads]
     built.adamw.restype = None
     built.route.argtypes = [place] * 5 + [whole] * 8 + [real, threads]

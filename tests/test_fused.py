@@ -115,6 +115,27 @@ def test_sums_of_rows_are_those_of_float64(dtype: torch.dtype, many: int) -> Non
     assert far(fused.gather_sum(rows, places), wanted) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("vocabulary", [64, 61, 5])
+def test_cross_entropy_and_its_gradient_are_those_of_float64(dtype: torch.dtype, vocabulary: int) -> None:
+    logits, labels = numbers(37, vocabulary, dtype=dtype, scale=5.0), torch.arange(37) % vocabulary
+    labels[::4] = -100
+    exact = logits.double().requires_grad_()
+    wanted = F.cross_entropy(exact, labels, reduction="none")
+    wanted.sum().backward()
+    nll = fused.cross_entropy_(logits, labels)
+    assert far(nll, wanted) < 1e-6 and not nll[::4].any() and not logits[::4].any()
+    assert far(logits, exact.grad) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+def test_cross_entropy_of_what_is_not_finite_is_not_hidden() -> None:
+    logits = numbers(3, 32)
+    logits[0, 5], logits[1, 7] = torch.nan, torch.inf
+    assert fused.cross_entropy_(logits, torch.tensor([0, 1, 2])).isfinite().tolist() == [False, False, True]
+    with pytest.raises(IndexError, match="label 32 of 32"):
+        fused.cross_entropy_(numbers(1, 32), torch.tensor([32]))
+
+
 def test_a_training_step_has_the_same_loss_and_gradients_either_way(no_compiler) -> None:
     config = LMConfig.preset("demo", num_hidden_layers=3, vocab_size=300)
     tokens = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(0))

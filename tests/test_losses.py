@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import training.chunks
+from model import fused
 from training.losses import IGNORE, NextTokenLoss, cross_entropy_sum, labels_ahead, token_losses
 
 ROWS, HIDDEN, VOCAB = 150, 24, 61
@@ -62,6 +63,22 @@ def test_labels_that_do_not_count_give_zero_and_no_nan(chunks):
     loss = cross_entropy_sum(hidden, head, labels)
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not head.grad.any()
+
+
+@pytest.mark.parametrize("compiler", [True, False], ids=["in C", "by PyTorch"])
+def test_a_sure_token_keeps_its_loss_and_gradient_in_bfloat16(compiler, monkeypatch):
+    """p = 0.9995 is 1 in bfloat16, but its loss is not 0."""
+    if not compiler:
+        monkeypatch.setattr(fused, "available", lambda x: False)
+    hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
+    head = torch.tensor([[8.0], [0.25], [0.0], [-0.5]], requires_grad=True)
+    loss = cross_entropy_sum(hidden, head, torch.tensor([0]))
+    loss.backward()
+    exact = head.detach().double().squeeze(1)
+    error = exact.softmax(0) - torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    assert loss.item() == pytest.approx(-exact.log_softmax(0)[0].item(), rel=1e-3) and loss.item() > 1e-4
+    torch.testing.assert_close(head.grad.double().squeeze(1), error, rtol=1e-2, atol=0)
+    torch.testing.assert_close(hidden.grad.double().squeeze(), (error * exact).sum(), rtol=2e-2, atol=0)
 
 
 def test_a_tied_head_collects_both_gradients(tiny_model):
