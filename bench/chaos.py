@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -65,18 +66,18 @@ class Attack:
         runs, found = 0, []
         while self.kills < kills:
             out = self.folder / f"killed-{runs}"
-            while self.kills < kills and self._killed(self.command.start(out), out):
+            while self.kills < kills and self._killed(out):
                 self.kills += 1
-                self.in_saves += saving(out)
             if self.kills == kills:
                 self._finish(self.command.start(out))
             runs += 1
             found += [f"{out}: {difference}" for difference in differences(out, whole)]
         return runs, found
 
-    def _killed(self, victim: Victim, out: Path) -> bool:
-        """Wait for a random moment and kill. Returns False if the run came to its end before."""
-        kind = self.random.random()
+    def _killed(self, out: Path) -> bool:
+        """Start a run, wait for a random moment and kill. Returns False if the run came to its end before."""
+        left = half_written(out)  # by the kills before
+        victim, kind = self.command.start(out), self.random.random()
         if kind < EARLY:
             time.sleep(self.random.uniform(0, self.seconds / 2))
         else:
@@ -88,12 +89,13 @@ class Attack:
             if kind < EARLY + AIMED:
                 skipped = self.random.randrange(4)
                 for _ in range(skipped + 1):
-                    wait_until(lambda: not saving(out), victim, LIMIT)
-                    wait_until(lambda: saving(out), victim, LIMIT)
+                    wait_until(lambda: not half_written(out) - left, victim, LIMIT)
+                    wait_until(lambda: bool(half_written(out) - left), victim, LIMIT)
                 time.sleep(self.random.uniform(0, 0.015))  # as long as a save of this size takes
             else:
                 time.sleep(self.random.uniform(0, self.seconds / 6))
         if victim.kill():
+            self.in_saves += bool(half_written(out) - left)
             return True
         self._finish(victim)
         return False
@@ -103,9 +105,13 @@ class Attack:
             raise UserError(f"a run failed by itself with code {victim.code}:\n{victim.output()[-3000:]}")
 
 
-def saving(out: Path) -> bool:
-    """Whether a checkpoint is being written, or a kill left one half-written."""
-    return any(out.glob(".*.partial"))
+def half_written(out: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or that a kill left so: names and times of their last change."""
+    found = set()
+    for path in out.glob(".*.partial"):
+        with suppress(FileNotFoundError):  # it has just become whole
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def attack(base: Path, folder: Path, stage: str, ranks: int, kills: int, seed: int) -> Score:

@@ -78,13 +78,35 @@ class Forked:
         return self._said.read_text(encoding="utf8", errors="replace")
 
 
-def on_ranks(
-    world: int, work: Callable[[int], object], folder: Path, seconds: float = 60, **environment: str
-) -> list[Forked]:
-    """Call `work(rank)` on each of `world` ranks, as torchrun would, until all have ended, or one has failed.
+class ForkedRanks:
+    """The ranks of one run as one victim: killed together, ended when all have."""
 
-    As torchrun does, the others then have some seconds to end too. environment: more of it.
-    """
+    def __init__(self, ranks: list[Forked]) -> None:
+        self.ranks = ranks
+
+    @property
+    def code(self) -> int | None:
+        codes = [rank.code for rank in self.ranks]
+        return None if None in codes else max(codes, key=abs)
+
+    def aim(self) -> None:
+        """Its processes are known."""
+
+    def kill(self) -> bool:
+        return any([rank.kill() for rank in self.ranks])
+
+    def wait(self, seconds: float) -> int | None:
+        end = time.monotonic() + seconds
+        for rank in self.ranks:
+            rank.wait(end - time.monotonic())
+        return self.code
+
+    def output(self) -> str:
+        return "\n".join(rank.output() for rank in self.ranks)
+
+
+def start_ranks(world: int, work: Callable[[int], object], folder: Path, **environment: str) -> list[Forked]:
+    """Begin `work(rank)` on each of `world` ranks with the environment that torchrun gives, and more of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,7 +121,17 @@ def on_ranks(
 
         return call
 
-    ranks = [Forked(rank_of(rank), folder / f"rank-{rank}.log") for rank in range(world)]
+    return [Forked(rank_of(rank), folder / f"rank-{rank}.log") for rank in range(world)]
+
+
+def on_ranks(
+    world: int, work: Callable[[int], object], folder: Path, seconds: float = 60, **environment: str
+) -> list[Forked]:
+    """Call `work(rank)` on each of `world` ranks, as torchrun would, until all have ended, or one has failed.
+
+    As torchrun does, the others then have some seconds to end too. environment: more of it.
+    """
+    ranks = start_ranks(world, work, folder, **environment)
     try:
         end = time.monotonic() + seconds
         while any(rank.code is None for rank in ranks) and time.monotonic() < end:

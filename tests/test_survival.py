@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chaos import Attack, saving
+from chaos import STAGES, Attack, half_written
 from conftest import call_main
-from forked import Forked
-from victim import differences
+from forked import Forked, ForkedRanks, start_ranks
+from victim import differences, prepare, stage_command
 
+import dpo_train
+import full_sft
+import grpo_train
 import pretrain
 
 STEPS = ["--max_steps", 12, "--save_every", 2, "--micro_tokens", 1024, "--log_every", 1]
@@ -26,6 +29,38 @@ class ForkedPretraining:
     def start(self, out: Path) -> Forked:
         call = [pretrain.main, *self.arguments, *STEPS, "--out", out, "--resume", "true"]
         return Forked(lambda: call_main(*call), self.folder / "said.log")
+
+
+MAINS = {"pretrain": pretrain.main, "sft": full_sft.main, "dpo": dpo_train.main, "grpo": grpo_train.main}
+
+
+class ForkedStage:
+    """What bench/chaos.py starts as scripts, in processes forked from this one."""
+
+    def __init__(self, stage: str, base: Path, ranks: int, folder: Path) -> None:
+        self.call, self.ranks, self.folder = [MAINS[stage], *stage_command(stage, base, ranks).options], ranks, folder
+
+    def start(self, out: Path) -> Forked | ForkedRanks:
+        call = [*self.call, "--out", out, "--resume", "true"]
+        if self.ranks == 1:
+            return Forked(lambda: call_main(*call), self.folder / "said.log")
+        return ForkedRanks(start_ranks(self.ranks, lambda rank: call_main(*call), self.folder))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """What all stages begin with."""
+    folder = tmp_path_factory.mktemp("chaos") / "base"
+    prepare(folder, STAGES)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_survives_a_kill_on_one_rank_and_on_two(stage, ranks, base, tmp_path):
+    attack = Attack(ForkedStage(stage, base, ranks, tmp_path), tmp_path, seed=f"{stage} {ranks}")
+    _, found = attack.run(kills=1)
+    assert attack.kills == 1 and not found
 
 
 @pytest.fixture
@@ -43,7 +78,16 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(attack, monkeypatc
     monkeypatch.setattr("chaos.AIMED", 1.0)
     runs, found = attack.run(kills=2)
     assert attack.in_saves >= 1 and not found
-    assert not any(saving(tmp_path / f"killed-{run}") for run in range(runs))
+    assert not any(half_written(tmp_path / f"killed-{run}") for run in range(runs))
+
+
+def test_what_an_earlier_kill_left_is_no_save_of_this_one(tmp_path):
+    (tmp_path / ".step-2.partial").mkdir()
+    left = half_written(tmp_path)
+    assert left and not half_written(tmp_path) - left
+    (tmp_path / ".step-2.partial").rmdir()
+    (tmp_path / ".step-2.partial").mkdir()
+    assert half_written(tmp_path) - left
 
 
 def test_differences_are_found(attack, tmp_path):
