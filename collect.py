@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dataset import PromptDataset
-from errors import UserError, command_line
+from errors import UserError, check_least, check_seed, command_line
 from text.answer_filter import shortest_different
 from text.chat_file import write_chats
 from text.chat_template import Message
@@ -96,6 +96,8 @@ class CollectSettings:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        check_least(1, max_new_tokens=self.max_new_tokens)
+        check_seed(self.seed)
         if min(self.prompts, self.samples, self.keep) < 1 or self.temperature <= 0:
             raise UserError("--prompts, --samples, --keep and --temperature must be above 0")
         if not 0 <= self.mix_share < 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset import ChatDataset
-from errors import UserError, command_line
+from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
 from text.registry import find_sources
 from text.tokenizer import Tokenizer
@@ -67,8 +67,7 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
             raise UserError("--student: makes a new model; leave out --ckpt or --student")
         if self.student and not is_ours(self.teacher):
             raise UserError(f"--student: the teacher {self.teacher} is none of this project; give --ckpt instead")
-        if self.precompute_top_k < 0:
-            raise UserError(f"--precompute_top_k {self.precompute_top_k}: must be at least 0")
+        check_least(0, precompute_top_k=self.precompute_top_k)
         if self.precompute_top_k and self.on_policy:
             raise UserError("--precompute_top_k: nobody knows yet what the student will answer; leave out --on_policy")
         if self.method == "logits" and is_endpoint(self.teacher):

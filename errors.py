@@ -33,6 +33,19 @@ class DamagedCheckpoint(UserError):
     exit_code = 3
 
 
+def check_least(least: int, **values: int) -> None:
+    """Raises `UserError` for an option that is below."""
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises `UserError` for a number that not all generators take."""
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: give a number from 0 to 2^64 - 1")
+
+
 def one_line(text: str) -> str:
     """The text without line ends, with controls and halves of characters spelled out; its middle left out if long."""
     if len(text) > LONGEST:

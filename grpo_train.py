@@ -72,6 +72,10 @@ class GRPOSettings(StageSettings, RolloutSettings):
     def rows(self) -> int:
         return self.prompts * self.group
 
+    @property
+    def uneven(self) -> bool:
+        return True
+
 
 def main() -> None:
     settings = parse(GRPOSettings, __doc__ or "")

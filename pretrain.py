@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataset import PretrainDataset
-from errors import UserError, command_line
+from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
 from text.registry import find_sources
 from text.sources import open_sources
@@ -52,6 +52,10 @@ class PretrainSettings(NextTokenSettings):
     workers: int = 0
     val_fraction: float = 0.005
     isolate: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(0, workers=self.workers)
 
 
 def main() -> None:

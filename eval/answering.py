@@ -20,12 +20,6 @@ from training.ranks import Ranks
 from training.stage import open_checkpoint
 
 
-def check_seed(seed: int | None) -> None:
-    """Raises `UserError` for a number that torch's generators do not take."""
-    if seed is not None and not -(2**63) <= seed < 2**64:
-        raise UserError(f"--seed {seed}: give a number of 64 bits")
-
-
 @dataclass(frozen=True)
 class Answerer:
     """A model and its tokenizer, ready to generate."""

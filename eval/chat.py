@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 import time
 
-from errors import UserError, command_line
-from eval.answering import Answerer, check_seed
+from errors import UserError, check_least, check_seed, command_line
+from eval.answering import Answerer
 from model.sampling import Sampling
 from text.chat_template import Message
 from training.settings import call
@@ -123,8 +123,8 @@ def chat(
     except ValueError as error:
         raise UserError(f"chat.py: {error}") from None
     check_seed(seed)
-    if draft_tokens < 0:
-        raise UserError(f"--draft_tokens {draft_tokens}: must be at least 0")
+    check_least(0, draft_tokens=draft_tokens)
+    check_least(1, max_new_tokens=max_new_tokens)
     answerer = Answerer.open(ckpt, device, dtype, lora, quantize)
     talk = Conversation(answerer, system, sampling, max_new_tokens, seed, speculative, draft_tokens)
     if once:

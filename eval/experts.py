@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from errors import UserError, command_line, naming
+from errors import check_least, command_line, naming
 from eval.answering import Answerer
 from eval.expert_loads import draw, loads, markdown, relative, specialisation
 from eval.score_files import out_folder
@@ -38,8 +38,7 @@ def experts(
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
-    if tokens < 1:
-        raise UserError(f"--tokens {tokens}: must be at least 1")
+    check_least(1, tokens=tokens)
     texts: dict[str, list[str]] = {}
     for document in TextLikelihood(data=file, column=column).items(0):
         texts.setdefault(document.source, []).append(document.text)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from errors import UserError, command_line
+from errors import UserError, check_least, command_line
 from eval.answering import Answerer
 from training.losses import IGNORE, token_losses
 from training.settings import call
@@ -113,6 +113,7 @@ def perplexity(
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
+    check_least(0, window=window)
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a text file")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataset import PromptDataset
-from errors import UserError, command_line
+from errors import UserError, check_least, command_line
 from text.problems import split_problems
 from training.machine import choose_dtype
 from training.ranks import Ranks
@@ -61,6 +61,7 @@ def reasoning(
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
+    check_least(1, problems=problems, max_new_tokens=max_new_tokens)
     rows = [
         measure(folder, data, problems, val_fraction, max_new_tokens, system, device, dtype)
         for folder in ckpt.split(",")

@@ -118,7 +118,8 @@ def _solved(answerer: Answerer, sums: str) -> tuple[float, float]:
 def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
     """The documents that pretraining held out, as it cut them."""
     settings = pretraining_settings(run)
-    held_out = PretrainDataset(open_corpus(settings, answerer.tokenizer), settings["sequence_length"], split="val")
+    sources, isolate = open_corpus(settings, answerer.tokenizer), settings.get("isolate", False)
+    held_out = PretrainDataset(sources, settings["sequence_length"], split="val", isolate=isolate)
     return held_out_batches(held_out, settings["val_tokens"], settings["micro_tokens"])
 
 

@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from errors import UserError, command_line
-from eval.answering import Answerer, check_seed
+from errors import UserError, check_seed, command_line
+from eval.answering import Answerer
 from eval.questions import Question, ask
 from model.sampling import Sampling
 from training.settings import call

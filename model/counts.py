@@ -18,7 +18,8 @@ class Costs:
     mtp: parameters that multi-token prediction adds.
     cache_bytes: latent cache of one token in bfloat16, all layers.
     mha_cache_bytes: what multi-head attention with the same heads would keep: keys and values of every head.
-    flops: training FLOPs of one token (forward and backward, MTP included) at sequence length `time`.
+    products: training FLOPs of one token (forward and backward, MTP included) in products with weights.
+    flops: the same with attention's products at sequence length `time`.
     """
 
     total: int
@@ -26,6 +27,7 @@ class Costs:
     mtp: int
     cache_bytes: int
     mha_cache_bytes: int
+    products: int
     flops: int
 
 
@@ -47,6 +49,7 @@ def count(config: LMConfig, time: int = 512) -> Costs:
         mtp=all_total - total,
         cache_bytes=2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim),
         mha_cache_bytes=2 * layers * heads * (config.qk_head_dim + config.v_head_dim),
+        products=6 * products,
         flops=6 * products + 6 * attention // 2,  # causal: half of the positions on average
     )
 

@@ -99,6 +99,18 @@ def test_a_larger_budget_goes_on_from_the_end(make):
     assert [path.name for path in trainer.out.glob(".*")] == [".lock"]
 
 
+def test_a_run_that_was_interrupted_can_be_ended_there(make):
+    make(max_steps=2).run()
+    before = files(make("whole", max_steps=4).run())
+    assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
+    ended = make(max_steps=4, resume=True)
+    assert ended.run() == ended.out / "final" and ended.checkpoints.newest() == ended.out / "final"
+    weights = MiniDeepSeek.from_pretrained(ended.out / "final").state_dict()
+    stopped = MiniDeepSeek.from_pretrained(ended.out / "step-4").state_dict()
+    assert weights.keys() == stopped.keys() and all(torch.equal(weights[name], stopped[name]) for name in weights)
+    assert before.keys() == files(ended.out / "final").keys()
+
+
 def test_the_last_checkpoints_are_kept(make):
     trainer = make(max_steps=7, save_every=1, keep=2)
     trainer.run()

@@ -50,6 +50,11 @@ def test_the_share_is_that_of_the_limit_that_comes_first(budget, step, seconds, 
     assert budget.progress(step, seconds) == pytest.approx(share)
 
 
+def test_tokens_are_a_share_too():
+    assert Budget(None, None, 400).progress(3, 9.0, 100) == 0.25
+    assert Budget(4, None, 400).progress(3, 9.0, 100) == 0.75
+
+
 @pytest.mark.parametrize(("share", "value"), [(0.0, 0.3), (0.67, 0.3), (0.68, 0.1), (0.99, 0.1), (1.0, 0.0)])
 def test_a_value_changes_at_its_shares(share, value):
     schedule = {"0.68": 0.1, "0": 0.3, "1": 0.0}  # YAML and the command line bring strings, in any order

@@ -125,6 +125,16 @@ def test_every_recipe_is_valid_for_its_script(file):
         (["--max_steps", 0], "--max_steps 0: must be positive"),
         (["--max_minutes", -1], "--max_minutes -1.0: must be positive"),
         (["--log_every", 0], "--log_every 0: must be at least 1"),
+        (["--threads", -1], "--threads -1: must be at least 0"),
+        (["--seed", -1], "--seed -1: give a number from 0 to 2"),
+        (["--seed", 2**64], f"--seed {2**64}: give a number from 0 to 2"),
+        (["--optim.lr", -1], "--optim.lr -1.0: give a number above 0"),
+        (["--optim.clip", 0], "--optim.clip 0.0: give a number above 0"),
+        (["--optim.eps", 0], "--optim.eps 0.0: give a number above 0"),
+        (["--optim.betas", "[0.9, 1.5]"], "--optim.betas .*: give a number from 0 to below 1"),
+        (["--optim.weight_decay", -1], "--optim.weight_decay -1.0: give 0 or more"),
+        (["--optim.warmup", 500], "--optim.warmup 500.0: give a share of the run, from 0 to 1"),
+        (["--optim.decay_from", 2000], "--optim.decay_from 2000.0: give a share of the run, from 0 to 1"),
         (["--batch_tokens", 100], "--batch_tokens 100: less than one row of 512 tokens"),
         (["--on_error", "ignore"], "--on_error ignore: one of skip, stop"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -134,6 +144,11 @@ def test_a_wrong_option_is_one_line_that_names_it(arguments, what):
     with pytest.raises(UserError, match=what) as caught:
         read(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_fewer_than_no_processes_are_refused():
+    with pytest.raises(UserError, match="--workers -1: must be at least 0"):
+        PretrainSettings(data="d", out="o", workers=-1)
 
 
 @pytest.mark.parametrize("content", ["optim:\n  lrr: 1.0\n", "sequence_lenght: 3\n", "seed: [1\n", "- 1\n"])

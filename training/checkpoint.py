@@ -86,6 +86,8 @@ class Snapshot:
         self.tensors = {f"{WEIGHT}{name}": value for name, value in weights.tensors().items()}
         self.tensors |= {f"{STATE}{name}": value for name, value in state_tensors(optimizer, weights.model).items()}
         self.tensors[f"{STATE}rng"] = torch.get_rng_state()
+        if weights.model.lm_head.weight.is_cuda:  # of dropout there
+            self.tensors[f"{STATE}rng_cuda"] = torch.cuda.get_rng_state(weights.model.lm_head.weight.device)
         self.tensors |= {f"{STATE}{DATA}{name}": value for name, value in (data or {}).items()}
 
     def write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -139,10 +141,12 @@ def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.opti
         raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); restore the file, {aside}") from None
     settings = "give the settings that the run began with"
     try:
-        random = state.pop("rng")
+        random, on_cuda = state.pop("rng"), state.pop("rng_cuda", None)
         data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
         load_state_tensors(optimizer, model, state)
         torch.set_rng_state(random)
+        if on_cuda is not None and model.lm_head.weight.is_cuda:
+            torch.cuda.set_rng_state(on_cuda, model.lm_head.weight.device)
     except KeyError as error:
         raise DamagedCheckpoint(f"{path}: state of an unknown parameter {error}; {settings}, {aside}") from None
     except (ValueError, TypeError, RuntimeError) as error:

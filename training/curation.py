@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, check_least
 from text.answer_filter import AnswerFilter, clean, shortest_different
 from text.chat_file import write_chats
 from text.chat_template import Message
@@ -54,9 +54,7 @@ class AnswerSettings(AnswerFilter):
     def check_answers(self) -> None:
         """Raises `UserError` for a value that makes no sense."""
         self.check_filter()
-        for name in ("samples", "keep_answers", "concurrency"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        check_least(1, samples=self.samples, keep_answers=self.keep_answers, concurrency=self.concurrency)
         if self.prompts < 0 or self.timeout <= 0:
             raise UserError(f"--prompts {self.prompts}, --timeout {self.timeout:g}: must be at least 0 and above 0")
 

@@ -84,6 +84,7 @@ def announcement(
     accumulation = math.ceil(settings.rows / ranks.world / micro)
     ends = [f"{budget.max_steps} steps"] if budget.max_steps else []
     ends += [f"{budget.max_minutes:g} minutes"] if budget.max_minutes else []
+    ends += [f"{budget.max_tokens:,} tokens"] if budget.max_tokens else []
     return (
         f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
         f"MTP adds {human(costs.mtp)}\n"

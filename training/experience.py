@@ -205,7 +205,7 @@ class Experience:
             "lengths": prompt_lengths + torch.cat([each.completions.lengths for each in groups]),
             "sampled_log_probs": torch.cat([each.completions.log_probs for each in groups]),
             "advantages": torch.cat([each.advantages for each in groups]),
-            # 1: without variance, which counts as nothing gained; 2: overlong, which does not count
+            # 1: without variance, which counts as nothing gained; 2: overlong, whose tokens do not count
             "left_out": torch.where(cut, 2, silent.long()),
         }
 

@@ -19,6 +19,14 @@ KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
 LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
 SLOWEST = 0.99  # rate of decay with which a moment in bfloat16 still follows: one unit in its last place is 0.8 %
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+_DECAY = (lambda rate: 0 <= rate < 1), "a number from 0 to below 1"
+_SHARE = (lambda share: 0 <= share <= 1), "a share of the run, from 0 to 1"
+_ABOVE = (lambda number: number > 0), "a number above 0"
+_NOT_BELOW = (lambda number: number >= 0), "0 or more"
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": _ABOVE, "eps": _ABOVE, "clip": _ABOVE, "final_lr_ratio": _NOT_BELOW, "weight_decay": _NOT_BELOW,
+    "warmup": _SHARE, "decay_from": _SHARE, "betas": _DECAY, "momentum": _DECAY,
+}  # fmt: skip
 NO_RATIOS: Mapping[str, float] = {}
 
 
@@ -34,7 +42,7 @@ class OptimSettings:
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
         weight_decay: on matrices only; norms, embeddings' biases and the router bias have none.
-        clip: largest norm of the gradient.
+        clip: largest norm of the gradient; a very large one never clips.
         kind: adamw, or with moments in bfloat16 (section 3.3.3) adamw_bf16, or with moments in 8 bits adamw8bit
             (torchao; compiles for some seconds) and paged_adamw8bit (bitsandbytes, on CUDA); or muon: orthogonalised
             momentum for the matrices inside the layers, scaled so that the learning rate and the weight decay of AdamW
@@ -56,8 +64,10 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"--optim.kind {self.kind}: one of {', '.join(KINDS)}")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"--optim.momentum {self.momentum}: give a number from 0 to below 1")
+        for name, (fits, wanted) in RANGES.items():
+            value = getattr(self, name)
+            if not all(fits(number) for number in (value if isinstance(value, (tuple, list)) else [value])):
+                raise UserError(f"--optim.{name} {value}: give {wanted}")
         if self.kind == "adamw_bf16" and max(self.betas) > SLOWEST:
             raise UserError(
                 f"--optim.betas {list(self.betas)}: adamw_bf16 would round the steps of its moments away; "

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, check_least
 from model import MiniDeepSeek
 from model.batching import Batcher, Completion, Request
 from model.experts import Experts
@@ -55,15 +55,13 @@ class RolloutSettings:
 
     def check(self) -> None:
         """Raises `UserError` for a value that makes no sense."""
-        for name in ("prompts", "max_new_tokens", "mu", "rollout_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        check_least(1, prompts=self.prompts, max_new_tokens=self.max_new_tokens, mu=self.mu)
+        check_least(1, rollout_rows=self.rollout_rows)
+        check_least(0, resample=self.resample)
         if self.group < 2:
             raise UserError(f"--group {self.group}: a completion is compared with its group; give at least 2")
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature {self.temperature}: must be above 0; greedy answers of a group are equal")
-        if self.resample < 0:
-            raise UserError(f"--resample {self.resample}: must be at least 0")
         if self.overlong not in ("keep", "filter"):
             raise UserError(f"--overlong {self.overlong}: one of keep, filter")
 

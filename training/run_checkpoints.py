@@ -40,13 +40,14 @@ class RunCheckpoints:
     def take_up(self, run: dict[str, object], budget: Budget) -> Progress | None:
         """Put the newest one in place, if asked to and there is one. Returns how far the run is, or None.
 
-        A run that is complete is left as it is. run: what must not have changed since.
+        A run that is complete is left as it is; one whose budget is spent without that is put in place, to be saved
+        as its end. run: what must not have changed since.
         """
         found = self._ranks.on_main(lambda: left_off(self._out, self._resume, run))
         if found is None:
             return None
         folder, progress = found
-        progress.finished = budget.progress(progress.step, progress.seconds) >= 1
+        progress.finished = budget.progress(progress.step, progress.seconds, progress.tokens) >= 1
         if progress.finished and folder.name == "final":
             return progress
         state = take_up(folder, self._weights, self._optimizer)

@@ -20,10 +20,13 @@ class Budget:
 
     max_steps: int | None
     max_minutes: float | None
+    max_tokens: int | None = None
 
-    def progress(self, step: int, seconds: float) -> float:
-        """Share of the budget spent after `step` steps and `seconds` of training, 0 .. 1."""
+    def progress(self, step: int, seconds: float, tokens: float = 0) -> float:
+        """Share of the budget spent after `step` steps, `seconds` of training and so many tokens, 0 .. 1."""
         shares = [0.0]
+        if self.max_tokens is not None:
+            shares.append(tokens / self.max_tokens)
         if self.max_steps is not None:
             shares.append(step / max(self.max_steps, 1))
         if self.max_minutes is not None:

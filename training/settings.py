@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from errors import UserError, naming
+from errors import UserError, check_least, check_seed, naming
 from LMConfig import LMConfig
 from text.registry import REGISTRY
 from text.yaml_file import read_yaml
@@ -31,7 +31,7 @@ class StageSettings:
         seed: of weights and data order.
         device: auto, cpu or cuda.
         dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
-        threads: CPU threads; 0 means as many as there are cores.
+        threads: CPU threads; 0 leaves it to torch: one a core, or OMP_NUM_THREADS, which torchrun sets to 1.
         max_steps: end after so many optimiser steps.
         max_tokens: end after so many tokens.
         max_minutes: end after so many minutes of training.
@@ -85,8 +85,9 @@ class StageSettings:
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "batch_tokens", "micro_tokens", "log_every", "keep", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+            check_least(1, **{name: getattr(self, name)})
+        check_least(0, threads=self.threads, val_every=self.val_every, save_every=self.save_every)
+        check_seed(self.seed)
         for name in ("max_steps", "max_tokens", "max_minutes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -95,6 +96,11 @@ class StageSettings:
             raise UserError(f"--batch_tokens {self.batch_tokens}: less than one row of {self.sequence_length} tokens")
         if self.on_error not in ("skip", "stop"):
             raise UserError(f"--on_error {self.on_error}: one of skip, stop")
+
+    @property
+    def uneven(self) -> bool:
+        """Whether samples have as many tokens as it happens: nobody knows in how many steps --max_tokens are spent."""
+        return False
 
     @property
     def row_tokens(self) -> int:
@@ -116,11 +122,12 @@ class StageSettings:
         limits = []
         if self.max_steps is not None:
             limits.append(self.max_steps)
-        if self.max_tokens is not None:
+        tokens = self.max_tokens if self.uneven else None
+        if self.max_tokens is not None and not self.uneven:
             limits.append(math.ceil(self.max_tokens / (self.rows * self.row_tokens)))
-        if not limits and self.max_minutes is None:
+        if not limits and self.max_minutes is None and tokens is None:
             limits.append(max(math.ceil(self.epochs * samples / self.rows), 1))
-        return Budget(min(limits) if limits else None, self.max_minutes)
+        return Budget(min(limits) if limits else None, self.max_minutes, tokens)
 
     def check_fit(self, world: int, longest: int) -> None:
         """Raises `UserError` where a step cannot be shared by `world` ranks, or rows are too long for the model."""
@@ -159,8 +166,7 @@ class NextTokenSettings(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mtp_steps < 1:
-            raise UserError(f"--mtp_steps {self.mtp_steps}: must be at least 1")
+        check_least(1, mtp_steps=self.mtp_steps)
 
     @property
     def schedules(self) -> dict[str, Schedule]:

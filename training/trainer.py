@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from training.settings import StageSettings, save_resolved
 from training.skipping import Skipping
 from training.tally import Tally
 from training.validation import Validation
+from training.work import Work
 
 
 class Trainer:
@@ -91,14 +93,19 @@ class Trainer:
         found = self.checkpoints.take_up(self.progress.run, self.budget)
         self.progress = found or self.progress
         if self.progress.finished:
-            self.ranks.say(f"{self.out}: already complete after {self.progress.step} steps; raise the budget to go on")
-            return self.out / "final"
+            final = self.out / "final"
+            if self.ranks.on_main(lambda: self.checkpoints.newest() == final):
+                done = f"already complete after {self.progress.step} steps; raise the budget to go on"
+                self.ranks.say(f"{self.out}: {done}")
+            else:  # it was interrupted where this budget ends
+                self._finish()
+            return final
         if self.settings.compile:
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
         mtp_weight = self.settings.schedules.get("mtp_weight", 1.0)
         self.module = self.ranks.wrap(self.model, some_rest=lowest(mtp_weight) == 0)
-        costs = count_costs(self.model.config, self.settings.sequence_length)
+        costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)
         peak = Peak(self.dtype, self.ranks)
         self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, peak.rate))
         if self.ranks.main:
@@ -106,7 +113,8 @@ class Trainer:
             save_resolved(self.settings, self.out / "config.yaml")
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
-            self._loop(log, found is None, lambda rate: rate * costs.flops / peak.look_again())
+            flops = partial(work.flops, self.settings.sequence_length)
+            self._loop(log, found is None, lambda rate: rate * flops() / peak.look_again())
         self._finish()
         if self.ranks.main:
             draw_run(self.out)
@@ -122,14 +130,15 @@ class Trainer:
         stop = False
         while not stop and not progress.finished:
             # The rate of a step is that of its end, so that the first is not 0 and the last is the final one.
-            lr = self._set_rates(max(self.budget.progress(progress.step + 1, progress.seconds), 1e-4))
+            after = progress.tokens * (progress.step + 1) / max(progress.step, 1)  # of samples as long as those before
+            lr = self._set_rates(max(self.budget.progress(progress.step + 1, progress.seconds, after), 1e-4))
             result = self._step()
             progress.step += 1
             progress.tokens += result.positions
             progress.seconds, stop = self._agree(time.perf_counter() - origin)
             if settings.dist.check_every and progress.step % settings.dist.check_every == 0:
                 check_weights(self.ranks, self.model, progress.step)
-            share = self.budget.progress(progress.step, progress.seconds)
+            share = self.budget.progress(progress.step, progress.seconds, progress.tokens)
             progress.finished = share >= 1
             log.progress(share)
             pause = time.perf_counter()
