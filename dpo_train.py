@@ -5,6 +5,7 @@ python dpo_train.py --ckpt out/sft/final --data pairs.jsonl --out out/dpo
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from training.reference import frozen_reference, load_log_probs, reference_log_p
 from training.resume import check_unused
 from training.settings import StageSettings, parse
 from training.stage import begin, open_checkpoint
+from training.teacher import identity
 from training.trainer import Trainer
 from training.validation import held_out_batches, text_batches
 
@@ -97,10 +99,11 @@ def ask_reference(
     reference = model if own else frozen_reference(model, tokenizer, settings.reference)
     if not settings.precompute_reference:
         return reference.to(ranks.device)
-    path, fingerprint = Path(settings.out) / "reference.safetensors", dataset.pairs.fingerprint
+    path, dtype = Path(settings.out) / "reference.safetensors", choose_dtype(settings.dtype, ranks.device)
+    facts = dataset.pairs.fingerprint, identity(settings.reference or settings.ckpt), str(dtype)
+    fingerprint = json.dumps(facts)
     log_probs = load_log_probs(path, fingerprint) if settings.resume else None
     if log_probs is None:
-        dtype = choose_dtype(settings.dtype, ranks.device)
         log_probs = reference_log_probs(reference, dataset, settings.micro_rows, dtype, ranks)
         if ranks.main:
             save_log_probs(path, log_probs, fingerprint)

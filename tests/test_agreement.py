@@ -44,6 +44,18 @@ def error(ranks: list[Forked]) -> str:
     return line
 
 
+def test_a_checksum_depends_on_the_place_of_each_number():
+    numbers = torch.arange(2**19 + 3, dtype=torch.float32)
+    sums = {agreement.checksum(numbers).item()}
+    for one, other in ((0, 1), (2, 2**18 + 2), (5, 2**19 + 1)):
+        swapped = numbers.clone()
+        swapped[one], swapped[other] = numbers[other], numbers[one]
+        sums.add(agreement.checksum(swapped).item())
+    sums.add(agreement.checksum(numbers.roll(2**18)).item())
+    assert len(sums) == 5
+    assert agreement.checksum(numbers.bfloat16()) != agreement.checksum(numbers.bfloat16().flip(0))
+
+
 def test_two_ranks_that_agree_train(together, tmp_path):
     assert [rank.code for rank in together()] == [0, 0]
     assert (tmp_path / "run" / "final").is_dir()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import dpo_train
@@ -148,6 +149,25 @@ def test_its_relatives_learn_the_same_pairs(options, arguments, tmp_path, run):
     log = entries(tmp_path / "run")
     assert log[-1]["val_margin"] > log[0]["val_margin"] and log[-1]["val_loss"] < log[0]["val_loss"]
     assert ("kl" in log[1]) == ("simpo" not in options)
+
+
+def test_what_another_reference_said_is_not_used(arguments, pretrained, tmp_path, run):
+    """A run that ended before its first checkpoint leaves the file, and is begun again with another model."""
+    out = tmp_path / "run"
+    assert run(dpo_train.main, *arguments, "--out", out, "--max_steps", 1).code == 0
+    shutil.rmtree(out / "final")
+    first = load_file(out / "reference.safetensors")["log_probs"]
+    other = MiniDeepSeek.from_pretrained(pretrained / "final")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    Tokenizer.from_folder(pretrained / "final").save(tmp_path / "other")
+    given = ["--out", out, "--max_steps", 1, "--resume", "true"]
+    assert run(dpo_train.main, *arguments, *given).code == 0
+    assert torch.equal(load_file(out / "reference.safetensors")["log_probs"], first)
+    shutil.rmtree(out / "final")
+    assert run(dpo_train.main, *arguments, *given, "--reference", tmp_path / "other").code == 0
+    assert not torch.equal(load_file(out / "reference.safetensors")["log_probs"], first)
 
 
 @pytest.fixture

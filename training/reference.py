@@ -70,16 +70,16 @@ def save_log_probs(path: Path, log_probs: np.ndarray, fingerprint: str) -> None:
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
-        save_file({"log_probs": log_probs}, temporary, {"pairs": fingerprint})
+        save_file({"log_probs": log_probs}, temporary, {"fingerprint": fingerprint})
         temporary.replace(path)
 
 
 def load_log_probs(path: Path, fingerprint: str) -> np.ndarray | None:
-    """What `save_log_probs` kept of the same pairs; None where there is nothing of use."""
+    """What `save_log_probs` kept under this fingerprint, of pairs and reference; None where there is nothing of use."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "numpy") as file:
-            return file.get_tensor("log_probs") if (file.metadata() or {}).get("pairs") == fingerprint else None
+            return file.get_tensor("log_probs") if (file.metadata() or {}).get("fingerprint") == fingerprint else None
     except (SafetensorError, OSError):
         return None
