@@ -81,7 +81,6 @@ class LatentCache:
         part = copy(self)
         part.latents, part.lengths = self.latents[:, rows], list(self.lengths)
         part.decoders, part.steppers = {}, {}
-        part.steppers = {}
         part.padding = None if self.padding is None else self.padding[rows]
         return part
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,24 +15,21 @@ from model.transformer import MiniDeepSeek
 
 
 class Drafter(NamedTuple):
-    """Copies of a model's last MTP layer and head. made_of: some of their numbers when the copies were made."""
+    """Copies of a model's last MTP layer and head. made_of: types and some numbers of what the copies were made of."""
 
     layer: MTPLayer
     head: Int8Weight
-    made_of: list[float]
-
-
-_drafters: WeakKeyDictionary[MiniDeepSeek, Drafter] = WeakKeyDictionary()
+    made_of: tuple[list[torch.dtype], list[float]]
 
 
 @torch.no_grad()
 def drafter(model: MiniDeepSeek) -> Drafter:
     """Made when it is first asked for, and again when weights have changed."""
     layer, head = model.mtp[-1], model.lm_head.weight
+    weights = [*layer.parameters(), head]
     # Fused optimisers change weights without a trace. Copies that were a little old would only be kept less often.
-    made_of = torch.cat([weight.flatten()[:: max(weight.numel() // 16, 1)] for weight in (*layer.parameters(), head)])
-    made_of = made_of.tolist()
-    found = _drafters.get(model)
+    some = torch.cat([weight.flatten()[:: max(weight.numel() // 16, 1)] for weight in weights])
+    made_of, found = ([weight.dtype for weight in weights], some.tolist()), model.drafter
     if found is None or found.made_of != made_of:
         # Weights are left out of the copy that are packed below.
         matrices = [weight for weight in layer.parameters() if weight.dim() > 1]
@@ -42,5 +38,5 @@ def drafter(model: MiniDeepSeek) -> Drafter:
         for name, module in list(light.named_modules()):
             if isinstance(module, (Experts, nn.Linear)):
                 pack_weights(light, name, Int8Weight.rounded)
-        found = _drafters[model] = Drafter(light, Int8Weight.rounded(head), made_of)
+        found = model.drafter = Drafter(light, Int8Weight.rounded(head), made_of)
     return found

@@ -51,6 +51,8 @@ def generate(
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     if speculative:
         check_speculative(model, input_ids, sampling)
+        if attention_mask is not None and not attention_mask.all():
+            raise UserError("speculative generation: of one prompt without padding only; leave the mask out")
         stop = stop_tokens(eos_token_id)
         new = list(
             stream_speculative(

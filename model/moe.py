@@ -126,7 +126,8 @@ def routing(scores_BTE: Tensor, indices_BTK: Tensor, real_BT: Tensor | None) -> 
     """Loads and the sequence-wise balance loss, each sequence for itself.
 
     Eq. 18: f_i = E / (K T) * #tokens that chose i (no gradient); Eq. 19, 20: P_i = mean over t of s_i / sum_j s_j;
-    Eq. 17: L = sum_i f_i P_i, which is 1 at perfect balance.
+    Eq. 17: L = sum_i f_i P_i, which is 1 at perfect balance. Chosen is what is computed, with bias and groups, where
+    Eq. 18 writes the top K of s alone.
     """
     batch, time, experts = scores_BTE.shape
     top_k = indices_BTK.shape[-1]

@@ -86,6 +86,7 @@ class MiniDeepSeek(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.drafter: object | None = None  # see model.drafter
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

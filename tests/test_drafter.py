@@ -49,6 +49,13 @@ def test_it_is_made_once_and_anew_when_weights_change(kind, model):
     assert not torch.equal(second.head.codes, first.head.codes)
 
 
+def test_it_is_made_anew_for_another_type(model):
+    """Also where the numbers say nothing: bfloat16 holds all of these."""
+    model.bfloat16().float()
+    assert drafter(model).layer.hnorm.weight.dtype == torch.float32
+    assert drafter(model.bfloat16()).layer.hnorm.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.skipif(native.library(torch.float32) is None, reason="no C compiler: PyTorch drafts with the layer itself")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_however_wrong_the_copy_the_tokens_are_right(dtype, model):

@@ -44,6 +44,15 @@ def test_greedy_takes_the_likeliest_token_each_time(tiny_model):
     assert model.generate(prompt, max_new_tokens=12)[0].tolist() == by_hand(model, prompt[0].tolist(), 12)
 
 
+def test_padding_is_refused_where_drafts_cannot_see_it(tiny_model):
+    model, prompt = tiny_model(num_nextn_predict_layers=1), prompt_of(4)
+    mask = torch.ones_like(prompt)
+    model.generate(prompt, max_new_tokens=2, speculative=True, attention_mask=mask)
+    mask[0, 0] = 0
+    with pytest.raises(UserError, match="without padding only; leave the mask out"):
+        model.generate(prompt, max_new_tokens=2, speculative=True, attention_mask=mask)
+
+
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("new", [0, 1, 2, 7])
 def test_as_many_tokens_as_asked(new, speculative, tiny_model):
