@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 import torch
+from device import device_of, now
 from side_by_side import against_transformers, findings, options_of, serve, verdict
 
 from model import MiniDeepSeek
@@ -51,18 +51,19 @@ def lengths(options: argparse.Namespace) -> list[int]:
 
 def work(options: argparse.Namespace) -> None:
     """Complete all requests in this process, once for each line on stdin; only tokens that were asked for count."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, 6400, (options.requests, options.prompt), generator=generator)
+    device, generator = device_of(options.device), torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 6400, (options.requests, options.prompt), generator=generator).to(device)
     wanted, slots = lengths(options), options.slots
     if options.worker == "eager":
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
             options.folder, dtype=DTYPES[options.dtype], experts_implementation=options.worker
-        ).eval()
+        )
         model.generation_config.eos_token_id = None
     else:
-        model = MiniDeepSeek.from_pretrained(options.folder, dtype=DTYPES[options.dtype]).eval()
+        model = MiniDeepSeek.from_pretrained(options.folder, dtype=DTYPES[options.dtype])
+    model = model.to(device).eval()
 
     def waiting() -> None:
         for start in range(0, options.requests, slots):
@@ -81,12 +82,12 @@ def work(options: argparse.Namespace) -> None:
             pass
 
     def measure() -> dict[str, float]:
-        start = time.perf_counter()
+        start = now(device)
         with torch.inference_mode():
             (continuous if options.worker == "ours" else waiting)()
-        return {"tokens/s": sum(wanted) / (time.perf_counter() - start)}
+        return {"tokens/s": sum(wanted) / (now(device) - start)}
 
-    serve(measure, torch.device("cpu"), warm_up=1)
+    serve(measure, device, warm_up=1)
 
 
 if __name__ == "__main__":

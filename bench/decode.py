@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 from device import device_of, now
-from side_by_side import against_transformers, findings, parser_of, serve, verdict
+from roofline import Network
+from side_by_side import against_transformers, findings, implementations, parser_of, serve, verdict
 
 from model import MiniDeepSeek
 from model.cache import LatentCache
@@ -44,13 +45,18 @@ def main() -> None:
         fastest = max(peers, key=lambda peer: peer.median("prefill tokens/s"))
         found.verdicts += [verdict(ours, best, "tokens/s"), verdict(ours, fastest, "prefill tokens/s")]
     costs = count(config)
-    found.facts["weights that a token reads"] = f"{costs.activated * DTYPES[options.dtype].itemsize / 1e6:,.0f} MB"
+    read = Network.of(config, options.prompt).read_weights(options.batch) * DTYPES[options.dtype].itemsize
+    found.facts["weights that a step reads"] = f"{read / 1e6:,.0f} MB"
     expanded = costs.mha_cache_bytes // 2 // config.num_hidden_layers
     theirs = f", transformers {best.median(CACHED):,.0f}" if peers else ""
     found.facts["cached numbers a token and layer"] = (
         f"{ours.median(CACHED):,.0f}{theirs}; expanded keys and values: {expanded:,}"
     )
-    found.facts["memory bandwidth"] = f"{measured_bandwidth(device_of(options.device)) / 1e9:,.1f} GB/s"
+    bandwidth = measured_bandwidth(device_of(options.device))
+    share = ours.median("tokens/s") / options.batch * read / bandwidth
+    found.facts["memory bandwidth"] = (
+        f"{bandwidth / 1e9:,.1f} GB/s, {share:.0%} of it for weights, some of which stay in the processor's cache"
+    )
     found.show({"tokens/s": "{:,.1f}", "prefill tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"})
     found.save(options.json)
 
@@ -74,7 +80,7 @@ def work(options: argparse.Namespace) -> None:
         from transformers import AutoModelForCausalLM
 
         model = (
-            AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype, experts_implementation=options.worker)
+            AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype, **implementations(options.worker))
             .to(device)
             .eval()
         )

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
+from device import add_device, now
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -80,7 +80,7 @@ class Watched(Trainer):
         self.checkpoints.save = noted
 
     def _step(self):
-        self.begins.append(time.perf_counter())
+        self.begins.append(now(self.ranks.device))
         self.beside.append(self.saving)
         self.saving = self.checkpoints.saver.busy
         return super()._step()
@@ -97,8 +97,7 @@ def measure(options: argparse.Namespace, tokenizer: Tokenizer, background: bool)
             log_every=1000, dtype=options.dtype, background_save=background, keep=1,
         )  # fmt: skip
         data, loss = Noise(config.vocab_size, options.length), NextTokenLoss(mtp=bool(config.num_nextn_predict_layers))
-        ranks = Ranks(0, 1, torch.device("cpu"))
-        trainer = Watched(settings, ranks, MiniDeepSeek(config), tokenizer, data, loss)
+        trainer = Watched(settings, Ranks.start(options.device), MiniDeepSeek(config), tokenizer, data, loss)
         trainer.watch()
         trainer.run()
         size = sum(path.stat().st_size for path in (Path(folder) / "final").rglob("*") if path.is_file())
@@ -120,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=44)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--dir", help="on whose disk to write; the system's temporary folder when left out")
+    add_device(parser)
     options = parser.parse_args()
     tokenizer = train_bpe(list(documents(World.build(1), "pretrain", 200_000)), 600)
     for name, background in (("written in the background", True), ("training waits", False)):

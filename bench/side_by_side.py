@@ -72,12 +72,20 @@ def parser_of(doc: str, peers: tuple[str, ...], **numbers: int) -> argparse.Argu
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     for name, default in {**numbers, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--peers", nargs="*", default=peers, help="experts_implementation of transformers")
+    parser.add_argument(
+        "--peers", nargs="*", default=peers, help="transformers: experts_implementation, or that/attn_implementation"
+    )
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     add_device(parser)
     return parser
+
+
+def implementations(peer: str) -> dict[str, str]:
+    """What `from_pretrained` of transformers takes for such a name. Its own choices are grouped_mm and sdpa."""
+    experts, _, attention = peer.partition("/")
+    return {"experts_implementation": experts} | ({"attn_implementation": attention} if attention else {})
 
 
 def against_transformers(

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from device import add_device, device_of, now
 from side_by_side import Contender, compare, findings, serve, verdict
 
 from errors import UserError, command_line
@@ -59,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     for name, default in {"prompts": 8, "prompt": 24, "new": 96, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    add_device(parser)
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -66,8 +67,10 @@ def parse() -> argparse.Namespace:
 
 def work(options: argparse.Namespace) -> None:
     """Decode all prompts in this process, once for each line on stdin."""
-    model = MiniDeepSeek.from_pretrained(options.ckpt, dtype=DTYPES[options.dtype]).eval()
+    device = device_of(options.device)
+    model = MiniDeepSeek.from_pretrained(options.ckpt, dtype=DTYPES[options.dtype]).to(device).eval()
     starts = prompts(Tokenizer.from_folder(options.ckpt), Path(options.file), options.prompts, options.prompt)
+    starts = [prompt.to(device) for prompt in starts]
 
     def plain(prompt: torch.Tensor) -> list[int]:
         return [int(token) for token in stream(model, prompt, options.new, GREEDY)]
@@ -82,12 +85,12 @@ def work(options: argparse.Namespace) -> None:
 
     def measure() -> dict[str, float]:
         passes: list[tuple[int, int]] = []
-        start = time.perf_counter()
+        start = now(device)
         count = sum(len(speculative(prompt, passes) if options.worker else plain(prompt)) for prompt in starts)
-        speed = {"tokens/s": count / (time.perf_counter() - start)}
+        speed = {"tokens/s": count / (now(device) - start)}
         return speed | (acceptance(passes, options.worker) if passes else {"tokens a pass": 1.0, "drafts kept": 0.0})
 
-    serve(measure, torch.device("cpu"))
+    serve(measure, device)
 
 
 def acceptance(passes: list[tuple[int, int]], most: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import sys
 
 import torch
 from device import device_of, now
-from side_by_side import against_transformers, findings, options_of, serve, verdict
+from side_by_side import against_transformers, findings, implementations, options_of, serve, verdict
 
 from model import MiniDeepSeek
 from model.counts import count
@@ -59,7 +59,7 @@ def work(options: argparse.Namespace) -> None:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
-            options.folder, dtype=torch.float32, experts_implementation=options.worker
+            options.folder, dtype=torch.float32, **implementations(options.worker)
         ).train()
 
         def loss() -> torch.Tensor:
