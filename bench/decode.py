@@ -1,6 +1,7 @@
 """Greedy decoding against transformers' DeepseekV3 on the same weights, in turn.
 
 python bench/decode.py [--preset 64m] [--dtype bf16] [--batch 1] [--prompt 128] [--new 64] [--rounds 5]
+python bench/decode.py --static                         ours with CUDA graphs
 python bench/decode.py --quantize int8 [--peers]        ours with 8-bit weights too [and no transformers]
 """
 
@@ -27,6 +28,7 @@ CACHED = "cached"
 
 def main() -> None:
     parser = parser_of(__doc__, PEERS, batch=1, prompt=128, new=64)
+    parser.add_argument("--static", action="store_true", help="ours in steps of one shape, on CUDA as a graph")
     parser.add_argument("--quantize", choices=["int8"], help="measure ours with weights in 8 bits too")
     options = parser.parse_args()
     if options.worker:
@@ -75,7 +77,7 @@ def work(options: argparse.Namespace) -> None:
         held = cache.latents[0].numel()
 
         def generate(count: int) -> None:
-            model.generate(prompt, max_new_tokens=count)
+            model.generate(prompt, max_new_tokens=count, static=options.static)
     else:
         from transformers import AutoModelForCausalLM
 

@@ -208,7 +208,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.plot(minutes, bits, style, markersize=4, label=f"{name} ({result['parameters'] / 1e6:.1f} M)")
     axes.set(xlabel="minutes of training", ylabel="bits per byte of held-out text")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

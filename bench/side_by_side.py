@@ -97,7 +97,8 @@ def against_transformers(
     """
     config = LMConfig.preset(options.preset, num_nextn_predict_layers=0)
     own = {"peers", "json", "worker", "folder", "rounds", "quantize"}
-    given = [f"--{name}={value}" for name, value in vars(options).items() if name not in own]
+    values = {name: value for name, value in vars(options).items() if name not in own and value is not False}
+    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         MiniDeepSeek(config).save_pretrained(folder)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Sequence
 
 import pytest
 import torch
+from forked import on_ranks
 from toy_stage import ROWS, TIME, Rows, files, interrupt_at, steps_logged
 
 from errors import UserError
 from model import MiniDeepSeek
 from training.log import read_metrics
+from training.ranks import Ranks
 
 
 @pytest.mark.parametrize("micro_rows", [ROWS, 3], ids=["one batch", "accumulated"])
@@ -130,6 +133,20 @@ def test_a_signal_saves_the_step_and_resume_goes_on(number, make, capsys):
     make(resume=True).run()
     assert files(trainer.out / "final") == files(whole.out / "final")
     assert steps_logged(trainer) == [0, 1, 2, 3, 4]
+
+
+def test_a_signal_to_one_rank_saves_the_step_of_both(make, tmp_path):
+    def told(indices: Sequence[int]) -> None:
+        if indices[0] == ROWS + ROWS // 2:  # the second rank's half of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def train(rank: int) -> None:
+        make(dataset=Rows(told), ranks=Ranks.start("cpu", timeout=10.0), max_steps=50).run()
+
+    assert [rank.code for rank in on_ranks(2, train, tmp_path)] == [0, 0]
+    out = tmp_path / "run"
+    assert (out / "step-2").is_dir() and not (out / "final").exists()
+    assert [entry["step"] for entry in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_an_interrupted_extension_goes_on_from_where_it_was(make):

@@ -33,7 +33,7 @@ class StageSettings:
         dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
         threads: CPU threads; 0 leaves it to torch: one a core, or OMP_NUM_THREADS, which torchrun sets to 1.
         max_steps: end after so many optimiser steps.
-        max_tokens: end after so many tokens.
+        max_tokens: end after so many tokens; in grpo_train.py of completions that were learnt from.
         max_minutes: end after so many minutes of training.
         epochs: end after so many passes over the data, when no other end is given.
         sequence_length: tokens a row.
