@@ -12,6 +12,7 @@ import torch
 
 from errors import UserError
 from eval.opened_model import Choices, Window, batches, name_of, padded, rounded
+from model.packed import quiet_torchao
 from text.chat_template import Message
 
 LOGITS = 2**26  # numbers at once: with a vocabulary of 150,000 they, not the layers, fill the memory
@@ -39,7 +40,8 @@ class PeerModel:
         given, name = ({"gguf_file": gguf}, folder / gguf) if gguf else ({}, folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **given)
-            network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
+            with quiet_torchao():  # transformers imports it here
+                network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
         except ImportError as error:
             what = str(error).strip().splitlines()[0]
             raise UserError(f"{name}: {what}; pip install -r requirements-dev.txt") from None

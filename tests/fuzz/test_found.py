@@ -260,7 +260,7 @@ def test_a_negative_temperature_is_refused(throw: Thrower, tmp_path: Path) -> No
 def test_a_seed_of_more_than_64_bits_is_refused(throw: Thrower) -> None:
     done = throw(style, "no checkpoint", "no file", seed=10**30)
     assert done.code == 2
-    assert "give a number of 64 bits" in done.err
+    assert "give a number from 0 to 2^64 - 1" in done.err
 
 
 def test_rows_that_changed_places_are_measured_again(tmp_path: Path) -> None:
