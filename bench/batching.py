@@ -13,7 +13,7 @@ import sys
 
 import torch
 from device import device_of, now
-from side_by_side import against_transformers, findings, options_of, serve, verdict
+from side_by_side import against_transformers, findings, open_peer, options_of, serve, verdict
 
 from model import MiniDeepSeek
 from model.batching import Batcher, Request
@@ -55,11 +55,7 @@ def work(options: argparse.Namespace) -> None:
     prompts = torch.randint(0, 6400, (options.requests, options.prompt), generator=generator).to(device)
     wanted, slots = lengths(options), options.slots
     if options.worker == "eager":
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            options.folder, dtype=DTYPES[options.dtype], experts_implementation=options.worker
-        )
+        model = open_peer(options.folder, options.worker, DTYPES[options.dtype])
         model.generation_config.eos_token_id = None
     else:
         model = MiniDeepSeek.from_pretrained(options.folder, dtype=DTYPES[options.dtype])

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from device import device_of, now
 from roofline import Network
-from side_by_side import against_transformers, findings, implementations, parser_of, serve, verdict
+from side_by_side import against_transformers, findings, open_peer, parser_of, serve, verdict
 
 from model import MiniDeepSeek
 from model.cache import LatentCache
@@ -79,13 +79,7 @@ def work(options: argparse.Namespace) -> None:
         def generate(count: int) -> None:
             model.generate(prompt, max_new_tokens=count, static=options.static)
     else:
-        from transformers import AutoModelForCausalLM
-
-        model = (
-            AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype, **implementations(options.worker))
-            .to(device)
-            .eval()
-        )
+        model = open_peer(options.folder, options.worker, dtype).to(device).eval()
         model.generation_config.eos_token_id = None
         cache = model(prompt[:1, :1], use_cache=True).past_key_values.layers[0]
         held = cache.keys.numel() + cache.values.numel()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from device import add_device, memory_mb
@@ -17,6 +18,7 @@ from findings import Findings, Verdict
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
+from model.packed import quiet_torchao
 from training.machine import DTYPES
 
 
@@ -82,10 +84,16 @@ def parser_of(doc: str, peers: tuple[str, ...], **numbers: int) -> argparse.Argu
     return parser
 
 
-def implementations(peer: str) -> dict[str, str]:
-    """What `from_pretrained` of transformers takes for such a name. Its own choices are grouped_mm and sdpa."""
+def open_peer(folder: str, peer: str, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder, quietly. peer: see --peers; its own choices are grouped_mm and sdpa."""
     experts, _, attention = peer.partition("/")
-    return {"experts_implementation": experts} | ({"attn_implementation": attention} if attention else {})
+    chosen = {"experts_implementation": experts} | ({"attn_implementation": attention} if attention else {})
+    with quiet_torchao():
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **chosen)
 
 
 def against_transformers(

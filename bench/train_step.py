@@ -10,7 +10,7 @@ import sys
 
 import torch
 from device import device_of, now
-from side_by_side import against_transformers, findings, implementations, options_of, serve, verdict
+from side_by_side import against_transformers, findings, open_peer, options_of, serve, verdict
 
 from model import MiniDeepSeek
 from model.counts import count
@@ -56,11 +56,7 @@ def work(options: argparse.Namespace) -> None:
             total, labels, _ = loss_of(model, {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]})
             return total / labels
     else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            options.folder, dtype=torch.float32, **implementations(options.worker)
-        ).train()
+        model = open_peer(options.folder, options.worker, torch.float32).train()
 
         def loss() -> torch.Tensor:
             return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss

@@ -151,7 +151,10 @@ def test_any_change_of_the_sources_is_another_version(tmp_path, monkeypatch):
     versions.append(code_version())
     Path(tmp_path / "model" / "moe.py").rename(tmp_path / "model" / "mla.py")
     versions.append(code_version())
-    assert len(set(versions)) == 3
+    for name in ("rows.h", "decode.c"):
+        (tmp_path / "model" / name).write_text("int x;")
+        versions.append(code_version())
+    assert len(set(versions)) == 5
 
 
 def test_settings_within_settings_are_named_with_a_dot():
