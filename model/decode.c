@@ -127,41 +127,53 @@ static void swiglu(float *const *out, const Vector *x, const float *scale, Matri
   }
 }
 
-// One head of one token: absorbed MLA over the positions first .. last of its row's latents.
+// Some heads of one token, up to HEADS: absorbed MLA over the positions first .. last of its row's latents.
 static void attend(const Shape *s, const Layer *layer, const Scratch *t, float *q, const float *angle,
-                   const float *latents, int64_t head, int64_t first, int64_t last, float *out) {
-  int64_t width = s->rank + s->rope, p;
-  float query[width], mixed[s->rank], *scores = t->scores;  // [q W^UK ; q^R], as a latent is [c^KV ; k^R]
-  Matrix w_uk = from_row(layer->kv_b, head * (s->nope + s->value), s->rank), w_uv = from_row(w_uk, s->nope, s->rank);
-  rotate(q + s->nope, angle, s->rope);
-  memset(query, 0, s->rank * sizeof(float));
-  add_rows(query, q, w_uk, s->nope, s->rank);
-  memcpy(query + s->rank, q + s->nope, s->rope * sizeof(float));
-  for (p = first; p + 4 <= last + 1; p += 4) four_dots(scores + p, query, latents + p * width, width, width);
-  for (; p <= last; p++) scores[p] = dot(query, latents + p * width, width);
-  float most = -INFINITY, sum = 0;
-  for (p = first; p <= last; p++) {
-    scores[p] *= s->scale;
-    if (scores[p] > most) most = scores[p];
+                   const float *latents, int64_t head, int64_t count, int64_t first, int64_t last, float *out) {
+  int64_t width = s->rank + s->rope, seen = last + 1 - first, p = 0;
+  // [q W^UK ; q^R] of each head, as a latent is [c^KV ; k^R].
+  float query[count * width], mixed[count * s->rank], *scores = t->scores;
+  Matrix w_uk[HEADS], w_uv[HEADS];
+  latents += first * width;
+  for (int64_t h = 0; h < count; h++) {
+    float *own = q + h * (s->nope + s->rope);
+    w_uk[h] = from_row(layer->kv_b, (head + h) * (s->nope + s->value), s->rank);
+    w_uv[h] = from_row(w_uk[h], s->nope, s->rank);
+    rotate(own + s->nope, angle, s->rope);
+    memset(query + h * width, 0, s->rank * sizeof(float));
+    add_rows(query + h * width, own, w_uk[h], s->nope, s->rank);
+    memcpy(query + h * width + s->rank, own + s->nope, s->rope * sizeof(float));
   }
-  sum = exponentials(scores + first, last + 1 - first, most);
-  memset(mixed, 0, sizeof mixed);
-  for (p = first; p + 4 <= last + 1; p += 4) {
-    const float *l = latents + p * width, *by = scores + p;
-    for (int64_t i = 0; i < s->rank; i++)
-      mixed[i] += by[0] * l[i] + by[1] * l[width + i] + by[2] * l[2 * width + i] + by[3] * l[3 * width + i];
+  for (; p + 4 <= seen; p += 4) {
+    const float *four = latents + p * width;
+    if (count == HEADS) dots(HEADS, scores + p, seen, query, four, width);
+    else for (int64_t h = 0; h < count; h++) dots(1, scores + h * seen + p, seen, query + h * width, four, width);
   }
-  for (; p <= last; p++)
-    for (int64_t i = 0; i < s->rank; i++) mixed[i] += scores[p] * latents[p * width + i];
-  for (int64_t i = 0; i < s->rank; i++) mixed[i] /= sum;
-  Vector vector;
-  vectors(&vector, mixed, 1, s->rank, w_uv, t->fixed);
-  for (int64_t d = 0; d < s->value; d += ROWS) {
-    Rows rows;
-    float result[ROWS][4];
-    for (int r = 0; r < ROWS; r++) set_row(&rows, r, w_uv, d + r < s->value ? d + r : d, s->rank);
-    rows_by_vectors(1, &rows, &vector, s->rank, result);
-    for (int r = 0; r < ROWS && d + r < s->value; r++) out[d + r] = result[r][0];
+  for (; p < seen; p++)
+    for (int64_t h = 0; h < count; h++) scores[h * seen + p] = dot(query + h * width, latents + p * width, width);
+  float sum[HEADS];
+  for (int64_t h = 0; h < count; h++) {
+    float most = -INFINITY, *own = scores + h * seen;
+    for (p = 0; p < seen; p++) {
+      own[p] *= s->scale;
+      if (own[p] > most) most = own[p];
+    }
+    sum[h] = exponentials(own, seen, most);
+  }
+  if (count == HEADS) weighted_sums(HEADS, mixed, scores, seen, latents, width, seen, s->rank);
+  else for (int64_t h = 0; h < count; h++)
+    weighted_sums(1, mixed + h * s->rank, scores + h * seen, seen, latents, width, seen, s->rank);
+  for (int64_t h = 0; h < count; h++) {
+    Vector vector;
+    for (int64_t i = 0; i < s->rank; i++) mixed[h * s->rank + i] /= sum[h];
+    vectors(&vector, mixed + h * s->rank, 1, s->rank, w_uv[h], t->fixed);
+    for (int64_t d = 0; d < s->value; d += ROWS) {
+      Rows rows;
+      float result[ROWS][4];
+      for (int r = 0; r < ROWS; r++) set_row(&rows, r, w_uv[h], d + r < s->value ? d + r : d, s->rank);
+      rows_by_vectors(1, &rows, &vector, s->rank, result);
+      for (int r = 0; r < ROWS && d + r < s->value; r++) out[h * s->value + d + r] = result[r][0];
+    }
   }
 }
 
@@ -207,6 +219,15 @@ static void choose(const Shape *s, const float *logits, const float *bias, float
   for (int64_t k = 0; k < s->top_k; k++) weights[k] *= s->routed_scale / (s->normalise ? sum : 1);
 }
 
+static int workers(void) {
+#ifdef _OPENMP
+  extern int omp_get_num_threads(void);
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 // x (N, hidden) += attention of the normed x.
 static void attention(const Shape *s, const Layer *layer, Scratch *t, float *x, const float *angles, const int64_t *padding,
                       int64_t rows, int64_t time, const int64_t *held, int64_t capacity) {
@@ -232,12 +253,15 @@ static void attention(const Shape *s, const Layer *layer, Scratch *t, float *x, 
     product(t->q, vector, layer->q_b, NULL, N, heads * qk, s->q_rank, 0);
 #pragma omp barrier
   }
+  // Heads go together where there is work enough for all threads even so.
+  int64_t together = N * (heads / HEADS) >= workers() ? HEADS : 1, groups = (heads + together - 1) / together;
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < N * heads; i++) {
-    int64_t n = i / heads, row = n / time, last = held[row] + n % time;
+  for (int64_t i = 0; i < N * groups; i++) {
+    int64_t n = i / groups, row = n / time, last = held[row] + n % time, head = i % groups * together;
+    int64_t count = heads - head < together ? heads - head : together;
     int64_t first = padding && padding[row] < last ? padding[row] : padding ? last : 0;  // a padding position sees itself
-    attend(s, layer, t, t->q + i * qk, angles + n * s->rope, layer->cache + row * capacity * width, i % heads, first,
-           last, t->attended + i * s->value);
+    attend(s, layer, t, t->q + (n * heads + head) * qk, angles + n * s->rope, layer->cache + row * capacity * width, head,
+           count, first, last, t->attended + (n * heads + head) * s->value);
   }
   vectors(vector, t->attended, N, heads * s->value, layer->o, t->fixed);
   product(x, vector, layer->o, layer->o_bias, N, s->hidden, heads * s->value, 1);
@@ -314,7 +338,7 @@ static Scratch own(const Scratch *scratch, int64_t capacity) {
   Scratch t = *scratch;
 #ifdef _OPENMP
   extern int omp_get_thread_num(void);
-  t.scores += omp_get_thread_num() * capacity;
+  t.scores += omp_get_thread_num() * HEADS * capacity;
   t.fixed += omp_get_thread_num() * t.fixed_size;
 #endif
   return t;
@@ -347,7 +371,7 @@ static void run(const Shape *s, const Layer *layers, int64_t count, Scratch *t, 
 }
 
 // The layers alone. padding: (rows,) or NULL; held: (rows,) positions before the new ones; scratch.scores holds
-// capacity numbers for each thread.
+// HEADS * capacity numbers for each thread.
 void decode(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, float *x, const float *angles,
             const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t capacity, int threads) {
 #pragma omp parallel num_threads(threads)

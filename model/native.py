@@ -27,6 +27,7 @@ from model.norm import RMSNorm
 from model.packed import Int8Weight, PackedLinear
 from model.products import Linear
 
+HEADS = 4  # as in rows.h
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
 SOURCE = Path(__file__).with_name("decode.c")
 WEIGHT_TYPES = (torch.float32, torch.bfloat16)
@@ -329,7 +330,7 @@ def _scratch(config: LMConfig, tokens: int, capacity: int, threads: int) -> tupl
         "choice_inner": choices * config.moe_intermediate_size,
         "joined": tokens * 2 * config.hidden_size,
         "angles": tokens * config.qk_rope_head_dim,
-        "scores": capacity * threads,
+        "scores": HEADS * capacity * threads,
     }
     integers = {"choice": choices, "token_of": choices, "first_of": config.n_routed_experts + 1}
     widest = max(2 * config.hidden_size, config.q_lora_rank or 0, config.kv_lora_rank, attended, inner)

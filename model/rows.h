@@ -24,6 +24,7 @@ typedef weight fine;
 #define LANES 16
 #define AHEAD 4096  // weights are fetched so many before they are needed: half the time of a step, measured
 #define CODES_AHEAD 4096  // the same for codes
+#define LATENTS_AHEAD 4096  // and for the cache
 typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef float lanes8 __attribute__((vector_size(LANES * 2)));
 typedef float lanes4 __attribute__((vector_size(LANES)));
@@ -341,15 +342,49 @@ static float dot(const float *a, const float *b, int64_t n) {
   return result;
 }
 
-// Dot products of a with four neighbouring rows of x, `stride` numbers apart.
-static void four_dots(float *out, const float *a, const float *x, int64_t stride, int64_t n) {
-  lanes sum[4] = {{0}, {0}, {0}, {0}};
+#define HEADS 4  // of attention, that share what is read of the cache; the sums of each are the same beside any others
+
+// out[h * apart + r]: dot products of H neighbouring rows of a with four of x, all n wide.
+INLINE void dots(const int H, float *out, int64_t apart, const float *a, const float *x, int64_t n) {
+  lanes sum[H][4];
+  UNROLL for (int h = 0; h < H; h++)
+    UNROLL for (int r = 0; r < 4; r++) sum[h][r] = (lanes){0};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES)
-    for (int r = 0; r < 4; r++) sum[r] += *(const lanes *)(a + i) * *(const lanes *)(x + r * stride + i);
-  for (int r = 0; r < 4; r++) out[r] = total(sum[r]);
-  for (; i < n; i++)
-    for (int r = 0; r < 4; r++) out[r] += a[i] * x[r * stride + i];
+    UNROLL for (int r = 0; r < 4; r++) {
+      lanes part = *(const lanes *)(x + r * n + i);
+      __builtin_prefetch(x + r * n + i + LATENTS_AHEAD);
+      UNROLL for (int h = 0; h < H; h++) sum[h][r] += *(const lanes *)(a + h * n + i) * part;
+    }
+  for (int h = 0; h < H; h++)
+    for (int r = 0; r < 4; r++) {
+      out[h * apart + r] = total(sum[h][r]);
+      for (int64_t k = i; k < n; k++) out[h * apart + r] += a[h * n + k] * x[r * n + k];
+    }
+}
+
+// out (H, n): for each h the sum of by[h * apart + p] * x[p] over `count` rows of x, which are `stride` apart.
+INLINE void weighted_sums(const int H, float *out, const float *by, int64_t apart, const float *x, int64_t stride,
+                          int64_t count, int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES) {
+    lanes sum[H][4];
+    UNROLL for (int h = 0; h < H; h++)
+      UNROLL for (int k = 0; k < 4; k++) sum[h][k] = (lanes){0};
+    for (int64_t p = 0; p < count; p++)
+      UNROLL for (int k = 0; k < 4; k++) {
+        lanes part = *(const lanes *)(x + p * stride + i + k * LANES);
+        UNROLL for (int h = 0; h < H; h++) sum[h][k] += by[h * apart + p] * part;
+      }
+    for (int h = 0; h < H; h++)
+      for (int k = 0; k < 4; k++) *(lanes *)(out + h * n + i + k * LANES) = sum[h][k];
+  }
+  for (int h = 0; h < H; h++)
+    for (int64_t k = i; k < n; k++) {
+      float sum = 0;
+      for (int64_t p = 0; p < count; p++) sum += by[h * apart + p] * x[p * stride + k];
+      out[h * n + k] = sum;
+    }
 }
 
 // out (n,) += sum over R neighbouring rows of by[r] * row.

@@ -15,6 +15,8 @@ SHAPES = {
         qk_nope_head_dim=7, qk_rope_head_dim=6, v_head_dim=11,
     ),
     "sizes of several vectors": dict(hidden_size=64, kv_lora_rank=48, moe_intermediate_size=40, v_head_dim=32),
+    "heads in fours": dict(num_attention_heads=8, kv_lora_rank=80),
+    "six heads": dict(num_attention_heads=6, kv_lora_rank=70),
     "without q_lora": dict(q_lora_rank=None),
     "attention bias": dict(attention_bias=True),
     "yarn": dict(

@@ -45,10 +45,12 @@ def test_bfloat16_weights_are_read_as_they_are_and_computed_in_float32(fine, tin
     assert (ours - exact).norm() / exact.norm() < 0.01 < (theirs - exact).norm() / exact.norm() * 10
 
 
-def test_two_threads_give_what_one_gives(tiny_model):
-    model = shaken(tiny_model())
+@pytest.mark.parametrize(("heads", "threads"), [(2, 2), (8, 2), (8, 30)])
+def test_many_threads_give_what_one_gives(heads, threads, tiny_model):
+    """With 30 there are more threads than groups of four heads, so each head is alone."""
+    model = shaken(tiny_model(num_attention_heads=heads))
     alone = steps(model)
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     try:
         assert torch.equal(steps(model), alone)
     finally:
