@@ -266,7 +266,7 @@ def test_a_budget_of_tokens_is_spent_by_completions_as_long_as_they_are(train, t
     done = train("run", *VARIED, "--max_tokens", 2000, "--val_every", 0, "--optim.decay_from", 0.2)
     log = [entry for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if entry["step"]]
     assert log[-2]["tokens"] < 2000 <= log[-1]["tokens"] and "until      2,000 tokens" in done.out
-    assert log[0]["lr"] == 1e-5 > 5 * log[-1]["lr"]
+    assert log[1]["lr"] == 1e-5 > 5 * log[-1]["lr"]
 
 
 @pytest.mark.parametrize(
