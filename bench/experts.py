@@ -61,11 +61,13 @@ def main() -> None:
     compare(contenders, options.rounds)
     config = config_of(options, options.experts[0])
     found = findings(
-        f"training step with more experts, {options.preset} without MTP, {config.num_hidden_layers} layers, "
+        f"training step with {'narrower' if options.split else 'more'} experts, {options.preset} without MTP, "
+        f"{config.num_hidden_layers} layers, "
         f"{options.rows} x {options.length} tokens, {options.dtype}, {options.optim}; medians of {options.rounds}",
         contenders,
     )
-    found.verdicts = [verdict(contender, contenders[0], "tokens/s") for contender in contenders[1:]]
+    first, *more = contenders
+    found.verdicts = [replace(verdict(one, first, "tokens/s"), quantity=f"tokens/s, {one.name}") for one in more]
     found.show(COLUMNS)
     found.save(options.json)
 
