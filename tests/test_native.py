@@ -45,14 +45,15 @@ def test_bfloat16_weights_are_read_as_they_are_and_computed_in_float32(fine, tin
     assert (ours - exact).norm() / exact.norm() < 0.01 < (theirs - exact).norm() / exact.norm() * 10
 
 
-@pytest.mark.parametrize(("heads", "threads"), [(2, 2), (8, 2), (8, 30)])
-def test_many_threads_give_what_one_gives(heads, threads, tiny_model):
-    """With 30 there are more threads than groups of four heads, so each head is alone."""
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("heads", [2, 4, 8])
+def test_two_threads_give_what_one_gives(heads, batch, tiny_model):
+    """Four heads of one token go together on one thread, and alone where two threads would have one group."""
     model = shaken(tiny_model(num_attention_heads=heads))
-    alone = steps(model)
-    torch.set_num_threads(threads)
+    alone = steps(model, batch=batch)
+    torch.set_num_threads(2)
     try:
-        assert torch.equal(steps(model), alone)
+        assert torch.equal(steps(model, batch=batch), alone)
     finally:
         torch.set_num_threads(1)
 
