@@ -40,6 +40,11 @@ def check_least(least: int, **values: int) -> None:
             raise UserError(f"--{name} {value}: must be at least {least}")
 
 
+def is_broken(text: str) -> bool:
+    """Whether it has a NUL or half of a character: no name of a file, and no text that can be written."""
+    return "\0" in text or any("\ud800" <= letter < "\udc80" for letter in text)
+
+
 def check_seed(seed: int | None) -> None:
     """Raises `UserError` for a number that not all generators take."""
     if seed is not None and not 0 <= seed < 2**64:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, command_line, naming
+from errors import UserError, command_line, is_broken, naming
 from text.registry import REGISTRY, find_sources
 from text.shard_set import ShardSet
 from text.sources import open_sources
@@ -39,6 +39,9 @@ def pretraining_settings(run: Path) -> dict[str, Any]:
         settings = {"datasets": REGISTRY, "ckpt": "", **settings}  # which older runs do not have
     if not isinstance(settings, dict) or any(type(settings.get(name)) not in kinds for name, kinds in TYPES.items()):
         raise UserError(f"{config}: not the settings of a pretraining; name the run folder of one")
+    for name, value in settings.items():
+        if isinstance(value, str) and is_broken(value):
+            raise UserError(f"{config}: {name} has a NUL or half of a character; restore the file")
     return settings
 
 

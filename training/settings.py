@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from errors import UserError, check_least, check_seed, naming
+from errors import UserError, check_least, check_seed, is_broken, naming
 from LMConfig import LMConfig
 from text.registry import REGISTRY
 from text.yaml_file import read_yaml
@@ -235,7 +235,7 @@ def check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str = 
             raise UserError(f"{prefix}{name}: is empty; give a value or leave it out")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{name} {value}: must be a finite number")
-        if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter < "\udc80" for letter in value)):
+        if isinstance(value, str) and is_broken(value):
             raise UserError(f"{prefix}{name}: has a NUL or half of a character; leave it out")
         if is_dataclass(hint) and is_dataclass(value):
             check_values(hint, vars(value), f"{prefix}{name}.")

@@ -17,6 +17,7 @@ import yaml
 import pretrain
 from eval.compared_run import ComparedRun
 from eval.comparison import draw as draw_runs
+from eval.held_out import pretraining_settings
 from eval.score_files import read_scores
 from eval.style import style
 from eval.suites.measured_rows import MeasuredRows
@@ -305,3 +306,18 @@ def test_a_tokenizer_that_would_take_all_memory_is_refused(
     done = throw(Tokenizer.from_folder, tmp_path)
     assert done.code == 2
     assert "tokenizer.json: not a tokenizer" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("shards", "a\0"), ("encoding", "\0"), ("column", "\ud800"), ("tokenizer", "\ud800")]
+)
+def test_a_run_whose_settings_hold_no_text_is_refused(name: str, value: str, throw: Thrower, tmp_path: Path) -> None:
+    settings = dict(
+        data="a.csv", tokenizer="t", ckpt="", shards="s", encoding="utf-8", on_error="skip", datasets="d.yaml",
+        min_chars=1, sequence_length=8, val_tokens=8, micro_tokens=8, column=None, val_fraction=0.1,
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps({**settings, name: value}), encoding="utf8")
+    done = throw(pretraining_settings, tmp_path)
+    assert done.code == 2 and f"{name} has a NUL or half of a character; restore the file" in done.err
+    (tmp_path / "config.yaml").write_text(json.dumps(settings), encoding="utf8")
+    assert throw(pretraining_settings, tmp_path).code == 0
