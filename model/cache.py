@@ -223,11 +223,9 @@ Cache = LatentCache | PromptLatents | ContinuedLatents | OwnStep
 def cache_dtype(model: nn.Module) -> torch.dtype:
     """What a cache should hold: the type that the network computes in, under autocast or without.
 
-    On CPU float32 always: the small products of the absorbed form cost bfloat16's kernels more than they save.
+    On CPU the type of the weights: decoding computes with them as they are.
     """
     weight = next(model.parameters())
-    if weight.device.type == "cpu":
-        return torch.float32
-    if torch.is_autocast_enabled(weight.device.type):
+    if weight.device.type != "cpu" and torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype

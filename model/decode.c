@@ -8,7 +8,7 @@
 //
 // N tokens = rows * time; token n is row n / time, at position held[n / time] + n % time of the cache.
 
-#include "rows.h"
+#include "latents.h"
 
 typedef struct {
   int64_t hidden, heads, nope, rope, value, rank, q_rank, dense_inner, shared_inner;
@@ -23,7 +23,7 @@ typedef struct {
   Matrix gate, up, down;                   // dense layer, or shared experts; NULL when none
   Matrix gate_up_experts, down_experts;    // those of all experts, one below the other
   const float *router_bias;
-  float *cache;  // (rows, capacity, rank + rope): [c^KV after its norm ; k^R after RoPE]
+  latent *cache;  // (rows, capacity, rank + rope): [c^KV after its norm ; k^R after RoPE]
 } Layer;
 
 // What is before and after the layers. enorm, hnorm, eh_proj: an MTP layer's; NULL for the main model.
@@ -36,7 +36,9 @@ typedef struct {
 } Ends;
 
 typedef struct {
-  float *normed, *q_a, *q, *kv, *attended, *inner, *affinity, *choice_weight, *choice_inner, *joined, *angles, *scores;
+  float *normed, *q_a, *q, *kv, *attended, *inner, *affinity, *choice_weight, *choice_inner, *joined, *angles, *mixed;
+  float *scores;
+  query *queries;
   int16_t *fixed;  // a thread's vectors in fixed point, `fixed_size` numbers for each
   int64_t *choice, *token_of, *first_of, fixed_size;
 } Scratch;
@@ -54,45 +56,15 @@ static void rotate(float *x, const float *angle, int64_t n) {  // angle: n/2 pai
   }
 }
 
-// e^x of 16 numbers, to about two units in the last place: 2^n times a polynomial in the rest (Cephes' coefficients).
-INLINE lanes exp_of(lanes x) {
-  whole_lanes low = (whole_lanes)(x < -87), high = (whole_lanes)(x > 88);
-  x = (lanes)(((whole_lanes)x & ~(low | high)) | ((whole_lanes)((lanes){0} - 87) & low) |
-              ((whole_lanes)((lanes){0} + 88) & high));
-  lanes shifted = x * 1.44269504f + 12582912;  // 1.5 * 2^23: the integer next to it stands in the low bits
-  lanes n = shifted - 12582912, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1;
-  return p * (lanes)(((whole_lanes)shifted - 0x4b400000u + 127u) << 23);
-}
-
-// x[i] = e^(x[i] - most); returns the sum of all.
-static float exponentials(float *x, int64_t n, float most) {
-  lanes sum = {0};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) sum += *(lanes *)(x + i) = exp_of(*(const lanes *)(x + i) - most);
-  lanes rest = {0};
-  memcpy(&rest, x + i, (n - i) * sizeof(float));
-  rest = exp_of(rest - most);
-  memcpy(x + i, &rest, (n - i) * sizeof(float));
-  float result = total(sum);
-  for (; i < n; i++) result += x[i];
-  return result;
-}
-
 // The functions below are called by all threads together; `omp for` shares the work, and waits unless `nowait`.
 
 // out (N, O) = x (N, I) w^T + bias, or added to what out holds.
 static void product(float *out, const Vector *x, Matrix w, const weight *bias, int64_t N, int64_t O, int64_t I, int add) {
 #pragma omp for schedule(static) nowait
   for (int64_t o = 0; o < O; o += ROWS) {
-    Rows rows;
+    Rows rows = {.parts = (N + 3) / 4};
     for (int r = 0; r < ROWS; r++) set_row(&rows, r, w, o + r < O ? o + r : O - 1, I);
-    for (int64_t n = 0; n < N; n += 4) {
+    for (int64_t n = 0; n < N; n += 4, rows.part++) {
       int count = N - n < 4 ? N - n : 4;
       float result[ROWS][4];
       rows_by_vectors(count, &rows, x + n, I, result);
@@ -110,12 +82,12 @@ static void swiglu(float *const *out, const Vector *x, const float *scale, Matri
                    int64_t I) {
 #pragma omp for schedule(static) nowait
   for (int64_t o = 0; o < O; o += ROWS / 2) {
-    Rows rows;
+    Rows rows = {.parts = (N + 3) / 4};
     for (int r = 0; r < ROWS / 2; r++) {
       int64_t at = o + r < O ? o + r : O - 1;
       set_row(&rows, r, gate, at, I), set_row(&rows, ROWS / 2 + r, up, at, I);
     }
-    for (int64_t n = 0; n < N; n += 4) {
+    for (int64_t n = 0; n < N; n += 4, rows.part++) {
       int count = N - n < 4 ? N - n : 4;
       float result[ROWS][4] = {{0}};
       rows_by_vectors(count, &rows, x + n, I, result);
@@ -127,52 +99,53 @@ static void swiglu(float *const *out, const Vector *x, const float *scale, Matri
   }
 }
 
-// Some heads of one token, up to HEADS: absorbed MLA over the positions first .. last of its row's latents.
-static void attend(const Shape *s, const Layer *layer, const Scratch *t, float *q, const float *angle,
-                   const float *latents, int64_t head, int64_t count, int64_t first, int64_t last, float *out) {
-  int64_t width = s->rank + s->rope, seen = last + 1 - first, p = 0;
-  // [q W^UK ; q^R] of each head, as a latent is [c^KV ; k^R].
-  float query[count * width], mixed[count * s->rank], *scores = t->scores;
-  Matrix w_uk[HEADS], w_uv[HEADS];
+// Absorbed MLA in three parts. First a head's queries of all tokens: [q W^UK ; q^R], as a latent is [c^KV ; k^R].
+static void absorb(const Shape *s, const Layer *layer, const Scratch *t, const float *angles, int64_t head, int64_t N) {
+  int64_t width = s->rank + s->rope, qk = s->nope + s->rope, places = WHOLE(s->heads, HEADS);
+  Matrix w_uk = from_row(layer->kv_b, head * (s->nope + s->value), s->rank);
+  float asked[width];
+  for (int64_t n = 0; n < N; n++) {
+    query *to = t->queries + (n * places + head) * width;
+    if (head >= s->heads) memset(to, 0, width * sizeof(query));  // HEADS go together
+    if (head >= s->heads) continue;
+    float *own = t->q + (n * s->heads + head) * qk;
+    memset(asked, 0, s->rank * sizeof(float));
+    add_rows(asked, own, w_uk, s->nope, s->rank);
+    memcpy(asked + s->rank, own + s->nope, s->rope * sizeof(float));
+    rotate(asked + s->rank, angles + n * s->rope, s->rope);
+    put_query(to, asked, width);
+  }
+}
+
+// Then for HEADS heads of one token the weighted means of the latents at positions first .. last: mixed (heads, N, rank).
+static void attend(const Shape *s, const Scratch *t, const latent *latents, int64_t n, int64_t head, int64_t first,
+                   int64_t last, int64_t N, int distant) {
+  int64_t width = s->rank + s->rope, seen = last + 1 - first, places = WHOLE(s->heads, HEADS);
+  float mixed[HEADS * s->rank], sum[HEADS];
   latents += first * width;
-  for (int64_t h = 0; h < count; h++) {
-    float *own = q + h * (s->nope + s->rope);
-    w_uk[h] = from_row(layer->kv_b, (head + h) * (s->nope + s->value), s->rank);
-    w_uv[h] = from_row(w_uk[h], s->nope, s->rank);
-    rotate(own + s->nope, angle, s->rope);
-    memset(query + h * width, 0, s->rank * sizeof(float));
-    add_rows(query + h * width, own, w_uk[h], s->nope, s->rank);
-    memcpy(query + h * width + s->rank, own + s->nope, s->rope * sizeof(float));
-  }
-  for (; p + 4 <= seen; p += 4) {
-    const float *four = latents + p * width;
-    if (count == HEADS) dots(HEADS, scores + p, seen, query, four, width);
-    else for (int64_t h = 0; h < count; h++) dots(1, scores + h * seen + p, seen, query + h * width, four, width);
-  }
-  for (; p < seen; p++)
-    for (int64_t h = 0; h < count; h++) scores[h * seen + p] = dot(query + h * width, latents + p * width, width);
-  float sum[HEADS];
-  for (int64_t h = 0; h < count; h++) {
-    float most = -INFINITY, *own = scores + h * seen;
-    for (p = 0; p < seen; p++) {
-      own[p] *= s->scale;
-      if (own[p] > most) most = own[p];
-    }
-    sum[h] = exponentials(own, seen, most);
-  }
-  if (count == HEADS) weighted_sums(HEADS, mixed, scores, seen, latents, width, seen, s->rank);
-  else for (int64_t h = 0; h < count; h++)
-    weighted_sums(1, mixed + h * s->rank, scores + h * seen, seen, latents, width, seen, s->rank);
-  for (int64_t h = 0; h < count; h++) {
-    Vector vector;
-    for (int64_t i = 0; i < s->rank; i++) mixed[h * s->rank + i] /= sum[h];
-    vectors(&vector, mixed + h * s->rank, 1, s->rank, w_uv[h], t->fixed);
-    for (int64_t d = 0; d < s->value; d += ROWS) {
-      Rows rows;
+  scores_of(t->scores, t->queries + (n * places + head) * width, latents, seen, width, distant);
+  soften(t->scores, seen, s->scale, sum);
+  mix(mixed, t->scores, latents, seen, width, s->rank);
+  for (int64_t h = 0; h < HEADS && head + h < s->heads; h++)
+    for (int64_t i = 0; i < s->rank; i++)
+      t->mixed[((head + h) * N + n) * s->rank + i] = mixed[h * s->rank + i] / sum[h];
+}
+
+// Last a head's values of all tokens: W^UV times these means.
+static void unfold(const Shape *s, const Layer *layer, const Scratch *t, int64_t head, int64_t N) {
+  Matrix w_uv = from_row(layer->kv_b, head * (s->nope + s->value) + s->nope, s->rank);
+  Vector mixed[N];
+  vectors(mixed, t->mixed + head * N * s->rank, N, s->rank, w_uv, t->fixed);
+  for (int64_t d = 0; d < s->value; d += ROWS) {
+    Rows rows = {.parts = (N + 3) / 4};
+    for (int r = 0; r < ROWS; r++) set_row(&rows, r, w_uv, d + r < s->value ? d + r : s->value - 1, s->rank);
+    for (int64_t n = 0; n < N; n += 4, rows.part++) {
+      int count = N - n < 4 ? N - n : 4;
       float result[ROWS][4];
-      for (int r = 0; r < ROWS; r++) set_row(&rows, r, w_uv[h], d + r < s->value ? d + r : d, s->rank);
-      rows_by_vectors(1, &rows, &vector, s->rank, result);
-      for (int r = 0; r < ROWS && d + r < s->value; r++) out[h * s->value + d + r] = result[r][0];
+      rows_by_vectors(count, &rows, mixed + n, s->rank, result);
+      for (int c = 0; c < count; c++)
+        for (int r = 0; r < ROWS && d + r < s->value; r++)
+          t->attended[((n + c) * s->heads + head) * s->value + d + r] = result[r][c];
     }
   }
 }
@@ -242,27 +215,30 @@ static void attention(const Shape *s, const Layer *layer, Scratch *t, float *x, 
 #pragma omp barrier
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < N; n++) {
-    float *latent = layer->cache + ((n / time) * capacity + held[n / time] + n % time) * width, *kv = t->kv + n * width;
+    float *kv = t->kv + n * width;
     if (layer->q_a.rows) rms_norm(t->q_a + n * s->q_rank, t->q_a + n * s->q_rank, layer->q_a_norm, s->q_rank, 1e-6f);
-    rms_norm(latent, kv, layer->kv_a_norm, s->rank, 1e-6f);
+    rms_norm(kv, kv, layer->kv_a_norm, s->rank, 1e-6f);
     rotate(kv + s->rank, angles + n * s->rope, s->rope);
-    memcpy(latent + s->rank, kv + s->rank, s->rope * sizeof(float));
+    put_latents(layer->cache + ((n / time) * capacity + held[n / time] + n % time) * width, kv, width);
   }
   if (layer->q_a.rows) {
     vectors(vector, t->q_a, N, s->q_rank, layer->q_b, t->fixed);
     product(t->q, vector, layer->q_b, NULL, N, heads * qk, s->q_rank, 0);
 #pragma omp barrier
   }
-  // Heads go together where there is work enough for all threads even so.
-  int64_t together = N * (heads / HEADS) >= workers() ? HEADS : 1, groups = (heads + together - 1) / together;
+#pragma omp for schedule(static)
+  for (int64_t head = 0; head < WHOLE(heads, HEADS); head++) absorb(s, layer, t, angles, head, N);
+  // With tokens enough for all threads one takes all heads of a token, and finds the latents in its cache again.
+  int64_t groups = WHOLE(heads, HEADS) / HEADS, together = N >= 2 * workers() ? groups : 1, parts = groups / together;
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < N * groups; i++) {
-    int64_t n = i / groups, row = n / time, last = held[row] + n % time, head = i % groups * together;
-    int64_t count = heads - head < together ? heads - head : together;
-    int64_t first = padding && padding[row] < last ? padding[row] : padding ? last : 0;  // a padding position sees itself
-    attend(s, layer, t, t->q + (n * heads + head) * qk, angles + n * s->rope, layer->cache + row * capacity * width, head,
-           count, first, last, t->attended + (n * heads + head) * s->value);
+  for (int64_t i = 0; i < N * parts; i++) {
+    int64_t n = i / parts, row = n / time, last = held[row] + n % time, start = i % parts * together;
+    int64_t first = padding ? (padding[row] < last ? padding[row] : last) : 0;  // a padding position sees itself
+    for (int64_t group = start; group < start + together; group++)
+      attend(s, t, layer->cache + row * capacity * width, n, group * HEADS, first, last, N, group == start);
   }
+#pragma omp for schedule(static)
+  for (int64_t head = 0; head < heads; head++) unfold(s, layer, t, head, N);
   vectors(vector, t->attended, N, heads * s->value, layer->o, t->fixed);
   product(x, vector, layer->o, layer->o_bias, N, s->hidden, heads * s->value, 1);
 #pragma omp barrier
@@ -315,13 +291,14 @@ static void experts(const Shape *s, const Layer *layer, Scratch *t, const Vector
 #pragma omp barrier
   Vector inner[N * K];
   vectors(inner, t->choice_inner, N * K, I, layer->down_experts, t->fixed);
-#pragma omp for schedule(static)
-  for (int64_t d = 0; d < D; d += ROWS)
-    for (int64_t e = 0; e < s->experts; e++) {
-      int64_t first = t->first_of[e], last = t->first_of[e + 1];
-      Rows rows;
+  for (int64_t e = 0; e < s->experts; e++) {
+    int64_t first = t->first_of[e], last = t->first_of[e + 1];
+    if (first == last) continue;
+#pragma omp for schedule(static) nowait
+    for (int64_t d = 0; d < D; d += ROWS) {  // a thread has the same rows of every expert, so sums have one writer
+      Rows rows = {.parts = (last - first + 3) / 4};
       for (int r = 0; r < ROWS; r++) set_row(&rows, r, layer->down_experts, e * D + (d + r < D ? d + r : D - 1), I);
-      for (int64_t c = first; c < last; c += 4) {
+      for (int64_t c = first; c < last; c += 4, rows.part++) {
         int count = last - c < 4 ? last - c : 4;
         Vector from[4];
         float result[ROWS][4];
@@ -331,6 +308,8 @@ static void experts(const Shape *s, const Layer *layer, Scratch *t, const Vector
           for (int r = 0; r < ROWS && d + r < D; r++) x[t->token_of[c + v] / K * D + d + r] += result[r][v];
       }
     }
+  }
+#pragma omp barrier
 }
 
 // What a thread works in: the rooms of its own are those of its number.
@@ -338,7 +317,7 @@ static Scratch own(const Scratch *scratch, int64_t capacity) {
   Scratch t = *scratch;
 #ifdef _OPENMP
   extern int omp_get_thread_num(void);
-  t.scores += omp_get_thread_num() * HEADS * capacity;
+  t.scores += omp_get_thread_num() * HEADS * (capacity + 3);
   t.fixed += omp_get_thread_num() * t.fixed_size;
 #endif
   return t;
@@ -371,7 +350,7 @@ static void run(const Shape *s, const Layer *layers, int64_t count, Scratch *t, 
 }
 
 // The layers alone. padding: (rows,) or NULL; held: (rows,) positions before the new ones; scratch.scores holds
-// HEADS * capacity numbers for each thread.
+// HEADS * (capacity + 3) numbers for each thread.
 void decode(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, float *x, const float *angles,
             const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t capacity, int threads) {
 #pragma omp parallel num_threads(threads)

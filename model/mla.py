@@ -66,6 +66,8 @@ class MultiHeadLatentAttention(nn.Module):
         if isinstance(cache, LatentCache) and x.shape[1] > ABSORB_UP_TO and fused_attention.fits(q_BTHQ, visibility):
             return self.o_proj(self.attend_fused(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), visibility).flatten(2))
         if isinstance(cache, LatentCache) and x.shape[1] <= ABSORB_UP_TO:
+            if latent_BSC.device.type == "cpu" and latent_BSC.dtype == torch.bfloat16:
+                latent_BSC = latent_BSC.float()  # products so small cost bfloat16's kernels on CPU more than they save
             if self.layer not in cache.absorbed:
                 cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)
             queries = self._rotated(q_BTHQ, rope)
@@ -111,7 +113,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Tensor:
         """The same numbers, reading the latents only: (q W^UK) c = q (W^UK c), and W^UV after the weighted sum.
 
-        In the type of the cache, which is float32 on CPU (see `LatentCache`).
+        In the type of the latents.
         """
         dtype = latent_BSC.dtype
         batch, time = q_nope.shape[:2]

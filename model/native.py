@@ -27,7 +27,7 @@ from model.norm import RMSNorm
 from model.packed import Int8Weight, PackedLinear
 from model.products import Linear
 
-HEADS = 4  # as in rows.h
+HEADS = 4  # as in latents.h
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
 SOURCE = Path(__file__).with_name("decode.c")
 WEIGHT_TYPES = (torch.float32, torch.bfloat16)
@@ -43,8 +43,8 @@ MATRICES = "q_a q_b kv_a kv_b o"
 BIASES = "q_a_bias kv_a_bias o_bias"
 FEED_FORWARD = "gate up down gate_up_experts down_experts"
 ROOM = (
-    "normed q_a q kv attended inner affinity choice_weight choice_inner joined angles scores fixed choice token_of "
-    "first_of"
+    "normed q_a q kv attended inner affinity choice_weight choice_inner joined angles mixed scores queries "
+    "fixed choice token_of first_of"
 )
 
 
@@ -87,7 +87,7 @@ class Decoder:
     def __init__(self, layers: Sequence[DecoderLayer], config: LMConfig, cache: LatentCache) -> None:
         self.layers, self.config, self.cache = layers, config, cache
         self.places = range(layers[0].self_attn.layer, layers[0].self_attn.layer + len(layers))
-        self.library = library(*types(layers))
+        self.library = library(*types(layers), cache.latents.dtype)
         self.shape = _shape(config, layers[0].self_attn.scale)
         self.threads = torch.get_num_threads()
         self.tokens = 0
@@ -139,11 +139,11 @@ def decoder(layers: Sequence[DecoderLayer], config: LMConfig, x: Tensor, cache: 
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.shape[0] * x.shape[1] > MOST_TOKENS:
         return None
-    if cache.latents.dtype != torch.float32 or torch.compiler.is_compiling() or not len(layers):
+    if cache.latents.dtype not in WEIGHT_TYPES or torch.compiler.is_compiling() or not len(layers):
         return None
     place = layers[0].self_attn.layer
     if place not in cache.decoders:
-        cache.decoders[place] = Decoder(layers, config, cache) if _plain(layers) else None
+        cache.decoders[place] = Decoder(layers, config, cache) if _plain(layers, cache.latents.dtype) else None
     return cache.decoders[place]
 
 
@@ -172,7 +172,7 @@ def _project(x: Tensor, weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tens
     vectors, threads = x.float().contiguous(), torch.get_num_threads()
     out = vectors.new_empty(*x.shape[:-1], weight.shape[0])
     count, matrix = vectors[..., 0].numel(), Matrix.of(weight)
-    room = torch.empty(threads * _fixed_size(count, weight.shape[1]) if matrix.scales else 0, dtype=torch.int16)
+    room = torch.empty(threads * _fixed_size(count, weight.shape[1]), dtype=torch.int16)
     library(dtype).project(
         out.data_ptr(),
         vectors.data_ptr(),
@@ -186,11 +186,16 @@ def _project(x: Tensor, weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tens
     return out
 
 
-@lru_cache(maxsize=4)
-def library(dtype: torch.dtype, fine: torch.dtype | None = None) -> ctypes.CDLL | None:
-    """decode.c compiled for matrices of this type, norms and routers of type `fine`; None where that cannot be."""
+@lru_cache(maxsize=8)
+def library(
+    dtype: torch.dtype, fine: torch.dtype | None = None, held: torch.dtype = torch.float32
+) -> ctypes.CDLL | None:
+    """decode.c compiled for matrices of this type, norms and routers of type `fine`, and a cache of type `held`.
+
+    None where that cannot be.
+    """
     try:
-        built = ctypes.CDLL(str(build(dtype, fine or dtype)))
+        built = ctypes.CDLL(str(build(dtype, fine or dtype, held)))
     except (OSError, subprocess.CalledProcessError):
         return None
     built.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_void_p] * 5
@@ -206,14 +211,15 @@ def library(dtype: torch.dtype, fine: torch.dtype | None = None) -> ctypes.CDLL 
     return built
 
 
-def build(dtype: torch.dtype, fine: torch.dtype) -> Path:
+def build(dtype: torch.dtype, fine: torch.dtype, held: torch.dtype) -> Path:
     """Compile decode.c, or find it compiled. Raises OSError or CalledProcessError."""
     flags = ["-DBF16"] if dtype == torch.bfloat16 else []
     flags += ["-DFLOAT_NORMS"] if fine != dtype else []
+    flags += ["-DHALF_CACHE"] if held == torch.bfloat16 else []
     return compiled(SOURCE, *flags)
 
 
-def _plain(layers: Sequence[DecoderLayer]) -> bool:
+def _plain(layers: Sequence[DecoderLayer], held: torch.dtype) -> bool:
     """Every module is ours and unhooked, the weights of types that decode.c reads; and decode.c was compiled."""
     ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
     ours |= {Experts, Router, RMSNorm, Linear, PackedLinear, Int8Weight}
@@ -223,7 +229,7 @@ def _plain(layers: Sequence[DecoderLayer]) -> bool:
     weights = [weight for layer in layers for weight in layer.parameters()]
     found = types(layers)
     plain = found is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
-    return plain and all(map(_packed_wholly, layers)) and library(*found) is not None
+    return plain and all(map(_packed_wholly, layers)) and library(*found, held) is not None
 
 
 def _packed_wholly(layer: DecoderLayer) -> bool:
@@ -330,7 +336,9 @@ def _scratch(config: LMConfig, tokens: int, capacity: int, threads: int) -> tupl
         "choice_inner": choices * config.moe_intermediate_size,
         "joined": tokens * 2 * config.hidden_size,
         "angles": tokens * config.qk_rope_head_dim,
-        "scores": HEADS * capacity * threads,
+        "mixed": tokens * config.num_attention_heads * config.kv_lora_rank,
+        "scores": HEADS * (capacity + 3) * threads,
+        "queries": tokens * (config.num_attention_heads + HEADS - 1) * (config.kv_lora_rank + config.qk_rope_head_dim),
     }
     integers = {"choice": choices, "token_of": choices, "first_of": config.n_routed_experts + 1}
     widest = max(2 * config.hidden_size, config.q_lora_rank or 0, config.kv_lora_rank, attended, inner)
@@ -352,7 +360,7 @@ def main() -> None:
     """Tell whether decoding runs in C here."""
     for dtype in WEIGHT_TYPES:
         try:
-            print(f"{dtype}: {build(dtype, dtype)}")
+            print(f"{dtype}: {build(dtype, dtype, dtype)}")
         except subprocess.CalledProcessError as error:
             print(f"{dtype}: PyTorch decodes; {' '.join(error.cmd)} failed:\n{error.stderr}", file=sys.stderr)
         except OSError as error:

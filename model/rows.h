@@ -22,9 +22,8 @@ typedef weight fine;
 #endif
 
 #define LANES 16
-#define AHEAD 4096  // weights are fetched so many before they are needed: half the time of a step, measured
-#define CODES_AHEAD 4096  // the same for codes
-#define LATENTS_AHEAD 4096  // and for the cache
+#define AHEAD 12288  // bytes: what comes from memory is fetched so far before it is needed, into the second cache
+#define LINE 64     // bytes of memory that are fetched at once
 typedef float lanes __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef float lanes8 __attribute__((vector_size(LANES * 2)));
 typedef float lanes4 __attribute__((vector_size(LANES)));
@@ -40,34 +39,55 @@ typedef struct {
   const float *scales;
 } Matrix;
 
-#define ROWS 8  // of a matrix at a time
+#define ROWS 8  // of a matrix at a time, or four neighbours of each of two
 typedef struct {
   const void *at[ROWS];
   float scale[ROWS];
   int coded;
+  int64_t part, parts;  // these rows meet this one of so many groups of vectors
 } Rows;
 
-// A vector; and where it meets codes, the same in fixed point, see `to_fixed`.
+// A vector, and the same in 16 bits as what it meets wants it: in fixed point for codes, see `to_fixed`, in bfloat16 for
+// such weights where the processor multiplies them.
 typedef struct {
   const float *x;
-  const int16_t *fixed;
+  const int16_t *short_x;
   float step;
 } Vector;
+#if defined(BF16) && defined(__AVX512BF16__)
+#define HALVES
+#endif
 
-#ifdef BF16
-INLINE float get(const weight *w) {
-  uint32_t bits = (uint32_t)*w << 16;
+// bfloat16, where it is: one number, and LANES of them.
+INLINE float get_half(const uint16_t *x) {
+  uint32_t bits = (uint32_t)*x << 16;
   float value;
   memcpy(&value, &bits, 4);
   return value;
 }
-INLINE lanes load(const weight *w) {
+INLINE lanes load_half(const uint16_t *x) {
 #ifdef __AVX512F__  // two instructions; compilers make six of what is below
-  return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)w)), 16);
+  return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
 #else
-  return (lanes)(__builtin_convertvector(*(const half_lanes *)w, whole_lanes) << 16);
+  return (lanes)(__builtin_convertvector(*(const half_lanes *)x, whole_lanes) << 16);
 #endif
 }
+// The nearest of bfloat16, of two equally near the even one.
+INLINE void to_half(uint16_t *to, const float *x, int64_t n) {
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  for (; i + LANES <= n; i += LANES) *(half_lanes *)(to + i) = (half_lanes)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+#endif
+  for (; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    to[i] = x[i] == x[i] ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+  }
+}
+
+#ifdef BF16
+INLINE float get(const weight *w) { return get_half(w); }
+INLINE lanes load(const weight *w) { return load_half(w); }
 #else
 INLINE float get(const weight *w) { return *w; }
 INLINE lanes load(const weight *w) { return *(const lanes *)w; }
@@ -124,40 +144,92 @@ INLINE float total(lanes v) {
 #endif
 #define UNROLL _Pragma("GCC unroll 8")  // or sums would live in memory
 
-// The sums of four vectors at once, each added up in the order of `total`.
-INLINE void four_totals(lanes a, lanes b, lanes c, lanes d, float *out, int64_t stride) {
+// out[r * 4 + c] = total(sum[r][c]) of R rows and C columns, up to 4: each is added up in the order of `total`.
+INLINE void totals(const int R, const int C, lanes sum[][4], float *out) {
 #ifdef __AVX512F__
-  lanes ab = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  lanes cd = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  lanes all = SHUFFLE(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-              SHUFFLE(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  all += SHUFFLE(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  for (int r = 0; r < 4; r++) out[r * stride] = all[4 * r];
+  const lanes none = {0};
+  UNROLL for (int r = 0; r < R; r += 4) {
+    __m512 four[4], two[2];  // of column c: in its quarter r what is left of row r
+    UNROLL for (int c = 0; c < 4; c++) {
+      __m512 v[4];
+      UNROLL for (int k = 0; k < 4; k++) v[k] = (__m512)(c < C && r + k < R ? sum[r + k][c] : none);
+      __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+      __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+      four[c] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    }
+    UNROLL for (int k = 0; k < 2; k++) {
+      __m512d a = (__m512d)four[2 * k], b = (__m512d)four[2 * k + 1];
+      two[k] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+    lanes all = (lanes)_mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
+    __mmask16 these = 0x1111 * ((1 << C) - 1) & (R - r < 4 ? (1 << 4 * (R - r)) - 1 : 0xffff);
+    _mm512_mask_storeu_ps(out + r * 4, these, (__m512)all);
+  }
 #else
-  out[0] = total(a), out[stride] = total(b), out[2 * stride] = total(c), out[3 * stride] = total(d);
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) out[r * 4 + c] = total(sum[r][c]);
 #endif
+}
+
+// e^x of 16 numbers, to about two units in the last place: 2^n times a polynomial in the rest (Cephes' coefficients).
+INLINE lanes exp_of(lanes x) {
+#ifdef __AVX512F__  // of a NaN and a bound these two return what stands second
+  x = (lanes)_mm512_min_ps(_mm512_set1_ps(88), _mm512_max_ps(_mm512_set1_ps(-87), (__m512)x));
+#else
+  whole_lanes low = (whole_lanes)(x < -87), high = (whole_lanes)(x > 88);
+  x = (lanes)(((whole_lanes)x & ~(low | high)) | ((whole_lanes)((lanes){0} - 87) & low) |
+              ((whole_lanes)((lanes){0} + 88) & high));
+#endif
+  lanes shifted = x * 1.44269504f + 12582912;  // 1.5 * 2^23: the integer next to it stands in the low bits
+  lanes n = shifted - 12582912, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  return p * (lanes)(((whole_lanes)shifted - 0x4b400000u + 127u) << 23);
+}
+
+// Fetching the rows behind these while R of them, of `bytes` bytes each, are read in steps of LINE bytes: line after line
+// in the order of memory. A processor goes on by itself where it sees that, and gives half of its bandwidth where eight
+// rows are fetched at once (docs/lab-log.md, entry 69). Rows that meet several groups of vectors leave a part to each.
+typedef struct {
+  const char *first, *second;  // behind the first four rows, and behind the other four, less what came before
+  int64_t at, turn, wait, parts;
+} Fetch;
+INLINE Fetch fetching(const int R, const int shared, const Rows *rows, int from, int64_t bytes) {
+  int64_t before = (shared ? rows->part * (ROWS / R) + from / R : from / R) * ((bytes + LINE - 1) / LINE);
+  int64_t at = shared ? (before + rows->parts - 1) / rows->parts : before;
+  const char *first = (const char *)rows->at[0] + AHEAD, *second = (const char *)rows->at[4] + AHEAD - 4 * bytes;
+  return (Fetch){first, second, at * R * LINE, 4 * bytes, at * rows->parts - before, rows->parts};
+}
+INLINE void fetch(const int R, const int shared, Fetch *f) {
+  if (shared && f->wait--) return;
+  const char *next = (f->at < f->turn ? f->first : f->second) + f->at;
+  UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(next + r * LINE, 0, 2);
+  f->at += R * LINE;
+  if (shared) f->wait = f->parts - 1;
 }
 
 // out[r][c] = w[r] . x[c] for R rows of a matrix and C vectors: each is read once for all of the other. The order of
 // additions is the same for every R and C: a token's numbers do not depend on the tokens beside it.
-INLINE void tile(const int R, const int C, const int coded, const void *const *w, const Vector *x, int64_t n,
-                 float out[][4]) {
+INLINE void tile(const int R, const int C, const int coded, const int shared, const Rows *rows, int from,
+                 const Vector *x, int64_t n, float out[][4]) {
+  const void *const *w = rows->at + from;
+  Fetch ahead = fetching(R, shared, rows, from, n * (coded ? 1 : sizeof(weight)));
   lanes sum[8][4];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int c = 0; c < C; c++) sum[r][c] = (lanes){0};
   int64_t i = 0;
-#if defined(BF16) && defined(__AVX512BF16__)
+#ifdef HALVES
   // Vectors are rounded to bfloat16 too, as in PyTorch's products; sums stay float32. Twice the products an instruction.
   for (; !coded && i + 2 * LANES <= n; i += 2 * LANES) {
     __m512bh column[4];
-    UNROLL for (int c = 0; c < C; c++)
-      column[c] = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x[c].x + i + LANES), _mm512_loadu_ps(x[c].x + i));
+    UNROLL for (int c = 0; c < C; c++) column[c] = (__m512bh)_mm512_loadu_si512(x[c].short_x + i);
+    fetch(R, shared, &ahead);
     UNROLL for (int r = 0; r < R; r++) {
       __m512bh row = (__m512bh)_mm512_loadu_si512((const weight *)w[r] + i);
-      __builtin_prefetch((const weight *)w[r] + AHEAD + i);
       UNROLL for (int c = 0; c < C; c++) sum[r][c] = (lanes)_mm512_dpbf16_ps((__m512)sum[r][c], row, column[c]);
     }
   }
@@ -171,10 +243,10 @@ INLINE void tile(const int R, const int C, const int coded, const void *const *w
       even[c] = SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
       odd[c] = SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     }
+    fetch(R, shared, &ahead);
     UNROLL for (int r = 0; r < R; r++) {
       whole_lanes two = (whole_lanes)_mm512_loadu_si512((const weight *)w[r] + i);
       lanes first = (lanes)(two << 16), second = (lanes)(two & 0xffff0000u);
-      __builtin_prefetch((const weight *)w[r] + AHEAD + i);
       UNROLL for (int c = 0; c < C; c++) sum[r][c] += first * even[c];
       UNROLL for (int c = 0; c < C; c++) sum[r][c] += second * odd[c];
     }
@@ -183,15 +255,13 @@ INLINE void tile(const int R, const int C, const int coded, const void *const *w
   for (; i + LANES <= n; i += LANES) {
     lanes column[4];
     UNROLL for (int c = 0; c < C; c++) column[c] = *(const lanes *)(x[c].x + i);
+    if (i * (coded ? 1 : sizeof(weight)) % LINE == 0) fetch(R, shared, &ahead);
     UNROLL for (int r = 0; r < R; r++) {
       lanes row = load_part(coded, w[r], i);
-      __builtin_prefetch((const char *)w[r] + (AHEAD + i) * (int64_t)(coded ? 1 : sizeof(weight)));
       UNROLL for (int c = 0; c < C; c++) sum[r][c] += row * column[c];
     }
   }
-  UNROLL for (int c = 0; c < C; c++)
-    UNROLL for (int r = 0; r < R; r += 4)
-      four_totals(sum[r][c], sum[r + 1][c], sum[r + 2][c], sum[r + 3][c], &out[r][c], 4);
+  totals(R, C, sum, out[0]);
   for (; i < n; i++)
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) out[r][c] += get_part(coded, w[r], i) * x[c].x[i];
@@ -221,7 +291,7 @@ static void to_fixed(Vector *v, int64_t n, int16_t *to) {
   uint32_t bits = _mm512_reduce_max_epu32(most);
   float largest;
   memcpy(&largest, &bits, 4);
-  v->fixed = to, v->step = largest / 32767;
+  v->short_x = to, v->step = largest / 32767;
   lanes by = (lanes){0} + (largest > 1e-30f ? 32767 / largest : 0);
   for (int64_t i = 0; i < PADDED(n); i += LANES) {
     __mmask16 inside = i >= n ? 0 : n - i < LANES ? (1u << (n - i)) - 1 : 0xffff;
@@ -248,7 +318,7 @@ INLINE void add_codes(const int R, const int C, const int last, __mmask32 inside
                       const void *const *w, const Vector *x, int64_t apart, int64_t i) {
   __m512i column[4 * PARTS];
   UNROLL for (int c = 0; c < C * PARTS; c++)
-    column[c] = _mm512_loadu_si512(x[c / PARTS].fixed + c % PARTS * apart + i);
+    column[c] = _mm512_loadu_si512(x[c / PARTS].short_x + c % PARTS * apart + i);
   UNROLL for (int r = 0; r < R; r++) {
     const int8_t *codes = (const int8_t *)w[r] + i;
     __m512i row = _mm512_cvtepi8_epi16(last ? _mm256_maskz_loadu_epi8(inside, codes)
@@ -258,41 +328,45 @@ INLINE void add_codes(const int R, const int C, const int last, __mmask32 inside
 }
 
 // out[r][c] = codes w[r] . x[c] / step[c].
-INLINE void fixed_tile(const int R, const int C, const void *const *w, const Vector *x, int64_t n, float out[][4]) {
+INLINE void fixed_tile(const int R, const int C, const int shared, const Rows *rows, int from, const Vector *x,
+                       int64_t n, float out[][4]) {
+  const void *const *w = rows->at + from;
+  Fetch ahead = fetching(R, shared, rows, from, n);
   for (int64_t first = 0; first < n; first += EXACT) {
     int64_t i = first, end = first + EXACT < n ? first + EXACT : n;
     __m512i sum[8][4 * PARTS];
     UNROLL for (int r = 0; r < R; r++)
       UNROLL for (int c = 0; c < C * PARTS; c++) sum[r][c] = _mm512_setzero_si512();
     for (; i + 2 * PAIRS <= end; i += 2 * PAIRS) {
-      UNROLL for (int r = 0; r < R; r++) __builtin_prefetch((const int8_t *)w[r] + CODES_AHEAD + i);
+      fetch(R, shared, &ahead);
       add_codes(R, C, 0, 0, sum, w, x, PADDED(n), i);
       add_codes(R, C, 0, 0, sum, w, x, PADDED(n), i + PAIRS);
     }
     for (; i < end; i += PAIRS)
       add_codes(R, C, 1, end - i < PAIRS ? (1u << (end - i)) - 1 : 0xffffffff, sum, w, x, PADDED(n), i);
-    UNROLL for (int c = 0; c < C; c++) {
-      lanes value[8];
-      float part[8][4];
-      UNROLL for (int r = 0; r < R; r++) {
-        value[r] = (lanes)_mm512_cvtepi32_ps(sum[r][c * PARTS]);
-        if (PARTS == 2) value[r] += (lanes)_mm512_cvtepi32_ps(sum[r][c * PARTS + PARTS - 1]) * (1.0f / 32768);
+    lanes value[8][4];
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int c = 0; c < C; c++) {
+        value[r][c] = (lanes)_mm512_cvtepi32_ps(sum[r][c * PARTS]);
+        if (PARTS == 2) value[r][c] += (lanes)_mm512_cvtepi32_ps(sum[r][c * PARTS + PARTS - 1]) * (1.0f / 32768);
       }
-      UNROLL for (int r = 0; r < R; r += 4) {
-        four_totals(value[r], value[r + 1], value[r + 2], value[r + 3], part[r], 1);
-        for (int k = 0; k < 4; k++) out[r + k][c] = part[r][k] + (first ? out[r + k][c] : 0);
-      }
-    }
+    float part[8][4];
+    totals(R, C, value, part[0]);
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) out[r][c] = part[r][c] + (first ? out[r][c] : 0);
   }
 }
 #endif
 
-// Vectors (count, n), made ready to meet a matrix. room: 2 * count * (n + 31) numbers, used where that has codes.
+// Vectors (count, n), made ready to meet a matrix. room: 2 * count * (n + 31) numbers.
 static void vectors(Vector *v, const float *x, int64_t count, int64_t n, Matrix to_meet, int16_t *room) {
   for (int64_t c = 0; c < count; c++) {
     v[c] = (Vector){x + c * n, NULL, 1};
 #ifdef FIXED
     if (to_meet.scales) to_fixed(v + c, n, room + c * PARTS * PADDED(n));
+#endif
+#ifdef HALVES
+    if (!to_meet.scales) to_half((uint16_t *)room + c * n, v[c].x, n), v[c].short_x = room + c * n;
 #endif
   }
 }
@@ -300,37 +374,44 @@ static void vectors(Vector *v, const float *x, int64_t count, int64_t n, Matrix 
 typedef float four[4];
 INLINE four *from_column(four *out, int c) { return (four *)&out[0][c]; }
 
-// ROWS rows by up to four vectors, as many at a time as there are registers. Not inlined: it is compiled once.
-static void __attribute__((noinline)) rows_by_vectors(int count, const Rows *rows, const Vector *x, int64_t n,
-                                                      float out[ROWS][4]) {
-  const void *const *w = rows->at;
+// ROWS rows by up to four vectors, as many at a time as there are registers.
+INLINE void rows_by_some(const int shared, int count, const Rows *rows, const Vector *x, int64_t n, float out[ROWS][4]) {
   if (!rows->coded) {
-    if (count == 1) tile(8, 1, 0, w, x, n, out);
-    else if (count == 2) tile(8, 2, 0, w, x, n, out);
-    else if (count == 3) tile(4, 3, 0, w, x, n, out), tile(4, 3, 0, w + 4, x, n, out + 4);
-    else tile(4, 4, 0, w, x, n, out), tile(4, 4, 0, w + 4, x, n, out + 4);
+    if (count == 1) tile(8, 1, 0, shared, rows, 0, x, n, out);
+    else if (count == 2) tile(8, 2, 0, shared, rows, 0, x, n, out);
+    else if (count == 3) tile(4, 3, 0, shared, rows, 0, x, n, out), tile(4, 3, 0, shared, rows, 4, x, n, out + 4);
+    else tile(4, 4, 0, shared, rows, 0, x, n, out), tile(4, 4, 0, shared, rows, 4, x, n, out + 4);
     return;
   }
 #ifdef FIXED
 #if PARTS == 1
-  if (count == 1) fixed_tile(8, 1, w, x, n, out);
-  else if (count == 2) fixed_tile(8, 2, w, x, n, out);
-  else if (count == 3) fixed_tile(8, 3, w, x, n, out);
-  else fixed_tile(4, 4, w, x, n, out), fixed_tile(4, 4, w + 4, x, n, out + 4);
+  if (count == 1) fixed_tile(8, 1, shared, rows, 0, x, n, out);
+  else if (count == 2) fixed_tile(8, 2, shared, rows, 0, x, n, out);
+  else if (count == 3) fixed_tile(8, 3, shared, rows, 0, x, n, out);
+  else fixed_tile(4, 4, shared, rows, 0, x, n, out), fixed_tile(4, 4, shared, rows, 4, x, n, out + 4);
 #else
   for (int c = 0; c < count; c += 2)
-    if (c + 1 == count) fixed_tile(8, 1, w, x + c, n, from_column(out, c));
-    else
-      fixed_tile(4, 2, w, x + c, n, from_column(out, c)), fixed_tile(4, 2, w + 4, x + c, n, from_column(out + 4, c));
+    if (c + 1 == count) fixed_tile(8, 1, shared, rows, 0, x + c, n, from_column(out, c));
+    else {
+      fixed_tile(4, 2, shared, rows, 0, x + c, n, from_column(out, c));
+      fixed_tile(4, 2, shared, rows, 4, x + c, n, from_column(out + 4, c));
+    }
 #endif
 #else
   for (int c = 0; c < count; c += 2)
     for (int r = 0; r < ROWS; r += 4)
-      if (c + 1 == count) tile(4, 1, 1, w + r, x + c, n, from_column(out + r, c));
-      else tile(4, 2, 1, w + r, x + c, n, from_column(out + r, c));
+      if (c + 1 == count) tile(4, 1, 1, shared, rows, r, x + c, n, from_column(out + r, c));
+      else tile(4, 2, 1, shared, rows, r, x + c, n, from_column(out + r, c));
 #endif
   for (int r = 0; r < ROWS; r++)
     for (int c = 0; c < count; c++) out[r][c] *= rows->scale[r] * x[c].step;
+}
+
+// Not inlined: it is compiled once.
+static void __attribute__((noinline)) rows_by_vectors(int count, const Rows *rows, const Vector *x, int64_t n,
+                                                      float out[ROWS][4]) {
+  if (rows->parts > 1) rows_by_some(1, count, rows, x, n, out);
+  else rows_by_some(0, count, rows, x, n, out);
 }
 
 static float dot(const float *a, const float *b, int64_t n) {
@@ -340,51 +421,6 @@ static float dot(const float *a, const float *b, int64_t n) {
   float result = total(sum);
   for (; i < n; i++) result += a[i] * b[i];
   return result;
-}
-
-#define HEADS 4  // of attention, that share what is read of the cache; the sums of each are the same beside any others
-
-// out[h * apart + r]: dot products of H neighbouring rows of a with four of x, all n wide.
-INLINE void dots(const int H, float *out, int64_t apart, const float *a, const float *x, int64_t n) {
-  lanes sum[H][4];
-  UNROLL for (int h = 0; h < H; h++)
-    UNROLL for (int r = 0; r < 4; r++) sum[h][r] = (lanes){0};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    UNROLL for (int r = 0; r < 4; r++) {
-      lanes part = *(const lanes *)(x + r * n + i);
-      __builtin_prefetch(x + r * n + i + LATENTS_AHEAD);
-      UNROLL for (int h = 0; h < H; h++) sum[h][r] += *(const lanes *)(a + h * n + i) * part;
-    }
-  for (int h = 0; h < H; h++)
-    for (int r = 0; r < 4; r++) {
-      out[h * apart + r] = total(sum[h][r]);
-      for (int64_t k = i; k < n; k++) out[h * apart + r] += a[h * n + k] * x[r * n + k];
-    }
-}
-
-// out (H, n): for each h the sum of by[h * apart + p] * x[p] over `count` rows of x, which are `stride` apart.
-INLINE void weighted_sums(const int H, float *out, const float *by, int64_t apart, const float *x, int64_t stride,
-                          int64_t count, int64_t n) {
-  int64_t i = 0;
-  for (; i + 4 * LANES <= n; i += 4 * LANES) {
-    lanes sum[H][4];
-    UNROLL for (int h = 0; h < H; h++)
-      UNROLL for (int k = 0; k < 4; k++) sum[h][k] = (lanes){0};
-    for (int64_t p = 0; p < count; p++)
-      UNROLL for (int k = 0; k < 4; k++) {
-        lanes part = *(const lanes *)(x + p * stride + i + k * LANES);
-        UNROLL for (int h = 0; h < H; h++) sum[h][k] += by[h * apart + p] * part;
-      }
-    for (int h = 0; h < H; h++)
-      for (int k = 0; k < 4; k++) *(lanes *)(out + h * n + i + k * LANES) = sum[h][k];
-  }
-  for (int h = 0; h < H; h++)
-    for (int64_t k = i; k < n; k++) {
-      float sum = 0;
-      for (int64_t p = 0; p < count; p++) sum += by[h * apart + p] * x[p * stride + k];
-      out[h * n + k] = sum;
-    }
 }
 
 // out (n,) += sum over R neighbouring rows of by[r] * row.

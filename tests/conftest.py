@@ -22,7 +22,7 @@ import training.trainer
 from errors import command_line
 from eval.opened_model import OpenedModel, open_model
 from LMConfig import LMConfig
-from model import MiniDeepSeek
+from model import MiniDeepSeek, compiled, native
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer, train_bpe
 from text.world import generate
@@ -53,6 +53,22 @@ def few_pictures() -> Iterator[None]:
 def seeded() -> None:
     """The same random numbers each time, whichever tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def other_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `portable` compiles to."""
+    return tmp_path_factory.mktemp("portable")
+
+
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch, other_libraries: Path) -> Iterator[None]:
+    """decode.c compiled without any instructions of this processor's own."""
+    monkeypatch.setattr(compiled, "FLAGS", tuple(flag for flag in compiled.FLAGS if flag != "-march=native"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(other_libraries))
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
 
 
 @pytest.fixture

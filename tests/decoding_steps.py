@@ -33,10 +33,15 @@ SHAPES = {
 
 
 @torch.no_grad()
-def steps(model: MiniDeepSeek, padding: torch.Tensor | None = None, batch: int = 3) -> torch.Tensor:
-    """Logits of 1, 2, 1 and 5 new tokens after a prompt of 7, for a batch."""
+def steps(
+    model: MiniDeepSeek,
+    padding: torch.Tensor | None = None,
+    batch: int = 3,
+    held: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Logits of 1, 2, 1 and 5 new tokens after a prompt of 7, for a batch, with a cache of type `held`."""
     ids = torch.randint(0, 61, (batch, 16), generator=torch.Generator().manual_seed(1))
-    cache = LatentCache(model.config, batch, 16, torch.float32, "cpu", padding)
+    cache = LatentCache(model.config, batch, 16, held, "cpu", padding)
     return torch.cat([model(part, cache=cache).logits for part in ids.split([7, 1, 2, 1, 5], dim=1)], dim=1)
 
 
@@ -58,10 +63,10 @@ NARROW = {"hidden_size": 80, "kv_lora_rank": 48, "moe_intermediate_size": 72}  #
 
 
 @torch.no_grad()
-def same_bits_however_many(model: MiniDeepSeek) -> bool:
+def same_bits_however_many(model: MiniDeepSeek, held: torch.dtype = torch.float32) -> bool:
     """Whether the logits of 13 tokens are the same to the bit, read one by one or up to seven at once."""
     ids, found = torch.randint(0, 61, (1, 13)), []
     for sizes in ([6] + [1] * 7, [6, 2, 2, 3], [6, 3, 4], [6, 7]):
-        cache = LatentCache(model.config, 1, 16, torch.float32, "cpu")
+        cache = LatentCache(model.config, 1, 16, held, "cpu")
         found.append(torch.cat([read(model, part, cache, part.shape[1]).logits for part in ids.split(sizes, dim=1)], 1))
     return all(torch.equal(logits, found[0]) for logits in found[1:])

@@ -28,21 +28,6 @@ def built() -> None:
         pytest.skip("no C compiler here: decoding runs in PyTorch")
 
 
-@pytest.fixture(scope="module")
-def other_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("portable")
-
-
-@pytest.fixture
-def portable(monkeypatch, other_cache):
-    """decode.c compiled without any instructions of this processor's own."""
-    monkeypatch.setattr(compiled, "FLAGS", tuple(flag for flag in compiled.FLAGS if flag != "-march=native"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(other_cache))
-    native.library.cache_clear()
-    yield
-    native.library.cache_clear()
-
-
 def packed(model: MiniDeepSeek, dtype: torch.dtype = torch.float32, base: str = "int8") -> MiniDeepSeek:
     """The layers' matrices in 8 bits, all other weights in a type of products."""
     shrink_frozen(model.requires_grad_(False), base, dtype)
@@ -139,7 +124,7 @@ def test_beside_bfloat16_the_codes_meet_vectors_finer_than_bfloat16(tiny_model, 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_token_gives_the_same_bits_whatever_stands_beside_it(dtype, tiny_model):
-    assert same_bits_however_many(packed(shaken(tiny_model(**NARROW)), dtype))
+    assert same_bits_however_many(packed(shaken(tiny_model(**NARROW)), dtype), dtype)
 
 
 def test_two_threads_give_what_one_gives(tiny_model):

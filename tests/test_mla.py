@@ -180,9 +180,11 @@ def test_a_full_cache_is_an_error(tiny_model):
 
 
 @torch.no_grad()
-def test_the_cache_is_float32_on_cpu(tiny_model):
+def test_the_cache_is_of_the_type_of_the_weights_on_cpu(tiny_model):
     model = tiny_model()
-    assert cache_dtype(model) == cache_dtype(model.bfloat16()) == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # decoding computes with the weights as they are
+        assert cache_dtype(model) == torch.float32
+    assert cache_dtype(model.bfloat16()) == torch.bfloat16
 
 
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])

@@ -45,15 +45,42 @@ def test_bfloat16_weights_are_read_as_they_are_and_computed_in_float32(fine, tin
     assert (ours - exact).norm() / exact.norm() < 0.01 < (theirs - exact).norm() / exact.norm() * 10
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+ATTENTION = ["plain", "sizes that fill no vector", "sizes of several vectors", "heads in fours", "six heads", "yarn"]
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 6, 3])])
+@pytest.mark.parametrize("shape", ATTENTION)
+def test_a_cache_in_bfloat16_is_read_as_it_is(shape, padding, tiny_model, monkeypatch):
+    """Queries and weights meet it in bfloat16 too. Without experts: one chosen otherwise would hide what is wrong."""
+    model = tiny_model(**{**SHAPES[shape], "first_k_dense_replace": 3})
+    for parameter in model.model.parameters():  # attention of some tokens more than of others
+        parameter.data.mul_(2 if parameter.dim() > 1 else 1)
+    ours = steps(model, padding, held=torch.bfloat16)
+    theirs = in_pytorch(monkeypatch, steps, model, padding, 3, torch.bfloat16)
+    exact = steps(model, padding)
+    assert 0 < relative(ours, exact) < 0.02 and relative(ours, theirs) < 0.02
+
+
+def test_it_is_without_the_processors_own_instructions(portable, tiny_model, monkeypatch):
+    model = tiny_model(**SHAPES["six heads"], first_k_dense_replace=3)
+    ours = steps(model, held=torch.bfloat16)
+    assert relative(ours, in_pytorch(monkeypatch, steps, model, None, 3, torch.bfloat16)) < 0.005
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
 @pytest.mark.parametrize("heads", [2, 4, 8])
-def test_two_threads_give_what_one_gives(heads, batch, tiny_model):
-    """Four heads of one token go together on one thread, and alone where two threads would have one group."""
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_two_threads_give_what_one_gives(held, heads, batch, tiny_model):
+    """Four heads of one token go together, and all where there are tokens enough for both threads."""
     model = shaken(tiny_model(num_attention_heads=heads))
-    alone = steps(model, batch=batch)
+    alone = steps(model, None, batch, held)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(steps(model, batch=batch), alone)
+        assert torch.equal(steps(model, None, batch, held), alone)
     finally:
         torch.set_num_threads(1)
 
@@ -94,7 +121,7 @@ def test_a_whole_step_in_c_equals_the_model(shape, padding, tiny_model, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_gives_the_same_bits_whatever_stands_beside_it(dtype, tiny_model):
     """Or speculative decoding would not be exact."""
-    assert same_bits_however_many(shaken(tiny_model(**NARROW)).to(dtype))
+    assert same_bits_however_many(shaken(tiny_model(**NARROW)).to(dtype), dtype)
 
 
 @torch.no_grad()
@@ -174,10 +201,12 @@ def test_without_a_working_compiler_pytorch_decodes(compiler, tiny_model, monkey
 
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    file = native.build(torch.float32, torch.float32)
+    single = (torch.float32,) * 3
+    file = native.build(*single)
     made = file.stat().st_mtime_ns
-    assert native.build(torch.float32, torch.float32) == file and file.stat().st_mtime_ns == made
-    assert native.build(torch.bfloat16, torch.bfloat16) != file and len(list(tmp_path.rglob("*"))) == 3
+    assert native.build(*single) == file and file.stat().st_mtime_ns == made
+    others = {native.build(torch.bfloat16, torch.bfloat16, held) for held in (torch.float32, torch.bfloat16)}
+    assert len(others - {file}) == 2 and len(list(tmp_path.rglob("*"))) == 4
 
 
 def test_the_module_says_where_the_library_is():
