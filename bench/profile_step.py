@@ -18,7 +18,7 @@ from device import now
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from LMConfig import LMConfig
-from model import MiniDeepSeek, products
+from model import MiniDeepSeek, grouped, products
 from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast, measured_peak
 from training.optim import OptimSettings, build_optimizer
@@ -64,6 +64,9 @@ def main() -> None:
 
     products.product_in_c = watched(products.product_in_c, lambda out, a, b: (*a.shape, len(b)))
     products.gradient_in_c = watched(products.gradient_in_c, lambda to, grad, x: (len(to), *x.shape))
+    for name in ("product", "product_back"):
+        setattr(grouped, name, watched(getattr(grouped, name), lambda x, weight, _: (len(x), *weight.shape[1:])))
+    grouped.gradient_into = watched(grouped.gradient_into, lambda to, grad, x, _: (len(x), *to.shape[1:]))
     for _ in range(2):
         step()
     plain = sorted(step() for _ in range(options.steps))[options.steps // 2]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import fused, products
+from model import fused, grouped, products
 from model.packed import Packed, dense
 
 # CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work): each expert's
@@ -74,7 +74,8 @@ class Experts(nn.Module):
     def _grouped(
         self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping[str, LowRank]
     ) -> Tensor:
-        plan = Plan.of(indices_NK, self.gate_up_proj.shape[0])
+        own = grouped.suits(x_ND, self.gate_up_proj, self.down_proj)
+        plan = Plan.of(indices_NK, self.gate_up_proj.shape[0], grouped.TILE if own else None)
         x_RD = _Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
         weights_R = _Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
         # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
@@ -139,11 +140,12 @@ class Plan:
     row_of_choice: Tensor
 
     @staticmethod
-    def of(indices_NK: Tensor, experts: int) -> Plan:
-        """Sort the choices by expert and pad each expert's rows to a whole number of blocks."""
+    def of(indices_NK: Tensor, experts: int, block: int | None = None) -> Plan:
+        """Sort the choices by expert and pad each expert's rows to a whole number of blocks, or of those that suit."""
         tokens, top_k = indices_NK.shape
         choices = tokens * top_k
-        block = SMALL_ROW_BLOCK if indices_NK.is_cuda else row_block(tokens, choices / experts)
+        if block is None:
+            block = SMALL_ROW_BLOCK if indices_NK.is_cuda else row_block(tokens, choices / experts)
         expert_of_choice = indices_NK.flatten()
         sorted_experts, order = expert_of_choice.sort(stable=True)
         counts = count_choices(expert_of_choice, experts)
@@ -222,6 +224,8 @@ class _GroupedLinear(torch.autograd.Function):
         packed = isinstance(weight_EOD, Packed)
         ctx.save_for_backward(x_RD if ctx.needs_input_grad[1] else None, None if packed else weight_EOD)
         ctx.packed, ctx.dtype, ctx.ends, ctx.kept = weight_EOD if packed else None, x_RD.dtype, ends, kept
+        if not packed and grouped.fits(x_RD, weight_EOD, ends):
+            return grouped.product(x_RD, weight_EOD, ends)
         weight_EOD = dense(weight_EOD, x_RD.dtype) if packed else weight_EOD
         # Where the number of rows is only bounded (CUDA in float32), those past the last expert must still be numbers.
         make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
@@ -235,6 +239,12 @@ class _GroupedLinear(torch.autograd.Function):
         x_RD, weight_EOD = ctx.saved_tensors
         weight_EOD = dense(ctx.packed, ctx.dtype) if weight_EOD is None else weight_EOD
         ends, spans, grad_RO, grad_x, grad_weight = ctx.ends, _spans(ctx.ends), grad_RO.contiguous(), None, None
+        if ctx.packed is None and grouped.fits(grad_RO, weight_EOD, ends):
+            if ctx.needs_input_grad[0]:
+                grad_x = grouped.product_back(grad_RO, weight_EOD, ends)
+            if ctx.needs_input_grad[1]:
+                grad_weight = grouped.gradient_into(ctx.kept.like(weight_EOD), grad_RO, x_RD, ends)
+            return grad_x, grad_weight, None, None
         weight_of = _Cast(weight_EOD, ctx.dtype)
         if ctx.needs_input_grad[0]:
             make = grad_RO.new_empty if ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
