@@ -180,7 +180,8 @@ class Trainer:
         scale = nominal * ranks.world / count
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         means, norm = tally.means(count), torch.nn.utils.get_total_norm(gradients).item() * scale
-        torch._foreach_mul_(gradients, scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0))
+        if (factor := scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0)) != 1.0:
+            torch._foreach_mul_(gradients, factor)
         if math.isfinite(means["loss"]) and math.isfinite(norm):
             self.skipping.went_well()
             self.optimizer.step()
