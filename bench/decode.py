@@ -19,6 +19,8 @@ from side_by_side import against_transformers, findings, open_peer, parser_of, s
 from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.counts import count
+from model.generate import stream
+from model.sampling import Sampling
 from training.frozen import shrink_frozen
 from training.machine import DTYPES, measured_bandwidth
 
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Decode in this process, once for each line on stdin. The prefill is measured apart and taken off."""
+    """Decode in this process, once for each line on stdin. The first token's time is the prefill's."""
     device, dtype = device_of(options.device), DTYPES[options.dtype]
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 6400, (options.batch, options.prompt), generator=generator).to(device)
@@ -76,29 +78,33 @@ def work(options: argparse.Namespace) -> None:
         cache = LatentCache(model.config, 1, 1, torch.float32, device)
         held = cache.latents[0].numel()
 
-        def generate(count: int) -> None:
-            model.generate(prompt, max_new_tokens=count, static=options.static)
+        def times() -> list[float]:
+            tokens = stream(model, prompt, options.new, Sampling(temperature=0), static=options.static)
+            return [now(device) for _ in tokens]
     else:
         model = open_peer(options.folder, options.worker, dtype).to(device).eval()
         model.generation_config.eos_token_id = None
         cache = model(prompt[:1, :1], use_cache=True).past_key_values.layers[0]
         held = cache.keys.numel() + cache.values.numel()
-        mask = torch.ones_like(prompt)
+        shape = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": options.new, "do_sample": False}
+        shape["min_new_tokens"] = options.new
 
-        def generate(count: int) -> None:
-            model.generate(prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        def times() -> list[float]:
+            found: list[float] = []
 
-    def seconds(count: int) -> float:
-        start = now(device)
-        with torch.inference_mode():
-            generate(count)
-        return now(device) - start
+            def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                found.append(now(device))
+                return torch.zeros(len(ids), dtype=torch.bool, device=device)
+
+            model.generate(prompt, stopping_criteria=[note], **shape)
+            return found
 
     def measure() -> dict[str, float]:
-        prefill = seconds(1)
-        rest = seconds(options.new) - prefill
-        speed = options.batch * (options.new - 1) / rest
-        return {"tokens/s": speed, "prefill tokens/s": prompt.numel() / prefill, CACHED: held}
+        start = now(device)
+        with torch.inference_mode():
+            first, *_, last = times()
+        speed = options.batch * (options.new - 1) / (last - first)
+        return {"tokens/s": speed, "prefill tokens/s": prompt.numel() / (first - start), CACHED: held}
 
     serve(measure, device, warm_up=1)
 
