@@ -18,7 +18,7 @@
 
 // 4-byte numbers of scratch memory for each thread.
 int64_t scratch(int64_t out, int64_t in) {
-  int64_t widest = out > in ? out : in, product = COLUMNS * widest / PAIR;
+  int64_t widest = out > in ? out : in, product = PANEL * widest / PAIR;
   int64_t gradient = (COLUMNS + 3 * LANES) * DEPTH / PAIR;
   return product > gradient ? product : gradient;
 }
