@@ -22,10 +22,10 @@ from text.chat_template import Message
 from text.conversations import read_conversations
 from text.problems import Problem
 from text.registry import REGISTRY, Source, find_sources
+from training.alignment.rewards import Rewards, Sample
+from training.alignment.rollout import Completions, chances, completion_texts, sample_groups
 from training.machine import choose_dtype
 from training.ranks import Ranks
-from training.rewards import Rewards, Sample
-from training.rollout import Completions, chances, completion_texts, sample_groups
 from training.settings import parse
 from training.stage import open_checkpoint
 

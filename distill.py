@@ -17,20 +17,20 @@ from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
 from text.registry import find_sources
 from text.tokenizer import Tokenizer
+from training.alignment.rollout import Sampler
 from training.chats import ChatSettings, open_chats
-from training.curation import AnswerSettings, gather_answers, is_endpoint, open_answering
+from training.checkpoints.resume import check_unused
 from training.datasets import Dataset
-from training.distillation import DistillationLoss, DistillationSettings
+from training.distill.curation import AnswerSettings, gather_answers, is_endpoint, open_answering
+from training.distill.distillation import DistillationLoss, DistillationSettings
+from training.distill.own_answers import OnPolicySettings, OwnAnswers
+from training.distill.teacher import identity, is_ours, open_teacher
+from training.distill.top_k import FOLDER, KeptTeacher, TaughtChats, fingerprint, keep_top_k
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
-from training.own_answers import OnPolicySettings, OwnAnswers
 from training.ranks import Ranks
-from training.resume import check_unused
-from training.rollout import Sampler
 from training.settings import NextTokenSettings, model_config, parse
 from training.stage import begin, check_vocabulary, open_checkpoint
-from training.teacher import identity, is_ours, open_teacher
-from training.top_k import FOLDER, KeptTeacher, TaughtChats, fingerprint, keep_top_k
 from training.trainer import Trainer
 
 

@@ -14,15 +14,15 @@ from errors import UserError, command_line
 from model import MiniDeepSeek
 from text.registry import find_sources
 from text.tokenizer import Tokenizer
+from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings
+from training.alignment.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
+from training.checkpoints.resume import check_unused
+from training.distill.teacher import identity
 from training.machine import choose_dtype
 from training.optim import OptimSettings
-from training.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings
 from training.ranks import Ranks
-from training.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
-from training.resume import check_unused
 from training.settings import StageSettings, parse
 from training.stage import begin, open_checkpoint
-from training.teacher import identity
 from training.trainer import Trainer
 from training.validation import held_out_batches, text_batches
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from dataset import PromptDataset
 from errors import UserError, command_line
 from text.registry import find_sources
-from training.accuracy import Accuracy
-from training.experience import Experience
+from training.alignment.accuracy import Accuracy
+from training.alignment.experience import Experience
+from training.alignment.policy import GRPOLoss
+from training.alignment.reference import frozen_reference
+from training.alignment.rewards import Rewards
+from training.alignment.rollout import RolloutSettings, Sampler
 from training.machine import choose_dtype
 from training.optim import OptimSettings
-from training.policy import GRPOLoss
-from training.reference import frozen_reference
-from training.rewards import Rewards
-from training.rollout import RolloutSettings, Sampler
 from training.settings import StageSettings, parse
 from training.stage import begin, open_checkpoint
 from training.trainer import Trainer
@@ -32,7 +32,7 @@ class GRPOSettings(StageSettings, RolloutSettings):
         ckpt: checkpoint folder to start from.
         data: problems, separated by commas, each NAME or NAME=WEIGHT: a name in --datasets, a file or Hub id of
             questions and answers, arithmetic:1-3, or reasoning_gym:TASK.
-        rewards: names and weights; see training/rewards.py; package.module:function for one of your own.
+        rewards: names and weights; see training/alignment/rewards.py; package.module:function for one of your own.
         system: system prompt before every question.
         clip_low: how far the probability of a token may fall in the steps on one batch, 0.2 for 0.8 times.
         clip_high: how far it may rise; DAPO takes 0.28.

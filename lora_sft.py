@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import nn
 
 from errors import UserError, command_line
-from training.adapter import Adapter
+from training.adapters.adapter import Adapter
+from training.adapters.frozen import check_base, shrink_frozen
+from training.adapters.lora import LoraSettings
+from training.adapters.merging import save_merged
 from training.chats import ChatSettings, open_chats
-from training.frozen import check_base, shrink_frozen
-from training.lora import LoraSettings
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
-from training.merging import save_merged
 from training.optim import OptimSettings, build_optimizer
 from training.settings import parse
 from training.stage import begin, open_checkpoint

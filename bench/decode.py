@@ -21,7 +21,7 @@ from model.cache import LatentCache
 from model.counts import count
 from model.generate import stream
 from model.sampling import Sampling
-from training.frozen import shrink_frozen
+from training.adapters.frozen import shrink_frozen
 from training.machine import DTYPES, measured_bandwidth
 
 PEERS = ("eager", "batched_mm", "grouped_mm")

@@ -28,13 +28,13 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer, train_bpe
 from text.world.cast import World
 from text.world.corpus import documents
-from training.experience import Experience
+from training.alignment.experience import Experience
+from training.alignment.policy import GRPOLoss
+from training.alignment.rewards import Rewards, Sample, reward
+from training.alignment.rollout import Sampler
 from training.machine import DTYPES
 from training.optim import OptimSettings
-from training.policy import GRPOLoss
 from training.ranks import Ranks
-from training.rewards import Rewards, Sample, reward
-from training.rollout import Sampler
 from training.trainer import Trainer
 
 COLUMNS = {"samples/s": "{:,.2f}", "memory_mb": "{:,.0f}"}

@@ -28,9 +28,9 @@ from errors import UserError, command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import train_bpe
-from training.adapter import Adapter
-from training.frozen import shrink_frozen
-from training.lora import LoraSettings
+from training.adapters.adapter import Adapter
+from training.adapters.frozen import shrink_frozen
+from training.adapters.lora import LoraSettings
 from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast
 from training.optim import OptimSettings, build_optimizer

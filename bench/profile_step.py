@@ -18,7 +18,8 @@ from device import now
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from LMConfig import LMConfig
-from model import MiniDeepSeek, grouped, products
+from model import MiniDeepSeek
+from model.kernels import grouped, products
 from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast, measured_peak
 from training.optim import OptimSettings, build_optimizer
@@ -32,7 +33,7 @@ KINDS = {
     "SwiGLU": r"SwiGLU|silu",
     "RMSNorm": r"RMSNorm|rms_norm",
     "AdamW, clipping": r"adamw|norm|_foreach|Optimizer|aten::zero_?$",
-    "gathering rows": r"_Dispatch|_Combine|_Permute|index|gather|scatter|sort|embedding",
+    "gathering rows": r"Dispatch|Combine|Permute|index|gather|scatter|sort|embedding",
     "casts and copies": r"aten::(copy_|_to_copy|to|clone|contiguous|fill_)$",
     "adding, concatenating": r"aten::(add_?|cat|sum|sub_?)$",
 }

@@ -21,7 +21,7 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer, train_bpe
 from text.world.cast import World
 from text.world.corpus import documents
-from training.checkpoint import Progress
+from training.checkpoints.checkpoint import Progress
 from training.losses import Batch, NextTokenLoss
 from training.machine import DTYPES
 from training.ranks import Ranks

@@ -21,10 +21,10 @@ import yaml
 from safetensors.torch import load_file
 
 from errors import UserError
-from training.checkpoint import DATA
-from training.experience import ENTRY
+from training.alignment.experience import ENTRY
+from training.checkpoints.checkpoint import DATA
+from training.checkpoints.manifest import MANIFEST
 from training.log import read_metrics
-from training.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(

@@ -37,14 +37,14 @@ class Answerer:
             raise UserError(f"--quantize {quantize}: int8, or leave it out")
         place = Ranks.start(device).device
         if lora:
-            from training.merging import open_adapted  # peft takes seconds to import
+            from training.adapters.merging import open_adapted  # peft takes seconds to import
 
             model, tokenizer = open_adapted(ckpt, lora)
         else:
             model, tokenizer = open_checkpoint(ckpt)
         chosen = choose_dtype(dtype, place)
         if quantize:
-            from training.frozen import shrink_frozen  # torchao takes a second to import
+            from training.adapters.frozen import shrink_frozen  # torchao takes a second to import
 
             # From the checkpoint's own float32, not from what bfloat16 left of it.
             shrink_frozen(model.requires_grad_(False), quantize, chosen)

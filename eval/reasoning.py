@@ -16,10 +16,10 @@ from rich.table import Table
 from dataset import PromptDataset
 from errors import UserError, check_least, command_line
 from text.problems import split_problems
+from training.alignment.rewards import Rewards, Sample
+from training.alignment.rollout import completion_texts, joined, sample_groups
 from training.machine import choose_dtype
 from training.ranks import Ranks
-from training.rewards import Rewards, Sample
-from training.rollout import completion_texts, joined, sample_groups
 from training.settings import call
 from training.stage import open_checkpoint
 

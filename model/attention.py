@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from model import fused
+from model.kernels import fused
 
 CHUNK = 128  # query rows at a time on CPU
 LONGEST_CHUNKED = 2048  # beyond, the weights that the chunks keep would take more memory than their speed is worth

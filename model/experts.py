@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,14 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import fused, grouped, products
-from model.packed import Packed, dense
+from model.dispatch import Combine, Dispatch, Permute, Plan, gather_sum
+from model.grouped_linear import Cast, KeptMemory, grouped_linear, spans_of
+from model.kernels import fused, grouped, products
+from model.packed import Packed
 
-# CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work): each expert's
-# rows are padded to a multiple of the largest of these blocks of which its share fills four.
-ROW_BLOCKS = (128, 64, 32, 16)
-SMALL_ROW_BLOCK = 8  # under that, and on CUDA, whose grouped products want groups aligned to 16 bytes
-KEPT_BYTES = 2**25  # glibc gives a larger block back to the system as soon as it is freed
 FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
 
@@ -76,13 +72,13 @@ class Experts(nn.Module):
     ) -> Tensor:
         own = grouped.suits(x_ND, self.gate_up_proj, self.down_proj)
         plan = Plan.of(indices_NK, self.gate_up_proj.shape[0], grouped.TILE if own else None)
-        x_RD = _Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
-        weights_R = _Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
+        x_RD = Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
+        weights_R = Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
         # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
         gate_up_R2I = self._product("gate_up_proj", x_RD, plan, corrections)
         inner_RI = _weighted_swiglu(gate_up_R2I, weights_R.to(x_RD.dtype))
         out_RD = self._product("down_proj", inner_RI, plan, corrections)
-        return _Combine.apply(out_RD, plan.token_of_row, plan.row_of_choice)
+        return Combine.apply(out_RD, plan.token_of_row, plan.row_of_choice)
 
     def _product(self, name: str, x_RF: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
         out = grouped_linear(x_RF, getattr(self, name), plan, self.kept[name])
@@ -97,19 +93,19 @@ class Experts(nn.Module):
         first product to the last, in the place of those of the expert before.
         """
         plan = Plan.of(indices_NK, self.gate_up_proj.shape[0])
-        weights_R = _Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
-        spans = _spans(plan.ends.tolist())
+        weights_R = Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
+        spans = spans_of(plan.ends.tolist())
         most = max(rows.stop - rows.start for _, rows in spans)
         rows_of = x_ND.new_empty(most, x_ND.shape[1])
         gate_up_of = x_ND.new_empty(most, self.gate_up_proj.shape[1])
         out_RD = x_ND.new_empty(len(weights_R), x_ND.shape[1])
-        gate_up_weight, down_weight = _Cast(self.gate_up_proj, x_ND.dtype), _Cast(self.down_proj, x_ND.dtype)
+        gate_up_weight, down_weight = Cast(self.gate_up_proj, x_ND.dtype), Cast(self.down_proj, x_ND.dtype)
         for expert, rows in spans:
             x, gate_up = rows_of[: rows.stop - rows.start], gate_up_of[: rows.stop - rows.start]
             torch.index_select(x_ND, 0, plan.token_of_row[rows], out=x)
             products.product_into(gate_up, x, gate_up_weight(expert))
             products.product_into(out_RD[rows], _weighted_swiglu(gate_up, weights_R[rows]), down_weight(expert))
-        return _gather_sum(out_RD, plan.row_of_choice)
+        return gather_sum(out_RD, plan.row_of_choice)
 
     def _few(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
         """The same for a token or two while decoding: no sorting, and only the chosen experts' weights are read."""
@@ -121,163 +117,6 @@ class Experts(nn.Module):
                 hidden.append(F.linear(F.silu(gate).mul_(up), self.down_proj[expert].to(x_1D.dtype)))
             out.append(weights.unsqueeze(0) @ torch.cat(hidden))
         return torch.cat(out)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where each (token, choice) goes among the rows sorted by expert. Padding rows hold token 0 and are never read.
-
-    Attributes:
-        counts: (E,) tokens of each expert; ends: (E,) int32, one past the last row of each expert, padding included.
-        token_of_row, choice_of_row: (R,) the token, and the flat (token, choice), that a row holds.
-        row_of_choice: (N, K) the row that holds it.
-    """
-
-    counts: Tensor
-    ends: Tensor
-    token_of_row: Tensor
-    choice_of_row: Tensor
-    row_of_choice: Tensor
-
-    @staticmethod
-    def of(indices_NK: Tensor, experts: int, block: int | None = None) -> Plan:
-        """Sort the choices by expert and pad each expert's rows to a whole number of blocks, or of those that suit."""
-        tokens, top_k = indices_NK.shape
-        choices = tokens * top_k
-        if block is None:
-            block = SMALL_ROW_BLOCK if indices_NK.is_cuda else row_block(tokens, choices / experts)
-        expert_of_choice = indices_NK.flatten()
-        sorted_experts, order = expert_of_choice.sort(stable=True)
-        counts = count_choices(expert_of_choice, experts)
-        padded = (counts + block - 1) // block * block
-        ends = padded.cumsum(0)
-        first_row, first_sorted = ends - padded, counts.cumsum(0) - counts
-        row_of_sorted = torch.arange(choices, device=order.device) + (first_row - first_sorted)[sorted_experts]
-        # On CUDA the number of rows is not known to the host: take the most there can be.
-        most = choices + min(experts, choices) * (block - 1)
-        rows = (most + block - 1) // block * block if indices_NK.is_cuda else int(ends[-1])
-        row_of_choice = torch.empty_like(expert_of_choice).scatter_(0, order, row_of_sorted)
-        choice_of_row = torch.zeros(rows, dtype=order.dtype, device=order.device).scatter_(0, row_of_sorted, order)
-        return Plan(counts, ends.int(), choice_of_row // top_k, choice_of_row, row_of_choice.view(tokens, top_k))
-
-
-def row_block(tokens: int, mean_rows: float) -> int:
-    """What each expert's rows are padded to a multiple of, on CPU: little of its share is wasted, few shapes occur."""
-    return next((block for block in ROW_BLOCKS if mean_rows >= 4 * block), SMALL_ROW_BLOCK if tokens > 1 else 1)
-
-
-def count_choices(indices: Tensor, experts: int) -> Tensor:
-    """How often each expert was chosen, (E,) int64; unlike bincount, without a host round trip."""
-    flat = indices.flatten()
-    return torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
-
-
-class KeptMemory:
-    """The memory of a gradient, taken again in the next step once nobody else holds it.
-
-    The system finds and clears the pages of a new block one by one, which for the gradients of a hundred small experts
-    takes as long as their products.
-    """
-
-    def __init__(self) -> None:
-        self.tensor: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict) -> KeptMemory:
-        return KeptMemory()
-
-    def __reduce__(self) -> tuple:
-        return KeptMemory, ()
-
-    def like(self, x: Tensor) -> Tensor:
-        """A tensor like x of any content; x is of one shape all along."""
-        if x.device.type != "cpu" or x.nbytes < KEPT_BYTES:
-            return torch.empty_like(x)
-        if self.tensor is None or self._holders() > 2:  # this one, and the storage's face to Python
-            self.tensor = torch.empty_like(x)
-        return self.tensor.detach()
-
-    def _holders(self) -> int:
-        return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
-
-
-def grouped_linear(x_RD: Tensor, weight_EOD: Tensor | Packed, plan: Plan, kept: KeptMemory | None = None) -> Tensor:
-    """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O). kept: for the gradient of the weight."""
-    if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
-        weight = dense(weight_EOD, x_RD.dtype)
-        out, inner = (-size % SMALL_ROW_BLOCK for size in weight.shape[1:])
-        if out or inner:  # rows of both must be aligned to 16 bytes, which adapters of a low rank are not
-            x_RD, weight = F.pad(x_RD, (0, inner)), F.pad(weight, (0, inner, 0, out))
-        product = F.grouped_mm(x_RD, weight.transpose(-2, -1), offs=plan.ends)
-        return product[:, : weight_EOD.shape[1]] if out else product
-    return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist(), kept or KeptMemory())
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """A loop over the experts that writes into one buffer, forward and backward.
-
-    A weight of another type is cast expert by expert, in the cache, in both passes: a copy of all would be written to
-    memory, read again twice, and kept. A frozen weight costs no product, nor are rows kept for its gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_EOD: Tensor | Packed, ends: list[int], kept: KeptMemory) -> Tensor:
-        packed = isinstance(weight_EOD, Packed)
-        ctx.save_for_backward(x_RD if ctx.needs_input_grad[1] else None, None if packed else weight_EOD)
-        ctx.packed, ctx.dtype, ctx.ends, ctx.kept = weight_EOD if packed else None, x_RD.dtype, ends, kept
-        if not packed and grouped.fits(x_RD, weight_EOD, ends):
-            return grouped.product(x_RD, weight_EOD, ends)
-        weight_EOD = dense(weight_EOD, x_RD.dtype) if packed else weight_EOD
-        # Where the number of rows is only bounded (CUDA in float32), those past the last expert must still be numbers.
-        make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
-        out, weight_of = make(x_RD.shape[0], weight_EOD.shape[1]), _Cast(weight_EOD, x_RD.dtype)
-        for expert, rows in _spans(ends):
-            products.product_into(out[rows], x_RD[rows], weight_of(expert))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x_RD, weight_EOD = ctx.saved_tensors
-        weight_EOD = dense(ctx.packed, ctx.dtype) if weight_EOD is None else weight_EOD
-        ends, spans, grad_RO, grad_x, grad_weight = ctx.ends, _spans(ctx.ends), grad_RO.contiguous(), None, None
-        if ctx.packed is None and grouped.fits(grad_RO, weight_EOD, ends):
-            if ctx.needs_input_grad[0]:
-                grad_x = grouped.product_back(grad_RO, weight_EOD, ends)
-            if ctx.needs_input_grad[1]:
-                grad_weight = grouped.gradient_into(ctx.kept.like(weight_EOD), grad_RO, x_RD, ends)
-            return grad_x, grad_weight, None, None
-        weight_of = _Cast(weight_EOD, ctx.dtype)
-        if ctx.needs_input_grad[0]:
-            make = grad_RO.new_empty if ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
-            grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
-        if ctx.needs_input_grad[1]:
-            grad_weight = ctx.kept.like(weight_EOD)
-            for expert in set(range(len(ends))).difference(expert for expert, _ in spans):
-                grad_weight[expert].zero_()
-        for expert, rows in spans:
-            if grad_x is not None:
-                products.product_into(grad_x[rows], grad_RO[rows], weight_of(expert).t())
-            if grad_weight is not None:
-                products.gradient_into(grad_weight[expert], grad_RO[rows], x_RD[rows])
-        return grad_x, grad_weight, None, None
-
-
-class _Cast:
-    """One expert's matrix after the other in another type, all in the same place."""
-
-    def __init__(self, weight_EOD: Tensor, dtype: torch.dtype) -> None:
-        self.weight_EOD = weight_EOD
-        self.place = None if weight_EOD.dtype == dtype else weight_EOD.new_empty(weight_EOD.shape[1:], dtype=dtype)
-
-    def __call__(self, expert: int) -> Tensor:
-        weight = self.weight_EOD[expert]
-        return weight if self.place is None else self.place.copy_(weight)
-
-
-def _spans(ends: list[int]) -> list[tuple[int, slice]]:
-    """The experts that have rows, each with its rows."""
-    return [
-        (e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if end > start
-    ]
 
 
 def _weighted_swiglu(gate_up_R2I: Tensor, weights_R: Tensor) -> Tensor:
@@ -309,61 +148,3 @@ class _WeightedSwiGLU(torch.autograd.Function):
         grad_weight = activated.mul_(up).mul_(grad).sum(-1)
         grad_gate.copy_(torch.ops.aten.silu_backward(scaled.mul_(up), gate))
         return grad_gate_up, grad_weight
-
-
-class _Dispatch(torch.autograd.Function):
-    """Copy each token to its rows. Its gradient is a gather and a sum over k, where autograd's own would scatter."""
-
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_choice)
-        return x_ND.index_select(0, token_of_row)
-
-    @staticmethod
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (row_of_choice,) = ctx.saved_tensors
-        return _gather_sum(grad_RD, row_of_choice), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Sum each token's rows: the transpose of `_Dispatch`."""
-
-    @staticmethod
-    def forward(ctx, y_RD: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
-        ctx.save_for_backward(token_of_row)
-        return _gather_sum(y_RD, row_of_choice)
-
-    @staticmethod
-    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (token_of_row,) = ctx.saved_tensors
-        # Padding rows get token 0's gradient here; it ends where their weight, which is 0, multiplies it.
-        return grad_ND.index_select(0, token_of_row), None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Put the weight of each choice into its row, 0 into padding rows; the gradient goes the way back."""
-
-    @staticmethod
-    def forward(ctx, weights: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_choice)
-        return weights.new_zeros(choice_of_row.shape[0]).scatter_(0, row_of_choice, weights)
-
-    @staticmethod
-    def backward(ctx, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        (row_of_choice,) = ctx.saved_tensors
-        return grad_R.index_select(0, row_of_choice), None, None
-
-
-def _gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
-    """(R, D), (N, K) -> (N, D): the sum of each token's K rows."""
-    if rows_RD.is_cuda:
-        rows_NKD = rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape)
-        return rows_NKD.sum(1, dtype=rows_RD.dtype)  # autocast would make it float32, and the residual stream with it
-    if fused.fits(rows_RD) and rows_RD.is_contiguous():
-        return fused.gather_sum(rows_RD, row_of_choice)
-    # K additions of contiguous rows are several times faster than a sum over a middle axis.
-    first, *others = row_of_choice.unbind(1)
-    total = rows_RD.index_select(0, first)
-    for rows in others:
-        total += rows_RD.index_select(0, rows)
-    return total

@@ -10,23 +10,9 @@ from torch import Tensor
 from model import native
 from model.cache import LatentCache
 from model.drafter import drafter
+from model.kernels.structs import Speculation
 from model.stepper import Stepper, draft, stepper
 from model.transformer import MiniDeepSeek
-
-# The struct of decode.c, field by field.
-FIRST = "shape scratch layers mtp"
-WHOLE = "count most capacity"
-LAST = "ends mtp_ends line states x logits confidence choice"
-
-
-class Speculation(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in FIRST.split()),
-        *((name, ctypes.c_int64) for name in WHOLE.split()),
-        *((name, ctypes.c_void_p) for name in LAST.split()),
-        ("likely", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
 
 
 class GreedyPass:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import causal, fused_attention
 from model.attention import Visibility, attend, pick
 from model.cache import Cache, LatentCache
+from model.kernels import causal, fused_attention
+from model.kernels.products import Linear
 from model.norm import RMSNorm
-from model.products import Linear
 from model.rope import rotate, softmax_scale
 
 # Up to this many new positions the absorbed form reads the latents as they are; beyond, expanding them once is cheaper.

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import fused
 from model.experts import Experts
+from model.kernels import fused
+from model.kernels.products import Linear
 from model.norm import Float32Buffers, float32_only
-from model.products import Linear
 
 
 class SwiGLU(nn.Module):

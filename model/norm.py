@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import fused
+from model.kernels import fused
 
 
 class RMSNorm(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model import native
 from model.cache import LatentCache
+from model.kernels.structs import Ends, Matrix, weight_of
 from model.layer import DecoderLayer
 from model.norm import RMSNorm
 from model.packed import Int8Weight
@@ -56,15 +57,6 @@ def _step(states: Tensor, found: Tensor) -> Step:
     return Step(states, found, choice, confidence)
 
 
-class Ends(ctypes.Structure):
-    _fields_ = [  # of the struct in decode.c
-        ("vocab", ctypes.c_int64),
-        ("embedding", ctypes.c_void_p),
-        *((name, native.Matrix) for name in ("head", "eh_proj")),
-        *((name, ctypes.c_void_p) for name in ("enorm", "hnorm", "norm", "angles")),
-    ]
-
-
 class Stepper(native.Decoder):
     """Layers with what is before and after them: the embedding, an MTP layer's join, the norm and the head."""
 
@@ -84,9 +76,9 @@ class Stepper(native.Decoder):
         if hasattr(layers[0], "eh_proj"):
             mtp = layers[0]
             tensors |= {"enorm": mtp.enorm.weight, "hnorm": mtp.hnorm.weight}
-            matrices |= {"eh_proj": native.weight_of(mtp.eh_proj)}
+            matrices |= {"eh_proj": weight_of(mtp.eh_proj)}
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        addresses |= {name: native.Matrix.of(weight) for name, weight in matrices.items()}
+        addresses |= {name: Matrix.of(weight) for name, weight in matrices.items()}
         self.ends = Ends(vocab=model.lm_head.weight.shape[0], **addresses)
 
     def run_step(self, ids: Tensor, last: int, state: Tensor | None = None) -> Step:

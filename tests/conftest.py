@@ -22,7 +22,8 @@ import training.trainer
 from errors import command_line
 from eval.opened_model import OpenedModel, open_model
 from LMConfig import LMConfig
-from model import MiniDeepSeek, compiled, native
+from model import MiniDeepSeek, native
+from model.kernels import compiled
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer, train_bpe
 from text.world import generate

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 KINDS = {"UserError", "DamagedCheckpoint", "ConfigError"}
 ENDS = {"SystemExit", "exit", "fail"}  # `raise SystemExit(text)`, `sys.exit(text)`, `ranks.fail(text)`
-FOLDERS = (".", "model", "text", "text/world", "training", "eval", "eval/suites", "bench")
+FOLDERS = ("model", "text", "training", "eval", "bench")
 DIFFERS = "…"
 
 
@@ -82,4 +82,4 @@ def _texts(node: ast.expr, named: dict[str, list[ast.expr]]) -> list[str]:
 
 def sources() -> list[Path]:
     """The files of the project that a person's command may run."""
-    return sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+    return sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])

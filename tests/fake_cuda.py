@@ -26,15 +26,15 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache, cache_dtype
 from model.transformer import logits
-from training.adapter import Adapter
-from training.distillation import DistillationLoss, DistillationSettings
-from training.lora import LoraSettings
+from training.adapters.adapter import Adapter
+from training.adapters.lora import LoraSettings
+from training.alignment.policy import GRPOLoss
+from training.alignment.preference import PreferenceLoss, PreferenceSettings
+from training.distill.distillation import DistillationLoss, DistillationSettings
+from training.distill.teacher import OwnTeacher
 from training.losses import NextTokenLoss
-from training.policy import GRPOLoss
-from training.preference import PreferenceLoss, PreferenceSettings
 from training.ranks import Ranks
 from training.settings import NextTokenSettings
-from training.teacher import OwnTeacher
 from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +143,7 @@ def preference_loss() -> None:
     loss = PreferenceLoss(PreferenceSettings(), model().requires_grad_(False))
     # How many pairs there are is data: here every row holds one.
     sides = torch.empty(4, 2, ROWS, device=CUDA)
-    with bf16(), patch("training.preference.sums_by_side", lambda values, _: sides + values.sum()):
+    with bf16(), patch("training.alignment.preference.sums_by_side", lambda values, _: sides + values.sum()):
         total, _, _ = loss(policy, batch)
     backward(total, policy)
 
@@ -157,7 +157,7 @@ def distillation_loss() -> None:
 
 
 def lora_on_experts() -> None:
-    with CUDA, patch("training.adapter.fingerprint", lambda _: ""):
+    with CUDA, patch("training.adapters.adapter.fingerprint", lambda _: ""):
         adapted = Adapter.add(model(), LoraSettings(targets="all", r=4), "base").model
     with bf16():
         total, _, _ = NextTokenLoss(mtp=False)(adapted, {"input_ids": ids(ROWS, TIME), "labels": ids(ROWS, TIME)})

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model import fused
+from model.kernels import fused
 from model.tensor_file import save_file
 from training.adamw import AdamWBF16, plain_adamw_
 from training.optim import OptimSettings, build_optimizer, load_state_tensors, state_tensors

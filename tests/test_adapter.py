@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.experts import LowRank
-from training.adapter import Adapter, read_config
-from training.lora import TARGETS, ExpertsLora, LoraSettings
+from training.adapters.adapter import Adapter, read_config
+from training.adapters.lora import TARGETS, ExpertsLora, LoraSettings
 from training.losses import NextTokenLoss
 from training.optim import OptimSettings, build_optimizer, set_learning_rate
 

@@ -142,7 +142,7 @@ def test_one_bit_of_any_weight_or_router_bias_changes_its_checksum(tiny_model):
 
 
 def test_any_change_of_the_sources_is_another_version(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "kernels").mkdir(parents=True)
     for name in ("pretrain.py", "model/moe.py"):
         (tmp_path / name).write_text("x = 1\n")
     monkeypatch.setattr(agreement, "ROOT", tmp_path)
@@ -151,7 +151,7 @@ def test_any_change_of_the_sources_is_another_version(tmp_path, monkeypatch):
     versions.append(code_version())
     Path(tmp_path / "model" / "moe.py").rename(tmp_path / "model" / "mla.py")
     versions.append(code_version())
-    for name in ("rows.h", "decode.c"):
+    for name in ("kernels/rows.h", "kernels/decode.c"):
         (tmp_path / "model" / name).write_text("int x;")
         versions.append(code_version())
     assert len(set(versions)) == 5

@@ -18,7 +18,7 @@ import pretrain
 import text.shard_set
 import text.tokenizer
 import train_tokenizer
-import training.checkpoint
+import training.checkpoints.checkpoint
 import training.log
 from text.tokenizer import Tokenizer, train_bpe
 from training.log import read_metrics
@@ -288,7 +288,7 @@ def full(*_: object, **__: object) -> None:
 
 def test_a_disk_that_fills_under_a_checkpoint(train, world, tmp_path, monkeypatch):
     """The third checkpoint does not fit: the first two stay, and the run goes on from there once there is room."""
-    saves, save = [], training.checkpoint.save_file
+    saves, save = [], training.checkpoints.checkpoint.save_file
 
     def save_file(*given: object) -> None:
         saves.append(given)
@@ -298,7 +298,7 @@ def test_a_disk_that_fills_under_a_checkpoint(train, world, tmp_path, monkeypatc
 
     options = ["--max_steps", 4, "--save_every", 1, "--keep", 5]
     with monkeypatch.context() as patch:
-        patch.setattr(training.checkpoint, "save_file", save_file)
+        patch.setattr(training.checkpoints.checkpoint, "save_file", save_file)
         done = train(world / "pretrain.csv", *options)
     out = tmp_path / "run"
     refused(done, 2, f"{out / 'step-3'}: could not be saved", "No space left", f"{out / 'step-2'}; free some space")

@@ -17,11 +17,11 @@ from text.chat_file import write_chats
 from text.conversations import read_conversations
 from text.prompts import read_prompts, to_prompt
 from text.row_report import RowError, RowReport
-from training.answers import Answer, Ask, Failure
-from training.curation import AnswerSettings, curate, fit
-from training.local_teacher import TOO_LONG, CheckpointTeacher, open_local
-from training.rewards import Rewards
-from training.rollout import chances, completion_texts, joined, sample_groups
+from training.alignment.rewards import Rewards
+from training.alignment.rollout import chances, completion_texts, joined, sample_groups
+from training.distill.answers import Answer, Ask, Failure
+from training.distill.curation import AnswerSettings, curate, fit
+from training.distill.local_teacher import TOO_LONG, CheckpointTeacher, open_local
 
 CPU = torch.device("cpu")
 QUESTION, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -260,14 +260,14 @@ def test_transformers_and_we_give_the_same_greedy_answers(pretrained, monkeypatc
     folder = str(pretrained / "final")
     asks = [ask(question) for question in ("春天来了吗？", "hello", "1加1等于几？")]
     ours = dict(open_local(folder, 0.0, 8, 0, torch.float32, CPU).answers(asks))
-    monkeypatch.setattr("training.local_teacher.is_ours", lambda name: False)
+    monkeypatch.setattr("training.distill.local_teacher.is_ours", lambda name: False)
     theirs = dict(open_local(folder, 0.0, 8, 0, torch.float32, CPU).answers(asks))
     assert {a: answer.text for a, answer in ours.items()} == {a: answer.text for a, answer in theirs.items()}
     assert {a: answer.finish for a, answer in ours.items()} == {a: answer.finish for a, answer in theirs.items()}
 
 
 def test_transformers_samples_where_it_is_warm(pretrained, monkeypatch):
-    monkeypatch.setattr("training.local_teacher.is_ours", lambda name: False)
+    monkeypatch.setattr("training.distill.local_teacher.is_ours", lambda name: False)
     asks = [ask("hello", sample) for sample in range(4)]
     teacher = open_local(str(pretrained / "final"), 1.0, 8, 0, torch.float32, CPU)
     got, again = (dict(teacher.answers(asks)) for _ in range(2))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from LMConfig import LMConfig
-from model import MiniDeepSeek, causal
+from model import MiniDeepSeek
+from model.kernels import causal
 from model.rope import rotate
 from training.losses import NextTokenLoss
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import model.hf
 import pretrain
-import training.checkpoint
+import training.checkpoints.checkpoint
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.checkpoint import (
+from training.checkpoints.checkpoint import (
     Progress,
     Snapshot,
     keep_last,
@@ -27,9 +27,9 @@ from training.checkpoint import (
     read_progress,
     steps,
 )
-from training.manifest import MANIFEST
+from training.checkpoints.manifest import MANIFEST
+from training.checkpoints.resume import WholeModel, left_off
 from training.optim import OptimSettings, build_optimizer
-from training.resume import WholeModel, left_off
 
 
 class Sitting:
@@ -118,9 +118,9 @@ def full_in_rust(*_: object, **__: object) -> None:
 FILLS = {
     "the weights": (model.hf, "save_file", full_in_rust),
     "the tokenizer": (Tokenizer, "save", full),
-    "the state": (training.checkpoint, "save_file", full_in_rust),
-    "the flush": (training.checkpoint, "_flush", full),
-    "the folder": (training.checkpoint.Path, "mkdir", full),
+    "the state": (training.checkpoints.checkpoint, "save_file", full_in_rust),
+    "the flush": (training.checkpoints.checkpoint, "_flush", full),
+    "the folder": (training.checkpoints.checkpoint.Path, "mkdir", full),
 }
 
 

@@ -7,8 +7,8 @@ import torch
 
 import training.chunks
 from training.chunks import ROWS, chunks, padded, padded_rows
-from training.distillation import Logits, distillation_sum
-from training.divergences import forward_kl
+from training.distill.distillation import Logits, distillation_sum
+from training.distill.divergences import forward_kl
 from training.log_probs import log_probs_and_entropy
 
 VOCAB, WIDTH = 50, 8

@@ -16,7 +16,7 @@ from text.problems import Problem, open_problems, to_problem
 from text.world.columns import conclusion, explained, worked
 from text.world.numbers import arithmetic_problem, states_held_out
 from text.world.reasoning import generate
-from training.rewards import Rewards, Sample, find
+from training.alignment.rewards import Rewards, Sample, find
 from training.settings import call
 
 

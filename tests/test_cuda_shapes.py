@@ -19,8 +19,8 @@ TORCH = Path(torch.__file__).parent
 LABELS, LOGGED = "training/trainer.py: count = max(labels.item(), 1)", "training/trainer.py: return StepResult("
 FINITE = "training/trainer.py: means, norm = tally.means(count), torch.nn.utils.get_total_norm(gradients).item()"
 MEANS, SEGMENTS = "training/tally.py: name: value.item()", "model/attention.py: starts = new.flatten().nonzero()"
-ANSWERS, TEACHER = "training/log_probs.py: places = ", "training/teacher.py: places = "
-COMPARED = "training/distillation.py: places = "
+ANSWERS, TEACHER = "training/log_probs.py: places = ", "training/distill/teacher.py: places = "
+COMPARED = "training/distill/distillation.py: places = "
 WAITS = {
     "moe_layer": (),
     "training_step": (MEANS, LABELS, FINITE, LOGGED),

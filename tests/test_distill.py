@@ -19,14 +19,14 @@ import pretrain
 from dataset import ChatDataset
 from model import MiniDeepSeek
 from text.order import scramble
+from training.alignment.rollout import Sampler, chances, joined, sample_groups
 from training.datasets import PolicyDataset
-from training.distillation import SAMPLED, DistillationLoss, DistillationSettings
+from training.distill.distillation import SAMPLED, DistillationLoss, DistillationSettings
+from training.distill.own_answers import CHANCES, CHOICE, OnPolicySettings, OwnAnswers, prompt_of, rows_that_fit
+from training.distill.teacher import open_teacher
 from training.log import read_metrics
 from training.losses import IGNORE
-from training.own_answers import CHANCES, CHOICE, OnPolicySettings, OwnAnswers, prompt_of, rows_that_fit
 from training.ranks import Ranks
-from training.rollout import Sampler, chances, joined, sample_groups
-from training.teacher import open_teacher
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import training.chunks
-from training.distillation import LOSSES, DistillationSettings, Logits, distillation_sum
-from training.divergences import (
+from training.distill.distillation import LOSSES, DistillationSettings, Logits, distillation_sum
+from training.distill.divergences import (
     forward_kl,
     generalised_jsd,
     logit_gradient,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.dropout import Dropout
+from training.adapters.dropout import Dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

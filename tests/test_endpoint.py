@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 import distill
-import training.answers
-import training.curation
-import training.endpoint
+import training.distill.answers
+import training.distill.curation
+import training.distill.endpoint
 from errors import UserError
 from text.conversations import read_conversations
-from training.answers import Answer, Ask, Failure, Journal, ask_all
-from training.endpoint import Endpoint, seconds_to_wait
+from training.distill.answers import Answer, Ask, Failure, Journal, ask_all
+from training.distill.endpoint import Endpoint, seconds_to_wait
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -181,7 +181,7 @@ def test_a_server_that_names_the_wait_is_obeyed(form, server):
 @pytest.mark.parametrize(("header", "seconds"), [(None, 0), ("", 0), ("7", 7), ("-3", 0), ("soon", 0), ("nan", 0)])
 def test_what_a_header_says(header, seconds):
     assert seconds_to_wait(header) == seconds
-    assert seconds_to_wait("99999") == training.endpoint.LONGEST_WISH
+    assert seconds_to_wait("99999") == training.distill.endpoint.LONGEST_WISH
 
 
 def test_a_question_is_given_up_after_its_attempts_and_the_others_go_on(server):
@@ -377,8 +377,8 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):
     ],
 )
 def test_what_makes_no_sense_is_one_line(options, what, server, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(training.answers, "MOST_FAILURES", 1)
-    monkeypatch.setattr(training.curation, "Endpoint", partial(Endpoint, attempts=1))
+    monkeypatch.setattr(training.distill.answers, "MOST_FAILURES", 1)
+    monkeypatch.setattr(training.distill.curation, "Endpoint", partial(Endpoint, attempts=1))
     data = prompts(tmp_path, "a", "b")
     done = run(distill.main, *command(server, data, tmp_path / "out", *options))
     assert done.code == 2 and what in done.err, done.err

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from model.experts import FEW_CHOICES, ROW_BLOCKS, SMALL_ROW_BLOCK, Experts, Plan, count_choices, grouped_linear
+from model.dispatch import ROW_BLOCKS, SMALL_ROW_BLOCK, Plan, count_choices
+from model.experts import FEW_CHOICES, Experts
+from model.grouped_linear import grouped_linear
 from model.moe import DeepseekMoE
 
 EXPERTS, CHOSEN, HIDDEN = 8, 3, 32
@@ -133,7 +135,7 @@ def test_no_other_copy_of_all_weights_is_made_or_kept_for_the_backward_pass(expe
 @pytest.fixture
 def large_experts(experts, monkeypatch) -> Experts:
     """Large enough for the memory of their gradients to be kept."""
-    monkeypatch.setattr("model.experts.KEPT_BYTES", 0)
+    monkeypatch.setattr("model.grouped_linear.KEPT_BYTES", 0)
     return experts
 
 

@@ -16,10 +16,10 @@ from forked import Forked
 from safetensors import SafetensorError
 from toy_stage import ROWS, Rows, files
 
-import training.checkpoint
+import training.checkpoints.checkpoint
 from errors import UserError, command_line
-from training.manifest import verify
-from training.saver import Saver
+from training.checkpoints.manifest import verify
+from training.checkpoints.saver import Saver
 
 
 def at_step(step: int, happen: Callable[[], object]) -> Rows:
@@ -43,7 +43,9 @@ def test_a_disk_that_fills_ends_the_run_and_a_resume_loses_nothing(background, m
 
     with monkeypatch.context() as patch:
         trainer = make(max_steps=8, save_every=2, background_save=background)
-        fills = at_step(3, lambda: (trainer.checkpoints.wait(), patch.setattr(training.checkpoint, "save_file", full)))
+        fills = at_step(
+            3, lambda: (trainer.checkpoints.wait(), patch.setattr(training.checkpoints.checkpoint, "save_file", full))
+        )
         trainer.dataset = fills
         with pytest.raises(UserError) as caught:
             trainer.run()
@@ -90,7 +92,7 @@ def test_a_folder_that_may_not_be_written_says_so(make, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
     with monkeypatch.context() as patch:
-        trainer.dataset = at_step(2, lambda: patch.setattr(training.checkpoint.Path, "mkdir", refuse))
+        trainer.dataset = at_step(2, lambda: patch.setattr(training.checkpoints.checkpoint.Path, "mkdir", refuse))
         with pytest.raises(UserError, match=r"Read-only file system.*make the folder writable and use --resume"):
             trainer.run()
 

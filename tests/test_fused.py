@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from LMConfig import LMConfig
-from model import MiniDeepSeek, fused
+from model import MiniDeepSeek
 from model.attention import Visibility, attend
+from model.kernels import fused
 from training.losses import NextTokenLoss
 
 TYPES = (torch.float32, torch.bfloat16)

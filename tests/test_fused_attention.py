@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from LMConfig import LMConfig
-from model import MiniDeepSeek, fused, fused_attention
+from model import MiniDeepSeek
 from model.attention import Visibility
 from model.cache import LatentCache
 from model.experts import Experts
+from model.kernels import fused, fused_attention
 from model.mla import MultiHeadLatentAttention
 from model.moe import Router
 from model.norm import RMSNorm

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from LMConfig import LMConfig
 from model import experts as experts_module
-from model import grouped
 from model.experts import Experts
+from model.kernels import grouped
 
 needs_dots = pytest.mark.skipif(grouped.library() is None, reason="no dot products of bfloat16 here, or faster ones")
 ROWS = {

@@ -20,13 +20,13 @@ from dataset import PromptDataset
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.accuracy import Accuracy
-from training.experience import Experience
+from training.alignment.accuracy import Accuracy
+from training.alignment.experience import Experience
+from training.alignment.policy import GRPOLoss
+from training.alignment.rewards import Rewards, Sample, reward
+from training.alignment.rollout import RolloutSettings, Sampler
 from training.log import read_metrics
-from training.policy import GRPOLoss
 from training.ranks import Ranks
-from training.rewards import Rewards, Sample, reward
-from training.rollout import RolloutSettings, Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -10,13 +10,14 @@ import torch
 from decoding_steps import NARROW, SHAPES, in_pytorch, same_bits_however_many, shaken, steps
 from torch import nn
 
-from model import MiniDeepSeek, compiled, native
+from model import MiniDeepSeek, native
 from model.batching import Batcher, Request
 from model.cache import LatentCache
 from model.experts import Experts
+from model.kernels import compiled
 from model.packed import Int8Weight, PackedLinear
 from model.stepper import Stepper
-from training.frozen import shrink_frozen
+from training.adapters.frozen import shrink_frozen
 
 TYPES = [torch.float32, torch.bfloat16]
 

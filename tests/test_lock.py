@@ -10,7 +10,7 @@ import pytest
 from forked import Forked
 
 from errors import UserError
-from training.lock import LOCK, RunLock, restarted
+from training.checkpoints.lock import LOCK, RunLock, restarted
 
 
 def hold(out: Path) -> None:

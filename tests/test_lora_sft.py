@@ -19,9 +19,9 @@ from eval.answering import Answerer
 from eval.chat import chat
 from model import MiniDeepSeek
 from text.world import blessings
-from training.adapter import CONFIG, WEIGHTS
+from training.adapters.adapter import CONFIG, WEIGHTS
+from training.adapters.merging import open_adapted
 from training.log import read_metrics
-from training.merging import open_adapted
 from training.stage import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

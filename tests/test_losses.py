@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import training.chunks
-from model import fused
+from model.kernels import fused
 from training.losses import IGNORE, NextTokenLoss, cross_entropy_sum, labels_ahead, token_losses
 
 ROWS, HIDDEN, VOCAB = 150, 24, 61

@@ -21,8 +21,8 @@ from dataset import ChatDataset, PreferenceDataset
 from errors import UserError
 from text.order import BLOCK
 from text.registry import Source
+from training.alignment.reference import reference_log_probs
 from training.log import read_metrics
-from training.reference import reference_log_probs
 
 LENGTH = 48
 

@@ -12,9 +12,9 @@ from torchao.quantization import to_nf4
 from errors import UserError
 from model.experts import Experts
 from model.packed import BLOCK, SCALES, Int8Weight, NF4Weight, PackedLinear
-from training.adapter import Adapter
-from training.frozen import check_base, nf4_or_int8, shrink_frozen
-from training.lora import LoraSettings
+from training.adapters.adapter import Adapter
+from training.adapters.frozen import check_base, nf4_or_int8, shrink_frozen
+from training.adapters.lora import LoraSettings
 
 TYPES = [torch.float32, torch.bfloat16]
 IDS = torch.randint(0, 600, (2, 24), generator=torch.Generator().manual_seed(1))

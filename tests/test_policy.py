@@ -10,9 +10,9 @@ from torch import nn
 
 from errors import UserError
 from model.cache import PromptLatents
+from training.alignment.policy import GRPOLoss, advantages, completion_hidden
 from training.log_probs import label_log_probs
 from training.losses import IGNORE
-from training.policy import GRPOLoss, advantages, completion_hidden
 
 
 class TwoTokens(nn.Module):

@@ -13,9 +13,17 @@ from transformers import AutoModelForCausalLM
 from errors import UserError
 from model import MiniDeepSeek
 from text.packing import write_row
+from training.alignment.preference import (
+    HeldOutPairs,
+    Pairs,
+    PreferenceLoss,
+    PreferenceSettings,
+    ipo,
+    sigmoid_dpo,
+    simpo,
+)
 from training.log_probs import label_log_probs
 from training.losses import Batch, token_losses
-from training.preference import HeldOutPairs, Pairs, PreferenceLoss, PreferenceSettings, ipo, sigmoid_dpo, simpo
 from training.ranks import Ranks
 
 CHOSEN, REJECTED = [-25.167070, -9.064045, -21.037773], [-17.822626, -31.589228, -18.442255]

@@ -15,7 +15,7 @@ from errors import UserError
 from text.json_rows import RowError, RowReport
 from text.problems import open_problems, to_problem
 from text.world.numbers import held_out_arithmetic_problem
-from training.rewards import is_correct
+from training.alignment.rewards import is_correct
 
 GSM8K = {"question": "How many clips?", "answer": "Natalia sold 48/2 = <<48/2=24>>24.\n48+24 = 72\n#### 1,072"}
 CHINESE = {"question": "How many?", "question_zh-cn": "一共卖出多少个？", "answer": "...", "answer_only": "72"}

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from LMConfig import LMConfig
-from model import MiniDeepSeek, products
+from model import MiniDeepSeek
+from model.kernels import products
 from training.losses import NextTokenLoss
 
 

@@ -12,10 +12,10 @@ import torch
 from dataset import ChatDataset, PreferenceDataset, PretrainDataset, PromptDataset
 from text.shards import prepare_shards
 from text.tokenizer import Tokenizer
-from training.experience import Experience
+from training.alignment.experience import Experience
+from training.alignment.rewards import Rewards
+from training.alignment.rollout import RolloutSettings, Sampler
 from training.ranks import Ranks
-from training.rewards import Rewards
-from training.rollout import RolloutSettings, Sampler
 from training.skipping import NamingDataset
 
 

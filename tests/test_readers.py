@@ -47,7 +47,7 @@ def write_as(file: Path, texts: list[str]) -> Path:
     suffix = file.suffixes[0]
     if suffix == ".csv":
         write_csv(file, texts)
-    elif suffix == ".jsonl":
+    elif suffix in (".jsonl", ".ndjson"):
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     elif suffix == ".json":
         file.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
@@ -62,7 +62,9 @@ def write_as(file: Path, texts: list[str]) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet", "a.arrow", "a.csv.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.arrow", "a.csv.gz", "a.jsonl.gz"]
+)
 def test_each_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
     rows, counts = read(write_as(tmp_path / name, TEXTS))
     assert [text for text, _ in rows] == TEXTS

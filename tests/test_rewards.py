@@ -11,8 +11,8 @@ import pytest
 from errors import UserError
 from text.answers import as_number, final_answer, problem_with
 from text.problems import Problem
-from training.rewards import Rewards, Sample, find, names, reward
-from training.verifier import Verifier, shared_verifier
+from training.alignment.rewards import Rewards, Sample, find, names, reward
+from training.alignment.verifier import Verifier, shared_verifier
 
 GOOD = "<think>\n3 apples\nand 4\n</think>\n<answer>\n7\n</answer>"
 FLAT = "<think>3 and 4</think><answer>7</answer>"
@@ -294,7 +294,7 @@ def test_verification_works_from_any_thread():
 
 
 def test_a_verifier_that_cannot_start_is_an_error_and_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr("training.verifier.sys.executable", "false")
+    monkeypatch.setattr("training.alignment.verifier.sys.executable", "false")
     with pytest.raises(UserError, match="math-verify does not start; pip install"):
         Verifier().equal("1/2", r"\frac{1}{2}")
 

@@ -8,10 +8,10 @@ import torch
 from model import MiniDeepSeek
 from model.generate import generate
 from model.sampling import inverse_cumulative
+from training.alignment.rollout import Completions, Sampler, chances, joined, sample_groups
 from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE
 from training.machine import autocast
-from training.rollout import Completions, Sampler, chances, joined, sample_groups
 
 STOP, NEW, GROUP = 2, 12, 5
 PROMPTS = [[1, 9, 17, 30, 4], [1, 8], [1, 40, 40, 7]]

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.roofline import Machine, Network
 from LMConfig import LMConfig
-from model import MiniDeepSeek, causal, products
+from model import MiniDeepSeek
 from model.cache import LatentCache
+from model.kernels import causal, products
 
 PLACE = Path(__file__).resolve().parent.parent / "bench" / "roofline.py"
 

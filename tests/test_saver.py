@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from training.saver import Saver
+from training.checkpoints.saver import Saver
 
 
 @pytest.fixture

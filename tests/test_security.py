@@ -30,11 +30,11 @@ from text.shard_set import INDEX, ShardSet
 from text.shards import prepare_shards
 from text.sources import open_sources
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
-from training.adapter import Adapter
-from training.checkpoint import load_training_state
+from training.adapters.adapter import Adapter
+from training.checkpoints.checkpoint import load_training_state
+from training.distill.teacher import open_transformers
 from training.optim import OptimSettings, build_optimizer
 from training.stage import open_checkpoint
-from training.teacher import open_transformers
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from forked import on_ranks
 from toy_stage import ROWS, TIME, Rows, biases
 
 from errors import UserError, command_line
-from training.checkpoint import read_progress
+from training.checkpoints.checkpoint import read_progress
 from training.log import read_metrics
 from training.losses import Batch, Metric, NextTokenLoss
 from training.optim import state_tensors

@@ -17,11 +17,11 @@ from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.distillation import DistillationLoss, DistillationSettings
-from training.divergences import forward_kl
+from training.distill.distillation import DistillationLoss, DistillationSettings
+from training.distill.divergences import forward_kl
+from training.distill.teacher import TransformersTeacher, is_plain, open_teacher, unpacked
 from training.log import read_metrics
 from training.losses import IGNORE, NextTokenLoss
-from training.teacher import TransformersTeacher, is_plain, open_teacher, unpacked
 
 CPU = torch.device("cpu")
 EVERYTHING = slice(None)
@@ -129,7 +129,7 @@ def test_our_own_checkpoint_is_the_same_teacher_by_transformers(pretrained, toke
     """Two implementations of one network, one of which does not know about packing."""
     batch, folder = packed(), str(pretrained / "final")
     ours = open_teacher(folder, tokenizer, 600, torch.float32, CPU)
-    monkeypatch.setattr("training.teacher.is_ours", lambda name: False)
+    monkeypatch.setattr("training.distill.teacher.is_ours", lambda name: False)
     theirs = open_teacher(folder, tokenizer, 600, torch.float32, CPU)
     assert isinstance(theirs, TransformersTeacher)
     with torch.no_grad():

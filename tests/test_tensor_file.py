@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from model import tensor_file
 from model.tensor_file import BLOCK, ROOM, read_parts, save_file
-from training.manifest import verify, write_manifest
+from training.checkpoints.manifest import verify, write_manifest
 
 METADATA = {"format": "pt", "base": 'Grüße "1"'}
 

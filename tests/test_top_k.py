@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import training.top_k
+import training.distill.top_k
 from dataset import ChatDataset
-from training.distillation import DistillationSettings, Logits, distillation_sum
-from training.divergences import logit_gradient
+from training.distill.distillation import DistillationSettings, Logits, distillation_sum
+from training.distill.divergences import logit_gradient
+from training.distill.teacher import OwnTeacher, open_teacher
+from training.distill.top_k import IDS, LOG_PROBS, REST, KeptTeacher, TaughtChats, TopK, fingerprint, keep_top_k, top_k
 from training.losses import IGNORE
 from training.ranks import Ranks
-from training.teacher import OwnTeacher, open_teacher
-from training.top_k import IDS, LOG_PROBS, REST, KeptTeacher, TaughtChats, TopK, fingerprint, keep_top_k, top_k
 
 N, VOCAB, WIDTH = 40, 61, 24
 NAMES = ["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "jsd"]
@@ -96,7 +96,7 @@ def test_ids_and_log_probabilities_have_16_bits_where_they_can(size):
 
 @pytest.fixture
 def chats(world, tokenizer, monkeypatch) -> ChatDataset:
-    monkeypatch.setattr(training.top_k, "CONVERSATIONS", 64)
+    monkeypatch.setattr(training.distill.top_k, "CONVERSATIONS", 64)
     return ChatDataset([world / "sft.jsonl"], tokenizer, 128, val_fraction=0.1, progress=False)
 
 

@@ -16,9 +16,19 @@ from text.cleaning import Report
 ROW_LIMIT = 4 << 20
 # After so many rows without the wanted column, no later one is expected to have it.
 COLUMN_TRIES = 100
+# Formats that may be packed with gzip, .gz behind their own suffix.
+ZIPPED = (".csv", ".json", ".jsonl", ".ndjson", ".txt")
+# What `save_to_disk` writes beside the data, and LLaMA-Factory's registry.
+METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 Row = tuple[str, int]
 """A document's text and the number, counted from 1, of the line or table row at which it begins."""
+
+
+def suffix_of(path: Path) -> str:
+    """In lower case, and without .gz where the format may be packed: what says how a file is read."""
+    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if suffix == ".gz" and inner in ZIPPED else suffix
 
 
 class FileProblem(Exception):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from errors import UserError
 from text.cleaning import Report
 from text.csv_rows import read_csv
-from text.data_file import ROW_LIMIT, DataFile, FileProblem, Row, disk_file
+from text.data_file import METADATA, ROW_LIMIT, DataFile, FileProblem, Row, disk_file, suffix_of
 from text.hub import hub_rows
 from text.json_documents import read_json, read_json_lines
 from text.registry import HUB_NAME, Source
@@ -28,8 +28,6 @@ from text.table_rows import read_arrow, read_parquet
 
 # Plain text has no rows: a document ends at a blank line, or with the line that makes it this many characters long.
 TEXT_DOCUMENT = 8192
-# What `save_to_disk` writes beside the data.
-METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
 class Document(NamedTuple):
@@ -43,9 +41,10 @@ class Document(NamedTuple):
 class Corpus:
     """All documents of `data`, in an order that depends on names alone.
 
-    `data` is one or several, parted by commas, of: a file (.csv .jsonl .json .parquet .arrow .txt, the text formats
-    also with .gz), a folder (read recursively, sorted), or a Hub name `owner/name` or `owner/name:config` (its train
-    split); or sources as `text.registry` finds them. `column` names the text where the source does not, "text" if None.
+    `data` is one or several, parted by commas, of: a file (.csv .jsonl .ndjson .json .parquet .arrow .txt, the text
+    formats also with .gz), a folder (read recursively, sorted), or a Hub name `owner/name` or `owner/name:config` (its
+    train split); or sources as `text.registry` finds them. `column` names the text where the source does not, "text" if
+    None.
     `size` is the files' bytes, `position` those read so far; `report` counts what could not be read.
 
     Raises `UserError` for a path that is not there or of an unknown format and for a folder without data; while
@@ -211,18 +210,15 @@ def _special(source: Source) -> list:
 
 
 def _reader(path: Path) -> Callable[[DataFile], Iterator[Row]] | None:
-    suffix = path.suffix.lower()
-    if suffix == ".gz" and (inner := Path(path.stem).suffix.lower()) in ZIPPED:
-        return READERS[inner]
-    return None if path.name in METADATA else READERS.get(suffix)
+    return None if path.name in METADATA else READERS.get(suffix_of(path))
 
 
 READERS = {
     ".csv": read_csv,
     ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
     ".json": read_json,
     ".parquet": read_parquet,
     ".arrow": read_arrow,
     ".txt": read_text,
 }
-ZIPPED = (".csv", ".jsonl", ".json", ".txt")

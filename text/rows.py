@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from errors import UserError
 from text.csv_rows import csv_rows
-from text.data_file import DataFile, FileProblem
+from text.data_file import METADATA, DataFile, FileProblem, suffix_of
 from text.hub import hub_rows
 from text.json_rows import json_rows
 from text.registry import Source
@@ -24,9 +24,6 @@ from text.sampling import sample_by_count
 from text.table_rows import arrow_rows, parquet_rows, without_nulls
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
-ZIPPED = (".json", ".jsonl", ".ndjson", ".csv")
-# What `save_to_disk` writes beside the data, and LLaMA-Factory's registry.
-METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 TABLES: dict[str, Callable[[DataFile], Iterator[tuple[dict[str, Any], int]]]] = {
     ".csv": csv_rows,
     ".parquet": parquet_rows,
@@ -40,13 +37,13 @@ def row_files(path: str | Path) -> list[Path]:
     """The file itself, or the files of rows in and below a folder, sorted. Raises `UserError` when there is none."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.name not in METADATA)
+        files = sorted(file for file in path.rglob("*") if suffix_of(file) in SUFFIXES and file.name not in METADATA)
         if not files:
             raise UserError(f"{path}: the folder has no {', '.join(SUFFIXES)} file; name a file or another folder")
         return files
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
-    if _suffix(path) not in SUFFIXES:
+    if suffix_of(path) not in SUFFIXES:
         raise UserError(f"{path}: rows are read from {', '.join(SUFFIXES)} files; convert it")
     return [path]
 
@@ -97,7 +94,7 @@ def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tupl
         return
     for file in row_files(source.path):
         try:
-            if _suffix(file) in TABLES:
+            if suffix_of(file) in TABLES:
                 yield from _table_rows(file, on_error, report)
             else:
                 yield from json_rows(file, report)
@@ -127,7 +124,7 @@ def _table_rows(path: Path, on_error: str, report: RowReport) -> Iterator[tuple[
     before, read = report.bytes_read, report.rows
     file = DataFile(path, None, "utf-8", _Counted(report, on_error))
     try:
-        for row, line in TABLES[_suffix(path)](file):
+        for row, line in TABLES[suffix_of(path)](file):
             yield f"{path}:{line}", row
             report.bytes_read = before + file.position
     except FileProblem as problem:
@@ -157,9 +154,3 @@ class _Counted:
 def _possible(remedy: str) -> str:
     """The remedy without the encoding that only text can be given."""
     return remedy.partition(", or pass encoding")[0]
-
-
-def _suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    inner = Path(path.stem).suffix.lower()
-    return inner if suffix == ".gz" and inner in ZIPPED else suffix

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import fused
+from model.kernels import fused
 
 
 class AdamWBF16(torch.optim.Optimizer):
@@ -76,7 +76,7 @@ def plain_adamw_(
     lr: float,
     correction: float,
 ) -> None:
-    """What `model.fused.adamw_` does, as PyTorch operations."""
+    """What `model.kernels.fused.adamw_` does, as PyTorch operations."""
     m, v = first.float(), second.float()
     m.lerp_(grad.float(), 1 - beta1)
     v.mul_(beta2).addcmul_(grad.float(), grad.float(), value=1 - beta2)

@@ -14,7 +14,7 @@ from model import MiniDeepSeek
 from training.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("*.py", "model/*.py", "model/*.c", "model/*.h", "training/*.py", "text/**/*.py")
+SOURCES = ("*.py", *(f"{folder}/**/*.{kind}" for folder in ("model", "training", "text") for kind in ("py", "c", "h")))
 PART = 2**18  # numbers of a weight at a time: what lies between stays in a processor's cache
 # By the size of an element: what its bits are added up as.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.counts import Costs, human
-from training.checkpoint import Progress
+from training.checkpoints.checkpoint import Progress
 from training.ranks import Ranks
 from training.schedule import Budget
 from training.settings import StageSettings

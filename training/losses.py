@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import fused
-from model.products import add_gradient, product
+from model.kernels import fused
+from model.kernels.products import add_gradient, product
 from model.transformer import Output
 from training.chunks import chunks
 from training.tally import Metric

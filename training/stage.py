@@ -10,7 +10,7 @@ from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.lock import restarted
+from training.checkpoints.lock import restarted
 from training.ranks import Ranks
 from training.settings import StageSettings
 

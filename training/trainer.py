@@ -17,19 +17,19 @@ from model.counts import count as count_costs
 from model.moe import update_bias
 from text.tokenizer import Tokenizer
 from training.agreement import check_facts, check_weights, facts
-from training.checkpoint import Progress, Weights
+from training.checkpoints.checkpoint import Progress, Weights
+from training.checkpoints.lock import RunLock
+from training.checkpoints.resume import WholeModel, identity
+from training.checkpoints.run_checkpoints import RunCheckpoints
 from training.datasets import Dataset, PolicyDataset
 from training.entries import StepResult, announcement, step_entry, untrained_entry
 from training.interrupt import Interrupt
-from training.lock import RunLock
 from training.log import RunLog
 from training.losses import Batch, Loss
 from training.machine import Peak, autocast, choose_dtype, peak_memory
 from training.optim import build_optimizer, set_learning_rate
 from training.plots import draw_run
 from training.ranks import Ranks
-from training.resume import WholeModel, identity
-from training.run_checkpoints import RunCheckpoints
 from training.schedule import learning_rate, lowest, value_at
 from training.settings import StageSettings, save_resolved
 from training.skipping import Skipping

@@ -16,7 +16,7 @@ from text.chat_template import Message
 from text.problems import Problem, open_problems, to_problem
 from text.registry import GENERATORS, Source
 from text.row_report import RowError
-from training.rewards import is_correct
+from training.alignment.rewards import is_correct
 
 RIGHT = ("right",)  # under which all right answers vote, however they are written
 

@@ -14,7 +14,7 @@ from eval.suites.suite import Row, Score, spread
 from text.problems import Problem
 from text.prompts import Prompt, read_prompts
 from text.registry import find_sources
-from training.rewards import Sample, language, loose_format, strict_format
+from training.alignment.rewards import Sample, language, loose_format, strict_format
 
 # A Chinese character is a unit, and so is a run of letters or digits; punctuation and spaces are none.
 _UNITS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W\d_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+|\d+")

@@ -33,10 +33,10 @@ from LMConfig import LMConfig
 from model.gguf_tokenizer import GGUFTokenizer
 from text.registry import Source
 from text.tokenizer import Tokenizer
-from training.answers import Journal
-from training.checkpoint import read_progress
-from training.curation import AnswerSettings, gather_answers
-from training.endpoint import MOST_BYTES
+from training.checkpoints.checkpoint import read_progress
+from training.distill.answers import Journal
+from training.distill.curation import AnswerSettings, gather_answers
+from training.distill.endpoint import MOST_BYTES
 from training.log import RunLog, read_metrics
 from training.plots import draw_run
 from training.settings import parse

@@ -25,14 +25,14 @@ from model import MiniDeepSeek
 from text.shard_set import ShardSet
 from text.shards import prepare_shards
 from text.tokenizer import Tokenizer
-from training.adapter import Adapter
-from training.answers import Answer, Ask, Journal
-from training.checkpoint import Progress, Snapshot, newest, read_progress
+from training.adapters.adapter import Adapter
+from training.adapters.lora import LoraSettings
+from training.alignment.reference import load_log_probs, save_log_probs
+from training.checkpoints.checkpoint import Progress, Snapshot, newest, read_progress
+from training.checkpoints.resume import WholeModel, left_off, take_up
+from training.distill.answers import Answer, Ask, Journal
 from training.log import read_metrics
-from training.lora import LoraSettings
 from training.optim import OptimSettings, build_optimizer
-from training.reference import load_log_probs, save_log_probs
-from training.resume import WholeModel, left_off, take_up
 
 
 @contextlib.contextmanager

@@ -39,8 +39,8 @@ from text.conversations import read_conversations
 from text.registry import Source
 from text.tokenizer import Tokenizer
 from text.world import __main__ as world_script
-from training.curation import AnswerSettings, gather_answers
-from training.endpoint import Endpoint
+from training.distill.curation import AnswerSettings, gather_answers
+from training.distill.endpoint import Endpoint
 from training.settings import call
 
 
@@ -237,7 +237,7 @@ def test_the_options_of_the_world(throw: Thrower, options: dict[str, str], place
 @pytest.fixture(autouse=True)
 def single(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No more attempts than there are questions, and random numbers as they were."""
-    monkeypatch.setattr("training.answers.MOST_FAILURES", 2)
+    monkeypatch.setattr("training.distill.answers.MOST_FAILURES", 2)
     state = torch.get_rng_state()
     yield
     torch.set_rng_state(state)

@@ -18,7 +18,7 @@ from itertools import islice
 import httpx
 
 from errors import UserError
-from training.answers import Answer, Ask, Failure
+from training.distill.answers import Answer, Ask, Failure
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0  # seconds between two attempts, unless the server names more

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.compiled import multiplies, opened
-from model.fused import LANES, TYPES, address, stride_of
+from model.kernels.compiled import multiplies, opened
+from model.kernels.fused import LANES, TYPES, address, stride_of
 
 SOURCE = Path(__file__).with_name("causal.c")
 

@@ -15,13 +15,21 @@ from dataset import PromptDataset
 from errors import UserError
 from model import MiniDeepSeek
 from text.problems import Problem
+from training.alignment.policy import advantages, completion_hidden
+from training.alignment.rewards import Rewards, Sample
+from training.alignment.rollout import (
+    Completions,
+    RolloutSettings,
+    Sampler,
+    chances,
+    completion_texts,
+    joined,
+    sample_groups,
+)
 from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch
 from training.machine import autocast
-from training.policy import advantages, completion_hidden
 from training.ranks import Ranks
-from training.rewards import Rewards, Sample
-from training.rollout import Completions, RolloutSettings, Sampler, chances, completion_texts, joined, sample_groups
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8

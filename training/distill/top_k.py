@@ -25,8 +25,8 @@ from dataset import ChatDataset
 from errors import UserError, naming
 from text.encoded_chats import EncodedChats
 from text.packing import write_row
-from training.distillation import Logits, Teacher
-from training.divergences import Divergence
+from training.distill.distillation import Logits, Teacher
+from training.distill.divergences import Divergence
 from training.losses import Batch
 from training.machine import autocast
 from training.ranks import Ranks

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.compiled import multiplies, opened
+from model.kernels.compiled import multiplies, opened
 
 SOURCE = Path(__file__).with_name("products.c")
 LANES, TILE = 16, 8

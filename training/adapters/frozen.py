@@ -8,8 +8,8 @@ from torch import nn
 from errors import UserError
 from model import MiniDeepSeek
 from model.experts import Experts
+from model.kernels.products import Linear
 from model.packed import Int8Weight, NF4Weight, Packed, pack_weights
-from model.products import Linear
 
 BASES = ("auto", "int8", "nf4")
 

@@ -15,8 +15,8 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.hf import save_state
 from text.tokenizer import Tokenizer
-from training.checkpoint import Progress, Weights, checkpoints, load_training_state, newest, read_progress
-from training.manifest import verify
+from training.checkpoints.checkpoint import Progress, Weights, checkpoints, load_training_state, newest, read_progress
+from training.checkpoints.manifest import verify
 from training.settings import StageSettings
 
 Resume = bool | Literal["last-good"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from errors import UserError
 from text.answers import as_number, final_answer, is_calculation, is_latex, same_text
 from text.problems import Problem
-from training.verifier import shared_verifier
+from training.alignment.verifier import shared_verifier
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _ANY_TAG = re.compile("|".join(TAGS))

@@ -17,10 +17,10 @@ from text.chat_template import Message
 from text.prompts import Prompt, read_prompts
 from text.registry import Source
 from text.row_report import RowReport
-from training.answers import Answer, AnsweringTeacher, Ask, Journal, ask_all, questions
-from training.endpoint import Endpoint
-from training.local_teacher import open_local
-from training.rewards import Rewards, Sample
+from training.alignment.rewards import Rewards, Sample
+from training.distill.answers import Answer, AnsweringTeacher, Ask, Journal, ask_all, questions
+from training.distill.endpoint import Endpoint
+from training.distill.local_teacher import open_local
 
 JOURNAL, CHATS = "answers.jsonl", "sft.jsonl"
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.compiled import compiled
+from model.kernels.compiled import compiled
 
 SOURCE = Path(__file__).with_name("fused.c")
 LANES = 16  # rows are whole numbers of so many

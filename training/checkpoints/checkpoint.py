@@ -20,7 +20,7 @@ from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.tensor_file import save_file
 from text.tokenizer import Tokenizer
-from training.manifest import write_manifest
+from training.checkpoints.manifest import write_manifest
 from training.optim import load_state_tensors, state_tensors
 
 STEP = re.compile(r"step-(\d+)$")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.compiled import multiplies, opened
+from model.kernels.compiled import multiplies, opened
 
 SOURCE = Path(__file__).with_name("grouped.c")
 TILE, PANEL = 8, 32  # as in grouped.c: rows, and features, come in multiples of these

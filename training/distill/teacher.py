@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from errors import UserError
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.distillation import Logits, Teacher
+from training.distill.distillation import Logits, Teacher
 from training.losses import IGNORE, Batch
 from training.stage import open_checkpoint
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from errors import UserError
 from model.transformer import Output
 from training.chunks import ROWS, chunks, padded, padded_rows
-from training.divergences import (
+from training.distill.divergences import (
     Divergence,
     forward_kl,
     generalised_jsd,
@@ -200,7 +200,7 @@ class DistillationLoss(NextTokenLoss):
 
     Attributes:
         settings: which divergence, and how it is mixed.
-        teacher: asked about each batch, or one that reads in the batch what was asked before (`training.top_k`).
+        teacher: asked about each batch, or one that reads in the batch what was asked before (`top_k.py`).
     """
 
     settings: DistillationSettings

@@ -15,8 +15,8 @@ from dataset import PreferenceDataset
 from errors import UserError, naming
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
+from training.alignment.preference import answer_log_probs
 from training.machine import autocast
-from training.preference import answer_log_probs
 from training.ranks import Ranks
 from training.stage import open_checkpoint
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from model.attention import Visibility
-from model.compiled import compiled
-from model.fused import address
+from model.kernels.compiled import compiled
+from model.kernels.fused import address
 
 SOURCE = Path(__file__).with_name("fused_attention.c")
 SIZES = "rows time held heads nope rope value apart angle_rows"

@@ -15,8 +15,8 @@ from model import MiniDeepSeek
 from model.experts import Experts
 from model.packed import quiet_torchao
 from model.tensor_file import save_file
-from training.dropout import Dropout
-from training.lora import ExpertsLora, LoraSettings
+from training.adapters.dropout import Dropout
+from training.adapters.lora import ExpertsLora, LoraSettings
 
 with quiet_torchao():
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

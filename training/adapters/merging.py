@@ -8,7 +8,7 @@ from pathlib import Path
 from errors import UserError, naming
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.adapter import Adapter
+from training.adapters.adapter import Adapter
 from training.stage import open_checkpoint
 
 

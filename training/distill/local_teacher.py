@@ -11,10 +11,10 @@ import torch
 from model import MiniDeepSeek
 from text.chat_template import encode_chats
 from text.tokenizer import Tokenizer
-from training.answers import Answer, Ask, Failure
-from training.rollout import chances, completion_texts, sample_groups
+from training.alignment.rollout import chances, completion_texts, sample_groups
+from training.distill.answers import Answer, Ask, Failure
+from training.distill.teacher import frozen, is_ours, open_transformers
 from training.stage import open_checkpoint
-from training.teacher import frozen, is_ours, open_transformers
 
 TOO_LONG = "the prompt leaves no room for an answer"
 

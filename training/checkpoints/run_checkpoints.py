@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from text.tokenizer import Tokenizer
-from training.checkpoint import Progress, Snapshot, Weights, keep_last, newest
+from training.checkpoints.checkpoint import Progress, Snapshot, Weights, keep_last, newest
+from training.checkpoints.resume import left_off, take_up
+from training.checkpoints.saver import Saver
 from training.datasets import Dataset, PolicyDataset
 from training.ranks import Ranks
-from training.resume import left_off, take_up
-from training.saver import Saver
 from training.schedule import Budget
 from training.settings import StageSettings
 

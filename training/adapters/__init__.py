@@ -1,0 +1,1 @@
+"""Low-rank adapters (LoRA), the frozen weights under them, and both as one model again."""

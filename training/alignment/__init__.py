@@ -1,0 +1,1 @@
+"""Learning from preferences (DPO and its relatives) and from rewards (GRPO): samples, references, losses."""
