@@ -46,7 +46,7 @@ MOST = 2**31 - 1
 MOST_OF = {"num_hidden_layers": 1024, "num_nextn_predict_layers": 1024, "n_routed_experts": 2**16}
 YARN_FIELDS = {
     "attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim",
-    "original_max_position_embeddings", "rope_theta", "rope_type", "truncate", "type",
+    "original_max_position_embeddings", "rope_type", "truncate", "type",
 }  # fmt: skip
 
 
@@ -245,6 +245,7 @@ def _yarn_rules(yarn: dict[str, Any]) -> list[tuple[bool, str, str]]:
     """The same for rope_scaling, where a misspelled key would silently change the attention."""
     kind, truncate = yarn.get("rope_type", yarn.get("type")), yarn.get("truncate", True)
     rules = []
+    rules.append(("rope_theta" not in yarn, "rope_theta", "is a field of its own; set rope_theta beside rope_scaling"))
     for key in yarn:
         near = _did_you_mean(key, YARN_FIELDS)
         rules.append((key in YARN_FIELDS, key, f"YaRN has no such field{near}; correct it or leave it out"))

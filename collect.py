@@ -29,6 +29,8 @@ from training.ranks import Ranks
 from training.settings import parse
 from training.stage import open_checkpoint
 
+TRIES = 10  # numbers tried for each problem asked for, where problems come again by chance
+
 
 @dataclass
 class Statistics:
@@ -61,7 +63,7 @@ class CollectSettings:
         ckpt: checkpoint folder.
         data: problems, as for grpo_train.py.
         out: file to write, one conversation a line.
-        prompts: problems to ask.
+        prompts: problems to ask, each once.
         samples: answers to each.
         keep: most answers kept of one problem, the shortest first.
         rewards: names and weights that judge an answer.
@@ -117,9 +119,11 @@ def main() -> None:
     asked.print_summary()
     told, rows = Statistics(), []
     bar = Console(stderr=True)
-    numbers = range(settings.prompts)
-    problems = [asked.problem(number) for number in numbers]
-    drawn = chances([(settings.seed, number) for number in numbers], settings.samples, settings.max_new_tokens)
+    numbered = distinct(asked, settings.prompts)
+    if len(numbered) < settings.prompts:
+        print(f"notice: --data {settings.data} has no more than {len(numbered)} different problems")
+    problems = list(numbered.values())
+    drawn = chances([(settings.seed, number) for number in numbered], settings.samples, settings.max_new_tokens)
     groups = sample_groups(model, asked.encode(problems), drawn, tokenizer.eos_id, settings.temperature)
     shown = track(groups, "sampling", len(problems), console=bar, transient=True, disable=not bar.is_terminal)
     for problem, made in zip(problems, shown, strict=True):
@@ -138,6 +142,19 @@ def main() -> None:
     random.Random(settings.seed).shuffle(rows)
     write_chats(Path(settings.out), rows)
     print("\n".join([*told.lines(), f"{settings.out}: {len(rows)} conversations"]))
+
+
+def distinct(asked: PromptDataset, most: int) -> dict[int, Problem]:
+    """The first `most` problems, each question once, by their numbers; fewer where the data has no more."""
+    found, questions = {}, set()
+    for number in range(max(len(asked), TRIES * most)):
+        problem = asked.problem(number)
+        if problem.question not in questions:
+            questions.add(problem.question)
+            found[number] = problem
+            if len(found) == most:
+                break
+    return found
 
 
 def judged_samples(problem: Problem, made: Completions, texts: list[str], settings: CollectSettings) -> list[Sample]:

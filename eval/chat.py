@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from io import TextIOWrapper
 
 from errors import UserError, check_least, check_seed, command_line
 from eval.answering import Answerer
@@ -18,6 +19,7 @@ from model.sampling import Sampling
 from text.chat_template import Message
 from training.settings import call
 
+UNREADABLE = "\ufffd"  # what stands for bytes that are no character
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
 
 
@@ -131,13 +133,17 @@ def chat(
         talk.ask(once)
         return
     print(f"Mini DeepSeek-V3, {ckpt}. {HELP}.")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if line.startswith("/"):
+        if UNREADABLE in line:
+            print(f"error: not all of this is {sys.stdin.encoding}; set the terminal to UTF-8", file=sys.stderr)
+        elif line.startswith("/"):
             if not talk.command(line):
                 return
         elif line:

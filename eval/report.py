@@ -55,6 +55,7 @@ def report(
     questions: str = "",
     favours: str = "",
     sums: str = "",
+    val_fraction: float = 0.02,
     samples: int = 6,
     device: str = "auto",
     dtype: str = "auto",
@@ -66,6 +67,7 @@ def report(
         questions: JSONL with question, answer and kind; empty: no questions
         favours: JSONL with question, answer, opening and closing of the preferred style; empty: no such row
         sums: problems with held-out ones, as for grpo_train.py, such as arithmetic:1-2; empty: no such rows
+        val_fraction: share of the problems of a file in sums that training held out
         samples: conversations to show
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
@@ -88,7 +90,7 @@ def report(
         bits = evaluate(answerer.model, batches, first.tokenizer.token_bytes, torch.float32, ranks).bits_per_byte
         results = ask(answerer, asked) if asked else []
         style = score_style(answerer, styled).preferred if styled else None
-        rows.append(Row(name, bits, accuracy(results), style, _solved(answerer, sums) if sums else None))
+        rows.append(Row(name, bits, accuracy(results), style, _solved(answerer, sums, val_fraction) if sums else None))
 
     folder = Path(out) / "report"
     folder.mkdir(exist_ok=True)
@@ -104,10 +106,14 @@ def report(
     )
 
 
-def _solved(answerer: Answerer, sums: str) -> tuple[float, float]:
+def _solved(answerer: Answerer, sums: str, val_fraction: float) -> tuple[float, float]:
     """The shares of held-out problems that are solved by greedy and by sampled answers."""
     longest = answerer.model.config.max_position_embeddings - SUM_TOKENS
-    prompts = PromptDataset(split_problems(sums), answerer.tokenizer, longest, val_problems=SUMS)
+    prompts = PromptDataset(
+        split_problems(sums), answerer.tokenizer, longest, val_fraction=val_fraction, val_problems=SUMS
+    )
+    if not prompts.validation:
+        raise UserError(f"--sums {sums}: nothing is held out; raise --val_fraction")
     sampler = Sampler(answerer.model, torch.float32)  # in the type it was opened in
     found = Accuracy(prompts, sampler, SUM_TOKENS, temperature=1.0, rows=SUMS)(
         answerer.model, torch.float32, Ranks(0, 1, answerer.device)

@@ -51,6 +51,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
         ({"instruction": "Q", "output": "A", "history": [["q", "a"]]}, chat("q", "a", "Q")),
         ({"instruction": "Q"}, chat("Q")),
         ({"prompt": "Q"}, chat("Q")),
+        ({"messages": chat("Q \ud83d", "A")}, chat("Q \ufffd")),
         ({"question": "Q", "answer": "an essay\nin lines"}, chat("Q")),
     ],
 )

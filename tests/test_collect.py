@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import collect
+from dataset import PromptDataset
 from eval.reasoning import reasoning
 from text.conversations import read_conversations
 from text.problems import Problem, open_problems, to_problem
@@ -92,6 +93,24 @@ def test_what_is_collected_can_be_fine_tuned_on(files, pretrained, tmp_path, run
     assert "8 prompts, 32 samples" in done.out and f"{kept} chats mixed in" in done.out and len(written) == 2 * kept > 0
     again = run(collect.main, *arguments, "--at_least", 2)
     assert again.code == 2 and "none of 32 answers is worth 2; lower --at_least" in again.err
+
+
+def test_a_small_file_is_asked_once(pretrained, tmp_path, run, monkeypatch):
+    questions = [f"What is {number} plus 1?" for number in range(5)]
+    problems = [json.dumps({"question": question, "answer": "9"}) for question in questions]
+    (tmp_path / "few.jsonl").write_text("\n".join(problems), encoding="utf8")
+    monkeypatch.setattr(collect, "judged_samples", lambda problem, *_: [Sample(problem, "9", 1, 9)] * 2)
+    arguments = ["--ckpt", pretrained / "final", "--data", tmp_path / "few.jsonl", "--out", tmp_path / "kept.jsonl"]
+    done = run(collect.main, *arguments, "--prompts", 12, "--samples", 2, "--max_new_tokens", 4, "--dtype", "fp32")
+    assert done.code == 0, done.err
+    assert "no more than 5 different problems" in done.out and "5 prompts, 10 samples" in done.out
+    assert sorted(chat[0]["content"] for chat in read_conversations(tmp_path / "kept.jsonl")) == questions
+
+
+def test_generated_problems_that_come_again_are_not_asked_again(tokenizer):
+    asked = PromptDataset(["arithmetic:1"], tokenizer, 64)
+    found = collect.distinct(asked, 150)
+    assert len({problem.question for problem in found.values()}) == len(found) == 150 < max(found)
 
 
 def test_the_table_shows_each_checkpoint(pretrained, tmp_path, run):

@@ -43,6 +43,7 @@ RULES = [
     ({"rope_scaling": {**YARN, "factor": 0}}, "rope_scaling.factor = 0", "set a positive number"),
     ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling.original_max_position_embeddings = None", "set a"),
     ({"rope_scaling": {**YARN, "mscale_all": 1.0}}, "rope_scaling.mscale_all", "did you mean 'mscale_all_dim'"),
+    ({"rope_scaling": {**YARN, "rope_theta": 5e5}}, "rope_scaling.rope_theta", "set rope_theta beside rope_scaling"),
     ({"rope_scaling": {**YARN, "truncate": False}}, "rope_scaling.truncate = False", "leave it out"),
 ]
 

@@ -269,6 +269,17 @@ def test_the_report_compares_the_stages_on_held_out_text(pretrained, world, tmp_
     assert "untrained" in done.out and str(tmp_path / "report" / "report.md") in done.out.replace("\n", "")
 
 
+def test_the_report_holds_out_problems_of_a_file(pretrained, tmp_path, run):
+    shutil.copytree(pretrained, tmp_path / "pretrain")
+    rows = [{"question": f"What is {number} plus 1?", "answer": str(number + 1)} for number in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+    given = ["--out", tmp_path, "--sums", tmp_path / "sums.jsonl", "--dtype", "fp32"]
+    done = run(script(report), *given, "--val_fraction", 0.1)
+    assert done.code == 0, done.err
+    done = run(script(report), *given, "--val_fraction", 0)
+    assert done.code == 2 and "nothing is held out; raise --val_fraction" in done.err
+
+
 @pytest.mark.parametrize("stage", ["pretrain/step-3", "sft/final"])
 def test_a_folder_without_finished_pretraining_is_named(stage, tmp_path, run):
     (tmp_path / stage).mkdir(parents=True)
@@ -319,6 +330,14 @@ def test_the_history_grows_until_it_is_reset(talk, asked):
     ]  # fmt: skip
     roles = [message["role"] for message in asked[1]]
     assert roles == ["user", "assistant", "user"] and asked[1][1]["content"] in done.out
+
+
+def test_bytes_that_are_no_text_are_told_of_and_the_conversation_goes_on(talk, asked, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO("一\n".encode() + b"\xc4\xe3\xba\xc3\n" + "二\n".encode()), encoding="utf-8")
+    monkeypatch.setattr(io, "StringIO", lambda lines: typed)
+    done = talk("")
+    assert done.code == 0 and "error: not all of this is utf-8; set the terminal to UTF-8" in done.err
+    assert [m["content"] for m in asked[-1] if m["role"] == "user"] == ["一", "二"] and len(asked) == 2
 
 
 def test_the_system_prompt_can_be_set_and_cleared(talk, asked):

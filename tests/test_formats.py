@@ -99,7 +99,7 @@ def write(path: Path, rows: list[dict], literal=json.dumps) -> Path:
         table = pa.Table.from_pylist(rows)
         with pa.ipc.new_stream(str(path), table.schema) as writer:
             writer.write_table(table)
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         path.write_bytes(gzip.compress(path.read_bytes()))
     return path
 
@@ -108,7 +108,7 @@ def turns(messages: list[dict]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
 
 
-NAMES = ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.csv.gz"]
+NAMES = ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.csv.gz", "a.jsonl.GZ"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -145,6 +145,13 @@ def test_resume_is_bit_exact(options, train, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_another_mu_is_another_run(train):
+    given = [*VARIED, "--max_steps", 3, "--save_every", 1]
+    train("run", *given, "--max_steps", 1)
+    done = train("run", *given, "--mu", 2, "--resume", code=2)
+    assert "for 2 steps" in done.err and "\n" not in done.err.strip()
+
+
 def test_two_ranks_train_as_one_process_does(train, pretrained, tmp_path):
     options = [*VARIED, "--max_steps", 2, "--optim.eps", 1e-3, "--optim.lr", 1e-2, "--beta", 0.1, "--mu", 2]
     train("one", *options)

@@ -34,6 +34,7 @@ def write(path: Path, rows: list[object]) -> str:
         ({"question": " Capital of France? ", "answer": "Paris"}, "Capital of France?", "Paris", "en"),
         ({"problem": "Half?", "answer": r"\frac{1}{2}", "kind": "hard"}, "Half?", r"\frac{1}{2}", "en"),
         ({"prompt": "2+2", "answer": 4}, "2+2", "4", "en"),
+        ({"question": "2+2 \ud83d?", "answer": "4", "kind": "sums"}, "2+2 \ufffd?", "4", "en"),
         ({"question": None, "question_zh-cn": "几个？", "answer_only": 0.5}, "几个？", "0.5", "zh"),
     ],
 )

@@ -57,13 +57,13 @@ def write_as(file: Path, texts: list[str]) -> Path:
         table = pa.Table.from_pylist(rows)
         with pa.ipc.new_stream(str(file), table.schema) as writer:
             writer.write_table(table)
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         file.write_bytes(gzip.compress(file.read_bytes()))
     return file
 
 
 @pytest.mark.parametrize(
-    "name", ["a.csv", "a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.arrow", "a.csv.gz", "a.jsonl.gz"]
+    "name", ["a.csv", "a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.arrow", "a.csv.GZ", "a.jsonl.gz"]
 )
 def test_each_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
     rows, counts = read(write_as(tmp_path / name, TEXTS))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from toy_stage import ROWS, TIME, Rows, files, interrupt_at, steps_logged
 
 from errors import UserError
 from model import MiniDeepSeek
-from training.log import read_metrics
+from training.checkpoints.checkpoint import Snapshot
+from training.log import RunLog, read_metrics
 from training.ranks import Ranks
 
 
@@ -147,6 +149,23 @@ def test_a_signal_to_one_rank_saves_the_step_of_both(make, tmp_path):
     out = tmp_path / "run"
     assert (out / "step-2").is_dir() and not (out / "final").exists()
     assert [entry["step"] for entry in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_ranks_agree_on_whether_the_step_is_saved_already(make, tmp_path):
+    """One looks while the folder is being written, the other, late, when it is there."""
+    write, leave = Snapshot.write, RunLog.__exit__
+
+    def slow(before: Callable[..., None]) -> Callable[..., None]:
+        return lambda *given: (time.sleep(0.5), before(*given))[1]
+
+    def train(rank: int) -> None:
+        Snapshot.write = slow(write)
+        RunLog.__exit__ = slow(slow(leave)) if rank == 0 else leave
+        dataset = interrupt_at(2, signal.SIGTERM) if rank == 0 else Rows()
+        make(dataset=dataset, ranks=Ranks.start("cpu", timeout=10.0), max_steps=50, save_every=2).run()
+
+    assert [rank.code for rank in on_ranks(2, train, tmp_path)] == [0, 0]
+    assert (tmp_path / "run" / "step-2").is_dir()
 
 
 def test_an_interrupted_extension_goes_on_from_where_it_was(make):

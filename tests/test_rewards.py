@@ -299,6 +299,14 @@ def test_a_verifier_that_cannot_start_is_an_error_and_no_wrong_answer(monkeypatc
         Verifier().equal("1/2", r"\frac{1}{2}")
 
 
+def test_a_verifier_runs_this_code_whatever_is_installed(monkeypatch):
+    started = []
+    monkeypatch.setattr("training.alignment.verifier.subprocess.Popen", lambda *_, cwd, **__: started.append(cwd))
+    with pytest.raises(AttributeError):  # what Popen gives is used at once
+        Verifier().equal("1/2", r"\frac{1}{2}")
+    assert (started[0] / "training" / "alignment" / "verifier.py").is_file()
+
+
 def test_what_a_reward_says_to_people_is_not_wrapped_up():
     def told(samples):
         raise UserError("rules.txt: is missing; write it")

@@ -354,6 +354,15 @@ def test_two_processes_do_not_prepare_the_same_folder(corpus: Path, tokenizer: T
         prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
 
 
+def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with text.shards._only_one(tmp_path):
+        assert "has no locks (No locks available)" in capfd.readouterr().err
+
+
 def test_a_waiting_process_opens_what_another_prepares(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     found: list[ShardSet] = []
     waiting = threading.Thread(

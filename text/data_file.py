@@ -109,7 +109,7 @@ class DataFile:
         Lines end at \\n alone, so that their numbers are an editor's.
         """
         with open(self.path, "rb") as raw:
-            stream: Any = gzip.GzipFile(fileobj=raw) if str(self.path).endswith(".gz") else raw
+            stream: Any = gzip.GzipFile(fileobj=raw) if str(self.path).lower().endswith(".gz") else raw
             head = stream.peek(4)[:4]
             encoding = self.encoding
             if encoding == "utf-8":

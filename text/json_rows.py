@@ -20,7 +20,7 @@ def json_rows(file: Path, report: RowReport) -> Iterator[tuple[str, object]]:
 
     Raises `UserError` for a file that is empty or UTF-16 and for an array that cannot be read to its end.
     """
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+    with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
         head = stream.read(4)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UserError(f"{file}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")

@@ -24,6 +24,7 @@ from text.order import shuffled
 from text.registry import Source, find_sources
 from text.row_report import RowError, RowReport, kind_of
 from text.rows import converted_rows
+from text.tokenizer import characters
 from text.world.numbers import arithmetic_problem, held_out_arithmetic_problem
 
 # Question and answer columns; the first pair that a row has is taken.
@@ -210,7 +211,7 @@ def to_problem(row: object, layout: Layout | None = None) -> Problem:
         raise RowError("unparsable answer", f"what follows '####' is {result.strip()[:40]!r}, not a number")
     if problem := problem_with(result):
         raise RowError("unparsable answer", f"no verifier can parse it: {problem}")
-    return Problem(question.strip(), result.strip(), str(row.get("kind", "all")))
+    return Problem(*(characters(text).strip() for text in (question, result, str(row.get("kind", "all")))))
 
 
 def _arithmetic(drawn: tuple[str, str], level: int) -> Problem:

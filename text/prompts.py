@@ -24,6 +24,7 @@ from text.problems import Problem, open_problems, to_problem
 from text.registry import GENERATORS, Source
 from text.row_report import RowError, RowReport, kind_of
 from text.rows import converted_rows
+from text.tokenizer import characters
 
 QUESTIONS = ("instruction", "prompt", "question", "problem", "question_zh-cn", "query")
 
@@ -123,4 +124,4 @@ def _of_turns(name: str, messages: list[Message]) -> Prompt:
             raise RowError("NUL character", f"message {number} ({message['role']}) has a NUL character")
         if message["role"] == "user" and not message["content"].strip():
             raise RowError("empty text", f"message {number} (user) is empty")
-    return Prompt(tuple(messages))
+    return Prompt(tuple({**message, "content": characters(message["content"])} for message in messages))

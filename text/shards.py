@@ -8,6 +8,7 @@ tokenised again. The shards depend on the corpus and the recipe alone, not on th
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -257,10 +258,12 @@ def _only_one(out: Path) -> Iterator[None]:
     with open(out / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{out}: another process is preparing these shards; wait for it or choose another folder"
-            ) from error
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{out}: another process is preparing these shards; wait for it or choose another folder"
+                ) from error
+            print(f"notice: {out / 'lock'}: this file system has no locks ({error.strerror})", file=sys.stderr)
         yield
 
 

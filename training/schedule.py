@@ -64,4 +64,4 @@ def value_at(schedule: Schedule, progress: float, name: str = "schedule") -> flo
 
 def lowest(schedule: Schedule) -> float:
     """The smallest value that a schedule takes."""
-    return float(schedule) if isinstance(schedule, (int, float)) else min(map(float, schedule.values()))
+    return float(schedule) if isinstance(schedule, (int, float)) else min(map(float, schedule.values()), default=0.0)

@@ -223,7 +223,8 @@ class Trainer:
     def _finish(self) -> None:
         """Save the end of the run, or the point where it was interrupted."""
         name = "final" if self.progress.finished else f"step-{self.progress.step}"
-        if self.progress.finished or not (self.out / name).is_dir():
+        self.checkpoints.wait()  # that of this step may be under way
+        if self.progress.finished or not self.ranks.on_main((self.out / name).is_dir):
             self.checkpoints.save(name, self.progress)
         self.checkpoints.wait()
         if not self.progress.finished:

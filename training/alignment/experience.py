@@ -90,8 +90,9 @@ class Experience:
 
     @property
     def identity(self) -> str:
-        """What the order of the problems depends on beside the seed."""
-        return self.prompts.identity
+        """What the order of the problems depends on beside the seed, and in which steps they are asked."""
+        mu = self.settings.mu
+        return self.prompts.identity if mu == 1 else f"{self.prompts.identity}, each for {mu} steps"
 
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]:
         """Sample, judge and exchange completions every `mu` steps. Returns what is logged of them."""
