@@ -7,7 +7,7 @@
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make check-lm-eval   lm-evaluation-harness on the demo's last model: same scores (installs lm-eval once; CKPT=DIR: another one)
 # make bench  speed and memory beside transformers and others, in turn: out/bench/summary.md and .png
-# make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (10 to 15 minutes)
+# make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
 # make lint   make clean-demo
 
 SHELL := /bin/bash
