@@ -21,6 +21,8 @@ class LatentCache:
         config: the model's; the MTP layers get a cache too when `mtp` is set.
         batch: rows; max_length: positions allocated at once.
         padding: (batch,) number of left-padding positions of each row, or None.
+
+    While one is in use the weights stay as they are, and where they are: what is prepared of them is kept beside it.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class LatentCache:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.latents = torch.zeros(layers, batch, max_length, width, dtype=dtype, device=device)
         self.lengths = [0] * layers
-        self.padding = padding
+        self.padding = None if padding is None else padding.long()
         self.decoders: dict[int, Any] = {}  # see model/native.py
         self.steppers: dict[int, Any] = {}  # see model/stepper.py
         self.absorbed: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, see model/mla.py

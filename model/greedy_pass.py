@@ -10,6 +10,7 @@ from torch import Tensor
 from model import native
 from model.cache import LatentCache
 from model.drafter import drafter
+from model.kernels.compiled import floats, integers
 from model.kernels.structs import Speculation
 from model.stepper import Stepper, draft, stepper
 from model.transformer import MiniDeepSeek
@@ -31,10 +32,10 @@ class GreedyPass:
         self.library, self.known, self.fresh = main.library, len(tokens), 1
         self.line = (ctypes.c_int64 * (main.cache.max_length + 1))(*tokens)
         room = {"states": most + 1, "x": 2 * (most + 1)}
-        tensors = {name: torch.empty(rows, main.config.hidden_size) for name, rows in room.items()}
+        tensors = {name: floats(rows, main.config.hidden_size) for name, rows in room.items()}
         tensors["states"][0] = state[0, 0]
-        tensors |= {"logits": torch.empty(most + 1, main.ends.vocab), "confidence": torch.empty(1)}
-        tensors["choice"] = torch.empty(most + 1, dtype=torch.int64)
+        tensors |= {"logits": floats(most + 1, main.ends.vocab), "confidence": floats(1)}
+        tensors["choice"] = integers(most + 1)
         structs = {"shape": main.shape, "scratch": main.scratch, "ends": main.ends, "mtp_ends": mtp.ends}
         structs |= {"layers": main.addresses, "mtp": mtp.addresses, "line": self.line}
         self.room = main, mtp, tensors  # what the addresses below belong to

@@ -84,7 +84,7 @@ class _GroupedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = grouped.product_back(grad_RO, weight_EOD, ends)
             if ctx.needs_input_grad[1]:
-                grad_weight = grouped.gradient_into(ctx.kept.like(weight_EOD), grad_RO, x_RD, ends)
+                grad_weight = grouped.gradient_into(ctx.kept.like(weight_EOD), grad_RO, x_RD.contiguous(), ends)
             return grad_x, grad_weight, None, None
         weight_of = Cast(weight_EOD, ctx.dtype)
         if ctx.needs_input_grad[0]:

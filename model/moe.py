@@ -53,7 +53,7 @@ class Router(Float32Buffers):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))  # the centroids e_i
         # A buffer, not a parameter: no gradient, no weight decay, no optimiser state. Saved and loaded.
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (N, hidden) -> weights (N, K) float32, indices (N, K), scores s (N, E) float32."""
@@ -69,6 +69,7 @@ class Router(Float32Buffers):
         """The weights and indices of `forward`, where nobody asks for gradients or scores."""
         config, watched = self.config, self._forward_hooks or self._forward_pre_hooks
         fast = x_ND.is_contiguous() and type(self.weight) is nn.Parameter and fused.fits(x_ND)
+        fast = fast and self.e_score_correction_bias.dtype == torch.float32
         if torch.is_grad_enabled() or watched or not fast:
             return self(x_ND)[:2]
         groups = (config.n_group, config.topk_group)

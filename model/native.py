@@ -97,6 +97,8 @@ def decoder(layers: Sequence[DecoderLayer], config: LMConfig, x: Tensor, cache: 
         return None
     if cache.latents.dtype not in WEIGHT_TYPES or torch.compiler.is_compiling() or not len(layers):
         return None
+    if x.shape[0] > cache.latents.shape[1]:  # PyTorch says what is wrong
+        return None
     place = layers[0].self_attn.layer
     if place not in cache.decoders:
         cache.decoders[place] = Decoder(layers, config, cache) if _plain(layers, cache.latents.dtype) else None
@@ -128,7 +130,7 @@ def _project(x: Tensor, weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tens
     vectors, threads = x.float().contiguous(), torch.get_num_threads()
     out = vectors.new_empty(*x.shape[:-1], weight.shape[0])
     count, matrix = vectors[..., 0].numel(), Matrix.of(weight)
-    room = torch.empty(threads * fixed_point_size(count, weight.shape[1]), dtype=torch.int16)
+    room = torch.empty(threads * fixed_point_size(count, weight.shape[1]), dtype=torch.int16, device="cpu")
     library(dtype).project(
         out.data_ptr(),
         vectors.data_ptr(),
@@ -181,6 +183,8 @@ def _plain(layers: Sequence[DecoderLayer], held: torch.dtype) -> bool:
     ours |= {Experts, Router, RMSNorm, Linear, PackedLinear, Int8Weight}
     for module in (module for layer in layers for module in layer.modules()):
         if type(module) not in ours or module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if isinstance(module, Router) and module.e_score_correction_bias.dtype != torch.float32:
             return False
     weights = [weight for layer in layers for weight in layer.parameters()]
     found = types(layers)

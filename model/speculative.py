@@ -40,7 +40,9 @@ def stream_speculative(
             itself.
         sampling: without repetition penalty.
     """
-    device, time = input_ids.device, input_ids.shape[1]
+    device, time, vocab = input_ids.device, input_ids.shape[1], model.lm_head.weight.shape[0]
+    if not 0 <= input_ids.min() <= input_ids.max() < vocab:  # C would read beyond the embedding
+        raise IndexError(f"a token that is not in the vocabulary of {vocab}")
     most = draft_tokens or len(model.mtp)
     cache = LatentCache(model.config, 1, time + max_new_tokens + most + 1, cache_dtype(model), device, mtp=True)
     judge = Judge(sampling, None if seed is None else torch.Generator(device).manual_seed(seed))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model import native
 from model.cache import LatentCache
+from model.kernels.compiled import floats, integers
 from model.kernels.structs import Ends, Matrix, weight_of
 from model.layer import DecoderLayer
 from model.norm import RMSNorm
@@ -79,6 +80,7 @@ class Stepper(native.Decoder):
             matrices |= {"eh_proj": weight_of(mtp.eh_proj)}
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         addresses |= {name: Matrix.of(weight) for name, weight in matrices.items()}
+        self.head = head  # what else the addresses belong to, the model and the layers keep
         self.ends = Ends(vocab=model.lm_head.weight.shape[0], **addresses)
 
     def run_step(self, ids: Tensor, last: int, state: Tensor | None = None) -> Step:
@@ -86,10 +88,9 @@ class Stepper(native.Decoder):
         batch, time = ids.shape
         self.prepare(batch * time)
         held, padding = self.cache.reserve_rows(self.places, batch, time), self.cache.padding
-        states = torch.empty(batch, time, self.config.hidden_size)
-        found = torch.empty(batch, last, self.ends.vocab)
-        choice, confidence = torch.empty(batch, last, dtype=torch.int64), torch.empty(batch, last)
-        ids = ids.contiguous()
+        states, found = floats(batch, time, self.config.hidden_size), floats(batch, last, self.ends.vocab)
+        choice, confidence = integers(batch, last), floats(batch, last)
+        ids = ids.long().contiguous()
         state = None if state is None else state.float().contiguous()
         self.library.step(
             ctypes.byref(self.shape),

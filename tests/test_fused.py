@@ -166,3 +166,27 @@ def test_what_it_cannot_compute_goes_to_pytorch() -> None:
     assert not fused.fits(x, x.bfloat16())
     assert not fused.fits(x.to("meta"))
     assert not fused.fits(x[:0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut", "stride"),
+    [
+        ((3, 5, 32), lambda x: x, 32),
+        ((3, 5, 32), lambda x: x[:, :4], None),
+        ((3, 5, 32), lambda x: x[:, :1], 160),
+        ((3, 5, 64), lambda x: x[..., :32], 64),
+        ((3, 1, 6, 32), lambda x: x[:, :, :4], None),  # the axis of size 1 does not join those beside it
+        ((3, 1, 6, 32), lambda x: x, 32),
+        ((1, 1, 6, 32), lambda x: x[:, :, :4], 32),
+        ((1, 1, 32), lambda x: x, 32),
+        ((6, 32), lambda x: x[::2], 64),
+        ((3, 5, 32), lambda x: x.transpose(0, 1), None),
+    ],
+)
+def test_rows_are_as_far_apart_as_they_are_said_to_be(shape, cut, stride) -> None:
+    x = cut(numbers(*shape))
+    assert fused.stride_of(x) == stride
+    if stride is not None:
+        rows = x.flatten(0, -2)
+        said = x.as_strided((len(rows), x.shape[-1]), (stride, 1))
+        assert torch.equal(said, rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 from LMConfig import LMConfig
 from model import experts as experts_module
 from model.experts import Experts
+from model.grouped_linear import grouped_linear
 from model.kernels import grouped
 
 needs_dots = pytest.mark.skipif(grouped.library() is None, reason="no dot products of bfloat16 here, or faster ones")
@@ -132,3 +133,15 @@ def test_it_is_asked_only_for_what_it_computes_with():
 def test_it_is_compiled_where_the_processor_multiplies_bfloat16_and_no_more():
     facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert (grouped.library() is not None) == ("avx512_bf16" in facts and "amx_tile" not in facts)
+
+
+@needs_dots
+def test_rows_that_lie_apart_have_the_same_gradients():
+    x, grad, weight, ends = given([64, 8, 0, 32], 64, 96)
+    plan = type("Ends", (), {"ends": torch.tensor(ends)})
+    wide, found = torch.cat((x, x), dim=1), []
+    for rows in (x, wide[:, : x.shape[1]]):
+        made = torch.nn.Parameter(weight.clone())
+        grouped_linear(rows, made, plan).backward(grad)
+        found.append(made.grad)
+    assert far(found[1], found[0].double()) < 0.01

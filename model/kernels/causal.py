@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.kernels.compiled import multiplies, opened
+from model.kernels.compiled import floats, multiplies, opened
 from model.kernels.fused import LANES, TYPES, address, stride_of
 
 SOURCE = Path(__file__).with_name("causal.c")
@@ -57,7 +57,7 @@ class CausalAttention(torch.autograd.Function):
             *(batch, queries, keys, heads, qk - part, part, value),
             *(k_rope.stride(1), k_rope.stride(0), angles[0].numel() if len(angles) > 1 else 0, scale),
         )
-        out, log_sum = q.new_empty(batch, queries, heads, value), torch.empty(batch, heads, queries)
+        out, log_sum = q.new_empty(batch, queries, heads, value), floats(batch, heads, queries)
         _call("attend", q.dtype, sizes, out, log_sum, q, kv, k_rope, angles)
         ctx.save_for_backward(q, kv, k_rope, angles, log_sum)
         ctx.sizes = sizes
@@ -77,7 +77,7 @@ class CausalAttention(torch.autograd.Function):
 def _call(name: str, dtype: torch.dtype, sizes: Sizes, *tensors: Tensor) -> None:
     """A function of causal.c, with the scratch memory that it wants."""
     built, threads = library(dtype), torch.get_num_threads()
-    memory = torch.empty(threads * built.scratch(ctypes.byref(sizes), name == "attend_back") + LANES)
+    memory = floats(threads * built.scratch(ctypes.byref(sizes), name == "attend_back") + LANES)
     ahead = -memory.data_ptr() % 64  # rows begin with a line of the cache
     getattr(built, name)(*map(address, tensors), memory.data_ptr() + ahead, ctypes.byref(sizes), threads)
 

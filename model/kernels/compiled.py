@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
@@ -26,19 +28,34 @@ def compiled(source: Path, *flags: str) -> Path:
     # -march=native: what one processor got from another by a shared home folder might not run.
     facts = (source.read_text(), *headers, compiler, *FLAGS, *flags, platform.platform(), _processor())
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-deepseek-v3"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-deepseek-v3"
+    except RuntimeError as error:  # a user without a home
+        raise FileNotFoundError(f"no cache folder; set XDG_CACHE_HOME ({error})") from error
     file = folder / f"{source.stem}-{name}.so"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
         try:
-            command = [compiler, *FLAGS, *flags, "-o", partial, str(source), "-lm"]
+            command = [*shlex.split(compiler), *FLAGS, *flags, "-o", partial, str(source), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
+            with open(partial, "rb") as built:
+                os.fsync(built.fileno())  # or the name may outlive what is in it when the power fails
             os.replace(partial, file)
         finally:
             Path(partial).unlink(missing_ok=True)
     return file
+
+
+def floats(*shape: int) -> Tensor:
+    """Room for float32 numbers in main memory, whatever torch's default type and device are: C writes there."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
+def integers(*shape: int) -> Tensor:
+    """The same for int64."""
+    return torch.empty(*shape, dtype=torch.int64, device="cpu")
 
 
 @lru_cache

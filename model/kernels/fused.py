@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.compiled import compiled
+from model.kernels.compiled import compiled, floats, integers
 
 SOURCE = Path(__file__).with_name("fused.c")
 LANES = 16  # rows are whole numbers of so many
@@ -39,11 +39,15 @@ def stride_of(x: Tensor) -> int | None:
     """How far apart the rows (last axis) of x are, if one number says it for all of them."""
     if x.dim() < 2 or x.stride(-1) != 1:
         return None
-    stride = x.stride(-2)
-    for axis in range(x.dim() - 2):
-        if x.shape[axis] > 1 and x.stride(axis) != x.stride(axis + 1) * x.shape[axis + 1]:
+    stride, rows = None, 1
+    for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:  # whose stride means nothing
+            continue
+        stride = step if stride is None else stride
+        if step != stride * rows:
             return None
-    return stride
+        rows *= size
+    return x.shape[-1] if stride is None else stride
 
 
 class FusedSwiGLU(torch.autograd.Function):
@@ -85,7 +89,7 @@ class FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]
-        out, inverse = x.new_empty(x.shape), torch.empty(x.numel() // size)
+        out, inverse = x.new_empty(x.shape), floats(x.numel() // size)
         places = (address(tensor) for tensor in (out, inverse, x, weight))
         library(x.dtype).rms_norm(*places, len(inverse), size, stride_of(x), eps, torch.get_num_threads())
         ctx.save_for_backward(x, weight, inverse)
@@ -95,7 +99,7 @@ class FusedRMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         size, threads = x.shape[-1], torch.get_num_threads()
-        to_x, to_weight, grad = x.new_empty(x.shape), torch.empty(threads, size), grad.contiguous()
+        to_x, to_weight, grad = x.new_empty(x.shape), floats(threads, size), grad.contiguous()
         places = (address(tensor) for tensor in (to_x, to_weight, grad, x, weight, inverse))
         library(x.dtype).rms_norm_back(*places, len(inverse), size, stride_of(x), threads)
         return to_x, to_weight.sum(0), None
@@ -125,7 +129,7 @@ def route(
     count, size = x_ND.shape
     experts = len(centroids_ED)
     wide = F.pad(centroids_ED.t(), (0, -experts % LANES)).contiguous()
-    weights, choices = torch.empty(count, top_k), torch.empty(count, top_k, dtype=torch.int64)
+    weights, choices = floats(count, top_k), integers(count, top_k)
     places = (address(tensor) for tensor in (weights, choices, x_ND, wide, bias_E))
     sizes = (count, size, experts, wide.shape[1], top_k, *groups, normalise)
     library(x_ND.dtype).route(*places, *sizes, scale, torch.get_num_threads())
@@ -155,7 +159,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if len(labels) and labels.max() >= logits.shape[1]:
         raise IndexError(f"label {labels.max()} of {logits.shape[1]}")
-    nll = torch.empty(len(labels))
+    nll = floats(len(labels))
     places = (address(tensor) for tensor in (logits, nll, labels))
     library(logits.dtype).cross_entropy(*places, *logits.shape, torch.get_num_threads())
     return nll

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.kernels.compiled import multiplies, opened
+from model.kernels.compiled import floats, multiplies, opened
 
 SOURCE = Path(__file__).with_name("grouped.c")
 TILE, PANEL = 8, 32  # as in grouped.c: rows, and features, come in multiples of these
@@ -71,7 +71,7 @@ def _numbers(ends: Sequence[int]) -> ctypes.Array:
 
 
 def _memory(threads: int, out: int, inner: int) -> Tensor:
-    return torch.empty(threads * library().scratch(out, inner) + PANEL)
+    return floats(threads * library().scratch(out, inner) + PANEL)
 
 
 def _aligned(memory: Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels.compiled import multiplies, opened
+from model.kernels.compiled import floats, multiplies, opened
 
 SOURCE = Path(__file__).with_name("products.c")
 LANES, TILE = 16, 8
@@ -98,7 +98,7 @@ def _suits(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> bool:
 
 def product_in_c(out_NO: Tensor, a_NI: Tensor, b_OI: Tensor) -> Tensor:
     """`multiply` of products.c."""
-    built, memory = library(a_NI.dtype), torch.empty(b_OI.numel() + LANES)
+    built, memory = library(a_NI.dtype), floats(b_OI.numel() + LANES)
     places = out_NO.data_ptr(), a_NI.data_ptr(), b_OI.data_ptr(), b_OI.is_contiguous()
     ahead = -memory.data_ptr() % 64  # rows begin with a line of the cache
     built.multiply(*places, *a_NI.shape, len(b_OI), memory.data_ptr() + ahead, torch.get_num_threads())
@@ -108,7 +108,7 @@ def product_in_c(out_NO: Tensor, a_NI: Tensor, b_OI: Tensor) -> Tensor:
 def gradient_in_c(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor, add: bool) -> Tensor:
     """`weight_gradient` of products.c."""
     built, threads = library(grad_NO.dtype), torch.get_num_threads()
-    memory = torch.empty(threads * built.scratch(to_OI.shape[0], threads) + LANES)
+    memory = floats(threads * built.scratch(to_OI.shape[0], threads) + LANES)
     places = to_OI.data_ptr(), grad_NO.data_ptr(), grad_NO.stride(0), x_NI.data_ptr(), x_NI.stride(0)
     ahead = -memory.data_ptr() % 64
     built.weight_gradient(*places, len(x_NI), *to_OI.shape, add, memory.data_ptr() + ahead, threads)
@@ -144,7 +144,7 @@ class _Linear(torch.autograd.Function):
         to_x = product(grad_NO, weight_OI.t()) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return to_x, None
-        return to_x, gradient_into(torch.empty(weight_OI.shape, device=grad_NO.device), grad_NO, x_NI)
+        return to_x, gradient_into(grad_NO.new_empty(weight_OI.shape, dtype=torch.float32), grad_NO, x_NI)
 
 
 @lru_cache(maxsize=1)

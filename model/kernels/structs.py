@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model.kernels.compiled import floats, integers
 from model.layer import DecoderLayer
 from model.packed import Int8Weight, PackedLinear
 
@@ -144,7 +145,7 @@ def scratch_for(config: LMConfig, tokens: int, capacity: int, threads: int) -> t
     choices = tokens * config.num_experts_per_tok
     shared = config.n_shared_experts * config.moe_intermediate_size
     inner, attended = max(config.intermediate_size, shared), config.num_attention_heads * config.v_head_dim
-    floats = {
+    reals = {
         "normed": tokens * config.hidden_size,
         "q_a": tokens * (config.q_lora_rank or 0),
         "q": tokens * config.num_attention_heads * config.qk_head_dim,
@@ -160,13 +161,13 @@ def scratch_for(config: LMConfig, tokens: int, capacity: int, threads: int) -> t
         "scores": HEADS * (capacity + 3) * threads,
         "queries": tokens * (config.num_attention_heads + HEADS - 1) * (config.kv_lora_rank + config.qk_rope_head_dim),
     }
-    integers = {"choice": choices, "token_of": choices, "first_of": config.n_routed_experts + 1}
+    counts = {"choice": choices, "token_of": choices, "first_of": config.n_routed_experts + 1}
     widest = max(2 * config.hidden_size, config.q_lora_rank or 0, config.kv_lora_rank, attended, inner)
     fixed_size = max(fixed_point_size(tokens, widest), fixed_point_size(choices, config.moe_intermediate_size))
-    room, whole = torch.empty(sum(floats.values())), torch.empty(sum(integers.values()), dtype=torch.int64)
-    fixed = torch.empty(fixed_size * threads, dtype=torch.int16)
-    parts = [*room.split(list(floats.values())), *whole.split(list(integers.values())), fixed]
-    names = [*floats, *integers, "fixed"]
+    room, whole = floats(sum(reals.values())), integers(sum(counts.values()))
+    fixed = torch.empty(fixed_size * threads, dtype=torch.int16, device="cpu")
+    parts = [*room.split(list(reals.values())), *whole.split(list(counts.values())), fixed]
+    names = [*reals, *counts, "fixed"]
     addresses = {name: part.data_ptr() for name, part in zip(names, parts, strict=True)}
     return Scratch(**addresses, fixed_size=fixed_size), (room, whole, fixed)
 
