@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,27 @@ def test_a_disk_that_fills_under_a_new_end_keeps_the_old_one(sitting, monkeypatc
     sitting.save("final")
     assert read_progress(sitting.out / "final").step == 2
     assert sorted(path.name for path in sitting.out.iterdir()) == ["final", "step-1"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_end_that_cannot_take_its_name_gives_the_old_one_back(killed, sitting, monkeypatch):
+    sitting.save("final")
+    before, replace = content(sitting.out), os.replace
+    sitting.step()
+
+    def refused(source: Path, target: Path) -> None:
+        if Path(source).name == ".final.partial":
+            raise KeyboardInterrupt if killed else OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt if killed else UserError):
+        patch.setattr(os, "replace", refused)
+        sitting.save("final")
+    if killed:
+        assert newest(sitting.out).name == "step-1"
+        assert left_off(sitting.out, True, {})[0].name == "final"
+        shutil.rmtree(sitting.out / ".final.partial")
+    assert content(sitting.out) == before
 
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(sitting):

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -95,7 +96,7 @@ class Snapshot:
 
         So it is complete or not there. Raises `UserError` when it cannot be written.
         """
-        temporary, before = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "before"))
+        temporary, before = folder.with_name(f".{folder.name}.partial"), _before(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             if not folder.parent.is_dir():
@@ -122,9 +123,22 @@ class Snapshot:
             if not folder.parent.is_dir():  # it vanished while this was written
                 cause = FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(folder.parent))
             shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                give_back(folder)
             kept = newest(folder.parent)
             safe = f"the checkpoint before it is intact: {kept}" if kept else "no checkpoint was there before"
             raise UserError(f"{folder}: could not be saved ({cause}); {safe}; {_remedy(cause)}") from None
+
+
+def give_back(folder: Path) -> None:
+    """Its name to the checkpoint that made room for another, which then never came: the save failed or was killed."""
+    before = _before(folder)
+    if before.is_dir() and not folder.exists():
+        os.replace(before, folder)
+
+
+def _before(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.before")
 
 
 def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -15,7 +15,15 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.hf import save_state
 from text.tokenizer import Tokenizer
-from training.checkpoints.checkpoint import Progress, Weights, checkpoints, load_training_state, newest, read_progress
+from training.checkpoints.checkpoint import (
+    Progress,
+    Weights,
+    checkpoints,
+    give_back,
+    load_training_state,
+    newest,
+    read_progress,
+)
 from training.checkpoints.manifest import verify
 from training.settings import StageSettings
 
@@ -40,6 +48,7 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
     Raises `UserError` when there is a run but nobody asked to go on with it, or it was another one, and
     `DamagedCheckpoint` when the newest is damaged.
     """
+    give_back(out / "final")
     check_unused(out, resume)
     while (found := newest(out) if out.is_dir() else None) is not None:
         try:
