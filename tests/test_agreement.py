@@ -23,10 +23,12 @@ from training.trainer import Trainer
 def together(make, tmp_path) -> Callable[..., list[Forked]]:
     """`together(upset, options of rank -> changes)`: a run on two ranks; `upset(trainer, rank)` comes before it."""
 
-    def call(upset: Callable[[Trainer, int], object] = lambda *_: None, **of_rank_1: object) -> list[Forked]:
+    def call(
+        upset: Callable[[Trainer, int], object] = lambda *_: None, patience: float = 60.0, **of_rank_1: object
+    ) -> list[Forked]:
         def train(rank: int) -> None:
-            options = {"max_steps": 6, "dist": DistSettings(timeout=3.0, check_every=2), "save_every": 2}
-            ranks = Ranks.start("cpu", timeout=3.0)
+            options = {"max_steps": 6, "dist": DistSettings(timeout=patience, check_every=2), "save_every": 2}
+            ranks = Ranks.start("cpu", timeout=patience)
             trainer = make(ranks=ranks, **{**options, **(of_rank_1 if rank else {})})
             upset(trainer, rank)
             command_line(trainer.run)
@@ -114,7 +116,7 @@ def test_a_rank_that_sleeps_is_named_after_the_timeout(together, tmp_path):
     def sleep(trainer: Trainer, rank: int) -> None:
         trainer.dataset = Rows(lambda indices: time.sleep(300) if indices[0] == 2 * ROWS + ROWS // 2 else None)
 
-    ranks = together(sleep)
+    ranks = together(sleep, patience=3.0)
     assert ranks[0].code == 2 and "Traceback" not in ranks[0].output()
     last = ranks[0].output().strip().splitlines()[-1]
     assert last.startswith("error: rank 0: no answer from rank 1 in 3 s; ") and "--dist.timeout" in last

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Forked
+from forked import Forked, on_ranks
 from safetensors import SafetensorError
 from toy_stage import ROWS, Rows, files
 
@@ -20,6 +20,7 @@ import training.checkpoints.checkpoint
 from errors import UserError, command_line
 from training.checkpoints.manifest import verify
 from training.checkpoints.saver import Saver
+from training.ranks import Ranks
 
 
 def at_step(step: int, happen: Callable[[], object]) -> Rows:
@@ -124,3 +125,17 @@ def test_the_background_saves_what_the_foreground_does(make):
     assert names == ["final", "step-1", "step-2", "step-3", "step-4"]
     for name in names:
         assert files(runs[0].out / name) == files(runs[1].out / name), name
+
+
+def test_a_full_disk_ends_both_ranks_in_one_line(make, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    def train(rank: int) -> None:
+        command_line(make(ranks=Ranks.start("cpu", timeout=30.0), max_steps=50, save_every=2).run)
+
+    monkeypatch.setattr(training.checkpoints.checkpoint, "save_file", full)
+    ranks = on_ranks(2, train, tmp_path)
+    said = "".join(rank.output() for rank in ranks)
+    assert [rank.code for rank in ranks] == [2, 2] and "Traceback" not in said
+    assert said.count("error: ") == 1 and "could not be saved" in said

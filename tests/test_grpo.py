@@ -145,6 +145,13 @@ def test_resume_is_bit_exact(options, train, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_the_second_step_on_a_batch_remembers_who_made_it(train, tmp_path):
+    train("run", *VARIED, "--mu", 2, "--temperature", 0.7, "--optim.lr", 1e-2, "--max_steps", 2)
+    first, second = [entry for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if "clip_share" in entry][:2]
+    assert first["mismatch"] < 1e-4 and first["clip_share"] == 0  # sampled at this temperature; the ratio is 1
+    assert second["clip_share"] > 0  # against the policy of before the first step
+
+
 def test_another_mu_is_another_run(train):
     given = [*VARIED, "--max_steps", 3, "--save_every", 1]
     train("run", *given, "--max_steps", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from eval.opened_model import OpenedModel, open_model
 from eval.own_model import OwnModel
 from eval.suites.choice_rows import ChoiceItem
 from eval.suites.exact_match import ExactMatch
-from eval.suites.multiple_choice import Asked, MultipleChoice
+from eval.suites.multiple_choice import Asked, MultipleChoice, _means
 from eval.suites.text_likelihood import TextLikelihood
 
 
@@ -127,3 +128,11 @@ def test_the_hubs_test_split_is_measured(monkeypatch):
     assert ExactMatch(data="openai/gsm8k:main").items(0)[0].answer == "2"
     assert TextLikelihood(data="some/texts", split="validation").items(0) == [("some/texts", "x")]
     assert asked == [("openai/gsm8k", "main", "test"), ("some/texts", None, "validation")]
+
+
+def test_the_interval_of_the_mean_over_subjects():
+    """Each subject's share with two right and two wrong answers more: 8 of 10 and 5 of 10."""
+    sure, torn = [(True, False, 0.25)] * 6, [(True, False, 0.25)] * 3 + [(False, False, 0.25)] * 3
+    width = 1.959964 * math.sqrt((0.8 * 0.2 + 0.5 * 0.5) / 6) / 2
+    found = _means([sure, torn])[0]
+    assert (found.value, found.low, found.high) == pytest.approx((0.75, 0.75 - width, min(0.75 + width, 1)), abs=1e-4)

@@ -63,7 +63,9 @@ def test_rows_name_their_files_and_pairs(tokenizer: Tokenizer, tmp_path: Path) -
     assert isinstance(data, NamingDataset)
     for index in range(len(data)):
         shown = tokenizer.decode(data.batch([index])["input_ids"][0].tolist())
-        for number in re.findall(r"pairs\.jsonl #(\d+)", data.describe(index)):
+        numbers = re.findall(r"pairs\.jsonl #(\d+)", data.describe(index))
+        assert len(numbers) == shown.count("good ") >= 1
+        for number in numbers:
             assert f"good {number}" in shown and f"bad {number}" in shown
 
 

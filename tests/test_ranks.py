@@ -94,3 +94,8 @@ def test_one_process_needs_no_torchrun(monkeypatch):
     assert (ranks.rank, ranks.world, ranks.device.type, ranks.main) == (0, 1, "cpu", True)
     model = torch.nn.Linear(2, 2)
     assert ranks.wrap(model) is model and ranks.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_an_error_of_ones_own_is_not_blamed_on_a_peer():
+    with pytest.raises(RuntimeError, match="out of memory"), Ranks(0, 2, torch.device("cpu")).explained(3.0):
+        raise RuntimeError("CUDA out of memory")

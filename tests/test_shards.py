@@ -438,3 +438,13 @@ def test_parts_end_with_the_document_that_fills_them(lengths: list[int], shard_t
     )
     for size, tokens in found[:-1]:
         assert size == len(tokens) >= shard_tokens > size - lengths[tokens[-1] - 1]
+
+
+def test_a_long_part_gives_signs_of_life(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or who waits for it would give up."""
+    touched: list[str] = []
+    monkeypatch.setattr(text.shards, "HEARTBEAT_SECONDS", -1.0)
+    monkeypatch.setattr(os, "utime", lambda file, *_: touched.append(Path(file).name))
+    data = write_jsonl(tmp_path / "a.jsonl", [f"row {number}" for number in range(1000)])
+    prepare_shards(data, tokenizer, tmp_path / "out", workers=1)
+    assert touched == ["index.json"] * 3

@@ -84,6 +84,24 @@ def test_sampled_texts_come_as_often_as_the_model_says(tiny_model):
     assert surprise(seen, expected) < 4
 
 
+def test_the_token_after_all_drafts_is_drawn_where_it_stands():
+    judge = Judge(Sampling(), torch.Generator().manual_seed(1))
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+    p = judge.sampling.probabilities(logits)  # drafts from p itself are all kept
+    seen = [judge.keep([0, 1], [p[0], p[1]], logits.argmax(-1)[None], logits[None]) for _ in range(3000)]
+    assert all(text[:2] == [0, 1] for text in seen)
+    assert surprise([tuple(text[2:]) for text in seen], {(token,): float(p[2, token]) for token in range(6)}) < 4
+
+
+def test_generate_hands_the_sampling_on(tiny_model):
+    model, prompt = tiny_model(), torch.tensor([[5, 17, 3]])
+    options = dict(max_new_tokens=24, speculative=True, temperature=1.3, top_k=3)
+    first = model.generate(prompt, seed=1, **options)
+    assert torch.equal(first, model.generate(prompt, seed=1, **options))
+    assert not torch.equal(first, model.generate(prompt, seed=2, **options))
+    assert not torch.equal(first, model.generate(prompt, max_new_tokens=24))
+
+
 def test_equal_distributions_keep_every_draft():
     judge = Judge(Sampling(), torch.Generator().manual_seed(0))
     logits = torch.randn(1, 3, 11)

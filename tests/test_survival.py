@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import dpo_train
 import full_sft
 import grpo_train
 import pretrain
+from training.checkpoints import checkpoint
 
 STEPS = ["--max_steps", 12, "--save_every", 2, "--micro_tokens", 1024, "--log_every", 1]
 
@@ -75,6 +77,8 @@ def test_killed_runs_end_as_if_nobody_had_disturbed_them(attack):
 
 def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(attack, monkeypatch, tmp_path):
     """The attack aims at saves only, until one is hit."""
+    flush = checkpoint._flush
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: (time.sleep(0.02), flush(path))[1])  # a slow disk
     monkeypatch.setattr("chaos.AIMED", 1.0)
     runs, found = attack.run(kills=2)
     assert attack.in_saves >= 1 and not found

@@ -6,13 +6,14 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from likelihoods import nats_by_hand, values
 
 from errors import UserError
 from eval.opened_model import OpenedModel
 from eval.perplexity import score_text
-from eval.suites.text_likelihood import TextLikelihood, rolling
+from eval.suites.text_likelihood import TextLikelihood, _interval, rolling
 
 
 @pytest.fixture(params=["own", "peer"])
@@ -85,3 +86,12 @@ def test_a_text_that_cannot_be_scored_is_one_line(name, content, what, tmp_path)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}{what}") as error:
         TextLikelihood(data=str(path)).items(0)
     assert "\n" not in str(error.value)
+
+
+def test_the_interval_of_a_ratio_is_near_the_delta_methods():
+    numbers = np.random.default_rng(1)
+    size = numbers.integers(50, 500, 400).astype(float)
+    nats = size * numbers.normal(2, 0.5, 400)
+    ratio = nats.sum() / size.sum()
+    error = np.sqrt(((nats - ratio * size) ** 2).sum()) / size.sum()
+    assert _interval(nats, size) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.35 * error)

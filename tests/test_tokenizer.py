@@ -274,7 +274,8 @@ def test_a_failed_save_keeps_the_old_file(folder: Path, tokenizer: Tokenizer, mo
 @given(texts=st.lists(st.text(max_size=30), max_size=40), size=st.integers(1, 200), seed=st.integers(0, 5))
 def test_a_sample_has_the_size_and_the_order_of_the_corpus(texts: list[str], size: int, seed: int) -> None:
     sample = sample_by_size(texts, size, seed)
-    assert sample.size == sum(len(text.encode()) for text in sample.texts) or max(map(len, sample.texts)) < size
+    kept = sum(len(text.encode()) for text in sample.texts)
+    assert sample.size == kept or (sample.size == size and 0 < size - kept <= 3)  # a character is not cut
     assert sample.size <= size
     assert (sample.documents_seen, sample.size_seen) == (len(texts), sum(len(text.encode()) for text in texts))
     rest = iter(texts)
