@@ -6,6 +6,7 @@ import email.utils
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -89,7 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         elif mood == "nonsense":
             return self.send(200, {"choices": []})
         elif mood == "hang up":
-            return self.connection.close()
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)  # close() alone waits for who holds it too
         usage = {"completion_tokens": len(str(message["content"]).split())}
         return self.send(200, {"choices": [{"message": message, "finish_reason": finish}], "usage": usage})
 
