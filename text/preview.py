@@ -45,6 +45,8 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
             console.print(Text(f"  the answer to find: {item.answer}"))
         if remark := _remark(kind, sequences, sequence_length):
             console.print(Text(f"  {remark}", style="yellow"))
+    for line in report.notice_lines():
+        console.print(Text(_printable(line), style="yellow"), soft_wrap=True)
 
 
 def _remark(kind: str, sequences: Sequences, sequence_length: int) -> str:

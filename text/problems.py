@@ -25,6 +25,7 @@ from text.registry import Source, find_sources
 from text.row_report import RowError, RowReport, kind_of
 from text.rows import converted_rows
 from text.tokenizer import characters
+from text.turns import question_text
 from text.world.numbers import arithmetic_problem, held_out_arithmetic_problem
 
 # Question and answer columns; the first pair that a row has is taken.
@@ -197,6 +198,7 @@ def to_problem(row: object, layout: Layout | None = None) -> Problem:
         what = "no answer" if asked else "unknown layout"
         raise RowError(what, f"has {shown}, but not 'question' and 'answer' with something in both")
     question, answer = (row[column] for column in columns)
+    question = question_text(repr(columns[0]), question)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     for column, value in zip(columns, (question, answer), strict=True):

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 EXAMPLES_SHOWN = 3
+MOST_NOTICES = 20
 
 
 class RowError(Exception):
@@ -20,7 +21,8 @@ class RowError(Exception):
 class RowReport:
     """What was read. `rows` = `kept` + `left_out` (more than the samples wanted) + all `problems`.
 
-    `examples` holds the first few places of each kind of problem.
+    `examples` holds the first few places of each kind of problem. `notices`: what was found in rows that are used all
+    the same, with the number of such rows and the place of the first; `pending`: those of the row at hand.
     """
 
     rows: int = 0
@@ -29,12 +31,22 @@ class RowReport:
     left_out: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    notices: dict[str, tuple[int, str]] = field(default_factory=dict)
+    pending: set[str] = field(default_factory=set)
 
     def add_problem(self, place: str, error: RowError) -> None:
         self.problems[error.kind] += 1
         examples = self.examples.setdefault(error.kind, [])
         if len(examples) < EXAMPLES_SHOWN:
             examples.append(f"{place}: {error}")
+
+    def settle_notices(self, place: str) -> None:
+        """Count the notices of the row at `place`; of kinds beyond the first `MOST_NOTICES` none is remembered."""
+        for notice in sorted(self.pending):
+            count, first = self.notices.get(notice, (0, place))
+            if count or len(self.notices) < MOST_NOTICES:
+                self.notices[notice] = (count + 1, first)
+        self.pending.clear()
 
     def lines(self) -> list[str]:
         """The report for people: one line of totals, then each kind of problem with its first examples."""
@@ -44,7 +56,12 @@ class RowReport:
         for kind, count in self.problems.most_common():
             lines.append(f"  {count} x {kind}")
             lines += [f"    {example}" for example in self.examples[kind]]
-        return lines
+        return lines + self.notice_lines()
+
+    def notice_lines(self) -> list[str]:
+        """One line for each kind of notice, the most frequent first."""
+        counted = sorted(self.notices.items(), key=lambda item: -item[1][0])
+        return [f"  notice: {count} x {notice}; the first: {first}" for notice, (count, first) in counted]
 
     def why_empty(self) -> str:
         """One line of reasons why no row was kept."""

@@ -107,6 +107,7 @@ def _converted(
 ) -> Iterator[tuple[str, Item]]:
     for place, row in read_rows(source, on_error, report):
         report.rows += 1
+        report.pending.clear()
         try:
             if isinstance(row, RowError):
                 raise row
@@ -117,6 +118,7 @@ def _converted(
             report.add_problem(place, error)
             continue
         report.kept += 1
+        report.settle_notices(place)
         yield place, item
 
 

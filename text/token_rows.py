@@ -68,9 +68,10 @@ class TokenRows:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same sequences in the same order."""
+        """The same for the same sequences with the same masks in the same order."""
         digest = hashlib.blake2b(self.begins.astype("<i8").tobytes(), digest_size=16)
         digest.update(self.ids.astype("<u4").tobytes())
+        digest.update(np.packbits(self.mask).tobytes())
         return digest.hexdigest()
 
 

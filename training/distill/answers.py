@@ -152,5 +152,6 @@ def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) ->
 
 
 def questions(prompts: Sequence[Prompt], samples: int, *facts: object) -> list[list[Ask]]:
-    """`samples` questions of each prompt."""
-    return [[Ask.of(prompt.messages, sample, *facts) for sample in range(samples)] for prompt in prompts]
+    """`samples` questions of each prompt. What training does with a turn is no matter of the teacher's."""
+    asked = [[{"role": turn["role"], "content": turn["content"]} for turn in prompt.messages] for prompt in prompts]
+    return [[Ask.of(messages, sample, *facts) for sample in range(samples)] for messages in asked]
