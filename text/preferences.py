@@ -6,7 +6,7 @@ ShareGPT    {"conversations": [{"from": "human", "value": Q}], "chosen": {"from"
 whole lists {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}, perhaps with a "prompt"
 
 The layout is seen row by row, so a file may mix them. What is preferred is the last answer; what comes before it, with
-the answers in it, is the prompt, and must be the same for both. Answers that are whole conversations bring their prompt:
+the answers in it, is the prompt, and must be the same for both. Answers that are whole conversations bring their own:
 a "prompt", "messages" or "conversations" beside them must only be a part of it, or a conversation that begins so.
 Lists may be text that spells them, as in the cells of a CSV file; an answer that is JSON of another kind is text.
 

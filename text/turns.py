@@ -13,6 +13,7 @@ training     `weight`, `train`, `loss` of an assistant's turn: 0 or false, and i
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 from text.chat_template import Message
 from text.formats import Layout
@@ -23,7 +24,7 @@ from text.unread import unread
 SEEN = Layout()
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 MARKS = ("weight", "train", "loss")
-OFF, ON = ("0", "0.0", "false"), ("1", "1.0", "true")
+OFF, ON, UNSET = ("0", "0.0", "false"), ("1", "1.0", "true"), ("none", "nan", "")
 
 
 def read_turn(number: int, turn: object, layout: Layout = SEEN, notices: set[str] | None = None) -> Message:
@@ -83,10 +84,8 @@ def tools_text(tools: object) -> str:
     JSON is written as transformers' `tojson` writes it, so that a chat template gives a model what it was trained on.
     """
     if isinstance(tools, str):
-        try:
+        with suppress(RowError):  # a description in words may begin with a bracket
             tools = list_of("'tools'", tools)
-        except RowError:
-            pass  # a description in words, which happens to begin with a bracket
     if not tools or isinstance(tools, str):
         return tools or ""
     try:
@@ -144,20 +143,19 @@ def _call(call: dict) -> str:
 
 
 def _is_trained(role: str, fields: dict, notices: set[str]) -> bool:
-    """Whether the marks of a turn, taken out of its fields, let it be trained on. Only an assistant's turns ever are."""
+    """Whether the marks of a turn, taken out of its fields, let it be trained on, as only an assistant's turn is."""
     trained = True
     for key in MARKS:
-        value = fields.pop(key, None)
-        mark = str(value).strip().lower()
-        if value is None or mark in OFF:
-            trained &= value is None
+        mark = str(fields.pop(key, None)).strip().lower()
+        if mark in OFF:
+            trained = role != "assistant"
+        elif mark in UNSET:
+            continue
         elif role != "assistant":
-            notices.add(
-                f"{key!r} of a turn asks to train on a {role}'s words; only an assistant's turns are trained on"
-            )
+            notices.add(f"{key!r} asks to train on a turn of {role!r}; only the assistant's turns are trained on")
         elif mark not in ON:
             notices.add(f"{key!r} of a turn is neither 0 nor 1; the turn is trained on as with 1")
-    return trained or role != "assistant"
+    return trained
 
 
 def _unread_fields(fields: dict, text: str) -> list[str]:

@@ -16,14 +16,16 @@ from text.literals import parse_list
 from text.row_report import RowError
 
 LEAST_WORDS, LEAST_CHARACTERS, DEEPEST = 4, 8, 16
-DESCRIBING = frozenset(
-    "id ids uuid hash key index source sources origin dataset datasets provenance url urls link links path file "
-    "filename category categories subcategory class cluster topic topics subject domain domains field type "
-    "kind tag tags label labels keyword keywords name names title author license language lang locale split version "
-    "format model models generator annotator score scores rating ratings quality difficulty ability skill skills "
-    "metric metrics reward rewards weight length count tokens date time timestamp created updated meta metadata info "
-    "image images audio audios video videos".split()
-)
+DESCRIBING = {
+    "id", "ids", "uuid", "hash", "key", "index", "source", "sources", "origin", "dataset", "datasets", "provenance",
+    "url", "urls", "link", "links", "path", "file", "filename", "category", "categories", "subcategory", "class",
+    "cluster", "topic", "topics", "subject", "domain", "domains", "field", "type", "kind", "tag", "tags", "label",
+    "labels", "keyword", "keywords", "name", "names", "title", "author", "license", "language", "lang", "locale",
+    "split", "version", "format", "model", "models", "generator", "annotator", "score", "scores", "rating", "ratings",
+    "quality", "difficulty", "ability", "skill", "skills", "metric", "metrics", "reward", "rewards", "weight",
+    "length", "count", "tokens", "date", "time", "timestamp", "created", "updated", "meta", "metadata", "info",
+    "image", "images", "audio", "audios", "video", "videos",
+}  # fmt: skip
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _CHARACTER = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 
