@@ -49,13 +49,17 @@ def turns_of(name: str, value: object, tags: Collection[str] = ()) -> object:
     if not isinstance(value, str) or not _OBJECT.match(value):
         return value
     roles, speech = {*ROLE_KEYS, *tags}, {*SPEECH_KEYS, *tags}
-    if not any(f"{quote}{role}{quote}" in value for role in roles for quote in "\"'"):
+    if not (_has_key(value, roles) and _has_key(value, speech)):
         return value
     spelled = parse_list(value, name)
     turns = spelled if isinstance(spelled, list | tuple) else [spelled]
     if all(isinstance(turn, dict) and roles & turn.keys() and speech & turn.keys() for turn in turns):
         return spelled
     return value
+
+
+def _has_key(text: str, keys: Collection[str]) -> bool:
+    return bool(re.search(rf"""(['"])(?:{"|".join(map(re.escape, sorted(keys)))})\1\s*:""", text))
 
 
 def parse_list(text: str, name: str) -> Any:
