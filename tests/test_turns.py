@@ -12,6 +12,7 @@ from text.check import check_source
 from text.conversations import read_conversations, to_messages
 from text.encoded_chats import EncodedChats
 from text.preferences import read_preferences
+from text.problems import to_problem
 from text.prompts import to_prompt
 from text.registry import Source
 from text.row_report import RowError, RowReport
@@ -99,6 +100,18 @@ def test_openais_older_calls_are_read():
     call = {"role": "assistant", "content": None, "function_call": {"name": "ping", "arguments": "{}"}}
     messages = to_messages([USER, call, {"role": "function", "name": "ping", "content": "pong"}, DONE])
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("spell", [lambda turns: turns, json.dumps, str])
+def test_a_question_that_is_spelled_as_a_turn_is_its_text(spell):
+    asked = {"role": "user", "content": "1+1?"}
+    for turns in ([asked], asked):
+        row = {"prompt": spell(turns), "answer": "2"}
+        assert (to_problem(row).question, to_prompt(row).problem.answer) == ("1+1?", "2")
+    system = {"role": "system", "content": "S"}
+    assert to_prompt({"prompt": spell([system, asked])}).messages == (system, asked)
+    with pytest.raises(RowError, match="'prompt' is a list; it must be text"):
+        to_problem({"prompt": spell([system, asked]), "answer": "2"})
 
 
 # What is trained on
@@ -215,7 +228,7 @@ def test_what_has_no_place_in_a_turn_is_named(turn, notice, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        {"id": "7f3c 11 22 33 44", "prompt_id": SPEECH, "data_source": "a b c d e", "category": "questions on old maps"},
+        {"id": "7f3c 11 22 33 44", "prompt_id": SPEECH, "data_source": "a b c d e", "category": "questions on maps etc"},
         {"chosenModel": "a b c d", "meta": {"note": SPEECH}, "url": "https://a.b/c?d=e f g h", "tags": ["a b c d e"]},
         {"score": 3.5, "ok": True, "nothing": None, "empty": "", "list": [], "kind": "a b c d", "lang": "zh"},
         {"file": "/a b c d.json", "hash": "0f" * 40, "code": "x" * 500, "text": "Q: ping? A: It answers. And so on."},
