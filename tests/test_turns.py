@@ -228,7 +228,7 @@ def test_what_has_no_place_in_a_turn_is_named(turn, notice, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        {"id": "7f3c 11 22 33 44", "prompt_id": SPEECH, "data_source": "a b c d e", "category": "questions on maps etc"},
+        {"id": "7f3c 11 22 33 44", "prompt_id": SPEECH, "data_source": "a b c d e", "category": "about old maps etc"},
         {"chosenModel": "a b c d", "meta": {"note": SPEECH}, "url": "https://a.b/c?d=e f g h", "tags": ["a b c d e"]},
         {"score": 3.5, "ok": True, "nothing": None, "empty": "", "list": [], "kind": "a b c d", "lang": "zh"},
         {"file": "/a b c d.json", "hash": "0f" * 40, "code": "x" * 500, "text": "Q: ping? A: It answers. And so on."},
