@@ -37,16 +37,18 @@ def read_turn(number: int, turn: object, layout: Layout = SEEN, notices: set[str
     notices = set() if notices is None else notices
     role_key = layout.tags.get("role_tag") or ("from" if "from" in turn else "role")
     text_key = layout.tags.get("content_tag") or ("value" if turn.get("value") is not None else "content")
-    name, fields = turn.get(role_key), {key: turn[key] for key in turn if key not in (role_key, text_key)}
-    if not isinstance(name, str) or name not in layout.roles:
-        known = ", ".join(layout.roles)
-        raise RowError("unknown role", f"turn {number} is from {name!r}; known are {known}")
-    role, what = layout.roles[name], f"turn {number} ({name})"
+    name, text, roles = turn.get(role_key), turn.get(text_key), layout.roles
+    if not isinstance(name, str) or name not in roles:
+        raise RowError("unknown role", f"turn {number} is from {name!r}; known are {', '.join(roles)}")
+    role, what = roles[name], f"turn {number} ({name})"
+    fields = {key: turn[key] for key in turn if turn[key] is not None and key not in (role_key, text_key)}
+    if not fields:
+        return {"role": role, "content": _joined(f"the text of {what}", text)}
     calls = _calls(number, fields)
     tools = tools_text(fields.pop("tools")) if role == "system" and "tools" in fields else ""
-    text = turn.get(text_key)
     text = "" if (text is None or text == []) and (calls or tools) else _joined(f"the text of {what}", text)
-    thought = next(filter(None, (_optional(fields.get(key)) for key in THOUGHTS)), "") if role == "assistant" else ""
+    thoughts = [_optional(fields[key]) for key in THOUGHTS if key in fields and role == "assistant"]
+    thought = next(filter(None, thoughts), "")
     if thought and "<think>" not in text:
         if not text.strip() and not calls:
             raise RowError("empty text", f"{what} has thoughts but no answer")
@@ -162,7 +164,7 @@ def _unread_fields(fields: dict, text: str) -> list[str]:
     """The fields that hold speech, or tools, which are no part of the text that was read."""
     if tools_text(fields.pop("tools", None)).strip():
         return ["tools", *_unread_fields(fields, text)]
-    thoughts = [key for key in THOUGHTS if _optional(fields.get(key)) not in text]
+    thoughts = [key for key in THOUGHTS if key in fields and _optional(fields[key]) not in text]
     return thoughts + [key for key in unread(fields, [text]) if key not in thoughts]
 
 

@@ -32,10 +32,9 @@ _CHARACTER = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 
 def unread(fields: Mapping[str, object], said: Sequence[str]) -> list[str]:
     """The names of the fields that hold such text. said: the texts that were read."""
-    everything = "\0".join(said)
-    return [
-        name for name, value in fields.items() if any(_is_new(text, said, everything) for text in _texts(name, value))
-    ]
+    spoken = {name: value for name, value in fields.items() if value and isinstance(value, str | list | tuple | dict)}
+    everything = "\0".join(said) if spoken else ""
+    return [name for name in spoken if any(_is_new(text, said, everything) for text in _texts(name, spoken[name]))]
 
 
 def _is_new(text: str, said: Sequence[str], everything: str) -> bool:
