@@ -43,12 +43,13 @@ class ChatReport:
         if self.dropped:
             length = self.sequence_length
             lines.append(
-                f"  {self.dropped} dropped: the first answer ends after {length} tokens; a longer row keeps more"
+                f"  {self.dropped} dropped: the first answer to train on ends after {length} tokens; "
+                "a longer row keeps more"
             )
         if self.cut:
             lines.append(f"  {self.cut} cut after the last turn that fits into {self.sequence_length} tokens")
         if self.unanswered:
-            lines.append(f"  {self.unanswered} cut after the last answer: what follows it teaches nothing")
+            lines.append(f"  {self.unanswered} cut after the last answer to train on: what follows teaches nothing")
         lines.append(f"{self.conversations} conversations, {self.tokens} tokens, {self.learnt} of them learnt")
         return lines
 
