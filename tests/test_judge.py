@@ -126,9 +126,9 @@ def test_text_of_any_size_is_judged_in_linear_time(monkeypatch):
 
 def test_nothing_that_a_model_writes_breaks_the_judge(monkeypatch):
     monkeypatch.setattr("text.judge.shared_verifier", lambda: Unreadable())
-    parts = [" ", "\n", "answer is", "<answer>", "</answer>"]
-    parts += r"1 23 , . - + ( ) [ ] { } \ \frac \boxed{ #### 答案是 选 B x ^ _ = < / % $ \( \text{ ½ ² 万 个 or 和 ** √".split()
-    parts += r"π ! : e5 1/2 、 ㎡ m^2 \begin{pmatrix} &".split()
+    signs = r"1 23 , . - + ( ) [ ] { } \ \frac \boxed{ #### 答案是 选 B x ^ _ = < / % $ \( \text{ ½ ² 万 个 or 和 ** √"
+    more = r"π ! : e5 1/2 、 ㎡ m^2 \begin{pmatrix} & << >> 3rd <answer> </answer>"
+    parts = [" ", "\n", "answer is", *signs.split(), *more.split()]
     draw = random.Random(0)
     for _ in range(3000):
         reference, reply = ("".join(draw.choices(parts, k=draw.randint(1, most))) for most in (4, 14))

@@ -9,11 +9,13 @@ from text.quantity import CURRENCY, VALUE
 
 _NAMES = frozenset(("sqrt", "sin", "cos", "tan", "cot", "log", "ln", "exp", "pi"))
 _TOKEN = re.compile(
-    rf"(?P<number>{CURRENCY}?{VALUE}(?:\x20?(?:mm|cm|dm|km|m|in|ft|yd)\^-?[1-3](?!\d))?)"
-    r"|(?P<command>\\[A-Za-z]+|\\\\)|(?P<letter>[A-Za-z](?![A-Za-z\d']))"
-    r"|(?P<word>[A-Za-z][A-Za-z\d']+(?:\x20[A-Za-z]{2,}(?![\d']))*)"
+    r"(?P<word>\d+(?:st|nd|rd|th)(?![a-z])|[A-Za-z][A-Za-z\d']+(?:\x20[A-Za-z]{2,}(?![\d']))*)"
+    rf"|(?P<number>{CURRENCY}?{VALUE}(?:\x20?(?:mm|cm|dm|km|m|in|ft|yd)\^-?[1-3](?!\d))?)"
+    r"|(?P<command>\\[A-Za-z]+|\\\\)|(?P<operator>(?<=[\d)])x(?=\d)|(?<=[\d)]\x20)x(?=\x20\d)"
+    r"|<=|>=|[-+±*/×÷·^_=<>≤≥≠≈√&]|(?<=\d):(?=\d)|!(?=[+*/=)]))"
+    r"|(?P<letter>[A-Za-z](?![A-Za-z\d']))"
     r"|(?P<open>\\?[(\[{])|(?P<close>\\?[)\]}])|(?P<sign>[π∞°])|(?P<space>\x20+)"
-    r"|(?P<operator><=|>=|[-+±*/×÷·^_=<>≤≥≠≈√&]|(?<=\d):(?=\d)|!(?=[+*/=)]))|(?P<comma>,)"
+    r"|(?P<comma>,)"
     r"|(?P<other>[\u3001-\uffef]+|.|\n)"
 )
 

@@ -140,6 +140,8 @@ def plain(text: str) -> str:
         )
         text = re.sub("(?<=\\d)[\u00a0\u2007\u2009\u202f](?=\\d{3})", ",", text)
         text = re.sub("[−–﹣]", "-", unicodedata.normalize("NFKC", text)).replace("⁄", "/").replace("∶", ":")
+    if "<<" in text:  # GSM8K's working for a calculator, before its result
+        text = re.sub(r"<<[^<>]*>>", "", text)
     if "\\" in text or "{" in text:
         text = _THOUSANDS.sub(",", text)
         text = re.sub(r"\\([$%#&])", r"\1", _TYPE.sub(r" \1", text))
