@@ -1,4 +1,4 @@
-"""Judgements a second of one core, for the replies that rewards meet most: plain numbers, marked or at a sentence's end.
+"""Judgements a second of one core's time, for the replies that rewards meet most: plain numbers, marked or at a sentence's end.
 
 python bench/judge.py --rounds 5
 """
@@ -32,10 +32,10 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, reply in REPLIES.items():
             replies = [reply.format(number, number) for number in range(COUNT)]
-            begin = time.perf_counter()
+            begin = time.process_time()
             for number, text in enumerate(replies):
                 assert judge(str(number), text).right
-            rates[name].append(COUNT / (time.perf_counter() - begin))
+            rates[name].append(COUNT / (time.process_time() - begin))
     for name, found in rates.items():
         print(f"{name:18} {statistics.median(found):8,.0f} a second ({min(found):,.0f} - {max(found):,.0f})")
     if options.json:

@@ -61,19 +61,23 @@ def quantity(text: str) -> Quantity | None:
     match = _WHOLE.fullmatch(text)
     if match is None:
         return None
-    value, divisor, exponent = _exact(match["number"]), Fraction(1), int(match["e"] or match["ten"] or 0)
-    if abs(exponent) > LARGEST_EXPONENT:
-        return None
+    value = _exact(match["number"])
     if match["of"]:
-        divisor = Fraction(match["of"])
-        if int(match["above"]) >= divisor:  # `3 4/2` is no mixed number
+        above, below = Fraction(match["above"]), Fraction(match["of"])
+        if above >= below:  # `3 4/2` is no mixed number
             return None
-        value = value * divisor + int(match["above"])
+        value += above / below
     elif match["below"]:
-        divisor = _exact(match["below"])
-    if not divisor:
-        return None
-    value *= Fraction(10) ** exponent * SCALES.get(match["scale"], 1) / divisor
+        below = _exact(match["below"])
+        if not below:
+            return None
+        value /= below
+    elif exponent := int(match["e"] or match["ten"] or 0):
+        if abs(exponent) > LARGEST_EXPONENT:
+            return None
+        value *= Fraction(10) ** exponent
+    if match["scale"]:
+        value *= SCALES[match["scale"]]
     negative = match["outer"] == "-" or match["inner"] == "-"
     return Quantity(-value if negative else value, match["percent"] is not None, match["unit"] or "")
 
