@@ -1,4 +1,4 @@
-"""Judgements a second of one core's time, for the replies that rewards meet most: plain numbers, marked or at a sentence's end.
+"""Judgements a second of a core's own time: plain numbers, marked or at a sentence's end, as rewards meet them.
 
 python bench/judge.py --rounds 5
 """
