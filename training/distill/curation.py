@@ -94,10 +94,12 @@ def open_answering(
         return open_local(teacher, temperature, max_new_tokens, seed, dtype, device)
     if not settings.teacher_model:
         raise UserError(f"--teacher {teacher}: give the name that it serves the model under, --teacher_model NAME")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()  # a key read from a file often ends with its line
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY: has a character that no HTTP header can hold; set it again")
     return Endpoint(
-        teacher, settings.teacher_model, os.environ.get("OPENAI_API_KEY", ""), temperature, max_new_tokens,
-        settings.concurrency, settings.timeout,
-    )  # fmt: skip
+        teacher, settings.teacher_model, key, temperature, max_new_tokens, settings.concurrency, settings.timeout
+    )
 
 
 def gather_answers(
