@@ -536,6 +536,13 @@ def test_a_key_is_sent_or_refused_in_one_line(key, sent, server, tmp_path, run, 
         assert done.code == 2 and "OPENAI_API_KEY: has a character" in done.err and done.err.count("\n") == 1
 
 
+def test_a_teacher_that_answers_nothing_ends_the_run_in_its_own_words(server, tmp_path, run):
+    server.moods = {"a": [400], "b": [400]}
+    done = run(distill.main, *command(server, prompts(tmp_path, "a", "b"), tmp_path / "out"))
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "not one of 2 questions has an answer, mostly status 400 (this is 400); remove the cause and add --resume" in done.err
+
+
 def test_answers_to_problems_are_verified(server, tmp_path, run):
     path = tmp_path / "problems.jsonl"
     rows = [{"question": f"{n} and {n}?", "answer": str(2 * n)} for n in range(1, 5)]

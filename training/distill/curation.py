@@ -122,6 +122,11 @@ def gather_answers(
     print("\n".join(told.lines()))
     conversations, curated = curate(prompts, asks, journal.known, settings, judge, max_new_tokens)
     print("\n".join(curated.lines()))
+    if told.failures and not curated.answers:
+        (reason, _), *_ = told.failures.most_common(1)
+        raise UserError(
+            f"--teacher: not one of {told.questions} questions has an answer, mostly {reason}; remove the cause and add --resume"
+        )
     if not conversations:
         raise UserError(f"{path}: none of {curated.answers} answers is fit to learn from; see what was dropped and why")
     write_chats(out / CHATS, conversations)
