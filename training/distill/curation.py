@@ -115,7 +115,7 @@ def gather_answers(
     lines = report.lines() if report.rows else []
     print("\n".join([*lines, f"{len(prompts)} different prompts"]))
     path = out / JOURNAL
-    if path.exists() and not resume:
+    if not resume and path.exists() and path.stat().st_size:  # empty where an earlier run had no answer
         raise UserError(f"{path}: holds answers already; add --resume to go on, or choose another --out")
     journal, asks = Journal(path), questions(prompts, settings.samples, *facts)
     told = ask_all(teacher, [ask for some in asks for ask in some], journal)
@@ -125,7 +125,8 @@ def gather_answers(
     if told.failures and not curated.answers:
         (reason, _), *_ = told.failures.most_common(1)
         raise UserError(
-            f"--teacher: not one of {told.questions} questions has an answer, mostly {reason}; remove the cause and add --resume"
+            f"--teacher: not one of {told.questions} questions has an answer, mostly {reason}; "
+            "remove the cause and run the same command again"
         )
     if not conversations:
         raise UserError(f"{path}: none of {curated.answers} answers is fit to learn from; see what was dropped and why")
