@@ -217,6 +217,7 @@ TEXT_PART = {"type": "text", "text": "Nine."}
     [
         {"reasoning_content": THOUGHTS},
         {"reasoning": THOUGHTS},
+        {"thinking": THOUGHTS},
         {"reasoning": THOUGHTS, "reasoning_content": THOUGHTS},
         {"reasoning": None, "reasoning_details": [{"type": "reasoning.text", "text": THOUGHTS}]},
         {"reasoning": THOUGHTS, "reasoning_details": [{"type": "reasoning.summary", "summary": THOUGHTS}]},

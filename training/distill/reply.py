@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from errors import one_line
 from training.distill.answers import Answer
 
-THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details")  # often the same under two of them
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # often the same under two of them
 WORDS = ("text", "thinking", "summary")  # keys of a part's text; encrypted parts have none
 ERRORS = ("error", "detail", "message")  # where servers put what is wrong, the first of them that says something
 BROKEN_OFF = ("error", "abort")  # reasons to finish that leave half an answer
@@ -62,9 +62,10 @@ def _with_thoughts(message: dict) -> str:
     thoughts = next((thoughts for thoughts in found if thoughts), "")
     if "<think>" in text:  # the endpoint has put them there, or in both places
         return text
-    if "</think>" in text:  # <think> ended the prompt, in the chat template of many models that always think
-        return f"<think>\n{text.lstrip()}"
-    return f"<think>\n{thoughts}\n</think>\n{text}" if thoughts else text
+    if thoughts:
+        return f"<think>\n{thoughts}\n</think>\n{text}"
+    # <think> may have ended the prompt: it does in the chat templates of many models that always think.
+    return f"<think>\n{text.lstrip()}" if "</think>" in text else text
 
 
 def _blocks(value: object) -> str:
