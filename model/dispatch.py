@@ -42,8 +42,8 @@ class Plan:
         sorted_experts, order = expert_of_choice.sort(stable=True)
         counts = count_choices(expert_of_choice, experts)
         blocks = (counts + block - 1) // block
-        # The kernel for sm100 writes garbage as the weight gradient of a group without rows (pytorch issue 172439): where
-        # gradients are recorded each expert has a block, whose padding counts 0. Decoding reads the chosen experts only.
+        # On sm100 the weight gradient of a group without rows is garbage (pytorch/pytorch#172439): where gradients are
+        # recorded each expert has a block, of padding whose weight is 0. Decoding reads the chosen experts only.
         fill = on_cuda and torch.is_grad_enabled()
         padded = (blocks.clamp(min=1) if fill else blocks) * block
         ends = padded.cumsum(0)

@@ -45,8 +45,8 @@ def grouped_linear(x_RD: Tensor, weight_EOD: Tensor | Packed, plan: Plan, kept: 
     """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O). kept: for the gradient of the weight."""
     if not (x_RD.is_cuda and x_RD.dtype == torch.bfloat16):
         return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist(), kept or KeptMemory())
-    # torch computes this in one launch on sm90 and sm100 (`without_host`); on other GPUs, such as sm80, 86, 89 and 120, by
-    # a loop over the groups on the host, which waits for the device to read their ends.
+    # torch computes this in one launch on sm90 and sm100 (`without_host`); on other GPUs, such as sm80, 86, 89 and 120,
+    # by a loop over the groups on the host, which waits for the device to read their ends.
     out, inner = (-size % SMALL_ROW_BLOCK for size in weight_EOD.shape[1:])
     if inner:  # rows of both must be aligned to 16 bytes, which adapters of a low rank are not
         x_RD = F.pad(x_RD, (0, inner))

@@ -250,6 +250,7 @@ def main() -> None:
     with (
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+        patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
         patch.object(Tensor, "pin_memory", lambda self: self),
         patch.object(torch.nn.Module, "to", lambda self, *_, **__: self),  # all is made where it stays
         torch.autograd.set_multithreading_enabled(False),
