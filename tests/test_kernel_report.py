@@ -73,7 +73,7 @@ def test_a_compiled_graph_holds_whether_flash_attn_is_there(source, install):
 
 @pytest.fixture
 def on_cuda(monkeypatch) -> None:
-    """Every tensor claims to be on CUDA, in the CPU's memory. torch's own flash kernel there has the same rule as on a GPU:
+    """Every tensor claims to be on CUDA, in the CPU's memory. The flash kernel there has the same rule as a GPU's:
     one size for the heads of q, k and v.
     """
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))

@@ -173,7 +173,7 @@ class Trainer:
                 loss, count, metrics = self.loss(self.module, batch)
                 (loss / nominal).backward()
             parts.append((indices, loss.detach(), count))
-            positions = torch.tensor(batch["input_ids"].numel(), device=ranks.device)
+            positions = torch.full((), batch["input_ids"].numel(), device=ranks.device)
             for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
                 tally.add(name, value)
         tally.gather(ranks)
