@@ -15,22 +15,24 @@ TIME = 16  # positions of the tensors that are asked about; no rule depends on h
 
 def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, time: int, compiled: bool = False) -> str:
     """One line. dtype: of the products; time: positions of a row; compiled: by torch.compile."""
-    if device.type == "cpu":
-        return f"attention by {_attention_on_cpu(config, dtype, time, compiled)}"
-    whole, isolated = (_attention_on_cuda(config, dtype, device, isolated) for isolated in (False, True))
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        whole, isolated = (_attention_on_cpu(config, dtype, time, in_c) for in_c in (not compiled, False))
+    else:
+        whole, isolated = (_attention_on_cuda(config, dtype, device, segments) for segments in (False, True))
     attention = f"attention by {whole}" + ("" if isolated == whole else f", of isolated samples by {isolated}")
-    if not config.is_moe_layer(config.num_hidden_layers - 1):
+    if on_cpu or not config.is_moe_layer(config.num_hidden_layers - 1):
         return attention
     if without_host(dtype, device):
         return f"{attention}; experts by grouped_mm"
     return f"{attention}; experts one by one, waiting for the device (in one launch: bf16 on sm90 and sm100)"
 
 
-def _attention_on_cpu(config: LMConfig, dtype: torch.dtype, time: int, compiled: bool) -> str:
+def _attention_on_cpu(config: LMConfig, dtype: torch.dtype, time: int, in_c: bool) -> str:
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     q = torch.empty(1, TIME, heads, nope + rope, dtype=dtype)
     kv, k_rope = q.new_empty(1, TIME, heads, nope + config.v_head_dim), q.new_empty(1, TIME, rope)
-    if not compiled and causal.fits(q, kv, k_rope):
+    if in_c and causal.fits(q, kv, k_rope):
         return "causal.c"
     return "chunks of queries" if time <= LONGEST_CHUNKED else SDPA
 
