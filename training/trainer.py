@@ -14,6 +14,7 @@ import torch
 
 from model import MiniDeepSeek
 from model.counts import count as count_costs
+from model.kernel_report import kernel_report
 from model.moe import update_bias
 from text.tokenizer import Tokenizer
 from training.agreement import check_facts, check_weights, facts
@@ -107,7 +108,9 @@ class Trainer:
         self.module = self.ranks.wrap(self.model, some_rest=lowest(mtp_weight) == 0)
         costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)
         peak = Peak(self.dtype, self.ranks)
-        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, peak.rate))
+        length, compiled = self.settings.row_tokens, self.settings.compile
+        kernels = kernel_report(self.model.config, self.dtype, self.ranks.device, length, compiled)
+        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, peak.rate, kernels))
         if self.ranks.main:
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
@@ -170,7 +173,7 @@ class Trainer:
                 loss, count, metrics = self.loss(self.module, batch)
                 (loss / nominal).backward()
             parts.append((indices, loss.detach(), count))
-            positions = torch.tensor(batch["input_ids"].numel(), device=ranks.device)
+            positions = torch.full((), batch["input_ids"].numel(), device=ranks.device)
             for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
                 tally.add(name, value)
         tally.gather(ranks)
