@@ -63,7 +63,8 @@ class DPOSettings(StageSettings):
 def main() -> None:
     settings = parse(DPOSettings, __doc__ or "")
     ranks = begin(settings)
-    ranks.on_main(lambda: check_unused(Path(settings.out), settings.resume))  # refuses a folder in use before minutes are spent
+    # Refuses a folder in use before minutes are spent.
+    ranks.on_main(lambda: check_unused(Path(settings.out), settings.resume))
     model, tokenizer = open_checkpoint(settings.ckpt)
     # The MTP layers have no part in this loss. Router biases stand still: policy and reference route by the same ones.
     model.mtp.requires_grad_(False)

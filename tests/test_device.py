@@ -104,8 +104,8 @@ def test_code_runs_on_its_own_generation_and_ptx_on_all_later_ones():
         "sm_100f": [(10, 0), (10, 3)], "compute_90": [(9, 0), (10, 0), (10, 3), (12, 0)], "compute_90a": [(9, 0)],
     }  # fmt: skip
     capabilities = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
-    for architecture, wanted in on.items():
-        assert [c for c in capabilities if runs_on(architecture, c)] == wanted, architecture
+    for architecture, expected in on.items():
+        assert [c for c in capabilities if runs_on(architecture, c)] == expected, architecture
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -121,7 +121,7 @@ def test_products_in_float32_are_never_tf32(device, gpus, request):
 def test_falling_back_to_the_cpu_beside_a_gpu_is_said(gpus, capsys):
     gpus(fault=TOO_OLD)
     assert Ranks.start("auto").device.type == "cpu"
-    assert capsys.readouterr().err.startswith("notice: computing on the CPU: The NVIDIA driver on your system is too old")
+    assert capsys.readouterr().err.startswith("notice: computing on the CPU: The NVIDIA driver on your system is too o")
 
 
 def test_ranks_that_chose_other_devices_do_not_wait_for_each_other(monkeypatch, tmp_path):

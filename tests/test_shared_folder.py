@@ -39,7 +39,7 @@ def apart(tmp_path, monkeypatch) -> Callable[..., list[Forked]]:
 
 def assert_all_say(ranks: list[Forked], place: str) -> None:
     """The same one line, on every node."""
-    said = f"error: {place}: rank 1 does not see there what rank 0 sees; several nodes need a folder that all nodes share"
+    said = f"error: {place}: rank 1 does not see there what rank 0 sees; needs a folder that all nodes share"
     for rank in ranks:
         assert rank.code == 2 and "Traceback" not in rank.output(), rank.output()
         assert rank.output().strip().splitlines()[-1] == said, rank.output()
@@ -112,8 +112,20 @@ def test_a_common_folder_of_shards_is_made_by_one_rank_and_read_by_both(pretrain
 
 def test_what_the_reference_said_is_looked_for_on_rank_0_alone(apart, pretrained, world, tmp_path):
     """A run that ended before its first checkpoint leaves reference.safetensors on rank 0; both go on with it."""
-    arguments = ["--ckpt", pretrained / "final", "--data", world / "preferences.jsonl", "--out", "run", "--max_steps", 1]
-    arguments += ["--sequence_length", 64, "--batch_tokens", 512, "--micro_tokens", 256, "--dtype", "fp32", "--device"]
+    arguments = ["--ckpt", pretrained / "final", "--data", world / "preferences.jsonl", "--out", "run"]
+    arguments += [
+        "--max_steps",
+        1,
+        "--sequence_length",
+        64,
+        "--batch_tokens",
+        512,
+        "--micro_tokens",
+        256,
+        "--dtype",
+        "fp32",
+        "--device",
+    ]
     arguments += ["cpu", "--dist.timeout", 20, "--val_tokens", 512]
     assert_fine(apart(lambda rank: call_main(dpo_train.main, *arguments)))
     first = load_file(tmp_path / "node-0" / "run" / "final" / "model.safetensors")

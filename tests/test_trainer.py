@@ -397,7 +397,7 @@ def test_measuring_the_peak_leaves_the_random_numbers_alone():
 
 
 class Products(TorchDispatchMode):
-    """Writes down the types of products with the router's matrix, of 12 experts and 32 features, or with its gradient."""
+    """Writes down the types of products with the router's matrix, (12 experts, 32 features), or its gradient."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,8 +9,6 @@ import torch
 
 from errors import UserError
 
-NAMES = ("auto", "cpu", "cuda")
-
 
 def choose_device(name: str, local: int) -> tuple[torch.device, str]:
     """The device of process number `local` of this machine, and why it is that one (nothing where it was given).
@@ -19,8 +17,8 @@ def choose_device(name: str, local: int) -> tuple[torch.device, str]:
     """
     if name == "mps":
         raise UserError("--device mps: Apple's GPUs are not supported; use --device cpu")
-    if name not in NAMES:
-        raise UserError(f"--device {name}: one of {', '.join(NAMES)}")
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: one of auto, cpu, cuda")
     if name == "cpu":
         return torch.device("cpu"), ""
     fault = why_not_cuda()

@@ -38,7 +38,7 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def set_seed(seed: int, device: torch.device) -> None:
-    """Begin the random numbers of CPU and device anew: `torch.manual_seed`, which also looks for other kinds of device."""
+    """Seed the generators of CPU and device: `torch.manual_seed` also looks for all other kinds, in 100 us."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -63,7 +63,7 @@ def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, se
 
 @lru_cache
 def machine_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """`measured_peak`, once a process: before anything else is on the device, whose memory statistics begin after it."""
+    """`measured_peak`, once a process and before anything else is on the device: memory statistics begin after it."""
     peak = measured_peak(dtype, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -146,8 +146,8 @@ class Ranks:
         blind = [str(rank) for rank, sees in enumerate(self.gather(same)) if not sees]
         if blind:
             raise UserError(
-                f"{path}: rank {', '.join(blind)} does not see there what rank 0 sees; several nodes need a folder "
-                "that all nodes share"
+                f"{path}: rank {', '.join(blind)} does not see there what rank 0 sees; needs a folder that all "
+                "nodes share"
             )
 
     def check_writes_shared(self, folder: Path) -> None:
