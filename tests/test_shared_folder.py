@@ -113,20 +113,8 @@ def test_a_common_folder_of_shards_is_made_by_one_rank_and_read_by_both(pretrain
 def test_what_the_reference_said_is_looked_for_on_rank_0_alone(apart, pretrained, world, tmp_path):
     """A run that ended before its first checkpoint leaves reference.safetensors on rank 0; both go on with it."""
     arguments = ["--ckpt", pretrained / "final", "--data", world / "preferences.jsonl", "--out", "run"]
-    arguments += [
-        "--max_steps",
-        1,
-        "--sequence_length",
-        64,
-        "--batch_tokens",
-        512,
-        "--micro_tokens",
-        256,
-        "--dtype",
-        "fp32",
-        "--device",
-    ]
-    arguments += ["cpu", "--dist.timeout", 20, "--val_tokens", 512]
+    arguments += ["--sequence_length", 64, "--batch_tokens", 512, "--micro_tokens", 256, "--val_tokens", 512]
+    arguments += ["--max_steps", 1, "--dist.timeout", 20, "--dtype", "fp32", "--device", "cpu"]
     assert_fine(apart(lambda rank: call_main(dpo_train.main, *arguments)))
     first = load_file(tmp_path / "node-0" / "run" / "final" / "model.safetensors")
     shutil.rmtree(tmp_path / "node-0" / "run" / "final")

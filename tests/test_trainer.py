@@ -319,6 +319,11 @@ def test_rows_that_do_not_divide_among_the_ranks_are_refused(make):
         make(world=3)
 
 
+def test_the_announcement_says_why_this_device(make, capsys):
+    make(ranks=Ranks(0, 1, torch.device("cpu"), "no driver"), max_steps=1).run()
+    assert "machine    1 x cpu (no driver), " in capsys.readouterr().out
+
+
 def test_rows_longer_than_the_model_reads_are_refused(make):
     with pytest.raises(UserError, match="--sequence_length 128: the model reads 64 tokens"):
         make(sequence_length=128, batch_tokens=1024)

@@ -54,6 +54,7 @@ class RunCheckpoints:
         state = take_up(folder, self._weights, self._optimizer)
         if self._made is not None:
             self._made.load_state(state)
+        self._ranks.gather(None)  # where another one could not read it, this says so
         self._ranks.say(f"resuming from {folder}: step {progress.step}, {progress.tokens:,} tokens")
         return progress
 
