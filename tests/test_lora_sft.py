@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import call_main
 from forked import on_ranks
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 import lora_sft
@@ -67,6 +68,27 @@ def test_an_adapter_learns_and_its_base_stays_as_it_was(tune, pretrained, tmp_pa
     assert moved and all("_proj" in name and name.startswith("model.layers.") for name in moved)
     for name, value in adapted.state_dict().items():
         assert torch.equal(value, merged.state_dict()[name])
+
+
+def test_peft_opens_the_adapter_and_its_base_from_any_folder(tune, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(pretrained)
+    assert tune(tmp_path / "lora", "--ckpt", "final", "--max_steps", 1).code == 0
+    folder = tmp_path / "lora" / "final"
+    monkeypatch.chdir(tmp_path)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    ids = torch.arange(20, 40)[None]
+    ours, _ = open_adapted(str(pretrained / "final"), str(folder))
+    torch.testing.assert_close(theirs(ids).logits.float(), ours.eval()(ids).logits, rtol=1e-4, atol=2e-5)
+
+
+def test_an_adapter_opens_whatever_name_it_gives_its_base(tune, pretrained, tmp_path):
+    """A relative path, as adapters gave before, or one that is no longer there."""
+    assert tune(tmp_path, "--max_steps", 1).code == 0
+    config = tmp_path / "final" / CONFIG
+    values = json.loads(config.read_text())
+    for name in ("out/sft/final", "/nowhere", None):
+        config.write_text(json.dumps({**values, "base_model_name_or_path": name}))
+        open_adapted(str(pretrained / "final"), str(tmp_path / "final"))
 
 
 @pytest.mark.parametrize("options", [[], ["--lora.targets", "all", "--base", "int8", "--gradient_checkpointing"]])

@@ -18,6 +18,7 @@ import training.machine
 import training.trainer
 from errors import UserError
 from model import MiniDeepSeek
+from model.kernel_report import kernel_report
 from model.moe import update_bias
 from training.entries import max_violation
 from training.log import read_metrics
@@ -461,3 +462,10 @@ def test_wandb_is_told_each_step_and_stays_offline_without_a_key(make, monkeypat
     assert (told.options["project"], told.options["mode"], told.finished) == ("mini", "offline", 1)
     assert [step for step, _ in told.steps] == [0, 1, 2]
     assert "max_vio/layer_2" in told.steps[1][1] and told.steps[1][1]["loss"] > 0
+
+
+def test_a_run_says_at_its_start_which_kernels_compute(make, capsys):
+    trainer = make("run", max_steps=1, dtype="fp32")
+    trainer.run()
+    kernels = kernel_report(trainer.model.config, torch.float32, torch.device("cpu"), trainer.settings.row_tokens)
+    assert f"\nkernels    {kernels}\n" in capsys.readouterr().out

@@ -38,7 +38,7 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def set_seed(seed: int, device: torch.device) -> None:
-    """Seed the generators of CPU and device: `torch.manual_seed` also looks for all other kinds, in 100 us."""
+    """Seed the generators of CPU and device; `torch.manual_seed` takes 100 us to look for other kinds of device."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -256,7 +256,7 @@ def _check_devices(store: dist.Store, rank: int, world: int, device: str) -> Non
     if odd == 0:
         return
     first, theirs = (store.get(f"device/{number}").decode() for number in (0, odd))
-    store.set(f"device/told/{rank}", "")
+    store.set(f"device/read/{rank}", "")
     if rank == 0:  # with which the store may end
-        store.wait([f"device/told/{other}" for other in range(world)])
+        store.wait([f"device/read/{other}" for other in range(world)])
     raise UserError(f"rank {odd} computes on {theirs}, rank 0 on {first}; give all the same --device")

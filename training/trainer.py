@@ -14,6 +14,7 @@ import torch
 
 from model import MiniDeepSeek
 from model.counts import count as count_costs
+from model.kernel_report import kernel_report
 from model.moe import update_bias
 from text.order import scramble
 from text.tokenizer import Tokenizer
@@ -107,7 +108,9 @@ class Trainer:
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
         costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)
-        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, self.peak.rate))
+        length, compiled = self.settings.row_tokens, self.settings.compile
+        kernels = kernel_report(self.model.config, self.dtype, self.ranks.device, length, compiled)
+        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, self.peak.rate, kernels))
         if self.ranks.main:
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
@@ -175,7 +178,7 @@ class Trainer:
                 # Outside: autocast would round what the router's products in float32 get back.
                 (loss / nominal).backward()
             parts.append((indices, loss.detach(), count))
-            positions = torch.tensor(batch["input_ids"].numel(), device=ranks.device)
+            positions = torch.full((), batch["input_ids"].numel(), device=ranks.device)
             for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
                 tally.add(name, value)
         tally.gather(ranks)

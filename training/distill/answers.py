@@ -19,6 +19,7 @@ from text.chat_template import Message
 from text.prompts import Prompt
 
 MOST_FAILURES = 25  # one after the other, before the teacher is taken to be gone
+MOST_REASONS = 10  # shown; a provider may put an id or a time into each
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ class Asked:
     def lines(self) -> list[str]:
         """For people."""
         lines = [f"{self.questions} questions: {self.before} answered before, {self.answered} now"]
-        return lines + [f"  {count} without an answer: {reason}" for reason, count in self.failures.most_common()]
+        shown = self.failures.most_common(MOST_REASONS)
+        lines += [f"  {count} without an answer: {reason}" for reason, count in shown]
+        rest = self.failures.total() - sum(count for _, count in shown)
+        return lines + [f"  {rest} without an answer for other reasons"] * bool(rest)
 
 
 def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) -> Asked:
