@@ -112,7 +112,7 @@ def test_a_hub_name_needs_no_entry(registry, tmp_path, monkeypatch):
         ({"path": "x.json", "hub": "a/b"}, "give either path"),
         ({"format": "alpaca"}, "give either path"),
         ({"path": 3}, "path must be text"),
-        ({"path": "x.json", "subset": "zh"}, "subset, split and folder are for data on the Hub"),
+        ({"path": "x.json", "subset": "zh"}, "subset and folder are for data on the Hub"),
         ({"path": "x.json", "samples": 0}, "samples 0; give a whole number above 0"),
         ({"path": "x.json", "samples": 2.5}, "samples 2.5; give a whole number"),
         ({"path": "x.json", "weight": -1}, "weight -1; give a number above 0"),

@@ -20,7 +20,7 @@ class RowError(Exception):
 class RowReport:
     """What was read. `rows` = `kept` + `left_out` (more than the samples wanted) + all `problems`.
 
-    `examples` holds the first few places of each kind of problem.
+    `examples` holds the first few places of each kind of problem; `notices` say what of the data was not read.
     """
 
     rows: int = 0
@@ -29,6 +29,7 @@ class RowReport:
     left_out: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
     def add_problem(self, place: str, error: RowError) -> None:
         self.problems[error.kind] += 1
@@ -38,7 +39,7 @@ class RowReport:
 
     def lines(self) -> list[str]:
         """The report for people: one line of totals, then each kind of problem with its first examples."""
-        lines = [f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
+        lines = [*self.notices, f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
         if self.left_out:
             lines.append(f"  {self.left_out} good rows left out: more than the samples that were asked for")
         for kind, count in self.problems.most_common():
