@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,16 @@ SHARD = re.compile(r"[-_.]\d{5,}-of-\d{5,}.*")
 
 @dataclass
 class Folder:
-    """What a folder holds. `files`: of data, sorted; `strangers`: of other formats; `others`: splits left out."""
+    """What a folder holds.
+
+    `files`: of data, sorted; `strangers`: of other formats; `splits`: those there are; `others`: those left out.
+    """
 
     path: Path
     split: str
     files: list[Path] = field(default_factory=list)
     strangers: list[Path] = field(default_factory=list)
+    splits: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
 
     @classmethod
@@ -89,9 +93,10 @@ class Folder:
         found = [name for name in splits if name == self.split] or [
             name for name in splits if isinstance(name, str) and SPLIT_OF.get(name) == SPLIT_OF.get(self.split, "")
         ]
+        self.splits.update(map(str, splits))
         if not found:
-            raise self._no_split(map(str, splits))
-        self.others.update(name for name in map(str, splits) if name != found[0])
+            raise self._no_split()
+        self.others.update(self.splits - {found[0]})
         return found[0]
 
     def _choose(self) -> None:
@@ -100,22 +105,24 @@ class Folder:
         splits = {
             file: next((SPLIT_OF[name] for name in found if name in SPLIT_OF), "") for file, found in names.items()
         }
-        if not any(splits.values()):
+        named = set(splits.values()) - {""}
+        if not named:
             return
+        self.splits |= named
         if self.split in SPLIT_OF:
             chosen = [file for file, split in splits.items() if split == SPLIT_OF[self.split]]
         else:
             chosen = [file for file, found in names.items() if self.split in found]
         if not chosen and self.split != TRAIN:
-            raise self._no_split(splits.values())
+            raise self._no_split()
         if chosen and self.split == TRAIN:
             chosen = [file for file, split in splits.items() if split in (TRAIN, "")]
         if chosen:
             self.others.update(splits[file] for file in set(self.files) - set(chosen) if splits[file])
             self.files = chosen
 
-    def _no_split(self, names: Iterable[str]) -> UserError:
-        shown = ", ".join(sorted({name for name in names if name})) or "none"
+    def _no_split(self) -> UserError:
+        shown = ", ".join(sorted(self.splits)) or "none"
         return UserError(f"{self.path}: no split {self.split!r}, there are: {shown}; name one of them as split")
 
 
