@@ -275,3 +275,20 @@ def test_columns_of_problems_can_be_named(registry, tmp_path):
     (source,) = find_sources("sums", file, "prompt")
     problem = to_problem({"aufgabe": "1+1?", "loesung": "2", "question": "other"}, source.layout)
     assert (problem.question, problem.answer) == ("1+1?", "2")
+
+
+def test_the_path_of_an_entry_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "names.yaml").write_text("mine: {path: ~/data/a.jsonl}\nother: {path: ~nobody/a.jsonl}\n")
+    sources = find_sources("mine,other", tmp_path / "names.yaml")
+    assert [source.path for source in sources] == [f"{tmp_path}/data/a.jsonl", f"{tmp_path}/~nobody/a.jsonl"]
+
+
+def test_a_local_folder_has_splits_and_a_file_has_none(registry, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "a.jsonl").write_text("{}")
+    names = tmp_path / "names.yaml"
+    names.write_text("folder: {path: saved, split: test}\nfile: {path: a.jsonl, split: test}\n")
+    assert find_sources("folder", names)[0].split == "test"
+    with pytest.raises(UserError, match=r"names.yaml: file: a file has no split; leave it out, or name a folder"):
+        find_sources("file", names)
