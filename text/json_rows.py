@@ -159,7 +159,8 @@ def _values(file: DataFile, stream: TextIOWrapper, place: int, closed: str) -> I
         if not more:
             line += text.count("\n", place, broken)
             where = f"the JSON array breaks off in element {file.element + 1}" if closed else "broken JSON"
-            raise FileProblem("broken JSON", line, f"{where} ({problem})", "mend it, or write one row a line (.jsonl)")
+            remedy = "mend it, or write one row a line (.jsonl), where a broken line costs only itself"
+            raise FileProblem("broken JSON", line, f"{where} ({problem})", remedy)
         text, place = rest + more, 0
     if closed == "]" and (text[place + 1 :] + stream.read(CHUNK)).strip():
         raise FileProblem("broken JSON", line, "text follows the end of the JSON array", "remove it")
