@@ -121,6 +121,31 @@ def test_an_arrow_file_that_points_outside_of_itself_is_refused(tmp_path: Path) 
         assert "damaged" in stop(file)
 
 
+@pytest.mark.parametrize(
+    ("column", "sound", "damaged"),
+    [
+        (pa.array(["x" * 20, "y" * 20], pa.string_view()), [0, 20], [0, 1 << 30]),
+        (pa.array([["a"], ["b", "c"]], pa.list_view(pa.string())), [0, 1], [1 << 29, 1 << 30]),
+        (pa.array([["a"], ["b", "c"]], pa.large_list_view(pa.string_view())), [1, 0, 2, 0], [1, 0, 1 << 30, 0]),
+        (pa.array(["x", "y"]).dictionary_encode(), [0, 1], [0, 1 << 30]),
+    ],
+)
+def test_a_view_that_points_outside_of_its_file_is_refused(
+    tmp_path: Path, column: pa.Array, sound: list[int], damaged: list[int]
+) -> None:
+    if pa.types.is_string_view(column.type):  # (size, first four bytes, buffer, offset) of each
+        texts = np.frombuffer(column.buffers()[1], np.int32, 8).tolist()
+        sound, damaged = texts, [*texts[:-1], damaged[1]]
+    batch = pa.RecordBatch.from_arrays([column, pa.array(["x", "y"])], ["a", "text"])
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), batch.schema) as writer:
+        writer.write_batch(batch)
+    content, part = (tmp_path / "a.arrow").read_bytes(), np.array(sound, np.int32).tobytes()
+    place = content.rindex(part)
+    broken = np.array(damaged, np.int32).tobytes()
+    (tmp_path / "a.arrow").write_bytes(content[:place] + broken + content[place + len(part) :])
+    assert "damaged" in stop(tmp_path / "a.arrow")
+
+
 def test_plain_text_is_parted_at_blank_lines_and_at_a_length(tmp_path: Path) -> None:
     line = "x" * 999 + "\n"
     (tmp_path / "a.txt").write_text("first\nstill first\n\n\nsecond\n\n" + line * 10 + "y" * 20_000, encoding="utf-8")

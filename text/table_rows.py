@@ -171,19 +171,29 @@ def _whole_rows(file: DataFile, batch: pyarrow.RecordBatch, line: int) -> Iterat
 
 
 def _texts(file: DataFile, column: pyarrow.Array, line: int) -> Iterator[Row]:
-    import pyarrow
-
-    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
-    if not pyarrow.types.is_null(kind) and _binary_of(kind) is None:
-        raise file.not_text(str(column.type), None)
-    # As bytes, since one value that is not UTF-8 would keep pyarrow from giving any.
-    if pyarrow.types.is_dictionary(column.type):
-        words = column.dictionary.cast(pyarrow.large_binary())
-        column = pyarrow.DictionaryArray.from_arrays(column.indices, words).dictionary_decode()
-    for number, value in enumerate(column.cast(pyarrow.large_binary()).to_pylist(), line):
+    for number, value in enumerate(_as_bytes(file, column), line):
         text = "" if value is None else value.decode("utf-8", "surrogateescape")
         if file.usable(text, number):
             yield text, number
+
+
+def _as_bytes(file: DataFile, column: pyarrow.Array) -> list[bytes | None]:
+    """The values of a column of text, undecoded: one that is not UTF-8 would keep pyarrow from giving any.
+
+    They are viewed and not cast, since a cast trusts the sizes that a damaged file gives for its nulls.
+    """
+    from pyarrow import types
+
+    if types.is_null(column.type):
+        return column.to_pylist()
+    if types.is_dictionary(column.type):
+        words = column.dictionary
+        if (binary := _binary_of(words.type)) is not None:
+            words = words.view(binary)
+            return [None if place is None else words[place].as_py() for place in column.indices.to_pylist()]
+    elif (binary := _binary_of(column.type)) is not None:
+        return column.view(binary).to_pylist()
+    raise file.not_text(str(column.type), None)
 
 
 def _damaged(error: Exception) -> FileProblem:
