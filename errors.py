@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,8 +87,20 @@ def naming(file: Path) -> Iterator[None]:
         raise
 
 
+def with_home(text: str) -> str:
+    """The text with the home folder for a `~` that begins it, or one of several paths in it: `a.csv=2,~/b.csv`.
+
+    A shell does so only at the beginning of a word, and not in `--out=~/run` or in a file.
+    """
+    return re.sub(r"(^|[,=]\s*)~(?=[/,=]|$)", lambda found: found[1] + os.path.expanduser("~"), text)
+
+
 def command_line(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` or a failing disk ends in one line on stderr and the error's exit code."""
+    """Run a script's `main`; a `UserError` or a failing disk ends in one line on stderr and the error's exit code.
+
+    `main` finds the home folder in the place of every `~` that begins a path.
+    """
+    sys.argv[1:] = map(with_home, sys.argv[1:])
     if isinstance(sys.stdout, TextIOWrapper):  # else a path that is no UTF-8 could not be printed, as it can on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

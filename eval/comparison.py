@@ -10,7 +10,7 @@ from eval.compared_run import ComparedRun
 from eval.suites.score_table import shown, table
 from eval.suites.suite import Score
 from training.log import ROUNDING
-from training.plots import PANELS, plain
+from training.plots import PANELS, load_pyplot, plain
 
 COLUMNS = 3
 AXES = {"tokens": "tokens", "step": "steps", "seconds": "seconds of training"}
@@ -88,11 +88,7 @@ def _cell(score: Score | None, first: Score | None) -> str:
 
 def draw(runs: Sequence[ComparedRun], path: Path, x: str) -> None:
     """A panel for each measure that a run logged, with a line for each run, and bars for the scores."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     panels = [panel for title, unit, keys in PANELS for panel in _split(title, unit, keys, runs)]
     shares, others = _bars(runs)
     count = len(panels) + len([bars for bars in (shares, others) if bars])

@@ -15,7 +15,7 @@ from eval.answering import Answerer
 from eval.opened_model import AT_ONCE, padded
 from eval.suites.score_table import table
 from training.entries import max_violation
-from training.plots import plain
+from training.plots import load_pyplot, plain
 
 WINDOW = 512
 
@@ -75,11 +75,7 @@ def markdown(name: str, domains: dict[str, Tensor]) -> str:
 
 def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]], path: Path) -> None:
     """A heat map of domains and experts for each layer; below, each layer's MaxVio over the run, if it is known."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     shown = torch.stack([relative(counts) for counts in domains.values()])  # (domains, layers, experts)
     layers, experts = shown.shape[1:]
     known = [entry for entry in entries if entry.get("max_vio") and entry.get("tokens")]

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from errors import UserError
@@ -100,6 +102,57 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
         read_choices("some/exam", "test", [])
 
 
+def arc(*texts: str | None, labels: str, **answer: object) -> dict:
+    """A row in ARC's layout."""
+    return {"question": "Q", "choices": {"text": list(texts), "label": list(labels)}, **answer}
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [
+        (arc("x", "y", "z", labels="ABC", answerKey="B"), "y"),
+        (arc("x", "y", labels="BA", answer="B"), "x"),
+        (arc("x", "y", "z", labels="123", answer=1), "x"),
+        (arc("x", "y", "z", labels="123", answerKey="3"), "z"),
+        (arc("x", "y", "z", labels="012", answer=1.0), "y"),
+        (arc("x", None, "z", labels="ABC", answerKey="C"), "z"),
+    ],
+)
+def test_the_labels_decide_which_choice_is_right(row, right, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf8")
+    ((item,),) = read_choices(str(tmp_path / "a.jsonl"), "test", []).values()
+    assert item.choices[item.answer] == right and item.choices == tuple(filter(None, row["choices"]["text"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('{"question": "Q", "A": "x", "B": "y", "C": null, "answer": "B"}', [("x", "y"), 1]),
+        ('{"question": "Q", "A": "x", "B": "y", "C": NaN, "answer": "B"}', [("x", "y"), 1]),
+        ('{"question": "Q", "choices": ["x", null, "z"], "answer": 2}', [("x", "z"), 1]),
+        ('{"question": "Q", "choices": ["x", null, "z"], "answer": "C"}', [("x", "z"), 1]),
+        ('{"question": "Q", "choices": ["x", "z"], "answer": 1.0}', [("x", "z"), 1]),
+        ("question,A,B,C,answer\nQ,x,y,,B\n", [("x", "y"), 1]),
+    ],
+)
+def test_a_null_choice_is_no_choice(content, found, tmp_path):
+    path = tmp_path / ("a.jsonl" if content.startswith("{") else "a.csv")
+    path.write_text(content, encoding="utf8")
+    ((item,),) = read_choices(str(path), "test", []).values()
+    assert [item.choices, item.answer] == found
+
+
+def test_a_snapshot_of_the_hub_has_its_subjects_in_folders(tmp_path):
+    for name, question in (("law/test", "L"), ("law/dev", "no"), ("data/test", "D")):
+        file = tmp_path / "exam" / f"{name}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([arc("x", "y", labels="AB", answerKey="A") | {"question": question}]), file)
+    found = read_choices(str(tmp_path / "exam"), "test", [])
+    assert {subject: [item.question for item in items] for subject, items in found.items()} == {
+        "exam": ["D"], "law": ["L"],
+    }  # fmt: skip
+
+
 HEADER = "id,question,A,B,C,D,answer\n"
 
 
@@ -115,6 +168,7 @@ HEADER = "id,question,A,B,C,D,answer\n"
         ("question,A,B,D,answer\nQ,1,2,4,A\n", r":2: choices A, B, D with one missing"),
         (HEADER + "0,,1,2,3,4,A\n", r":2: question is empty"),
         (HEADER + "0,Q,1,,3,4,A\n", r":2: B is empty"),
+        (HEADER + "0,Q,1,2,3,,D\n", r":2: the answer is 'D', not one of A, B, C;"),
         (HEADER + "0,Q,1,2,3,4\n", r":2: 6 fields where the header has 7"),
         (HEADER + '0,"Q,1,2,3,4,A\n', r":2: a quote that is not closed"),
         ("Q,1,2,3,4,A\nQ,1\n", r":2: 2 fields; write question, choices"),
@@ -135,6 +189,13 @@ def test_a_bad_row_is_named_with_file_and_line(content, what, tmp_path):
     ("row", "what"),
     [
         ({"question": "Q", "choices": "xyz", "answer": 0}, "'choices' is no list"),
+        ({"question": "Q", "choices": [{"text": "x"}, "y"], "answer": 0}, "'choices' is no list of texts"),
+        ({"question": "Q", "choices": ["x", None, "z"], "answer": 1}, "the answer is 1, not one of A, C"),
+        ({"question": "Q", "choices": ["x", "y"], "answer": 0.5}, "the answer is 0.5, not one of A, B"),
+        (arc("x", "y", labels="AB", answer=1), "the answer is 1, not one of A, B"),
+        (arc("x", "y", labels="12", answer=0), "the answer is 0, not one of 1, 2"),
+        (arc("x", "y", labels="A", answer="A"), "2 choices and not as many different labels"),
+        (arc("x", "y", labels="AA", answer="A"), "2 choices and not as many different labels"),
         ({"question": "Q", "choices": ["x", "y"], "answer": 2}, "the answer is 2, not one of A, B"),
         ({"question": "Q", "choices": ["x", "y"], "answer": True}, "the answer is True"),
         ([1], "not an object with question, choices and answer"),
@@ -155,7 +216,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
 
 def test_a_folder_without_the_split_and_a_subject_that_is_not_there_are_named(tmp_path):
     ceval(tmp_path / "exam")
-    with pytest.raises(UserError, match=r"exam: no validate/ folder with .* check path and split$"):
+    with pytest.raises(UserError, match=r"exam: no split 'validate', there are: test, validation; name one of them"):
         read_choices(str(tmp_path / "exam"), "validate", [])
     with pytest.raises(UserError, match="exam: no subject 'art' in split 'val'; it has nothing"):
         read_choices(str(tmp_path / "exam"), "val", ["art"])

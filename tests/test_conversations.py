@@ -9,7 +9,7 @@ import pytest
 
 from errors import UserError
 from text.conversations import read_conversations
-from text.json_rows import RowReport
+from text.row_report import RowReport
 
 GOOD = {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}
 LINE = json.dumps(GOOD, ensure_ascii=False).encode()
@@ -161,8 +161,8 @@ BROKEN_ROWS = [
 ]
 BROKEN_LINES = [
     (b'{"messages": [{"role": "us', "broken JSON", "broken JSON (Unterminated string"),
-    ('{"instruction": "问", "output": "答"}'.encode("gbk"), "not UTF-8", "byte 0xce at 18 is not UTF-8; if it is GBK"),
-    (b'{"instruction": "q\x00", "output": "a"}', "NUL character", "the line has NUL bytes"),
+    ('{"instruction": "问", "output": "答"}'.encode("gbk"), "undecodable", "not UTF-8; convert it with iconv -f GBK"),
+    (b'{"instruction": "q\x00", "output": "a"}', "NUL byte", "the text holds a NUL byte"),
     (b"[" * 100_000, "broken JSON", "broken JSON"),
     *((json.dumps(row).encode(), kind, what) for row, kind, what in BROKEN_ROWS),
 ]
@@ -183,7 +183,8 @@ def test_a_broken_row_is_counted_and_shown_or_stops(tmp_path: Path, line: bytes,
 
     with pytest.raises(UserError) as error:
         list(read_conversations(path, on_error="stop"))
-    assert str(error.value) == f"{first}; mend or drop the row or pass --on_error skip"
+    is_read = kind not in ("broken JSON", "undecodable", "NUL byte")
+    assert str(error.value) == f"{first}{'; mend or drop the row' if is_read else ','} or pass --on_error skip"
 
 
 def test_elements_of_an_array_are_named_by_line_and_number(tmp_path: Path) -> None:
@@ -210,15 +211,13 @@ def test_only_the_first_examples_are_kept(tmp_path: Path) -> None:
         (b"", "is empty; name a file"),
         (b" \n\n", "is empty; name a file"),
         (b"\xef\xbb\xbf", "is empty; name a file"),
-        (b"[]", "the array is empty"),
-        ("[]".encode("utf-16"), "is UTF-16; convert it: iconv"),
+        (b"[]", "is empty; name a file"),
+        ("[]".encode("utf-16"), ":1: UTF-16, not UTF-8; convert it with iconv"),
         (b"[\n" + LINE + b",\n" + LINE[:20], ":3: the JSON array breaks off in element 2"),
-        (b"[\n" + LINE + b"\n" + LINE + b"]", ":3: the JSON array breaks off in element 1"),
         (b"[\n" + LINE + b",\n", "the JSON array breaks off in element 2"),
         (b"[\n" + LINE + b',\n{"messages":\n[\n{"role" "user"}]}]', ":5: the JSON array breaks off in element 2"),
         (b"[", "the JSON array breaks off in element 1"),
         (b"[\n" + LINE + b"]\n" + LINE, "text follows the end of the JSON array"),
-        (b'[\n{"output": "' + "答".encode("gbk") + b'"}]', ":2: byte 0xb4 is not UTF-8; if it is GBK, convert it"),
     ],
 )
 def test_a_broken_file_stops_even_when_rows_are_skipped(tmp_path: Path, content: bytes, what: str) -> None:

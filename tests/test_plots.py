@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 from matplotlib import pyplot
 
+import training.plots
 import training.trainer
 from training.log import read_metrics
-from training.plots import draw_run
+from training.plots import draw_run, load_pyplot, plain
 
 
 @pytest.fixture
@@ -67,6 +69,28 @@ def test_a_loss_that_is_rounding_alone_is_not_drawn(tmp_path, drawn):
     entries = [{"step": step, "tokens": step, "loss": 1e-9 * step, "reward": 0.1 * step, "lr": 1e-6} for step in (1, 2)]
     draw_run(run_folder(tmp_path / "run", *entries))
     assert [axis.get_title() for axis in drawn[0].axes if axis.get_title()] == ["rewards", "learning rate"]
+
+
+@pytest.mark.parametrize("name", ["小镇", "小镇 run 🙂", "$a$ \U000e0100"])
+def test_a_folder_of_any_name_draws_no_warning(name, tmp_path, drawn, caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_run(run_folder(tmp_path / name, {"step": 1, "tokens": 10, "loss": 3.0}))
+    assert not caplog.records
+    (figure,) = drawn
+    assert figure.get_suptitle().endswith(": 1 steps, 10 tokens") and str(tmp_path) in figure.get_suptitle()
+
+
+def test_a_character_is_drawn_where_a_font_of_the_system_has_it(monkeypatch):
+    letter = "\u02ef"  # in matplotlib's own serif font, and not in the one that it draws with
+    monkeypatch.setattr(training.plots, "CHINESE", ())
+    load_pyplot()
+    assert plain(f"a{letter}{letter}b") == "a…b"
+    monkeypatch.setattr(training.plots, "CHINESE", ("of no system", "DejaVu Serif"))
+    load_pyplot()
+    assert plain(f"a{letter}b$") == f"a{letter}b\\$"
+    monkeypatch.undo()
+    load_pyplot()
 
 
 def test_a_run_without_metrics_has_no_curves(tmp_path):

@@ -14,8 +14,8 @@ from dataset import PreferenceDataset
 from errors import UserError
 from text.chat_template import encode_chat
 from text.encoded_pairs import EncodedPairs
-from text.json_rows import RowError, RowReport
 from text.preferences import Preference, read_preferences, to_preference
+from text.row_report import RowError, RowReport
 
 USER = {"role": "user", "content": "Q"}
 GOOD, BAD = {"role": "assistant", "content": "A"}, {"role": "assistant", "content": "B"}

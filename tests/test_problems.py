@@ -12,8 +12,8 @@ import pytest
 
 from dataset import PromptDataset
 from errors import UserError
-from text.json_rows import RowError, RowReport
 from text.problems import open_problems, to_problem
+from text.row_report import RowError, RowReport
 from text.world.numbers import held_out_arithmetic_problem
 from training.alignment.rewards import is_correct
 

@@ -112,7 +112,7 @@ def test_a_hub_name_needs_no_entry(registry, tmp_path, monkeypatch):
         ({"path": "x.json", "hub": "a/b"}, "give either path"),
         ({"format": "alpaca"}, "give either path"),
         ({"path": 3}, "path must be text"),
-        ({"path": "x.json", "subset": "zh"}, "subset, split and folder are for data on the Hub"),
+        ({"path": "x.json", "subset": "zh"}, "subset and folder are for data on the Hub"),
         ({"path": "x.json", "samples": 0}, "samples 0; give a whole number above 0"),
         ({"path": "x.json", "samples": 2.5}, "samples 2.5; give a whole number"),
         ({"path": "x.json", "weight": -1}, "weight -1; give a number above 0"),
@@ -275,3 +275,20 @@ def test_columns_of_problems_can_be_named(registry, tmp_path):
     (source,) = find_sources("sums", file, "prompt")
     problem = to_problem({"aufgabe": "1+1?", "loesung": "2", "question": "other"}, source.layout)
     assert (problem.question, problem.answer) == ("1+1?", "2")
+
+
+def test_the_path_of_an_entry_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "names.yaml").write_text("mine: {path: ~/data/a.jsonl}\nother: {path: ~nobody/a.jsonl}\n")
+    sources = find_sources("mine,other", tmp_path / "names.yaml")
+    assert [source.path for source in sources] == [f"{tmp_path}/data/a.jsonl", f"{tmp_path}/~nobody/a.jsonl"]
+
+
+def test_a_local_folder_has_splits_and_a_file_has_none(registry, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "a.jsonl").write_text("{}")
+    names = tmp_path / "names.yaml"
+    names.write_text("folder: {path: saved, split: test}\nfile: {path: a.jsonl, split: test}\n")
+    assert find_sources("folder", names)[0].split == "test"
+    with pytest.raises(UserError, match=r"names.yaml: file: a file has no split; leave it out, or name a folder"):
+        find_sources("file", names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import pretrain
 from collect import CollectSettings
 from distill import DistillSettings
 from dpo_train import DPOSettings
-from errors import UserError
+from errors import UserError, command_line
 from full_sft import SFTSettings
 from grpo_train import GRPOSettings
 from lora_sft import LoraSFTSettings
 from pretrain import PretrainSettings
+from text.yaml_file import read_yaml
 from training.settings import NextTokenSettings, call, model_config, parse, save_resolved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +56,19 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     settings = read("--config", path, "--seed", 7, "--optim.lr", 0.25, "--model.num_hidden_layers", 3)
     assert (settings.seed, settings.batch_tokens, settings.optim.lr, settings.optim.clip) == (7, 4096, 0.25, 2.0)
     assert settings.model == {"preset": "26m", "num_hidden_layers": 3}
+
+
+def test_the_home_folder_is_found_wherever_a_path_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    path = write_yaml(tmp_path, out="~/run", datasets="~/names.yaml", wandb="a~/b", model={"preset": "26m"})
+    settings = parse(DemoSettings, "", ["--config", str(path)])
+    assert (settings.out, settings.datasets, settings.wandb) == ("/h/run", "/h/names.yaml", "a~/b")
+    assert read_yaml(write_yaml(tmp_path, suite={"data": ["~/x", "y"]})) == {"suite": {"data": ["/h/x", "y"]}}
+    given = ["--config", "~/run.yaml", "--out=~/o", "--data", "a.csv=2,~/b.csv=1", "~", "--x", "~b/c", "a/~/b", "1~/2"]
+    monkeypatch.setattr("sys.argv", ["x.py", *given])
+    command_line(lambda: None)
+    expected = ["/h/run.yaml", "--out=/h/o", "--data", "a.csv=2,/h/b.csv=1", "/h", "--x", "~b/c", "a/~/b", "1~/2"]
+    assert sys.argv == ["x.py", "--config", *expected]
 
 
 def test_defaults_are_deepseek_v3s_optimiser():

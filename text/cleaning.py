@@ -20,6 +20,8 @@ EXAMPLES = 3
 class Report:
     """Why rows were not kept: `counts[kind]` and the first few `file:line` of each kind. Also `kept` and `characters`.
 
+    `notices` say what of the data was not read at all.
+
     `on_error="skip"` counts rows that cannot be read; `on_error="stop"` raises `UserError` at the first of them.
     Rows that read well but are not wanted (`drop`) are counted either way.
     """
@@ -32,6 +34,7 @@ class Report:
         self.counts: dict[str, int] = {}
         self.examples: dict[str, list[str]] = {}
         self.first_problem: str | None = None
+        self.notices: list[str] = []
 
     def bad(self, kind: str, file: str | Path, line: int | None, problem: str, remedy: str) -> None:
         """A row, or with `line=None` a file, that cannot be read. Raises `UserError` with `on_error="stop"`."""
@@ -47,9 +50,10 @@ class Report:
         self._count(kind, f"{file}:{line}" if line else str(file))
 
     def summary(self) -> list[str]:
-        """One line a kind, the most frequent first: kind, count and first places."""
+        """The notices, then one line a kind, the most frequent first: kind, count and first places."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        return [f"{kind}: {count:,} (first: {', '.join(self.examples[kind])})" for kind, count in ordered]
+        counts = [f"{kind}: {count:,} (first: {', '.join(self.examples[kind])})" for kind, count in ordered]
+        return [*self.notices, *counts]
 
     def _count(self, kind: str, place: str) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + 1

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import deque
 from collections.abc import Iterator
 
 from text.data_file import DataFile, FileProblem, Row, conversion
+
+# The line that Excel reads, and writes no more, before the header.
+SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?\s*', re.IGNORECASE)
 
 
 def read_csv(file: DataFile) -> Iterator[Row]:
@@ -29,6 +33,7 @@ def csv_rows(file: DataFile) -> Iterator[tuple[dict[str, str], int]]:
 def _rows(file: DataFile) -> Iterator[tuple[list[str], list[str], int]]:
     """(header, fields, line) of each row of a CSV file with a header line, quoted as RFC 4180 says.
 
+    Before the header, a line such as `sep=;` may name the separator, as Excel has it.
     A quote that is not closed would make one row of all that follows. Strict parsing notices it at the next quote, at
     the row limit or at the end of the file; then only the row's first line is given up and reading goes on with the
     second. Raises `FileProblem` when the header is broken or has no such column.
@@ -36,19 +41,25 @@ def _rows(file: DataFile) -> Iterator[tuple[list[str], list[str], int]]:
     csv.field_size_limit(file.row_limit)  # the module's own limit, 131,072, is less than an honest long document
     with file.open() as stream:
         feed = _RowFeed(file.lines(stream))
-        rows = csv.reader(feed, strict=True)
         try:
+            named = SEPARATOR.fullmatch(next(feed))
+            if not named:
+                feed.give_back(0)
+            rows = csv.reader(feed, strict=True, delimiter=named[1] if named else ",")
+            feed.start_row()
             header = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
             if "\0" in feed.row[-1][1]:
                 raise _no_bytes() from error
-            raise FileProblem("broken header", 1, f"no CSV header ({error})", "begin with column names") from error
+            raise FileProblem(
+                "broken header", feed.row[0][0], f"no CSV header ({error})", "begin with column names"
+            ) from error
         if any("\0" in name for name in header):
             raise _no_bytes()
         if file.column is not None and file.column not in header:
-            raise file.no_column(header, 1)
+            raise file.no_column(header, feed.row[0][0])
         while True:
             feed.start_row()
             try:
@@ -71,7 +82,7 @@ def _rows(file: DataFile) -> Iterator[tuple[list[str], list[str], int]]:
 
 
 class _RowFeed:
-    """The lines that csv.reader asks for; remembers those of the row at hand, to give back all but the first."""
+    """The lines that csv.reader asks for; remembers those of the row at hand, to give them back."""
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
@@ -81,8 +92,9 @@ class _RowFeed:
     def start_row(self) -> None:
         self.row: list[tuple[int, str]] = []
 
-    def give_back(self) -> None:
-        self._returned.extendleft(reversed(self.row[1:]))
+    def give_back(self, after: int = 1) -> None:
+        """Read the lines of the row again, but for the first."""
+        self._returned.extendleft(reversed(self.row[after:]))
 
     def __iter__(self) -> _RowFeed:
         return self

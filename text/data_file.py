@@ -18,8 +18,8 @@ ROW_LIMIT = 4 << 20
 COLUMN_TRIES = 100
 # Formats that may be packed with gzip, .gz behind their own suffix.
 ZIPPED = (".csv", ".json", ".jsonl", ".ndjson", ".txt")
-# What `save_to_disk` writes beside the data, and LLaMA-Factory's registry.
-METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
+# What `save_to_disk` and the Hub write beside the data, and LLaMA-Factory's registry.
+METADATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
 Row = tuple[str, int]
 """A document's text and the number, counted from 1, of the line or table row at which it begins."""
@@ -43,7 +43,8 @@ class FileProblem(Exception):
 class DataFile:
     """A file, or a data set on the Hub by its name, and how to read it.
 
-    `column` is the one that documents are taken from, None where whole rows are read; `position`: bytes read so far.
+    `column` is the one that documents are taken from, None where whole rows are read; `position`: bytes read so far;
+    `element`: the number of the row in a list, 0 where there is none.
     """
 
     path: Path | str
@@ -52,6 +53,7 @@ class DataFile:
     report: Report
     row_limit: int = ROW_LIMIT
     position: int = field(default=0, init=False)
+    element: int = field(default=0, init=False)
     _tries: int = field(default=0, init=False)
 
     def bad(self, kind: str, line: int, problem: str, remedy: str) -> None:

@@ -77,6 +77,7 @@ class EncodedChats(TokenRows):
         id_type = np.min_scalar_type(tokenizer.vocab_size - 1)
         kept: list[tuple[np.ndarray, np.ndarray]] = []
         owners: list[int] = []
+        has_marks = False
         console = Console(stderr=True)
         total = sum(source_bytes(source) for source in sources) or None
         with Progress(transient=True, console=console, disable=not (progress and console.is_terminal)) as bar:
@@ -84,6 +85,7 @@ class EncodedChats(TokenRows):
             for owner, source in enumerate(sources):
                 conversations = read_conversations(source, on_error, report.read)
                 while some := list(islice(conversations, CONVERSATIONS_AT_ONCE)):
+                    has_marks |= any("train" in message for messages in some for message in messages)
                     for ids, mask in encode_chats(tokenizer, some):
                         length = _fit(mask, report)
                         if length:
@@ -95,6 +97,7 @@ class EncodedChats(TokenRows):
         if not kept:
             raise UserError(f"{', '.join(map(str, sources)) or 'no file'}: nothing to learn; {_why(report)}")
         chats = cls(kept, owners, sources)
+        chats.has_marks = has_marks
         report.conversations, report.tokens, report.learnt = len(kept), len(chats.ids), int(chats.mask.sum())
         chats.report = report
         return chats

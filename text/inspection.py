@@ -14,6 +14,7 @@ from errors import UserError
 from text.chat_template import encode_chats
 from text.conversations import to_messages
 from text.encoded_pairs import last_answer
+from text.folders import Folder
 from text.formats import FORMATS
 from text.preferences import to_preference
 from text.problems import COLUMNS, open_problems, problem_reader
@@ -36,7 +37,9 @@ def kind_of_source(source: Source) -> str:
     if is_generated(source):
         return "prompt"
     path = Path(source.path)
-    if not source.is_hub and (".txt" in path.suffixes or (path.is_dir() and not _has_rows(path))):
+    if not source.is_hub and (
+        ".txt" in path.suffixes or (path.is_dir() and not Folder.read(path, SUFFIXES, source.split).files)
+    ):
         return "text"
     for _, row in islice(read_rows(source, "skip", RowReport()), ROWS_LOOKED_AT):
         if isinstance(row, dict):
@@ -107,10 +110,7 @@ def _documents(source: Source, report: RowReport) -> Iterator[tuple[str, str]]:
         for kind, places in corpus.report.examples.items():
             report.examples[kind] = places
         report.rows = report.kept + report.problems.total()
-
-
-def _has_rows(folder: Path) -> bool:
-    return any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*"))
+        report.unread += corpus.report.notices
 
 
 def _kind_of_row(row: dict) -> str:

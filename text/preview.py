@@ -33,6 +33,8 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
     console.print(
         Text(f"{source}: {source.layout.format or kind + ', layout seen row by row'}; + is learnt"), soft_wrap=True
     )
+    for notice in report.unread:
+        console.print(Text(notice), soft_wrap=True)
     for (place, item), sequences in zip(found, encoded, strict=True):
         sizes = " and ".join(str(size + 1) for size in lengths(sequences))
         console.print(Text(f"\n{place}   {sizes} tokens, {learnt(sequences)} learnt", style="bold"), soft_wrap=True)

@@ -20,8 +20,9 @@ from errors import UserError
 from text.cleaning import Report
 from text.csv_rows import read_csv
 from text.data_file import METADATA, ROW_LIMIT, DataFile, FileProblem, Row, disk_file, suffix_of
+from text.folders import Folder
 from text.hub import hub_rows
-from text.json_documents import read_json, read_json_lines
+from text.json_rows import read_json
 from text.registry import HUB_NAME, Source
 from text.sampling import sample_by_count
 from text.table_rows import read_arrow, read_parquet
@@ -138,7 +139,7 @@ class Corpus:
         formats = ", ".join(READERS)
         try:
             if path.is_dir():
-                return self._find_in_folder(path)
+                return self._find_in_folder(path, source.split)
             if path.is_file():
                 if _reader(path) is None:
                     raise UserError(f"{path}: a format that is not read; give one of {formats}")
@@ -150,27 +151,15 @@ class Corpus:
             ) from error
         raise UserError(f"{path}: no such file or folder; check the path")
 
-    def _find_in_folder(self, folder: Path) -> list[Path | str]:
-        def fail(error: OSError) -> None:
-            raise error
-
-        found: list[Path | str] = []
-        visited: set[str] = set()
-        for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if (real := os.path.realpath(parent)) in visited:  # a link to a folder above would be followed for ever
-                folders.clear()
-                continue
-            visited.add(real)
-            for name in names:
-                path = Path(parent, name)
-                if _reader(path) is not None:
-                    found.append(path)
-                elif not name.startswith("."):
-                    self.report.drop("file of another format", path)
-        if not found:
-            raise UserError(f"{folder}: the folder has no data; put files of {', '.join(READERS)} there")
-        return sorted(found)
+    def _find_in_folder(self, path: Path, split: str) -> list[Path | str]:
+        folder = Folder.read(path, READERS, split)
+        for stranger in folder.strangers:
+            self.report.drop("file of another format", stranger)
+        if notice := folder.notice():
+            self.report.notices.append(notice)
+        if not folder.files:
+            raise UserError(f"{path}: the folder has no data; put files of {', '.join(READERS)} there")
+        return list(folder.files)
 
 
 def read_text(file: DataFile) -> Iterator[Row]:
@@ -215,8 +204,8 @@ def _reader(path: Path) -> Callable[[DataFile], Iterator[Row]] | None:
 
 READERS = {
     ".csv": read_csv,
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".parquet": read_parquet,
     ".arrow": read_arrow,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, with_home
 from text.formats import FORMATS, KINDS, TAGS, Layout
 from text.yaml_file import parse_yaml
 
@@ -180,10 +180,13 @@ class Registry:
         for key in ("path", "hub", "format", "subset", "split", "folder"):
             if key in entry and not (isinstance(entry[key], str) and entry[key]):
                 raise UserError(f"{place}: {key} must be text")
-        if not is_hub and ("subset" in entry or "folder" in entry or entry.get("split", "train") != "train"):
-            raise UserError(f"{place}: subset, split and folder are for data on the Hub; name the file you want")
+        path = entry["hub"] if is_hub else str(self.file.parent / with_home(entry["path"]))
+        if not is_hub and ("subset" in entry or "folder" in entry):
+            raise UserError(f"{place}: subset and folder are for data on the Hub; name the file or folder you want")
+        if not is_hub and Path(path).is_file() and "split" in entry:
+            raise UserError(f"{place}: a file has no split; leave it out, or name a folder")
         return Source(
-            path=entry["hub"] if is_hub else str(self.file.parent / Path(entry["path"]).expanduser()),
+            path=path,
             name=name,
             layout=_layout(place, entry),
             weight=_number(place, entry, "weight", None, (int, float), 0),

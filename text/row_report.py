@@ -22,7 +22,8 @@ class RowReport:
     """What was read. `rows` = `kept` + `left_out` (more than the samples wanted) + all `problems`.
 
     `examples` holds the first few places of each kind of problem. `notices`: what was found in rows that are used all
-    the same, with the number of such rows and the place of the first; `pending`: those of the row at hand.
+    the same, with the number of such rows and the place of the first; `pending`: those of the row at hand. `unread`:
+    lines that say which files of a folder were not read.
     """
 
     rows: int = 0
@@ -33,6 +34,7 @@ class RowReport:
     examples: dict[str, list[str]] = field(default_factory=dict)
     notices: dict[str, tuple[int, str]] = field(default_factory=dict)
     pending: set[str] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
 
     def add_problem(self, place: str, error: RowError) -> None:
         self.problems[error.kind] += 1
@@ -50,7 +52,7 @@ class RowReport:
 
     def lines(self) -> list[str]:
         """The report for people: one line of totals, then each kind of problem with its first examples."""
-        lines = [f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
+        lines = [*self.unread, f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
         if self.left_out:
             lines.append(f"  {self.left_out} good rows left out: more than the samples that were asked for")
         for kind, count in self.problems.most_common():

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from errors import UserError
 from text.csv_rows import csv_rows
-from text.data_file import METADATA, DataFile, FileProblem, suffix_of
+from text.data_file import DataFile, FileProblem, suffix_of
+from text.folders import Folder
 from text.hub import hub_rows
 from text.json_rows import json_rows
 from text.registry import Source
@@ -23,24 +24,32 @@ from text.row_report import RowError, RowReport
 from text.sampling import sample_by_count
 from text.table_rows import arrow_rows, parquet_rows, without_nulls
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
-TABLES: dict[str, Callable[[DataFile], Iterator[tuple[dict[str, Any], int]]]] = {
+READERS: dict[str, Callable[[DataFile], Iterator[tuple[Any, int]]]] = {
+    ".json": json_rows,
+    ".jsonl": json_rows,
+    ".ndjson": json_rows,
     ".csv": csv_rows,
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,
 }
+SUFFIXES = tuple(READERS)
 
 Item = TypeVar("Item")
 
 
-def row_files(path: str | Path) -> list[Path]:
-    """The file itself, or the files of rows in and below a folder, sorted. Raises `UserError` when there is none."""
-    path = Path(path)
+def row_files(source: Source, report: RowReport | None = None) -> list[Path]:
+    """The file itself, or the files of rows in and below a folder, sorted. Raises `UserError` when there is none.
+
+    What is left out for being of another split is a notice of the report.
+    """
+    path = Path(source.path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if suffix_of(file) in SUFFIXES and file.name not in METADATA)
-        if not files:
+        folder = Folder.read(path, SUFFIXES, source.split)
+        if not folder.files:
             raise UserError(f"{path}: the folder has no {', '.join(SUFFIXES)} file; name a file or another folder")
-        return files
+        if report and (notice := folder.notice()):
+            report.unread.append(notice)
+        return folder.files
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
     if suffix_of(path) not in SUFFIXES:
@@ -50,7 +59,7 @@ def row_files(path: str | Path) -> list[Path]:
 
 def source_bytes(source: Source) -> int:
     """The bytes of a source's files; 0 for the Hub."""
-    return 0 if source.is_hub else sum(file.stat().st_size for file in row_files(source.path))
+    return 0 if source.is_hub else sum(file.stat().st_size for file in row_files(source))
 
 
 def converted_rows(
@@ -84,7 +93,10 @@ def placed_rows(
 
 
 def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tuple[str, object]]:
-    """(place, row or `RowError`) of each row of a source. Raises `UserError` for a file that cannot be read."""
+    """(place, row) of each row of a source; those that cannot be read are counted, or with "stop" raise `UserError`.
+
+    Raises `UserError` for a file that cannot be read to its end.
+    """
     if source.is_hub:
         try:
             for number, row in enumerate(hub_rows(source), start=1):
@@ -92,12 +104,9 @@ def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tupl
         except FileProblem as problem:
             raise UserError(f"{source.path}: {problem}; {problem.remedy}") from problem
         return
-    for file in row_files(source.path):
+    for file in row_files(source, report):
         try:
-            if suffix_of(file) in TABLES:
-                yield from _table_rows(file, on_error, report)
-            else:
-                yield from json_rows(file, report)
+            yield from _rows_of_file(file, on_error, report)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file}: cannot be read ({error}); fetch or mend it") from error
 
@@ -109,8 +118,6 @@ def _converted(
         report.rows += 1
         report.pending.clear()
         try:
-            if isinstance(row, RowError):
-                raise row
             item = convert(row)
         except RowError as error:
             if on_error == "stop":
@@ -122,17 +129,18 @@ def _converted(
         yield place, item
 
 
-def _table_rows(path: Path, on_error: str, report: RowReport) -> Iterator[tuple[str, object]]:
-    before, read = report.bytes_read, report.rows
+def _rows_of_file(path: Path, on_error: str, report: RowReport) -> Iterator[tuple[str, object]]:
+    before, problems, is_empty = report.bytes_read, report.problems.total(), True
     file = DataFile(path, None, "utf-8", _Counted(report, on_error))
     try:
-        for row, line in TABLES[suffix_of(path)](file):
-            yield f"{path}:{line}", row
+        for row, line in READERS[suffix_of(path)](file):
+            is_empty = False
+            yield f"{path}:{line}" + (f": element {file.element}" if file.element else ""), row
             report.bytes_read = before + file.position
     except FileProblem as problem:
         place = f"{path}:{problem.line}" if problem.line else str(path)
         raise UserError(f"{place}: {problem}; {_possible(problem.remedy)}") from problem
-    if report.rows == read:
+    if is_empty and report.problems.total() == problems:
         raise UserError(f"{path}: is empty; name a file that has rows")
 
 

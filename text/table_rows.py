@@ -42,9 +42,12 @@ def arrow_rows(file: DataFile) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value of a table without what it does not have: there each row, and each object in a list, has every field."""
+    """A value of a table without what it does not have: there each row, and each object in a list, has every field.
+
+    NaN is what pandas writes for nothing.
+    """
     if isinstance(value, dict):
-        return {name: without_nulls(field) for name, field in value.items() if field is not None}
+        return {name: without_nulls(field) for name, field in value.items() if field is not None and field == field}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
@@ -107,11 +110,41 @@ def _check_places(array: pyarrow.Array) -> None:
         if (offsets[1:] < offsets[:-1]).any():
             raise pyarrow.ArrowInvalid("a list that ends before it begins")
         _check_places(array.values)
-    elif types.is_string(array.type) or types.is_large_string(array.type):
-        binary = pyarrow.binary() if types.is_string(array.type) else pyarrow.large_binary()
+    elif types.is_list_view(array.type) or types.is_large_list_view(array.type):
+        array.validate()
+        begin, size = array.offsets.to_numpy(), array.sizes.to_numpy()
+        if ((begin < 0) | (size < 0) | (begin > len(array.values) - size)).any():
+            raise pyarrow.ArrowInvalid("a list that lies outside of its values")
+        _check_places(array.values)
+    elif types.is_fixed_size_list(array.type):
+        array.validate()
+        _check_places(array.values)
+    elif types.is_dictionary(array.type):
+        array.validate()
+        array.indices.validate(full=True)
+        places = array.indices.drop_null().to_numpy()
+        if ((places < 0) | (places >= len(array.dictionary))).any():
+            raise pyarrow.ArrowInvalid("a value that is not in its dictionary")
+        _check_places(array.dictionary)
+    elif (binary := _binary_of(array.type)) is not None:
         array.view(binary).validate(full=True)
     else:
         array.validate(full=True)
+
+
+def _binary_of(kind: pyarrow.DataType) -> pyarrow.DataType | None:
+    """A type of text as the type of bytes that is laid out alike; None for what is no text."""
+    import pyarrow
+    from pyarrow import types
+
+    for is_text, binary in (
+        (types.is_string, pyarrow.binary()),
+        (types.is_large_string, pyarrow.large_binary()),
+        (types.is_string_view, pyarrow.binary_view()),
+    ):
+        if is_text(kind):
+            return binary
+    return None
 
 
 def _record_batches(source: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
@@ -138,17 +171,29 @@ def _whole_rows(file: DataFile, batch: pyarrow.RecordBatch, line: int) -> Iterat
 
 
 def _texts(file: DataFile, column: pyarrow.Array, line: int) -> Iterator[Row]:
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-        raise file.not_text(str(column.type), None)
-    # As bytes, since one value that is not UTF-8 would keep pyarrow from giving any.
-    for number, value in enumerate(column.cast(pyarrow.large_binary()).to_pylist(), line):
+    for number, value in enumerate(_as_bytes(file, column), line):
         text = "" if value is None else value.decode("utf-8", "surrogateescape")
         if file.usable(text, number):
             yield text, number
+
+
+def _as_bytes(file: DataFile, column: pyarrow.Array) -> list[bytes | None]:
+    """The values of a column of text, undecoded: one that is not UTF-8 would keep pyarrow from giving any.
+
+    They are viewed and not cast, since a cast trusts the sizes that a damaged file gives for its nulls.
+    """
+    from pyarrow import types
+
+    if types.is_null(column.type):
+        return column.to_pylist()
+    if types.is_dictionary(column.type):
+        words = column.dictionary
+        if (binary := _binary_of(words.type)) is not None:
+            words = words.view(binary)
+            return [None if place is None else words[place].as_py() for place in column.indices.to_pylist()]
+    elif (binary := _binary_of(column.type)) is not None:
+        return column.view(binary).to_pylist()
+    raise file.not_text(str(column.type), None)
 
 
 def _damaged(error: Exception) -> FileProblem:

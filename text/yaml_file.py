@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from errors import UserError
+from errors import UserError, with_home
 
 # A few lines of aliases to aliases can stand for a billion values.
 MOST_VALUES = 100_000
@@ -16,9 +16,12 @@ DEEPEST = 100
 
 
 def read_yaml(file: Path) -> Any:
-    """The content of a file. Raises `UserError` for one that is not there, not YAML, or blown up by aliases."""
+    """The content of a file, `~` in its paths being the home folder.
+
+    Raises `UserError` for one that is not there, not YAML, or blown up by aliases.
+    """
     try:
-        return parse_yaml(file, file.read_text(encoding="utf-8-sig"))
+        return _at_home(parse_yaml(file, file.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; check the path") from error
     except ValueError as error:  # bytes that are not UTF-8, or NUL in the name
@@ -43,6 +46,14 @@ def parse_yaml(file: Path, text: str) -> Any:
     # A date such as 2020-13-01 is a ValueError.
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise UserError(f"{file}: not YAML ({error}); mend it") from error
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    return with_home(value) if isinstance(value, str) else value
 
 
 def _values(node: yaml.Node, known: dict[int, float]) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,15 +27,17 @@ PANELS = (
 # Measured before the first step too; what is a matter of training begins at step 1.
 FROM_THE_START = ("held-out text", "rewards")
 COLUMNS = 3
+# Fonts with Chinese characters, which matplotlib's own has not: of Linux distributions, macOS and Windows.
+CHINESE = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB",
+    "Heiti TC", "STHeiti", "Microsoft YaHei", "SimHei", "SimSun", "Arial Unicode MS",
+)  # fmt: skip
 
 
 def draw_run(out: Path) -> Path | None:
     """Draw `out`/curves.png: losses, held-out measures, learning rate, speed, expert loads. None without metrics."""
-    import matplotlib  # slow to import, and wanted once a run
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     entries = [entry for entry in read_metrics(out / "metrics.jsonl") if entry.get("tokens") is not None]
     if not entries:
         return None
@@ -60,9 +64,28 @@ def draw_run(out: Path) -> Path | None:
     return path
 
 
+def load_pyplot() -> ModuleType:
+    """matplotlib's pyplot, slow to import, for pictures in files; with a Chinese font where the system has one."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    chinese = [name for name in CHINESE if name in there][:1]
+    matplotlib.rcParams["font.family"] = [*matplotlib.rcParamsOrig["font.family"], *chinese]
+    return pyplot
+
+
 def plain(text: str) -> str:
-    """For a picture, where what stands between two dollars would be taken for a formula."""
-    return text.replace("$", "\\$")
+    """For a picture: without formulas, as what stands between two dollars would be, and with … for what no font has."""
+    from matplotlib import font_manager, rcParams
+
+    families = [font_manager.FontProperties(family=[name]) for name in rcParams["font.family"]]
+    fonts = [font_manager.get_font(font_manager.findfont(family)) for family in families]
+    shown = "".join(c if any(font.get_char_index(ord(c)) for font in fonts) else "\0" for c in text)
+    return re.sub("\0+", "…", shown).replace("$", "\\$")
 
 
 def _says(value: float | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from errors import UserError, check_least, check_seed, is_broken, naming
+from errors import UserError, check_least, check_seed, is_broken, naming, with_home
 from LMConfig import LMConfig
 from text.registry import REGISTRY
 from text.yaml_file import read_yaml
@@ -218,7 +218,11 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
         if name == "--config" and (path := path if given else "".join(arguments[index + 1 : index + 2])):
             read_yaml(Path(path))  # refused before the parser makes of it what it stands for
     try:
-        given = vars(parser.instantiate(parser.parse_args(arguments)))
+        parsed = parser.parse_args(arguments)
+        for name, value in list(parsed.items()):
+            if isinstance(value, str):  # those of the recipe, which the parser has read by itself
+                parsed[name] = with_home(value)
+        given = vars(parser.instantiate(parsed))
     # The parser lets exceptions through of values that its types cannot hold, such as 10**400 as a float.
     except (ArgumentError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

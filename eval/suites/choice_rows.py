@@ -1,9 +1,10 @@
-"""Multiple-choice questions of C-Eval, CMMLU and MMLU, from their CSV folders or the Hub, and of files like them.
+"""Multiple-choice questions of C-Eval, CMMLU, MMLU and ARC, from their folders or the Hub, and of files like them.
 
 C-Eval   val/law_val.csv        id,question,A,B,C,D,answer[,explanation]
 CMMLU    test/agronomy.csv      ,Question,A,B,C,D,Answer
 MMLU     test/anatomy_test.csv  question,A,B,C,D,answer without a header
 Hub      the same columns, or question, choices and answer, a number counted from 0; a subset a subject
+ARC      question, choices {"text": [...], "label": [...]} and answerKey, one of the labels
 one file of any of these, or of JSON lines, with `subject` where it has several
 """
 
@@ -18,9 +19,11 @@ from typing import Any
 
 from errors import UserError
 from eval.suites.suite import rows_of
+from text.folders import SPLIT_OF, Folder
 from text.registry import Source, find_sources
+from text.rows import SUFFIXES
 
-SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+LETTERS = string.ascii_uppercase
 ALSO = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}
 
 
@@ -61,44 +64,67 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
     if not isinstance(row, dict):
         raise UserError(f"{place}: not an object with question, choices and answer; correct the row")
     columns = {str(name).strip().lower() if len(str(name)) > 1 else str(name): value for name, value in row.items()}
-    letters = [letter for letter in string.ascii_uppercase if columns.get(letter) is not None]
-    names = ["question", "answer"] + ([] if "choices" in columns else ["A", "B"])
-    for name in names:
+    if columns.get("answer") is None:
+        columns["answer"] = columns.get("answerkey")
+    for name in ["question", "answer"] + ([] if "choices" in columns else ["A", "B"]):
         if columns.get(name) is None:
             shown = ", ".join(map(repr, row)) or "none"
             raise UserError(
                 f"{place}: no column {name!r}, the columns are {shown}; rename one, or take a split with answers"
             )
-    if "choices" in columns:
-        given = columns["choices"]
-        if isinstance(given, dict):  # ARC's {"text": [...], "label": [...]}
-            given = given.get("text")
-        if not isinstance(given, list):
-            raise UserError(f"{place}: 'choices' is no list; correct the row")
-        choices = tuple(str(choice).strip() for choice in given)
-    else:
-        choices = tuple(str(columns[letter]).strip() for letter in letters)
-        if letters != list(string.ascii_uppercase[: len(letters)]):
-            raise UserError(f"{place}: choices {', '.join(letters)} with one missing in between; correct the row")
-    if not 2 <= len(choices) <= len(string.ascii_uppercase):
-        raise UserError(f"{place}: {len(choices)} choices; give 2 to {len(string.ascii_uppercase)}")
+    labels, given, are_named = _given_choices(place, columns)
+    # A null, as in tables whose rows have three choices or four, is no choice.
+    choices = {label: str(choice).strip() for label, choice in zip(labels, given, strict=True) if choice is not None}
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(f"{place}: {len(choices)} choices; give 2 to {len(LETTERS)}")
     question = str(columns["question"]).strip()
-    for name, text in [("question", question), *zip(string.ascii_uppercase, choices, strict=False)]:
+    for name, text in [("question", question), *choices.items()]:
         if not text:
             raise UserError(f"{place}: {name} is empty; correct the row")
+    answer = columns["answer"]
+    label = _label(answer) if are_named or isinstance(answer, str) else _at(answer, labels)
+    if label not in choices:
+        raise UserError(f"{place}: the answer is {answer!r}, not one of {', '.join(choices)}; correct the row")
     return ChoiceItem(
-        str(columns.get("subject") or subject), question, choices, _answer(place, columns["answer"], len(choices))
+        str(columns.get("subject") or subject), question, tuple(choices.values()), list(choices).index(label)
     )
 
 
-def _answer(place: str, answer: Any, count: int) -> int:
-    letters = string.ascii_uppercase[:count]
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < count:
-        return answer
-    text = str(answer).strip().upper()
-    if isinstance(answer, str) and len(text) == 1 and text in letters:
-        return letters.index(text)
-    raise UserError(f"{place}: the answer is {answer!r}, not one of {', '.join(letters)}; correct the row")
+def _given_choices(place: str, columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]:
+    """What the answer calls each choice, the choices, and whether the row names them itself; else it is by letters."""
+    if "choices" not in columns:
+        letters = [letter for letter in LETTERS if columns.get(letter) is not None]
+        while len(letters) > 2 and columns[letters[-1]] == "":  # how CSV has a null
+            letters.pop()
+        if letters != list(LETTERS[: len(letters)]):
+            raise UserError(f"{place}: choices {', '.join(letters)} with one missing in between; correct the row")
+        return letters, [columns[letter] for letter in letters], False
+    given, labels = columns["choices"], None
+    if isinstance(given, dict):
+        given, labels = given.get("text"), given.get("label")
+    if not isinstance(given, list) or not all(isinstance(choice, str | int | float | None) for choice in given):
+        raise UserError(f"{place}: 'choices' is no list of texts; correct the row")
+    if len(given) > len(LETTERS):
+        raise UserError(f"{place}: {len(given)} choices; give 2 to {len(LETTERS)}")
+    if labels is None:
+        return list(LETTERS[: len(given)]), given, False
+    labels = [_label(label) for label in labels] if isinstance(labels, list) else []
+    if len(set(labels)) != len(given) or len(labels) != len(given):
+        raise UserError(f"{place}: {len(given)} choices and not as many different labels; correct the row")
+    return labels, given, True
+
+
+def _label(label: Any) -> str:
+    """A label as text, however it was written: `b`, 2 and 2.0 are B, 2 and 2."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label).strip().upper()
+
+
+def _at(number: Any, labels: list[str]) -> str | None:
+    """The label of a choice that is meant by its number, counted from 0; pandas makes 1.0 of 1 beside a null."""
+    is_number = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
+    return labels[int(number)] if is_number and 0 <= number < len(labels) else None
 
 
 def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tuple[str, Source]]:
@@ -118,6 +144,12 @@ def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tup
         for file in [*sorted((path / name).glob("*")), *sorted(path.glob(f"*_{name}.*"))]
         if file.suffix.lower() in SUFFIXES
     ]
+    if not files and (folder := Folder.read(path, SUFFIXES, split)).splits:  # as the Hub and `save_to_disk` have it
+        inner = {file: [part for part in file.relative_to(path).parts[:-1] if part != "data"] for file in folder.files}
+        files = [
+            (next((part for part in reversed(parts) if part not in SPLIT_OF), path.name), file)
+            for file, parts in inner.items()
+        ]
     if not files:
         raise UserError(
             f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files and no *_{split} files; check path and split"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval.suites.measuring import Measured
 from eval.suites.suite import Score
-from training.plots import plain
+from training.plots import load_pyplot, plain
 
 HEADER = ("suite", "group", "metric", "value", "95% interval", "chance", "items")
 
@@ -50,11 +50,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> list
 
 def draw(model: str, measured: Sequence[Measured], path: Path) -> None:
     """Shares of each suite with their intervals and the chance level; other numbers have no common scale."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     drawn = [(one.name, score) for one in measured for score in one.scores if score.share and _is_drawn(one, score)]
     if not drawn:
         path.unlink(missing_ok=True)

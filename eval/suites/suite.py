@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from errors import UserError
 from eval.opened_model import OpenedModel
 from text.registry import Source, find_sources
-from text.row_report import RowError, RowReport
+from text.row_report import RowReport
 from text.rows import read_rows
 from text.yaml_file import read_yaml
 from training.settings import check_values
@@ -129,18 +129,16 @@ def _read(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 def sources_of(data: str, split: str, kind: str | None) -> list[Source]:
-    """The places of `data`; `split` is that of those on the Hub, where training takes another."""
-    return [replace(source, split=split) if source.is_hub else source for source in find_sources(data, kind=kind)]
+    """The places of `data`; `split` is that of the Hub and of folders, where training takes another."""
+    return [
+        replace(source, split=split) if source.is_hub or Path(source.path).is_dir() else source
+        for source in find_sources(data, kind=kind)
+    ]
 
 
 def rows_of(source: Source) -> Iterator[tuple[str, object]]:
     """(place, row) of each row of a source. Raises `UserError` for a file or a row that cannot be read."""
-    report = RowReport()
-    for place, row in read_rows(source, "stop", report):
-        report.rows += 1
-        if isinstance(row, RowError):
-            raise UserError(f"{place}: {row}; mend the row")
-        yield place, row
+    yield from read_rows(source, "stop", RowReport())
 
 
 def spread(items: list[Any], limit: int) -> list[Any]:

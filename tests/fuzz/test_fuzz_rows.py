@@ -87,6 +87,9 @@ def as_parquet(rows: list[dict[str, Any]]) -> bytes:
 
 def as_arrow(rows: list[dict[str, Any]], opener: Any = pa.ipc.new_stream) -> bytes:
     sink, table = io.BytesIO(), as_table(rows)
+    if opener is pa.ipc.new_file:  # as polars writes text
+        views = [field.with_type(pa.string_view()) if field.type == pa.string() else field for field in table.schema]
+        table = table.cast(pa.schema(views))
     with opener(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
