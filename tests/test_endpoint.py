@@ -200,7 +200,7 @@ def test_answers_come_with_their_end_and_length(server):
     server.moods["cut"] = [{"finish": "length"}]
     got = replies(endpoint(server, key="secret", temperature=0.5, max_new_tokens=7), "plain", "thinks", "cut")
     assert got["plain"] == Answer("the answer to plain", "stop", 4)
-    assert got["thinks"].text == "<think>\nso\n</think>\nthe answer to thinks"
+    assert got["thinks"].text == "<think>\nso\n</think>\n\nthe answer to thinks"
     assert got["cut"].finish == "length"
     _, _, body, headers = server.asked[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 7)
@@ -224,14 +224,14 @@ TEXT_PART = {"type": "text", "text": "Nine."}
         {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}, {"summary": f" {THOUGHTS}"}]},
         {"content": [THOUGHT_PART, TEXT_PART]},
         {"content": [{"type": "thinking", "thinking": THOUGHTS, "signature": "x"}, TEXT_PART]},
-        {"content": f"<think>\n{THOUGHTS}\n</think>\nNine."},
-        {"content": f"<think>\n{THOUGHTS}\n</think>\nNine.", "reasoning": THOUGHTS},
-        {"content": f"\n{THOUGHTS}\n</think>\nNine."},
+        {"content": f"<think>\n{THOUGHTS}\n</think>\n\nNine."},
+        {"content": f"<think>\n{THOUGHTS}\n</think>\n\nNine.", "reasoning": THOUGHTS},
+        {"content": f"\n{THOUGHTS}\n</think>\n\nNine."},
     ],
 )
 def test_thoughts_become_the_think_part(message, server):
     server.moods["q"] = [{"message": {"content": "Nine.", **message}}]
-    assert replies(endpoint(server), "q")["q"].text == f"<think>\n{THOUGHTS}\n</think>\nNine."
+    assert replies(endpoint(server), "q")["q"].text == f"<think>\n{THOUGHTS}\n</think>\n\nNine."
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_parts_are_joined_and_no_thoughts_make_no_think_part(message, server):
 def test_blocks_of_thoughts_are_paragraphs(server):
     blocks = [{"type": "reasoning.text", "text": text} for text in ("one \n", "two")]
     server.moods["q"] = [{"message": {"reasoning_details": blocks}}]
-    assert replies(endpoint(server), "q")["q"].text.startswith("<think>\none\n\ntwo\n</think>\n")
+    assert replies(endpoint(server), "q")["q"].text.startswith("<think>\none\n\ntwo\n</think>\n\n")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator
 
 from errors import one_line
+from text.turns import THOUGHTS, thought_and_answer
 from training.distill.answers import Answer
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # often the same under two of them
+NAMES = (*THOUGHTS, "reasoning_details")  # of thoughts; often the same under two of them
 WORDS = ("text", "thinking", "summary")  # keys of a part's text; encrypted parts have none
 ERRORS = ("error", "detail", "message")  # where servers put what is wrong, the first of them that says something
 BROKEN_OFF = ("error", "abort")  # reasons to finish that leave half an answer
@@ -58,12 +59,12 @@ def _with_thoughts(message: dict) -> str:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     text = "".join(_words(part) for part in parts if not _is_thought(part))
     inside = [part for part in parts if _is_thought(part)]
-    found = (_blocks(value) for value in (*map(message.get, THOUGHTS), inside))
+    found = (_blocks(value) for value in (*map(message.get, NAMES), inside))
     thoughts = next((thoughts for thoughts in found if thoughts), "")
     if "<think>" in text:  # the endpoint has put them there, or in both places
         return text
     if thoughts:
-        return f"<think>\n{thoughts}\n</think>\n{text}"
+        return thought_and_answer(thoughts, text)
     # <think> may have ended the prompt: it does in the chat templates of many models that always think.
     return f"<think>\n{text.lstrip()}" if "</think>" in text else text
 
