@@ -24,6 +24,7 @@ from model.transformer import MiniDeepSeek
 from model.weight_files import WEIGHTS, WeightFiles
 
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+TIED = ("lm_head.weight", "model.embed_tokens.weight")  # one weight where config.tie_word_embeddings
 
 MOST_TIMES = 4  # as many weights as the files hold, a network may have before it is built and compared
 
@@ -51,14 +52,12 @@ def released_views(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tens
     for name, tensor in state.items():
         name = released_name(name, config)
         out.update(single_experts(name, tensor) if STACKED.match(name) else {name: tensor})
-    if config.tie_word_embeddings:
-        out.pop("lm_head.weight", None)
     return out
 
 
-def shared_copies(config: LMConfig) -> dict[str, str]:
-    """What a file may hold once more, and the weight it repeats: the released V3 repeats embedding and head for MTP."""
-    out = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+def mtp_copies(config: LMConfig) -> dict[str, str]:
+    """The weights that the released V3 repeats in its MTP layers, and what they repeat: embedding and head."""
+    out: dict[str, str] = {}
     for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
         out[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         out[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
@@ -66,10 +65,12 @@ def shared_copies(config: LMConfig) -> dict[str, str]:
 
 
 def to_hugging_face(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """A copy of our state dict under the released names, with what the released V3 repeats for its MTP layers."""
+    """A copy of our state dict under the released names, with what the released V3 repeats for its MTP layers.
+
+    `lm_head.weight` is there when it is tied too: vLLM never ties the head of a DeepSeek-V3.
+    """
     out = released_views(state, config)
-    copies = shared_copies(config).items()
-    out.update({name: state[original] for name, original in copies if name != "lm_head.weight"})
+    out.update({name: state[original] for name, original in mtp_copies(config).items()})
     return {name: tensor.detach().clone().contiguous() for name, tensor in out.items()}
 
 
@@ -77,13 +78,16 @@ def to_hugging_face(state: dict[str, Tensor], config: LMConfig) -> dict[str, Ten
 def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy named tensors into the model, each straight into its place: single experts as released, or stacked ones.
 
+    Embedding and head of a tied model are one place, which either of them fills; both must agree.
+
     Raises:
         DamagedCheckpoint: a weight is missing, superfluous, or of another shape than in the model.
     """
     config, state = model.config, model.state_dict()
     places = released_views(state, config)
     stacks = {released_name(name, config): tensor for name, tensor in state.items() if STACKED.match(name)}
-    missing, repeated = dict.fromkeys(places), shared_copies(config)
+    missing, repeated = dict.fromkeys(places), mtp_copies(config)
+    tied = set(TIED if config.tie_word_embeddings else ())
     for name, tensor in tensors:
         place = places.get(name, stacks.get(name))
         if place is None:
@@ -94,8 +98,13 @@ def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise DamagedCheckpoint(
                 f"weight {name} has shape {tuple(tensor.shape)}, config.json says {tuple(place.shape)}"
             )
+        first = name not in tied or name in missing
+        if not first and not torch.allclose(place, tensor.to(place), rtol=0, atol=0, equal_nan=True):
+            raise DamagedCheckpoint(
+                f"{' and '.join(TIED)} differ, though config.json ties them; set its tie_word_embeddings to false"
+            )
         place.copy_(tensor)
-        for filled in single_experts(name, place) if name in stacks else [name]:
+        for filled in single_experts(name, place) if name in stacks else tied if name in tied else [name]:
             missing.pop(filled, None)
     if missing:
         raise DamagedCheckpoint(
