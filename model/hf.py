@@ -2,6 +2,7 @@
 
 python -m model.hf import --from DIR --to DIR          any deepseek_v3 folder becomes one of this project's
 python -m model.hf export --format gguf --ckpt DIR --out FILE.gguf [--type f32|f16|bf16|q8_0]      for llama.cpp
+python -m model.hf export --format vllm-cpu --ckpt DIR --out DIR      for vLLM's CPU build; elsewhere it opens DIR as it is
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import DamagedCheckpoint, command_line
+from errors import DamagedCheckpoint, UserError, command_line
 from LMConfig import LMConfig
 from model.tensor_file import save_file
 from model.transformer import MiniDeepSeek
@@ -187,20 +188,27 @@ def main() -> None:
     into = commands.add_parser("import", help="make any deepseek_v3 folder one of this project's (float32, one file)")
     into.add_argument("--from", dest="source", type=Path, required=True, help="folder to read; FP8 is dequantised")
     into.add_argument("--to", dest="target", type=Path, required=True, help="folder to write")
-    out = commands.add_parser("export", help="write a checkpoint as a file for other programs")
-    out.add_argument("--format", choices=["gguf"], required=True, help="gguf: llama.cpp")
+    out = commands.add_parser("export", help="write a checkpoint for other programs")
+    formats = "gguf: llama.cpp; vllm-cpu: vLLM's CPU build (on GPUs it opens the checkpoint folder itself)"
+    out.add_argument("--format", choices=["gguf", "vllm-cpu"], required=True, help=formats)
     out.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    out.add_argument("--out", type=Path, required=True, help="file to write")
-    out.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], default="f16", help="of the matrices (f16)")
+    out.add_argument("--out", type=Path, required=True, help="file to write; for vllm-cpu a folder")
+    out.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], help="of gguf's matrices (f16)")
     options = parser.parse_args()
     if options.command == "import":
         from model.hf_import import import_folder
 
         import_folder(options.source, options.target)
+    elif options.format == "vllm-cpu":
+        from model.vllm_export import export_vllm_cpu
+
+        if options.type:
+            raise UserError("--type: is of --format gguf; leave it out")
+        export_vllm_cpu(options.ckpt, options.out)
     else:
         from model.gguf_export import export_gguf
 
-        export_gguf(options.ckpt, options.out, options.type)
+        export_gguf(options.ckpt, options.out, options.type or "f16")
 
 
 if __name__ == "__main__":
