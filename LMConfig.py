@@ -152,8 +152,8 @@ class LMConfig:
         for name, values in (("rope_theta", thetas), ("RoPE scaling", scalings)):
             if any(value != values[0] for value in values):  # each reader would take another one
                 raise ConfigError(
-                    f"{place}: {name} is {values[0]} in one place, {values[-1]} in another; make rope_theta, rope_scaling "
-                    "and rope_parameters agree"
+                    f"{place}: {name} is {values[0]} in one place, {values[-1]} in another; make rope_theta, "
+                    "rope_scaling and rope_parameters agree"
                 )
         known = {f.name for f in fields(cls)}
         for key in data:

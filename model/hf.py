@@ -2,7 +2,7 @@
 
 python -m model.hf import --from DIR --to DIR          any deepseek_v3 folder becomes one of this project's
 python -m model.hf export --format gguf --ckpt DIR --out FILE.gguf [--type f32|f16|bf16|q8_0]      for llama.cpp
-python -m model.hf export --format vllm-cpu --ckpt DIR --out DIR      for vLLM's CPU build; elsewhere it opens DIR as it is
+python -m model.hf export --format vllm-cpu --ckpt DIR --out DIR      for vLLM's CPU build; on GPUs it opens any folder
 """
 
 from __future__ import annotations

@@ -131,8 +131,8 @@ def differs(case: Case, vllm: str, folder: Path) -> bool:
         tokens += len(ours)
         difference = max(difference, float((ours - torch.tensor(answer["log_probs"])).abs().max()))
     print(
-        f"{case.name}: {equal} of {len(case.prompts)} greedy answers of {NEW_TOKENS} tokens equal, log-probabilities of "
-        f"{tokens} tokens differ by at most {difference:.2g}",
+        f"{case.name}: {equal} of {len(case.prompts)} greedy answers of {NEW_TOKENS} tokens equal, "
+        f"log-probabilities of {tokens} tokens differ by at most {difference:.2g}",
         flush=True,
     )
     return equal < len(case.prompts) or not difference <= TOLERANCE

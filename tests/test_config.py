@@ -235,8 +235,8 @@ def test_config_json_holds_the_rope_fields_of_transformers_4_and_of_5(yarn, tiny
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4}},
-            "RoPE scaling is {'type': 'yarn', 'factor': 4} in one place, {'type': 'default'} in another; make rope_theta, "
-            "rope_scaling and rope_parameters agree",
+            "RoPE scaling is {'type': 'yarn', 'factor': 4} in one place, {'type': 'default'} in another; make "
+            "rope_theta, rope_scaling and rope_parameters agree",
         ),
         ({"n_group": 3}, "n_group = 3: groups of equal size are needed; choose a divisor of n_routed_experts = 16"),
     ],
