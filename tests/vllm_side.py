@@ -18,7 +18,6 @@ def main(job_file: str, answers_file: str) -> None:
     engine = LLM(
         job["folder"],
         dtype="float32",
-        enforce_eager=True,
         max_num_seqs=8,
         enable_prefix_caching=False,
         **job["options"],
