@@ -2,7 +2,7 @@
 
 python -m model.hf import --from DIR --to DIR          any deepseek_v3 folder becomes one of this project's
 python -m model.hf export --format gguf --ckpt DIR --out FILE.gguf [--type f32|f16|bf16|q8_0]      for llama.cpp
-python -m model.hf export --format vllm-cpu --ckpt DIR --out DIR      for vLLM's CPU build; on GPUs it opens any folder
+python -m model.hf export --format vllm-cpu --ckpt DIR --out DIR      for vLLM on CPUs with --enforce-eager
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def main() -> None:
     into.add_argument("--from", dest="source", type=Path, required=True, help="folder to read; FP8 is dequantised")
     into.add_argument("--to", dest="target", type=Path, required=True, help="folder to write")
     out = commands.add_parser("export", help="write a checkpoint for other programs")
-    formats = "gguf: llama.cpp; vllm-cpu: vLLM's CPU build (on GPUs it opens the checkpoint folder itself)"
+    formats = "gguf: llama.cpp; vllm-cpu: vLLM on CPUs with --enforce-eager (else it opens the checkpoint folder)"
     out.add_argument("--format", choices=["gguf", "vllm-cpu"], required=True, help=formats)
     out.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
     out.add_argument("--out", type=Path, required=True, help="file to write; for vllm-cpu a folder")

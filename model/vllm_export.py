@@ -1,4 +1,4 @@
-"""A checkpoint folder for vLLM's CPU build. On GPUs vLLM opens the folders of this project as they are."""
+"""A checkpoint folder for vLLM's CPU build with `--enforce-eager`; compiled, vLLM opens any folder of this project."""
 
 from __future__ import annotations
 
