@@ -99,6 +99,8 @@ class LMConfig:
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if isinstance(self.rope_scaling, dict):
+            self.rope_scaling = _with_type(self.rope_scaling)
         self._check_types()
         self._check_values()
 
@@ -141,11 +143,18 @@ class LMConfig:
         rope = [data.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
         if not all(isinstance(part, dict) for part in rope):
             raise ConfigError(f"{place}: rope_scaling and rope_parameters must be JSON objects; restore the file")
-        theta = next((part["rope_theta"] for part in (*rope, data) if "rope_theta" in part), cls.rope_theta)
-        scaling = {key: value for key, value in (rope[0] or rope[1]).items() if key != "rope_theta"}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "yarn"):
-            raise ConfigError(f"{place}: RoPE scaling of type {kind!r}; only 'yarn' or none is read")
+        thetas = [part["rope_theta"] for part in (*rope, data) if "rope_theta" in part]
+        scalings = [{"type": "default", **_with_type(part)} for part in rope if part]
+        for scaling in scalings:
+            scaling.pop("rope_theta", None)
+            if (kind := scaling["type"]) not in ("default", "yarn"):
+                raise ConfigError(f"{place}: RoPE scaling of type {kind!r}; only 'yarn' or none is read")
+        for name, values in (("rope_theta", thetas), ("RoPE scaling", scalings)):
+            if any(value != values[0] for value in values):  # each reader would take another one
+                raise ConfigError(
+                    f"{place}: {name} is {values[0]} in one place, {values[-1]} in another; make rope_theta, "
+                    "rope_scaling and rope_parameters agree"
+                )
         known = {f.name for f in fields(cls)}
         for key in data:
             if key in known | IGNORED | set(FIXED):
@@ -155,7 +164,9 @@ class LMConfig:
             warnings.warn(f"{place}: {key!r} is not a field of DeepSeek-V3 and is ignored", stacklevel=2)
         # transformers 4 leaves out a pad_token_id that is null.
         values = {"pad_token_id": None} | {key: value for key, value in data.items() if key in known}
-        values.update(rope_theta=theta, rope_scaling=scaling if kind == "yarn" else None)
+        values.update(rope_theta=thetas[0] if thetas else cls.rope_theta, rope_scaling=None)
+        if scalings and scalings[0]["type"] == "yarn":
+            values["rope_scaling"] = scalings[0]
         try:
             return cls(**values)
         except ConfigError as error:
@@ -174,8 +185,13 @@ class LMConfig:
         return cls.from_dict(data, str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, as transformers 4 and 5 both read it; no word of YaRN where it is not used."""
+        """The content of config.json; no word of YaRN where it is not used.
+
+        RoPE is there twice: as transformers 4 and DeepSeek write it, and as `rope_parameters` of transformers 5.
+        """
         data = {**FIXED, **asdict(self)}
+        scaling = dict(self.rope_scaling or {"type": "default"})
+        data["rope_parameters"] = {"rope_type": scaling.pop("type"), "rope_theta": self.rope_theta, **scaling}
         if self.rope_scaling is None:
             del data["rope_scaling"]
         return data
@@ -241,9 +257,16 @@ class LMConfig:
         return rules
 
 
+def _with_type(scaling: dict[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` as DeepSeek writes it: with `type`, which is `rope_type` to transformers."""
+    kind = scaling.get("rope_type", scaling.get("type"))
+    others = {key: value for key, value in scaling.items() if key not in ("type", "rope_type")}
+    return others if kind is None else {"type": kind, **others}
+
+
 def _yarn_rules(yarn: dict[str, Any]) -> list[tuple[bool, str, str]]:
     """The same for rope_scaling, where a misspelled key would silently change the attention."""
-    kind, truncate = yarn.get("rope_type", yarn.get("type")), yarn.get("truncate", True)
+    kind, truncate = yarn.get("type"), yarn.get("truncate", True)
     rules = []
     rules.append(("rope_theta" not in yarn, "rope_theta", "is a field of its own; set rope_theta beside rope_scaling"))
     for key in yarn:

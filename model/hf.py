@@ -2,6 +2,7 @@
 
 python -m model.hf import --from DIR --to DIR          any deepseek_v3 folder becomes one of this project's
 python -m model.hf export --format gguf --ckpt DIR --out FILE.gguf [--type f32|f16|bf16|q8_0]      for llama.cpp
+python -m model.hf export --format vllm-cpu --ckpt DIR --out DIR      for vLLM on CPUs with --enforce-eager
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import DamagedCheckpoint, command_line
+from errors import DamagedCheckpoint, UserError, command_line
 from LMConfig import LMConfig
 from model.tensor_file import save_file
 from model.transformer import MiniDeepSeek
 from model.weight_files import WEIGHTS, WeightFiles
 
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+TIED = ("lm_head.weight", "model.embed_tokens.weight")  # one weight where config.tie_word_embeddings
 
 MOST_TIMES = 4  # as many weights as the files hold, a network may have before it is built and compared
 
@@ -51,14 +53,12 @@ def released_views(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tens
     for name, tensor in state.items():
         name = released_name(name, config)
         out.update(single_experts(name, tensor) if STACKED.match(name) else {name: tensor})
-    if config.tie_word_embeddings:
-        out.pop("lm_head.weight", None)
     return out
 
 
-def shared_copies(config: LMConfig) -> dict[str, str]:
-    """What a file may hold once more, and the weight it repeats: the released V3 repeats embedding and head for MTP."""
-    out = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+def mtp_copies(config: LMConfig) -> dict[str, str]:
+    """The weights that the released V3 repeats in its MTP layers, and what they repeat: embedding and head."""
+    out: dict[str, str] = {}
     for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
         out[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         out[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
@@ -66,10 +66,12 @@ def shared_copies(config: LMConfig) -> dict[str, str]:
 
 
 def to_hugging_face(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """A copy of our state dict under the released names, with what the released V3 repeats for its MTP layers."""
+    """A copy of our state dict under the released names, with what the released V3 repeats for its MTP layers.
+
+    `lm_head.weight` is there when it is tied too: vLLM never ties the head of a DeepSeek-V3.
+    """
     out = released_views(state, config)
-    copies = shared_copies(config).items()
-    out.update({name: state[original] for name, original in copies if name != "lm_head.weight"})
+    out.update({name: state[original] for name, original in mtp_copies(config).items()})
     return {name: tensor.detach().clone().contiguous() for name, tensor in out.items()}
 
 
@@ -77,13 +79,16 @@ def to_hugging_face(state: dict[str, Tensor], config: LMConfig) -> dict[str, Ten
 def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy named tensors into the model, each straight into its place: single experts as released, or stacked ones.
 
+    Embedding and head of a tied model are one place, which either of them fills; both must agree.
+
     Raises:
         DamagedCheckpoint: a weight is missing, superfluous, or of another shape than in the model.
     """
     config, state = model.config, model.state_dict()
     places = released_views(state, config)
     stacks = {released_name(name, config): tensor for name, tensor in state.items() if STACKED.match(name)}
-    missing, repeated = dict.fromkeys(places), shared_copies(config)
+    missing, repeated = dict.fromkeys(places), mtp_copies(config)
+    tied = set(TIED if config.tie_word_embeddings else ())
     for name, tensor in tensors:
         place = places.get(name, stacks.get(name))
         if place is None:
@@ -94,8 +99,13 @@ def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise DamagedCheckpoint(
                 f"weight {name} has shape {tuple(tensor.shape)}, config.json says {tuple(place.shape)}"
             )
+        first = name not in tied or name in missing
+        if not first and not torch.allclose(place, tensor.to(place), rtol=0, atol=0, equal_nan=True):
+            raise DamagedCheckpoint(
+                f"{' and '.join(TIED)} differ, though config.json ties them; set its tie_word_embeddings to false"
+            )
         place.copy_(tensor)
-        for filled in single_experts(name, place) if name in stacks else [name]:
+        for filled in single_experts(name, place) if name in stacks else tied if name in tied else [name]:
             missing.pop(filled, None)
     if missing:
         raise DamagedCheckpoint(
@@ -178,20 +188,27 @@ def main() -> None:
     into = commands.add_parser("import", help="make any deepseek_v3 folder one of this project's (float32, one file)")
     into.add_argument("--from", dest="source", type=Path, required=True, help="folder to read; FP8 is dequantised")
     into.add_argument("--to", dest="target", type=Path, required=True, help="folder to write")
-    out = commands.add_parser("export", help="write a checkpoint as a file for other programs")
-    out.add_argument("--format", choices=["gguf"], required=True, help="gguf: llama.cpp")
+    out = commands.add_parser("export", help="write a checkpoint for other programs")
+    formats = "gguf: llama.cpp; vllm-cpu: vLLM on CPUs with --enforce-eager (else it opens the checkpoint folder)"
+    out.add_argument("--format", choices=["gguf", "vllm-cpu"], required=True, help=formats)
     out.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    out.add_argument("--out", type=Path, required=True, help="file to write")
-    out.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], default="f16", help="of the matrices (f16)")
+    out.add_argument("--out", type=Path, required=True, help="file to write; for vllm-cpu a folder")
+    out.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], help="of gguf's matrices (f16)")
     options = parser.parse_args()
     if options.command == "import":
         from model.hf_import import import_folder
 
         import_folder(options.source, options.target)
+    elif options.format == "vllm-cpu":
+        from model.vllm_export import export_vllm_cpu
+
+        if options.type:
+            raise UserError("--type: is of --format gguf; leave it out")
+        export_vllm_cpu(options.ckpt, options.out)
     else:
         from model.gguf_export import export_gguf
 
-        export_gguf(options.ckpt, options.out, options.type)
+        export_gguf(options.ckpt, options.out, options.type or "f16")
 
 
 if __name__ == "__main__":

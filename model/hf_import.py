@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
 from model.hf import load_pretrained, save_pretrained
+from model.transformer import MiniDeepSeek
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -26,9 +29,19 @@ def import_folder(source: Path, target: Path) -> None:
         UserError: `target` is there already, or `source` is no deepseek_v3 folder.
         DamagedCheckpoint: weights or FP8 scales of `source` are damaged; nothing is written.
     """
+    model = rewrite_folder(source, target)
+    if foreign := _foreign_tokenizer(source, model.config.vocab_size):
+        print(f"notice: {source}: {foreign}", file=sys.stderr)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{target}: {parameters:,} parameters in float32, {len(model.mtp)} MTP layers")
+
+
+def rewrite_folder(source: Path, target: Path, **changes: Any) -> MiniDeepSeek:
+    """Write `source` as `target`, with changes to its config, complete or not at all. Returns its model."""
     if target.exists():
         raise UserError(f"{target}: is there already; choose a new folder")
     model = load_pretrained(source)
+    model.config = replace(model.config, **changes)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -39,10 +52,7 @@ def import_folder(source: Path, target: Path) -> None:
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if foreign := _foreign_tokenizer(source, model.config.vocab_size):
-        print(f"notice: {source}: {foreign}", file=sys.stderr)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{target}: {parameters:,} parameters in float32, {len(model.mtp)} MTP layers")
+    return model
 
 
 def _foreign_tokenizer(folder: Path, vocab_size: int) -> str:

@@ -165,6 +165,7 @@ def test_large_numbers_are_written_for_people(number, text):
 @pytest.mark.parametrize("rope_scaling", [None, YARN])
 def test_config_json_of_transformers_4_is_read(rope_scaling, tiny_config):
     data = tiny_config(rope_theta=5e5).to_dict()
+    del data["rope_parameters"]
     data.update(rope_theta=5e5, rope_scaling=rope_scaling, transformers_version="4.49.0")
     assert LMConfig.from_dict(data) == tiny_config(rope_theta=5e5, rope_scaling=rope_scaling)
 
@@ -199,10 +200,18 @@ def test_our_config_json_means_the_same_to_transformers_and_comes_back(name, tmp
     ours = {key: value for key, value in vars(config).items() if not key.startswith("rope_")}
     assert {key: getattr(theirs, key) for key in ours} == ours
     theirs.save_pretrained(tmp_path)
-    again = LMConfig.from_pretrained(tmp_path)
-    if config.rope_scaling:
-        assert again.rope_scaling.pop("rope_type") == "yarn"
-    assert again == config
+    assert LMConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize("yarn", [None, YARN, {**YARN, "rope_type": YARN["type"]}])
+def test_config_json_holds_the_rope_fields_of_transformers_4_and_of_5(yarn, tiny_config):
+    config = tiny_config(rope_theta=5e5, rope_scaling=yarn)
+    data = config.to_dict()
+    assert (data["rope_theta"], data.get("rope_scaling")) == (5e5, YARN if yarn else None)
+    default, scaled = {"rope_type": "default"}, {**{k: v for k, v in YARN.items() if k != "type"}, "rope_type": "yarn"}
+    assert data["rope_parameters"] == {**(scaled if yarn else default), "rope_theta": 5e5}
+    for absent in (["rope_parameters"], ["rope_theta", "rope_scaling"]):  # either is enough
+        assert LMConfig.from_dict({key: value for key, value in data.items() if key not in absent}) == config
 
 
 @pytest.mark.parametrize(
@@ -218,7 +227,17 @@ def test_our_config_json_means_the_same_to_transformers_and_comes_back(name, tmp
             "RoPE scaling of type 'linear'; only 'yarn' or none is read",
         ),
         ({"rope_parameters": "yarn"}, "rope_scaling and rope_parameters must be JSON objects; restore the file"),
-        ({"rope_theta": "big"}, "rope_theta = 'big': of another type; set float"),
+        ({"rope_theta": "big", "rope_parameters": None}, "rope_theta = 'big': of another type; set float"),
+        (
+            {"rope_theta": 5e5},
+            "rope_theta is 10000.0 in one place, 500000.0 in another; make rope_theta, rope_scaling and "
+            "rope_parameters agree",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}},
+            "RoPE scaling is {'type': 'yarn', 'factor': 4} in one place, {'type': 'default'} in another; make "
+            "rope_theta, rope_scaling and rope_parameters agree",
+        ),
         ({"n_group": 3}, "n_group = 3: groups of equal size are needed; choose a divisor of n_routed_experts = 16"),
     ],
 )

@@ -64,6 +64,8 @@ def released(folder: Path, config: dict) -> dict[str, np.ndarray]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config["num_hidden_layers"])
     heads, nope, experts = config["num_attention_heads"], config["qk_nope_head_dim"], config["n_routed_experts"]
     weights, tensors = {}, load_file(folder / "model.safetensors")
+    if config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]  # llama.cpp takes the embedding where there is no head
     for name, tensor in tensors.items():
         if name.startswith("model.layers.") and int(name.split(".")[2]) >= config["num_hidden_layers"]:
             continue

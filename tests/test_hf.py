@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
-from model.hf import fill, to_hugging_face
+from model.hf import TIED, fill, to_hugging_face
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,11 +48,19 @@ def test_what_is_saved_comes_back_to_the_bit(changes, tiny_model, tmp_path):
     ]  # fmt: skip
 
 
-def test_tied_embeddings_stay_tied(tiny_model, tmp_path):
-    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+@pytest.mark.parametrize("left_out", [None, "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_weight_is_written_twice_and_read_from_either(left_out, tiny_model, tmp_path):
+    """vLLM has no tied head of a DeepSeek-V3, and folders of transformers hold the embedding alone."""
+    ours = tiny_model(tie_word_embeddings=True)
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], ours.model.embed_tokens.weight)
+    assert torch.equal(tensors["model.embed_tokens.weight"], ours.model.embed_tokens.weight)
+    if left_out:
+        change_tensors(tmp_path, lambda tensors: tensors.pop(left_out))
     model = MiniDeepSeek.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, ours.lm_head.weight)
 
 
 def test_the_bias_is_loaded_in_float32_into_a_bfloat16_model(saved):
@@ -194,6 +202,16 @@ def other_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**data, "hidden_size": 64}))
 
 
+def tie_what_differs(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, "tie_word_embeddings": True}))
+
+
+def lose_embedding_and_head(folder: Path) -> None:
+    tie_what_differs(folder)
+    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in TIED])
+
+
 def index_outside(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
     index = {"weight_map": {"lm_head.weight": "../other.safetensors"}}
@@ -222,6 +240,8 @@ DAMAGE = {
     half_of_mtp: "weight model.layers.4.eh_proj.weight is missing",
     superfluous_weight: "has no place in the network that config.json describes",
     other_config: "config.json says (61, 64)",
+    tie_what_differs: "lm_head.weight and model.embed_tokens.weight differ, though config.json ties them",
+    lose_embedding_and_head: "weight model.embed_tokens.weight is missing",
     index_outside: "outside the checkpoint folder",
     index_without_map: "model.safetensors.index.json: not a list of shards",
     missing_shard: "model-00001-of-00001.safetensors: damaged or cut short",

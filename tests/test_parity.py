@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
@@ -90,6 +91,13 @@ def test_they_open_our_checkpoint_with_the_same_logits(shape, tiny_model, ids, t
     assert isinstance(theirs, DeepseekV3ForCausalLM)
     assert not any(report.values()) and not caplog.records
     torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_they_tie_the_head_that_our_file_holds_too(tiny_model, tmp_path):
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= load_file(tmp_path / "model.safetensors").keys()
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
 
 
 @torch.no_grad()

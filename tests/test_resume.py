@@ -11,18 +11,25 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from forked import on_ranks
+from safetensors.torch import load_file
 from toy_stage import ROWS, TIME, Rows, files, interrupt_at, steps_logged
 
+import model.hf
 from errors import UserError
+from LMConfig import LMConfig
 from model import MiniDeepSeek
+from model.hf import to_hugging_face
 from training.checkpoints.checkpoint import Snapshot
 from training.log import RunLog, read_metrics
 from training.ranks import Ranks
 
 
-@pytest.mark.parametrize("micro_rows", [ROWS, 3], ids=["one batch", "accumulated"])
-def test_resume_is_bit_exact(micro_rows, make):
+@pytest.mark.parametrize(
+    ("micro_rows", "tied"), [(ROWS, False), (3, False), (ROWS, True)], ids=["one batch", "accumulated", "tied"]
+)
+def test_resume_is_bit_exact(micro_rows, tied, make):
     options = dict(max_steps=5, save_every=2, micro_tokens=micro_rows * TIME, balance_weight=0.1)
+    options["model"] = {"tie_word_embeddings": tied}
     whole = make(**options)
     whole.run()
     want, log = files(whole.out / "final"), read_metrics(whole.out / "metrics.jsonl")
@@ -36,6 +43,25 @@ def test_resume_is_bit_exact(micro_rows, make):
     clock = {"tokens_per_second", "mfu", "seconds", "memory"}
     without = [[{k: v for k, v in entry.items() if k not in clock} for entry in entries] for entries in (log, now)]
     assert without[0] == without[1] and [entry["step"] for entry in now] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_tied_checkpoint_without_its_head_is_resumed_to_the_bit(make, monkeypatch):
+    """As this project once wrote them: the embedding alone."""
+    options = dict(max_steps=4, save_every=2, model={"tie_word_embeddings": True})
+    whole = make("whole", **options)
+    whole.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.hf, "to_hugging_face", without_head)
+        begun = make(**options, dataset=interrupt_at(2, signal.SIGTERM))
+        assert begun.run().name == "step-2"
+    assert "lm_head.weight" not in load_file(begun.out / "step-2" / "model.safetensors")
+    assert make(**options, resume=True).run() == begun.out / "final"
+    assert files(begun.out / "final") == files(whole.out / "final")
+    assert "lm_head.weight" in load_file(begun.out / "final" / "model.safetensors")
+
+
+def without_head(state: dict[str, torch.Tensor], config: LMConfig) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in to_hugging_face(state, config).items() if name != "lm_head.weight"}
 
 
 def test_a_resume_forgets_the_steps_it_makes_again(make):
