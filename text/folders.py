@@ -21,7 +21,8 @@ from text.data_file import METADATA, suffix_of
 TRAIN = "train"
 SPLITS = {
     TRAIN: (TRAIN, "training"),
-    "validation": ("validation", "valid", "val", "dev"),
+    "validation": ("validation", "valid", "val"),
+    "dev": ("dev",),  # beside val it is another, as in C-Eval, whose worked examples it has
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
