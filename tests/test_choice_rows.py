@@ -153,6 +153,13 @@ def test_a_snapshot_of_the_hub_has_its_subjects_in_folders(tmp_path):
     }  # fmt: skip
 
 
+def test_what_save_to_disk_wrote_has_its_splits(tmp_path):
+    rows = {name: datasets.Dataset.from_list([arc("x", "y", labels="AB", answer=name)]) for name in ("A", "B")}
+    datasets.DatasetDict(train=rows["A"], test=rows["B"]).save_to_disk(tmp_path / "exam")
+    for folder, subject in (("exam", "exam"), ("exam/test", "test")):
+        assert read_choices(str(tmp_path / folder), "test", []) == {subject: [ChoiceItem(subject, "Q", ("x", "y"), 1)]}
+
+
 HEADER = "id,question,A,B,C,D,answer\n"
 
 
