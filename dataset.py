@@ -2,6 +2,7 @@
 
 python dataset.py preview NAME --tokenizer out/tokenizer     three rows as tokens, with what is learnt of them
 python dataset.py check NAME --tokenizer out/tokenizer       reads everything: rows, lengths, problems by kind and line
+python dataset.py judge FILE                                 rows of answer and reply: the verdict, what was taken
 
 A data set has `len` (samples of an epoch) and `batch(indices)`. An index is the number of a sample counted from the
 start of training; which sample that is depends on the seed and the index alone, so nothing about the data need be
@@ -12,12 +13,15 @@ see only their own segment, and `position_ids`, which begin at 0 in each.
 
 from __future__ import annotations
 
+import sys
+
 import jsonargparse
 from rich.console import Console
 
 from errors import UserError, command_line
 from text.chat_dataset import ChatDataset
 from text.check import check_source
+from text.judged_rows import judged_rows
 from text.preference_dataset import PreferenceDataset
 from text.pretrain_dataset import PretrainDataset
 from text.preview import show_rows
@@ -75,11 +79,44 @@ def check(data: str, tokenizer: str = "", ckpt: str = "", datasets: str = REGIST
         raise UserError("; ".join(troubles))
 
 
+def judge(file: str, json: bool = False) -> None:
+    """Judge replies as the reward `correct` and the evaluations do, and show what was taken as the answer of each.
+
+    The exit code is 2 for a row without answer or reply. Where rows say what is `right`, the last line of stderr counts
+    the agreement.
+
+    Args:
+        file: file of rows with `answer` and `reply`, in any format that can be read.
+        json: print one object a row, {"right": bool, "taken": text or null}, instead of lines for people.
+    """
+    agreed = expected = 0
+    for row, verdict in judged_rows(file):
+        print(verdict.as_json() if json else row.line(verdict))
+        expected += row.right is not None
+        agreed += row.right is not None and row.right == verdict.right
+    if expected:
+        print(f"{agreed} of {expected} agree", file=sys.stderr)
+
+
+def _arguments() -> list[str]:
+    """The command line; `--json` alone means `--json true`."""
+    given = sys.argv[1:]
+    values = [*given[1:], ""]
+    return [
+        "--json=true" if one == "--json" and value not in ("true", "false") else one
+        for one, value in zip(given, values, strict=True)
+    ]
+
+
 def _tokenizer(tokenizer: str, ckpt: str) -> Tokenizer:
     if not tokenizer and not ckpt:
         raise UserError("dataset.py: give --tokenizer DIR (made by train_tokenizer.py) or --ckpt DIR")
     return Tokenizer.from_folder(tokenizer or ckpt)
 
 
+def main() -> None:
+    jsonargparse.auto_cli([preview, check, judge], args=_arguments(), description=__doc__)
+
+
 if __name__ == "__main__":
-    command_line(lambda: jsonargparse.auto_cli([preview, check], description=__doc__))
+    command_line(main)

@@ -83,7 +83,8 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
 def main() -> None:
     settings = parse(DistillSettings, __doc__ or "")
     ranks = begin(settings)
-    check_unused(Path(settings.out), settings.resume)  # refuses a folder in use before minutes are spent
+    # Refuses a folder in use before minutes are spent.
+    ranks.on_main(lambda: check_unused(Path(settings.out), settings.resume))
     if settings.method == "answers":
         settings = replace(settings, data=str(ask_for_answers(settings, ranks)))
         if not settings.has_student:

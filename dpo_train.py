@@ -63,7 +63,8 @@ class DPOSettings(StageSettings):
 def main() -> None:
     settings = parse(DPOSettings, __doc__ or "")
     ranks = begin(settings)
-    check_unused(Path(settings.out), settings.resume)  # refuses a folder in use before minutes are spent
+    # Refuses a folder in use before minutes are spent.
+    ranks.on_main(lambda: check_unused(Path(settings.out), settings.resume))
     model, tokenizer = open_checkpoint(settings.ckpt)
     # The MTP layers have no part in this loss. Router biases stand still: policy and reference route by the same ones.
     model.mtp.requires_grad_(False)
@@ -102,7 +103,8 @@ def ask_reference(
     path, dtype = Path(settings.out) / "reference.safetensors", choose_dtype(settings.dtype, ranks.device)
     facts = dataset.pairs.fingerprint, identity(settings.reference or settings.ckpt), str(dtype)
     fingerprint = json.dumps(facts)
-    log_probs = load_log_probs(path, fingerprint) if settings.resume else None
+    # The main rank's: where each looked for itself, one might find the file that another does not.
+    log_probs = ranks.on_main(lambda: load_log_probs(path, fingerprint) if settings.resume else None)
     if log_probs is None:
         log_probs = reference_log_probs(reference, dataset, settings.micro_rows, dtype, ranks)
         if ranks.main:

@@ -69,6 +69,14 @@ def _moves(letter: str) -> bool:
 PATHS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
+# What torch's errors say when the memory of a GPU, or of the machine, is full.
+MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+MORE_MEMORY = (
+    "in training lower --micro_tokens or pass --gradient_checkpointing (and --resume, if something was saved); "
+    "elsewhere read less at once"
+)
+
+
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
     """Give an `OSError` the name of `file` where it has none: a write that fails does not say where."""
@@ -113,6 +121,12 @@ def command_line(main: Callable[[], None]) -> None:
             raise
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {one_line(f'{place}{error.strerror}')}; {remedies[error.errno]}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in MEMORY):
+            raise
+        what = ". ".join(str(error).split(". ")[:3]).rstrip(".")
+        print(f"error: {one_line(what)}; {MORE_MEMORY}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,13 +7,14 @@ torchrun --nproc_per_node 8 pretrain.py ...        the same options
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dataset import PretrainDataset
 from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
 from text.registry import find_sources
-from text.sources import open_sources
+from text.sources import open_sources, sources_ready
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
 from training.settings import NextTokenSettings, model_config, parse
@@ -81,18 +82,12 @@ def main() -> None:
     else:
         raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
 
-    sources = open_sources(
-        find_sources(settings.data, settings.datasets, "text"),
-        tokenizer,
-        settings.shards,
-        main=ranks.main,
-        column=settings.column,
-        encoding=settings.encoding,
-        min_chars=settings.min_chars,
-        workers=settings.workers,
-        val_fraction=settings.val_fraction,
-        on_error=settings.on_error,
-    )
+    options = ("column", "encoding", "min_chars", "workers", "val_fraction", "on_error")
+    corpus = (find_sources(settings.data, settings.datasets, "text"), tokenizer, settings.shards)
+    given = {name: getattr(settings, name) for name in options}
+    if ranks.world > 1 and not all(ranks.gather(sources_ready(*corpus, **given))):
+        ranks.check_writes_shared(Path(settings.shards))  # or the others would wait in vain for what rank 0 makes
+    sources = open_sources(*corpus, main=ranks.main, **given)
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
     validation = None
     if settings.val_fraction:

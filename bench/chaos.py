@@ -5,7 +5,7 @@ python bench/chaos.py --kills 12 --stage grpo --ranks 2
 
 Every start is the stage's script as a person starts it (with two ranks through torchrun), at a tiny size. A kill
 takes the script and all processes it started. When a run is complete at last, its final folder (weights, optimiser
-state, random state, tokenizer) and its log must be those of a run that nobody disturbed, to the bit. Exit code 1 if
+state, tokenizer) and its log must be those of a run that nobody disturbed, to the bit. Exit code 1 if
 any is not.
 """
 

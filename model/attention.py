@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,12 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from errors import one_line
 from model.kernels import fused
 
 CHUNK = 128  # query rows at a time on CPU
+LARGEST_HEAD = 256  # of the flash kernels, flash-attn's and torch's
+FLASH_ATTN, VARLEN, SDPA = "flash-attn", "varlen_attn", "scaled_dot_product_attention"
 LONGEST_CHUNKED = 2048  # beyond, the weights that the chunks keep would take more memory than their speed is worth
 
 
@@ -120,11 +125,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
     if value_size < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - value_size))
     plain = visibility.plain and q.shape[1] == k.shape[1]
-    fits = q.is_cuda and q.dtype == torch.bfloat16 and value_size <= q.shape[-1]
-    flash = flash_attention() if fits else None
+    kernel = cuda_kernel(q, value_size, plain, visibility.segment_ids is not None)
+    flash = flash_attention() if kernel == FLASH_ATTN else None
     if flash is not None and plain:
         return flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)[..., :value_size]
-    if visibility.segment_ids is not None and fits and (flash is not None or q.shape[-1] % 8 == 0):
+    if kernel != SDPA:
         return _attend_segments(flash, q, k, v, scale, visibility.segment_ends)[..., :value_size]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -135,6 +140,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
         scale=scale,
     )
     return out.transpose(1, 2)[..., :value_size]
+
+
+def cuda_kernel(q: Tensor, value_size: int, plain: bool, isolated: bool) -> str:
+    """The kernel of `attend` for q (batch, time, heads, qk) that sees all before it or its own segment; else SDPA."""
+    fits = q.is_cuda and q.dtype == torch.bfloat16 and value_size <= q.shape[-1] <= LARGEST_HEAD
+    if not fits or not (plain or isolated):
+        return SDPA
+    if has_flash_attention():
+        return FLASH_ATTN
+    return VARLEN if isolated and q.shape[-1] % 8 == 0 else SDPA
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -202,11 +217,25 @@ def _attend_segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends:
     return out.view_as(q)
 
 
+@torch.compiler.assume_constant_result
+def has_flash_attention() -> bool:
+    """Whether `flash_attention` is there; torch.compile asks once, where an import that fails would break its graph."""
+    return flash_attention() is not None
+
+
 @lru_cache(maxsize=1)
-def flash_attention():
-    """The flash-attn package (requirements-cuda.txt), or None where it is not installed."""
+def flash_attention() -> ModuleType | None:
+    """The flash-attn package (requirements-cuda.txt); None where it is not installed, or broken, which is reported."""
     try:
         import flash_attn
-    except ImportError:
+    except (
+        Exception
+    ) as error:  # ImportError or OSError where it was compiled for another torch, or what its imports raise
+        if getattr(error, "name", None) != "flash_attn":
+            print(
+                f"notice: flash-attn is installed but not used, as it cannot be imported ({one_line(str(error))}); "
+                f"{SDPA} takes its place: compile flash-attn again for torch {torch.__version__}, or uninstall it",
+                file=sys.stderr,
+            )
         return None
     return flash_attn

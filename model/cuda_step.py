@@ -6,11 +6,15 @@ longer than the GPU computes. A graph starts them all at once.
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from model.attention import Visibility
 from model.cache import LatentCache
+from model.grouped_linear import without_host
 from model.transformer import MiniDeepSeek, logits
 
 
@@ -40,6 +44,25 @@ class StaticCache(LatentCache):
     def positions(self) -> Tensor:
         """(batch or 1, 1) for RoPE, counted without padding."""
         return self.position[None] if self.padding is None else self.position - self.padding[:, None]
+
+
+def fits_graph(model: MiniDeepSeek, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a step in this type never waits for the device, which a CUDA graph cannot hold; reported if it does."""
+    moe = any(layer.is_moe for layer in model.model.layers)
+    if device.type != "cuda" or not moe or without_host(dtype, device):
+        return True
+    kind, capability = str(dtype).removeprefix("torch."), ".".join(map(str, torch.cuda.get_device_capability(device)))
+    _report(
+        f"decoding without a CUDA graph: the experts' products in {kind} on compute capability {capability} wait "
+        "for the device; those in bfloat16 on 9.x and 10.x do not"
+    )
+    return False
+
+
+@lru_cache
+def _report(text: str) -> None:
+    """Print a notice, once."""
+    print(f"notice: {text}", file=sys.stderr)
 
 
 class StaticStep:

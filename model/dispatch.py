@@ -35,19 +35,23 @@ class Plan:
     def of(indices_NK: Tensor, experts: int, block: int | None = None) -> Plan:
         """Sort the choices by expert and pad each expert's rows to a whole number of blocks, or of those that suit."""
         tokens, top_k = indices_NK.shape
-        choices = tokens * top_k
+        choices, on_cuda = tokens * top_k, indices_NK.is_cuda
         if block is None:
-            block = SMALL_ROW_BLOCK if indices_NK.is_cuda else row_block(tokens, choices / experts)
+            block = SMALL_ROW_BLOCK if on_cuda else row_block(tokens, choices / experts)
         expert_of_choice = indices_NK.flatten()
         sorted_experts, order = expert_of_choice.sort(stable=True)
         counts = count_choices(expert_of_choice, experts)
-        padded = (counts + block - 1) // block * block
+        blocks = (counts + block - 1) // block
+        # On sm100 the weight gradient of a group without rows is garbage (pytorch/pytorch#172439): where gradients are
+        # recorded each expert has a block, of padding whose weight is 0. Decoding reads the chosen experts only.
+        fill = on_cuda and torch.is_grad_enabled()
+        padded = (blocks.clamp(min=1) if fill else blocks) * block
         ends = padded.cumsum(0)
         first_row, first_sorted = ends - padded, counts.cumsum(0) - counts
         row_of_sorted = torch.arange(choices, device=order.device) + (first_row - first_sorted)[sorted_experts]
-        # On CUDA the number of rows is not known to the host: take the most there can be.
-        most = choices + min(experts, choices) * (block - 1)
-        rows = (most + block - 1) // block * block if indices_NK.is_cuda else int(ends[-1])
+        # On CUDA the number of rows is not known to the host: take the most there can be, one block an expert begun.
+        begun = experts if fill else min(experts, choices)
+        rows = (choices // block + begun) * block if on_cuda else int(ends[-1])
         row_of_choice = torch.empty_like(expert_of_choice).scatter_(0, order, row_of_sorted)
         choice_of_row = torch.zeros(rows, dtype=order.dtype, device=order.device).scatter_(0, row_of_sorted, order)
         return Plan(counts, ends.int(), choice_of_row // top_k, choice_of_row, row_of_choice.view(tokens, top_k))

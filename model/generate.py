@@ -9,7 +9,7 @@ from torch import Tensor
 
 from errors import UserError
 from model.cache import LatentCache, cache_dtype
-from model.cuda_step import StaticStep
+from model.cuda_step import StaticStep, fits_graph
 from model.prefill import prefill
 from model.sampling import Sampling
 from model.speculative import stream_speculative
@@ -44,7 +44,8 @@ def generate(
         seed: of the sampling; None draws on torch's global generator.
         attention_mask: (batch, time) 1 for tokens, 0 for left padding.
         draft_tokens: the most drafts a speculative pass; 0 means one for each MTP layer.
-        static: steps of one shape, on CUDA as a graph (see `model.cuda_step`).
+        static: steps of one shape, on CUDA as a graph (see `model.cuda_step`); plain steps, with a notice, where a step
+            cannot be one. The same tokens.
     Returns:
         (batch, time + new) prompt and completion; after its stop token a row holds the stop token's padding.
     """
@@ -97,6 +98,7 @@ def stream(
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     # One position less than all: the last token is never read.
     cache = LatentCache(model.config, batch, time + max_new_tokens, cache_dtype(model), input_ids.device, padding)
+    static = static and fits_graph(model, cache.latents.dtype, cache.latents.device)
     fill = stop[0] if stop else 0
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     # Padding is not text that could be repeated: the row's own last token stands in for it.

@@ -43,14 +43,46 @@ class KeptMemory:
 
 def grouped_linear(x_RD: Tensor, weight_EOD: Tensor | Packed, plan: Plan, kept: KeptMemory | None = None) -> Tensor:
     """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O). kept: for the gradient of the weight."""
-    if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
-        weight = dense(weight_EOD, x_RD.dtype)
-        out, inner = (-size % SMALL_ROW_BLOCK for size in weight.shape[1:])
-        if out or inner:  # rows of both must be aligned to 16 bytes, which adapters of a low rank are not
-            x_RD, weight = F.pad(x_RD, (0, inner)), F.pad(weight, (0, inner, 0, out))
+    if not (x_RD.is_cuda and x_RD.dtype == torch.bfloat16):
+        return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist(), kept or KeptMemory())
+    # torch computes this in one launch on sm90 and sm100 (`without_host`); on other GPUs, such as sm80, 86, 89 and 120,
+    # by a loop over the groups on the host, which waits for the device to read their ends.
+    out, inner = (-size % SMALL_ROW_BLOCK for size in weight_EOD.shape[1:])
+    if inner:  # rows of both must be aligned to 16 bytes, which adapters of a low rank are not
+        x_RD = F.pad(x_RD, (0, inner))
+    if isinstance(weight_EOD, Packed):
+        product = _PackedGroupedLinear.apply(x_RD, weight_EOD, plan.ends)
+    else:
+        weight = aligned(weight_EOD.to(x_RD.dtype))
         product = F.grouped_mm(x_RD, weight.transpose(-2, -1), offs=plan.ends)
-        return product[:, : weight_EOD.shape[1]] if out else product
-    return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist(), kept or KeptMemory())
+    return product[:, : weight_EOD.shape[1]] if out else product
+
+
+def without_host(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `grouped_linear` in this type never waits for the device there: see the kernels of torch's grouped_mm."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def aligned(weight_EOD: Tensor) -> Tensor:
+    """With zeros behind both sizes up to a multiple of `SMALL_ROW_BLOCK`."""
+    out, inner = (-size % SMALL_ROW_BLOCK for size in weight_EOD.shape[1:])
+    return F.pad(weight_EOD, (0, inner, 0, out)) if out or inner else weight_EOD
+
+
+class _PackedGroupedLinear(torch.autograd.Function):
+    """grouped_mm with a packed weight, which is unpacked for the moment of each product and never kept unpacked."""
+
+    @staticmethod
+    def forward(ctx, x_RD: Tensor, packed: Packed, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        ctx.packed = packed
+        return F.grouped_mm(x_RD, aligned(packed.dense(x_RD.dtype)).transpose(-2, -1), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, None, None]:
+        (ends_E,) = ctx.saved_tensors
+        return F.grouped_mm(grad_RO, aligned(ctx.packed.dense(grad_RO.dtype)), offs=ends_E), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):

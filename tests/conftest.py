@@ -50,6 +50,14 @@ def few_pictures() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_measuring() -> Iterator[None]:
+    """The machine's peak is not measured, which would take longer than a run: PFLOP/s that no step goes beyond."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.machine, "measured_peak", lambda *_, **__: 1e15)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers each time, whichever tests run."""
@@ -110,7 +118,6 @@ def call_main(main: Callable[[], None], *arguments: object) -> int:
     """A script's `main` in this process, as its command line calls it. Returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [Path(inspect.getfile(main)).name, *map(str, arguments)])
-        patch.setattr("training.machine.measured_peak", lambda *_, **__: 1e9)  # half a second a run
         try:
             command_line(main)
         except SystemExit as end:
@@ -204,7 +211,6 @@ def peer(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Open
 
 
 @pytest.fixture
-def make(tiny_config, tokenizer, tmp_path, monkeypatch) -> Maker:
-    """Makes trainers of toy stages; the machine's peak is not measured."""
-    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 1e9)
+def make(tiny_config, tokenizer, tmp_path) -> Maker:
+    """Makes trainers of toy stages."""
     return Maker(tmp_path, tiny_config, tokenizer)

@@ -3,7 +3,8 @@
 LD_PRELOAD=fake_cuda.so python tests/fake_cuda.py      fake_cuda.so: tests/fake_cuda.cpp; tests/test_cuda_shapes.py
 
 What a kernel for CUDA asks of its inputs is checked by torch's own rules for it, such as the strides of grouped_mm. A
-call that waits for the device, because the host wants a number of it, is written down with its place in this project.
+call that waits for the device, because the host wants a number of it or copies to it from memory that is not pinned, is
+written down with its place in this project.
 Prints {case: {"error": line or "", "waits": [places], "kernels": [names]}}.
 """
 
@@ -25,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache, cache_dtype
+from model.experts import Experts
+from model.packed import Int8Weight, pack_weights
 from model.transformer import logits
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
@@ -164,6 +167,18 @@ def lora_on_experts() -> None:
     backward(total, adapted)
 
 
+def packed_experts() -> None:
+    """QLoRA: adapters on frozen experts in 8 bits, which are rounded without torchao."""
+    with CUDA, patch("training.adapters.adapter.fingerprint", lambda _: ""):
+        adapted = Adapter.add(model(), LoraSettings(targets="all", r=4), "base").model
+        for name, module in list(adapted.named_modules()):
+            if isinstance(module, Experts) and not name.startswith("mtp."):
+                pack_weights(adapted, name, Int8Weight.rounded)
+    with bf16():
+        total, _, _ = NextTokenLoss(mtp=False)(adapted, {"input_ids": ids(ROWS, TIME), "labels": ids(ROWS, TIME)})
+    backward(total, adapted)
+
+
 def decoding() -> None:
     decoder = model().eval()
     with torch.no_grad(), bf16():
@@ -190,20 +205,33 @@ def static_decoding() -> None:
 
 CASES: list[Callable[[], None]] = [
     moe_layer, training_step, packed_step, recomputed_step, policy_loss, preference_loss, distillation_loss,
-    lora_on_experts, decoding, generation, static_decoding,
+    lora_on_experts, packed_experts, decoding, generation, static_decoding,
 ]  # fmt: skip
 
 
 class Kernels(TorchDispatchMode):
-    """Writes down the names of what is called."""
+    """Writes down the names of what is called, and the places of copies between host and device that are waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: list[str]) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.places = places
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        self.names.add(str(function).split(".")[1])
-        return function(*arguments, **(named or {}))
+        named = named or {}
+        name = str(function).split(".")[1]
+        self.names.add(name)
+        if name == "_to_copy" and not named.get("non_blocking"):
+            to = torch.device(named.get("device") or arguments[0].device)
+            if to.type != arguments[0].device.type:
+                self.places.append(place())
+        return function(*arguments, **named)
+
+
+def place() -> str:
+    """The line of this project that called."""
+    here = next(frame for frame in reversed(traceback.extract_stack()[:-1]) if not outside(frame.filename))
+    return f"{Path(here.filename).relative_to(ROOT)}: {here.line}"
 
 
 def waiting(answer: Callable[[Tensor], object], places: list[str]) -> Callable[..., object]:
@@ -211,8 +239,7 @@ def waiting(answer: Callable[[Tensor], object], places: list[str]) -> Callable[.
 
     def method(tensor: Tensor, *_: object, **__: object) -> object:
         if tensor.device == CUDA:
-            here = next(frame for frame in reversed(traceback.extract_stack()[:-1]) if not outside(frame.filename))
-            places.append(f"{Path(here.filename).relative_to(ROOT)}: {here.line}")
+            places.append(place())
         return answer(tensor)
 
     return method
@@ -232,7 +259,7 @@ def run(case: Callable[[], None]) -> dict[str, object]:
     patches = [patch.object(Tensor, name, waiting(lambda _, n=n: n, places)) for name, n in numbers.items()]
     patches.append(patch.object(Tensor, "nonzero", waiting(every_place, places)))
     patches.append(patch.object(Tensor, "tolist", waiting(lambda x: [1] * x.numel(), places)))
-    kernels, error = Kernels(), ""
+    kernels, error = Kernels(places), ""
     for each in patches:
         each.start()
     try:
@@ -250,6 +277,8 @@ def main() -> None:
     with (
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+        patch("training.machine.machine_peak", lambda *_: 1e15),
+        patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
         patch.object(Tensor, "pin_memory", lambda self: self),
         patch.object(torch.nn.Module, "to", lambda self, *_, **__: self),  # all is made where it stays
         torch.autograd.set_multithreading_enabled(False),

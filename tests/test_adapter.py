@@ -93,7 +93,7 @@ def test_the_layout_is_that_of_peft_and_a_few_numbers(base, tmp_path):
     assert sum(tensor.numel() for tensor in tensors.values()) == adapter.parameters
     assert all(name.startswith("base_model.model.model.layers.") for name in tensors)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["task_type"]) == ("out/sft/final", "CAUSAL_LM")
+    assert (config["base_model_name_or_path"], config["task_type"]) == (str(Path.cwd() / "out/sft/final"), "CAUSAL_LM")
 
 
 def test_experts_row_by_row_equal_peft_adding_the_product_to_their_matrices(base):

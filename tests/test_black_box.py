@@ -290,6 +290,7 @@ def test_a_checkpoint_writes_a_file_and_a_fresh_student_learns_it(pretrained, tm
 
 def test_many_ranks_do_not_ask(pretrained, tmp_path, run, monkeypatch):
     monkeypatch.setattr(distill, "begin", lambda settings: distill.Ranks(0, 2, CPU))
+    monkeypatch.setattr(distill.Ranks, "on_main", lambda ranks, work: work())
     done = run(
         distill.main,
         "--method",

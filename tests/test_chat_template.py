@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from errors import UserError
+from model.gguf_tokenizer import GENERATION_MARK
 from text.chat_template import Message, check_messages, encode_chat, encode_chats, render
+from text.conversations import to_messages
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from text.turns import THOUGHTS
+
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+TOOL = {"role": "tool", "content": "t"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +59,7 @@ def spelled() -> st.SearchStrategy[str]:
 
 def plain() -> st.SearchStrategy[str]:
     """Texts that spell no special token: '<' is left out."""
-    return st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]), max_size=12)
+    return st.text(st.characters(exclude_characters="<\0", exclude_categories=["Cs"]), max_size=12)
 
 
 @settings(max_examples=150, deadline=None)
@@ -72,6 +82,112 @@ def test_transformers_gives_the_same_ids_and_mask(
                 message["content"] = f"<think>{message['content']}\n</think>{message['content']}"
     encoded = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     assert encode_chat(tokenizer, messages) == (encoded["input_ids"], encoded["assistant_masks"])
+
+
+def json_values(texts: st.SearchStrategy[str]) -> st.SearchStrategy[object]:
+    leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
+    return st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=5)
+
+
+@st.composite
+def sent_turns(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> list[dict]:
+    """Conversations as programs send them: parts, thoughts, tool calls, and content that is null or missing."""
+    words = texts.filter(str.strip)
+
+    def content(text: str) -> object:
+        return draw(st.sampled_from([text, [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}]]))
+
+    def answer(calls: bool) -> dict:
+        turn: dict = {"role": "assistant"}
+        if draw(st.booleans()):
+            turn[draw(st.sampled_from(THOUGHTS))] = draw(texts)
+        if calls:
+            turn["tool_calls"] = [draw(tool_calls) for _ in range(draw(st.integers(1, 2)))]
+        if not calls or draw(st.booleans()):
+            turn["content"] = content(draw(words))
+        elif draw(st.booleans()):
+            turn["content"] = draw(st.sampled_from([None, "", "  "]))
+        return turn
+
+    arguments = st.dictionaries(texts, json_values(texts), max_size=2)
+    spelled = arguments.map(lambda value: json.dumps(value, ensure_ascii=False))
+    functions = st.fixed_dictionaries(
+        {"name": texts}, optional={"arguments": arguments | spelled | st.just("") | st.none()}
+    )
+    tool_calls = functions | functions.map(lambda function: {"id": "c1", "type": "function", "function": function})
+    turns = [{"role": "system", "content": content(draw(words))}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 2))):
+        turns.append({"role": "user", "content": content(draw(words))})
+        if draw(st.booleans()):
+            turns += [answer(calls=True), {"role": "tool", "content": content(draw(texts))}]
+        turns.append(answer(calls=draw(st.booleans())))
+    return turns
+
+
+def tool_lists(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list | None]:
+    return st.none() | st.lists(st.dictionaries(texts, json_values(texts), max_size=3), max_size=2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(turns=sent_turns(plain()), tools=tool_lists(plain()))
+def test_turns_as_programs_send_them_render_as_training_reads_them(
+    theirs: PreTrainedTokenizerBase, tokenizer: Tokenizer, turns: list[dict], tools: list | None
+) -> None:
+    messages = to_messages({"messages": turns, "tools": tools})
+    options = {"tools": tools, "return_assistant_tokens_mask": True, "return_dict": True}
+    assert theirs.apply_chat_template(turns, tools=tools, tokenize=False) == render(messages)
+    encoded = theirs.apply_chat_template(turns, **options)
+    assert encode_chat(tokenizer, messages) == (encoded["input_ids"], encoded["assistant_masks"])
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "海边镇", "days": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+RENDERED = '{"name": "weather", "arguments": {"town": "海边镇", "days": 2}}'
+
+
+@pytest.mark.parametrize(
+    ("turn", "text"),
+    [
+        ({"content": None, "tool_calls": [CALL]}, RENDERED),
+        ({"tool_calls": [CALL, CALL]}, f"{RENDERED}\n{RENDERED}"),
+        ({"content": "", "tool_calls": [CALL["function"]]}, RENDERED),
+        ({"content": "I look.", "tool_calls": [CALL]}, f"I look.\n{RENDERED}"),
+        ({"content": "", "tool_calls": [{"name": "ping", "arguments": ""}]}, '{"name": "ping", "arguments": {}}'),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "ab"),
+        ({"content": " b ", "reasoning_content": "a\n"}, "<think>\na\n</think>\n\nb"),
+        ({"content": "<think>a</think>b", "reasoning_content": "a"}, "<think>a</think>b"),
+        ({"content": None, "reasoning": "a", "tool_calls": [CALL]}, f"<think>\na\n</think>\n\n{RENDERED}"),
+    ],
+)
+def test_an_answer_of_any_form_has_one_rendering(theirs: PreTrainedTokenizerBase, turn: dict, text: str) -> None:
+    turns = [USER, {"role": "assistant", **turn}]
+    assert theirs.apply_chat_template(turns, tokenize=False) == f"<s><|user|>q<|assistant|>{text}</s>"
+    assert render(to_messages(turns)) == f"<s><|user|>q<|assistant|>{text}</s>"
+
+
+@pytest.mark.parametrize("before", [[], [{"role": "system", "content": "S"}], [{"role": "system", "content": ""}]])
+def test_tools_stand_in_the_system_prompt(theirs: PreTrainedTokenizerBase, before: list[dict]) -> None:
+    turns = [*before, USER]
+    given = theirs.apply_chat_template(turns, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    trained = to_messages({"messages": [*turns, ASSISTANT], "tools": json.dumps(TOOLS)})[:-1]
+    assert given == render(trained, add_generation_prompt=True)
+    assert given.count("<|system|>") == 1 and given.count('"name": "weather"') == 1
+    assert theirs.apply_chat_template(turns, tools=[], tokenize=False) == render(turns)
+
+
+def test_the_template_needs_no_more_than_a_small_engine_has(theirs: PreTrainedTokenizerBase) -> None:
+    """llama.cpp and others implement a part of Jinja."""
+    parsed = jinja2.Environment().parse(GENERATION_MARK.sub("", theirs.chat_template))
+    filters = {node.name for node in parsed.find_all(jinja2.nodes.Filter)}
+    tests = {node.name for node in parsed.find_all(jinja2.nodes.Test)}
+    calls = {node.node.name for node in parsed.find_all(jinja2.nodes.Call) if isinstance(node.node, jinja2.nodes.Name)}
+    assert filters == {"tojson", "trim"} and tests == {"string"} and calls == {"namespace", "raise_exception"}
+    assert not list(parsed.find_all((jinja2.nodes.Macro, jinja2.nodes.Include, jinja2.nodes.FilterBlock)))
+
+
+def test_parts_that_are_no_text_are_refused(theirs: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(Exception, match="only text is read"):
+        theirs.apply_chat_template([{"role": "user", "content": [{"type": "image_url"}]}], tokenize=False)
 
 
 def test_the_layout_is_deepseeks(tokenizer: Tokenizer) -> None:
@@ -123,12 +239,6 @@ def test_a_batch_equals_one_by_one(tokenizer: Tokenizer) -> None:
     long = [*short, {"role": "user", "content": "today?"}, {"role": "assistant", "content": "<think>x</think> y"}]
     assert encode_chats(tokenizer, [short, long, short]) == [encode_chat(tokenizer, m) for m in (short, long, short)]
     assert encode_chats(tokenizer, []) == []
-
-
-USER = {"role": "user", "content": "q"}
-ASSISTANT = {"role": "assistant", "content": "a"}
-SYSTEM = {"role": "system", "content": "s"}
-TOOL = {"role": "tool", "content": "t"}
 
 
 @pytest.mark.parametrize(

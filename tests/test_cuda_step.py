@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model import cuda_step
 from model.cache import LatentCache
-from model.cuda_step import StaticStep
+from model.cuda_step import StaticStep, fits_graph
 from model.transformer import logits
 
 
@@ -36,6 +37,39 @@ def test_generation_by_steps_of_one_shape_gives_the_same_tokens(tiny_model):
     for given in (None, mask):
         plain = model.generate(prompt, max_new_tokens=12, attention_mask=given)
         assert torch.equal(model.generate(prompt, max_new_tokens=12, attention_mask=given, static=True), plain)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "fits"),
+    [(BF16, (9, 0), True), (BF16, (10, 3), True), (BF16, (8, 0), False), (BF16, (12, 0), False), (FP32, (9, 0), False)],
+)
+def test_a_graph_holds_only_steps_that_never_wait_for_the_device(
+    dtype, capability, fits, tiny_model, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model, device = tiny_model(), torch.device("cuda", 0)
+    cuda_step._report.cache_clear()
+    assert fits_graph(model, dtype, device) == fits_graph(model, dtype, device) == fits
+    said = capsys.readouterr().err
+    assert said.count("notice: decoding without a CUDA graph") == (not fits) == said.count("\n")
+    assert fits or f"{str(dtype)[6:]} on compute capability {capability[0]}.{capability[1]} " in said
+
+
+def test_a_model_without_experts_fits_a_graph_in_any_type(tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    dense = tiny_model(first_k_dense_replace=tiny_model().config.num_hidden_layers, num_nextn_predict_layers=0)
+    assert fits_graph(dense, FP32, torch.device("cuda", 0))
+
+
+def test_generation_takes_plain_steps_where_a_graph_does_not_fit(tiny_model, monkeypatch):
+    model, prompt = tiny_model(), torch.randint(0, 61, (3, 6))
+    plain = model.generate(prompt, max_new_tokens=12)
+    monkeypatch.setattr("model.generate.fits_graph", lambda *_: False)
+    monkeypatch.setattr("model.generate.StaticStep", lambda *_: pytest.fail("a graph was recorded"))
+    assert torch.equal(model.generate(prompt, max_new_tokens=12, static=True), plain)
 
 
 def test_places_and_shapes_stay_from_step_to_step(tiny_model):

@@ -7,14 +7,18 @@ import json
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -24,7 +28,7 @@ import training.distill.curation
 import training.distill.endpoint
 from errors import UserError
 from text.conversations import read_conversations
-from training.distill.answers import Answer, Ask, Failure, Journal, ask_all
+from training.distill.answers import Answer, Ask, Asked, Failure, Journal, ask_all
 from training.distill.endpoint import Endpoint, seconds_to_wait
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,10 +78,12 @@ class Handler(BaseHTTPRequestHandler):
             server.running -= 1
 
     def answer(self, question: str, mood: object) -> None:
-        if self.path != "/v1/chat/completions":
+        if urlsplit(self.path).path != "/v1/chat/completions":  # whole addresses come to a proxy
             mood = 404
         message, finish = {"role": "assistant", "content": self.server.usual(question)}, "stop"
-        if isinstance(mood, dict):
+        if isinstance(mood, bytes):
+            return self.send(200, mood)
+        elif isinstance(mood, dict):
             message, finish = {**message, **mood.get("message", {})}, mood.get("finish", "stop")
         elif isinstance(mood, tuple):
             return self.send(mood[0], {"error": {"message": "slow down"}}, {"Retry-After": mood[1]})
@@ -86,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         elif mood == "silence":
             self.server.quiet.wait(30)
         elif mood == "broken":
-            return self.send(200, None)
+            return self.send(200, b'{"choices": [{"mess')
         elif mood == "nonsense":
             return self.send(200, {"choices": []})
         elif mood == "hang up":
@@ -96,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(200, {"choices": [{"message": message, "finish_reason": finish}], "usage": usage})
 
     def send(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
-        data = b'{"choices": [{"mess' if content is None else json.dumps(content).encode()
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
         try:
             self.send_response(status)
             for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
@@ -107,15 +113,64 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+class SocksProxy(socketserver.ThreadingTCPServer):
+    """SOCKS5 without passwords (RFC 1928). Wherever it is asked to connect to, it connects to `target`."""
+
+    daemon_threads = True
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        super().__init__(("127.0.0.1", 0), SocksHandler)
+        self.target = target
+        self.asked: list[tuple[str, int]] = []
+
+
+class SocksHandler(socketserver.StreamRequestHandler):
+    server: SocksProxy
+
+    def handle(self) -> None:
+        self.rfile.read(self.rfile.read(2)[1])
+        self.wfile.write(b"\5\0")
+        kind = self.rfile.read(4)[3]
+        assert kind == 3, "a name, which the proxy looks up"
+        name = self.rfile.read(self.rfile.read(1)[0]).decode()
+        self.server.asked.append((name, int.from_bytes(self.rfile.read(2), "big")))
+        with socket.create_connection(self.server.target) as onward:
+            self.wfile.write(b"\5\0\0\1" + bytes(6))
+            threading.Thread(target=pass_on, args=(onward, self.connection), daemon=True).start()
+            pass_on(self.connection, onward)
+
+
+def pass_on(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    except OSError:  # one of both has hung up
+        pass
+
+
+@contextmanager
+def serving(server: socketserver.BaseServer) -> Iterator[None]:
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.quiet.set()
-    server.shutdown()
-    server.server_close()
+    with serving(server):
+        yield server
+        server.quiet.set()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
 
 
 def endpoint(server: Server, **changes: object) -> Endpoint:
@@ -145,11 +200,96 @@ def test_answers_come_with_their_end_and_length(server):
     server.moods["cut"] = [{"finish": "length"}]
     got = replies(endpoint(server, key="secret", temperature=0.5, max_new_tokens=7), "plain", "thinks", "cut")
     assert got["plain"] == Answer("the answer to plain", "stop", 4)
-    assert got["thinks"].text == "<think>\nso\n</think>\nthe answer to thinks"
+    assert got["thinks"].text == "<think>\nso\n</think>\n\nthe answer to thinks"
     assert got["cut"].finish == "length"
     _, _, body, headers = server.asked[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 7)
     assert headers["Authorization"] == "Bearer secret"
+
+
+THOUGHTS = "Four on the left, five on the right."
+THOUGHT_PART = {"type": "thinking", "thinking": [{"type": "text", "text": THOUGHTS}]}
+TEXT_PART = {"type": "text", "text": "Nine."}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"reasoning_content": THOUGHTS},
+        {"reasoning": THOUGHTS},
+        {"thinking": THOUGHTS},
+        {"reasoning": THOUGHTS, "reasoning_content": THOUGHTS},
+        {"reasoning": None, "reasoning_details": [{"type": "reasoning.text", "text": THOUGHTS}]},
+        {"reasoning": THOUGHTS, "reasoning_details": [{"type": "reasoning.summary", "summary": THOUGHTS}]},
+        {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}, {"summary": f" {THOUGHTS}"}]},
+        {"content": [THOUGHT_PART, TEXT_PART]},
+        {"content": [{"type": "thinking", "thinking": THOUGHTS, "signature": "x"}, TEXT_PART]},
+        {"content": f"<think>\n{THOUGHTS}\n</think>\n\nNine."},
+        {"content": f"<think>\n{THOUGHTS}\n</think>\n\nNine.", "reasoning": THOUGHTS},
+        {"content": f"\n{THOUGHTS}\n</think>\n\nNine."},
+    ],
+)
+def test_thoughts_become_the_think_part(message, server):
+    server.moods["q"] = [{"message": {"content": "Nine.", **message}}]
+    assert replies(endpoint(server), "q")["q"].text == f"<think>\n{THOUGHTS}\n</think>\n\nNine."
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [TEXT_PART]},
+        {"content": [{"type": "text", "text": "Ni"}, {"type": "image_url", "image_url": {}}, {"text": "ne."}]},
+        {"content": "Nine.", "reasoning": "", "reasoning_content": None, "reasoning_details": []},
+        {"content": [{"type": "thinking", "thinking": ""}, TEXT_PART]},
+    ],
+)
+def test_parts_are_joined_and_no_thoughts_make_no_think_part(message, server):
+    server.moods["q"] = [{"message": message}]
+    assert replies(endpoint(server), "q")["q"].text == "Nine."
+
+
+def test_blocks_of_thoughts_are_paragraphs(server):
+    blocks = [{"type": "reasoning.text", "text": text} for text in ("one \n", "two")]
+    server.moods["q"] = [{"message": {"reasoning_details": blocks}}]
+    assert replies(endpoint(server), "q")["q"].text.startswith("<think>\none\n\ntwo\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ({"error": {"message": "day is over", "code": 429}}, "status 200 with error 429 (day is over)"),
+        ({"choices": None, "error": {"message": "Provider\nfailed", "code": "502", "metadata": {"raw": "CUDA"}}},
+         "status 200 with error 502 (Provider failed: 502: CUDA)"),
+        ({"error": "model is loading"}, "status 200 with no answer (model is loading)"),
+        ({"object": "error", "message": "overloaded", "code": 503}, "status 200 with error 503 (overloaded)"),
+        ({"detail": [{"msg": "too late"}]}, "status 200 with no answer (too late)"),
+        ({"choices": [{"error": {"message": "cut off", "code": 502}, "message": {"content": "Ni"}}]},
+         "status 200 with error 502 (cut off)"),
+        ({"choices": [{"finish_reason": "error", "message": {"content": "Ni"}}]},
+         'status 200 with no answer ({"choices": [{"finish_reason": "error", "message": {"content": "Ni"}}]})'),
+        ({"choices": None}, 'status 200 with no answer ({"choices": null})'),
+        ({"choices": [None]}, 'status 200 with no answer ({"choices": [null]})'),
+        ([], "status 200 with no answer ([])"),
+        (b"", "status 200 with no answer (an empty reply)"),
+        (b"<html>\x1b[2J", "status 200 with no answer (<html>\\x1b[2J)"),
+    ],
+)  # fmt: skip
+def test_a_200_without_an_answer_is_asked_again_and_told_in_the_servers_words(reply, reason, server):
+    bad = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+    server.moods = {"once": [bad, "well"], "always": [bad]}
+    got = replies(endpoint(server, attempts=2), "once", "always")
+    assert got == {"once": Answer("the answer to once", "stop", 4), "always": Failure(f"{reason}, 2 attempts")}
+
+
+def test_an_error_in_a_200_counts_as_the_status_that_it_names(server):
+    def error(code: int) -> list[bytes]:
+        return [json.dumps({"error": {"message": "no", "code": code}}).encode()]
+
+    server.moods = {"long": error(400), "key": error(401)}
+    assert replies(endpoint(server), "long") == {"long": Failure("status 200 with error 400 (no)")}
+    assert server.questions() == ["long"]
+    with pytest.raises(UserError, match=r"status 200 with error 401 \(no\); set OPENAI_API_KEY"):
+        replies(endpoint(server), "key")
 
 
 @pytest.mark.parametrize("mood", [429, 500, 503, "silence", "broken", "nonsense", "hang up", (429, "0"), (503, "odd")])
@@ -192,7 +332,7 @@ def test_a_question_is_given_up_after_its_attempts_and_the_others_go_on(server):
     server.moods["bad"] = [500]
     server.moods["long"] = [400]
     got = replies(endpoint(server, attempts=3), "bad", "good", "long")
-    assert got["bad"] == Failure("status 500 (3 attempts)") and isinstance(got["good"], Answer)
+    assert got["bad"] == Failure("status 500 (this is 500), 3 attempts") and isinstance(got["good"], Answer)
     assert got["long"].reason.startswith("status 400") and "this is 400" in got["long"].reason
     assert server.questions().count("bad") == 3 and server.questions().count("long") == 1
 
@@ -232,6 +372,73 @@ def test_who_stops_does_not_wait_for_the_others(server, tmp_path):
     with pytest.raises(OSError, match="full"):
         ask_all(endpoint(server, timeout=60.0), asks("slow", "fast"), FullDisk(tmp_path / "a.jsonl"))
     assert not server.quiet.is_set() and "slow" in server.questions()
+
+
+def test_many_reasons_are_shown_as_the_most_frequent_and_a_rest():
+    told = Asked(14, failures=Counter({"often": 3, **{f"id {n}": 1 for n in range(11)}}))
+    lines = told.lines()
+    assert len(lines) == 12 and "3 without an answer: often" in lines[1]
+    assert lines[-1].strip() == "2 without an answer for other reasons"
+
+
+# Proxies
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+def test_a_proxy_of_the_environment_is_used(name, server, monkeypatch):
+    monkeypatch.setenv(name, server.url.removesuffix("/v1"))
+    got = replies(endpoint(server, url="http://teacher.invalid/v1"), "q")
+    assert got["q"].text == "the answer to q" and server.asked[0][3]["Host"] == "teacher.invalid"
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+def test_a_socks_proxy_is_used_and_looks_up_the_name(scheme, server, monkeypatch):
+    proxy = SocksProxy(server.server_address)
+    with serving(proxy):
+        monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{proxy.server_address[1]}")
+        got = replies(endpoint(server, url="http://teacher.invalid:81/v1"), "q")
+    assert got["q"].text == "the answer to q" and proxy.asked == [("teacher.invalid", 81)]
+
+
+def test_what_is_no_socks_proxy_counts_as_a_broken_connection(server, monkeypatch):
+    class Garbage(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Garbage) as other, serving(other):
+        monkeypatch.setenv("ALL_PROXY", f"socks5://127.0.0.1:{other.server_address[1]}")
+        got = replies(endpoint(server, attempts=2), "q")
+    assert "Malformed reply, 2 attempts" in got["q"].reason
+
+
+@pytest.mark.parametrize(
+    "addresses", ["::1", "[::1]", "::1/128", "[::1]:1", "fe80::/10, ::1", "fe80::1%eth0,http://[,::1"]
+)
+def test_no_proxy_may_hold_ipv6_addresses(addresses, server, monkeypatch):
+    """Whether this machine speaks IPv6 or not: what is told apart is who was asked."""
+    monkeypatch.setenv("ALL_PROXY", server.url.removesuffix("/v1"))
+    teacher = endpoint(server, url="http://[::1]:1/v1", attempts=1)
+    assert replies(teacher, "through the proxy")["through the proxy"].text
+    monkeypatch.setenv("NO_PROXY", addresses)
+    assert "ConnectError" in replies(teacher, "past it")["past it"].reason
+    assert server.questions() == ["through the proxy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks://127.0.0.1:1080"),
+        ("all_proxy", "socks4://127.0.0.1:1080"),
+        ("HTTP_PROXY", "http://[::1"),
+        ("http_proxy", "127.0.0.1:port"),
+        ("HTTPS_PROXY", "127.0.0.1:65536"),
+    ],
+)
+def test_a_malformed_proxy_is_one_line(name, value, server, tmp_path, run, monkeypatch):
+    monkeypatch.setenv(name, value)
+    done = run(distill.main, *command(server, prompts(tmp_path, "a"), tmp_path / "out"))
+    assert done.code == 2 and done.err.count("\n") == 1, done.err
+    assert f"error: {name}: no address of a proxy (" in done.err and "socks5://host:port" in done.err
 
 
 # The journal
@@ -320,6 +527,25 @@ def test_prompts_become_a_file_to_fine_tune_on(server, tmp_path, run, monkeypatc
         assert "0 answered before, 8 now" in again.out, (change, again.err)
 
 
+@pytest.mark.parametrize(("key", "sent"), [("secret\n", "Bearer secret"), ("", None), ("sécret", 0), ("a\nb", 0)])
+def test_a_key_is_sent_or_refused_in_one_line(key, sent, server, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    done = run(distill.main, *command(server, prompts(tmp_path, "a"), tmp_path / "out"))
+    if sent != 0:
+        assert done.code == 0 and server.asked[0][3].get("Authorization") == sent
+    else:
+        assert done.code == 2 and "OPENAI_API_KEY: has a character" in done.err and done.err.count("\n") == 1
+
+
+def test_a_teacher_that_answers_nothing_ends_the_run_in_its_own_words(server, tmp_path, run):
+    server.moods = {"a": [400], "b": [400]}
+    done = run(distill.main, *command(server, prompts(tmp_path, "a", "b"), tmp_path / "out"))
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "not one of 2 questions has an answer, mostly status 400 (this is 400); remove the cause" in done.err
+    server.moods.clear()
+    assert run(distill.main, *command(server, prompts(tmp_path, "a", "b"), tmp_path / "out")).code == 0
+
+
 def test_answers_to_problems_are_verified(server, tmp_path, run):
     path = tmp_path / "problems.jsonl"
     rows = [{"question": f"{n} and {n}?", "answer": str(2 * n)} for n in range(1, 5)]
@@ -379,6 +605,7 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):
         (["--rewards", "{correkt: 1}"], "reward 'correkt': not one of"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--teacher", "http://[::/v1"], "no address"),
+        (["--teacher", "http://127.0.0.1:65536/v1"], "no address (Port out of range"),
         (["--teacher", "http://127.0.0.1:1/v1"], "questions in a row without an answer"),
     ],
 )

@@ -107,11 +107,16 @@ def test_every_choice_has_a_row_of_its_own_among_its_experts(case):
     assert int(plan.ends[-1]) == len(plan.token_of_row)
 
 
+def sizes_of(plan: Plan) -> torch.Tensor:
+    """(E,) rows of each expert, padding included."""
+    return plan.ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(
     ("tokens", "block"), [(1400, ROW_BLOCKS[0]), (300, ROW_BLOCKS[-1]), (30, SMALL_ROW_BLOCK), (1, 1)]
 )
 def test_rows_come_in_blocks_so_that_few_shapes_occur(tokens, block):
-    sizes = Plan.of(balanced(tokens), EXPERTS).ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    sizes = sizes_of(Plan.of(balanced(tokens), EXPERTS))
     assert (sizes % block == 0).all()
 
 
@@ -179,7 +184,9 @@ def test_choices_are_counted(experts):
 
 
 class PoisonedGroups(torch.autograd.Function):
-    """Grouped products whose rows past the last group are NaN, values and gradients: on a GPU they are arbitrary."""
+    """Grouped products that are NaN wherever a GPU may leave arbitrary numbers: in rows past the last group, values and
+    gradients, and on sm100 in the weight gradient of a group without rows.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, ends):
@@ -196,7 +203,7 @@ class PoisonedGroups(torch.autograd.Function):
         grad_x, grad_weight = torch.full_like(x, float("nan")), torch.empty_like(weight)
         for expert, rows in enumerate(ctx.spans):
             grad_x[rows] = grad[rows] @ weight[expert].T
-            grad_weight[expert] = x[rows].T @ grad[rows]
+            grad_weight[expert] = x[rows].T @ grad[rows] if rows.stop > rows.start else float("nan")
         return grad_x, grad_weight, None
 
 
@@ -213,6 +220,43 @@ def test_cuda_branch_equals_a_plain_loop(case, product, experts, on_cuda, monkey
     loop = values_and_gradients(lambda *a: plain_loop(experts, *a), experts, x.float(), weights, indices, direction)
     for ours, expected in zip(fast, loop, strict=True):
         assert (ours.float() - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_on_cuda_every_expert_has_a_block_where_gradients_are_recorded(case, on_cuda):
+    indices = CHOICES[case]()
+    plan = Plan.of(indices, EXPERTS)
+    sizes = sizes_of(plan)
+    assert (sizes >= SMALL_ROW_BLOCK).all() and (sizes % SMALL_ROW_BLOCK == 0).all()
+    assert int(plan.ends[-1]) <= len(plan.token_of_row)
+    rows = plan.row_of_choice.flatten()
+    assert torch.equal(plan.choice_of_row[rows], torch.arange(indices.numel()))
+    assert torch.equal(torch.searchsorted(plan.ends, rows.int(), right=True), indices.flatten())
+
+
+@pytest.mark.parametrize("loads", [[8, 16, 24], [9, 0, 0], [1, 1, 1], [7, 8, 0], [15, 15, 15], [16, 0, 1]])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_on_cuda_the_rows_allocated_are_enough_for_any_load(loads, gradients, on_cuda):
+    indices = torch.arange(3).repeat_interleave(torch.tensor(loads)).unsqueeze(1)
+    with torch.set_grad_enabled(gradients):
+        plan = Plan.of(indices, 3)
+    assert sizes_of(plan).tolist() == [max(-(-load // 8), int(gradients)) * 8 for load in loads]
+    assert int(plan.ends[-1]) <= len(plan.token_of_row) <= int(plan.ends[-1]) + 3 * 8
+
+
+def test_decoding_on_cuda_reads_the_chosen_experts_only(on_cuda):
+    with torch.no_grad():
+        plan = Plan.of(torch.tensor([[3, 200]]), 256)
+    assert sizes_of(plan).nonzero().flatten().tolist() == [3, 200] and len(plan.token_of_row) <= 3 * SMALL_ROW_BLOCK
+
+
+def test_on_cuda_an_expert_without_tokens_has_a_gradient_of_zeros(experts, on_cuda, monkeypatch):
+    monkeypatch.setattr(F, "grouped_mm", lambda x, weight, offs: PoisonedGroups.apply(x, weight, offs))
+    indices = torch.full((40, 1), 5)
+    x, weights = torch.randn(40, HIDDEN).bfloat16(), torch.rand(40, 1)
+    *_, gate_up, down = values_and_gradients(experts, experts, x, weights, indices, torch.randn(40, HIDDEN))
+    for grad in (gate_up, down):
+        assert [expert for expert in range(EXPERTS) if grad[expert].any()] == [5]
 
 
 def test_low_ranks_are_padded_for_cudas_alignment_with_the_same_numbers(on_cuda, monkeypatch):

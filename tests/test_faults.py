@@ -14,10 +14,17 @@ import pytest
 import torch
 from forked import Forked, on_ranks
 from safetensors import SafetensorError
-from toy_stage import ROWS, Rows, files
+from toy_stage import ROWS, TIME, Rows, files
 
+import distill
+import dpo_train
+import full_sft
+import grpo_train
+import lora_sft
+import pretrain
 import training.checkpoints.checkpoint
 from errors import UserError, command_line
+from model import MiniDeepSeek
 from training.checkpoints.manifest import verify
 from training.checkpoints.saver import Saver
 from training.ranks import Ranks
@@ -139,3 +146,84 @@ def test_a_full_disk_ends_both_ranks_in_one_line(make, tmp_path, monkeypatch):
     said = "".join(rank.output() for rank in ranks)
     assert [rank.code for rank in ranks] == [2, 2] and "Traceback" not in said
     assert said.count("error: ") == 1 and "could not be saved" in said
+
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.06 GiB is "
+    "free. Including non-PyTorch memory, this process has 78.04 GiB memory in use. If reserved but unallocated memory "
+    "is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation. See documentation"
+)
+SAID = (
+    "error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.06 GiB "
+    "is free; in training lower --micro_tokens or pass --gradient_checkpointing (and --resume, if something was "
+    "saved); elsewhere read less at once"
+)
+
+
+def test_a_full_gpu_ends_in_one_line_and_a_resume_loses_nothing(make, capsys):
+    def fill() -> None:
+        raise torch.OutOfMemoryError(FULL)
+
+    whole = make("whole", max_steps=6, save_every=2)
+    whole.run()
+    with pytest.raises(SystemExit) as end:
+        command_line(make(dataset=at_step(4, fill), max_steps=6, save_every=2).run)
+    assert end.value.code == 2 and capsys.readouterr().err.strip() == SAID
+    again = make(max_steps=6, save_every=2, resume=True, micro_tokens=ROWS * TIME)
+    assert again.checkpoints.newest() == again.out / "step-2"
+    again.run()
+    assert files(again.out / "final") == files(whole.out / "final")
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory\nCUDA kernel errors", "DefaultCPUAllocator: can't"])
+def test_memory_may_be_full_in_other_words(words, capsys):
+    def fail() -> None:
+        raise RuntimeError(words)
+
+    with pytest.raises(SystemExit) as end:
+        command_line(fail)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "lower --micro_tokens" in said
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def fail() -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        command_line(fail)
+
+
+def test_a_full_gpu_of_one_rank_ends_the_other_too(make, tmp_path):
+    def train(rank: int) -> None:
+        def fill(indices: Sequence[int]) -> None:
+            if rank and indices[0] >= 2 * ROWS:
+                raise torch.OutOfMemoryError(FULL)
+
+        command_line(make(dataset=Rows(fill), ranks=Ranks.start("cpu", timeout=30.0), save_every=2).run)
+
+    ranks = on_ranks(2, train, tmp_path)
+    assert [rank.code for rank in ranks] == [2, 2] and (tmp_path / "run" / "step-2").is_dir()
+    assert SAID in ranks[1].output() and "error: rank 0: another rank has ended" in ranks[0].output()
+
+
+@pytest.mark.parametrize("script", [pretrain, full_sft, lora_sft, dpo_train, grpo_train, distill])
+def test_every_stage_explains_a_full_gpu(script, run, pretrain_arguments, pretrained, world, tmp_path, monkeypatch):
+    """Wherever the model runs: in training, while answers are sampled, where a reference or a teacher is asked."""
+
+    def fill(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(FULL)
+
+    final = pretrained / "final"
+    chats = ["--ckpt", final, "--data", world / "sft.jsonl", "--sequence_length", 64, "--batch_tokens", 512]
+    arguments = {
+        pretrain: pretrain_arguments,
+        full_sft: chats,
+        lora_sft: chats,
+        dpo_train: [*chats, "--data", world / "preferences.jsonl"],
+        grpo_train: ["--ckpt", final, "--data", "arithmetic:1", "--max_new_tokens", 8, "--sequence_length", 64],
+        distill: [*chats, "--teacher", final, "--precompute_top_k", 4],
+    }[script]
+    monkeypatch.setattr(MiniDeepSeek, "forward", fill)
+    done = run(script.main, *arguments, "--device", "cpu", "--max_steps", 2, "--out", tmp_path / "out")
+    assert done.code == 2 and done.err.strip().splitlines()[-1] == SAID and "Traceback" not in done.err

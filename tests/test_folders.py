@@ -21,9 +21,9 @@ def texts(path: Path, split: str = "train") -> tuple[list[str], list[str]]:
     report, source = RowReport(), Source(str(path), split=split)
     rows = [row["text"] for _, row in read_rows(source, "stop", report)]
     corpus = Corpus([source])
-    assert [document.text for document in corpus] == rows and corpus.report.notices == report.notices
-    assert report.lines()[: len(report.notices)] == report.notices == corpus.report.summary()[: len(report.notices)]
-    return rows, report.notices
+    assert [document.text for document in corpus] == rows and corpus.report.notices == report.unread
+    assert report.lines()[: len(report.unread)] == report.unread == corpus.report.summary()[: len(report.unread)]
+    return rows, report.unread
 
 
 def data(*found: str) -> datasets.Dataset:

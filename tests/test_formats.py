@@ -318,6 +318,8 @@ def test_samples_are_always_the_same_and_other_with_another_seed(tmp_path):
          [{"role": "user", "content": None, "n": 3, "ok": True}]),
         ("[]", []),
         (r"['\'\\', 'x']", ["'\\", "x"]),
+        ("[{'n': -1, 'a': 'b'}\n {'n': 2}]", [{"n": -1, "a": "b"}, {"n": 2}]),
+        ("['a' 'b'\n 'c']", ["a", "b", "c"]),
     ],
 )  # fmt: skip
 def test_lists_are_parsed_as_they_were_meant(text, value):

@@ -61,6 +61,16 @@ def test_a_preview_marks_exactly_what_is_learnt(look, tokenizer, tmp_path):
     assert "\x1b" not in done.out  # neither colours in a pipe, nor a command to the terminal out of the data
 
 
+def test_a_preview_shows_a_turn_that_is_marked_as_not_trained_on(look, tmp_path):
+    first, last = {"role": "assistant", "content": "No.", "weight": 0.0}, {"role": "assistant", "content": "Yes."}
+    row = {"messages": [CHAT[1], first, CHAT[1], last], "rationale": "it has more than four words"}
+    done = look("preview", write(tmp_path / "a.jsonl", [row]))
+    assert [text for learnt, text in shown(done.out) if learnt] == ["Yes.</s>"] and "No.</s>" in done.out.replace(
+        "┊", ""
+    )
+    assert "notice: 1 x the column 'rationale' is not read" in done.out
+
+
 def test_a_preview_shows_each_token_and_whole_characters(look, tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": [CHAT[1], {"role": "assistant", "content": "鑫好"}]}])
     done = look("preview", path)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call_main
+from forked import on_ranks
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 import lora_sft
@@ -67,9 +70,30 @@ def test_an_adapter_learns_and_its_base_stays_as_it_was(tune, pretrained, tmp_pa
         assert torch.equal(value, merged.state_dict()[name])
 
 
+def test_peft_opens_the_adapter_and_its_base_from_any_folder(tune, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(pretrained)
+    assert tune(tmp_path / "lora", "--ckpt", "final", "--max_steps", 1).code == 0
+    folder = tmp_path / "lora" / "final"
+    monkeypatch.chdir(tmp_path)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    ids = torch.arange(20, 40)[None]
+    ours, _ = open_adapted(str(pretrained / "final"), str(folder))
+    torch.testing.assert_close(theirs(ids).logits.float(), ours.eval()(ids).logits, rtol=1e-4, atol=2e-5)
+
+
+def test_an_adapter_opens_whatever_name_it_gives_its_base(tune, pretrained, tmp_path):
+    """A relative path, as adapters gave before, or one that is no longer there."""
+    assert tune(tmp_path, "--max_steps", 1).code == 0
+    config = tmp_path / "final" / CONFIG
+    values = json.loads(config.read_text())
+    for name in ("out/sft/final", "/nowhere", None):
+        config.write_text(json.dumps({**values, "base_model_name_or_path": name}))
+        open_adapted(str(pretrained / "final"), str(tmp_path / "final"))
+
+
 @pytest.mark.parametrize("options", [[], ["--lora.targets", "all", "--base", "int8", "--gradient_checkpointing"]])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(tune, tmp_path, options):
-    """Dropout too: the random numbers go on where they stopped."""
+    """Dropout too: its masks are a function of the step."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for out in (whole, cut):
         assert tune(out, "--max_steps", 4, "--save_every", 2, *options).code == 0
@@ -79,6 +103,24 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tune, tmp_path, options):
     ours, theirs = (load_file(out / "final" / "adapter_model.safetensors") for out in (cut, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert any(value.abs().max() > 0 for name, value in ours.items() if "lora_B" in name)
+
+
+def test_two_ranks_that_were_cut_go_on_to_the_same_bits(tmp_path, pretrained, data):
+    """Each rank draws masks of its own, which the checkpoint of rank 0 could not hold."""
+    given = ["--ckpt", pretrained / "final", "--data", data / "train.json", *SHAPE, "--micro_tokens", 128]
+    given += ["--max_steps", 4, "--save_every", 2, "--lora.dropout", 0.5, "--dist.check_every", 1]
+
+    def tune(out: Path, *options: str) -> None:
+        ranks = on_ranks(2, lambda rank: call_main(lora_sft.main, *given, "--out", out, *options), tmp_path)
+        assert [rank.code for rank in ranks] == [0, 0], "".join(rank.output() for rank in ranks)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    tune(whole)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "final")
+    tune(cut, "--resume")
+    ours, theirs = (load_file(out / "final" / WEIGHTS) for out in (cut, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_recomputing_activations_changes_nothing(tune, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import nn
 from torchao.quantization import to_nf4
 
 from errors import UserError
+from LMConfig import LMConfig
 from model.experts import Experts
-from model.packed import BLOCK, SCALES, Int8Weight, NF4Weight, PackedLinear
+from model.packed import BLOCK, SCALES, Int8Weight, NF4Weight, Packed, PackedLinear
 from training.adapters.adapter import Adapter
 from training.adapters.frozen import check_base, nf4_or_int8, shrink_frozen
 from training.adapters.lora import LoraSettings
@@ -99,6 +102,67 @@ def test_packed_experts_equal_experts_with_the_unfolded_weights(tiny_config, kin
     torch.testing.assert_close(results[0], results[1])
     with torch.no_grad():
         torch.testing.assert_close(packed(x, weights, indices), plain(x, weights, indices))
+
+
+def linear(pack: Callable[[nn.Parameter], Packed | nn.Parameter]) -> Callable[[torch.Tensor], torch.Tensor]:
+    layer = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+    weight = pack(layer.weight)
+    layer.weight = weight if isinstance(weight, nn.Parameter) else layer.weight
+    return layer if isinstance(weight, nn.Parameter) else PackedLinear(layer, weight)
+
+
+def experts(pack: Callable[[nn.Parameter], Packed | nn.Parameter]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Some of them without tokens; one of the sizes is no multiple of what CUDA's products are aligned to."""
+    module = Experts(LMConfig(hidden_size=64, moe_intermediate_size=36, n_routed_experts=8, n_group=1, topk_group=1))
+    for name, weight in list(module.named_parameters()):
+        nn.init.normal_(weight, std=0.1)
+        delattr(module, name)
+        setattr(module, name, pack(weight))
+    indices = torch.arange(48 * 2).view(48, 2) % 5
+    weights = torch.rand(48, 2, generator=torch.Generator().manual_seed(2))
+    return lambda x: module(x, weights, indices)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request, monkeypatch) -> None:
+    """With "cuda" every tensor claims to be on it: the branch that a GPU would take, in the CPU's memory."""
+    if request.param == "cuda":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+
+
+@pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
+@pytest.mark.parametrize(("build", "sizes"), [(linear, [96 * 64]), (experts, [8 * 72 * 64, 8 * 64 * 36])])
+def test_a_packed_weight_is_not_kept_unpacked_for_the_backward_pass(kind, build, sizes, device, monkeypatch):
+    unpacked: list[weakref.ref] = []
+    dense = kind.dense
+
+    def noted(self: Packed, dtype: torch.dtype) -> torch.Tensor:
+        weight = dense(self, dtype)
+        unpacked.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(kind, "dense", noted)
+    forward, saved = build(kind), []
+    x = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        out = forward(x)
+    assert len(unpacked) == len(sizes) and all(weight() is None for weight in unpacked)
+    assert all(tensor.numel() < min(sizes) for tensor in saved), [tensor.shape for tensor in saved]
+    out.float().sum().backward()
+    assert len(unpacked) == 2 * len(sizes)
+
+
+@pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
+@pytest.mark.parametrize("build", [linear, experts])
+def test_gradients_through_a_packed_weight_have_the_bits_of_those_through_the_unpacked_one(kind, build, device):
+    found = []
+    for pack in (kind, lambda weight: nn.Parameter(kind(weight).dense(torch.bfloat16), requires_grad=False)):
+        torch.manual_seed(0)
+        forward = build(pack)
+        x = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)
+        out = forward(x)
+        found.append((out, *torch.autograd.grad(out, x, torch.randn(out.shape).bfloat16())))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(("base", "near"), [("auto", 0.0), ("int8", 0.1), ("nf4", 0.6)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from text.row_report import RowError, RowReport
 
 USER = {"role": "user", "content": "Q"}
 GOOD, BAD = {"role": "assistant", "content": "A"}, {"role": "assistant", "content": "B"}
+WHOLE = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
 LAYOUTS = {
     "strings": {"prompt": "Q", "chosen": "A", "rejected": "B"},
     "messages": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
@@ -33,7 +36,27 @@ LAYOUTS = {
         side: [{"from": "human", "value": "Q"}, {"from": "gpt", "value": answer}]
         for side, answer in (("chosen", "A"), ("rejected", "B"))
     },
+    "UltraFeedback": {"prompt": "Q", "prompt_id": "ab12", **WHOLE, "messages": WHOLE["chosen"], "score_chosen": 8.0},
+    "the rejected conversation once more": {**WHOLE, "messages": WHOLE["rejected"]},
+    "another answer beside whole lists": {**WHOLE, "conversations": [USER, {"role": "assistant", "content": "C"}]},
+    "a conversation and another answer": {"messages": [USER, GOOD], "chosen": "A", "rejected": "B"},
+    "a prompt with space around it": {"prompt": " Q\n", **WHOLE},
+    "a prompt that is one turn": {"prompt": USER, "chosen": GOOD, "rejected": BAD},
+    "nothing in a column": {"messages": None, "prompt": "Q", "chosen": "A", "rejected": "B"},
 }
+
+
+def spelled(literal: Callable[[object], str]) -> dict[str, dict]:
+    """The layouts with lists and objects as the text of CSV cells."""
+    return {
+        name: {key: literal(value) if isinstance(value, list | dict) else value for key, value in row.items()}
+        for name, row in LAYOUTS.items()
+    }
+
+
+def numpy_literal(value: object) -> str:
+    """As pandas writes a cell that came from a Parquet file: no commas between the items of an array."""
+    return str(np.array(value, dtype=object)) if isinstance(value, list) else str(value)
 
 
 def write(path: Path, rows: list[object]) -> Path:
@@ -51,6 +74,71 @@ def some_pairs(count: int, words: int = 3) -> list[dict[str, str]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_pair(layout):
     assert to_preference(LAYOUTS[layout]) == Preference([USER, GOOD], [USER, BAD])
+
+
+@pytest.mark.parametrize("literal", [json.dumps, str, numpy_literal])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_may_be_spelled_in_the_cells_of_a_table(layout, literal):
+    assert to_preference(spelled(literal)[layout]) == Preference([USER, GOOD], [USER, BAD])
+
+
+def test_cells_of_a_csv_file_are_parsed(tmp_path):
+    for literal in (json.dumps, str, numpy_literal):
+        rows = [{"prompt": literal([USER]), "chosen": literal([GOOD]), "rejected": literal([BAD])}] * 2
+        with open(tmp_path / "a.csv", "w", encoding="utf8", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        assert list(read_preferences(tmp_path / "a.csv", "stop")) == [Preference([USER, GOOD], [USER, BAD])] * 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"name": "查", "arguments": {}}]',
+        '{"role": "CEO", "age": 3}',
+        "[1, 2]",
+        "[]",
+        "{'a'",
+        "[{broken",
+        '{"a": "role"',
+    ],
+)
+def test_an_answer_that_is_json_of_another_kind_is_text(answer):
+    pair = to_preference({"prompt": answer, "chosen": answer, "rejected": "B"})
+    assert [turn["content"] for turn in pair.chosen] == [answer, answer]
+
+
+def test_turns_in_a_cell_that_cannot_be_parsed_are_no_answer():
+    with pytest.raises(RowError, match="'chosen' is neither JSON nor a Python list"):
+        to_preference({"prompt": "Q", "chosen": "[{'role': 'assistant', 'content': 'A", "rejected": "B"})
+
+
+def test_a_prompt_may_be_one_of_the_turns_before_the_answer():
+    before = [{"role": "system", "content": "S"}, USER, {"role": "assistant", "content": "C"}, {**USER, "content": "R"}]
+    sides = {"chosen": [*before, GOOD], "rejected": [*before, BAD]}
+    for prompt in ("Q", "R", before, before[:2], before[1:]):
+        assert to_preference({"prompt": prompt, **sides}) == Preference(**sides)
+    with pytest.raises(RowError, match="'prompt' is not what 'chosen' answers"):
+        to_preference({"prompt": "C", **sides})
+
+
+def test_answers_that_differ_in_their_thoughts_only_are_a_pair():
+    sides = {side: [USER, {**GOOD, "reasoning_content": side}] for side in ("chosen", "rejected")}
+    pair = to_preference(sides)
+    assert pair.chosen[-1]["content"] == "<think>\nchosen\n</think>\n\nA" != pair.rejected[-1]["content"]
+
+
+def test_marks_mean_something_on_the_chosen_answer_only(tmp_path, tokenizer):
+    earlier = [USER, {**GOOD, "weight": 0}, USER]
+    row = {"chosen": [*earlier, {**GOOD, "weight": 1}], "rejected": [*earlier, {**BAD, "train": False}]}
+    plain = {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}
+    assert to_preference(row) == Preference(**plain)
+    files = [write(tmp_path / name, [pair]) for name, pair in (("a.jsonl", row), ("b.jsonl", plain))]
+    marked, unmarked = (EncodedPairs.read([file], tokenizer, 60) for file in files)
+    assert marked.mask.tolist() == unmarked.mask.tolist() and marked.fingerprint == unmarked.fingerprint
+    with pytest.raises(RowError, match="'chosen' is marked as not trained on"):
+        to_preference({**row, "chosen": [*earlier, {**GOOD, "loss": False}]})
 
 
 def test_the_turns_before_the_last_answer_are_the_prompt():

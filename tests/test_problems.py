@@ -50,7 +50,7 @@ def test_layouts(row, question, answer, language):
         ({"question": "Q"}, "no answer", "has 'question', but not"),
         ({"question": "Q", "answer": None}, "no answer", "with something in both"),
         ({"question": "Q", "answer": " "}, "no answer", "is empty"),
-        ({"question": "Q", "answer": "text\n#### about ten"}, "unparsable answer", "'about ten', not a number"),
+        ({"question": "Q", "answer": "text\n#### about ten"}, "unparsable answer", "'about ten', not one number"),
         ({"question": "Q", "answer": "?!"}, "unparsable answer", "no letter or digit"),
         ({"question": "Q", "answer": "First we add.\nThen we multiply."}, "unparsable answer", "in 2 lines"),
         ({"question": "", "answer": "1"}, "empty question", "is empty"),

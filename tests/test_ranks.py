@@ -6,16 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from forked import on_ranks
 from safetensors.torch import load_file
+from toy_stage import TIME
 
 import pretrain
-from errors import UserError
 from training.log import read_metrics
+from training.optim import OptimSettings
 from training.ranks import Ranks
+from training.schedule import value_at
 
 ROOT = Path(__file__).resolve().parent.parent
 # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
@@ -79,23 +83,67 @@ def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
         assert again[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize(
-    ("device", "what"), [("cuda", "no CUDA device.*use --device cpu"), ("tpu", "one of auto, cpu")]
-)
-def test_a_device_that_is_not_there_is_named(device, what, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match=f"--device {device}: .*{what}"):
-        Ranks.start(device)
-
-
-def test_one_process_needs_no_torchrun(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    ranks = Ranks.start("auto")
+def test_one_process_needs_no_torchrun():
+    ranks = Ranks.start("cpu")
     assert (ranks.rank, ranks.world, ranks.device.type, ranks.main) == (0, 1, "cpu", True)
     model = torch.nn.Linear(2, 2)
     assert ranks.wrap(model) is model and ranks.sum(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_an_error_of_ones_own_is_not_blamed_on_a_peer():
-    with pytest.raises(RuntimeError, match="out of memory"), Ranks(0, 2, torch.device("cpu")).explained(3.0):
+    with pytest.raises(RuntimeError, match="out of memory"), Ranks(0, 2, torch.device("cpu")).explained():
         raise RuntimeError("CUDA out of memory")
+
+
+SCHEDULES = [0.0, {"0": 0.0, "0.5": 0.3}, {"0": 0.3, "0.5": 0.0}, {"0": 0.0, "0.5": 0.3, "0.75": 0.0}]
+
+
+@pytest.mark.parametrize("mtp_weight", SCHEDULES, ids=["never", "later", "first", "between"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_mtp_layer_that_rests_keeps_no_rank_waiting(mtp_weight, tied, make, tmp_path):
+    """The head is used after `forward`, where DistributedDataParallel cannot see it; gradients equal one process's."""
+    options = dict(mtp_weight=mtp_weight, micro_tokens=TIME, optim=OptimSettings(eps=1e-2), max_steps=4)
+
+    def train(out: str, rank: int, world: int) -> None:
+        ranks = Ranks.start("cpu", timeout=30.0) if world > 1 else None
+        trainer, found = make(out, ranks=ranks, model={"tie_word_embeddings": tied}, **options), []
+        step = trainer.optimizer.step
+
+        def spy() -> None:
+            found.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+            step()
+
+        trainer.optimizer.step = spy
+        trainer.run()
+        torch.save(found, tmp_path / f"{out}-{rank}.pt")
+
+    done = on_ranks(2, lambda rank: train("two", rank, 2), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], "".join(rank.output() for rank in done)
+    train("one", 0, 1)
+    alone, *together = (torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt"))
+    for step, want in enumerate(alone, 1):
+        weight = value_at(mtp_weight, step / 4)
+        assert any(name.startswith("mtp.") for name in want) == (weight > 0)
+        for got in (gradients[step - 1] for gradients in together):
+            assert got.keys() == want.keys()
+            for name in want:
+                torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_wrapping_again_leaves_no_wrapper_behind(make, tmp_path):
+    """Nor its buckets, which are as large as the gradients."""
+
+    def train(rank: int) -> None:
+        trainer = make(ranks=Ranks.start("cpu", timeout=30.0), mtp_weight={"0": 0.0, "0.5": 0.3})
+        wrap, wrapped = trainer._wrap, []
+
+        def spy() -> None:
+            wrap()
+            wrapped.append(weakref.ref(trainer.module))
+
+        trainer._wrap = spy
+        trainer.run()
+        assert len({id(one()) for one in wrapped}) == 2 and wrapped[0]() is None and wrapped[-1]() is not None
+
+    done = on_ranks(2, train, tmp_path)
+    assert [rank.code for rank in done] == [0, 0], "".join(rank.output() for rank in done)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from fractions import Fraction
-
 import pytest
 
 from errors import UserError
-from text.answers import as_number, final_answer, problem_with
 from text.problems import Problem
 from training.alignment.rewards import Rewards, Sample, find, names, reward
-from training.alignment.verifier import Verifier, shared_verifier
 
 GOOD = "<think>\n3 apples\nand 4\n</think>\n<answer>\n7\n</answer>"
 FLAT = "<think>3 and 4</think><answer>7</answer>"
@@ -84,34 +78,6 @@ def test_a_problems_own_scoring_replaces_the_comparison():
     problem = Problem("Sort b a.", "a b", "sorting", score=lambda given: float(given.split() == ["a", "b"]))
     assert find("correct")([Sample(problem, "<answer>a   b</answer>", 5, 9)]) == [1.0]
     assert find("correct")([Sample(problem, "<answer>b a</answer>", 5, 9)]) == [0.0]
-
-
-def test_plain_numbers_are_compared_as_math_verify_compares_them():
-    pairs = [
-        ("1/2", "0.5"),
-        ("1,000", "1000"),
-        ("1000", "1,000.0"),
-        ("3", "3.1"),
-        ("-2", "2"),
-        ("0.25", "1/4"),
-        ("2/3", "0.5"),
-    ]
-    for wanted, given in pairs:
-        assert (as_number(wanted) == as_number(given)) == shared_verifier().equal(wanted, given), (wanted, given)
-
-
-def test_numbers_are_read_exactly():
-    read = {
-        "12": 12,
-        " 1,234,567 ": 1234567,
-        "1/3": Fraction(1, 3),
-        "-0.5。": Fraction(-1, 2),
-        "+7": 7,
-        "１２": 12,
-        ".5": Fraction(1, 2),
-    }
-    assert {text: as_number(text) for text in read} == read
-    assert [as_number(text) for text in ("", "12a", "1,23", "1/0", "twelve", "1 2", "9" * 300)] == [None] * 7
 
 
 @pytest.mark.parametrize(
@@ -249,63 +215,6 @@ def test_the_rewards_of_the_project_are_listed():
         "strict_format",
         "tag_count",
     ]
-
-
-@pytest.mark.parametrize("answer", ["", "  ", "???", "a" * 201, "first\nsecond", "\\frac{1}{2}" * 30])
-def test_answers_that_no_verifier_can_parse(answer):
-    assert problem_with(answer) is not None
-
-
-@pytest.mark.parametrize("answer", ["7", "-1/2", "1,000", r"\frac{1}{2}", "Paris", "月牙镇", "x=3", "50%"])
-def test_answers_that_one_can(answer):
-    assert problem_with(answer) is None
-
-
-def test_text_answers_are_taken_whole_and_numbers_out_of_their_sentence():
-    assert final_answer("<answer>3 red apples</answer>", numeric=False) == "3 red apples"
-    assert final_answer("<answer>3 red apples</answer>") == "3"
-
-
-def test_a_formula_that_never_ends_is_given_up_and_the_next_is_answered():
-    verifier = Verifier(seconds=60.0)
-    try:
-        assert verifier.equal("1/2", r"\frac{1}{2}") is True
-        verifier.seconds, begin = 1.0, time.monotonic()
-        assert verifier.equal("3", "9^(9^(9^9))") is None
-        assert time.monotonic() - begin < 20 and verifier.timeouts == 1
-        verifier.seconds = 60.0
-        assert verifier.equal("3", "4") is False and verifier.timeouts == 1
-    finally:
-        verifier.stop()
-
-
-def test_verification_works_from_any_thread():
-    """math-verify's own time limits are signals, which only the main thread may set."""
-    answers: dict[int, object] = {}
-
-    def ask(number: int) -> None:
-        answers[number] = shared_verifier().equal(str(number), rf"\frac{{{2 * number}}}{{2}}")
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == dict.fromkeys(range(4), True)
-
-
-def test_a_verifier_that_cannot_start_is_an_error_and_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr("training.alignment.verifier.sys.executable", "false")
-    with pytest.raises(UserError, match="math-verify does not start; pip install"):
-        Verifier().equal("1/2", r"\frac{1}{2}")
-
-
-def test_a_verifier_runs_this_code_whatever_is_installed(monkeypatch):
-    started = []
-    monkeypatch.setattr("training.alignment.verifier.subprocess.Popen", lambda *_, cwd, **__: started.append(cwd))
-    with pytest.raises(AttributeError):  # what Popen gives is used at once
-        Verifier().equal("1/2", r"\frac{1}{2}")
-    assert (started[0] / "training" / "alignment" / "verifier.py").is_file()
 
 
 def test_what_a_reward_says_to_people_is_not_wrapped_up():

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from errors import UserError
-from training.schedule import Budget, learning_rate, lowest, value_at
+from training.schedule import Budget, learning_rate, value_at
 
 RATE = dict(peak=2.0, warmup=0.1, decay_from=0.6, final_ratio=0.25)
 
@@ -69,6 +69,5 @@ def test_a_number_is_its_own_schedule():
     ("schedule", "what"), [({0.1: 0.3}, "begin at share 0"), ({}, "begin at share 0"), ({"late": 1.0}, "shares of the")]
 )
 def test_an_impossible_schedule_is_named(schedule, what):
-    lowest(schedule)  # looked at before the schedule is used
     with pytest.raises(UserError, match=f"bias_speed.*{what}"):
         value_at(schedule, 0.5, "bias_speed")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
+from forked import on_ranks
 
 import training.distill.top_k
 from dataset import ChatDataset
@@ -105,22 +103,16 @@ def teacher(pretrained, tokenizer) -> OwnTeacher:
     return open_teacher(str(pretrained / "final"), tokenizer, 600, torch.float32, CPU)
 
 
-def keep(folder, chats, teacher, k=8, mark="one", world=1, temperature=1.0):
-    """What every rank keeps, a thread each, and how many of them asked."""
-    asked, barrier = [], threading.Barrier(world, timeout=60)
+def keep(folder, chats, teacher, k=8, mark="one", temperature=1.0, ranks=None):
+    """What is kept, and how often the teacher was opened."""
+    asked = []
 
     def ask() -> OwnTeacher:
         asked.append(1)
         return teacher
 
-    def run(rank: int):
-        ranks = Ranks(rank, world, CPU)
-        object.__setattr__(ranks, "barrier", barrier.wait)
-        return keep_top_k(folder, chats, k, temperature, mark, ask, 4, torch.float32, ranks)
-
-    with ThreadPoolExecutor(world) as pool:
-        found = list(pool.map(run, range(world)))
-    return found[-1], len(asked)
+    ranks = ranks or Ranks(0, 1, CPU)
+    return keep_top_k(folder, chats, k, temperature, mark, ask, 4, torch.float32, ranks), len(asked)
 
 
 def test_a_batch_has_what_the_teacher_says_of_its_labels(chats, teacher, tmp_path):
@@ -187,7 +179,12 @@ def test_a_file_that_was_cut_short_is_made_again(chats, teacher, tmp_path):
 
 def test_ranks_share_the_work(chats, teacher, tmp_path):
     alone, _ = keep(tmp_path / "alone", chats, teacher)
-    shared, asked = keep(tmp_path / "shared", chats, teacher, world=2)
-    assert asked == 2
+
+    def of_rank(rank: int) -> None:
+        assert keep(tmp_path / "shared", chats, teacher, ranks=Ranks.start("cpu", timeout=20.0))[1] == 1
+
+    assert [rank.code for rank in on_ranks(2, of_rank, tmp_path)] == [0, 0]
+    shared, asked = keep(tmp_path / "shared", chats, teacher)
+    assert asked == 0
     for one, other in zip(alone.read(range(9)), shared.read(range(9)), strict=True):
         torch.testing.assert_close(one, other)

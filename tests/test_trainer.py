@@ -5,26 +5,29 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count, pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_stage import ROWS, TIME, VOCAB, Rows, biases
 
 import training.machine
 import training.trainer
 from errors import UserError
 from model import MiniDeepSeek
+from model.kernel_report import kernel_report
 from model.moe import update_bias
 from training.entries import max_violation
 from training.log import read_metrics
 from training.losses import Batch, NextTokenLoss
-from training.machine import Peak, measured_peak
+from training.machine import Peak, machine_peak, measured_peak
 from training.optim import OptimSettings, build_optimizer
 from training.ranks import Ranks
 from training.settings import StageSettings
+from training.stage import begin
 from training.trainer import Trainer
 from training.validation import BitsPerByte
 
@@ -317,13 +320,20 @@ def test_rows_that_do_not_divide_among_the_ranks_are_refused(make):
         make(world=3)
 
 
+def test_the_announcement_says_why_this_device(make, capsys):
+    make(ranks=Ranks(0, 1, torch.device("cpu"), "no driver"), max_steps=1).run()
+    assert "machine    1 x cpu (no driver), " in capsys.readouterr().out
+
+
 def test_rows_longer_than_the_model_reads_are_refused(make):
     with pytest.raises(UserError, match="--sequence_length 128: the model reads 64 tokens"):
         make(sequence_length=128, batch_tokens=1024)
 
 
-def test_recomputing_activations_gives_the_same_step(make):
-    trainers = [make("kept", max_steps=2), make("recomputed", max_steps=2, gradient_checkpointing=True)]
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recomputing_activations_gives_the_same_step(dtype, make):
+    given = dict(max_steps=2, dtype=dtype)
+    trainers = [make("kept", **given), make("recomputed", **given, gradient_checkpointing=True)]
     for trainer in trainers:
         trainer.run()
     kept, recomputed = (trainer.model.state_dict() for trainer in trainers)
@@ -344,17 +354,44 @@ def test_the_peak_is_measured_once_at_least_however_slow_the_machine():
     assert measured_peak(torch.float32, torch.device("cpu"), size=16, seconds=0) > 0
 
 
-def test_the_peak_is_that_of_the_best_moment(monkeypatch):
-    moments = iter([400.0, 300.0, 800.0, 500.0])
-    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: next(moments))
+@pytest.fixture
+def unmeasured() -> Iterator[None]:
+    """As if nothing were known of the machine yet, and again afterwards."""
+    machine_peak.cache_clear()
+    yield
+    machine_peak.cache_clear()
+
+
+def test_a_step_beyond_the_peak_raises_it_and_says_so_once(unmeasured, monkeypatch, capsys):
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 400e9)
     peak = Peak(torch.float32, Ranks(0, 2, torch.device("cpu")))
-    assert peak.rate == 800
-    assert [peak.look_again() for _ in range(3)] == [800, 1600, 1600]
-    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 1.0)
-    for _ in range(Peak.MOMENTS):
-        peak.look_again()
-    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 1e6)
-    assert peak.look_again() == 1600, "a long run goes on measuring"
+    assert peak.share(200e9) == 0.25 and peak.share(800e9) == 1.0 and not capsys.readouterr().out
+    assert peak.share(1000e9) == 1.0 and peak.share(500e9) == 0.5
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "1,000 GFLOP/s was faster" in said and "(800)" in said
+
+
+def test_the_peak_is_measured_once_on_an_empty_device_and_memory_is_counted_from_there(unmeasured, make, monkeypatch):
+    """By order: the statistics of a GPU begin after the measurement, which comes before the model is placed."""
+    happened, device = [], torch.device("cuda", 0)
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_: happened.append("measured") or 1e15)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, name=name: happened.append(name))
+    assert machine_peak(torch.bfloat16, device) == machine_peak(torch.bfloat16, device) == 1e15
+    assert happened == ["measured", "empty_cache", "reset_peak_memory_stats"]
+    place = MiniDeepSeek.to
+    monkeypatch.setattr(MiniDeepSeek, "to", lambda model, *to: happened.append("placed") or place(model, *to))
+    make("fresh", max_steps=2).run()
+    assert happened[3:] == ["measured", "placed"]
+
+
+def test_a_stage_begins_with_the_peak(unmeasured, monkeypatch, tmp_path):
+    """On the threads that it is given, before it opens a model."""
+    threads = []
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_: threads.append(torch.get_num_threads()) or 1e15)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.append(-count))
+    begin(StageSettings(out=str(tmp_path), device="cpu", threads=1))
+    assert threads == [-1, 1]
 
 
 def test_measuring_the_peak_leaves_the_random_numbers_alone():
@@ -363,6 +400,39 @@ def test_measuring_the_peak_leaves_the_random_numbers_alone():
     before = torch.get_rng_state()
     measured_peak(torch.bfloat16, torch.device("cpu"), size=16, seconds=0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Products(TorchDispatchMode):
+    """Writes down the types of products with the router's matrix, (12 experts, 32 features), or its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        out = function(*arguments, **(named or {}))
+        if function is torch.ops.aten.mm.default and any({*x.shape} == {12, 32} for x in (*arguments, out)):
+            self.types += [x.dtype for x in (*arguments, out)]
+        return out
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_routers_products_of_the_backward_pass_are_in_float32(recomputed, make, monkeypatch):
+    """In bfloat16 training too. Recomputed layers also route again; in float32 as in the forward pass."""
+    products, backward = Products(), torch.Tensor.backward
+
+    def spy(loss: torch.Tensor) -> None:
+        assert not torch.is_autocast_enabled("cpu")
+        with products:
+            backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    options = dict(model={"n_routed_experts": 12}, gradient_checkpointing=recomputed, micro_tokens=ROWS * TIME // 2)
+    make(dtype="bf16", max_steps=1, **options).run()
+    # A product for the gradient of the weight and one for that of the tokens, of three matrices each, in two
+    # micro-batches, in two MoE layers and the MTP layer; the forward pass has one.
+    assert len(products.types) == 3 * (3 if recomputed else 2) * 2 * 3
+    assert set(products.types) == {torch.float32}
 
 
 def test_float16_is_refused(make):
@@ -392,3 +462,10 @@ def test_wandb_is_told_each_step_and_stays_offline_without_a_key(make, monkeypat
     assert (told.options["project"], told.options["mode"], told.finished) == ("mini", "offline", 1)
     assert [step for step, _ in told.steps] == [0, 1, 2]
     assert "max_vio/layer_2" in told.steps[1][1] and told.steps[1][1]["loss"] > 0
+
+
+def test_a_run_says_at_its_start_which_kernels_compute(make, capsys):
+    trainer = make("run", max_steps=1, dtype="fp32")
+    trainer.run()
+    kernels = kernel_report(trainer.model.config, torch.float32, torch.device("cpu"), trainer.settings.row_tokens)
+    assert f"\nkernels    {kernels}\n" in capsys.readouterr().out

@@ -2,9 +2,10 @@
 
     <s>[<|system|>S]<|user|>Q<|assistant|>A</s><|user|>Q2<|assistant|>A2</s>
 
-Learnt are the assistant's words and the `</s>` that ends its turn, so the model learns to answer and to stop. Only the
-layout's own marks become special tokens, and `<think>`, `</think>` within an assistant's words. A person who types
-`</s>` or `<|assistant|>` has typed letters: `encode_chat` encodes each text on its own and never looks for marks in it.
+Learnt are the assistant's words and the `</s>` that ends its turn, so the model learns to answer and to stop; a turn
+with `train` False is context only. Only the layout's own marks become special tokens, and `<think>`, `</think>` within
+an assistant's words. A person who types `</s>` or `<|assistant|>` has typed letters: `encode_chat` encodes each text on
+its own and never looks for marks in it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ if TYPE_CHECKING:
     from text.tokenizer import Tokenizer
 
 
-class Message(TypedDict):
-    """One turn. `role` is system, user, assistant or tool; `content` is plain text."""
+class _Marks(TypedDict, total=False):
+    train: bool
+
+
+class Message(_Marks):
+    """One turn. `role` is system, user, assistant or tool; `content` is plain text.
+
+    `train`: False on an assistant's turn that is context only; missing elsewhere.
+    """
 
     role: str
     content: str
@@ -37,15 +45,49 @@ ALLOWED_BEFORE = {
     "tool": ("assistant", "tool"),
 }
 
-# The same layout in Jinja, for transformers, vLLM and llama.cpp. The generation marks surround what is learnt.
+# The same layout in Jinja, for transformers, vLLM and llama.cpp. The generation marks surround what is trained on.
+# Turns come as programs send them, and become what `text.turns` makes of such turns in the data: tools join the system
+# prompt, thoughts and tool calls the answer. `tojson` writes JSON as training does. Arguments that come as text are
+# rendered as they stand, since Jinja cannot parse them. Small engines must read it: no macros and no other filters.
 # A server checks no order here: some of them try a template on odd conversations to see what it can do.
 CHAT_TEMPLATE = (
     "{{- '<s>' }}"
+    "{%- if tools and messages[0]['role'] != 'system' %}{{- '<|system|>' }}{{- tools | tojson }}{% endif %}"
     "{%- for message in messages %}"
+    "{%- set turn = namespace(text='') %}"
+    "{%- if message['content'] is string %}"
+    "{%- set turn.text = message['content'] %}"
+    "{%- elif message['content'] %}"
+    "{%- for part in message['content'] %}"
+    "{%- if part is string %}{%- set turn.text = turn.text + part %}"
+    "{%- elif part['text'] is string %}{%- set turn.text = turn.text + part['text'] %}"
+    "{%- else %}{{- raise_exception('a part of a turn is not text; only text is read') }}{% endif %}"
+    "{%- endfor %}"
+    "{%- endif %}"
     "{%- if message['role'] == 'assistant' %}"
-    "{{- '<|assistant|>' }}{% generation %}{{ message['content'] + '</s>' }}{% endgeneration %}"
+    "{{- '<|assistant|>' }}{% generation %}"
+    "{%- set thought = message['reasoning_content'] or message['reasoning'] or message['thinking'] or '' %}"
+    "{%- if thought | trim and '<think>' not in turn.text %}"
+    "{%- set turn.text = turn.text | trim %}"
+    "{{- '<think>\\n' + thought | trim + '\\n</think>\\n\\n' }}"
+    "{%- endif %}"
+    "{{- turn.text }}"
+    "{%- for tool_call in message['tool_calls'] or [] %}"
+    "{%- set function = tool_call['function'] or tool_call %}"
+    "{%- if turn.text or not loop.first %}{{- '\\n' }}{% endif %}"
+    "{{- '{\"name\": ' }}{{- function['name'] | tojson }}{{- ', \"arguments\": ' }}"
+    "{%- if not function['arguments'] %}{{- '{}' }}"
+    "{%- elif function['arguments'] is string %}{{- function['arguments'] }}"
+    "{%- else %}{{- function['arguments'] | tojson }}{% endif %}"
+    "{{- '}' }}"
+    "{%- endfor %}"
+    "{{- '</s>' }}{% endgeneration %}"
+    "{%- elif message['role'] == 'system' and tools and loop.first %}"
+    "{{- '<|system|>' }}"
+    "{%- if turn.text | trim %}{{- turn.text + '\\n\\n' }}{% endif %}"
+    "{{- tools | tojson }}"
     "{%- elif message['role'] in ['system', 'user', 'tool'] %}"
-    "{{- '<|' + message['role'] + '|>' + message['content'] }}"
+    "{{- '<|' + message['role'] + '|>' + turn.text }}"
     "{%- else %}"
     "{{- raise_exception('unknown role ' + message['role'] + '; use system, user, assistant or tool') }}"
     "{%- endif %}"
@@ -129,10 +171,11 @@ def _layout(
         role, content = message["role"], message["content"]
         pieces.append((special[ROLE_MARKS[role]], 0))
         if role == "assistant":
+            trained = int(message.get("train", True))
             # split() with a group gives text, mark, text, mark, ..., text
             for number, part in enumerate(_THINK_MARKS.split(content)):
-                pieces.append((special[part] if number % 2 else part, 1))
-            pieces.append((tokenizer.eos_id, 1))
+                pieces.append((special[part] if number % 2 else part, trained))
+            pieces.append((tokenizer.eos_id, trained))
         else:
             pieces.append((content, 0))
     if add_generation_prompt:

@@ -8,25 +8,25 @@ medical_o1   {"Question": Q, "Complex_CoT": thought, "Response": A}
 openthoughts ShareGPT whose answers have their thought and solution between marks; only where the format is named
 
 The layout is seen row by row, so a file may mix them, unless the source names its format. A list may be text that
-spells it, as in the cells of a CSV file.
+spells it, as in the cells of a CSV file. What a turn may hold is told in `text.turns`. Text in columns that no layout
+knows is not read, and named in the report where it may be speech (`text.unread`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from errors import UserError
 from text.chat_template import Message, check_messages
 from text.formats import Layout
-from text.literals import parse_list
+from text.literals import list_of
 from text.registry import Source
 from text.row_report import RowError, RowReport, kind_of
 from text.rows import converted_rows
-
-SEEN = Layout()
+from text.turns import SEEN, read_turn, text_of, thought_and_answer, tools_text
+from text.unread import unread
 
 
 def read_conversations(
@@ -38,22 +38,27 @@ def read_conversations(
     A row without that is counted in `report` (`on_error="skip"`) or raises `UserError` (`on_error="stop"`). A missing
     or empty file and a JSON array that breaks off raise `UserError` always: what follows the break cannot be counted.
     """
-    source = Source.of(source)
-    convert = partial(to_messages, layout=source.layout)
-    yield from converted_rows(source, convert, on_error, RowReport() if report is None else report)
+    source, report = Source.of(source), RowReport() if report is None else report
+    convert = partial(to_messages, layout=source.layout, notices=report.pending)
+    yield from converted_rows(source, convert, on_error, report)
 
 
-def to_messages(row: object, layout: Layout = SEEN) -> list[Message]:
-    """One row as messages: of the layout's format or, where it has none, of any. Raises `RowError`."""
-    row = layout.arrange(row)
+def to_messages(row: object, layout: Layout = SEEN, notices: set[str] | None = None) -> list[Message]:
+    """One row as messages: of the layout's format or, where it has none, of any. Raises `RowError`.
+
+    notices: takes what is said about a row that is used all the same.
+    """
+    notices = set() if notices is None else notices
+    given, row = row, layout.arrange(row)
     if isinstance(row, list):
-        name, messages = "the list", turns_to_messages("the list", row, layout)
+        name, messages = "the list", turns_to_messages("the list", row, layout, notices)
     elif not isinstance(row, dict):
         raise RowError("not a conversation", f"the row is {kind_of(row)}; it must be an object or a list of messages")
     elif "messages" in row:
-        name, messages = "'messages'", turns_to_messages("'messages'", row["messages"], layout)
+        name, messages = "'messages'", turns_to_messages("'messages'", row["messages"], layout, notices)
     elif "conversations" in row:
-        name, messages = "'conversations'", turns_to_messages("'conversations'", row["conversations"], layout)
+        name = "'conversations'"
+        messages = turns_to_messages(name, row["conversations"], layout, notices)
         if layout.format == "openthoughts":
             messages = [_thought_through(message) for message in messages]
     elif "instruction" in row or "output" in row:
@@ -69,28 +74,32 @@ def to_messages(row: object, layout: Layout = SEEN) -> list[Message]:
         )
     messages = with_system(row, messages) if isinstance(row, dict) else messages
     check_conversation(name, messages)
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
+        raise RowError("nothing to train on", f"{name} marks every assistant turn as not trained on")
+    if isinstance(given, dict):
+        note_unread(given, row, (name.strip("'"),), messages, notices)
     return messages
 
 
-def turns_to_messages(name: str, turns: object, layout: Layout = SEEN) -> list[Message]:
+def note_unread(given: dict, row: dict, lists: Sequence[str], messages: Sequence[Message], notices: set[str]) -> None:
+    """Name the columns of a row that hold speech which is no part of the messages.
+
+    given: the row as the file has it; lists: the columns of the arranged `row` whose turns were read one by one.
+    """
+    taken = [row[name] for name in (*lists, "system", "tools") if name in row]
+    others = {name: value for name, value in given.items() if not any(value is column for column in taken)}
+    for name in unread(others, [message["content"] for message in messages]):
+        notices.add(f"the column {str(name)[:40]!r} is not read")
+
+
+def turns_to_messages(
+    name: str, turns: object, layout: Layout = SEEN, notices: set[str] | None = None
+) -> list[Message]:
     """ShareGPT's from/value and role/content turns, or turns with the layout's tags."""
     turns = list_of(name, turns)
-    if not isinstance(turns, list):
+    if not isinstance(turns, list | tuple):
         raise RowError("wrong type", f"{name} is {kind_of(turns)}; it must be a list of turns")
-    messages: list[Message] = []
-    roles, role_tag, content_tag = layout.roles, layout.tags.get("role_tag"), layout.tags.get("content_tag")
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise RowError("wrong type", f"turn {number} is {kind_of(turn)}; it must be an object")
-        role = turn.get(role_tag) if role_tag else turn.get("from", turn.get("role"))
-        if not isinstance(role, str) or role not in roles:
-            known = ", ".join(roles)
-            raise RowError("unknown role", f"turn {number} is from {role!r}; known are {known}")
-        content = turn.get(content_tag) if content_tag else turn.get("value", turn.get("content"))
-        if turn.get("tool_calls"):
-            content = "\n".join(part for part in (content, _tool_calls(number, turn["tool_calls"])) if part)
-        messages.append({"role": roles[role], "content": text_of(f"the text of turn {number} ({role})", content)})
-    return messages
+    return [read_turn(number, turn, layout, notices) for number, turn in enumerate(turns, start=1)]
 
 
 def history_of(row: dict) -> list[Message]:
@@ -114,11 +123,6 @@ def question_of(row: dict, name: str) -> Message:
     return {"role": "user", "content": "\n".join(part for part in parts if part)}
 
 
-def list_of(name: str, value: object) -> object:
-    """The list that a text spells; anything else as it is. Raises `RowError` for text that begins like a list only."""
-    return parse_list(value, name) if isinstance(value, str) and value.lstrip().startswith(("[", "(")) else value
-
-
 def _alpaca(row: dict) -> list[Message]:
     answer = text_of("'output'", row.get("output"))
     return [*history_of(row), question_of(row, "instruction"), {"role": "assistant", "content": answer}]
@@ -140,11 +144,6 @@ def _medical(row: dict) -> list[Message]:
     return [question, {"role": "assistant", "content": thought_and_answer(thought, answer["content"])}]
 
 
-def thought_and_answer(thought: str, answer: str) -> str:
-    """Both in the form that R1 answers in."""
-    return f"<think>\n{thought.strip()}\n</think>\n\n{answer.strip()}"
-
-
 def _thought_through(message: Message) -> Message:
     """An assistant's turn with OpenThoughts' marks turned into ours; others as they are."""
     text, parts = message["content"], []
@@ -156,7 +155,7 @@ def _thought_through(message: Message) -> Message:
         if not (begun and ended and content.strip()):
             raise RowError("broken thought marks", f"the answer has no whole {part} between its <|begin_of_...|> marks")
         parts.append(content)
-    return {"role": "assistant", "content": thought_and_answer(*parts)}
+    return {**message, "content": thought_and_answer(*parts)}
 
 
 def with_system(row: dict, messages: list[Message]) -> list[Message]:
@@ -167,10 +166,8 @@ def with_system(row: dict, messages: list[Message]) -> list[Message]:
     if messages and messages[0]["role"] == "system":
         parts.append(messages[0]["content"])
         messages = messages[1:]
-    tools = row.get("tools")
-    if tools:
-        tools = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
-        parts.append("" if tools.strip() == "[]" else tools)
+    tools = tools_text(row.get("tools"))
+    parts += [tools] if not any(tools in part for part in parts) else []
     system = "\n\n".join(part for part in parts if part.strip())
     return [{"role": "system", "content": system}, *messages] if system else messages
 
@@ -189,24 +186,3 @@ def check_conversation(name: str, messages: list[Message]) -> None:
             raise RowError("NUL character", f"message {number} ({role}) has a NUL character")
         if role in ("user", "assistant") and not content.strip():
             raise RowError("empty text", f"message {number} ({role}) is empty")
-
-
-def _tool_calls(number: int, calls: object) -> str:
-    """OpenAI's tool calls as text, one {"name": ..., "arguments": {...}} a line, as ShareGPT's function_call has it."""
-    lines = []
-    try:
-        for call in calls:
-            function = call.get("function", call)
-            arguments = function["arguments"]
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            lines.append(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False))
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise RowError("wrong type", f"turn {number} has tool calls without a name and JSON arguments") from error
-    return "\n".join(lines)
-
-
-def text_of(name: str, value: object) -> str:
-    """The value, which must be text. `name`: what to call it in the `RowError`."""
-    if not isinstance(value, str):
-        raise RowError("wrong type", f"{name} is {kind_of(value)}; it must be text")
-    return value

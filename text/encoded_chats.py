@@ -43,12 +43,13 @@ class ChatReport:
         if self.dropped:
             length = self.sequence_length
             lines.append(
-                f"  {self.dropped} dropped: the first answer ends after {length} tokens; a longer row keeps more"
+                f"  {self.dropped} dropped: the first answer to train on ends after {length} tokens; "
+                "a longer row keeps more"
             )
         if self.cut:
             lines.append(f"  {self.cut} cut after the last turn that fits into {self.sequence_length} tokens")
         if self.unanswered:
-            lines.append(f"  {self.unanswered} cut after the last answer: what follows it teaches nothing")
+            lines.append(f"  {self.unanswered} cut after the last answer to train on: what follows teaches nothing")
         lines.append(f"{self.conversations} conversations, {self.tokens} tokens, {self.learnt} of them learnt")
         return lines
 
@@ -76,6 +77,7 @@ class EncodedChats(TokenRows):
         id_type = np.min_scalar_type(tokenizer.vocab_size - 1)
         kept: list[tuple[np.ndarray, np.ndarray]] = []
         owners: list[int] = []
+        has_marks = False
         console = Console(stderr=True)
         total = sum(source_bytes(source) for source in sources) or None
         with Progress(transient=True, console=console, disable=not (progress and console.is_terminal)) as bar:
@@ -83,6 +85,7 @@ class EncodedChats(TokenRows):
             for owner, source in enumerate(sources):
                 conversations = read_conversations(source, on_error, report.read)
                 while some := list(islice(conversations, CONVERSATIONS_AT_ONCE)):
+                    has_marks |= any("train" in message for messages in some for message in messages)
                     for ids, mask in encode_chats(tokenizer, some):
                         length = _fit(mask, report)
                         if length:
@@ -94,6 +97,7 @@ class EncodedChats(TokenRows):
         if not kept:
             raise UserError(f"{', '.join(map(str, sources)) or 'no file'}: nothing to learn; {_why(report)}")
         chats = cls(kept, owners, sources)
+        chats.has_marks = has_marks
         report.conversations, report.tokens, report.learnt = len(kept), len(chats.ids), int(chats.mask.sum())
         chats.report = report
         return chats

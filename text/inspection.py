@@ -61,7 +61,8 @@ def placed_items(source: Source, kind: str, report: RowReport) -> Iterator[tuple
             yield f"{source} #{number + 1}", problems.problem(number, 0)
     else:
         converters = {"chat": to_messages, "preference": to_preference}
-        convert = problem_reader(source) if kind == "prompt" else partial(converters[kind], layout=source.layout)
+        seen = {"layout": source.layout, "notices": report.pending}
+        convert = problem_reader(source) if kind == "prompt" else partial(converters[kind], **seen)
         yield from placed_rows(source, convert, "skip", report)
 
 
@@ -109,7 +110,7 @@ def _documents(source: Source, report: RowReport) -> Iterator[tuple[str, str]]:
         for kind, places in corpus.report.examples.items():
             report.examples[kind] = places
         report.rows = report.kept + report.problems.total()
-        report.notices += corpus.report.notices
+        report.unread += corpus.report.notices
 
 
 def _kind_of_row(row: dict) -> str:

@@ -6,7 +6,12 @@ ShareGPT    {"conversations": [{"from": "human", "value": Q}], "chosen": {"from"
 whole lists {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}, perhaps with a "prompt"
 
 The layout is seen row by row, so a file may mix them. What is preferred is the last answer; what comes before it, with
-the answers in it, is the prompt, and must be the same for both.
+the answers in it, is the prompt, and must be the same for both. Answers that are whole conversations bring their own:
+a "prompt", "messages" or "conversations" beside them must only be a part of it, or a conversation that begins so.
+Lists may be text that spells them, as in the cells of a CSV file; an answer that is JSON of another kind is text.
+
+Only the last answers are compared, so marks such as "weight": 0 mean nothing on earlier turns. On the rejected answer
+they mean what a pair says anyway, that it is not to be imitated; a pair whose chosen answer is marked is not used.
 """
 
 from __future__ import annotations
@@ -18,17 +23,19 @@ from typing import NamedTuple
 
 from text.chat_template import Message
 from text.conversations import (
-    SEEN,
     check_conversation,
     history_of,
+    note_unread,
     question_of,
     turns_to_messages,
     with_system,
 )
 from text.formats import Layout
+from text.literals import turns_of
 from text.registry import Source
 from text.row_report import RowError, RowReport, kind_of
 from text.rows import converted_rows
+from text.turns import SEEN
 
 
 class Preference(NamedTuple):
@@ -46,56 +53,79 @@ def read_preferences(
     A row without a pair in it is counted in `report` (`on_error="skip"`) or raises `UserError` (`on_error="stop"`). A
     file that cannot be read raises `UserError` always.
     """
-    source = Source.of(source)
-    convert = partial(to_preference, layout=source.layout)
-    yield from converted_rows(source, convert, on_error, RowReport() if report is None else report)
+    source, report = Source.of(source), RowReport() if report is None else report
+    convert = partial(to_preference, layout=source.layout, notices=report.pending)
+    yield from converted_rows(source, convert, on_error, report)
 
 
-def to_preference(row: object, layout: Layout = SEEN) -> Preference:
-    """One row of any layout as a pair. Raises `RowError`."""
-    row = layout.arrange(row)
+def to_preference(row: object, layout: Layout = SEEN, notices: set[str] | None = None) -> Preference:
+    """One row of any layout as a pair. Raises `RowError`.
+
+    notices: takes what is said about a row that is used all the same.
+    """
+    notices = set() if notices is None else notices
+    given, row = row, layout.arrange(row)
     if not isinstance(row, dict):
         raise RowError("not a pair", f"the row is {kind_of(row)}; it must be an object with 'chosen' and 'rejected'")
     for name in ("chosen", "rejected"):
         if not row.get(name):
             raise RowError("nothing to prefer", f"{name!r} is {'empty' if name in row else 'missing'}")
-    given = _given_prompt(row, layout)
-    pair = Preference(*(_conversation(row, name, given, layout) for name in ("chosen", "rejected")))
+    answers = {name: _answer(row, name, layout, notices) for name in ("chosen", "rejected")}
+    if not answers["chosen"][-1].get("train", True):
+        raise RowError("nothing to train on", "'chosen' is marked as not trained on")
+    prompt = _given_prompt(row, answers, layout, notices)
+    pair = Preference(*(_conversation(row, name, prompt, turns) for name, turns in answers.items()))
     if pair.chosen[:-1] != pair.rejected[:-1]:
         raise RowError("prompts differ", "'chosen' and 'rejected' answer different prompts")
     if pair.chosen[-1] == pair.rejected[-1]:
         raise RowError("nothing to prefer", "'chosen' and 'rejected' are identical")
+    note_unread(given, row, ("chosen", "rejected"), [*pair.chosen, pair.rejected[-1]], notices)
     return pair
 
 
-def _given_prompt(row: dict, layout: Layout) -> list[Message]:
+def _given_prompt(row: dict, answers: dict[str, list[Message]], layout: Layout, notices: set[str]) -> list[Message]:
     """The turns that the row names beside the answers; none where the answers are whole conversations."""
     for name in ("conversations", "messages"):
-        if name in row:
-            return turns_to_messages(repr(name), row[name], layout)
+        if row.get(name) is not None:
+            turns = turns_to_messages(repr(name), row[name], layout, notices)
+            ends = [answer[-1]["content"] for answer in answers.values()]
+            whole = all(len(answer) > 1 for answer in answers.values())
+            if turns and turns[-1]["role"] == "assistant" and (whole or turns[-1]["content"] in ends):
+                return turns[:-1]  # a conversation with its answer, such as the chosen one once more
+            return turns
     name = "instruction" if "instruction" in row else "prompt"
-    prompt = row.get(name)
-    if prompt is None:
+    if row.get(name) is None:
         return []
-    if isinstance(prompt, str) or name == "instruction":
+    prompt = row[name] if name == "instruction" else turns_of(repr(name), row[name], layout.tags.values())
+    if name == "instruction" or isinstance(prompt, str):
         return [*history_of(row), question_of(row, name)]
-    return turns_to_messages("'prompt'", prompt, layout)
+    return turns_to_messages(repr(name), [prompt] if isinstance(prompt, dict) else prompt, layout, notices)
 
 
-def _conversation(row: dict, name: str, given: list[Message], layout: Layout) -> list[Message]:
-    """The prompt and the answer `name`."""
-    answer = row[name]
+def _answer(row: dict, name: str, layout: Layout, notices: set[str]) -> list[Message]:
+    """The answer `name`, after the conversation that it ends if it is a whole one."""
+    answer = turns_of(repr(name), row[name], layout.tags.values())
     if isinstance(answer, str):
-        turns: list[Message] = [{"role": "assistant", "content": answer}]
-    else:
-        turns = turns_to_messages(repr(name), [answer] if isinstance(answer, dict) else answer, layout)
+        return [{"role": "assistant", "content": answer}]
+    turns = turns_to_messages(repr(name), [answer] if isinstance(answer, dict) else answer, layout, notices)
+    if turns[-1]["role"] != "assistant":
+        raise RowError("nothing to prefer", f"{name!r} ends with a turn of {turns[-1]['role']!r}, not with an answer")
+    return turns
+
+
+def _conversation(row: dict, name: str, prompt: list[Message], turns: list[Message]) -> list[Message]:
+    """The prompt and the answer `name`, as they stand in `turns` or beside them."""
     *before, last = turns
-    if last["role"] != "assistant":
-        raise RowError("nothing to prefer", f"{name!r} ends with a turn of {last['role']!r}, not with an answer")
-    if before and given and before[-len(given) :] != given:
+    if before and prompt and not _stands_in(prompt, before):
         raise RowError("prompts differ", f"'prompt' is not what {name!r} answers")
-    if not before and not given:
+    if not before and not prompt:
         raise RowError("no prompt", "has no 'prompt', and the answers are no lists of messages that begin with one")
-    messages = with_system(row, [*(before or given), last])
+    messages = with_system(row, [*(before or prompt), last])
     check_conversation(repr(name), messages)
-    return messages
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _stands_in(prompt: list[Message], before: list[Message]) -> bool:
+    """Whether the turns of the prompt come one after the other in what an answer follows: all, the first, the last."""
+    asked, said = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, before))
+    return any(said[start : start + len(asked)] == asked for start in range(len(said) - len(asked) + 1))

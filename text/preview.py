@@ -33,7 +33,7 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
     console.print(
         Text(f"{source}: {source.layout.format or kind + ', layout seen row by row'}; + is learnt"), soft_wrap=True
     )
-    for notice in report.notices:
+    for notice in report.unread:
         console.print(Text(notice), soft_wrap=True)
     for (place, item), sequences in zip(found, encoded, strict=True):
         sizes = " and ".join(str(size + 1) for size in lengths(sequences))
@@ -47,6 +47,8 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
             console.print(Text(f"  the answer to find: {item.answer}"))
         if remark := _remark(kind, sequences, sequence_length):
             console.print(Text(f"  {remark}", style="yellow"))
+    for line in report.notice_lines():
+        console.print(Text(_printable(line), style="yellow"), soft_wrap=True)
 
 
 def _remark(kind: str, sequences: Sequences, sequence_length: int) -> str:

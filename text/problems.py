@@ -10,21 +10,24 @@ reasoning_gym:NAME   a task of the reasoning_gym package, when it is installed
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
 from errors import UserError
-from text.answers import as_number, problem_with
+from text.answers import final_answer, kind_of_answer, problem_with
 from text.formats import Layout
 from text.order import shuffled
 from text.registry import Source, find_sources
 from text.row_report import RowError, RowReport, kind_of
 from text.rows import converted_rows
 from text.tokenizer import characters
+from text.turns import question_text
 from text.world.numbers import arithmetic_problem, held_out_arithmetic_problem
 
 # Question and answer columns; the first pair that a row has is taken.
@@ -190,15 +193,16 @@ def to_problem(row: object, layout: Layout | None = None) -> Problem:
     row = layout.arrange(row) if layout else row
     if not isinstance(row, dict):
         raise RowError("not a problem", f"the row is {kind_of(row)}; it must be an object with question and answer")
-    columns = next((pair for pair in COLUMNS if all(row.get(column) is not None for column in pair)), None)
+    columns = next((pair for pair in COLUMNS if not any(is_missing(row.get(column)) for column in pair)), None)
     if columns is None:
-        asked = any(row.get(question) is not None for question, _ in COLUMNS)
+        asked = any(not is_missing(row.get(question)) for question, _ in COLUMNS)
         shown = ", ".join(map(repr, row)) or "no keys"
         what = "no answer" if asked else "unknown layout"
         raise RowError(what, f"has {shown}, but not 'question' and 'answer' with something in both")
     question, answer = (row[column] for column in columns)
+    question = question_text(repr(columns[0]), question)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
+        answer = written_number(answer)
     for column, value in zip(columns, (question, answer), strict=True):
         if not isinstance(value, str):
             raise RowError("wrong type", f"{column!r} is {kind_of(value)}; it must be text")
@@ -206,12 +210,32 @@ def to_problem(row: object, layout: Layout | None = None) -> Problem:
         raise RowError("empty question", "the question is empty")
     if not answer.strip():
         raise RowError("no answer", "the answer is empty")
-    _, mark, result = answer.rpartition("####")
-    if mark and as_number(result) is None:
-        raise RowError("unparsable answer", f"what follows '####' is {result.strip()[:40]!r}, not a number")
+    result = bare_answer(answer)
+    if not result:
+        shown = answer.rpartition("####")[2].strip()[:40]
+        raise RowError("unparsable answer", f"what follows '####' is {shown!r}, not one number, formula or letter")
     if problem := problem_with(result):
         raise RowError("unparsable answer", f"no verifier can parse it: {problem}")
     return Problem(*(characters(text).strip() for text in (question, result, str(row.get("kind", "all")))))
+
+
+def bare_answer(answer: str) -> str:
+    """The reference itself: what follows GSM8K's `####`, where there is one; "" where that is not one answer."""
+    _, mark, result = (part.strip() for part in answer.rpartition("####"))
+    if not mark:
+        return result
+    line = result.partition("\n")[0]
+    return (final_answer(line, "0") or "") if kind_of_answer(line) == "text" else line
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def written_number(value: int | float) -> str:
+    """A number of JSON in digits: 1e20 and 0.00001 too."""
+    return format(Decimal(repr(value)), "f") if math.isfinite(value) else repr(value)
 
 
 def _arithmetic(drawn: tuple[str, str], level: int) -> Problem:

@@ -18,13 +18,15 @@ from pathlib import Path
 
 from errors import UserError
 from text.chat_template import Message, check_messages
-from text.conversations import SEEN, text_of, to_messages, turns_to_messages, with_system
+from text.conversations import to_messages, turns_to_messages, with_system
 from text.formats import Layout
+from text.literals import turns_of
 from text.problems import Problem, open_problems, to_problem
 from text.registry import GENERATORS, Source
 from text.row_report import RowError, RowReport, kind_of
 from text.rows import converted_rows
 from text.tokenizer import characters
+from text.turns import SEEN, text_of
 
 QUESTIONS = ("instruction", "prompt", "question", "problem", "question_zh-cn", "query")
 
@@ -102,6 +104,10 @@ def _bare(row: dict | list) -> Prompt:
         return _of_problem(to_problem(row))
     except RowError:
         # A question whose answer is missing, or an essay, is a prompt all the same; its answer cannot be verified.
+        turns = turns_of(repr(name), row[name])
+        if isinstance(turns, list | tuple | dict):
+            turns = [turns] if isinstance(turns, dict) else turns
+            return _of_turns(repr(name), with_system(row, turns_to_messages(repr(name), turns)))
         more = row.get("input") if name == "instruction" else None
         parts = [text_of(repr(name), row[name]), "" if more is None else text_of("'input'", more)]
         question: list[Message] = [{"role": "user", "content": "\n".join(part for part in parts if part)}]

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 EXAMPLES_SHOWN = 3
+MOST_NOTICES = 20
 
 
 class RowError(Exception):
@@ -20,7 +21,9 @@ class RowError(Exception):
 class RowReport:
     """What was read. `rows` = `kept` + `left_out` (more than the samples wanted) + all `problems`.
 
-    `examples` holds the first few places of each kind of problem; `notices` say what of the data was not read.
+    `examples` holds the first few places of each kind of problem. `notices`: what was found in rows that are used all
+    the same, with the number of such rows and the place of the first; `pending`: those of the row at hand. `unread`:
+    lines that say which files of a folder were not read.
     """
 
     rows: int = 0
@@ -29,7 +32,9 @@ class RowReport:
     left_out: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
+    notices: dict[str, tuple[int, str]] = field(default_factory=dict)
+    pending: set[str] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
 
     def add_problem(self, place: str, error: RowError) -> None:
         self.problems[error.kind] += 1
@@ -37,15 +42,28 @@ class RowReport:
         if len(examples) < EXAMPLES_SHOWN:
             examples.append(f"{place}: {error}")
 
+    def settle_notices(self, place: str) -> None:
+        """Count the notices of the row at `place`; of kinds beyond the first `MOST_NOTICES` none is remembered."""
+        for notice in sorted(self.pending):
+            count, first = self.notices.get(notice, (0, place))
+            if count or len(self.notices) < MOST_NOTICES:
+                self.notices[notice] = (count + 1, first)
+        self.pending.clear()
+
     def lines(self) -> list[str]:
         """The report for people: one line of totals, then each kind of problem with its first examples."""
-        lines = [*self.notices, f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
+        lines = [*self.unread, f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
         if self.left_out:
             lines.append(f"  {self.left_out} good rows left out: more than the samples that were asked for")
         for kind, count in self.problems.most_common():
             lines.append(f"  {count} x {kind}")
             lines += [f"    {example}" for example in self.examples[kind]]
-        return lines
+        return lines + self.notice_lines()
+
+    def notice_lines(self) -> list[str]:
+        """One line for each kind of notice, the most frequent first."""
+        counted = sorted(self.notices.items(), key=lambda item: -item[1][0])
+        return [f"  notice: {count} x {notice}; the first: {first}" for notice, (count, first) in counted]
 
     def why_empty(self) -> str:
         """One line of reasons why no row was kept."""

@@ -48,7 +48,7 @@ def row_files(source: Source, report: RowReport | None = None) -> list[Path]:
         if not folder.files:
             raise UserError(f"{path}: the folder has no {', '.join(SUFFIXES)} file; name a file or another folder")
         if report and (notice := folder.notice()):
-            report.notices.append(notice)
+            report.unread.append(notice)
         return folder.files
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
@@ -116,6 +116,7 @@ def _converted(
 ) -> Iterator[tuple[str, Item]]:
     for place, row in read_rows(source, on_error, report):
         report.rows += 1
+        report.pending.clear()
         try:
             item = convert(row)
         except RowError as error:
@@ -124,6 +125,7 @@ def _converted(
             report.add_problem(place, error)
             continue
         report.kept += 1
+        report.settle_notices(place)
         yield place, item
 
 

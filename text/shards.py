@@ -32,7 +32,7 @@ from text.registry import Source
 from text.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_safely
 from text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
-__all__ = ["ShardSet", "open_or_wait", "prepare_shards"]
+__all__ = ["ShardSet", "are_ready", "open_or_wait", "prepare_shards"]
 
 FAILED = "failed.json"
 HEARTBEAT_SECONDS = 5.0
@@ -138,6 +138,16 @@ def open_or_wait(
         elif time.monotonic() - last_sign >= timeout:
             raise UserError(f"{out}: no process has prepared shards for {timeout:.0f} s; look at rank 0's output")
         time.sleep(min(0.5, timeout / 4))
+
+
+def are_ready(
+    data: str | Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, workers: int = 0, **options: Any
+) -> bool:
+    """Whether this process finds in `out` all that `prepare_shards` would make of the same data and options."""
+    recipe, index = Recipe(**options), read_index(Path(out))
+    if index is None or not index["complete"]:
+        return False
+    return not _changes(index, _new_index(recipe.corpus(data), recipe, tokenizer))
 
 
 def _prepare(corpus: Corpus, recipe: Recipe, index: dict[str, Any], out: Path, workers: int) -> None:

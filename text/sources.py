@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from text.formats import Layout
 from text.registry import Source, weights
 from text.shard_set import ShardSet
-from text.shards import open_or_wait, prepare_shards
+from text.shards import are_ready, open_or_wait, prepare_shards
 from text.tokenizer import Tokenizer
 
 
@@ -23,16 +24,26 @@ def open_sources(
     Args:
         main: whether this process is the one that tokenises. options: see `text.shards.prepare_shards`.
     """
-    mixture = weights(sources)
-    groups = [sources] if mixture is None else [[source] for source in sources]
     opened = []
-    for group, weight in zip(groups, mixture or [1.0], strict=True):
-        folder = Path(shards) / _folder_name(group)
+    for group, folder, weight in _groups(sources, shards):
         if main:
             opened.append((prepare_shards(group, tokenizer, folder, workers=workers, **options), weight))
         else:
             opened.append((open_or_wait(group, tokenizer, folder, **options), weight))
     return opened
+
+
+def sources_ready(sources: list[Source], tokenizer: Tokenizer, shards: str | Path, **options: Any) -> bool:
+    """Whether this process finds the shards of all sources finished; arguments as of `open_sources`."""
+    return all(are_ready(group, tokenizer, folder, **options) for group, folder, _ in _groups(sources, shards))
+
+
+def _groups(sources: list[Source], shards: str | Path) -> Iterator[tuple[list[Source], Path, float]]:
+    """The sources that share a folder of shards, that folder, and their weight."""
+    mixture = weights(sources)
+    groups = [sources] if mixture is None else [[source] for source in sources]
+    for group, weight in zip(groups, mixture or [1.0], strict=True):
+        yield group, Path(shards) / _folder_name(group), weight
 
 
 def _folder_name(group: list[Source]) -> str:

@@ -17,8 +17,11 @@ class TokenRows:
     """Sequences of token ids with masks, 1 where the token is learnt.
 
     ids, mask: (tokens,) of all sequences in turn; begins: (sequences + 1,) where each begins; owners: (samples,) which
-    of the `sources` a sample comes from, where a sample is one sequence or several.
+    of the `sources` a sample comes from, where a sample is one sequence or several; has_marks: whether some of the
+    assistant's turns are marked as not trained on, so that the ids alone do not tell the mask.
     """
+
+    has_marks = False
 
     def __init__(
         self, kept: Sequence[tuple[np.ndarray, np.ndarray]], owners: Sequence[int], sources: Sequence[Source]
@@ -68,9 +71,11 @@ class TokenRows:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same sequences in the same order."""
+        """The same for the same sequences with the same masks in the same order."""
         digest = hashlib.blake2b(self.begins.astype("<i8").tobytes(), digest_size=16)
         digest.update(self.ids.astype("<u4").tobytes())
+        if self.has_marks:
+            digest.update(np.packbits(self.mask).tobytes())
         return digest.hexdigest()
 
 

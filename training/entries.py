@@ -77,19 +77,21 @@ def max_violation(counts: Tensor) -> list[float]:
 
 
 def announcement(
-    settings: StageSettings, ranks: Ranks, budget: Budget, costs: Costs, dtype: torch.dtype, peak: float
+    settings: StageSettings, ranks: Ranks, budget: Budget, costs: Costs, dtype: torch.dtype, peak: float, kernels: str
 ) -> str:
-    """Model, machine, batch and end of a run, in four lines."""
+    """Model, machine, kernels, batch and end of a run, in five lines."""
     micro = min(settings.micro_rows, settings.rows // ranks.world)
     accumulation = math.ceil(settings.rows / ranks.world / micro)
+    why = f" ({ranks.why})" if ranks.why else ""
     ends = [f"{budget.max_steps} steps"] if budget.max_steps else []
     ends += [f"{budget.max_minutes:g} minutes"] if budget.max_minutes else []
     ends += [f"{budget.max_tokens:,} tokens"] if budget.max_tokens else []
     return (
         f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
         f"MTP adds {human(costs.mtp)}\n"
-        f"machine    {ranks.world} x {ranks.device.type}, {torch.get_num_threads()} threads, "
+        f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
         f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
+        f"kernels    {kernels}\n"
         f"batch      {settings.rows} rows of {settings.row_tokens} tokens = {ranks.world} ranks x "
         f"{accumulation} accumulated x {micro} rows\n"
         f"until      {' or '.join(ends)}, whichever is first"

@@ -150,11 +150,16 @@ class NextTokenLoss:
     balance_weight: float = 1e-4
     mtp_steps: int = 1
 
+    @property
+    def runs_mtp(self) -> bool:
+        """Whether the MTP layers take part now."""
+        return self.mtp and self.mtp_weight > 0
+
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Returns the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
-        out = model(**inputs, mtp=self.mtp and self.mtp_weight > 0, mtp_steps=self.mtp_steps)
+        out = model(**inputs, mtp=self.runs_mtp, mtp_steps=self.mtp_steps)
         count = (labels != IGNORE).sum()
         main, parts = self.main(out, batch)
         total, metrics = main, {"main": main.detach(), **parts}

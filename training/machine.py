@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 
@@ -36,10 +37,17 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of a plain (size, size) matrix product on all threads, best of several: what MFU is measured against."""
+def set_seed(seed: int, device: torch.device) -> None:
+    """Seed the generators of CPU and device; `torch.manual_seed` takes 100 us to look for other kinds of device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 2.0) -> float:
+    """FLOP/s of a plain (size, size) matrix product on all threads, best of those that `seconds` have room for."""
     size = size * 4 if device.type == "cuda" else size
-    # Numbers of its own: a resumed run must find the random state as it was left.
+    # Numbers of its own: a run must find the random state as it was left.
     numbers = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=numbers, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
@@ -53,26 +61,36 @@ def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, se
     return 2 * size**3 / best
 
 
-class Peak:
-    """The FLOP/s that all ranks' matrix products may reach, by the best of several moments.
+@lru_cache
+def machine_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """`measured_peak`, once a process and before anything else is on the device: memory statistics begin after it."""
+    peak = measured_peak(dtype, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
-    A neighbour on the machine can make any one of them too low, and a share of it larger than all there is.
+
+class Peak:
+    """The FLOP/s that all ranks' matrix products may reach, which MFU is a share of.
+
+    A neighbour on the machine can make what was measured too low: a step that goes beyond it raises it.
     """
 
-    MOMENTS = 10
-
     def __init__(self, dtype: torch.dtype, ranks: Ranks) -> None:
-        """Measured by the main rank alone; infinite on the others."""
-        self._dtype, self._ranks, self._left = dtype, ranks, self.MOMENTS if ranks.main else 0
-        self.rate = measured_peak(dtype, ranks.device) * ranks.world if ranks.main else float("inf")
+        """As the main rank measured it; infinite on the others."""
+        self._ranks = ranks
+        self.rate = machine_peak(dtype, ranks.device) * ranks.world if ranks.main else float("inf")
 
-    def look_again(self) -> float:
-        """The best so far, of this moment too if it is one of the first."""
-        if self._left > 0:
-            self._left -= 1
-            now = measured_peak(self._dtype, self._ranks.device, seconds=0.05) * self._ranks.world
-            self.rate = max(self.rate, now)
-        return self.rate
+    def share(self, rate: float) -> float:
+        """Of the peak, what a step reached at `rate` FLOP/s; at most 1."""
+        if rate > self.rate:
+            self._ranks.say(
+                f"peak       a step at {rate / 1e9:,.0f} GFLOP/s was faster than the matrix products measured at the "
+                f"start ({self.rate / 1e9:,.0f}): MFU is a share of that from now on"
+            )
+            self.rate = rate
+        return rate / self.rate
 
 
 def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int = 5) -> float:

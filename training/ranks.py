@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
+from errors import UserError, naming
+from training.device import choose_device
 
 Result = TypeVar("Result")
 # What gloo and NCCL say when a peer is silent, and when it is gone.
 SILENT = ("timed out", "timeout")
 GONE = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process has exited")
 ROLL_CALL = 2.0  # seconds in which those who waited in vain must have said so
+LAG = 30.0  # seconds after which every node sees what one has written to a network file system
 
 
 @dataclass
@@ -45,33 +50,36 @@ class DistSettings:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers. Attributes: rank 0 .. world - 1, and the device it computes on."""
+    """This process among its peers.
+
+    Attributes: rank 0 .. world - 1; the device it computes on, and why that one; timeout: see `DistSettings`.
+    """
 
     rank: int
     world: int
     device: torch.device
+    why: str = ""
+    timeout: float = DistSettings.timeout
 
     @classmethod
     def start(cls, device: str, timeout: float = DistSettings.timeout) -> Ranks:
-        """Join the peers that torchrun started, if any. `device`: auto, cpu or cuda. timeout: see `DistSettings`."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device not in ("cpu", "cuda"):
-            raise UserError(f"--device {device}: one of auto, cpu, cuda")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this machine has no CUDA device, or torch is a CPU build; use --device cpu")
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        place = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
-        if device == "cuda":
+        """Join the peers that torchrun started, if any. `device`: auto, cpu or cuda."""
+        rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        place, why = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        if place.type == "cuda":
             torch.cuda.set_device(place)
-            torch.set_float32_matmul_precision("high")
+        elif torch.version.cuda and why and rank == 0:
+            print(f"notice: computing on the CPU: {why}", file=sys.stderr)
+        # Never TF32, which keeps 10 bits: products in float32 are those of routers, of evaluation and of --dtype fp32.
+        torch.set_float32_matmul_precision("highest")
         if world > 1 and not dist.is_initialized():
             # Objects and checkpoints travel through CPU memory on a GPU machine too.
-            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
             wait = timedelta(seconds=timeout)
-            dist.init_process_group(backend, store=_store(world, wait), rank=_rank(), world_size=world, timeout=wait)
-        return cls(_rank(), world, place)
+            store = _store(world, wait)
+            _check_devices(store, rank, world, f"{place.type} ({why})" if why else place.type)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+        return cls(rank, world, place, why, timeout)
 
     @property
     def main(self) -> bool:
@@ -86,7 +94,8 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with self.explained():
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -94,7 +103,8 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with self.explained():
+            dist.all_gather_object(values, value)
         return values
 
     def on_main(self, work: Callable[[], Result]) -> Result:
@@ -108,7 +118,8 @@ class Ranks:
             except UserError as caught:
                 error = caught
         box = [(result, error.exit_code if error else 0)]
-        dist.broadcast_object_list(box)
+        with self.explained():
+            dist.broadcast_object_list(box)
         if error:
             raise error
         result, code = box[0]
@@ -122,9 +133,45 @@ class Ranks:
             raise UserError(message)
         raise SystemExit(UserError.exit_code)
 
+    def check_shared(self, path: Path, look: Callable[[], object]) -> None:
+        """Raises `UserError` on all ranks unless each of them sees at `path` what the main rank sees.
+
+        look: what this process sees there, to be compared. A network file system has `LAG` seconds to show it.
+        """
+        if self.world == 1:
+            return
+        seen, end = self.on_main(look), time.monotonic() + LAG
+        while not (same := look() == seen) and time.monotonic() < end:
+            time.sleep(min(LAG, 0.2))
+        blind = [str(rank) for rank, sees in enumerate(self.gather(same)) if not sees]
+        if blind:
+            raise UserError(
+                f"{path}: rank {', '.join(blind)} does not see there what rank 0 sees; needs a folder that all "
+                "nodes share"
+            )
+
+    def check_writes_shared(self, folder: Path) -> None:
+        """Raises `UserError` on all ranks unless each of them sees what the main rank writes into a folder."""
+        if self.world == 1:
+            return
+
+        def write() -> Path:
+            folder.mkdir(parents=True, exist_ok=True)
+            note = folder / f".seen-by-all-ranks-{uuid4().hex}"
+            with naming(note):
+                note.touch()
+            return note
+
+        note = self.on_main(write)
+        try:
+            self.check_shared(folder, note.exists)
+        finally:
+            if self.main:
+                note.unlink(missing_ok=True)
+
     @contextmanager
-    def explained(self, timeout: float) -> Iterator[None]:
-        """Turn what a collective raises when a peer is silent for `timeout` seconds, or gone, into a `UserError`."""
+    def explained(self) -> Iterator[None]:
+        """Turn what a collective raises when a peer is silent until the timeout, or gone, into a `UserError`."""
         try:
             yield
         except RuntimeError as error:
@@ -134,7 +181,7 @@ class Ranks:
             if any(word in said for word in SILENT):
                 absent = ", ".join(map(str, self._absent())) or "another rank"
                 raise UserError(
-                    f"rank {self.rank}: no answer from rank {absent} in {timeout:g} s; see what it does there "
+                    f"rank {self.rank}: no answer from rank {absent} in {self.timeout:g} s; see what it does there "
                     "(py-spy dump), or raise --dist.timeout if it was only slow; then use --resume"
                 ) from None
             raise UserError(f"rank {self.rank}: another rank has ended; its own message says why") from None
@@ -151,12 +198,14 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
-            dist.barrier()
+            with self.explained():
+                dist.barrier()
 
-    def wrap(self, model: nn.Module, some_rest: bool = False) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in training: DistributedDataParallel among several ranks.
 
-        some_rest: there are steps in which some parameters, the same on all ranks, take no part.
+        Every parameter that requires a gradient must get one in each step. `find_unused_parameters` is no way around:
+        it looks at what `forward` returns, and the output head is used after it, by the loss.
         """
         if self.world == 1:
             return model
@@ -167,7 +216,6 @@ class Ranks:
             device_ids=ids,
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
-            find_unused_parameters=some_rest,
         )
 
     def no_sync(self, module: nn.Module, when: bool) -> AbstractContextManager:
@@ -196,3 +244,19 @@ def _store(world: int, timeout: timedelta) -> dist.Store:
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world:
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return store
+
+
+def _check_devices(store: dist.Store, rank: int, world: int, device: str) -> None:
+    """Raises `UserError` on all ranks where `--device auto` is not the same on all: they could not join one another."""
+    store.set(f"device/{rank}", device)
+    if rank == 0:
+        kinds = [store.get(f"device/{other}").decode().partition(" ")[0] for other in range(world)]
+        store.set("device/odd", str(next((other for other, kind in enumerate(kinds) if kind != kinds[0]), 0)))
+    odd = int(store.get("device/odd"))
+    if odd == 0:
+        return
+    first, theirs = (store.get(f"device/{number}").decode() for number in (0, odd))
+    store.set(f"device/read/{rank}", "")
+    if rank == 0:  # with which the store may end
+        store.wait([f"device/read/{other}" for other in range(world)])
+    raise UserError(f"rank {odd} computes on {theirs}, rank 0 on {first}; give all the same --device")

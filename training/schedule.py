@@ -60,8 +60,3 @@ def value_at(schedule: Schedule, progress: float, name: str = "schedule") -> flo
     if not knots or knots[0][0] != 0:
         raise UserError(f"{name}: {schedule!r} must begin at share 0 of the run")
     return [value for share, value in knots if share <= progress][-1]
-
-
-def lowest(schedule: Schedule) -> float:
-    """The smallest value that a schedule takes."""
-    return float(schedule) if isinstance(schedule, (int, float)) else min(map(float, schedule.values()), default=0.0)

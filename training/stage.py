@@ -11,17 +11,23 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.checkpoints.lock import restarted
+from training.machine import choose_dtype, machine_peak
 from training.ranks import Ranks
 from training.settings import StageSettings
 
 
 def begin(settings: StageSettings) -> Ranks:
-    """Join the other ranks, set threads and seed: the same weights on every rank. A restart by torchrun resumes."""
+    """Join the other ranks, set threads and seed: the same weights on every rank. A restart by torchrun resumes.
+
+    The machine's peak is measured here, while its memory is empty and the other ranks wait.
+    """
     ranks = Ranks.start(settings.device, settings.dist.timeout)
     if ranks.on_main(lambda: restarted(Path(settings.out))):
         settings.resume = settings.resume or True
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    dtype = choose_dtype(settings.dtype, ranks.device)
+    ranks.on_main(lambda: machine_peak(dtype, ranks.device))
     torch.manual_seed(settings.seed)
     return ranks
 

@@ -14,7 +14,9 @@ import torch
 
 from model import MiniDeepSeek
 from model.counts import count as count_costs
+from model.kernel_report import kernel_report
 from model.moe import update_bias
+from text.order import scramble
 from text.tokenizer import Tokenizer
 from training.agreement import check_facts, check_weights, facts
 from training.checkpoints.checkpoint import Progress, Weights
@@ -26,11 +28,11 @@ from training.entries import StepResult, announcement, step_entry, untrained_ent
 from training.interrupt import Interrupt
 from training.log import RunLog
 from training.losses import Batch, Loss
-from training.machine import Peak, autocast, choose_dtype, peak_memory
+from training.machine import Peak, autocast, choose_dtype, peak_memory, set_seed
 from training.optim import build_optimizer, set_learning_rate
 from training.plots import draw_run
 from training.ranks import Ranks
-from training.schedule import learning_rate, lowest, value_at
+from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
 from training.skipping import Skipping
 from training.tally import Tally
@@ -63,13 +65,15 @@ class Trainer:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.settings, self.ranks, self.tokenizer = settings, ranks, tokenizer
+        self.dtype = choose_dtype(settings.dtype, ranks.device)
+        self.peak = Peak(self.dtype, ranks)
         self.model = model.to(ranks.device)
         self.model.gradient_checkpointing = settings.gradient_checkpointing
         self.dataset, self.loss, self.validation = dataset, loss, validation
         self.out = Path(settings.out)
-        self.dtype = choose_dtype(settings.dtype, ranks.device)
         settings.check_fit(ranks.world, model.config.max_position_embeddings)
         self.budget = settings.budget(len(dataset))
+        self.module: torch.nn.Module | None = None
         self.progress = Progress(run=identity(settings, tokenizer, dataset))
         self.optimizer = optimizer or build_optimizer(self.model, settings.optim)
         weights = weights or WholeModel(self.model)
@@ -80,7 +84,7 @@ class Trainer:
     def run(self) -> Path:
         """Train until the budget is spent or a signal arrives. Returns the newest checkpoint folder."""
         lock = RunLock(self.out)
-        with self.ranks.explained(self.settings.dist.timeout):
+        with self.ranks.explained():
             check_facts(self.ranks, facts(self.settings, self.progress.run, self.model))
             self.ranks.on_main(lock.acquire)
             try:
@@ -103,18 +107,17 @@ class Trainer:
         if self.settings.compile:
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
-        mtp_weight = self.settings.schedules.get("mtp_weight", 1.0)
-        self.module = self.ranks.wrap(self.model, some_rest=lowest(mtp_weight) == 0)
         costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)
-        peak = Peak(self.dtype, self.ranks)
-        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, peak.rate))
+        length, compiled = self.settings.row_tokens, self.settings.compile
+        kernels = kernel_report(self.model.config, self.dtype, self.ranks.device, length, compiled)
+        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, self.peak.rate, kernels))
         if self.ranks.main:
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
             flops = partial(work.flops, self.settings.sequence_length)
-            self._loop(log, found is None, lambda rate: rate * flops() / peak.look_again())
+            self._loop(log, found is None, lambda rate: self.peak.share(rate * flops()))
         self._finish()
         if self.ranks.main:
             draw_run(self.out)
@@ -132,6 +135,7 @@ class Trainer:
             # The rate of a step is that of its end, so that the first is not 0 and the last is the final one.
             after = progress.tokens * (progress.step + 1) / max(progress.step, 1)  # of samples as long as those before
             lr = self._set_rates(max(self.budget.progress(progress.step + 1, progress.seconds, after), 1e-4))
+            self._wrap()
             result = self._step()
             progress.step += 1
             progress.tokens += result.positions
@@ -166,11 +170,15 @@ class Trainer:
         tally, parts = Tally(), []
         for index, indices in enumerate(micro):
             batch = self._move(self.dataset.batch(list(indices)))
-            with ranks.no_sync(self.module, index < len(micro) - 1), autocast(self.dtype, ranks.device):
-                loss, count, metrics = self.loss(self.module, batch)
+            # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
+            set_seed(scramble(self.settings.seed, self.progress.step, index, ranks.rank) >> 1, ranks.device)
+            with ranks.no_sync(self.module, index < len(micro) - 1):
+                with autocast(self.dtype, ranks.device):
+                    loss, count, metrics = self.loss(self.module, batch)
+                # Outside: autocast would round what the router's products in float32 get back.
                 (loss / nominal).backward()
             parts.append((indices, loss.detach(), count))
-            positions = torch.tensor(batch["input_ids"].numel(), device=ranks.device)
+            positions = torch.full((), batch["input_ids"].numel(), device=ranks.device)
             for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
                 tally.add(name, value)
         tally.gather(ranks)
@@ -210,6 +218,19 @@ class Trainer:
             if hasattr(self.loss, name):
                 setattr(self.loss, name, value)
         return lr
+
+    def _wrap(self) -> None:
+        """Have the ranks train what takes part in the next step, and wrap the model again where that changes.
+
+        MTP layers whose loss weighs nothing get no gradient, for which DistributedDataParallel would wait: they freeze.
+        """
+        runs_mtp = getattr(self.loss, "runs_mtp", None)
+        if self.module is not None and runs_mtp == self._trains_mtp:
+            return
+        if runs_mtp is not None:
+            self.model.mtp.requires_grad_(runs_mtp)
+        self._trains_mtp, self.module = runs_mtp, None  # the memory of the buckets goes before new ones are made
+        self.module = self.ranks.wrap(self.model)
 
     def _validate(self) -> dict[str, Any]:
         """What the validation measures now; empty without one."""

@@ -21,7 +21,7 @@ class Work:
     @property
     def passes(self) -> int:
         """Of MTP layers over a sequence: those of the model, and the last one's on its own states."""
-        if not (self.model.mtp and getattr(self.loss, "mtp", True) and getattr(self.loss, "mtp_weight", 0) > 0):
+        if not (self.model.mtp and getattr(self.loss, "runs_mtp", False)):
             return 0
         return len(self.model.mtp) + getattr(self.loss, "mtp_steps", 1) - 1
 

@@ -11,12 +11,12 @@ from eval.opened_model import OpenedModel
 from eval.suites.asking import ask
 from eval.suites.estimates import majority, pass_at_k, wilson
 from eval.suites.suite import Row, Score, rows_of, sources_of, spread
-from text.answers import as_number, final_answer
 from text.chat_template import Message
 from text.problems import Problem, open_problems, to_problem
+from text.quantity import as_number
 from text.registry import GENERATORS, Source
 from text.row_report import RowError
-from training.alignment.rewards import is_correct
+from training.alignment.rewards import is_correct, taken_answer
 
 RIGHT = ("right",)  # under which all right answers vote, however they are written
 
@@ -135,7 +135,7 @@ def _votes(problem: Problem, row: Row) -> list[Hashable | None]:
     """What each answer votes for; an answer that gives nothing has no vote."""
     votes: list[Hashable | None] = []
     for answer, right in zip(row["answers"], row["right"], strict=True):
-        given = final_answer(answer, numeric=as_number(problem.answer) is not None)
+        given = taken_answer(problem, answer)
         number = as_number(given) if given else None
         votes.append(RIGHT if right else given if number is None else number)
     return votes

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import yaml
 
@@ -190,7 +190,7 @@ def test_worked_problems_from_two_places(throw: Thrower, tmp_path: Path) -> None
 )
 def test_a_reply_of_another_type(change: dict, throw: Thrower, tmp_path: Path) -> None:
     reply = {"choices": [{**REPLY["choices"][0], **change}]}
-    assert not_answered(throw, tmp_path, lambda: httpx.Response(200, json=reply)).code == 2
+    assert not_answered(throw, tmp_path, lambda: httpx2.Response(200, json=reply)).code == 2
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_a_reply_of_another_type(change: dict, throw: Thrower, tmp_path: Path) -
     ids=["infinite", "deep", "not packed", "endless"],
 )
 def test_a_reply_that_cannot_be_read(content: bytes, headers: dict, throw: Thrower, tmp_path: Path) -> None:
-    def respond() -> httpx.Response:
-        return httpx.Response(200, headers=headers, stream=httpx.ByteStream(content))
+    def respond() -> httpx2.Response:
+        return httpx2.Response(200, headers=headers, stream=httpx2.ByteStream(content))
 
     assert not_answered(throw, tmp_path, respond).code == 2
 
 
-def not_answered(throw: Thrower, folder: Path, respond: Callable[[], httpx.Response]) -> Outcome:
+def not_answered(throw: Thrower, folder: Path, respond: Callable[[], httpx2.Response]) -> Outcome:
     """What comes of a question whose every reply is this one; nothing of it is written down."""
     (folder / "p.jsonl").write_text('{"prompt": "Q"}\n')
     teacher = Misbehaving("http://x/v1", "m", attempts=1, respond=respond)

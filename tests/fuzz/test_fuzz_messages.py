@@ -27,7 +27,8 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 NAMES = st.sampled_from(
     ("role", "content", "from", "value", "messages", "conversations", "instruction", "input", "output", "history", "q",
      "a", "system", "tools", "tool_calls", "function", "name", "arguments", "prompt", "chosen", "rejected", "question",
-     "answer", "Question", "Complex_CoT", "Response", "kind", "text")
+     "answer", "Question", "Complex_CoT", "Response", "kind", "text", "type", "reasoning_content", "thinking",
+     "function_call", "weight", "train", "loss")
 )  # fmt: skip
 ROLES = st.sampled_from((*ROLE_MARKS, "human", "gpt", "observation"))
 ANYTHING = st.recursive(

@@ -90,7 +90,7 @@ ENTRY_POINTS = {
     "text/world/reasoning.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
 }
 # Started by the others, never by a person.
-SERVANTS = {"model/native.py", "text/encoders.py", "training/alignment/verifier.py"}
+SERVANTS = {"model/native.py", "text/encoders.py", "text/verifier.py"}
 
 
 def test_every_entry_point_is_thrown_at() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 from hypothesis import given
@@ -127,10 +127,10 @@ HEADERS = st.dictionaries(
 class Misbehaving(Endpoint):
     """An endpoint whose every reply is `respond()`, without a network and without pauses."""
 
-    respond: Callable[[], httpx.Response] = httpx.Response
+    respond: Callable[[], httpx2.Response] = httpx2.Response
 
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(transport=httpx.MockTransport(lambda _: self.respond()))
+    def _client(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(transport=httpx2.MockTransport(lambda _: self.respond()))
 
 
 async def at_once(_: float) -> None:
@@ -148,8 +148,8 @@ def replies(draw: Any) -> bytes:
 def test_what_an_endpoint_answers(throw: Thrower, content: bytes, status: int, headers: dict[str, str]) -> None:
     """From the question to the file that is learnt from, which can be read."""
 
-    def respond() -> httpx.Response:
-        return httpx.Response(status, headers=headers, stream=httpx.ByteStream(content))
+    def respond() -> httpx2.Response:
+        return httpx2.Response(status, headers=headers, stream=httpx2.ByteStream(content))
 
     teacher = Misbehaving("http://x/v1", "m", attempts=2, sleep=at_once, respond=respond)
     with tempfile.TemporaryDirectory() as place:
@@ -166,7 +166,7 @@ def test_what_an_endpoint_answers(throw: Thrower, content: bytes, status: int, h
 @given(data=st.data())
 def test_a_journal_that_is_gone_on_with(throw: Thrower, data: st.DataObject) -> None:
     row = {"key": "", "messages": [], "sample": 0, "answer": "春天。", "finish": "stop", "tokens": 3}
-    teacher = Misbehaving("http://x/v1", "m", attempts=1, respond=lambda: httpx.Response(200, json=REPLY))
+    teacher = Misbehaving("http://x/v1", "m", attempts=1, respond=lambda: httpx2.Response(200, json=REPLY))
     with tempfile.TemporaryDirectory() as place:
         file, out = Path(place, "p.jsonl"), Path(place, "out")
         file.write_text('{"prompt": "Q"}\n', encoding="utf8")

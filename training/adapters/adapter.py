@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,8 +48,12 @@ class Adapter:
 
     @classmethod
     def add(cls, model: MiniDeepSeek, settings: LoraSettings, base: str) -> Adapter:
-        """A fresh adapter: B is 0, so the model computes what it did."""
-        adapter = cls(model, settings.peft_config(model, base))
+        """A fresh adapter: B is 0, so the model computes what it did.
+
+        base: folder of the model. peft reads a relative path from the folder that its own user is in, so the
+        adapter's files give the absolute one. `open` does not read it: there the caller brings the base.
+        """
+        adapter = cls(model, settings.peft_config(model, os.path.abspath(base)))
         for module in model.modules():
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and settings.dropout:
                 module.lora_dropout.update({name: Dropout(settings.dropout) for name in module.lora_dropout})

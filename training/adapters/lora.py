@@ -67,7 +67,7 @@ class LoraSettings:
         return bool(self.chosen & {"experts", "all"})
 
     def peft_config(self, model: MiniDeepSeek, base: str) -> LoraConfig:
-        """The same for peft. base: the name of the model that the adapter's folder gives."""
+        """The same for peft. base: folder of the model, for whoever opens the adapter with peft."""
         kinds = [pattern for kind, pattern in MATRICES.items() if self.chosen & {kind, "all"}]
         moe = [f"model.layers.{place}.mlp.experts" for place, layer in enumerate(model.model.layers) if layer.is_moe]
         return LoraConfig(

@@ -107,7 +107,7 @@ class GRPOLoss:
             per_token = per_token + self.beta * kl
             metrics["kl"] = ((kl.detach() * counted).sum(), tokens)
         per_token = per_token * counted
-        rows, absent = torch.tensor(len(labels), device=labels.device), batch["absent"]
+        rows, absent = torch.full((), len(labels), device=labels.device), batch["absent"]
         if self.kind == "grpo":
             total = (per_token.sum(1) / counted.sum(1).clamp(min=1)).sum()
             count = rows + absent[0]

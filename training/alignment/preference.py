@@ -143,7 +143,7 @@ class PreferenceLoss:
         }
         if self.settings.needs_reference:
             metrics["kl"] = (chosen_drift.sum(), pairs.chosen_tokens.sum())
-        return total, torch.tensor(len(losses), device=total.device), metrics
+        return total, torch.full((), len(losses), device=total.device), metrics
 
     def _reference(self, batch: Batch) -> Tensor:
         if not self.settings.needs_reference:

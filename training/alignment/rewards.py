@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from errors import UserError
-from text.answers import as_number, final_answer, is_calculation, is_latex, same_text
+from text.answers import declared_answer, final_answer
+from text.judge import is_equal
 from text.problems import Problem
-from training.alignment.verifier import shared_verifier
+from text.quantity import as_number
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _ANY_TAG = re.compile("|".join(TAGS))
@@ -73,14 +74,15 @@ def correct(sample: Sample) -> float:
 @reward
 def near(sample: Sample) -> float:
     """1 / (1 + distance to the right number); 0 without one. A slope where right answers are still too rare to find."""
-    wanted, given = as_number(sample.problem.answer), as_number(final_answer(sample.text) or "")
-    return 0.0 if wanted is None or given is None else 1 / (1 + float(abs(given - wanted)))
+    taken = taken_answer(sample.problem, sample.text)
+    target, given = as_number(sample.problem.answer), as_number(taken or "")
+    return 0.0 if target is None or given is None else 1 / (1 + float(abs(given - target)))
 
 
 @reward
 def digits_only(sample: Sample) -> float:
     """1 when the answer is a whole number and nothing else."""
-    answer = final_answer(sample.text, numeric=False)
+    answer = declared_answer(sample.text)
     return float(answer is not None and re.fullmatch(r"-?[0-9]+", answer) is not None)
 
 
@@ -123,27 +125,17 @@ def overlong(sample: Sample) -> float:
     return -1.0 if not sample.ended else -min(max(excess / room, 0.0), 1.0)
 
 
+def taken_answer(problem: Problem, text: str) -> str | None:
+    """What of a completion is judged; None where it gives no answer, or several."""
+    return declared_answer(text) if problem.score is not None else final_answer(text, problem.answer)
+
+
 def is_correct(problem: Problem, text: str) -> bool:
-    """Whether a completion gives the answer of the problem."""
-    wanted = problem.answer
-    number = as_number(wanted)
-    given = final_answer(text, numeric=number is not None or is_latex(wanted))
-    if given is None or (number is not None and not re.search(r"[0-9\\]", given)):
+    """Whether a completion gives the answer of the problem (`text.judge`), or satisfies the problem's own checker."""
+    taken = taken_answer(problem, text)
+    if taken is None:
         return False
-    if problem.score is not None:
-        return problem.score(given) >= 1
-    if number is not None:
-        # Plain numbers, nearly all of them, need no second process: math-verify compares their values too.
-        plain = as_number(given)
-        if plain is not None:
-            return plain == number
-        if is_calculation(given):
-            return False
-    if number is not None or is_latex(wanted):
-        equal = shared_verifier().equal(wanted, given)
-        if equal is not None:
-            return equal
-    return same_text(wanted, given)
+    return problem.score(taken) >= 1 if problem.score is not None else is_equal(problem.answer, taken)
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,6 @@ class Snapshot:
         self._weights, self._tokenizer, self._progress = weights, tokenizer, asdict(progress)
         self.tensors = {f"{WEIGHT}{name}": value for name, value in weights.tensors().items()}
         self.tensors |= {f"{STATE}{name}": value for name, value in state_tensors(optimizer, weights.model).items()}
-        self.tensors[f"{STATE}rng"] = torch.get_rng_state()
-        if weights.model.lm_head.weight.is_cuda:  # of dropout there
-            self.tensors[f"{STATE}rng_cuda"] = torch.cuda.get_rng_state(weights.model.lm_head.weight.device)
         self.tensors |= {f"{STATE}{DATA}{name}": value for name, value in (data or {}).items()}
 
     def write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -142,7 +139,7 @@ def _before(folder: Path) -> Path:
 
 
 def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimiser and random state of `folder`, into objects that already hold its weights. Returns the data set's.
+    """Optimiser state of `folder`, into objects that already hold its weights. Returns the data set's.
 
     Raises `DamagedCheckpoint`. What passed its checksums and does not fit was saved under other settings, and so were
     the checkpoints before it: `--resume last-good` would end here again, so it is not offered.
@@ -155,12 +152,10 @@ def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.opti
         raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); restore the file, {aside}") from None
     settings = "give the settings that the run began with"
     try:
-        random, on_cuda = state.pop("rng"), state.pop("rng_cuda", None)
+        for name in ("rng", "rng_cuda"):  # of older checkpoints: now a function of seed, step, micro-batch and rank
+            state.pop(name, None)
         data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
         load_state_tensors(optimizer, model, state)
-        torch.set_rng_state(random)
-        if on_cuda is not None and model.lm_head.weight.is_cuda:
-            torch.cuda.set_rng_state(on_cuda, model.lm_head.weight.device)
     except KeyError as error:
         raise DamagedCheckpoint(f"{path}: state of an unknown parameter {error}; {settings}, {aside}") from None
     except (ValueError, TypeError, RuntimeError) as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 
 from errors import DamagedCheckpoint, UserError
 from LMConfig import LMConfig
@@ -24,7 +26,7 @@ from training.checkpoints.checkpoint import (
     newest,
     read_progress,
 )
-from training.checkpoints.manifest import verify
+from training.checkpoints.manifest import MANIFEST, verify
 from training.settings import StageSettings
 
 Resume = bool | Literal["last-good"]
@@ -65,6 +67,18 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
     for name, value in run.items():
         _unchanged(found, name, progress.run.get(name, value), value)
     return found, progress
+
+
+def contents(folder: Path) -> str | None:
+    """The same for the same checkpoint, as this process sees it; None where it sees none."""
+    digest = xxhash.xxh3_128()
+    try:
+        digest.update((folder / "training" / "progress.json").read_bytes())
+        with suppress(FileNotFoundError):  # of folders older than manifests
+            digest.update((folder / MANIFEST).read_bytes())
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def _way_out(out: Path, damaged: Path) -> str:
@@ -113,7 +127,7 @@ class WholeModel:
 
 
 def take_up(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Put a checkpoint's weights, optimiser state and random numbers in place. Returns the state of its data set."""
+    """Put a checkpoint's weights and optimiser state in place. Returns the state of its data set."""
     weights.load(folder)
     return load_training_state(folder, weights.model, optimizer)
 

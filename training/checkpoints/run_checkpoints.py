@@ -9,7 +9,7 @@ from torch import Tensor
 
 from text.tokenizer import Tokenizer
 from training.checkpoints.checkpoint import Progress, Snapshot, Weights, keep_last, newest
-from training.checkpoints.resume import left_off, take_up
+from training.checkpoints.resume import contents, left_off, take_up
 from training.checkpoints.saver import Saver
 from training.datasets import Dataset, PolicyDataset
 from training.ranks import Ranks
@@ -50,9 +50,11 @@ class RunCheckpoints:
         progress.finished = budget.progress(progress.step, progress.seconds, progress.tokens) >= 1
         if progress.finished and folder.name == "final":
             return progress
+        self._ranks.check_shared(folder, lambda: contents(folder))
         state = take_up(folder, self._weights, self._optimizer)
         if self._made is not None:
             self._made.load_state(state)
+        self._ranks.gather(None)  # where another one could not read it, this says so
         self._ranks.say(f"resuming from {folder}: step {progress.step}, {progress.tokens:,} tokens")
         return progress
 

@@ -19,6 +19,7 @@ from text.chat_template import Message
 from text.prompts import Prompt
 
 MOST_FAILURES = 25  # one after the other, before the teacher is taken to be gone
+MOST_REASONS = 10  # shown; a provider may put an id or a time into each
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ class Asked:
     def lines(self) -> list[str]:
         """For people."""
         lines = [f"{self.questions} questions: {self.before} answered before, {self.answered} now"]
-        return lines + [f"  {count} without an answer: {reason}" for reason, count in self.failures.most_common()]
+        shown = self.failures.most_common(MOST_REASONS)
+        lines += [f"  {count} without an answer: {reason}" for reason, count in shown]
+        rest = self.failures.total() - sum(count for _, count in shown)
+        return lines + [f"  {rest} without an answer for other reasons"] * bool(rest)
 
 
 def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) -> Asked:
@@ -152,5 +156,6 @@ def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) ->
 
 
 def questions(prompts: Sequence[Prompt], samples: int, *facts: object) -> list[list[Ask]]:
-    """`samples` questions of each prompt."""
-    return [[Ask.of(prompt.messages, sample, *facts) for sample in range(samples)] for prompt in prompts]
+    """`samples` questions of each prompt. What training does with a turn is no matter of the teacher's."""
+    asked = [[{"role": turn["role"], "content": turn["content"]} for turn in prompt.messages] for prompt in prompts]
+    return [[Ask.of(messages, sample, *facts) for sample in range(samples)] for messages in asked]

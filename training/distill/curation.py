@@ -94,10 +94,12 @@ def open_answering(
         return open_local(teacher, temperature, max_new_tokens, seed, dtype, device)
     if not settings.teacher_model:
         raise UserError(f"--teacher {teacher}: give the name that it serves the model under, --teacher_model NAME")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()  # a key read from a file often ends with its line
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY: has a character that no HTTP header can hold; set it again")
     return Endpoint(
-        teacher, settings.teacher_model, os.environ.get("OPENAI_API_KEY", ""), temperature, max_new_tokens,
-        settings.concurrency, settings.timeout,
-    )  # fmt: skip
+        teacher, settings.teacher_model, key, temperature, max_new_tokens, settings.concurrency, settings.timeout
+    )
 
 
 def gather_answers(
@@ -113,13 +115,19 @@ def gather_answers(
     lines = report.lines() if report.rows else []
     print("\n".join([*lines, f"{len(prompts)} different prompts"]))
     path = out / JOURNAL
-    if path.exists() and not resume:
+    if not resume and path.exists() and path.stat().st_size:  # empty where an earlier run had no answer
         raise UserError(f"{path}: holds answers already; add --resume to go on, or choose another --out")
     journal, asks = Journal(path), questions(prompts, settings.samples, *facts)
     told = ask_all(teacher, [ask for some in asks for ask in some], journal)
     print("\n".join(told.lines()))
     conversations, curated = curate(prompts, asks, journal.known, settings, judge, max_new_tokens)
     print("\n".join(curated.lines()))
+    if told.failures and not curated.answers:
+        (reason, _), *_ = told.failures.most_common(1)
+        raise UserError(
+            f"--teacher: not one of {told.questions} questions has an answer, mostly {reason}; "
+            "remove the cause and run the same command again"
+        )
     if not conversations:
         raise UserError(f"{path}: none of {curated.answers} answers is fit to learn from; see what was dropped and why")
     write_chats(out / CHATS, conversations)

@@ -1,31 +1,37 @@
 """A teacher behind an OpenAI-compatible endpoint: many questions at a time, and patience with its moods.
 
-httpx does the talking: it speaks asynchronously, so that no question on its way holds up the end, and has time-outs of
-every kind.
+httpx2 does the talking: it speaks asynchronously, so that no question on its way holds up the end, and has time-outs
+of every kind. It reads HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY. The retries are ours: the openai client asks
+again neither after a reply that breaks off or holds an error under status 200, nor where a server names a long wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
-import json
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-import httpx
+import httpx2
+from socksio import SOCKSError
 
 from errors import UserError
 from training.distill.answers import Answer, Ask, Failure
+from training.distill.reply import NoAnswer, read_reply
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 60.0  # seconds between two attempts, unless the server names more
 MOST_BYTES = 1 << 25  # of a reply
 LONGEST_WISH = 900.0  # seconds that a server may ask for
-PASSING = {408, 409, 425, 429}  # and all from 500 on
+PASSING = {200, 408, 409, 425, 429}  # and all from 500 on; 200 is of a reply without an answer
 HOPELESS = {401, 403, 404, 405}  # no question will be answered
+PROXIES = ("http", "https", "all")  # of HTTP_PROXY and so on, also in small letters
 
 
 class _Passing(Exception):
@@ -63,9 +69,8 @@ class Endpoint:
 
         Closing the generator gives up the questions on their way at once.
         """
-        loop = asyncio.new_event_loop()
+        client, loop = self._client(), asyncio.new_event_loop()
         left, waiting = iter(asks), {}
-        client = self._client()
         try:
             while True:
                 for ask in islice(left, self.concurrency - len(waiting)):
@@ -79,7 +84,7 @@ class Endpoint:
             loop.run_until_complete(_give_up(list(waiting), client))
             loop.close()
 
-    async def ask(self, client: httpx.AsyncClient, ask: Ask) -> Answer | Failure:
+    async def ask(self, client: httpx2.AsyncClient, ask: Ask) -> Answer | Failure:
         """One question, with as many attempts as it needs."""
         for attempt in range(self.attempts):
             try:
@@ -90,15 +95,31 @@ class Endpoint:
                     # Equal pauses would bring all questions back at the same moment.
                     pause = min(self.first_pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
                     await self.sleep(max(pause, error.after))
-        return Failure(f"{said} ({self.attempts} attempts)")
+        return Failure(f"{said}, {self.attempts} attempts")
 
-    def _client(self) -> httpx.AsyncClient:
+    def _client(self) -> httpx2.AsyncClient:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        timeout = httpx.Timeout(self.timeout, connect=min(CONNECT_SECONDS, self.timeout))
-        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+        limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        timeout = httpx2.Timeout(self.timeout, connect=min(CONNECT_SECONDS, self.timeout))
+        try:
+            _check_port(self.url)
+        except ValueError as error:
+            raise self._no_address(error) from None
+        try:
+            for scheme in PROXIES:
+                _check_port(getproxies().get(scheme, ""))
+            return httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+        except (httpx2.InvalidURL, ValueError) as error:
+            variables = [f"{scheme}_proxy" for scheme in PROXIES]
+            names = ", ".join(name for name in os.environ if name.lower() in variables) or "the system's proxy"
+            raise UserError(
+                f"{names}: no address of a proxy ({error}); write http://host:port or socks5://host:port"
+            ) from None
 
-    async def _attempt(self, client: httpx.AsyncClient, ask: Ask) -> Answer | Failure:
+    def _no_address(self, error: Exception) -> UserError:
+        return UserError(f"--teacher {self.url}: no address ({error}); write http://host:port/v1")
+
+    async def _attempt(self, client: httpx2.AsyncClient, ask: Ask) -> Answer | Failure:
         body = {
             "model": self.model,
             "messages": list(ask.messages),
@@ -108,35 +129,25 @@ class Endpoint:
         try:
             async with client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
                 content = await _read(response)
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise UserError(f"--teacher {self.url}: no address ({error}); write http://host:port/v1") from None
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise self._no_address(error) from None
         # Time-outs, refused and broken connections, and what is not packed as its header says.
-        except (httpx.TransportError, httpx.DecodingError) as error:
+        except (httpx2.TransportError, httpx2.DecodingError, SOCKSError) as error:
             raise _Passing(f"{type(error).__name__} {error}".strip()) from error
-        status = response.status_code
-        if status in PASSING or status >= 500:
-            raise _Passing(f"status {status}", seconds_to_wait(response.headers.get("Retry-After")))
-        if status in HOPELESS:
-            remedy = "check the address" if status in (404, 405) else "set OPENAI_API_KEY"
-            raise UserError(
-                f"--teacher {self.url}: status {status} ({_said(content)}); {remedy} and --teacher_model {self.model}"
-            )
-        if status != 200:
-            return Failure(f"status {status} ({_said(content)})")
         try:
-            said = json.loads(content)
-            choice = said["choices"][0]
-            message = choice["message"]
-            text, finish = message.get("content") or "", choice.get("finish_reason") or "stop"
-            thoughts = message.get("reasoning_content") or ""
-            tokens = int((said.get("usage") or {}).get("completion_tokens") or 0)
-            if not all(isinstance(part, str) for part in (text, thoughts, finish)):
-                raise TypeError("content is no text")
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise _Passing(f"no answer in the reply ({type(error).__name__}: {error})") from error
-        if thoughts.strip():
-            text = f"<think>\n{thoughts.strip()}\n</think>\n{text}"
-        return Answer(text, finish, tokens)
+            return read_reply(response.status_code, content)
+        except NoAnswer as error:
+            if error.status in PASSING or error.status >= 500:
+                raise _Passing(str(error), seconds_to_wait(response.headers.get("Retry-After"))) from None
+            if error.status in HOPELESS:
+                remedy = "check the address" if error.status in (404, 405) else "set OPENAI_API_KEY"
+                raise UserError(f"--teacher {self.url}: {error}; {remedy} and --teacher_model {self.model}") from None
+            return Failure(str(error))
+
+
+def _check_port(address: str) -> None:
+    """Raises `ValueError` for a port above 65535, which the event loop would meet with an exception of another kind."""
+    _ = urlsplit(address if "://" in address else f"//{address}").port
 
 
 def seconds_to_wait(header: str | None) -> float:
@@ -153,13 +164,13 @@ def seconds_to_wait(header: str | None) -> float:
     return min(max(seconds, 0.0), LONGEST_WISH) if seconds == seconds else 0.0
 
 
-async def _give_up(tasks: list[asyncio.Task], client: httpx.AsyncClient) -> None:
+async def _give_up(tasks: list[asyncio.Task], client: httpx2.AsyncClient) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, client.aclose(), return_exceptions=True)
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _read(response: httpx2.Response) -> bytes:
     """The reply's content. Raises `_Passing` for one that does not end."""
     parts, size = [], 0
     async for part in response.aiter_bytes():
@@ -168,8 +179,3 @@ async def _read(response: httpx.Response) -> bytes:
         if size > MOST_BYTES:
             raise _Passing(f"a reply of more than {MOST_BYTES:,} bytes")
     return b"".join(parts)
-
-
-def _said(content: bytes) -> str:
-    """The server's own words, in one short line."""
-    return " ".join(content.decode("utf8", "replace").split())[:200] or "no message"

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from dataset import ChatDataset
-from errors import UserError, naming
+from errors import naming
 from text.encoded_chats import EncodedChats
 from text.packing import write_row
 from training.distill.distillation import Logits, Teacher
@@ -139,14 +139,14 @@ def keep_top_k(
     """Ask the teacher about all conversations, unless files of the same fingerprint are there. Ranks share the work.
 
     Args:
-        folder: of the files, which all ranks see. ask: opens the teacher, if it is needed at all.
+        folder: of the files, on a disk that all ranks share. ask: opens the teacher, if it is needed at all.
         fingerprint: of teacher and data.
     """
     encoded = chats.chats
     count = -(-len(encoded) // CONVERSATIONS)
     files = [folder / f"part-{number:05d}.safetensors" for number in range(count)]
-    missing = [number for number, file in enumerate(files) if not is_kept(file, fingerprint)]
-    ranks.barrier()  # nobody writes before everybody has looked
+    ranks.check_writes_shared(folder)  # each rank reads what all have written
+    missing = ranks.on_main(lambda: [number for number, file in enumerate(files) if not is_kept(file, fingerprint)])
     if missing:
         ranks.say(f"asking the teacher about {len(encoded)} conversations, once, into {folder}")
     if mine := missing[ranks.rank :: ranks.world]:
@@ -157,9 +157,7 @@ def keep_top_k(
             arrays = score(teacher, rows, k, temperature, micro_rows, dtype, ranks.device)
             save(files[number], arrays, fingerprint)
     ranks.barrier()
-    for file in files:
-        if not is_kept(file, fingerprint):
-            raise UserError(f"{file}: what the teacher said is not there; --out must be a folder that all ranks see")
+    ranks.check_shared(folder, lambda: all(is_kept(file, fingerprint) for file in files))
     return KeptTopK(files, encoded)
 
 

@@ -65,8 +65,8 @@ class Verifier:
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        root = Path(__file__).resolve().parents[2]
-        command = [sys.executable, "-m", "training.alignment.verifier"]
+        root = Path(__file__).resolve().parents[1]
+        command = [sys.executable, "-m", "text.verifier"]
         self._process = subprocess.Popen(
             command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -77,7 +77,7 @@ class Verifier:
             self.stop()
             raise UserError(
                 "math-verify does not start; pip install -r requirements.txt, "
-                f"or see what {sys.executable} -m training.alignment.verifier says"
+                f"or see what {sys.executable} -m text.verifier says"
             )
 
 
@@ -117,7 +117,7 @@ def serve() -> None:
 
 def _as_formula(text: str) -> str:
     """LaTeX is only read between marks."""
-    return f"${text}$" if "\\" in text and "$" not in text else text
+    return f"${text}$"
 
 
 if __name__ == "__main__":

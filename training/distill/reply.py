@@ -1,0 +1,127 @@
+"""A reply of an OpenAI-compatible endpoint: an answer with its thoughts, or the provider's reason why there is none.
+
+Endpoints agree on `choices[0].message.content` and on little else. Thoughts come under `reasoning_content` (DeepSeek,
+SGLang), `reasoning` (vLLM, Ollama, OpenRouter), `reasoning_details` (OpenRouter) or as parts of the content (Mistral);
+an error of the provider behind a gateway comes with status 200, in place of the choices or beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+from errors import one_line
+from text.turns import THOUGHTS, thought_and_answer
+from training.distill.answers import Answer
+
+NAMES = (*THOUGHTS, "reasoning_details")  # of thoughts; often the same under two of them
+WORDS = ("text", "thinking", "summary")  # keys of a part's text; encrypted parts have none
+ERRORS = ("error", "detail", "message")  # where servers put what is wrong, the first of them that says something
+BROKEN_OFF = ("error", "abort")  # reasons to finish that leave half an answer
+LONGEST_REASON = 200  # characters
+
+
+class NoAnswer(Exception):
+    """A reply without an answer, in the provider's words. `status`: its HTTP status, or the one that its body names."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def read_reply(status: int, content: bytes) -> Answer:
+    """The answer of a reply, its thoughts between <think> and </think>. Raises `NoAnswer`."""
+    try:
+        reply = json.loads(content)
+    except (ValueError, RecursionError):
+        reply = None
+    if status != 200:
+        raise NoAnswer(status, f"status {status} ({_reason(reply, content)})")
+    try:
+        choice = reply["choices"][0]
+        finish = choice.get("finish_reason") or "stop"
+        if reply.get("error") or choice.get("error") or finish in BROKEN_OFF:
+            raise ValueError("an error")
+        text = _with_thoughts(choice["message"])
+        tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
+        if not isinstance(finish, str):
+            raise TypeError("finish_reason is no text")
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        code = _named_status(reply)
+        named = f"error {code}" if code else "no answer"
+        raise NoAnswer(code or status, f"status 200 with {named} ({_reason(reply, content)})") from None
+    return Answer(text, finish, tokens)
+
+
+def _with_thoughts(message: dict) -> str:
+    content = message.get("content") or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    text = "".join(_words(part) for part in parts if not _is_thought(part))
+    inside = [part for part in parts if _is_thought(part)]
+    found = (_blocks(value) for value in (*map(message.get, NAMES), inside))
+    thoughts = next((thoughts for thoughts in found if thoughts), "")
+    if "<think>" in text:  # the endpoint has put them there, or in both places
+        return text
+    if thoughts:
+        return thought_and_answer(thoughts, text)
+    # <think> may have ended the prompt: it does in the chat templates of many models that always think.
+    return f"<think>\n{text.lstrip()}" if "</think>" in text else text
+
+
+def _blocks(value: object) -> str:
+    """The text of thoughts, each part a paragraph."""
+    parts = value if isinstance(value, list) else [value]
+    return "\n\n".join(words for words in (_words(part).strip() for part in parts) if words)
+
+
+def _words(part: object) -> str:
+    """The text of a text, of a part or of parts; parts of other kinds, such as images, have none."""
+    if part is None or isinstance(part, str):
+        return part or ""
+    if isinstance(part, list):
+        return "".join(map(_words, part))
+    return _words(next((part[key] for key in WORDS if part.get(key)), None))
+
+
+def _is_thought(part: dict) -> bool:
+    return str(part.get("type")).startswith(("thinking", "reasoning"))
+
+
+def _error_of(reply: object) -> object:
+    """What a body says of an error: a text, or an object or list that holds texts; None where it says nothing."""
+    if not isinstance(reply, dict):
+        return None
+    try:
+        of_choice = reply["choices"][0]["error"]
+    except (LookupError, TypeError):
+        of_choice = None
+    found = (of_choice, *map(reply.get, ERRORS))
+    return next((error for error in found if isinstance(error, str | dict | list) and error), None)
+
+
+def _named_status(reply: object) -> int:
+    """The HTTP status that a body names, 0 where it names none."""
+    error = _error_of(reply)
+    place = error if isinstance(error, dict) else reply
+    code = str(place.get("code")) if isinstance(place, dict) else ""
+    return int(code) if re.fullmatch("[45][0-9]{2}", code) else 0
+
+
+def _reason(reply: object, content: bytes) -> str:
+    """What the provider says is wrong, in one short line; all that it sent where it names no error."""
+    try:
+        words = ": ".join(dict.fromkeys(_texts(_error_of(reply))))
+    except RecursionError:
+        words = ""
+    shown = " ".join((words or content.decode("utf8", "replace")).split())
+    return one_line(shown[:LONGEST_REASON]) or "an empty reply"
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts in an error: its message, and often a type or what a provider further behind has said."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
