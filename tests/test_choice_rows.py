@@ -153,6 +153,13 @@ def test_a_snapshot_of_the_hub_has_its_subjects_in_folders(tmp_path):
     }  # fmt: skip
 
 
+def test_what_save_to_disk_wrote_has_its_splits(tmp_path):
+    rows = {name: datasets.Dataset.from_list([arc("x", "y", labels="AB", answer=name)]) for name in ("A", "B")}
+    datasets.DatasetDict(train=rows["A"], test=rows["B"]).save_to_disk(tmp_path / "exam")
+    for folder, subject in (("exam", "exam"), ("exam/test", "test")):
+        assert read_choices(str(tmp_path / folder), "test", []) == {subject: [ChoiceItem(subject, "Q", ("x", "y"), 1)]}
+
+
 HEADER = "id,question,A,B,C,D,answer\n"
 
 
@@ -216,8 +223,11 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
 
 def test_a_folder_without_the_split_and_a_subject_that_is_not_there_are_named(tmp_path):
     ceval(tmp_path / "exam")
-    with pytest.raises(UserError, match=r"exam: no split 'validate', there are: test, validation; name one of them"):
+    with pytest.raises(UserError, match=r"exam: no split 'validate', there are: dev, test, validation; name"):
         read_choices(str(tmp_path / "exam"), "validate", [])
+    (tmp_path / "exam" / "dev" / "law_dev.csv").unlink()
+    with pytest.raises(UserError, match=r"exam: no split 'dev', there are: test, validation; name one of them"):
+        read_choices(str(tmp_path / "exam"), "dev", [])
     with pytest.raises(UserError, match="exam: no subject 'art' in split 'val'; it has nothing"):
         read_choices(str(tmp_path / "exam"), "val", ["art"])
     (tmp_path / "empty").mkdir()

@@ -80,7 +80,7 @@ def test_only_the_train_files_of_a_folder_with_splits_are_read(layout: str, tmp_
     folder = Folder.read(tmp_path, SUFFIXES)
     assert folder.files == [train] and folder.splits == {"train", *folder.others} and len(folder.others) == 1
     assert folder.notice() == f"{tmp_path}: only the split train is read, not {folder.others.pop()}"
-    for name in ("test", "validation"):
+    for name in ("test", "validation", "dev"):
         if name in folder.splits:
             assert Folder.read(tmp_path, SUFFIXES, name).files == [other]
     with pytest.raises(UserError, match=r"no split .gen., there are: \w+, \w+; name one of them"):

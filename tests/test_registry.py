@@ -288,7 +288,9 @@ def test_a_local_folder_has_splits_and_a_file_has_none(registry, tmp_path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "a.jsonl").write_text("{}")
     names = tmp_path / "names.yaml"
-    names.write_text("folder: {path: saved, split: test}\nfile: {path: a.jsonl, split: test}\n")
-    assert find_sources("folder", names)[0].split == "test"
+    names.write_text(
+        "folder: {path: saved, split: test}\nfile: {path: a.jsonl, split: test}\nit: {path: a.jsonl, split: train}"
+    )
+    assert [source.split for source in find_sources("folder,it", names)] == ["test", "train"]
     with pytest.raises(UserError, match=r"names.yaml: file: a file has no split; leave it out, or name a folder"):
         find_sources("file", names)

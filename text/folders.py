@@ -21,9 +21,12 @@ from text.data_file import METADATA, suffix_of
 TRAIN = "train"
 SPLITS = {
     TRAIN: (TRAIN, "training"),
-    "validation": ("validation", "valid", "val", "dev"),
+    "validation": ("validation", "valid", "val"),
+    "dev": ("dev",),  # beside val it is another, as in C-Eval, whose worked examples it has
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# What `save_to_disk` writes into the folder of a DatasetDict and of a Dataset, with the key of the list in it.
+SAVED = {"dataset_dict.json": "splits", "state.json": "_data_files"}
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 SHARD = re.compile(r"[-_.]\d{5,}-of-\d{5,}.*")
 
@@ -77,9 +80,9 @@ class Folder:
                 continue
             visited.add(real)
             place = Path(parent)
-            if saved := _listed(place, names, "dataset_dict.json", "splits"):
+            if saved := _listed(place, names, "dataset_dict.json"):
                 names, folders[:] = [], [self._saved_split(place, saved)]
-            elif saved := _listed(place, names, "state.json", "_data_files"):
+            elif saved := _listed(place, names, "state.json"):
                 names = [Path(str(file.get("filename"))).name for file in saved if isinstance(file, dict)]
                 folders.clear()
             for name in names:
@@ -126,15 +129,15 @@ class Folder:
         return UserError(f"{self.path}: no split {self.split!r}, there are: {shown}; name one of them as split")
 
 
-def _listed(place: Path, names: list[str], name: str, key: str) -> list[Any]:
-    """The list under a key of a JSON file of a folder; empty where there is none."""
+def _listed(place: Path, names: list[str], name: str) -> list[Any]:
+    """The list in a file of `save_to_disk`; empty where there is none."""
     if name not in names:
         return []
     try:
         content = json.loads((place / name).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place / name}: not valid JSON ({error}); fetch or save the data set again") from error
-    found = content.get(key) if isinstance(content, dict) else None
+    found = content.get(SAVED[name]) if isinstance(content, dict) else None
     return found if isinstance(found, list) else []
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, with_home
+from text.folders import TRAIN
 from text.formats import FORMATS, KINDS, TAGS, Layout
 from text.yaml_file import parse_yaml
 
@@ -48,7 +49,7 @@ class Source:
     seed: int = 0
     is_hub: bool = False
     subset: str | None = None
-    split: str = "train"
+    split: str = TRAIN
     folder: str = ""
 
     def __str__(self) -> str:
@@ -183,7 +184,7 @@ class Registry:
         path = entry["hub"] if is_hub else str(self.file.parent / with_home(entry["path"]))
         if not is_hub and ("subset" in entry or "folder" in entry):
             raise UserError(f"{place}: subset and folder are for data on the Hub; name the file or folder you want")
-        if not is_hub and Path(path).is_file() and "split" in entry:
+        if not is_hub and Path(path).is_file() and entry.get("split", TRAIN) != TRAIN:
             raise UserError(f"{place}: a file has no split; leave it out, or name a folder")
         return Source(
             path=path,
@@ -194,7 +195,7 @@ class Registry:
             seed=_number(place, entry, "seed", 0, int, -1),
             is_hub=is_hub,
             subset=entry.get("subset"),
-            split=entry.get("split", "train"),
+            split=entry.get("split", TRAIN),
             folder=entry.get("folder", ""),
         )
 

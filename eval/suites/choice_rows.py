@@ -13,13 +13,13 @@ from __future__ import annotations
 import csv
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
 from eval.suites.suite import rows_of
-from text.folders import SPLIT_OF, Folder
+from text.folders import SAVED, SPLIT_OF, Folder
 from text.registry import Source, find_sources
 from text.rows import SUFFIXES
 
@@ -136,6 +136,9 @@ def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tup
     path = Path(source.path)
     if not path.is_dir():
         yield path.stem, source
+        return
+    if any((path / name).is_file() for name in SAVED):
+        yield path.name, replace(source, split=split)
         return
     names = ALSO.get(split, (split,))
     files = [
