@@ -36,6 +36,7 @@ _OR = re.compile(r"\b(?:or|either)\b|或|还是", re.IGNORECASE)
 _SEPARATOR = re.compile(r"\s*(?:[,;、，；&\s]|\band\b|\bor\b|和|或|\b[A-Za-z]\s*=)\s*")
 _ASIDE = re.compile(r"\([^()]*(?:[A-Za-z]{2}|[\u3400-\u9fff])[^()]*\)")
 _ITEM = re.compile(r"(?:[-+•]|\(?\d{1,2}[.)、])\s+")  # the mark in front of an item of a list
+_AREA = re.compile(r"\s(?:[mck]?m|in|ft|yd)(?:\^[23])?$")
 _JOINED = re.compile(r"\d+(?:[:/.-]\d+)+")  # a time, a ratio, a date
 
 
@@ -146,7 +147,7 @@ def _formula(text: str, reference: str, declared: bool) -> str | None:
     has_list = "," in re.sub(r"[(\[{].*[)\]}]", "", target)
     has_words = re.search(r"[A-Za-z]{3}|[\u3400-\u9fff]", without(text, found))
     if "\\begin" in text or (declared and not has_words and (has_list or len(found) == 1)):
-        taken = text
+        taken = _AREA.sub("", text)
     elif has_list:
         first = len(found) - 1
         while first and not _SEPARATOR.sub("", text[found[first - 1].end : found[first].begin]):
@@ -158,7 +159,7 @@ def _formula(text: str, reference: str, declared: bool) -> str | None:
 
 
 def _choice(text: str, reference: str, declared: bool) -> str | None:
-    if leading := re.match(r"\(?([A-Z])(?:\)|[.:：、,，]\s|[.:：、]?$)|[a-z]$", text):
+    if leading := re.match(r"\(?([A-Z])(?:\)|[.:,](?=\s|[\u3400-\u9fff]|$)|[、。]|$)|[a-z]$", text):
         return leading[1] or text
     letters = {found[1] for found in _LETTER.finditer(_ARTICLE.sub("", text))}
     return None if not letters else letters.pop() if len(letters) == 1 else SEVERAL
@@ -166,7 +167,7 @@ def _choice(text: str, reference: str, declared: bool) -> str | None:
 
 def _text(text: str, reference: str, declared: bool) -> str | None:
     if _JOINED.fullmatch(plain(reference)):
-        found = _JOINED.findall(text)
+        found = _JOINED.findall(re.sub(r"(?<=\d) ?: ?(?=\d)", ":", text))
         return None if not found else found[-1] if not declared or len(set(found)) == 1 else SEVERAL
     return text if declared or same_text(text, reference) else bare(_COPULA.split(text)[-1]) or None
 
@@ -177,7 +178,7 @@ _TAKE = {"number": _number, "formula": _formula, "choice": _choice, "text": _tex
 def _last(part: str, reference: str, kind: Kind) -> str | None:
     """What the reply itself says last; SEVERAL or None as above."""
     whole = cleaned(part) if kind in ("choice", "text") else ""
-    if whole and (same_text(whole, reference) or (kind == "choice" and re.match(r"\(?[A-Z][).:：、]", whole))):
+    if whole and (same_text(whole, reference) or (kind == "choice" and re.match(r"\(?[A-Z][).:,、。]", whole))):
         return _TAKE[kind](whole, reference, True)
     for line in reversed(part.split("\n")):
         text = cleaned(line)

@@ -44,7 +44,7 @@ def pieces(text: str) -> list[Piece]:
             kind = "letter"
         # Two operands with a space between are two pieces, unless a bracket or a command holds them together.
         is_apart = has_gap and not opened and kind in ("number", "letter", "sign", "open")
-        is_apart &= before in ("number", "letter", "sign", "close")
+        is_apart = is_apart and before in ("number", "letter", "sign", "close") and "\\" not in text[begin:end]
         is_hyphen = begin < 0 and word in ("-", "+") and bool(re.search("[A-Za-z]$", text[: token.start()][-1:]))
         ends = kind in ("word", "other") or is_hyphen or (kind in ("comma", "close") and not opened)
         if ends or is_apart:

@@ -157,4 +157,4 @@ def plain(text: str) -> str:
         text = re.sub(r"(?<![\d十百千万])负(?=[\d$¥])|\bnegative (?=[\d$])", "-", text)
     if "*" in text or "`" in text:
         text = re.sub(r"(?<![\w)\]])(\*{1,3}|`)(?=\S)([^*`\n]+)(?<=\S)\1(?![\w(])|\*\*(?!\d)", r" \2 ", text)
-    return text.strip()
+    return re.sub(" {2,}", " ", text).strip() if "  " in text else text.strip()
