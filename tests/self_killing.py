@@ -1,9 +1,10 @@
-"""pretrain.py whose last rank kills itself in step 4 of torchrun's first attempt. For tests/test_restart.py."""
+"""pretrain.py whose last rank kills itself once step 2 is saved, in torchrun's first attempt. For test_restart.py."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pretrain
 from errors import command_line
@@ -19,6 +20,8 @@ def main() -> None:
             os.environ["TORCHELASTIC_RESTART_COUNT"] == "0",
         )
         if last and first_attempt and trainer.progress.step == 3:
+            while not (trainer.out / "step-2").is_dir():  # saved by a thread of the other rank
+                time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer)
 

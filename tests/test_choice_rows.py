@@ -116,6 +116,7 @@ def arc(*texts: str | None, labels: str, **answer: object) -> dict:
         (arc("x", "y", "z", labels="123", answerKey="3"), "z"),
         (arc("x", "y", "z", labels="012", answer=1.0), "y"),
         (arc("x", None, "z", labels="ABC", answerKey="C"), "z"),
+        (arc("x", "y", labels="AB", answer=1), "y"),
     ],
 )
 def test_the_labels_decide_which_choice_is_right(row, right, tmp_path):
@@ -199,7 +200,7 @@ def test_a_bad_row_is_named_with_file_and_line(content, what, tmp_path):
         ({"question": "Q", "choices": [{"text": "x"}, "y"], "answer": 0}, "'choices' is no list of texts"),
         ({"question": "Q", "choices": ["x", None, "z"], "answer": 1}, "the answer is 1, not one of A, C"),
         ({"question": "Q", "choices": ["x", "y"], "answer": 0.5}, "the answer is 0.5, not one of A, B"),
-        (arc("x", "y", labels="AB", answer=1), "the answer is 1, not one of A, B"),
+        (arc("x", "y", labels="AB", answer=2), "the answer is 2, not one of A, B"),
         (arc("x", "y", labels="12", answer=0), "the answer is 0, not one of 1, 2"),
         (arc("x", "y", labels="A", answer="A"), "2 choices and not as many different labels"),
         (arc("x", "y", labels="AA", answer="A"), "2 choices and not as many different labels"),

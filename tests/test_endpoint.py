@@ -363,7 +363,7 @@ def test_a_teacher_that_is_gone_is_given_up_and_what_it_said_is_kept(server, tmp
 
 def test_who_stops_does_not_wait_for_the_others(server, tmp_path):
     """A disk that fails, or Ctrl-C: questions on their way are left alone."""
-    server.moods["slow"] = ["silence"]
+    server.moods["slow"], server.delay = ["silence"], 0.5  # in which both are asked
 
     class FullDisk(Journal):
         def add(self, ask: Ask, answer: Answer) -> None:

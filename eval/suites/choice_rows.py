@@ -82,7 +82,9 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
         if not text:
             raise UserError(f"{place}: {name} is empty; correct the row")
     answer = columns["answer"]
-    label = _label(answer) if are_named or isinstance(answer, str) else _at(answer, labels)
+    # A number is a label where labels are numbers; beside letters it counts the choices.
+    is_label = isinstance(answer, str) or (are_named and any(label.isdigit() for label in labels))
+    label = _label(answer) if is_label else _at(answer, labels)
     if label not in choices:
         raise UserError(f"{place}: the answer is {answer!r}, not one of {', '.join(choices)}; correct the row")
     return ChoiceItem(
