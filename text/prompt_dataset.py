@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from errors import UserError
 from text.chat_template import Message, encode_chats
+from text.content import content_hash
 from text.order import block_shares, mixed, scramble
 from text.problems import ListedProblems, Problem, Problems, open_problems
 from text.registry import Source
@@ -61,6 +62,11 @@ class PromptDataset:
         """What the order of the problems depends on beside the seed."""
         sizes, shares = (":".join(map(str, values)) for values in (map(len, self._sources), self._shares))
         return f"{sizes} problems, shares {shares}"
+
+    @property
+    def content(self) -> str:
+        """The same for the same problems of the same sources, those held out too."""
+        return content_hash(source.content for source in self._sources)
 
     def problem(self, index: int, turn: int = 0) -> Problem:
         """Problem `index`, counted from the start of training; another `turn` is another order of the same data."""
