@@ -87,7 +87,8 @@ def main() -> None:
     given = {name: getattr(settings, name) for name in options}
     if ranks.world > 1 and not all(ranks.gather(sources_ready(*corpus, **given))):
         ranks.check_writes_shared(Path(settings.shards))  # or the others would wait in vain for what rank 0 makes
-    sources = open_sources(*corpus, main=ranks.main, **given)
+    with ranks.led() as check:
+        sources = open_sources(*corpus, main=ranks.main, check=check, **given)
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
     validation = None
     if settings.val_fraction:
