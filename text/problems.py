@@ -25,7 +25,7 @@ from text.content import content_hash
 from text.formats import Layout
 from text.order import shuffled
 from text.registry import Source, find_sources
-from text.row_report import RowError, RowReport, kind_of
+from text.row_report import RowError, RowReport, UnwantedRow, kind_of
 from text.rows import converted_rows
 from text.tokenizer import characters
 from text.turns import question_text
@@ -196,13 +196,13 @@ def open_problems(
 
 
 def problem_reader(source: Source) -> Callable[[object], Problem]:
-    """Turns the rows of a source into problems, each question once. Raises `RowError` for a row that cannot be used."""
+    """Turns the rows of a source into problems, each question once. Raises `RowError` for a row that is not used."""
     asked: set[str] = set()
 
     def fresh(row: object) -> Problem:
         problem = to_problem(row, source.layout)
         if problem.question in asked:
-            raise RowError("question asked before", "the question was asked in an earlier row")
+            raise UnwantedRow("question asked before", "the question was asked in an earlier row")
         asked.add(problem.question)
         return problem
 

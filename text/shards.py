@@ -30,6 +30,7 @@ from text.encoders import EncoderPool, peak_memory
 from text.parts import batches, parts
 from text.readers import Corpus
 from text.registry import Source
+from text.row_report import balance
 from text.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_safely
 from text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
@@ -101,7 +102,8 @@ def prepare_shards(
         if complete:
             found = ShardSet.open(out, tokenizer, checksums=False)
             streams = [found.split(split) for split in SPLITS]
-            print(f"{out}: {sum(stream.tokens for stream in streams):,} tokens are ready and used again")
+            tokens, documents = (sum(getattr(each, what) for each in streams) for what in ("tokens", "documents"))
+            print(f"{out}: {tokens:,} tokens of {documents:,} documents are ready and used again")
             return found
         tokenizer.save(out / "tokenizer")
         try:
@@ -296,8 +298,16 @@ def _print_table(index: dict[str, Any], done: int, report: Report, seconds: floa
     tokens, size = sum(shard["tokens"] for shard in shards), sum(shard["bytes"] for shard in shards)
     val = sum(part["val"]["tokens"] for part in index["parts"] if part["val"])
     fresh = sum(part[split]["bytes"] for part in index["parts"][done:] for split in SPLITS if part[split])
+    train, held = (sum(part[split]["documents"] for part in index["parts"] if part[split]) for split in SPLITS)
+    unused = report.unused
     rows = [
         ("documents kept", f"{report.kept:,}"),
+        (
+            "of the corpus",
+            balance(
+                train + held + sum(unused.values()), "documents", {"to train on": train, "held out": held, **unused}
+            ),
+        ),
         *(("not kept", line) for line in report.summary()),
         ("tokens", f"{tokens:,}, {val:,} of them for validation"),
         ("bytes of text", f"{size:,}, {size / tokens:.2f} a token"),
