@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -26,6 +25,7 @@ from text.registry import REGISTRY, find_sources
 from text.row_report import balance
 from text.sampling import Sample, sample_by_size
 from text.tokenizer import check_vocab_size, train_bpe
+from training.settings import call
 
 HELD_OUT_EVERY = 100
 
@@ -119,4 +119,4 @@ def print_table(rows: list[Compression]) -> None:
 
 
 if __name__ == "__main__":
-    command_line(lambda: jsonargparse.auto_cli(train_tokenizer, as_positional=False))
+    command_line(lambda: call(train_tokenizer, __doc__ or ""))
