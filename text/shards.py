@@ -149,11 +149,13 @@ def open_or_wait(
 def are_ready(
     data: str | Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, workers: int = 0, **options: Any
 ) -> bool:
-    """Whether this process finds in `out` all that `prepare_shards` would make of the same data and options."""
-    recipe, index = Recipe(**options), read_index(Path(out))
-    if index is None or not index["complete"]:
-        return False
-    return not _changes(index, _new_index(recipe.corpus(data), recipe, tokenizer))
+    """Whether this process finds in `out` all that `prepare_shards` would make of the same data and options.
+
+    Raises `UserError` for data that are not there.
+    """
+    recipe = Recipe(**options)
+    wanted, index = _new_index(recipe.corpus(data), recipe, tokenizer), read_index(Path(out))
+    return index is not None and index["complete"] and not _changes(index, wanted)
 
 
 def _prepare(corpus: Corpus, recipe: Recipe, index: dict[str, Any], out: Path, workers: int) -> None:
