@@ -22,6 +22,7 @@ from text.chat_template import Message
 from text.conversations import read_conversations
 from text.problems import Problem
 from text.registry import REGISTRY, Source, find_sources
+from text.row_report import RowReport, balance
 from training.alignment.rewards import Rewards, Sample
 from training.alignment.rollout import Completions, chances, completion_texts, sample_groups
 from training.machine import choose_dtype
@@ -41,6 +42,7 @@ class Statistics:
     samples: int = 0
     right: int = 0
     repeated: int = 0
+    beyond_keep: int = 0
     kept: int = 0
     mixed: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
@@ -48,10 +50,13 @@ class Statistics:
     def lines(self) -> list[str]:
         """For people."""
         kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(self.by_kind.items()))
+        wrong = self.samples - self.right
+        fates = {"kept": self.kept, "repeated": self.repeated, "beyond --keep": self.beyond_keep, "not right": wrong}
         return [
             f"{self.prompts} prompts, {self.samples} samples: {self.right} verified "
             f"({self.right / max(self.samples, 1):.1%}), {self.solved} prompts solved at least once",
-            f"{self.kept} kept ({kinds or 'none'}), {self.repeated} repetitions left out, {self.mixed} chats mixed in",
+            balance(self.samples, "samples", fates),
+            f"{self.kept} kept ({kinds or 'none'}), {self.mixed} chats mixed in",
         ]
 
 
@@ -116,7 +121,7 @@ def main() -> None:
     # Before the minutes that sampling takes: a name that is nowhere.
     general_sources = find_sources(settings.mix, settings.datasets, "chat") if settings.mix else []
     asked = PromptDataset(sources, tokenizer, longest, settings.seed, settings.system)
-    asked.print_summary()
+    asked.print_summary("to ask")
     told, rows = Statistics(), []
     bar = Console(stderr=True)
     numbered = distinct(asked, settings.prompts)
@@ -136,7 +141,11 @@ def main() -> None:
             "lower --at_least or train longer"
         )
     wanted = round(len(rows) * settings.mix_share / (1 - settings.mix_share))
-    chats = list(general(general_sources, wanted, settings.seed))
+    report = RowReport()
+    chats = list(general(general_sources, wanted, settings.seed, report))
+    if settings.mix:
+        fates = {"mixed in": len(chats), "more than were needed": report.kept - len(chats), **report.unused}
+        print("\n".join([*report.lines(), balance(report.rows, "rows of --mix", fates)]))
     told.mixed = len(chats)
     rows += chats
     random.Random(settings.seed).shuffle(rows)
@@ -181,6 +190,7 @@ def verified(samples: list[Sample], judge: Rewards, at_least: float, keep: int, 
     told.solved += bool(right)
     told.repeated += len(right) - len(different)
     told.kept += len(different[:keep])
+    told.beyond_keep += len(different[keep:])
     told.by_kind[samples[0].problem.kind] += len(different[:keep])
     return different[:keep]
 
@@ -191,9 +201,9 @@ def conversation(system: str, problem: Problem, answer: str) -> list[Message]:
     return [*first, {"role": "user", "content": problem.question}, {"role": "assistant", "content": answer}]
 
 
-def general(sources: list[Source], count: int, seed: int) -> Iterator[list[Message]]:
+def general(sources: list[Source], count: int, seed: int, report: RowReport) -> Iterator[list[Message]]:
     """`count` conversations of the sources, or all when there are fewer, in an order that the seed picks."""
-    chats = [chat for source in sources for chat in read_conversations(source)]
+    chats = [chat for source in sources for chat in read_conversations(source, report=report)]
     yield from random.Random(seed).sample(chats, min(count, len(chats)))
 
 

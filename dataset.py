@@ -14,8 +14,8 @@ see only their own segment, and `position_ids`, which begin at 0 in each.
 from __future__ import annotations
 
 import sys
+from itertools import zip_longest
 
-import jsonargparse
 from rich.console import Console
 
 from errors import UserError, command_line
@@ -28,6 +28,7 @@ from text.preview import show_rows
 from text.prompt_dataset import PromptDataset
 from text.registry import REGISTRY, find_sources
 from text.tokenizer import Tokenizer
+from training.settings import call_one_of
 
 __all__ = ["ChatDataset", "PreferenceDataset", "PretrainDataset", "PromptDataset"]
 
@@ -101,10 +102,9 @@ def judge(file: str, json: bool = False) -> None:
 def _arguments() -> list[str]:
     """The command line; `--json` alone means `--json true`."""
     given = sys.argv[1:]
-    values = [*given[1:], ""]
     return [
         "--json=true" if one == "--json" and value not in ("true", "false") else one
-        for one, value in zip(given, values, strict=True)
+        for one, value in zip_longest(given, given[1:])
     ]
 
 
@@ -115,7 +115,7 @@ def _tokenizer(tokenizer: str, ckpt: str) -> Tokenizer:
 
 
 def main() -> None:
-    jsonargparse.auto_cli([preview, check, judge], args=_arguments(), description=__doc__)
+    call_one_of([preview, check, judge], __doc__ or "", _arguments())
 
 
 if __name__ == "__main__":

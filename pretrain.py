@@ -85,9 +85,12 @@ def main() -> None:
     options = ("column", "encoding", "min_chars", "workers", "val_fraction", "on_error")
     corpus = (find_sources(settings.data, settings.datasets, "text"), tokenizer, settings.shards)
     given = {name: getattr(settings, name) for name in options}
-    if ranks.world > 1 and not all(ranks.gather(sources_ready(*corpus, **given))):
-        ranks.check_writes_shared(Path(settings.shards))  # or the others would wait in vain for what rank 0 makes
-    sources = open_sources(*corpus, main=ranks.main, **given)
+    if ranks.world > 1:
+        ranks.on_main(lambda: sources_ready(*corpus, **given))  # so that data which are not there are told of once
+        if not all(ranks.gather(sources_ready(*corpus, **given))):
+            ranks.check_writes_shared(Path(settings.shards))  # or the others would wait in vain for what rank 0 makes
+    with ranks.led() as check:
+        sources = open_sources(*corpus, main=ranks.main, check=check, **given)
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
     validation = None
     if settings.val_fraction:

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -23,8 +22,10 @@ from errors import UserError, command_line
 from text.compression import Compression, measure_compression
 from text.readers import Corpus
 from text.registry import REGISTRY, find_sources
+from text.row_report import balance
 from text.sampling import Sample, sample_by_size
 from text.tokenizer import check_vocab_size, train_bpe
+from training.settings import call
 
 HELD_OUT_EVERY = 100
 
@@ -63,13 +64,18 @@ def train_tokenizer(
         raise UserError(f"--sample_mb {sample_mb}: must be above 0")
     corpus = Corpus(find_sources(data, datasets, "text"), column, on_error, encoding)
     sample = read_sample(corpus, int(sample_mb * 1e6), seed)
-    print(f"{sample.documents_seen:,} documents, {sample.size_seen / 1e6:.1f} MB", end="; ")
-    print(f"training on {len(sample.texts):,} documents, {sample.size / 1e6:.1f} MB")
-    for line in corpus.report.summary():
-        print(f"  {line}")
-
     held_out = sample.texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     del sample.texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    print(
+        f"{sample.documents_seen:,} documents, {sample.size_seen / 1e6:.1f} MB; a sample of {sample.size / 1e6:.1f} MB"
+    )
+    for line in corpus.report.summary():
+        print(f"  {line}")
+    fates = {"to train on": len(sample.texts), "held out": len(held_out)}
+    fates["beyond --sample_mb"] = sample.documents_seen - sum(fates.values())
+    unused = corpus.report.unused
+    print(balance(sample.documents_seen + sum(unused.values()), "documents", {**fates, **unused}))
+
     begin = time.perf_counter()
     tokenizer = train_bpe(sample.texts, vocab_size, min_frequency, max_token_bytes, progress=sys.stderr.isatty())
     seconds = time.perf_counter() - begin
@@ -113,4 +119,4 @@ def print_table(rows: list[Compression]) -> None:
 
 
 if __name__ == "__main__":
-    command_line(lambda: jsonargparse.auto_cli(train_tokenizer, as_positional=False))
+    command_line(lambda: call(train_tokenizer, __doc__ or ""))

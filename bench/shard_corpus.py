@@ -20,7 +20,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import jsonargparse
 import numpy as np
 import psutil
 from findings import Findings, Verdict
@@ -30,6 +29,7 @@ from errors import command_line
 from text.readers import Corpus
 from text.shards import prepare_shards
 from text.tokenizer import Tokenizer, train_bpe
+from training.settings import call
 
 CHINESE_SHARE = 0.7
 RAW_BATCH = 1000
@@ -168,4 +168,4 @@ def measured(work: Callable[..., None], *arguments: object) -> tuple[float, int,
 
 
 if __name__ == "__main__":
-    command_line(lambda: jsonargparse.auto_cli(shard_corpus, as_positional=False))
+    command_line(lambda: call(shard_corpus, __doc__ or ""))

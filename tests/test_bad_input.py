@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jsonargparse
 import pytest
 import yaml
 from safetensors import SafetensorError
@@ -22,6 +21,7 @@ import training.checkpoints.checkpoint
 import training.log
 from text.tokenizer import Tokenizer, train_bpe
 from training.log import read_metrics
+from training.settings import call
 
 ROWS = ["月牙镇的早晨很安静。", "Crescent Town is quiet in the morning.", "小明有3个苹果。"] * 40
 ROWS = [f"{number}：{row}" for number, row in enumerate(ROWS)]
@@ -32,7 +32,7 @@ CHATS = [
 
 
 def tokenizer_script() -> None:
-    jsonargparse.auto_cli(train_tokenizer.train_tokenizer, as_positional=False)
+    call(train_tokenizer.train_tokenizer, "")
 
 
 def refused(done, code: int, *parts: object) -> None:

@@ -95,7 +95,8 @@ def test_prompts_come_once_with_their_system_prompt_and_bad_rows_are_named(tmp_p
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
     found = list(read_prompts([str(path)], "S", report=report))
     assert [[m["content"] for m in prompt.messages] for prompt in found] == [["S", "a"], ["own", "b"], ["S", "c"]]
-    assert report.problems == {"unknown layout": 1} and f"{path}:3" in report.examples["unknown layout"][0]
+    assert report.problems == {"unknown layout": 1, "question asked before": 1}
+    assert report.rows == 5 and report.kept == 3 and f"{path}:3" in report.examples["unknown layout"][0]
     with pytest.raises(UserError, match=r"p.jsonl:3: has 'text'"):
         list(read_prompts([str(path)], on_error="stop"))
     assert len(list(read_prompts([str(path)], most=1))) == 1

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import jsonargparse
 import pytest
 
 import dataset
@@ -14,10 +13,11 @@ from dataset import ChatDataset
 from text.chat_template import encode_chat
 from text.inspection import kind_of_source
 from text.registry import Source
+from training.settings import call_one_of
 
 
 def script() -> None:
-    jsonargparse.auto_cli([dataset.preview, dataset.check])
+    call_one_of([dataset.preview, dataset.check], "")
 
 
 script.__module__ = "dataset"

@@ -174,7 +174,6 @@ def test_interrupted_work_goes_on_to_the_same_bytes(
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert 0 < sum(encoded) < len(TEXTS)
     assert content(tmp_path) == content(made)
-    assert not (tmp_path / "failed.json").exists()
     assert read_index(tmp_path)["report"] == read_index(made)["report"]
 
 
@@ -383,15 +382,48 @@ def test_a_waiting_process_does_not_take_shards_of_other_data(
         open_or_wait(str(corpus), other_tokenizer, made, timeout=0.2, **OPTIONS)
 
 
-def test_a_waiting_process_learns_that_the_other_failed(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_waiting_process_ends_when_the_other_has_failed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def check() -> None:
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        open_or_wait(write_jsonl(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "out", timeout=30, check=check)
+
+
+REFUSED = {
+    "missing": (lambda folder: folder / "missing.csv", {}, "no such file or folder"),
+    "empty": (lambda folder: write_jsonl(folder / "a.jsonl", ["", " "]), {}, "no document is left after cleaning"),
+    "folder": (lambda folder: folder, {}, "the folder has no data"),
+    "column": (lambda folder: write_jsonl(folder / "a.jsonl", TEXTS), {"column": "body"}, "no column 'body'"),
+    "stop": (lambda folder: write_jsonl(folder / "a.jsonl", TEXTS), {"column": "b", "on_error": "stop"}, "no column"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_corpus_that_is_refused_leaves_nothing(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data, options, what = REFUSED[kind]
+    with pytest.raises(UserError, match=what):
+        prepare_shards(str(data(tmp_path / "data")), tokenizer, tmp_path / "a" / "b" / "c", workers=1, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_other_things_in_the_folder_of_a_refused_corpus_stay(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "notes.txt").touch()
+    with pytest.raises(UserError, match="no document is left"):
+        prepare_shards(write_jsonl(tmp_path / "a.jsonl", [""]), tokenizer, tmp_path / "shards", workers=1)
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["notes.txt"]
+
+
+def test_what_can_be_continued_stays_when_a_later_row_is_refused(
+    tokenizer: Tokenizer, corpus: Path, tmp_path: Path
 ) -> None:
-    data = write_jsonl(tmp_path / "a.jsonl", [""])
-    with pytest.raises(UserError):
-        prepare_shards(data, tokenizer, tmp_path / "out", workers=1)
-    monkeypatch.setattr(text.shards, "FAILURE_GRACE_SECONDS", 0.1)
-    with pytest.raises(UserError, match=r"the process that prepares the shards failed .*no document is left"):
-        open_or_wait(data, tokenizer, tmp_path / "out", timeout=30, workers=1)
+    rows = [json.dumps({"text": row}) for row in TEXTS]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{", ""]), encoding="utf-8")
+    with pytest.raises(UserError, match="broken JSON"):
+        prepare_shards(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out", **OPTIONS, on_error="stop")
+    assert read_index(tmp_path / "out")["parts"]
 
 
 @pytest.mark.parametrize("count,train,val", [(1, 1, 0), (2, 1, 1), (3, 2, 1)])

@@ -96,7 +96,7 @@ def test_shards_that_only_rank_0_would_see_are_not_made(apart, pretrain_argument
     arguments = [*pretrain_arguments, "--shards", "shards", "--max_steps", 1, "--dist.timeout", 20, "--out", "run"]
     ranks = apart(lambda rank: call_main(pretrain.main, *arguments))
     assert_all_say(ranks, "shards")
-    assert not any((tmp_path / "node-0" / "shards").iterdir())
+    assert not (tmp_path / "node-0" / "shards").exists()
     assert call_main(pretrain.main, *arguments, "--shards", tmp_path / "made", "--out", tmp_path / "alone") == 0
     for node in ("node-0", "node-1"):
         shutil.copytree(tmp_path / "made", tmp_path / node / "shards", dirs_exist_ok=True)
@@ -108,6 +108,28 @@ def test_a_common_folder_of_shards_is_made_by_one_rank_and_read_by_both(pretrain
     monkeypatch.setattr(training.ranks, "LAG", 5.0)
     assert_fine(on_ranks(2, lambda rank: call_main(pretrain.main, *arguments), tmp_path))
     assert not list((tmp_path / "shards").glob(".*"))
+
+
+@pytest.mark.parametrize("text", ["", None], ids=["no text", "missing"])
+def test_a_corpus_that_is_refused_leaves_nothing_and_is_told_once(text, pretrain_arguments, tmp_path):
+    if text is not None:
+        (tmp_path / "a.jsonl").write_text('{"text": ""}\n', encoding="utf8")
+    before = {path.name for path in tmp_path.iterdir()}
+    arguments = [*pretrain_arguments, "--data", tmp_path / "a.jsonl", "--shards", tmp_path / "data" / "shards"]
+    arguments += ["--out", tmp_path / "run", "--max_steps", 1, "--dist.timeout", 20]
+    ranks = on_ranks(2, lambda rank: call_main(pretrain.main, *arguments), tmp_path)
+    assert [rank.code for rank in ranks] == [2, 2], "".join(rank.output() for rank in ranks)
+    assert ("no document is left" if text is not None else "no such file") in ranks[0].output()
+    assert "a.jsonl" not in ranks[1].output() and "Traceback" not in ranks[1].output()
+    assert {path.name for path in tmp_path.iterdir()} - before == {"rank-0.log", "rank-1.log"}
+
+
+def test_who_waits_for_shards_ends_when_the_main_rank_is_gone(pretrain_arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("text.sources.prepare_shards", lambda *_, **__: os._exit(7))
+    arguments = [*pretrain_arguments, "--shards", tmp_path / "shards", "--out", tmp_path / "run", "--max_steps", 1]
+    ranks = on_ranks(2, lambda rank: call_main(pretrain.main, *arguments), tmp_path)
+    assert [rank.code for rank in ranks] == [7, 2], ranks[1].output()
+    assert "error: rank 1: another rank has ended; its own message says why" in ranks[1].output()
 
 
 def test_what_the_reference_said_is_looked_for_on_rank_0_alone(apart, pretrained, world, tmp_path):

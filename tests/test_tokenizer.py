@@ -230,7 +230,7 @@ def test_the_script_writes_equal_files_for_equal_data(tmp_path: Path) -> None:
 def test_the_script_samples_as_much_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     corpus = write_corpus(tmp_path)
     train_tokenizer(str(corpus), str(tmp_path / "out"), vocab_size=300, sample_mb=0.02)
-    assert "300 documents, 0.1 MB; training on" in capsys.readouterr().out
+    assert "300 documents, 0.1 MB; a sample of 0.0 MB\n300 documents = 98 to train on + " in capsys.readouterr().out
     assert Tokenizer.from_folder(tmp_path / "out").vocab_size == 300
 
 

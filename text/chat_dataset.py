@@ -88,9 +88,10 @@ class ChatDataset:
 
     def print_summary(self) -> None:
         """What was read and what the rows look like, on one screen."""
-        rows = f"{len(self)} rows of {self.sequence_length} tokens, {self.filled():.1%} filled"
-        held = f"; {len(self.validation)} rows held out" if self.validation else ""
-        print("\n".join([*self.report.lines(), rows + held]))
+        held = len(self.validation._rows.members) if self.validation else 0
+        packed = f"packed into {len(self)} rows of {self.sequence_length} tokens, {self.filled():.1%} filled"
+        packed += f", and {len(self.validation)} of what is held out" if self.validation else ""
+        print("\n".join([*self.report.lines(), self.report.balance(len(self._rows.members), held), packed]))
 
 
 def stacked(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import islice
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from errors import UserError
+from text.encoded_chats import fit
 from text.inspection import encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
-from text.packing import cut_at_turn
 from text.registry import Source
-from text.row_report import RowReport
+from text.row_report import RowReport, balance
 from text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 1000
@@ -22,12 +22,17 @@ NOUNS = {"text": "documents", "chat": "conversations", "preference": "pairs", "p
 
 @dataclass
 class Findings:
-    """What was found. `sizes`: positions that each conversation, side of a pair, prompt or document fills."""
+    """What was found. `sizes`: positions that each conversation, side of a pair, prompt or document fills.
+
+    `whole`, `cut` and `dropped`: what became of the usable rows; `longer`: those that do not fit, which text survives.
+    """
 
     kind: str
     report: RowReport = field(default_factory=RowReport)
     sizes: list[int] = field(default_factory=list)
     learnt: int = 0
+    whole: int = 0
+    longer: int = 0
     cut: int = 0
     dropped: int = 0
     trouble: str = ""
@@ -43,11 +48,17 @@ class Findings:
                 f"tokens of one: median {middle + 1:,}, 90 % up to {high + 1:,}, longest {max(self.sizes) + 1:,}"
             )
             lines.append(f"sequence_length {sequence_length}: {self._fate()}")
+            unread = self.report.kept - self.whole - self.cut - self.dropped  # where a file breaks off
+            unused = self.report.unused
+            if self.kind == "text":  # as pretraining tells them
+                unused |= {"skipped": 0, **self.report.problems}
+            fates = {NOUNS[self.kind]: self.whole, "cut": self.cut, "dropped": self.dropped, "not looked at": unread}
+            lines.append(balance(self.report.rows, "rows", {**fates, **unused}))
         return lines
 
     def _fate(self) -> str:
         if self.kind == "text":
-            return f"{self.cut:,} documents are longer and go on in the next row; nothing is lost"
+            return f"{self.longer:,} documents are longer and go on in the next row; nothing is lost"
         if not self.cut and not self.dropped:
             return f"all {NOUNS[self.kind]} fit"
         cut = f"{self.cut:,} cut after the last answer that fits, " if self.kind == "chat" else ""
@@ -61,25 +72,32 @@ def check_source(source: Source, tokenizer: Tokenizer, sequence_length: int) -> 
     with Progress(transient=True, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"reading {source}", total=None)
         items = (item for _, item in placed_items(source, found.kind, found.report))
+        some: list[Any] = []
         try:
-            while some := list(islice(items, ROWS_AT_ONCE)):
-                for sequences in encode_items(tokenizer, found.kind, some):
-                    sizes = lengths(sequences)
-                    found.sizes += sizes
-                    found.learnt += learnt(sequences)
-                    _judge(found, sequences, max(sizes), sequence_length)
-                bar.update(task, advance=len(some))
+            for item in items:
+                some.append(item)
+                if len(some) == ROWS_AT_ONCE:
+                    _look(found, tokenizer, some, sequence_length)
+                    bar.update(task, advance=len(some))
+                    some = []
         except UserError as error:  # a file that breaks off: what was found before it is worth seeing
             found.trouble = str(error)
+        _look(found, tokenizer, some, sequence_length)
     if not found.sizes and not found.trouble:
         found.trouble = str(no_usable(source, found.report))
     return found
 
 
-def _judge(found: Findings, sequences: list, longest: int, sequence_length: int) -> None:
-    if longest <= sequence_length:
-        return
-    if found.kind == "text" or (found.kind == "chat" and cut_at_turn(sequences[0][1], sequence_length)):
-        found.cut += 1
-    else:
-        found.dropped += 1
+def _look(found: Findings, tokenizer: Tokenizer, items: list[Any], sequence_length: int) -> None:
+    """Count some rows, as the stage that reads them does."""
+    for sequences in encode_items(tokenizer, found.kind, items):
+        sizes = lengths(sequences)
+        found.sizes += sizes
+        found.learnt += learnt(sequences)
+        is_longer = max(sizes) > sequence_length
+        found.longer += is_longer
+        fate = "dropped" if is_longer and found.kind != "text" else "whole"
+        if found.kind == "chat":
+            _, lost = fit(sequences[0][1], sequence_length)
+            fate = lost if lost in ("cut", "dropped") else "whole"
+        setattr(found, fate, getattr(found, fate) + 1)

@@ -20,7 +20,8 @@ EXAMPLES = 3
 class Report:
     """Why rows were not kept: `counts[kind]` and the first few `file:line` of each kind. Also `kept` and `characters`.
 
-    `notices` say what of the data was not read at all.
+    `files[kind]` are those among them that are whole files, `left_out` the rows beyond the samples that were asked for,
+    `notices` what of the data was not read at all.
 
     `on_error="skip"` counts rows that cannot be read; `on_error="stop"` raises `UserError` at the first of them.
     Rows that read well but are not wanted (`drop`) are counted either way.
@@ -32,31 +33,52 @@ class Report:
         self.on_error = on_error
         self.kept = self.characters = 0
         self.counts: dict[str, int] = {}
+        self.files: dict[str, int] = {}
+        self.left_out = 0
         self.examples: dict[str, list[str]] = {}
         self.first_problem: str | None = None
         self.notices: list[str] = []
 
-    def bad(self, kind: str, file: str | Path, line: int | None, problem: str, remedy: str) -> None:
-        """A row, or with `line=None` a file, that cannot be read. Raises `UserError` with `on_error="stop"`."""
+    def bad(
+        self, kind: str, file: str | Path, line: int | None, problem: str, remedy: str, ends_file: bool = False
+    ) -> None:
+        """A row, or with `line=None` a file, that cannot be read. Raises `UserError` with `on_error="stop"`.
+
+        ends_file: at the line nothing can be read any more; that is counted as a file, not as a row.
+        """
         place = f"{file}:{line}" if line else str(file)
         message = f"{place}: {problem}; {remedy}"
         if self.on_error == "stop":
             raise UserError(f"{message}, or skip and count such rows with on_error skip")
         self.first_problem = self.first_problem or message
-        self._count(kind, place)
+        self._count(kind, place, ends_file or line is None)
 
     def drop(self, kind: str, file: str | Path, line: int | None = None) -> None:
         """A row that reads well and is not wanted."""
-        self._count(kind, f"{file}:{line}" if line else str(file))
+        self._count(kind, f"{file}:{line}" if line else str(file), line is None)
 
     def summary(self) -> list[str]:
         """The notices, then one line a kind, the most frequent first: kind, count and first places."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        counts = [f"{kind}: {count:,} (first: {', '.join(self.examples[kind])})" for kind, count in ordered]
+        counts = [
+            f"{kind}: {self._shown(kind, count)} (first: {', '.join(self.examples[kind])})" for kind, count in ordered
+        ]
         return [*self.notices, *counts]
 
-    def _count(self, kind: str, place: str) -> None:
+    def _shown(self, kind: str, count: int) -> str:
+        files = self.files.get(kind, 0)
+        return f"{count:,}" if files in (0, count) else f"{count - files:,} and {files:,} whole files"
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """What became of the rows that were not kept, for `text.row_report.balance`."""
+        rows = {kind: count - self.files.get(kind, 0) for kind, count in self.counts.items()}
+        return {"more than were asked for": self.left_out, **rows}
+
+    def _count(self, kind: str, place: str, is_file: bool) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + 1
+        if is_file:
+            self.files[kind] = self.files.get(kind, 0) + 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
             examples.append(place)

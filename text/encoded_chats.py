@@ -16,7 +16,7 @@ from text.chat_template import encode_chats
 from text.conversations import read_conversations
 from text.packing import cut_at_turn
 from text.registry import Source
-from text.row_report import RowReport
+from text.row_report import RowReport, balance
 from text.rows import source_bytes
 from text.token_rows import TokenRows, held_out
 from text.tokenizer import Tokenizer
@@ -26,7 +26,11 @@ CONVERSATIONS_AT_ONCE = 1000
 
 @dataclass
 class ChatReport:
-    """What became of the rows of chat data. `read` counts and shows the rows that could not be used."""
+    """What became of the rows of chat data. `read` counts and shows the rows that could not be used.
+
+    `conversations` are those in use, of which `cut` lost turns that have no room, and `unanswered` only what teaches
+    nothing; for the `dropped` there is no room for one answer.
+    """
 
     sequence_length: int
     read: RowReport = field(default_factory=RowReport)
@@ -52,6 +56,11 @@ class ChatReport:
             lines.append(f"  {self.unanswered} cut after the last answer to train on: what follows teaches nothing")
         lines.append(f"{self.conversations} conversations, {self.tokens} tokens, {self.learnt} of them learnt")
         return lines
+
+    def balance(self, train: int, held: int) -> str:
+        """What became of every row, in one line. train, held: conversations to train on and held out."""
+        used = {"to train on": train, "held out": held, "dropped": self.dropped}
+        return balance(self.read.rows, "rows", {**used, **self.read.unused})
 
 
 class EncodedChats(TokenRows):
@@ -87,7 +96,9 @@ class EncodedChats(TokenRows):
                 while some := list(islice(conversations, CONVERSATIONS_AT_ONCE)):
                     has_marks |= any("train" in message for messages in some for message in messages)
                     for ids, mask in encode_chats(tokenizer, some):
-                        length = _fit(mask, report)
+                        length, fate = fit(mask, sequence_length)
+                        if fate:
+                            setattr(report, fate, getattr(report, fate) + 1)
                         if length:
                             kept.append(
                                 (np.array(ids[:length], dtype=id_type), np.array(mask[:length], dtype=np.uint8))
@@ -121,15 +132,14 @@ class EncodedChats(TokenRows):
         return held_out((self[index][0] for index in range(len(self))), len(self), fraction, "conversations")
 
 
-def _fit(mask: Iterable[int], report: ChatReport) -> int:
-    """The number of tokens to keep, with what is lost counted."""
+def fit(mask: Iterable[int], sequence_length: int) -> tuple[int, str]:
+    """The number of tokens to keep of a conversation, and its fate: dropped, cut, unanswered; "" where it is whole."""
     mask = np.asarray(mask, dtype=np.int8)
     answered = cut_at_turn(mask, len(mask))
-    length = cut_at_turn(mask, report.sequence_length)
-    report.unanswered += answered < len(mask)
-    report.dropped += length == 0
-    report.cut += 0 < length < answered
-    return length
+    length = cut_at_turn(mask, sequence_length)
+    if length == 0:
+        return 0, "dropped"
+    return length, "cut" if length < answered else "unanswered" if answered < len(mask) else ""
 
 
 def _why(report: ChatReport) -> str:

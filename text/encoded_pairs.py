@@ -14,7 +14,7 @@ from text.chat_template import encode_chats
 from text.encoded_chats import CONVERSATIONS_AT_ONCE
 from text.preferences import read_preferences
 from text.registry import Source
-from text.row_report import RowReport
+from text.row_report import RowReport, balance
 from text.token_rows import TokenRows, held_out
 from text.tokenizer import Tokenizer
 
@@ -36,6 +36,11 @@ class PairReport:
             lines.append(f"  {self.too_long} dropped: an answer ends after {self.sequence_length} tokens")
         lines.append(f"{self.pairs} pairs, {self.tokens} tokens")
         return lines
+
+    def balance(self, train: int, held: int) -> str:
+        """What became of every row, in one line. train, held: pairs to train on and held out."""
+        used = {"to train on": train, "held out": held, "dropped": self.too_long}
+        return balance(self.read.rows, "rows", {**used, **self.read.unused})
 
 
 class EncodedPairs(TokenRows):

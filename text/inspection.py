@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -12,6 +13,7 @@ import numpy as np
 
 from errors import UserError
 from text.chat_template import encode_chats
+from text.cleaning import Cleaner, Report, SeenHashes
 from text.conversations import to_messages
 from text.encoded_pairs import last_answer
 from text.folders import Folder
@@ -97,20 +99,32 @@ def is_generated(source: Source) -> bool:
 
 
 def _documents(source: Source, report: RowReport) -> Iterator[tuple[str, str]]:
+    """The documents that pretraining would keep."""
     corpus = Corpus([source])
-    try:
-        for document in corpus:
-            if document.text.strip():
-                report.kept += 1
-                yield f"{document.file}:{document.line}", document.text
-            else:
-                corpus.report.drop("empty", document.file, document.line)
-    finally:
-        report.problems.update(corpus.report.counts)
-        for kind, places in corpus.report.examples.items():
-            report.examples[kind] = places
-        report.rows = report.kept + report.problems.total()
-        report.unread += corpus.report.notices
+    with tempfile.TemporaryDirectory() as folder:
+        seen = SeenHashes(Path(folder))
+        cleaner = Cleaner(corpus.report, seen)
+        try:
+            for document in corpus:
+                if cleaner.accept(*document):
+                    report.kept += 1
+                    yield f"{document.file}:{document.line}", document.text
+        finally:
+            seen.close()
+            _tell(corpus.report, report)
+
+
+def _tell(found: Report, report: RowReport) -> None:
+    """Put what was found of a corpus into the report of a data set; whole files are none of its rows."""
+    for kind, count in found.unused.items():
+        if kind in found.counts and count:
+            report.problems[kind] += count
+            report.examples[kind] = found.examples[kind]
+    report.left_out = found.left_out
+    report.rows = report.kept + report.left_out + report.problems.total()
+    for kind, count in found.files.items():
+        report.unread.append(f"{kind}: {count} whole files, not read (first: {', '.join(found.examples[kind])})")
+    report.unread += found.notices
 
 
 def _kind_of_row(row: dict) -> str:

@@ -98,5 +98,5 @@ class PreferenceDataset:
     def print_summary(self) -> None:
         """What was read and what the rows look like, on one screen."""
         held = len(self.validation._rows.members) if self.validation else 0
-        rows = f"{len(self)} rows of {self.sequence_length} tokens, {self._rows.filled():.1%} filled"
-        print("\n".join([*self.report.lines(), f"{rows}; {held} pairs held out"]))
+        packed = f"packed into {len(self)} rows of {self.sequence_length} tokens, {self._rows.filled():.1%} filled"
+        print("\n".join([*self.report.lines(), self.report.balance(len(self._rows.members), held), packed]))

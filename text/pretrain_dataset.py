@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from errors import UserError
+from text.content import content_hash
 from text.order import block_shares, mixed, shuffled
 from text.packing import IGNORED_LABEL, PADDING_SEGMENT
 from text.shard_set import ShardSet
@@ -40,6 +41,7 @@ class PretrainDataset:
         self._seed, self._is_train, self._isolate = seed, split == "train", isolate
         self._eos_id = sources[0][0].eos_id
         self._streams = [shards.split(split) for shards, _ in sources]
+        self._sources = [shards for shards, _ in sources]
         if self._is_train:
             for (shards, weight), stream in zip(sources, self._streams, strict=True):
                 if not 0 < weight < float("inf"):
@@ -71,6 +73,11 @@ class PretrainDataset:
         """What the order of the windows depends on beside the seed."""
         sizes, shares = (":".join(map(str, values)) for values in (self._windows, self._shares))
         return f"{sizes} windows, shares {shares}"
+
+    @property
+    def content(self) -> str:
+        """The same for the same documents of the same sources, those held out too."""
+        return content_hash(shards.content for shards in self._sources)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, window) of a sample."""

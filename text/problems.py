@@ -21,10 +21,11 @@ from typing import Any, Protocol
 
 from errors import UserError
 from text.answers import final_answer, kind_of_answer, problem_with
+from text.content import content_hash
 from text.formats import Layout
 from text.order import shuffled
 from text.registry import Source, find_sources
-from text.row_report import RowError, RowReport, kind_of
+from text.row_report import RowError, RowReport, UnwantedRow, kind_of
 from text.rows import converted_rows
 from text.tokenizer import characters
 from text.turns import question_text
@@ -67,6 +68,10 @@ class Problems(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def content(self) -> str:
+        """The same for the same problems, those held out too."""
+
     def problem(self, index: int, seed: int) -> Problem: ...
 
     def held_out(self, count: int) -> list[Problem]: ...
@@ -81,6 +86,12 @@ class ListedProblems:
 
     def __len__(self) -> int:
         return len(self.train)
+
+    @property
+    def content(self) -> str:
+        """Of the rows themselves."""
+        parts = (self.train, self.held)
+        return content_hash((one.question, one.answer, one.kind) for part in parts for one in part)
 
     def problem(self, index: int, seed: int) -> Problem:
         epoch, place = divmod(index, len(self.train))
@@ -99,6 +110,11 @@ class Arithmetic:
 
     def __len__(self) -> int:
         return EPOCH
+
+    @property
+    def content(self) -> str:
+        """Of the levels, which all else follows from."""
+        return f"arithmetic {self.levels}"
 
     def problem(self, index: int, seed: int) -> Problem:
         level = self.levels[index % len(self.levels)]
@@ -122,6 +138,11 @@ class ReasoningGym:
 
     def __len__(self) -> int:
         return EPOCH
+
+    @property
+    def content(self) -> str:
+        """Of the task, which all else follows from."""
+        return f"reasoning_gym {self.task}"
 
     def problem(self, index: int, seed: int) -> Problem:
         return self._problem(self.make(seed), index)
@@ -175,13 +196,13 @@ def open_problems(
 
 
 def problem_reader(source: Source) -> Callable[[object], Problem]:
-    """Turns the rows of a source into problems, each question once. Raises `RowError` for a row that cannot be used."""
+    """Turns the rows of a source into problems, each question once. Raises `RowError` for a row that is not used."""
     asked: set[str] = set()
 
     def fresh(row: object) -> Problem:
         problem = to_problem(row, source.layout)
         if problem.question in asked:
-            raise RowError("question asked before", "the question was asked in an earlier row")
+            raise UnwantedRow("question asked before", "the question was asked in an earlier row")
         asked.add(problem.question)
         return problem
 

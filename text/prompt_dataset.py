@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from errors import UserError
 from text.chat_template import Message, encode_chats
+from text.content import content_hash
 from text.order import block_shares, mixed, scramble
 from text.problems import ListedProblems, Problem, Problems, open_problems
 from text.registry import Source
-from text.row_report import RowReport
+from text.row_report import RowReport, balance
 from text.tokenizer import Tokenizer
 
 
@@ -42,6 +43,7 @@ class PromptDataset:
         """
         self.tokenizer, self.longest, self.seed, self.system = tokenizer, longest, seed, system
         self.report, self.too_long = RowReport(), 0
+        self._of_rows: list[ListedProblems] = []
         sources = [Source.of(source) for source in sources]
         self._shares = block_shares([source.weight or 1.0 for source in sources])
         self._sources: list[Problems] = []
@@ -50,6 +52,7 @@ class PromptDataset:
             problems = open_problems(source, on_error, self.report, val_fraction)
             if isinstance(problems, ListedProblems):
                 problems = self._fitting(source, problems)
+                self._of_rows.append(problems)
             self._sources.append(problems)
             self.validation += problems.held_out(-(-val_problems // len(sources)))
 
@@ -61,6 +64,11 @@ class PromptDataset:
         """What the order of the problems depends on beside the seed."""
         sizes, shares = (":".join(map(str, values)) for values in (map(len, self._sources), self._shares))
         return f"{sizes} problems, shares {shares}"
+
+    @property
+    def content(self) -> str:
+        """The same for the same problems of the same sources, those held out too."""
+        return content_hash(source.content for source in self._sources)
 
     def problem(self, index: int, turn: int = 0) -> Problem:
         """Problem `index`, counted from the start of training; another `turn` is another order of the same data."""
@@ -80,12 +88,17 @@ class PromptDataset:
                 )
         return encoded
 
-    def print_summary(self) -> None:
-        """What was read, on one screen."""
+    def print_summary(self, use: str = "to train on") -> None:
+        """What was read, on one screen. use: what the problems are for."""
         lines = self.report.lines() if self.report.rows else []
         if self.too_long:
             lines.append(f"  {self.too_long} left out: longer than {self.longest} tokens; raise --sequence_length")
-        print("\n".join([*lines, f"{len(self)} problems an epoch; {len(self.validation)} held out"]))
+        if self.report.rows:
+            used, held = (sum(len(getattr(rows, part)) for rows in self._of_rows) for part in ("train", "held"))
+            fates = {use: used, "held out": held, "left out": self.too_long, **self.report.unused}
+            lines.append(balance(self.report.rows, "rows", fates))
+        measured = f"; {len(self.validation)} of those held out are measured on" if self.validation else ""
+        print("\n".join([*lines, f"{len(self)} problems an epoch{measured}"]))
 
     def _fitting(self, source: Source, problems: ListedProblems) -> ListedProblems:
         parts = []

@@ -23,8 +23,8 @@ from text.formats import Layout
 from text.literals import turns_of
 from text.problems import Problem, open_problems, to_problem
 from text.registry import GENERATORS, Source
-from text.row_report import RowError, RowReport, kind_of
-from text.rows import converted_rows
+from text.row_report import RowError, RowReport, UnwantedRow, kind_of
+from text.rows import placed_rows
 from text.tokenizer import characters
 from text.turns import SEEN, text_of
 
@@ -50,26 +50,40 @@ def read_prompts(
     """The prompts of sources and generators in turn, each once; of each source at most `most`, or all (0).
 
     system: a system prompt for those that have none. Rows that are no prompt are counted in `report`, or raise
-    `UserError` with `on_error="stop"`. Raises `UserError` when there is none at all.
+    `UserError` with `on_error="stop"`; those that were asked before are counted. A generator's problems are rows too.
+    Raises `UserError` when there is none at all.
     """
     report = RowReport() if report is None else report
     seen: set[str] = set()
     for source in map(Source.of, sources):
         if Path(source.path).exists() or source.path.partition(":")[0] not in GENERATORS:
-            found = converted_rows(source, partial(to_prompt, layout=source.layout), on_error, report)
+            found = placed_rows(source, partial(to_prompt, layout=source.layout), on_error, report)
         else:
-            problems = open_problems(source)
-            numbers = range(most or len(problems))
-            found = (_of_problem(problems.problem(number, seed)) for number in numbers)
-        for prompt in islice(found, most or None):
+            found = _made(source, most, seed, report)
+        others = report.kept
+        for place, prompt in islice(found, most or None):
             prompt = prompt if not system else with_system_prompt(prompt, system)
             key = json.dumps(prompt.messages, ensure_ascii=False)
-            if key not in seen:
-                seen.add(key)
-                yield prompt
+            if key in seen:
+                report.kept -= 1
+                report.add_problem(place, UnwantedRow("question asked before", "the question was asked before"))
+                continue
+            seen.add(key)
+            others += 1
+            yield prompt
+        report.left_out += report.kept - others  # of the samples of a source, those beyond `most`
+        report.kept = others
     if not seen:
         names = ", ".join(map(str, sources))
         raise UserError(f"{names or 'no file'}: no prompt to ask; {report.why_empty()}")
+
+
+def _made(source: Source, most: int, seed: int, report: RowReport) -> Iterator[tuple[str, Prompt]]:
+    """The first problems of a generator, each with its place."""
+    problems = open_problems(source)
+    for number in range(most or len(problems)):
+        report.rows, report.kept = report.rows + 1, report.kept + 1
+        yield f"{source} #{number + 1}", _of_problem(problems.problem(number, seed))
 
 
 def to_prompt(row: object, layout: Layout = SEEN) -> Prompt:

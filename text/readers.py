@@ -95,12 +95,25 @@ class Corpus:
         for source, places in groupby(self.sources, key=lambda found: found[1]):
             of_source = self._documents([place for place, _ in places], source)
             if source.samples is not None:
-                of_source = sample_by_count(of_source, source.samples, source.seed)
+                of_source = self._sampled(of_source, source)
             for document in of_source:
                 documents += 1
                 yield document
         if not documents:
             raise UserError(self.report.first_problem or f"{self.data}: no row has any text; give a file with text")
+
+    def _sampled(self, documents: Iterator[Document], source: Source) -> list[Document]:
+        """As many of the documents as the source's samples; the others are counted."""
+        seen = 0
+
+        def counted() -> Iterator[Document]:
+            nonlocal seen
+            for seen, document in enumerate(documents, start=1):  # noqa: B007, which does not know nonlocal
+                yield document
+
+        chosen = sample_by_count(counted(), source.samples, source.seed)
+        self.report.left_out += seen - len(chosen)
+        return chosen
 
     def _documents(self, places: list[Path | str], source: Source) -> Iterator[Document]:
         """The documents of a source."""
@@ -126,7 +139,7 @@ class Corpus:
             else:
                 yield from _reader(file.path)(file)
         except FileProblem as problem:
-            self.report.bad(problem.kind, file.path, problem.line, problem.problem, problem.remedy)
+            self.report.bad(problem.kind, file.path, problem.line, problem.problem, problem.remedy, ends_file=True)
         except UnicodeError as error:
             self.report.bad("undecodable", file.path, None, str(error), "name the encoding it has")
         except (OSError, EOFError, zlib.error) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 EXAMPLES_SHOWN = 3
@@ -15,6 +16,19 @@ class RowError(Exception):
     def __init__(self, kind: str, what: str) -> None:
         super().__init__(what)
         self.kind = kind
+
+
+class UnwantedRow(RowError):
+    """A row that reads well and is not used all the same: counted, and no reason to stop."""
+
+
+def balance(total: int, what: str, fates: Mapping[str, int]) -> str:
+    """`7473 rows = 7234 to train on + 149 held out + 90 too long`: what became of each, once.
+
+    fates: counts by name, which add up to the total. The first is always said, others where there are any.
+    """
+    first, *others = (f"{count} {name}" for name, count in fates.items() if count or name == next(iter(fates)))
+    return f"{total} {what} = {' + '.join([first, *others])}"
 
 
 @dataclass
@@ -64,6 +78,11 @@ class RowReport:
         """One line for each kind of notice, the most frequent first."""
         counted = sorted(self.notices.items(), key=lambda item: -item[1][0])
         return [f"  notice: {count} x {notice}; the first: {first}" for notice, (count, first) in counted]
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """What became of the rows that were not kept, for `balance`."""
+        return {"more than were asked for": self.left_out, "skipped": self.problems.total()}
 
     def why_empty(self) -> str:
         """One line of reasons why no row was kept."""

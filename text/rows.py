@@ -20,7 +20,7 @@ from text.folders import Folder
 from text.hub import hub_rows
 from text.json_rows import json_rows
 from text.registry import Source
-from text.row_report import RowError, RowReport
+from text.row_report import RowError, RowReport, UnwantedRow
 from text.sampling import sample_by_count
 from text.table_rows import arrow_rows, parquet_rows, without_nulls
 
@@ -120,7 +120,7 @@ def _converted(
         try:
             item = convert(row)
         except RowError as error:
-            if on_error == "stop":
+            if on_error == "stop" and not isinstance(error, UnwantedRow):
                 raise UserError(f"{place}: {error}; mend or drop the row or pass --on_error skip") from error
             report.add_problem(place, error)
             continue

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from errors import UserError
+from text.content import content_hash
 from text.tokenizer import Tokenizer
 
 INDEX = "index.json"
@@ -119,6 +120,12 @@ class ShardSet:
             if damage := find_damage(folder, part, checksums):
                 raise UserError(f"{damage}; delete it and prepare the shards again")
         return cls(folder, index)
+
+    @property
+    def content(self) -> str:
+        """The same for the same tokens and documents; of the checksums in the index, without a look at the shards."""
+        shards = [part[split] for part in self.index["parts"] for split in SPLITS if part[split]]
+        return content_hash((shard["name"], shard["bin_checksum"], shard["npy_checksum"]) for shard in shards)
 
     def split(self, name: str) -> TokenStream:
         """The stream of "train" or "val"."""

@@ -12,9 +12,10 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,15 +30,14 @@ from text.encoders import EncoderPool, peak_memory
 from text.parts import batches, parts
 from text.readers import Corpus
 from text.registry import Source
+from text.row_report import balance
 from text.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_safely
 from text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 __all__ = ["ShardSet", "are_ready", "open_or_wait", "prepare_shards"]
 
-FAILED = "failed.json"
+LOCK = "lock"
 HEARTBEAT_SECONDS = 5.0
-# How long the note of a failed run may still be one of an earlier run, whose successor has not yet come to remove it.
-FAILURE_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,57 +82,63 @@ def prepare_shards(
 
     What is finished is opened at once, what was interrupted is continued, and when the tokenizer, the files (by path,
     size or modification time) or the recipe changed, that is said and the work done anew. Prints what became of the
-    documents. Raises `UserError` for unusable data or a vocabulary above 65,535, `OSError` when the disk fills; then
-    finished shards stay and the next call goes on from them. Of the ranks of a run one calls this, the others
-    `open_or_wait`.
+    documents. Raises `UserError` for a vocabulary above 65,535 and for data that are refused, of which nothing is left
+    in `out`; `OSError` when the disk fills: then finished shards stay and the next call goes on from them. Of the ranks
+    of a run one calls this, the others `open_or_wait`.
     """
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
             f"tokenizer: {tokenizer.vocab_size:,} tokens do not fit 16-bit shards; use at most {MAX_VOCAB_SIZE:,}"
         )
     recipe = Recipe(column, on_error, encoding, min_chars, val_fraction, shard_tokens)
-    out = Path(out)
+    corpus, out = recipe.corpus(data), Path(out)
+    index = _new_index(corpus, recipe, tokenizer)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
-        for file in [out / FAILED, *out.glob("*.tmp")]:  # what a killed run left
-            file.unlink(missing_ok=True)
+        for file in out.glob("*.tmp"):  # what a killed run left
+            file.unlink()
+        index["parts"], complete = _finished_parts(out, index)
+        if complete:
+            found = ShardSet.open(out, tokenizer, checksums=False)
+            streams = [found.split(split) for split in SPLITS]
+            tokens, documents = (sum(getattr(each, what) for each in streams) for what in ("tokens", "documents"))
+            print(f"{out}: {tokens:,} tokens of {documents:,} documents are ready and used again")
+            return found
+        tokenizer.save(out / "tokenizer")
         try:
-            corpus = recipe.corpus(data)
-            index = _new_index(corpus, recipe, tokenizer)
-            index["parts"], complete = _finished_parts(out, index)
-            if complete:
-                found = ShardSet.open(out, tokenizer, checksums=False)
-                streams = [found.split(split) for split in SPLITS]
-                print(f"{out}: {sum(stream.tokens for stream in streams):,} tokens are ready and used again")
-                return found
-            tokenizer.save(out / "tokenizer")
             _prepare(corpus, recipe, index, out, workers)
-        except BaseException as error:
-            _note_failure(out, f"{error}" or type(error).__name__)
+        except UserError:
+            if not index["parts"]:  # nothing that could be continued
+                _remove(out, made)
             raise
     return ShardSet.open(out, tokenizer, checksums=False)
 
 
 def open_or_wait(
-    data: str | Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, timeout: float = 600.0, **options: Any
+    data: str | Sequence[Source],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    *,
+    timeout: float = 600.0,
+    check: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> ShardSet:
     """What `prepare_shards` of another process makes of the same data and options, as soon as it is finished.
 
-    Raises `UserError` when that process failed, or when it gave no sign of life for `timeout` seconds.
+    check: called now and then; raises when that process has failed.
+    Raises `UserError` when it gave no sign of life for `timeout` seconds.
     """
     options.pop("workers", None)
     recipe = Recipe(**options)
     out = Path(out)
     wanted = _new_index(recipe.corpus(data), recipe, tokenizer)
-    last_sign, signs, failed_since = time.monotonic(), None, None
+    last_sign, signs = time.monotonic(), None
     while True:
         index = read_index(out)
         if index is not None and index["complete"] and not _changes(index, wanted):
             return ShardSet.open(out, tokenizer, checksums=False)
-        failure = _failure(out)
-        failed_since = (failed_since or time.monotonic()) if failure else None
-        if failed_since and time.monotonic() - failed_since >= FAILURE_GRACE_SECONDS:
-            raise UserError(f"{out}: the process that prepares the shards failed ({failure})")
+        check()
         if signs != (signs := _stamp(out / INDEX)):
             last_sign = time.monotonic()
         elif time.monotonic() - last_sign >= timeout:
@@ -143,11 +149,13 @@ def open_or_wait(
 def are_ready(
     data: str | Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, workers: int = 0, **options: Any
 ) -> bool:
-    """Whether this process finds in `out` all that `prepare_shards` would make of the same data and options."""
-    recipe, index = Recipe(**options), read_index(Path(out))
-    if index is None or not index["complete"]:
-        return False
-    return not _changes(index, _new_index(recipe.corpus(data), recipe, tokenizer))
+    """Whether this process finds in `out` all that `prepare_shards` would make of the same data and options.
+
+    Raises `UserError` for data that are not there.
+    """
+    recipe = Recipe(**options)
+    wanted, index = _new_index(recipe.corpus(data), recipe, tokenizer), read_index(Path(out))
+    return index is not None and index["complete"] and not _changes(index, wanted)
 
 
 def _prepare(corpus: Corpus, recipe: Recipe, index: dict[str, Any], out: Path, workers: int) -> None:
@@ -249,23 +257,20 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     write_safely(file, [np.frombuffer(json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8"), np.uint8)])
 
 
-def _note_failure(out: Path, message: str) -> None:
-    """For the processes that wait. On a full disk they learn nothing, and wait until their timeout."""
-    with suppress(OSError):
-        _write_json(out / FAILED, {"message": message})
-
-
-def _failure(out: Path) -> str:
-    try:
-        return json.loads((out / FAILED).read_bytes())["message"]
-    except FileNotFoundError:
-        return ""
+def _remove(out: Path, made: Sequence[Path]) -> None:
+    """Remove what stands in a folder without any shard, and the folders that were made for it."""
+    shutil.rmtree(out / "tokenizer", ignore_errors=True)
+    for file in (out / INDEX, out / LOCK):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # something of somebody else is in one of them
+        for folder in made or [out]:
+            folder.rmdir()
 
 
 @contextmanager
 def _only_one(out: Path) -> Iterator[None]:
     """Keep two processes from preparing the same folder; the system lifts the lock when a process ends."""
-    with open(out / "lock", "w") as lock:
+    with open(out / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -273,7 +278,7 @@ def _only_one(out: Path) -> Iterator[None]:
                 raise UserError(
                     f"{out}: another process is preparing these shards; wait for it or choose another folder"
                 ) from error
-            print(f"notice: {out / 'lock'}: this file system has no locks ({error.strerror})", file=sys.stderr)
+            print(f"notice: {out / LOCK}: this file system has no locks ({error.strerror})", file=sys.stderr)
         yield
 
 
@@ -295,8 +300,16 @@ def _print_table(index: dict[str, Any], done: int, report: Report, seconds: floa
     tokens, size = sum(shard["tokens"] for shard in shards), sum(shard["bytes"] for shard in shards)
     val = sum(part["val"]["tokens"] for part in index["parts"] if part["val"])
     fresh = sum(part[split]["bytes"] for part in index["parts"][done:] for split in SPLITS if part[split])
+    train, held = (sum(part[split]["documents"] for part in index["parts"] if part[split]) for split in SPLITS)
+    unused = report.unused
     rows = [
         ("documents kept", f"{report.kept:,}"),
+        (
+            "of the corpus",
+            balance(
+                train + held + sum(unused.values()), "documents", {"to train on": train, "held out": held, **unused}
+            ),
+        ),
         *(("not kept", line) for line in report.summary()),
         ("tokens", f"{tokens:,}, {val:,} of them for validation"),
         ("bytes of text", f"{size:,}, {size / tokens:.2f} a token"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,28 @@ from text.tokenizer import Tokenizer
 
 
 def open_sources(
-    sources: list[Source], tokenizer: Tokenizer, shards: str | Path, main: bool, workers: int = 0, **options: Any
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    shards: str | Path,
+    main: bool,
+    workers: int = 0,
+    check: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> list[tuple[ShardSet, float]]:
     """Each source as shards in its own folder under `shards`, made by one process while the others wait.
 
     Without any weight all of the sources are one, of weight 1.
 
     Args:
-        main: whether this process is the one that tokenises. options: see `text.shards.prepare_shards`.
+        main: whether this process is the one that tokenises. check: what the others call while they wait, and what
+            raises when that one has failed. options: see `text.shards.prepare_shards`.
     """
     opened = []
     for group, folder, weight in _groups(sources, shards):
         if main:
             opened.append((prepare_shards(group, tokenizer, folder, workers=workers, **options), weight))
         else:
-            opened.append((open_or_wait(group, tokenizer, folder, **options), weight))
+            opened.append((open_or_wait(group, tokenizer, folder, check=check, **options), weight))
     return opened
 
 

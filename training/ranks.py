@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 SILENT = ("timed out", "timeout")
 GONE = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process has exited")
 ROLL_CALL = 2.0  # seconds in which those who waited in vain must have said so
+LEADER_FAILED = "main rank failed"  # a key of the store
 LAG = 30.0  # seconds after which every node sees what one has written to a network file system
 
 
@@ -127,6 +128,29 @@ class Ranks:
             raise SystemExit(code)
         return result
 
+    @contextmanager
+    def led(self) -> Iterator[Callable[[], None]]:
+        """While the main rank does what may take hours: what the others call now and then, to end when it has failed.
+
+        What went wrong there is told once.
+        """
+        store = dist.distributed_c10d._get_default_store() if self.world > 1 else None
+
+        def check() -> None:
+            try:
+                has_failed = store is not None and store.check([LEADER_FAILED])
+            except RuntimeError:  # the store is in the hands of the process that has ended
+                raise UserError(f"rank {self.rank}: another rank has ended; its own message says why") from None
+            if has_failed:
+                raise SystemExit(UserError.exit_code)
+
+        try:
+            yield check
+        except BaseException:
+            if self.main and store is not None:
+                store.set(LEADER_FAILED, "")
+            raise
+
     def fail(self, message: str) -> NoReturn:
         """End the run with a `UserError`; called by all ranks, and told once."""
         if self.main:
@@ -155,6 +179,8 @@ class Ranks:
         if self.world == 1:
             return
 
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+
         def write() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             note = folder / f".seen-by-all-ranks-{uuid4().hex}"
@@ -168,6 +194,9 @@ class Ranks:
         finally:
             if self.main:
                 note.unlink(missing_ok=True)
+                with suppress(OSError):  # another run has written there meanwhile
+                    for path in made:
+                        path.rmdir()
 
     @contextmanager
     def explained(self) -> Iterator[None]:

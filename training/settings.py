@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -15,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from errors import UserError, check_least, check_seed, is_broken, naming, with_home
 from LMConfig import LMConfig
 from text.registry import REGISTRY
-from text.yaml_file import read_yaml
+from training.flags import unknown_options
 from training.optim import OptimSettings
 from training.ranks import DistSettings
 from training.schedule import Budget, Schedule
@@ -179,18 +180,33 @@ Settings = TypeVar("Settings")
 def parse(kind: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
     """Read `--config FILE` and the command line over it into `kind`; `--help` and `--print_config` as usual."""
     parser = _parser(description)
-    parser.add_argument("--config", action="config", help="YAML file of these settings; the command line wins over it")
     parser.add_class_arguments(kind)
-    given = _parse(parser, kind, arguments)
-    given.pop("config", None)
-    return kind(**given)
+    return kind(**_parse(parser, kind, arguments))
 
 
 def call(function: Callable[..., None], description: str, arguments: list[str] | None = None) -> None:
-    """Call a function with its parameters from the command line."""
+    """Call a function with its parameters from `--config FILE` and the command line over it."""
     parser = _parser(description)
     parser.add_function_arguments(function)
     function(**_parse(parser, function, arguments))
+
+
+def call_one_of(functions: Sequence[Callable[..., None]], description: str, arguments: list[str] | None = None) -> None:
+    """Call the function that the first argument names; what it must have comes without a name."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    script = Path(sys.argv[0]).name
+    named = {function.__name__: function for function in functions}
+    if not arguments or arguments[0] not in named:
+        listed = "\n".join(f"  {name:<10}{(inspect.getdoc(named[name]) or '').partition(chr(10))[0]}" for name in named)
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(f"usage: {script} COMMAND ..., and {script} COMMAND --help\n\n{description}\n{listed}")
+            return
+        what = f"there is no {arguments[0]} here" if arguments else "a command is missing"
+        raise UserError(f"{script}: {what}; give one of {', '.join(named)}")
+    function = named[arguments[0]]
+    parser = _parser(inspect.getdoc(function) or "", f"{script} {arguments[0]}")
+    parser.add_function_arguments(function, as_positional=True)
+    function(**_parse(parser, function, arguments[1:]))
 
 
 class RawFormatter(DefaultHelpFormatter):
@@ -200,10 +216,12 @@ class RawFormatter(DefaultHelpFormatter):
         return text
 
 
-def _parser(description: str) -> ArgumentParser:
-    return ArgumentParser(
-        description=description, exit_on_error=False, allow_abbrev=False, formatter_class=RawFormatter
+def _parser(description: str, program: str | None = None) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=RawFormatter
     )
+    parser.add_argument("--config", action="config", help="YAML file of these settings; the command line wins over it")
+    return parser
 
 
 def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str] | None) -> dict[str, Any]:
@@ -213,10 +231,9 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
         # `--resume` alone means `--resume true`.
         if argument in flags and (arguments[index + 1 : index + 2] or ["--"])[0].startswith("-"):
             arguments[index] = f"{argument}=true"
-    for index, argument in enumerate(arguments):
-        name, given, path = argument.partition("=")
-        if name == "--config" and (path := path if given else "".join(arguments[index + 1 : index + 2])):
-            read_yaml(Path(path))  # refused before the parser makes of it what it stands for
+    known = {option.lstrip("-") for option in parser._option_string_actions}
+    if wrong := unknown_options(arguments, known):
+        raise UserError(f"{Path(sys.argv[0]).name}: {'; '.join(wrong)}")
     try:
         parsed = parser.parse_args(arguments)
         for name, value in list(parsed.items()):
@@ -227,6 +244,7 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str
     except (ArgumentError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None
+    given.pop("config", None)
     check_values(kind, given)
     return given
 

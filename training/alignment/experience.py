@@ -94,6 +94,11 @@ class Experience:
         mu = self.settings.mu
         return self.prompts.identity if mu == 1 else f"{self.prompts.identity}, each for {mu} steps"
 
+    @property
+    def content(self) -> str:
+        """As of the problems."""
+        return self.prompts.content
+
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]:
         """Sample, judge and exchange completions every `mu` steps. Returns what is logged of them."""
         if step % self.settings.mu == 0:

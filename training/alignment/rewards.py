@@ -3,7 +3,8 @@
     rewards: {correct: 1.0, strict_format: 0.2, "my_rewards:polite": 0.5}
 
 A reward takes the samples of a step and returns a number for each. `@reward` makes one of a function of a single
-sample. Put a function here to call it by its name, or anywhere on the import path to call it `package.module:function`.
+sample. Put a function here to call it by its name, or in the folder that the command is given in, or anywhere on the
+import path, to call it `package.module:function` (docs/rewards.md).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -173,23 +175,30 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Reward:
-    """A reward of this file, or `package.module:function`."""
+    """A reward of this file, or `package.module:function`, which may lie in the current folder."""
     if ":" not in name:
         if name not in names():
             raise UserError(f"reward {name!r}: not one of {', '.join(names())}; or name yours package.module:function")
         return getattr(sys.modules[__name__], name)
     module, _, function = name.partition(":")
+    # Python looks there only for `python -m`. Last, so that nothing of Python or of this project is hidden; and for
+    # good, since the module may import others later.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # an import runs anything
-        raise UserError(f"reward {name!r}: cannot be imported ({_said(error)}); check the path") from error
+        raise UserError(
+            f"reward {name!r}: cannot be imported ({_said(error)}); name it MODULE:FUNCTION, and put the module into "
+            "the folder you are in or into one of PYTHONPATH"
+        ) from error
     if not callable(found):
         raise UserError(f"reward {name!r}: is {type(found).__name__}; it must be a function of a list of samples")
     return found
 
 
 def _values(name: str, function: Reward, samples: Sequence[Sample]) -> list[float]:
-    remedy = f"mend it, or take {name} out of rewards"
+    remedy = f"mend it (a function of one sample needs @reward), or take {name} out of rewards"
     try:
         given = function(samples)
         values = [float(value) for value in given]

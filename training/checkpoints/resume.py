@@ -66,6 +66,7 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
         return None
     for name, value in run.items():
         _unchanged(found, name, progress.run.get(name, value), value)
+    progress.run = {**progress.run, **run}  # what an older run did not write down is held to from here on
     return found, progress
 
 
@@ -97,8 +98,12 @@ def _set_aside(folder: Path) -> Path:
 
 
 def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> dict[str, Any]:
-    """What the order of the data, and the optimiser's state, depend on: a run cannot change it midway."""
-    return {
+    """What the data, their order and the optimiser's state depend on: a run cannot change it midway.
+
+    `data.content` is for data sets whose `identity` does not tell their content; `left_off` lets runs that lack a key
+    resume.
+    """
+    run = {
         "seed": settings.seed,
         "sequence_length": settings.sequence_length,
         "rows": settings.rows,
@@ -106,6 +111,8 @@ def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> 
         "data": getattr(dataset, "identity", ""),
         "optim.kind": settings.optim.kind,
     }
+    content = getattr(dataset, "content", "")
+    return {**run, "data.content": content} if content else run
 
 
 class WholeModel:

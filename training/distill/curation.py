@@ -16,7 +16,7 @@ from text.chat_file import write_chats
 from text.chat_template import Message
 from text.prompts import Prompt, read_prompts
 from text.registry import Source
-from text.row_report import RowReport
+from text.row_report import RowReport, balance
 from training.alignment.rewards import Rewards, Sample
 from training.distill.answers import Answer, AnsweringTeacher, Ask, Journal, ask_all, questions
 from training.distill.endpoint import Endpoint
@@ -112,8 +112,7 @@ def gather_answers(
     """
     judge, report = Rewards.of(settings.rewards), RowReport()
     prompts = list(read_prompts(sources, settings.system, settings.prompts, seed, on_error, report))
-    lines = report.lines() if report.rows else []
-    print("\n".join([*lines, f"{len(prompts)} different prompts"]))
+    print("\n".join([*report.lines(), balance(report.rows, "rows", {"prompts to ask": len(prompts), **report.unused})]))
     path = out / JOURNAL
     if not resume and path.exists() and path.stat().st_size:  # empty where an earlier run had no answer
         raise UserError(f"{path}: holds answers already; add --resume to go on, or choose another --out")
