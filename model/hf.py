@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -126,13 +126,19 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
     os.replace(partial, folder / "generation_config.json")
 
 
-def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MiniDeepSeek:
+def load_pretrained(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    adapt: Callable[[LMConfig], LMConfig] = lambda config: config,
+) -> MiniDeepSeek:
     """Open a checkpoint folder. Absent MTP weights mean no MTP, with a notice; any other difference is an error.
 
     Weights go straight from the files into the float32 network, FP8 ones dequantised: memory holds one copy of them.
 
     Args:
         dtype: of the parameters; the router biases stay float32 whatever it is.
+        adapt: given the configuration of the folder, returns the one to build; the shapes must be the same.
     Raises:
         UserError: no such folder, or a config that is not of a DeepSeek-V3.
         DamagedCheckpoint: weights cut short, missing, superfluous, or of another shape than config.json says.
@@ -149,7 +155,7 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, devi
         )
         config.num_nextn_predict_layers = 0
     check_size(config, files, folder)
-    model = MiniDeepSeek(config)
+    model = MiniDeepSeek(adapt(config))
     try:
         fill(model, files)
     except DamagedCheckpoint as error:

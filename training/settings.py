@@ -139,7 +139,7 @@ class StageSettings:
         if self.sequence_length > longest:
             raise UserError(
                 f"--sequence_length {self.sequence_length}: the model reads {longest} tokens; "
-                "lower it, or give a new model a larger max_position_embeddings"
+                "lower it, or pretrain with a larger --model.max_position_embeddings, from --ckpt if you like"
             )
 
     @property
