@@ -229,7 +229,9 @@ class LMConfig:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json, complete or not at all."""
         partial = Path(folder) / ".config.json.partial"
-        partial.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf8")
+        partial.write_text(
+            json.dumps(self.to_dict(), ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf8"
+        )
         partial.replace(Path(folder) / "config.json")
 
     def _check_types(self) -> None:

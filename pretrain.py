@@ -16,6 +16,7 @@ from model import MiniDeepSeek
 from text.registry import find_sources
 from text.sources import open_sources, sources_ready
 from text.tokenizer import Tokenizer
+from training.held_out import labels_name
 from training.losses import NextTokenLoss
 from training.settings import NextTokenSettings, model_config, parse
 from training.stage import begin, check_vocabulary, continue_checkpoint
@@ -86,7 +87,8 @@ def main() -> None:
         raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
 
     options = ("column", "encoding", "min_chars", "workers", "val_fraction", "on_error")
-    corpus = (find_sources(settings.data, settings.datasets, "text"), tokenizer, settings.shards)
+    data = find_sources(settings.data, settings.datasets, "text")
+    corpus = (data, tokenizer, settings.shards)
     given = {name: getattr(settings, name) for name in options}
     if ranks.world > 1 and not all(ranks.gather(sources_ready(*corpus, **given))):
         ranks.check_writes_shared(Path(settings.shards))  # or the others would wait in vain for what rank 0 makes
@@ -96,7 +98,7 @@ def main() -> None:
     if settings.val_fraction:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
         batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
-        validation = BitsPerByte(batches, tokenizer.token_bytes)
+        validation = BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(data, batches, tokenizer)})
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
     ranks.stop()

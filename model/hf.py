@@ -122,7 +122,7 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
     if config.pad_token_id is not None:
         generation["pad_token_id"] = config.pad_token_id
     partial = folder / ".generation_config.json.partial"
-    partial.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf8")
+    partial.write_text(json.dumps(generation, ensure_ascii=False, indent=2) + "\n", encoding="utf8")
     os.replace(partial, folder / "generation_config.json")
 
 
