@@ -157,8 +157,8 @@ class LMConfig:
                     f"--model.{name} {given[name]}: is {getattr(self, name)} in {place} and cannot change; {remedy}"
                 )
         if preset is not None:
-            theirs = self.preset(preset)
-            for name in (name for name in fixed if name not in {*given, "vocab_size", *TOKENS}):
+            theirs, aside = self.preset(preset), {*given, "num_key_value_heads", "vocab_size", *TOKENS}
+            for name in (name for name in fixed if name not in aside):
                 if getattr(theirs, name) != getattr(self, name):
                     raise ConfigError(
                         f"--model.preset {preset}: has {name} = {getattr(theirs, name)}, "

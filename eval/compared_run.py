@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, one_line
 from eval.score_files import SCORES, read_scores
 from eval.suites.suite import Score
 from training.held_out import MEASURED_ON
@@ -54,7 +54,8 @@ class ComparedRun:
     def held_out(self, key: str) -> str | None:
         """The name of the data that a measure was last made on; None where the run, an older one, does not tell."""
         last = next((entry for entry in reversed(self.entries) if entry.get(key) is not None), {})
-        return last.get("held_out", {}).get(MEASURED_ON[key])
+        name = last.get("held_out", {}).get(MEASURED_ON[key])
+        return name and one_line(name)
 
     def scores(self) -> Iterator[tuple[tuple[str, str, str], Score]]:
         """((suite, group, metric), score) of each suite as a whole."""

@@ -59,8 +59,9 @@ def test_a_preset_is_refused_only_where_its_shapes_differ(tiny_config):
     assert config.continued({"preset": "26m", "max_position_embeddings": 8192}, "DIR").max_position_embeddings == 8192
     with pytest.raises(UserError, match=r"--model.preset 64m: has hidden_size = 512, DIR has 384; leave it out"):
         config.continued({"preset": "64m"}, "DIR")
-    smaller = replace(config, num_hidden_layers=4)
-    assert smaller.continued({"preset": "26m", "num_hidden_layers": 4}, "DIR") == smaller
+    recipe = {"num_hidden_layers": 4, "num_attention_heads": 4}
+    smaller = replace(config, **recipe, num_key_value_heads=None)
+    assert smaller.continued({"preset": "26m", **recipe}, "DIR") == smaller
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ class StageSettings:
     Args:
         out: run folder: checkpoints, metrics.jsonl, resolved config.
         resume: continue the run in `out` from its newest checkpoint; last-good: from the newest that is not damaged.
+        carry_optimizer: begin with the optimiser's moments of --ckpt, which are beside its weights; step and schedule
+            begin at 0.
         seed: of weights and data order.
         device: auto, cpu or cuda.
         dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
@@ -57,6 +59,7 @@ class StageSettings:
 
     out: str
     resume: bool | Literal["last-good"] = False
+    carry_optimizer: bool = False
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"

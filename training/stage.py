@@ -13,6 +13,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.hf import load_pretrained
 from text.tokenizer import Tokenizer
+from training.checkpoints.carried import check_carried
 from training.checkpoints.checkpoint import newest
 from training.checkpoints.lock import restarted
 from training.machine import choose_dtype, machine_peak
@@ -28,12 +29,19 @@ def begin(settings: StageSettings) -> Ranks:
     ranks = Ranks.start(settings.device, settings.dist.timeout)
     if ranks.on_main(lambda: restarted(Path(settings.out))):
         settings.resume = settings.resume or True
+    if settings.carry_optimizer and not resumes(settings, ranks):
+        ranks.on_main(lambda: check_carried(settings))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     dtype = choose_dtype(settings.dtype, ranks.device)
     ranks.on_main(lambda: machine_peak(dtype, ranks.device))
     torch.manual_seed(settings.seed)
     return ranks
+
+
+def resumes(settings: StageSettings, ranks: Ranks) -> bool:
+    """Whether the run goes on from a checkpoint of its own; the same on all ranks."""
+    return bool(settings.resume) and ranks.on_main(lambda: newest(Path(settings.out)) is not None)
 
 
 def open_checkpoint(folder: str, choice: dict[str, Any] | None = None) -> tuple[MiniDeepSeek, Tokenizer]:
@@ -57,7 +65,7 @@ def continue_checkpoint(
     A resumed run is compared with its own checkpoint, field by field (`same_shape`). The preset is left out there:
     the config.yaml of older runs names the default one, whatever their checkpoint was.
     """
-    if settings.resume and ranks.on_main(lambda: newest(Path(settings.out)) is not None):
+    if resumes(settings, ranks):
         choice = {name: value for name, value in choice.items() if name != "preset"}
     model, tokenizer = open_checkpoint(folder, choice)
     now = asdict(model.config)
