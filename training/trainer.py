@@ -16,6 +16,7 @@ from model import MiniDeepSeek
 from model.counts import count as count_costs
 from model.kernel_report import kernel_report
 from model.moe import update_bias
+from model.quiet import quiet_compiler
 from text.order import scramble
 from text.tokenizer import Tokenizer
 from training.agreement import check_facts, check_weights, facts
@@ -108,6 +109,7 @@ class Trainer:
                 self._finish()
             return final
         if self.settings.compile:
+            quiet_compiler()
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
         costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)
