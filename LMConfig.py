@@ -1,11 +1,15 @@
 """The hyperparameters of a DeepSeek-V3 and its presets.
 
 The fields are those of a Hugging Face `deepseek_v3` config.json, with the same names and meanings, so a config.json of
-either side is read by the other. `python LMConfig.py` prints what each preset costs.
+either side is read by the other.
+
+python LMConfig.py                                              what each preset costs
+python LMConfig.py --preset 26m --num_hidden_layers 6           a preset with other values, beside it
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import math
@@ -36,6 +40,11 @@ IGNORED = {
     "output_hidden_states", "output_router_logits", "pretraining_tp", "problem_type", "qk_head_dim",
     "quantization_config", "return_dict", "rope_parameters", "rope_scaling", "rope_theta", "seq_aux",
     "transformers_version",
+}  # fmt: skip
+# Fields on which no weight's shape depends: a trained model may continue with other values.
+FREE = {
+    "attention_dropout", "hidden_act", "initializer_range", "max_position_embeddings", "n_group", "norm_topk_prob",
+    "num_experts_per_tok", "rms_norm_eps", "rope_scaling", "rope_theta", "routed_scaling_factor", "topk_group",
 }  # fmt: skip
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAY_BE_ZERO = {
@@ -119,11 +128,48 @@ class LMConfig:
         if not isinstance(name, str) or name not in PRESETS:
             near = _did_you_mean(str(name), PRESETS)
             raise ConfigError(f"model.preset: no preset {name!r}{near}; one of {', '.join(PRESETS)}")
-        known = {f.name for f in fields(cls)}
-        for key in changes:
-            if key not in known:
-                raise ConfigError(f"model.{key}: no such field{_did_you_mean(key, known)}; see LMConfig.py")
+        cls.check_names(changes)
         return replace(cls(**PRESETS[name]), **{"num_key_value_heads": None, **changes})
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raises `ConfigError` for a name that is not a field."""
+        known = {f.name for f in fields(cls)}
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"model.{name}: no such field{_did_you_mean(name, known)}; see LMConfig.py")
+
+    def continued(self, choice: dict[str, Any], place: str) -> LMConfig:
+        """This configuration of trained weights with the `FREE` fields of `choice`, which may also name a preset.
+
+        What decides shapes must be what it is. A preset only has to have the same shapes: the values of its free fields
+        are not taken, the checkpoint may have been extended since.
+
+        Args:
+            choice: `{preset: 64m, rope_theta: 1e6}`; place: names the checkpoint in error messages.
+        """
+        given = dict(choice)
+        preset = given.pop("preset", None)
+        self.check_names(given)
+        fixed = [f.name for f in fields(self) if f.name not in FREE]
+        remedy = "leave it out, or train a new model without --ckpt"
+        for name in fixed:
+            if name in given and given[name] != getattr(self, name):
+                raise ConfigError(
+                    f"--model.{name} {given[name]}: is {getattr(self, name)} in {place} and cannot change; {remedy}"
+                )
+        if preset is not None:
+            theirs, aside = self.preset(preset), {*given, "num_key_value_heads", "vocab_size", *TOKENS}
+            for name in (name for name in fixed if name not in aside):
+                if getattr(theirs, name) != getattr(self, name):
+                    raise ConfigError(
+                        f"--model.preset {preset}: has {name} = {getattr(theirs, name)}, "
+                        f"{place} has {getattr(self, name)}; {remedy}"
+                    )
+        try:
+            return replace(self, **{name: value for name, value in given.items() if name in FREE})
+        except ConfigError as error:
+            raise ConfigError(f"--model.{error}") from None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], place: str = "config") -> LMConfig:
@@ -199,7 +245,9 @@ class LMConfig:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json, complete or not at all."""
         partial = Path(folder) / ".config.json.partial"
-        partial.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf8")
+        partial.write_text(
+            json.dumps(self.to_dict(), ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf8"
+        )
         partial.replace(Path(folder) / "config.json")
 
     def _check_types(self) -> None:
@@ -328,10 +376,46 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Print the size and the cost of every preset."""
+    """Print the size and the cost of every preset, or of one beside the same with other values."""
+    parser = argparse.ArgumentParser(
+        usage="LMConfig.py [--preset NAME] [--FIELD VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--preset", default=None, help=f"one of {', '.join(PRESETS)}; 64m where only fields are given")
+    for f in fields(LMConfig):
+        parser.add_argument(f"--{f.name}", metavar=str(f.type).replace(" | None", ""), help=f"{f.default} in 64m")
+    try:
+        given, unknown = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"LMConfig.py: {error}; see --help") from None
+    for argument in unknown:
+        name = argument.removeprefix("--").partition("=")[0]
+        near = _did_you_mean(name, {"preset", *(f.name for f in fields(LMConfig))})
+        raise ConfigError(f"{argument}: no such option{near}; see --help")
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    name = values.pop("preset", None)
+    configs = {one: LMConfig.preset(one) for one in (PRESETS if name is None and not values else [name or "64m"])}
+    if values:
+        changes = {key: _parsed(key, value) for key, value in values.items()}
+        changed = LMConfig.preset(name or "64m", **changes)
+        configs[", ".join(f"{key} {value}" for key, value in changes.items())] = changed
     from model.counts import table  # the only look upwards: a command for people, not an import of the module
 
-    print(table({name: LMConfig.preset(name) for name in PRESETS}))
+    print(table(configs))
+
+
+def _parsed(name: str, text: str) -> Any:
+    """The value of a field as the command line has it: JSON, or the text itself where the field is one."""
+    kind = next(str(f.type) for f in fields(LMConfig) if f.name == name)
+    if kind == "str":
+        return text
+    try:
+        return json.loads(text.lower() if text in ("True", "False", "None", "none") else text)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"--{name} {text}: not a value of this field; give {kind}") from None
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
             instead of ckpt, such as {preset: demo, num_hidden_layers: 2}.
         precompute_top_k: ask the teacher once, before training, and keep so many tokens of each of its distributions;
             0: ask it at every step.
+        bias_speed: speed of the router's balancing bias; a number or {share of the run: value}; left out: 0.001, and
+            for a new student {0: 0.01, 0.9: 0.001}, since its few steps begin without any balance.
     """
 
     method: str = "logits"
@@ -55,8 +57,11 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
     ckpt: str = ""
     student: dict[str, Any] = field(default_factory=dict)
     precompute_top_k: int = 0
+    bias_speed: float | dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.bias_speed is None:
+            self.bias_speed = {"0": 0.01, "0.9": 0.001} if self.student else NextTokenSettings.bias_speed
         super().__post_init__()
         self.check()
         self.check_sampling()

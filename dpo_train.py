@@ -18,6 +18,7 @@ from training.alignment.preference import HeldOutPairs, PreferenceLoss, Preferen
 from training.alignment.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
 from training.checkpoints.resume import check_unused
 from training.distill.teacher import identity
+from training.held_out import labels_name
 from training.machine import choose_dtype
 from training.optim import OptimSettings
 from training.ranks import Ranks
@@ -77,12 +78,13 @@ def main() -> None:
     loss = PreferenceLoss(settings.preference, ask_reference(settings, ranks, model, tokenizer, dataset))
     held_out = dataset.validation
     pairs = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens) if held_out else []
-    text = []
+    names, text = ({"pairs": labels_name(sources, pairs, tokenizer)} if pairs else {}), []
     if settings.val_text:
         text = text_batches(
             Path(settings.val_text), tokenizer, settings.sequence_length, settings.val_tokens, settings.micro_tokens
         )
-    validation = HeldOutPairs(loss, pairs, text, tokenizer.token_bytes) if pairs or text else None
+        names["text"] = labels_name([settings.val_text], text, tokenizer)
+    validation = HeldOutPairs(loss, pairs, text, tokenizer.token_bytes, names) if pairs or text else None
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
     ranks.stop()
 

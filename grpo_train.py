@@ -17,6 +17,7 @@ from training.alignment.policy import GRPOLoss
 from training.alignment.reference import frozen_reference
 from training.alignment.rewards import Rewards
 from training.alignment.rollout import RolloutSettings, Sampler
+from training.held_out import problems_name
 from training.machine import choose_dtype
 from training.optim import OptimSettings
 from training.settings import StageSettings, parse
@@ -108,7 +109,8 @@ def main() -> None:
     )
     accuracy = None
     if prompts.validation:
-        accuracy = Accuracy(prompts, sampler, settings.max_new_tokens, settings.temperature, settings.rollout_rows)
+        name, lengths = problems_name(sources, prompts.validation), (settings.max_new_tokens, settings.temperature)
+        accuracy = Accuracy(prompts, sampler, *lengths, settings.rollout_rows, name)
     Trainer(settings, ranks, model, tokenizer, experience, loss, accuracy).run()
     ranks.stop()
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from errors import UserError, command_line
-from training.adapters.adapter import Adapter
 from training.adapters.frozen import check_base, shrink_frozen
 from training.adapters.lora import LoraSettings
-from training.adapters.merging import save_merged
 from training.chats import ChatSettings, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
@@ -49,6 +47,10 @@ class LoraSFTSettings(ChatSettings):
 
 def main() -> None:
     settings = parse(LoraSFTSettings, __doc__ or "")
+    # peft takes seconds to import, which --help need not wait for.
+    from training.adapters.adapter import Adapter
+    from training.adapters.merging import save_merged
+
     ranks = begin(settings)
     model, tokenizer = open_checkpoint(settings.ckpt)
     # The MTP layers predict from states that the adapter changes, and have no adapter: they take no part.

@@ -16,9 +16,10 @@ from model import MiniDeepSeek
 from text.registry import find_sources
 from text.sources import open_sources, sources_ready
 from text.tokenizer import Tokenizer
+from training.held_out import labels_name
 from training.losses import NextTokenLoss
 from training.settings import NextTokenSettings, model_config, parse
-from training.stage import begin, check_vocabulary, open_checkpoint
+from training.stage import begin, check_vocabulary, continue_checkpoint
 from training.trainer import Trainer
 from training.validation import BitsPerByte, held_out_batches
 
@@ -32,7 +33,8 @@ class PretrainSettings(NextTokenSettings):
             share of the mixture.
         tokenizer: folder that train_tokenizer.py wrote; may be left out with --ckpt.
         ckpt: checkpoint folder to start from instead of random weights.
-        model: preset and changes to single fields of LMConfig, such as {preset: 64m, num_hidden_layers: 4}.
+        model: preset (64m when left out) and changes to single fields of LMConfig, such as {preset: 64m,
+            num_hidden_layers: 4}; with --ckpt changes that leave the shapes of the weights, such as rope_scaling.
         shards: folder for the tokenised corpus, made once and used again.
         column: name of the text column or field, if it is not `text`.
         encoding: of text files, for example gb18030.
@@ -45,7 +47,7 @@ class PretrainSettings(NextTokenSettings):
     data: str
     tokenizer: str = ""
     ckpt: str = ""
-    model: dict[str, Any] = field(default_factory=lambda: {"preset": "64m"})
+    model: dict[str, Any] = field(default_factory=dict)
     shards: str = "data/shards"
     column: str | None = None
     encoding: str = "utf-8"
@@ -57,13 +59,15 @@ class PretrainSettings(NextTokenSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(0, workers=self.workers)
+        if not self.ckpt:
+            self.model = {"preset": "64m", **self.model}
 
 
 def main() -> None:
     settings = parse(PretrainSettings, __doc__ or "")
     ranks = begin(settings)
     if settings.ckpt:
-        model, tokenizer = open_checkpoint(settings.ckpt)
+        model, tokenizer = continue_checkpoint(settings, settings.ckpt, settings.model, ranks)
         if settings.tokenizer and Tokenizer.from_folder(settings.tokenizer).fingerprint != tokenizer.fingerprint:
             raise UserError(
                 f"{settings.tokenizer}: not the tokenizer that {settings.ckpt} was trained with; leave --tokenizer out"
@@ -83,7 +87,8 @@ def main() -> None:
         raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
 
     options = ("column", "encoding", "min_chars", "workers", "val_fraction", "on_error")
-    corpus = (find_sources(settings.data, settings.datasets, "text"), tokenizer, settings.shards)
+    data = find_sources(settings.data, settings.datasets, "text")
+    corpus = (data, tokenizer, settings.shards)
     given = {name: getattr(settings, name) for name in options}
     if ranks.world > 1:
         ranks.on_main(lambda: sources_ready(*corpus, **given))  # so that data which are not there are told of once
@@ -96,7 +101,7 @@ def main() -> None:
     if settings.val_fraction:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
         batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
-        validation = BitsPerByte(batches, tokenizer.token_bytes)
+        validation = BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(data, batches, tokenizer)})
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
     ranks.stop()

@@ -90,7 +90,10 @@ class Findings:
         command = "python " + " ".join(_without_json(sys.argv))
         content = {"title": self.title, "command": command, "machine": machine(), "verdicts": verdicts}
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(json.dumps({**content, "facts": self.facts, "measured": self.measured}, indent=2), "utf8")
+        Path(file).write_text(
+            json.dumps({**content, "facts": self.facts, "measured": self.measured}, ensure_ascii=False, indent=2),
+            "utf8",
+        )
 
 
 def machine() -> str:

@@ -51,7 +51,7 @@ def main() -> None:
     target = options.target or max(points[-1]["bits_per_byte"] for points in curves[options.kinds[0]])
     summary = {kind: summarise(curves[kind], target) for kind in options.kinds}
     results = {"target": target, "summary": summary, "curves": curves}
-    (out / "optimizers.json").write_text(json.dumps(results, indent=2), encoding="utf8")
+    (out / "optimizers.json").write_text(json.dumps(results, ensure_ascii=False, indent=2), encoding="utf8")
     draw(curves, target, out / "optimizers.png")
     print(table(summary, target))
 

@@ -61,7 +61,7 @@ def main() -> None:
     for contender in contenders:
         results[contender["name"]] = race(contender, out, options)
         print(f"{contender['name']}: {results[contender['name']]['points'][-1]['bits_per_byte']:.4f}", flush=True)
-        (out / "race.json").write_text(json.dumps(results, indent=2), encoding="utf8")
+        (out / "race.json").write_text(json.dumps(results, ensure_ascii=False, indent=2), encoding="utf8")
     draw(results, out / "race.png")
     print(table(results, 60 * options.minutes))
 
@@ -147,7 +147,7 @@ def race(contender: dict[str, Any], out: Path, options: argparse.Namespace) -> d
     moments = [60 * options.minutes * share for share in MOMENTS]
     held_out = str(out / "heldout.jsonl")
     described = {**contender, "moments": moments, "threads": options.threads, "held_out": held_out}
-    (folder / "contender.json").write_text(json.dumps(described, indent=2), encoding="utf8")
+    (folder / "contender.json").write_text(json.dumps(described, ensure_ascii=False, indent=2), encoding="utf8")
     command = [sys.executable, str(ROOT / "bench" / "watched.py"), str(folder / "contender.json")]
     with open(folder / "log.txt", "w", encoding="utf8") as log:
         done = subprocess.run(command, env=environment(contender["modules"], options.threads), stdout=log, stderr=log)

@@ -18,7 +18,7 @@ from findings import Findings, Verdict
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.packed import quiet_torchao
+from model.quiet import quiet_imports
 from training.machine import DTYPES
 
 
@@ -88,7 +88,7 @@ def open_peer(folder: str, peer: str, dtype: torch.dtype) -> Any:
     """transformers' model of a folder, quietly. peer: see --peers; its own choices are grouped_mm and sdpa."""
     experts, _, attention = peer.partition("/")
     chosen = {"experts_implementation": experts} | ({"attn_implementation": attention} if attention else {})
-    with quiet_torchao():
+    with quiet_imports():
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 

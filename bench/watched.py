@@ -108,7 +108,7 @@ def main() -> None:
         points.append({"seconds": seconds, "bits_per_byte": bits})
         before = weights
     result = {"parameters": sum(p.numel() for p in watch.model.parameters()), "points": points}
-    (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf8")
+    (folder / "result.json").write_text(json.dumps(result, ensure_ascii=False, indent=2), encoding="utf8")
 
 
 def encoder(folder: str, begin: str) -> Callable[[str], list[int]]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, one_line
 from eval.score_files import SCORES, read_scores
 from eval.suites.suite import Score
-from training.log import read_metrics
+from training.held_out import MEASURED_ON
+from training.log import read_metrics, shown
 
 WHOLE = ("all", "mean of subjects")
 # What tells a stage by its entries; the losses of different stages are different things.
@@ -31,10 +32,7 @@ class ComparedRun:
         """A run folder, a checkpoint in one, or a folder with scores alone. Raises `UserError` for anything else."""
         path = Path(folder)
         run = path if (path / "metrics.jsonl").is_file() or (path / SCORES).is_file() else path.absolute().parent
-        entries = read_metrics(run / "metrics.jsonl")
-        for entry in entries:
-            if entry.get("max_vio"):
-                entry["max_vio_worst"] = max(entry["max_vio"])
+        entries = [shown(entry) for entry in read_metrics(run / "metrics.jsonl")]
         found = [path] if (path / SCORES).is_file() else _measured(run, path)
         if not path.is_dir() or not (entries or found):
             raise UserError(
@@ -52,6 +50,12 @@ class ComparedRun:
     def last(self, key: str) -> float | None:
         """The last value of a measure."""
         return next((entry[key] for entry in reversed(self.entries) if entry.get(key) is not None), None)
+
+    def held_out(self, key: str) -> str | None:
+        """The name of the data that a measure was last made on; None where the run, an older one, does not tell."""
+        last = next((entry for entry in reversed(self.entries) if entry.get(key) is not None), {})
+        name = last.get("held_out", {}).get(MEASURED_ON[key])
+        return name and one_line(name)
 
     def scores(self) -> Iterator[tuple[tuple[str, str, str], Score]]:
         """((suite, group, metric), score) of each suite as a whole."""

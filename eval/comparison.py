@@ -9,6 +9,7 @@ from typing import Any
 from eval.compared_run import ComparedRun
 from eval.suites.score_table import shown, table
 from eval.suites.suite import Score
+from training.held_out import MEASURED_ON
 from training.log import ROUNDING
 from training.plots import PANELS, load_pyplot, plain
 
@@ -24,7 +25,8 @@ ENDS = {
     "val_bits_per_byte": ("held-out bits per byte", "{:.4f}"),
     "val_accuracy": ("held-out accuracy", "{:.1%}"),
     "val_pass_1": ("held-out pass@1", "{:.1%}"),
-    "val_margin": ("held-out margin", "{:.3f}"),
+    "val_preferred": ("held-out pairs preferred", "{:.1%}"),
+    "val_margin": ("held-out reward margin", "{:.3f}"),
     "reward": ("reward", "{:.3f}"),
     "kl": ("KL", "{:.4f}"),
     "max_vio_worst": ("MaxVio, worst layer", "{:.2f}"),
@@ -33,15 +35,16 @@ NONE = "–"
 
 
 def markdown(runs: Sequence[ComparedRun]) -> str:
-    """What each run came to, then the scores that any of them has."""
+    """What each run came to, then the scores that any of them has. What is held out has a row for each set."""
     names = [run.name for run in runs]
     lines = ["# Comparison", ""]
     if any(run.entries for run in runs):
         rows = [["stage", *(run.stage if run.entries else NONE for run in runs)]]
         for key, (label, form) in ENDS.items():
             values = [run.last(key) for run in runs]
-            if any(value is not None for value in values):
-                rows.append([label, *(NONE if value is None else form.format(value) for value in values)])
+            for held_out, measured in _by_set(key, runs).items():
+                cells = [NONE if run not in measured else form.format(values[n]) for n, run in enumerate(runs)]
+                rows.append([label + held_out, *cells])
         lines += [*table(rows, ["at the end of training", *names]), ""]
         if len({run.stage for run in runs if run.entries}) > 1:
             lines += ["The losses are of different stages: they are not of one unit.", ""]
@@ -57,13 +60,26 @@ def markdown(runs: Sequence[ComparedRun]) -> str:
     return "\n".join([*lines, *notes])
 
 
+def _by_set(key: str, runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
+    """The runs that have a measure, by what follows its name: of what is held out, which data it was measured on."""
+    found: dict[str, list[ComparedRun]] = {}
+    for run in runs:
+        if run.last(key) is not None:
+            name, kind = (run.held_out(key), MEASURED_ON[key]) if key in MEASURED_ON else ("", "")
+            title = f": {name}" if name else f" (not known to be the same {kind})" if kind else ""
+            found.setdefault(title, []).append(run)
+    return found
+
+
 def _score_rows(runs: Sequence[ComparedRun]) -> tuple[list[list[str]], list[str]]:
-    found = [dict(run.scores()) for run in runs]
+    found = [_scores(run, runs) for run in runs]
     notes, rows = [], []
     for suite in dict.fromkeys(suite for run in runs for suite in run.suites):
-        facts = {_facts(run.suites[suite]) for run in runs if suite in run.suites}
-        if len(facts) > 1:
+        measured = [run.suites[suite] for run in runs if suite in run.suites]
+        if not all(_same(measured[0], one) for one in measured):
             notes.append(f"{suite}: settings or items differ between the runs; its numbers are not to be compared.\n")
+        elif len(measured) > 1 and not all(one.get("content") for one in measured):
+            notes.append(f"{suite}: not known to be the same items, which older scores do not name.\n")
     for key in dict.fromkeys(key for scores in found for key in scores):
         scores = [own.get(key) for own in found]
         chance = next((shown(score.chance, score) for score in scores if score and score.chance is not None), "")
@@ -71,9 +87,29 @@ def _score_rows(runs: Sequence[ComparedRun]) -> tuple[list[list[str]], list[str]
     return rows, notes
 
 
-def _facts(measured: dict[str, Any]) -> str:
-    settings = {name: value for name, value in measured["settings"].items() if name != "chunk"}
-    return repr((sorted(settings.items(), key=lambda item: item[0]), measured["items"]))
+Key = tuple[str, str, str]
+"""Suite, group and metric."""
+
+
+def _scores(run: ComparedRun, runs: Sequence[ComparedRun]) -> dict[Key, Score]:
+    """The scores of a run; a suite that differs from that of the runs before it has a number: `exam [2]`."""
+    labels = {}
+    for suite, measured in run.suites.items():
+        different: list[dict[str, Any]] = []
+        for other in (other.suites[suite] for other in runs if suite in other.suites):
+            if not any(_same(one, other) for one in different):
+                different.append(other)
+        place = next(place for place, one in enumerate(different, 1) if _same(one, measured))
+        labels[suite] = suite if place == 1 else f"{suite} [{place}]"
+    return {(labels[suite], group, metric): score for (suite, group, metric), score in run.scores()}
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two measurements of a suite are of the same items in the same way, as far as is known."""
+    told = bool(one.get("content") and other.get("content"))
+    aside = {"chunk", "data"} if told else {"chunk"}  # the same items may lie elsewhere
+    ways = [{name: value for name, value in a["settings"].items() if name not in aside} for a in (one, other)]
+    return ways[0] == ways[1] and one["items"] == other["items"] and (not told or one["content"] == other["content"])
 
 
 def _cell(score: Score | None, first: Score | None) -> str:
@@ -90,7 +126,7 @@ def draw(runs: Sequence[ComparedRun], path: Path, x: str) -> None:
     """A panel for each measure that a run logged, with a line for each run, and bars for the scores."""
     pyplot = load_pyplot()
     panels = [panel for title, unit, keys in PANELS for panel in _split(title, unit, keys, runs)]
-    shares, others = _bars(runs)
+    shares, others = _bars({run.name: _scores(run, runs) for run in runs})
     count = len(panels) + len([bars for bars in (shares, others) if bars])
     columns = max(min(COLUMNS, count), 1)
     rows = max(-(-count // columns), 1)
@@ -120,15 +156,27 @@ Line = tuple[ComparedRun, str, str]
 def _split(
     title: str, unit: str, keys: dict[str, str], runs: Sequence[ComparedRun]
 ) -> list[tuple[str, str, list[Line]]]:
-    """The panel, or for losses one for each stage: a loss of pairs and one of tokens have no common scale."""
+    """The panel, or one for each stage of losses and each set of held-out data, which have no common scale."""
     lines = [(run, key, label) for run in runs for key, label in keys.items() if _is_told(run, key)]
     if "loss" not in keys:
-        return [(title, unit, lines)] if lines else []
+        return _split_sets(title, unit, lines)
     stages = dict.fromkeys(run.stage for run, _, _ in lines)
     parts = {stage: [line for line in lines if line[0].stage == stage] for stage in stages}
     if len(parts) == 1:
         return [(title, unit, lines)]
     return [(f"{title}: {stage}", unit if stage == "next token" else "loss", part) for stage, part in parts.items()]
+
+
+def _split_sets(title: str, unit: str, lines: list[Line]) -> list[tuple[str, str, list[Line]]]:
+    """The panel, or where its held-out lines are of several sets one for each, beside that of training."""
+    parts: dict[str, list[Line]] = {}
+    for run, key, label in lines:
+        (name,) = _by_set(key, [run])
+        parts.setdefault(name, []).append((run, key, label))
+    held_out = [name for name in parts if name]
+    if len(held_out) > 1:
+        return [(title + name, unit, part) for name, part in parts.items()]
+    return [(title + "".join(held_out), unit, lines)] if lines else []
 
 
 def _is_told(run: ComparedRun, key: str) -> bool:
@@ -146,7 +194,7 @@ def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[s
             continue
         marker = "o" if len(points) == 1 else ""  # a line of one point would not be seen
         axis.plot(*zip(*points, strict=True), styles[key] + marker, color=colours[run.name], linewidth=1.2, label=label)
-    axis.set(title=title, xlabel=AXES[x], ylabel=unit)
+    axis.set(title=plain(title), xlabel=AXES[x], ylabel=unit)
     axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axis.grid(alpha=0.3)
     if len(styles) > 1:
@@ -156,14 +204,14 @@ def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[s
         axis.legend(handles=[Line2D([], [], color="grey", linestyle=styles[key], label=names[key]) for key in styles])
 
 
-def _bars(runs: Sequence[ComparedRun]) -> tuple[dict, dict]:
+def _bars(scores: dict[str, dict[Key, Score]]) -> tuple[dict, dict]:
     """{(suite, group, metric): {run: score}} of shares, and of bits per byte; other units have no common scale."""
-    shares: dict[tuple[str, str, str], dict[str, Score]] = {}
-    others: dict[tuple[str, str, str], dict[str, Score]] = {}
-    for run in runs:
-        for key, score in run.scores():
+    shares: dict[Key, dict[str, Score]] = {}
+    others: dict[Key, dict[str, Score]] = {}
+    for name, found in scores.items():
+        for key, score in found.items():
             if key[1] == "all" and (score.share or score.metric == "bits_per_byte"):
-                (shares if score.share else others).setdefault(key, {})[run.name] = score
+                (shares if score.share else others).setdefault(key, {})[name] = score
     return shares, others
 
 

@@ -12,7 +12,7 @@ import torch
 
 from errors import UserError
 from eval.opened_model import Choices, Window, batches, name_of, padded, rounded
-from model.packed import quiet_torchao
+from model.quiet import quiet_imports
 from text.chat_template import Message
 
 LOGITS = 2**26  # numbers at once: with a vocabulary of 150,000 they, not the layers, fill the memory
@@ -31,16 +31,16 @@ class PeerModel:
     def open(cls, folder: Path, gguf: str, device: torch.device, dtype: torch.dtype) -> PeerModel:
         """Raises `UserError` where transformers, or what it needs for this folder, is missing, or does not open it."""
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            from transformers.utils import logging
+            with quiet_imports():
+                from transformers import AutoModelForCausalLM, AutoTokenizer
+                from transformers.utils import logging
         except ImportError:
             raise UserError(f"{folder}: needs transformers; pip install -r requirements.txt") from None
-        logging.set_verbosity_error()
         logging.disable_progress_bar()
         given, name = ({"gguf_file": gguf}, folder / gguf) if gguf else ({}, folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **given)
-            with quiet_torchao():  # transformers imports it here
+            with quiet_imports():  # transformers imports torchao here
+                tokenizer = AutoTokenizer.from_pretrained(folder, **given)
                 network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
         except ImportError as error:
             what = str(error).strip().splitlines()[0]

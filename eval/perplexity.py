@@ -5,7 +5,6 @@ python eval/perplexity.py --ckpt out/pretrain/final --file book.txt --json
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from rich.progress import track
 
 from errors import UserError, check_least, command_line
 from eval.answering import Answerer
+from text.json_text import json_text
 from training.losses import IGNORE, token_losses
 from training.settings import call
 
@@ -128,7 +128,7 @@ def perplexity(
 
 
 def as_json(score: Score) -> str:
-    return json.dumps(asdict(score))
+    return json_text(asdict(score))
 
 
 def as_sentence(score: Score) -> str:

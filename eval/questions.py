@@ -18,6 +18,7 @@ from errors import UserError, command_line
 from eval.answering import Answerer
 from model.batching import GREEDY
 from model.sampling import Sampling
+from text.json_text import json_text
 from text.world.columns import conclusion
 from training.settings import call
 
@@ -121,7 +122,7 @@ def questions(
 
 
 def as_json(scores: dict[str, float]) -> str:
-    return json.dumps(scores)
+    return json_text(scores)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
 def _measured(one: dict[str, Any]) -> Measured:
     """Raises `ValueError` or its like for what `write_scores` has never written."""
     found = Measured(**{**one, "scores": [Score(**score) for score in one["scores"]]})
-    texts, numbers = [found.name], [found.items, found.cut, found.seconds]
+    texts, numbers = [found.name, found.content], [found.items, found.cut, found.seconds]
     for score in found.scores:
         texts += [score.group, score.metric]
         edges = [edge for edge in (score.low, score.high) if edge is not None]

@@ -13,6 +13,7 @@ from errors import UserError, check_seed, command_line
 from eval.answering import Answerer
 from eval.questions import Question, ask
 from model.sampling import Sampling
+from text.json_text import json_text
 from training.settings import call
 
 
@@ -108,7 +109,7 @@ def style(
 
 
 def as_json(score: StyleScore) -> str:
-    return json.dumps(asdict(score))
+    return json_text(asdict(score))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -132,17 +132,23 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
     if config.pad_token_id is not None:
         generation["pad_token_id"] = config.pad_token_id
     partial = folder / ".generation_config.json.partial"
-    partial.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf8")
+    partial.write_text(json.dumps(generation, ensure_ascii=False, indent=2) + "\n", encoding="utf8")
     os.replace(partial, folder / "generation_config.json")
 
 
-def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> MiniDeepSeek:
+def load_pretrained(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    adapt: Callable[[LMConfig], LMConfig] = lambda config: config,
+) -> MiniDeepSeek:
     """Open a checkpoint folder. Absent MTP weights mean no MTP, with a notice; any other difference is an error.
 
     Weights go straight from the files into the float32 network, FP8 ones dequantised: memory holds one copy of them.
 
     Args:
         dtype: of the parameters; the router biases stay float32 whatever it is.
+        adapt: given the configuration of the folder, returns the one to build; the shapes must be the same.
     Raises:
         UserError: no such folder, or a config that is not of a DeepSeek-V3.
         DamagedCheckpoint: weights cut short, missing, superfluous, or of another shape than config.json says.
@@ -159,7 +165,7 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32, devi
         )
         config.num_nextn_predict_layers = 0
     check_size(config, files, folder)
-    model = MiniDeepSeek(config)
+    model = MiniDeepSeek(adapt(config))
     try:
         fill(model, files)
     except DamagedCheckpoint as error:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.norm import Float32Buffers
+from model.quiet import quiet_imports
 
 BLOCK = 64  # elements that share a scale in 4 bits
 SCALES = 256  # scales that share a scale of their own: double quantisation
@@ -36,7 +35,7 @@ class Int8Weight(Packed, Float32Buffers):
     def __init__(self, weight: Tensor) -> None:
         """weight: (..., out, in)."""
         super().__init__(weight.shape)
-        with quiet_torchao():
+        with quiet_imports():
             from torchao.quantization import Int8Tensor, PerRow
         packed = Int8Tensor.from_hp(weight.detach().float(), granularity=PerRow())
         self._keep(packed.qdata, packed.scale)
@@ -65,7 +64,7 @@ class NF4Weight(Packed):
     def __init__(self, weight: Tensor) -> None:
         """weight: any shape whose elements `fits` in blocks."""
         super().__init__(weight.shape)
-        with quiet_torchao():
+        with quiet_imports():
             from torchao.quantization import to_nf4
         blocks = weight.numel() // BLOCK
         # As one row: torchao takes no stacks.
@@ -134,17 +133,3 @@ def pack_weights(root: nn.Module, name: str, pack: Callable[[nn.Parameter], Pack
 def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """The weight as a plain tensor of that type."""
     return weight.dense(dtype) if isinstance(weight, Packed) else weight.to(dtype)
-
-
-@contextmanager
-def quiet_torchao() -> Iterator[None]:
-    """Import torchao, or what imports it, without its remarks on kernels for other machines."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

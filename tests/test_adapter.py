@@ -19,7 +19,8 @@ from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.experts import LowRank
 from training.adapters.adapter import Adapter, read_config
-from training.adapters.lora import TARGETS, ExpertsLora, LoraSettings
+from training.adapters.experts_lora import ExpertsLora
+from training.adapters.lora import TARGETS, LoraSettings
 from training.losses import NextTokenLoss
 from training.optim import OptimSettings, build_optimizer, set_learning_rate
 

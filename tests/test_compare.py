@@ -13,6 +13,7 @@ from eval.compare import main
 from eval.compared_run import open_runs
 from eval.comparison import draw, markdown
 from eval.suites.suite import Score
+from training.log import read_metrics
 
 
 def write_run(folder: Path, *entries: dict) -> Path:
@@ -25,13 +26,16 @@ def entry(step: int, **more: object) -> dict:
     return {"step": step, "tokens": 1000 * step, "seconds": step / 2, "lr": 1e-3, "tokens_per_second": 50.0, **more}
 
 
-def write_scores(folder: Path, items: int = 10, **values: tuple[float, float, float]) -> Path:
-    """Suites with one accuracy each: (value, low, high)."""
+def write_scores(
+    folder: Path, items: int = 10, content: str = "", data: str = "x", **values: tuple[float, float, float]
+) -> Path:
+    """Suites with one accuracy each: (value, low, high). content: left out as in older files when empty."""
     folder.mkdir(parents=True, exist_ok=True)
     suites = {}
     for name, (value, low, high) in values.items():
         scores = [vars(Score("all", "acc", value, low, high, 0.25, items)), vars(Score("law", "acc", 0.1, items=2))]
-        facts = {"name": name, "settings": {"data": "x"}, "items": items, "cut": 0, "seconds": 1.0}
+        facts = {"name": name, "settings": {"data": data}, "items": items, "cut": 0, "seconds": 1.0}
+        facts |= {"content": content} if content else {}
         suites[name] = {**facts, "scores": scores}
     (folder / "scores.json").write_text(json.dumps({"ckpt": "x", "suites": suites}), encoding="utf8")
     return folder
@@ -75,7 +79,7 @@ def test_the_table_has_what_each_run_came_to(runs):
     assert found["stage"] == ["next token", "next token", "preferences"]
     assert found["steps"] == ["5", "2", "3"] and found["tokens"] == ["5,000", "2,000", "3,000"]
     assert found["loss"] == ["4.0000", "5.0000", "0.2000"] and "not of one unit" in page
-    assert found["held-out bits per byte"] == ["–", "2.0000", "–"]
+    assert found["held-out bits per byte (not known to be the same text)"] == ["–", "2.0000", "–"]
     assert found["MaxVio, worst layer"] == ["2.50", "–", "–"] and "KL" not in found
 
 
@@ -90,8 +94,58 @@ def test_scores_on_other_items_are_not_to_be_compared(runs, tmp_path):
     other = write_scores(tmp_path / "peer", items=20, exam=(0.9, 0.8, 1.0))
     page = markdown(open_runs([runs[0], str(other)]))
     assert "exam: settings or items differ between the runs; its numbers are not to be compared." in page
-    assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "90.0% (80.0% to 100.0%) *"]
+    assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "–"]
+    assert rows(page)["exam [2]"][3:] == ["–", "90.0% (80.0% to 100.0%)"]
     assert "sums: settings" not in page and rows(page)["stage"] == ["next token", "–"]
+
+
+def test_the_same_items_elsewhere_are_compared_and_other_items_are_not(tmp_path):
+    ours = write_scores(tmp_path / "ours", content="a1", exam=(0.3, 0.2, 0.4))
+    moved = write_scores(tmp_path / "moved", content="a1", data="y", exam=(0.5, 0.45, 0.6))
+    changed = write_scores(tmp_path / "changed", content="b2", exam=(0.9, 0.8, 1.0))
+    older = write_scores(tmp_path / "older", exam=(0.6, 0.5, 0.7))
+    page = markdown(open_runs([str(ours), str(moved)]))
+    assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "50.0% (45.0% to 60.0%) *"] and "differ" not in page
+    page = markdown(open_runs([str(ours), str(changed)]))
+    assert rows(page)["exam [2]"][3:] == ["–", "90.0% (80.0% to 100.0%)"] and "exam: settings or items differ" in page
+    page = markdown(open_runs([str(ours), str(older)]))
+    assert rows(page)["exam"][4] == "60.0% (50.0% to 70.0%) *" and "exam: not known to be the same items" in page
+
+
+def held(step: int, bits: float, name: str) -> dict:
+    return entry(step, loss=5.0, val_bits_per_byte=bits, **({"held_out": {"text": name}} if name else {}))
+
+
+@pytest.fixture
+def texts(tmp_path) -> list[str]:
+    """Two runs on one held-out text, one on another, and an older one that names none."""
+    names = {"a": "book.csv 01", "b": "book.csv 01", "c": "chats.jsonl 02", "d": ""}
+    runs = [write_run(tmp_path / run, held(1, 3.0, name), held(2, 2.0, name)) for run, name in names.items()]
+    return [str(run) for run in runs]
+
+
+def test_bits_of_different_texts_stand_in_different_rows(texts):
+    found = rows(markdown(open_runs(texts)))
+    assert found["held-out bits per byte: book.csv 01"] == ["2.0000", "2.0000", "–", "–"]
+    assert found["held-out bits per byte: chats.jsonl 02"] == ["–", "–", "2.0000", "–"]
+    assert found["held-out bits per byte (not known to be the same text)"] == ["–", "–", "–", "2.0000"]
+    assert "held-out bits per byte" not in found
+
+
+def test_bits_of_different_texts_are_drawn_in_different_panels(texts, tmp_path, drawn):
+    draw(open_runs(texts), tmp_path / "c.png", "tokens")
+    panels = {axis.get_title(): len(axis.lines) for axis in drawn[0].axes if "held-out" in axis.get_title()}
+    unknown = "held-out text (not known to be the same text)"
+    assert panels == {"held-out text: book.csv 01": 2, "held-out text: chats.jsonl 02": 1, unknown: 1}
+
+
+def test_pairs_preferred_and_problems_solved_are_not_in_one_row(tmp_path):
+    pairs = write_run(tmp_path / "p", entry(1, loss=0.5, accuracy=0.6, margin=0.1, val_accuracy=0.7, val_margin=0.2))
+    problems = write_run(tmp_path / "q", entry(1, loss=0.0, reward=0.4, val_accuracy=0.9))
+    found = rows(markdown(open_runs([str(pairs), str(problems)])))
+    assert found["held-out pairs preferred (not known to be the same pairs)"] == ["70.0%", "–"]
+    assert found["held-out reward margin (not known to be the same pairs)"] == ["0.200", "–"]
+    assert found["held-out accuracy (not known to be the same problems)"] == ["–", "90.0%"]
 
 
 def test_curves_of_all_lengths_are_drawn_and_losses_of_stages_apart(runs, tmp_path, drawn):
@@ -131,7 +185,8 @@ def test_the_script_writes_a_page_and_a_picture(runs, tmp_path, run, monkeypatch
 def test_real_runs_are_compared(pretrained, tmp_path, run):
     other = write_run(tmp_path / "other", entry(1, loss=3.0))
     assert run(main, pretrained, other, "--out", tmp_path / "out").code == 0
-    assert "held-out bits per byte" in rows((tmp_path / "out" / "comparison.md").read_text(encoding="utf8"))
+    name = read_metrics(pretrained / "metrics.jsonl")[-1]["held_out"]["text"]
+    assert f"held-out bits per byte: {name}" in rows((tmp_path / "out" / "comparison.md").read_text(encoding="utf8"))
 
 
 def test_what_cannot_be_compared_is_one_line(runs, tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 import LMConfig as module
 from errors import UserError
-from LMConfig import PRESETS, LMConfig
+from LMConfig import PRESETS, LMConfig, main
 from model import MiniDeepSeek
 from model.counts import count, human, table
 
@@ -145,10 +145,9 @@ def test_training_flops_are_six_a_weight_and_token(tiny_config):
     assert costs.flops == 6 * (costs.activated - 61 * 32) + attention
 
 
-def test_the_command_prints_a_line_for_each_preset(monkeypatch, capsys):
+def test_the_command_prints_a_line_for_each_preset(monkeypatch, run):
     monkeypatch.setattr(module, "PRESETS", {name: PRESETS[name] for name in ("demo", "64m")})
-    module.main()
-    lines = capsys.readouterr().out.splitlines()
+    lines = run(main).out.splitlines()
     assert [line.split()[0] for line in lines] == ["preset", "demo", "64m"]
     assert "activated" in lines[0] and "cache/token" in lines[0] and "FLOPs" in lines[0]
     assert "62 M" in lines[2] and "28.97 M" in lines[2]
@@ -260,3 +259,32 @@ def test_a_broken_config_json_names_the_file(content, message, tmp_path):
     with pytest.raises(UserError) as caught:
         LMConfig.from_pretrained(tmp_path)
     assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
+
+
+def test_the_command_prints_a_changed_preset_beside_the_preset(run):
+    shown = run(main, "--preset", "26m", "--num_hidden_layers", 6, "--n_routed_experts=16")
+    changed = LMConfig.preset("26m", num_hidden_layers=6, n_routed_experts=16)
+    rows = {"26m": LMConfig.preset("26m"), "num_hidden_layers 6, n_routed_experts 16": changed}
+    assert (shown.code, shown.out) == (0, table(rows) + "\n")
+    assert run(main, "--q_lora_rank", "null").out.splitlines()[2].split()[:2] == ["q_lora_rank", "None"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_hiden_layers", "3"], "--num_hiden_layers: no such option, did you mean 'num_hidden_layers'?"),
+        (["--prest=26m"], "--prest=26m: no such option, did you mean 'preset'?"),
+        (["--preset", "27m"], "no preset '27m', did you mean '26m'?"),
+        (["--hidden_size", "wide"], "--hidden_size wide: not a value of this field; give int"),
+        (["--hidden_size"], "argument --hidden_size: expected one argument"),
+        (["--n_group", "3"], "n_group = 3: groups of equal size are needed"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_use(run, arguments, message):
+    refused = run(main, *arguments)
+    assert refused.code == 2 and message in refused.err and refused.err.count("\n") == 1
+
+
+def test_the_command_has_help(run):
+    shown = run(main, "--help")
+    assert shown.code == 0 and "--n_routed_experts" in shown.out and "--preset 26m --num_hidden_layers 6" in shown.out

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from toy_stage import files
 
 import distill
@@ -263,3 +264,12 @@ def test_what_makes_no_sense_is_one_line(options, what, arguments, run, tmp_path
     done = run(distill.main, *arguments, "--out", tmp_path / "run", *options)
     assert done.code == 2 and done.err.startswith("error: ") and what in done.err and done.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_new_student_is_balanced_as_the_demos_pretraining_is(pretrained):
+    given = dict(out="o", data="d", teacher=str(pretrained / "final"))
+    demo = yaml.safe_load((ROOT.parent / "configs" / "demo" / "pretrain.yaml").read_text(encoding="utf8"))
+    new = distill.DistillSettings(**given, student={"preset": "demo"})
+    assert new.schedules["bias_speed"] == demo["bias_speed"]
+    assert distill.DistillSettings(**given, ckpt="c").schedules["bias_speed"] == 0.001
+    assert distill.DistillSettings(**given, student={"preset": "demo"}, bias_speed=0.002).bias_speed == 0.002

@@ -96,3 +96,23 @@ def test_a_character_is_drawn_where_a_font_of_the_system_has_it(monkeypatch):
 def test_a_run_without_metrics_has_no_curves(tmp_path):
     assert draw_run(tmp_path) is None
     assert draw_run(run_folder(tmp_path / "run")) is None
+
+
+def test_preferences_have_panels_of_their_own(tmp_path, drawn):
+    """`val_accuracy` is the share of pairs preferred here, and of problems solved in reinforcement learning."""
+    start = {"step": 0, "tokens": 0, "loss": 0.7, "val_accuracy": 0.5, "val_margin": 0.0}
+    end = {"step": 2, "tokens": 20, "loss": 0.4, "accuracy": 0.9, "margin": 1.5, "val_accuracy": 0.8, "val_margin": 1.2}
+    draw_run(run_folder(tmp_path / "run", start, end))
+    panels = {
+        axis.get_title(): {line.get_label(): list(line.get_ydata()) for line in axis.lines} for axis in drawn[0].axes
+    }
+    assert panels["pairs preferred"] == {"train": [0.9], "held out": [0.5, 0.8]}
+    assert panels["reward margin"] == {"train": [1.5], "held out": [0.0, 1.2]}
+    assert "rewards" not in panels and "problems solved" not in panels
+
+
+def test_problems_solved_are_no_rewards(tmp_path, drawn):
+    end = {"step": 1, "tokens": 20, "loss": 0.4, "reward": 0.6, "val_accuracy": 0.8, "val_pass_1": 0.7}
+    draw_run(run_folder(tmp_path / "run", end))
+    panels = {axis.get_title(): [line.get_label() for line in axis.lines] for axis in drawn[0].axes}
+    assert panels["rewards"] == ["train"] and panels["problems solved"] == ["held out, greedy", "held out, sampled"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from dataset import ChatDataset
 from text.registry import find_sources
 from text.tokenizer import Tokenizer
+from training.held_out import labels_name
 from training.optim import OptimSettings
 from training.ranks import Ranks
 from training.settings import StageSettings
@@ -46,4 +47,4 @@ def open_chats(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks) -> tu
     if not dataset.validation:
         return dataset, None
     batches = held_out_batches(dataset.validation, settings.val_tokens, settings.micro_tokens)
-    return dataset, BitsPerByte(batches, tokenizer.token_bytes)
+    return dataset, BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(sources, batches, tokenizer)})

@@ -13,13 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from errors import naming
+from text.json_text import json_text
+from training.held_out import is_named
 
 COLUMNS = (
     ("reward", "reward {:.3f}"),
     ("loss", "loss {:.4f}"),
     ("mtp_loss", "mtp {:.3f}"),
+    ("divergence", "divergence {:.4f}"),
+    ("cross_entropy", "cross entropy {:.4f}"),
     ("accuracy", "preferred {:.1%}"),
-    ("margin", "margin {:.3f}"),
+    ("margin", "reward margin {:.3f}"),
     ("kl", "kl {:.4f}"),
     ("lr", "lr {:.2e}"),
     ("grad_norm", "norm {:.2f}"),
@@ -31,13 +35,14 @@ COLUMNS = (
     ("zero_variance", "same {:.0%}"),
     ("clip_share", "clipped {:.1%}"),
     ("entropy", "entropy {:.2f}"),
-    ("val_accuracy", "accuracy {:.1%}"),
-    ("val_pass_1", "pass@1 {:.1%}"),
-    ("val_margin", "margin {:.3f}"),
+    ("val_accuracy", "held-out accuracy {:.1%}"),
+    ("val_pass_1", "held-out pass@1 {:.1%}"),
+    ("val_preferred", "held-out preferred {:.1%}"),
+    ("val_margin", "held-out reward margin {:.3f}"),
     ("val_bits_per_byte", "val {:.4f} bits/byte"),
 )
 
-STRUCTURED = ("sample", "max_vio", "expert_load")
+STRUCTURED = ("sample", "max_vio", "expert_load", "held_out")
 LARGEST = 1e300  # beyond it pictures cannot be scaled
 ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
 
@@ -99,17 +104,15 @@ class RunLog:
         # JSON has no word for what is not finite.
         metrics = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
         with naming(self.path):
-            self.file.write(json.dumps(metrics) + "\n")
+            self.file.write(json_text(metrics) + "\n")
             self.file.flush()
-        values = dict(metrics)
-        if metrics.get("max_vio"):
-            values["max_vio_worst"] = max(metrics["max_vio"])
+        values = shown(metrics)
         if abs(1.0 if metrics.get("loss") is None else metrics["loss"]) < ROUNDING:
             del values["loss"]
         if metrics.get("memory"):
             values["memory_gb"] = metrics["memory"] / 1e9
-        shown = [form.format(values[name]) for name, form in COLUMNS if values.get(name) is not None]
-        self.bar.console.print(f"step {metrics['step']:>6}  " + "  ".join(shown), highlight=False, soft_wrap=True)
+        line = [form.format(values[name]) for name, form in COLUMNS if values.get(name) is not None]
+        self.bar.console.print(f"step {metrics['step']:>6}  " + "  ".join(line), highlight=False, soft_wrap=True)
         if "sample" in metrics and "val_accuracy" in metrics:
             sample = metrics["sample"]
             worth = ", ".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
@@ -123,11 +126,25 @@ class RunLog:
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines that a resumed run writes again, and a line that a crash cut short."""
-        kept = [json.dumps(entry) for entry in read_metrics(self.path) if entry["step"] <= step] if step else []
+        kept = [json_text(entry) for entry in read_metrics(self.path) if entry["step"] <= step] if step else []
         temporary = self.path.with_suffix(".partial")
         with naming(self.path):
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf8")
             os.replace(temporary, self.path)
+
+
+def shown(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with the measures that people are shown: of MaxVio the worst layer's; of pairs no `val_accuracy`.
+
+    By that name reinforcement learning logs problems solved, and preference learning the share of held-out pairs that
+    is preferred: `val_preferred`.
+    """
+    entry = dict(entry)
+    if entry.get("max_vio"):
+        entry["max_vio_worst"] = max(entry["max_vio"])
+    if "val_margin" in entry and "val_accuracy" in entry:
+        entry["val_preferred"] = entry.pop("val_accuracy")
+    return entry
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -145,7 +162,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    """Whether a run may have written it: numbers, and three names with structure; others would not know what to do."""
+    """Whether a run may have written it: numbers, and four names with structure; others would not know what to do."""
     loads = entry.get("expert_load") or []
     return (
         type(entry.get("step")) is int
@@ -155,6 +172,7 @@ def _is_entry(entry: dict[str, Any]) -> bool:
         and isinstance(loads, list)
         and all(load and _are_numbers(load) and len(load) == len(loads[0]) for load in loads)
         and isinstance(entry.get("sample", {}), dict)
+        and is_named(entry.get("held_out", {}))
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from model.packed import quiet_torchao
+from model.quiet import quiet_compiler, quiet_imports
 from training.adamw import AdamWBF16
 from training.muon import Muon
 
@@ -122,8 +122,9 @@ def _class_of(kind: str, momentum: float) -> Callable[..., torch.optim.Optimizer
     if kind == "muon":
         return partial(Muon, momentum=momentum)
     if kind == "adamw8bit":
-        with quiet_torchao():
+        with quiet_imports():
             from torchao.optim import AdamW8bit
+        quiet_compiler()
         return AdamW8bit
     try:
         from bitsandbytes.optim import PagedAdamW8bit

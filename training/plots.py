@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from training.log import ROUNDING, read_metrics
+from training.log import ROUNDING, read_metrics, shown
 
 # Title, unit, and what of an entry is drawn under which name. A panel of which a run has nothing is left out.
 PANELS = (
     ("training loss", "nats", {"loss": "loss", "mtp_loss": "MTP"}),
     ("held-out text", "bits per byte", {"val_bits_per_byte": "held out"}),
-    ("pairs", "share, reward", {"accuracy": "preferred", "margin": "reward margin"}),
-    ("rewards", "reward, share", {"reward": "reward", "val_accuracy": "held out, greedy", "val_pass_1": "sampled"}),
+    ("pairs preferred", "share", {"accuracy": "train", "val_preferred": "held out"}),
+    ("reward margin", "reward of chosen - rejected", {"margin": "train", "val_margin": "held out"}),
+    ("rewards", "reward", {"reward": "train"}),
+    ("problems solved", "share", {"val_accuracy": "held out, greedy", "val_pass_1": "held out, sampled"}),
     ("completions", "tokens", {"completion_length": "length"}),
     ("entropy and divergence", "nats a token", {"entropy": "entropy", "kl": "KL"}),
     ("distillation", "nats a label", {"divergence": "divergence from the teacher", "cross_entropy": "cross entropy"}),
@@ -25,7 +27,7 @@ PANELS = (
     ("expert balance", "MaxVio (0 is even)", {"max_vio_worst": "worst layer"}),
 )
 # Measured before the first step too; what is a matter of training begins at step 1.
-FROM_THE_START = ("held-out text", "rewards")
+FROM_THE_START = ("held-out text", "pairs preferred", "reward margin", "problems solved")
 COLUMNS = 3
 # Fonts with Chinese characters, which matplotlib's own has not: of Linux distributions, macOS and Windows.
 CHINESE = (
@@ -38,12 +40,9 @@ CHINESE = (
 def draw_run(out: Path) -> Path | None:
     """Draw `out`/curves.png: losses, held-out measures, learning rate, speed, expert loads. None without metrics."""
     pyplot = load_pyplot()
-    entries = [entry for entry in read_metrics(out / "metrics.jsonl") if entry.get("tokens") is not None]
+    entries = [shown(entry) for entry in read_metrics(out / "metrics.jsonl") if entry.get("tokens") is not None]
     if not entries:
         return None
-    entries = [
-        {**entry, "max_vio_worst": max(entry["max_vio"])} if entry.get("max_vio") else entry for entry in entries
-    ]
     trained = [entry for entry in entries if entry["step"] > 0]
     drawn = [(title, unit, keys, entries if title in FROM_THE_START else trained) for title, unit, keys in PANELS]
     drawn = [panel for panel in drawn if any(_says(entry.get(key)) for entry in panel[3] for key in panel[2])]
@@ -52,8 +51,8 @@ def draw_run(out: Path) -> Path | None:
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(15, 4 * rows), layout="constrained", squeeze=False)
     figure.suptitle(plain(f"{out}: {entries[-1]['step']:,} steps, {entries[-1]['tokens']:,} tokens"))
     places = iter(axes.flat)
-    for title, unit, keys, shown in drawn:
-        _curve(next(places), shown, keys, title, unit)
+    for title, unit, keys, points in drawn:
+        _curve(next(places), points, keys, title, unit)
     if loads:
         _heat_map(figure, next(places), loads[-1])
     for unused in places:

@@ -29,6 +29,8 @@ class StageSettings:
     Args:
         out: run folder: checkpoints, metrics.jsonl, resolved config.
         resume: continue the run in `out` from its newest checkpoint; last-good: from the newest that is not damaged.
+        carry_optimizer: begin with the optimiser's moments of --ckpt, which are beside its weights; step and schedule
+            begin at 0.
         seed: of weights and data order.
         device: auto, cpu or cuda.
         dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
@@ -58,6 +60,7 @@ class StageSettings:
 
     out: str
     resume: bool | Literal["last-good"] = False
+    carry_optimizer: bool = False
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -140,7 +143,7 @@ class StageSettings:
         if self.sequence_length > longest:
             raise UserError(
                 f"--sequence_length {self.sequence_length}: the model reads {longest} tokens; "
-                "lower it, or give a new model a larger max_position_embeddings"
+                "lower it, or pretrain with a larger --model.max_position_embeddings, from --ckpt if you like"
             )
 
     @property

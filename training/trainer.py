@@ -16,9 +16,11 @@ from model import MiniDeepSeek
 from model.counts import count as count_costs
 from model.kernel_report import kernel_report
 from model.moe import update_bias
+from model.quiet import quiet_compiler
 from text.order import scramble
 from text.tokenizer import Tokenizer
 from training.agreement import check_facts, check_weights, facts
+from training.checkpoints.carried import carry_optimizer
 from training.checkpoints.checkpoint import Progress, Weights
 from training.checkpoints.lock import RunLock
 from training.checkpoints.resume import WholeModel, identity
@@ -96,6 +98,8 @@ class Trainer:
     def _run(self, lock: RunLock) -> Path:
         found = self.checkpoints.take_up(self.progress.run, self.budget)
         self.progress = found or self.progress
+        if found is None and self.settings.carry_optimizer:
+            self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer))
         if self.progress.finished:
             final = self.out / "final"
             if self.ranks.on_main(lambda: self.checkpoints.newest() == final):
@@ -105,6 +109,7 @@ class Trainer:
                 self._finish()
             return final
         if self.settings.compile:
+            quiet_compiler()
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
         costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
 class Validation(Protocol):
     """What a stage measures on held-out data: numbers for the log, by names that begin with `val_`.
+
+    `held_out` in it names the data: {"text" or "pairs" or "problems": see `training.held_out`}.
 
     Called on all ranks together, with the model in evaluation mode, which it must leave as it was.
     """
@@ -87,15 +89,20 @@ class HeldOut:
 class BitsPerByte:
     """Validation of the next-token stages: held-out bits per byte, nats per token and expert loads.
 
-    Attributes: batches: of held-out samples; token_bytes: (vocab,) bytes of each token.
+    Attributes:
+        batches: of held-out samples; token_bytes: (vocab,) bytes of each token.
+        names: of the samples, for the log: {"text": ...}.
     """
 
     batches: Sequence[Batch]
     token_bytes: np.ndarray
+    names: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
         held_out = evaluate(model, self.batches, self.token_bytes, dtype, ranks)
         entry: dict[str, Any] = {"val_bits_per_byte": held_out.bits_per_byte, "val_loss": held_out.nats_per_token}
+        if self.names:
+            entry["held_out"] = self.names
         if held_out.counts is not None:
             entry["expert_load"] = (held_out.counts / held_out.counts.sum(1, keepdim=True)).tolist()
         return entry

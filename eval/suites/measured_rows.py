@@ -11,6 +11,7 @@ from typing import Any
 
 from errors import naming
 from eval.suites.suite import Row
+from text.json_text import json_text
 
 
 class MeasuredRows:
@@ -34,7 +35,7 @@ class MeasuredRows:
             self.rows = found[1 : whole - whole % chunk + 1] if whole < facts["items"] else found[1 : whole + 1]
         elif found:
             self.started_anew = f"{path}: held other measurements; started anew"
-        kept = json.dumps(facts).encode() + b"\n" + b"".join(map(_line, self.rows, count()))
+        kept = json_text(facts).encode() + b"\n" + b"".join(map(_line, self.rows, count()))
         with naming(path):
             self._file = path.open("wb")
             self._file.write(kept)
@@ -72,5 +73,4 @@ def _checksum(row: Row, place: int) -> int:
 
 
 def _line(row: dict[str, Any], place: int) -> bytes:
-    # Escapes, since half a surrogate pair is no UTF-8.
-    return json.dumps({**row, "crc32": _checksum(row, place)}).encode() + b"\n"
+    return json_text({**row, "crc32": _checksum(row, place)}).encode() + b"\n"

@@ -20,7 +20,10 @@ from eval.suites.suite import Score, Suite
 
 @dataclass(frozen=True)
 class Measured:
-    """A suite's scores. `seconds`: of this sitting; `cut`: questions whose beginning had no room in the context."""
+    """A suite's scores. `seconds`: of this sitting; `cut`: questions whose beginning had no room in the context.
+
+    `content`: what tells the items from others (`fingerprint`); empty in older files.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -28,6 +31,7 @@ class Measured:
     items: int
     cut: int
     seconds: float
+    content: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "scores": [asdict(score) for score in self.scores]}
@@ -49,7 +53,7 @@ def measure(
     weights: what tells this model from others: its path, sizes and times of its files, its number type.
     """
     settings = {"kind": type(suite).__name__, **asdict(suite)}
-    facts = {"model": weights, "suite": settings, "items": len(items), "content": fingerprint(items)}
+    facts = {"model": weights, "suite": settings, "items": len(items), "content": (content := fingerprint(items))}
     start = time.perf_counter()
     with MeasuredRows(out / f"{name}.jsonl", facts, suite.chunk) as measured:
         if measured.started_anew:
@@ -62,4 +66,4 @@ def measure(
                 bar.update(len(part))
         cut = sum(bool(row.get("cut")) for row in measured.rows)
         scores = [replace(score, group=one_line(score.group)) for score in suite.scores(items, measured.rows)]
-    return Measured(name, settings, scores, len(items), cut, time.perf_counter() - start)
+    return Measured(name, settings, scores, len(items), cut, time.perf_counter() - start, content)

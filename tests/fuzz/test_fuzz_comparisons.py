@@ -33,12 +33,13 @@ ENTRIES = [
         "step": step, "tokens": 100 * step, "seconds": 1.5 * step, "loss": 5.0 - step, "lr": 0.1, "grad_norm": 1.0,
         "tokens_per_second": 100.0, "mfu": 0.1, "max_vio": [0.5, 0.25], "val_bits_per_byte": 2.0,
         "expert_load": [[0.5, 0.5], [0.25, 0.75]], "memory": 10**9, "skipped": 0,
+        "held_out": {"text": "a.csv 01"},
     }
     for step in range(4)
 ]  # fmt: skip
 METRICS = "".join(json.dumps(entry) + "\n" for entry in ENTRIES).encode()
 SCORES = [Score("all", "acc", 0.5, 0.4, 0.6, 0.25, 10), Score("all", "bits_per_byte", 2.0, items=10, share=False)]
-MEASURED = Measured("words", {"kind": "TextLikelihood", "chunk": 2}, SCORES, 10, 0, 1.0)
+MEASURED = Measured("words", {"kind": "TextLikelihood", "chunk": 2}, SCORES, 10, 0, 1.0, "ab")
 SCORED = json.dumps({"ckpt": "a", "weights": {}, "suites": {"words": MEASURED.to_dict()}}).encode()
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.experts import Experts
-from model.packed import quiet_torchao
+from model.quiet import quiet_imports
 from model.tensor_file import save_file
 from training.adapters.dropout import Dropout
-from training.adapters.lora import ExpertsLora, LoraSettings
+from training.adapters.experts_lora import ExpertsLora
+from training.adapters.lora import LoraSettings
 
-with quiet_torchao():
+with quiet_imports():
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners import lora
     from peft.tuners.lora import LoraLayer

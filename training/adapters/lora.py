@@ -1,20 +1,16 @@
-"""What of a model low-rank adapters (LoRA) adapt, and how the stacked experts do it."""
+"""What of a model low-rank adapters (LoRA) adapt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.experts import NO_CORRECTIONS, LowRank
-from model.packed import quiet_torchao
+from model.quiet import quiet_imports
 
-with quiet_torchao():
+if TYPE_CHECKING:
     from peft import LoraConfig
-    from peft.tuners.lora.layer import ParamWrapper
 
 # Short names of what can be adapted: matrices in every main layer, by name. The MTP layers stay as they are.
 MATRICES = {
@@ -68,6 +64,9 @@ class LoraSettings:
 
     def peft_config(self, model: MiniDeepSeek, base: str) -> LoraConfig:
         """The same for peft. base: folder of the model, for whoever opens the adapter with peft."""
+        with quiet_imports():
+            from peft import LoraConfig  # takes seconds to import, which --help need not wait for
+
         kinds = [pattern for kind, pattern in MATRICES.items() if self.chosen & {kind, "all"}]
         moe = [f"model.layers.{place}.mlp.experts" for place, layer in enumerate(model.model.layers) if layer.is_moe]
         return LoraConfig(
@@ -81,25 +80,3 @@ class LoraSettings:
             use_rslora=self.rslora,
             use_dora=self.dora,
         )
-
-
-class ExpertsLora(ParamWrapper):
-    """peft's wrapper of stacked experts, which would add B A to every expert's matrix in every step.
-
-    Here an expert's rows go through its own A and B: no gradient of a whole matrix, and no sum rounded to bfloat16.
-    """
-
-    def forward(
-        self,
-        x_ND: Tensor,
-        weights_NK: Tensor,
-        indices_NK: Tensor,
-        corrections: Mapping[str, LowRank] = NO_CORRECTIONS,
-    ) -> Tensor:
-        """As `model.experts.Experts`, which it wraps, perhaps around another wrapper."""
-        if not self.disable_adapters and not self.merged:
-            (name,) = self.active_adapters
-            a = self.lora_A[name].weight.unflatten(0, (self.num_experts, -1))
-            b = self.lora_B[name].weight.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1).contiguous()
-            corrections = {**corrections, self.parameter_name: LowRank(a, b, self.scaling[name])}
-        return self.base_layer(x_ND, weights_NK, indices_NK, corrections)

@@ -26,12 +26,20 @@ class Accuracy:
     (DeepSeek-R1 section 3), which is what the rewards of training are a sample of. The chances are always the same.
 
     Args:
-        prompts: whose `validation` is measured. max_new_tokens: most tokens of an answer; rows: sampled at a time.
+        prompts: whose `validation` is measured; name: of it, for the log.
+        max_new_tokens: most tokens of an answer; rows: sampled at a time.
     """
 
     def __init__(
-        self, prompts: PromptDataset, sampler: Sampler, max_new_tokens: int, temperature: float, rows: int
+        self,
+        prompts: PromptDataset,
+        sampler: Sampler,
+        max_new_tokens: int,
+        temperature: float,
+        rows: int,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.prompts, self.sampler, self.temperature = prompts, sampler, temperature
         self.max_new_tokens, self.rows = max_new_tokens, rows
         self.kinds = sorted({problem.kind for problem in prompts.validation})
@@ -39,7 +47,7 @@ class Accuracy:
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
         policy = self.sampler.refresh()
         mine = list(enumerate(self.prompts.validation))[ranks.rank :: ranks.world]
-        entry: dict[str, Any] = {}
+        entry: dict[str, Any] = {"held_out": {"problems": self.name}} if self.name else {}
         for name, samples, temperature in (("accuracy", 1, 0.0), ("pass_1", SAMPLES, self.temperature)):
             right, asked = Counter(), Counter()
             for row, text in enumerate(self._answers(policy, mine, samples, temperature)):

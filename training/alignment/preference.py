@@ -7,7 +7,7 @@ that ends it included. r = log pi(y|x) - log pi_ref(y|x) is a log-ratio to the r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,13 +181,14 @@ class HeldOutPairs:
 
     Attributes:
         loss: the one in training; pairs: batches of held-out pairs; text: batches of held-out text, or none.
-        token_bytes: (vocab,) bytes of each token.
+        token_bytes: (vocab,) bytes of each token. names: of the data, for the log: {"pairs": ..., "text": ...}.
     """
 
     loss: PreferenceLoss
     pairs: Sequence[Batch]
     text: Sequence[Batch]
     token_bytes: np.ndarray
+    names: dict[str, str] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
@@ -211,4 +212,4 @@ class HeldOutPairs:
             entry = {"val_loss": means.pop("main"), **{f"val_{name}": value for name, value in means.items()}}
         if self.text:
             entry["val_bits_per_byte"] = evaluate(model, self.text, self.token_bytes, dtype, ranks).bits_per_byte
-        return entry
+        return {**entry, "held_out": self.names} if self.names else entry

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.tensor_file import save_file
+from text.json_text import json_text
 from text.tokenizer import Tokenizer
 from training.checkpoints.manifest import write_manifest
 from training.optim import load_state_tensors, state_tensors
@@ -104,7 +105,7 @@ class Snapshot:
             self._tokenizer.save(temporary)
             state = {name: tensor.cpu().contiguous() for name, tensor in _part(tensors, STATE).items()}
             save_file(state, temporary / "training" / "state.safetensors")
-            text = json.dumps(self._progress, indent=2)
+            text = json_text(self._progress, indent=2)
             (temporary / "training" / "progress.json").write_text(text, encoding="utf8")
             write_manifest(temporary)
             for path in [*temporary.rglob("*"), temporary]:

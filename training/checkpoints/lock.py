@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from errors import UserError, naming
+from text.json_text import json_text
 
 LOCK = ".lock"
 
@@ -57,7 +58,7 @@ class RunLock:
             facts = {"pid": os.getpid(), "host": socket.gethostname(), "launch": _launch()}
             with naming(self._path):
                 os.ftruncate(self._handle, 0)
-                os.pwrite(self._handle, json.dumps(facts).encode(), 0)
+                os.pwrite(self._handle, json_text(facts).encode(), 0)
 
 
 def restarted(out: Path) -> bool:

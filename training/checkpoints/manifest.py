@@ -16,7 +16,7 @@ MANIFEST = "training/manifest.json"
 def write_manifest(folder: Path) -> None:
     """Note size and checksum of every file of a checkpoint folder. XXH3, which reads a GB in less than 0.1 s."""
     files = {name: {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)} for name, path in _files(folder)}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf8")
+    (folder / MANIFEST).write_text(json.dumps(files, ensure_ascii=False, indent=2), encoding="utf8")
 
 
 def verify(folder: Path) -> None:

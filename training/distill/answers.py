@@ -16,6 +16,7 @@ from rich.progress import track
 
 from errors import UserError, naming
 from text.chat_template import Message
+from text.json_text import json_text
 from text.prompts import Prompt
 
 MOST_FAILURES = 25  # one after the other, before the teacher is taken to be gone
@@ -99,12 +100,7 @@ class Journal:
         """Write an answer down before anything else is done with it."""
         row = {"key": ask.key, "messages": ask.messages, "sample": ask.sample}
         text = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
-        # Half a surrogate pair is no UTF-8; JSON's escapes can hold it.
-        line = json.dumps({**row, **text}, ensure_ascii=False)
-        try:
-            data = line.encode()
-        except UnicodeEncodeError:
-            data = json.dumps({**row, **text}).encode()
+        data = json_text({**row, **text}).encode()
         with naming(self.path):
             self._file.write(data + b"\n")
             self._file.flush()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from model import MiniDeepSeek
+from model.quiet import quiet_imports
 from text.tokenizer import Tokenizer
 from training.distill.distillation import Logits, Teacher
 from training.losses import IGNORE, Batch
@@ -116,14 +117,18 @@ def open_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if not path.exists() and path.parent != Path() and path.parent.exists():  # a misspelled path is no Hub id
         raise UserError(f"--teacher {name}: no such folder; check the path")
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        with quiet_imports():
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
     except ImportError:
         raise UserError(
             f"--teacher {name}: is no checkpoint of this project; pip install transformers for it"
         ) from None
+    logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        with quiet_imports():  # transformers imports torchao here
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:  # transformers raises what it likes for a name or a folder that it cannot open
         said = " ".join(str(error).split())[:200]
         raise UserError(
