@@ -127,6 +127,8 @@ def test_what_needs_held_out_data_is_refused_without_any(make, monkeypatch):
 
 def test_the_progress_of_an_older_checkpoint_opens():
     assert Progress(step=2, tokens=3, seconds=1.0, finished=True, run={}, skipped=0).best == {}
-    for damaged in ({"best": 3}, {"best": {"value": "much"}}, {"stale": -1}):
+    whole = {"measure": "val_loss", "value": 1.0, "step": 2}
+    assert Progress(best=whole).best == whole
+    for damaged in ({"best": 3}, {"best": {"value": 1.0}}, {"best": {**whole, "value": "much"}}, {"stale": -1}):
         with pytest.raises(ValueError, match="not the progress of a run"):
             Progress(**damaged)

@@ -252,8 +252,10 @@ class Trainer:
         return entry
 
     def _judge(self, held_out: dict[str, Any]) -> None:
-        """Keep the best checkpoint, if asked to, and end the run where patience is at its end."""
-        # The main rank's: a number that differs in a bit elsewhere must not part the ranks.
+        """Keep the best checkpoint, if asked to, and end the run where patience is at its end.
+
+        The main rank's numbers decide: others that differ in a bit must not part the ranks.
+        """
         better = judge(self.progress, self.ranks.on_main(lambda: held_out))
         self.progress.finished = bool(self._end(self.progress))
         if better and self.settings.keep_best:
@@ -276,13 +278,11 @@ class Trainer:
         if not self.progress.finished:
             self.ranks.say(f"interrupted: saved {self.out / name}; the same command with --resume goes on from there")
         else:
-            self.ranks.say(
-                f"finished: {self.out / name} after {self.progress.step} steps, {self.progress.tokens:,} tokens "
-                f"(ended by {self._end(self.progress)})"
-            )
+            done = f"{self.progress.step} steps, {self.progress.tokens:,} tokens (ended by {self._end(self.progress)})"
+            self.ranks.say(f"finished: {self.out / name} after {done}")
             if self.settings.keep_best and (best := self.progress.best):
-                where = f"{self.out / BEST} of step {best['step']}"
-                self.ranks.say(f"best: {where}, {best['measure']} {best['value']:.4f}")
+                value = f"{best['measure']} {best['value']:.4f}"
+                self.ranks.say(f"best: {self.out / BEST} of step {best['step']}, {value}")
 
     def _agree(self, seconds: float) -> tuple[float, bool]:
         """Rank 0's clock, and whether any rank was told to stop: all ranks must end at the same step.

@@ -53,9 +53,15 @@ class Progress:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
         numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in (self.tokens, self.seconds))
         counts = all(type(value) is int and value >= 0 for value in (self.step, self.skipped, self.stale))
-        value = self.best.get("value", 0) if isinstance(self.best, dict) else None
-        if not counts or not numbers or not isinstance(self.run, dict) or type(value) not in (int, float):
+        if not counts or not numbers or not isinstance(self.run, dict) or not _is_best(self.best):
             raise ValueError("not the progress of a run")
+
+
+def _is_best(best: object) -> bool:
+    """Whether a run may have noted it as its best validation; empty before there is any."""
+    if not isinstance(best, dict) or (best and best.keys() != {"measure", "value", "step"}):
+        return False
+    return not best or (type(best["value"]) in (int, float) and math.isfinite(best["value"]))
 
 
 class Weights(Protocol):
