@@ -33,7 +33,7 @@ def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
         settings.batch_tokens = rows * settings.row_tokens
         budget = settings.budget(samples)
         ranks.say(
-            f"notice: {rows} rows a step instead of {ceiling}, for a run of {budget.max_steps} steps "
+            f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}, for a run of {budget.max_steps} steps "
             f"({budget.steps_by}, {samples} rows an epoch); "
             f"--batch_tokens {ceiling * settings.row_tokens} keeps {ceiling}"
         )

@@ -252,10 +252,7 @@ class Trainer:
         return entry
 
     def _judge(self, held_out: dict[str, Any]) -> None:
-        """Keep the best checkpoint, if asked to, and end the run where patience is at its end.
-
-        The main rank's numbers decide: others that differ in a bit must not part the ranks.
-        """
+        """Keep the best checkpoint and end where patience does, by the main rank's numbers: no bit may part ranks."""
         better = judge(self.progress, self.ranks.on_main(lambda: held_out))
         self.progress.finished = bool(self._end(self.progress))
         if better and self.settings.keep_best:
