@@ -7,7 +7,7 @@ python distill.py --method answers --teacher http://localhost:8000/v1 --teacher_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from model import MiniDeepSeek
 from text.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.rollout import Sampler
+from training.batch import fit_batch
 from training.chats import ChatSettings, open_chats
 from training.checkpoints.resume import check_unused
 from training.datasets import Dataset
@@ -91,7 +92,7 @@ def main() -> None:
     # Refuses a folder in use before minutes are spent.
     ranks.on_main(lambda: check_unused(Path(settings.out), settings.resume))
     if settings.method == "answers":
-        settings = replace(settings, data=str(ask_for_answers(settings, ranks)))
+        settings.data = str(ask_for_answers(settings, ranks))
         if not settings.has_student:
             return
     model, tokenizer = open_student(settings)
@@ -146,6 +147,7 @@ def with_teacher(
     else:
         teacher = ask()
     if settings.on_policy:
+        fit_batch(settings, ranks, len(chats))  # its answers are made for whole steps
         sampler = Sampler(model.to(ranks.device), dtype)
         dataset = OwnAnswers(chats, sampler, settings, settings.rows, tokenizer.eos_id, ranks)
     loss = DistillationLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps, settings=settings, teacher=teacher)

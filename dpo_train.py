@@ -12,11 +12,12 @@ from pathlib import Path
 from dataset import PreferenceDataset
 from errors import UserError, command_line
 from model import MiniDeepSeek
+from text.encoded_pairs import CUT
 from text.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings
 from training.alignment.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
-from training.checkpoints.resume import check_unused
+from training.checkpoints.resume import check_unused, saved_run
 from training.distill.teacher import identity
 from training.held_out import labels_name
 from training.machine import choose_dtype
@@ -36,7 +37,8 @@ class DPOSettings(StageSettings):
         ckpt: checkpoint folder to start from; it should have learnt to answer.
         data: pairs (prompt, chosen, rejected): names in --datasets, files, folders or Hub ids, separated by commas;
             NAME=WEIGHT sets a source's share of the mixture.
-        sequence_length: most tokens of a conversation; a row holds two of them, or several short ones.
+        sequence_length: most tokens of a conversation; a row holds two of them, or several short ones. What is longer
+            loses the oldest turns of its prompt.
         preference: the loss over the pairs.
         reference: checkpoint folder of the reference, if it is not `ckpt`.
         precompute_reference: ask the reference once, before training, and hold no second model in memory.
@@ -51,6 +53,7 @@ class DPOSettings(StageSettings):
     precompute_reference: bool = True
     val_fraction: float = 0.05
     val_text: str = ""
+    sequence_length: int = 1024
     batch_tokens: int = 8192
     optim: OptimSettings = field(
         default_factory=lambda: OptimSettings(lr=5e-5, weight_decay=0.0, warmup=0.1, decay_from=0.1)
@@ -67,11 +70,12 @@ def main() -> None:
     # Refuses a folder in use before minutes are spent.
     ranks.on_main(lambda: check_unused(Path(settings.out), settings.resume))
     model, tokenizer = open_checkpoint(settings.ckpt)
+    cut = settle_length(settings, ranks, model.config.max_position_embeddings)
     # The MTP layers have no part in this loss. Router biases stand still: policy and reference route by the same ones.
     model.mtp.requires_grad_(False)
     sources = find_sources(settings.data, settings.datasets, "preference")
     dataset = PreferenceDataset(
-        sources, tokenizer, settings.sequence_length, settings.seed, settings.on_error, settings.val_fraction
+        sources, tokenizer, settings.sequence_length, settings.seed, settings.on_error, settings.val_fraction, cut
     )
     if ranks.main:
         dataset.print_summary()
@@ -87,6 +91,19 @@ def main() -> None:
     validation = HeldOutPairs(loss, pairs, text, tokenizer.token_bytes, names) if pairs or text else None
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
     ranks.stop()
+
+
+def settle_length(settings: DPOSettings, ranks: Ranks, longest: int) -> bool:
+    """Lower a length that nobody chose for this run to what the model reads, or give a resumed run its own.
+
+    Returns whether pairs that are too long are cut: those of a run that began without that are not.
+    """
+    saved = ranks.on_main(lambda: saved_run(Path(settings.out), settings.resume))
+    if not settings.holds("sequence_length"):
+        length = saved.get("sequence_length")
+        is_saved = type(length) is int and length > 0
+        settings.sequence_length = length if is_saved else min(settings.sequence_length, longest)
+    return not saved or str(saved.get("data")).endswith(CUT)
 
 
 def ask_reference(

@@ -15,11 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 import dpo_train
+from dpo_train import DPOSettings, settle_length
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from text.world.cast import World
 from text.world.chats import preference
 from training.log import read_metrics
+from training.ranks import Ranks
+from training.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGGED = {"accuracy", "margin", "chosen_log_prob", "rejected_log_prob", "kl", "nll"}
@@ -95,6 +98,37 @@ def test_a_resume_is_exact(precompute, arguments, finished, tmp_path, run):
     assert entries(out) == entries(whole)
     for name in ("model.safetensors", "training/state.safetensors"):
         assert (out / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+
+
+def test_a_run_of_an_earlier_version_resumes_at_its_own_length_and_without_cut_prompts(pretrained, tmp_path, run):
+    """Rows were shorter then by default, and what did not fit was dropped: neither may change midway."""
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答" * 9}] * 3
+    rows = [{"prompt": f"问题{i}", "chosen": f"好{i}", "rejected": f"不{i}"} for i in range(12)]
+    rows += [{"prompt": [*turns, {"role": "user", "content": "现在？"}], "chosen": "好", "rejected": "不"}]
+    pairs, recipe, out = tmp_path / "pairs.jsonl", tmp_path / "old.yaml", tmp_path / "run"
+    pairs.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf8")
+    recipe.write_text("{sequence_length: 32, dtype: fp32, device: cpu, save_every: 2, keep: 9}", encoding="utf8")
+    given = ["--config", recipe, "--ckpt", pretrained / "final", "--data", pairs, "--out", out, "--val_fraction", 0]
+    whole = settle_length
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo_train, "settle_length", lambda *given: whole(*given) and False)  # nothing was cut then
+        done = run(dpo_train.main, *given, "--max_steps", 4)
+        assert done.code == 0 and "1 dropped" in done.out
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "step-4", ignore_errors=True)
+    recipe.write_text("{sequence_length: 48, dtype: fp32, device: cpu, save_every: 2, keep: 9}", encoding="utf8")
+    done = run(dpo_train.main, *given, "--max_steps", 4, "--resume")
+    assert done.code == 0 and "1 dropped" in done.out and f"resuming from {out / 'step-2'}" in done.out
+    done = run(dpo_train.main, *given, "--max_steps", 1, "--out", tmp_path / "new")
+    assert done.code == 0 and "dropped" not in done.out
+
+
+def test_a_length_by_default_is_at_most_what_the_model_reads(tmp_path):
+    alone = Ranks(0, 1, torch.device("cpu"))
+    for words, length in (([], 300), (["--sequence_length", "700"], 700)):
+        settings = parse(DPOSettings, "", ["--ckpt", "c", "--data", "d", "--out", str(tmp_path / "none"), *words])
+        assert settings.holds("sequence_length") == bool(words) and DPOSettings.sequence_length == 1024
+        assert settle_length(settings, alone, 300) and settings.sequence_length == length
 
 
 def test_asking_the_reference_once_is_asking_it_at_each_step(arguments, tmp_path, run):

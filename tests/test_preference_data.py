@@ -13,7 +13,7 @@ import pytest
 from dataset import PreferenceDataset
 from errors import UserError
 from text.chat_template import encode_chat
-from text.encoded_pairs import EncodedPairs
+from text.encoded_pairs import CUT, EncodedPairs
 from text.preferences import Preference, read_preferences, to_preference
 from text.row_report import RowError, RowReport
 
@@ -195,9 +195,32 @@ def test_a_pair_with_a_side_that_is_too_long_is_dropped_and_counted(tmp_path, to
     rows = [LAYOUTS["strings"], {"prompt": "Q", "chosen": "A", "rejected": "长" * 60}]
     pairs = EncodedPairs.read([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 40)
     assert (len(pairs), pairs.report.too_long) == (1, 1)
-    assert "1 dropped: an answer ends after 40 tokens" in "\n".join(pairs.report.lines())
-    with pytest.raises(UserError, match="an answer ends after 2 tokens in each of 2; raise --sequence_length"):
+    assert "1 dropped: the last turns alone end after 40 tokens" in "\n".join(pairs.report.lines())
+    with pytest.raises(UserError, match="alone end after 2 tokens in each of 2; raise --sequence_length"):
         EncodedPairs.read([tmp_path / "pairs.jsonl"], tokenizer, 2)
+
+
+def test_a_pair_that_is_too_long_loses_the_oldest_turns_of_its_prompt(tmp_path, tokenizer):
+    """As few of them as give room; the system prompt and the last question stay, and both sides have one prompt."""
+    system, asked = {"role": "system", "content": "S"}, [{"role": "user", "content": f"问{i}"} for i in range(4)]
+    turns = [turn for question in asked[:3] for turn in (question, {"role": "assistant", "content": "旧" * 5})]
+    whole = [system, *turns, asked[3]]
+    sides = {"chosen": [*whole, GOOD], "rejected": [*whole, {**BAD, "content": "坏坏"}]}
+    path = write(tmp_path / "pairs.jsonl", [sides])
+    for left in (3, 2, 1, 0):
+        begins = [system, *turns[len(turns) - 2 * left :], asked[3]]
+        expected = [encode_chat(tokenizer, [*begins, side[-1]])[0] for side in (sides["chosen"], sides["rejected"])]
+        pairs = EncodedPairs.read([path], tokenizer, max(map(len, expected)) - 1)
+        assert [ids.tolist() for ids, _ in pairs[0]] == expected
+        assert [int(mask.sum()) for _, mask in pairs[0]] == [
+            len(ids) - len(encode_chat(tokenizer, begins, add_generation_prompt=True)[0]) for ids in expected
+        ]
+        assert pairs.report.cut == (left < 3) == ("1 lost the oldest turns" in "\n".join(pairs.report.lines()))
+        assert pairs.identity(pairs.packed(np.arange(1), 999, 0)).endswith(CUT) == (left < 3)
+    shortest = max(map(len, expected)) - 1
+    for length, cut in ((shortest - 1, True), (shortest, False)):
+        with pytest.raises(UserError, match="no pair to learn from; the last turns alone end"):
+            EncodedPairs.read([path], tokenizer, length, cut=cut)
 
 
 def test_a_pair_that_just_fits_is_kept(tmp_path, tokenizer):

@@ -8,7 +8,9 @@ from itertools import pairwise
 import pytest
 
 from errors import UserError
+from training.chats import ChatSettings
 from training.schedule import Budget, learning_rate, value_at
+from training.settings import StageSettings
 
 RATE = dict(peak=2.0, warmup=0.1, decay_from=0.6, final_ratio=0.25)
 
@@ -53,6 +55,32 @@ def test_the_share_is_that_of_the_limit_that_comes_first(budget, step, seconds, 
 def test_tokens_are_a_share_too():
     assert Budget(None, None, 400).progress(3, 9.0, 100) == 0.25
     assert Budget(4, None, 400).progress(3, 9.0, 100) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps", "ended"),
+    [
+        ({"epochs": 2.0, "max_minutes": 1.0}, 20, "--epochs 2"),
+        ({"epochs": 2.0, "max_steps": 7, "max_tokens": 80}, 7, "--max_steps 7"),
+        ({"epochs": 2.0, "max_steps": 30, "max_tokens": 80}, 8, "--max_tokens 80"),
+        ({"epochs": 0.5, "max_steps": 30, "max_tokens": 80}, 5, "--epochs 0.5"),
+        ({}, 10, "--epochs 1"),
+        ({"max_steps": 30}, 30, "--max_steps 30"),
+    ],
+)
+def test_all_limits_hold_and_the_first_is_named(limits, steps, ended):
+    """Of 20 samples, 2 a step of 5 tokens each; epochs have a default only where nothing else ends the run."""
+    settings = StageSettings(out="o", sequence_length=5, batch_tokens=10, **limits)
+    budget = settings.budget(20)
+    assert budget.progress(steps, 0.0) == 1 > budget.progress(steps - 1, 0.0)
+    assert budget.first(steps, 0.0) == ended
+    if "max_minutes" in limits:
+        assert budget.progress(steps - 1, 60.0) == 1 and budget.first(steps - 1, 60.0) == "--max_minutes 1"
+
+
+def test_conversations_are_passed_over_twice_where_nothing_else_ends_the_run():
+    chats = ChatSettings(ckpt="c", data="d", out="o", sequence_length=5, batch_tokens=10)
+    assert (chats.budget(20).max_steps, chats.budget(20).steps_by) == (20, "--epochs 2")
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.0, 0.3), (0.67, 0.3), (0.68, 0.1), (0.99, 0.1), (1.0, 0.0)])

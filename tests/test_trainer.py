@@ -196,8 +196,9 @@ def test_the_weights_follow_their_schedules(make, monkeypatch):
         ({"max_steps": 3, "max_tokens": 100 * ROWS * TIME}, 3),
         ({"max_steps": None}, 5),
         ({"max_steps": None, "epochs": 0.5}, 3),
+        ({"max_steps": 6, "epochs": 0.5, "max_minutes": 99.0}, 3),
     ],
-    ids=["steps", "tokens", "whichever is first", "one epoch", "half an epoch"],
+    ids=["steps", "tokens", "whichever is first", "one epoch", "half an epoch", "all of them"],
 )
 def test_the_schedule_ends_with_the_budget(budget, steps, make):
     optim = OptimSettings(lr=1e-3, final_lr_ratio=0.25, warmup=0.0, decay_from=0.5)

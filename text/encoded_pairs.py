@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from text.chat_template import encode_chats
+from text.chat_template import ROLE_MARKS, encode_chats
 from text.encoded_chats import CONVERSATIONS_AT_ONCE
+from text.packing import MixedEpochs
 from text.preferences import read_preferences
 from text.registry import Source
 from text.row_report import RowReport, balance
 from text.token_rows import TokenRows, held_out
 from text.tokenizer import Tokenizer
+
+CUT = ", prompts cut"  # in the identity of pairs of which some are
 
 
 @dataclass
@@ -26,6 +29,7 @@ class PairReport:
     sequence_length: int
     read: RowReport = field(default_factory=RowReport)
     too_long: int = 0
+    cut: int = 0
     pairs: int = 0
     tokens: int = 0
 
@@ -33,7 +37,12 @@ class PairReport:
         """The report for people, about one screen however much went wrong."""
         lines = self.read.lines()
         if self.too_long:
-            lines.append(f"  {self.too_long} dropped: an answer ends after {self.sequence_length} tokens")
+            lines.append(
+                f"  {self.too_long} dropped: the last turns alone end after {self.sequence_length} tokens; "
+                "a longer --sequence_length keeps more"
+            )
+        if self.cut:
+            lines.append(f"  {self.cut} lost the oldest turns of the prompt to fit into {self.sequence_length} tokens")
         lines.append(f"{self.pairs} pairs, {self.tokens} tokens")
         return lines
 
@@ -58,8 +67,12 @@ class EncodedPairs(TokenRows):
         tokenizer: Tokenizer,
         sequence_length: int,
         on_error: str = "skip",
+        cut: bool = True,
     ) -> EncodedPairs:
-        """Encode the pairs of sources. A pair of which one side has no room in `sequence_length` is dropped.
+        """Encode the pairs of sources, each without as many of the oldest turns of its prompt as there is no room for.
+
+        A pair of which the last turns have no room in `sequence_length` is dropped; with `cut=False`, for runs of old,
+        every one that is too long.
 
         Raises `UserError` for a file that cannot be read and when no pair is left.
         """
@@ -73,9 +86,17 @@ class EncodedPairs(TokenRows):
             while some := list(islice(pairs, CONVERSATIONS_AT_ONCE)):
                 encoded = encode_chats(tokenizer, [side for pair in some for side in pair])
                 for sides in zip(encoded[::2], encoded[1::2], strict=True):
-                    if max(len(ids) for ids, _ in sides) > sequence_length + 1:
-                        report.too_long += 1
-                        continue
+                    excess = max(len(ids) for ids, _ in sides) - (sequence_length + 1)
+                    if excess > 0:
+                        gone = oldest_turns(sides[0][0], tokenizer, excess) if cut else None
+                        if gone is None:
+                            report.too_long += 1
+                            continue
+                        report.cut += 1
+                        sides = tuple(
+                            (ids[: gone.start] + ids[gone.stop :], mask[: gone.start] + mask[gone.stop :])
+                            for ids, mask in sides
+                        )
                     kept += [(np.array(ids, dtype=id_type), last_answer(mask)) for ids, mask in sides]
                     owners.append(owner)
         if not kept:
@@ -95,10 +116,23 @@ class EncodedPairs(TokenRows):
         """How many positions of a row each of the pairs `members` fills, both sides together."""
         return self.begins[2 * members + 2] - self.begins[2 * members] - 2
 
+    def identity(self, rows: MixedEpochs) -> str:
+        return super().identity(rows) + (CUT if self.report.cut else "")
+
     def split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Indices for training and for validation. All pairs of a prompt are on one side."""
         prompts = (ids[: int(mask.argmax())] for (ids, mask), _ in map(self.__getitem__, range(len(self))))
         return held_out(prompts, len(self), fraction, "pairs")
+
+
+def oldest_turns(ids: Sequence[int], tokenizer: Tokenizer, excess: int) -> slice | None:
+    """Where the fewest turns stand, from the user's first on, that hold `excess` tokens and end before a user's turn.
+
+    A system prompt before them stays, and so does the last question. None where the turns are too short or too few.
+    """
+    user = tokenizer.special_ids[ROLE_MARKS["user"]]
+    first, *others = (place for place, token in enumerate(ids) if token == user)
+    return next((slice(first, place) for place in others if place - first >= excess), None)
 
 
 def last_answer(mask: Sequence[int]) -> np.ndarray:
@@ -112,7 +146,7 @@ def _why(report: PairReport) -> str:
     """One line of reasons why no pair is left."""
     if report.too_long:
         return (
-            f"an answer ends after {report.sequence_length} tokens in each of {report.too_long}; "
+            f"the last turns alone end after {report.sequence_length} tokens in each of {report.too_long}; "
             "raise --sequence_length"
         )
     return report.read.why_empty()

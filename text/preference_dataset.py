@@ -32,9 +32,12 @@ class PreferenceDataset:
         seed: int = 0,
         on_error: str = "skip",
         val_fraction: float = 0.0,
+        cut: bool = True,
     ) -> None:
-        """Raises `UserError` for a file that cannot be read and when there is nothing to learn."""
-        self.pairs = EncodedPairs.read(sources, tokenizer, sequence_length, on_error)
+        """Read and encode the pairs; `cut` as in `EncodedPairs.read`.
+
+        Raises `UserError` for a file that cannot be read and when there is nothing to learn."""
+        self.pairs = EncodedPairs.read(sources, tokenizer, sequence_length, on_error, cut)
         self.report, self.sequence_length = self.pairs.report, 2 * sequence_length
         self._reference: np.ndarray | None = None
         self._pad_id, self._seed = tokenizer.pad_id, seed

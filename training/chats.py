@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dataset import ChatDataset
 from text.registry import find_sources
@@ -30,9 +31,10 @@ class ChatSettings(StageSettings):
     data: str
     packing: bool = True
     val_fraction: float = 0.01
-    epochs: float = 2.0
     batch_tokens: int = 16384
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, weight_decay=0.0, decay_from=0.0))
+
+    DEFAULT_EPOCHS: ClassVar[float] = 2.0
 
 
 def open_chats(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks) -> tuple[ChatDataset, BitsPerByte | None]:

@@ -83,7 +83,8 @@ def announcement(
     micro = min(settings.micro_rows, settings.rows // ranks.world)
     accumulation = math.ceil(settings.rows / ranks.world / micro)
     why = f" ({ranks.why})" if ranks.why else ""
-    ends = [f"{budget.max_steps} steps"] if budget.max_steps else []
+    by = "" if budget.steps_by.startswith("--max_steps") else f" ({budget.steps_by})"
+    ends = [f"{budget.max_steps} steps{by}"] if budget.max_steps else []
     ends += [f"{budget.max_minutes:g} minutes"] if budget.max_minutes else []
     ends += [f"{budget.max_tokens:,} tokens"] if budget.max_tokens else []
     return (
@@ -94,5 +95,5 @@ def announcement(
         f"kernels    {kernels}\n"
         f"batch      {settings.rows} rows of {settings.row_tokens} tokens = {ranks.world} ranks x "
         f"{accumulation} accumulated x {micro} rows\n"
-        f"until      {' or '.join(ends)}, whichever is first"
+        f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}"
     )

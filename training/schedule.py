@@ -16,22 +16,33 @@ class Budget:
 
     Every schedule is a function of the share of the budget that is spent, so "train for two hours" ends with a finished
     model as well as "train for 1000 steps" does.
+
+    Attributes: steps_by: the option that `max_steps` follows from, the first of those that come down to steps.
     """
 
     max_steps: int | None
     max_minutes: float | None
     max_tokens: int | None = None
+    steps_by: str = "--max_steps"
 
     def progress(self, step: int, seconds: float, tokens: float = 0) -> float:
         """Share of the budget spent after `step` steps, `seconds` of training and so many tokens, 0 .. 1."""
-        shares = [0.0]
+        return min(max(self._shares(step, seconds, tokens).values(), default=0.0), 1.0)
+
+    def first(self, step: int, seconds: float, tokens: float = 0) -> str:
+        """The option of the limit that is nearest to its end, or past it."""
+        shares = self._shares(step, seconds, tokens)
+        return max(shares, key=shares.__getitem__)
+
+    def _shares(self, step: int, seconds: float, tokens: float) -> dict[str, float]:
+        shares = {}
         if self.max_tokens is not None:
-            shares.append(tokens / self.max_tokens)
+            shares[f"--max_tokens {self.max_tokens}"] = tokens / self.max_tokens
         if self.max_steps is not None:
-            shares.append(step / max(self.max_steps, 1))
+            shares[self.steps_by] = step / max(self.max_steps, 1)
         if self.max_minutes is not None:
-            shares.append(seconds / (60 * self.max_minutes))
-        return min(max(shares), 1.0)
+            shares[f"--max_minutes {self.max_minutes:g}"] = seconds / (60 * self.max_minutes)
+        return shares
 
 
 def learning_rate(progress: float, peak: float, warmup: float, decay_from: float, final_ratio: float) -> float:

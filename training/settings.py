@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
@@ -38,9 +38,11 @@ class StageSettings:
         max_steps: end after so many optimiser steps.
         max_tokens: end after so many tokens; in grpo_train.py of completions that were learnt from.
         max_minutes: end after so many minutes of training.
-        epochs: end after so many passes over the data, when no other end is given.
+        epochs: end after so many passes over the data; the default, one pass (two over conversations), holds only
+            where no limit at all is given. Of several limits the first ends the run.
         sequence_length: tokens a row.
-        batch_tokens: tokens an optimiser step, over all ranks.
+        batch_tokens: tokens an optimiser step, over all ranks. That of the command line holds; that of a recipe, or the
+            default, is the most: data too small for 100 such steps get smaller ones.
         micro_tokens: tokens a forward pass on one rank; the rest is accumulated.
         optim: optimiser and learning rate.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
@@ -48,6 +50,8 @@ class StageSettings:
         log_every: steps between log lines.
         val_every: steps between validations; 0: only before the first and after the last step.
         val_tokens: most held-out tokens to validate on.
+        keep_best: keep the checkpoint of the best validation as OUT/best, beside OUT/final.
+        patience: end after so many validations in a row without a better one; 0: never.
         save_every: steps between checkpoints; 0: only at the end.
         keep: step checkpoints kept.
         background_save: write checkpoints while training goes on, from a copy of weights and optimiser state.
@@ -68,7 +72,7 @@ class StageSettings:
     max_steps: int | None = None
     max_tokens: int | None = None
     max_minutes: float | None = None
-    epochs: float = 1.0
+    epochs: float | None = None
     sequence_length: int = 512
     batch_tokens: int = 32768
     micro_tokens: int = 8192
@@ -78,6 +82,8 @@ class StageSettings:
     log_every: int = 10
     val_every: int = 0
     val_tokens: int = 262144
+    keep_best: bool = False
+    patience: int = 0
     save_every: int = 500
     keep: int = 2
     background_save: bool = True
@@ -87,12 +93,17 @@ class StageSettings:
     on_error: str = "skip"
     datasets: str = REGISTRY
 
+    DEFAULT_EPOCHS: ClassVar[float] = 1.0
+
     def __post_init__(self) -> None:
+        # The options of the command line; None where the settings are not read from one, and all of them hold.
+        self.by_hand: set[str] | None = None
         for name in ("sequence_length", "batch_tokens", "micro_tokens", "log_every", "keep", "max_skipped"):
             check_least(1, **{name: getattr(self, name)})
         check_least(0, threads=self.threads, val_every=self.val_every, save_every=self.save_every)
+        check_least(0, patience=self.patience)
         check_seed(self.seed)
-        for name in ("max_steps", "max_tokens", "max_minutes"):
+        for name in ("max_steps", "max_tokens", "max_minutes", "epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} {value}: must be positive")
@@ -100,6 +111,12 @@ class StageSettings:
             raise UserError(f"--batch_tokens {self.batch_tokens}: less than one row of {self.sequence_length} tokens")
         if self.on_error not in ("skip", "stop"):
             raise UserError(f"--on_error {self.on_error}: one of skip, stop")
+        if (self.keep_best or self.patience) and not self.val_every:
+            raise UserError("--keep_best and --patience compare validations along the run; give --val_every N")
+
+    def holds(self, name: str) -> bool:
+        """Whether a person chose this value for this run, rather than a recipe or the default."""
+        return self.by_hand is None or name in self.by_hand
 
     @property
     def uneven(self) -> bool:
@@ -121,17 +138,22 @@ class StageSettings:
         """Samples a forward pass on one rank."""
         return max(self.micro_tokens // self.row_tokens, 1)
 
-    def budget(self, samples: int) -> Budget:
-        """The limits that were given; one pass over so many samples (or `epochs`) when none was."""
-        limits = []
+    def budget(self, samples: int, rows: int | None = None) -> Budget:
+        """All limits that were given; the stage's default number of passes over so many samples when none was.
+
+        rows: a step, `self.rows` where not said.
+        """
+        rows, steps = rows or self.rows, {}
         if self.max_steps is not None:
-            limits.append(self.max_steps)
-        tokens = self.max_tokens if self.uneven else None
+            steps[f"--max_steps {self.max_steps}"] = self.max_steps
         if self.max_tokens is not None and not self.uneven:
-            limits.append(math.ceil(self.max_tokens / (self.rows * self.row_tokens)))
-        if not limits and self.max_minutes is None and tokens is None:
-            limits.append(max(math.ceil(self.epochs * samples / self.rows), 1))
-        return Budget(min(limits) if limits else None, self.max_minutes, tokens)
+            steps[f"--max_tokens {self.max_tokens}"] = math.ceil(self.max_tokens / (rows * self.row_tokens))
+        given = (self.max_steps, self.max_tokens, self.max_minutes, self.epochs)
+        epochs = self.DEFAULT_EPOCHS if all(limit is None for limit in given) else self.epochs
+        if epochs is not None:
+            steps[f"--epochs {epochs:g}"] = max(math.ceil(epochs * samples / rows), 1)
+        first = min(steps, key=steps.__getitem__, default="")
+        return Budget(steps.get(first), self.max_minutes, self.max_tokens if self.uneven else None, first)
 
     def check_fit(self, world: int, longest: int) -> None:
         """Raises `UserError` where a step cannot be shared by `world` ranks, or rows are too long for the model."""
@@ -184,7 +206,11 @@ def parse(kind: type[Settings], description: str, arguments: list[str] | None = 
     """Read `--config FILE` and the command line over it into `kind`; `--help` and `--print_config` as usual."""
     parser = _parser(description)
     parser.add_class_arguments(kind)
-    return kind(**_parse(parser, kind, arguments))
+    settings = kind(**_parse(parser, kind, arguments))
+    if isinstance(settings, StageSettings):
+        words = sys.argv[1:] if arguments is None else arguments
+        settings.by_hand = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    return settings
 
 
 def call(function: Callable[..., None], description: str, arguments: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from errors import UserError
 from model import MiniDeepSeek
 from model.counts import count as count_costs
 from model.kernel_report import kernel_report
@@ -20,10 +21,12 @@ from model.quiet import quiet_compiler
 from text.order import scramble
 from text.tokenizer import Tokenizer
 from training.agreement import check_facts, check_weights, facts
+from training.batch import fit_batch, warn_of_few_steps
+from training.best import judge
 from training.checkpoints.carried import carry_optimizer
 from training.checkpoints.checkpoint import Progress, Weights
 from training.checkpoints.lock import RunLock
-from training.checkpoints.resume import WholeModel, identity
+from training.checkpoints.resume import BEST, WholeModel, identity
 from training.checkpoints.run_checkpoints import RunCheckpoints
 from training.datasets import Dataset, PolicyDataset
 from training.entries import StepResult, announcement, step_entry, untrained_entry
@@ -73,7 +76,10 @@ class Trainer:
         self.model.gradient_checkpointing = settings.gradient_checkpointing
         self.dataset, self.loss, self.validation = dataset, loss, validation
         self.out = Path(settings.out)
+        fit_batch(settings, ranks, len(dataset))
         settings.check_fit(ranks.world, model.config.max_position_embeddings)
+        if validation is None and (settings.keep_best or settings.patience):
+            raise UserError("--keep_best and --patience: nothing is held out to measure on; give --val_fraction")
         self.budget = settings.budget(len(dataset))
         self.module: torch.nn.Module | None = None
         self.progress = Progress(run=identity(settings, tokenizer, dataset))
@@ -96,15 +102,15 @@ class Trainer:
                 lock.release()
 
     def _run(self, lock: RunLock) -> Path:
-        found = self.checkpoints.take_up(self.progress.run, self.budget)
+        found = self.checkpoints.take_up(self.progress.run, lambda progress: bool(self._end(progress)))
         self.progress = found or self.progress
         if found is None and self.settings.carry_optimizer:
             self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer))
         if self.progress.finished:
             final = self.out / "final"
             if self.ranks.on_main(lambda: self.checkpoints.newest() == final):
-                done = f"already complete after {self.progress.step} steps; raise the budget to go on"
-                self.ranks.say(f"{self.out}: {done}")
+                done = f"already complete after {self.progress.step} steps ({self._end(self.progress)})"
+                self.ranks.say(f"{self.out}: {done}; raise the budget to go on")
             else:  # it was interrupted where this budget ends
                 self._finish()
             return final
@@ -115,6 +121,7 @@ class Trainer:
         costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)
         length, compiled = self.settings.row_tokens, self.settings.compile
         kernels = kernel_report(self.model.config, self.dtype, self.ranks.device, length, compiled)
+        warn_of_few_steps(self.settings, self.ranks, len(self.dataset))
         self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, self.peak.rate, kernels))
         if self.ranks.main:
             lock.sign()
@@ -156,7 +163,10 @@ class Trainer:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
                 entry = step_entry(result, progress, lr, rate, mfu(rate), peak_memory(self.ranks.device))
-                log.write({**entry, **self._validate()} if validate else entry)
+                held_out = self._validate() if validate else {}
+                log.write({**entry, **held_out})
+                if validate:
+                    self._judge(held_out)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
             origin += time.perf_counter() - pause
@@ -246,6 +256,20 @@ class Trainer:
         self.model.train()
         return entry
 
+    def _judge(self, held_out: dict[str, Any]) -> None:
+        """Keep the best checkpoint and end where patience does, by the main rank's numbers: no bit may part ranks."""
+        better = judge(self.progress, self.ranks.on_main(lambda: held_out))
+        self.progress.finished = bool(self._end(self.progress))
+        if better and self.settings.keep_best:
+            self.checkpoints.save(BEST, self.progress)
+
+    def _end(self, progress: Progress) -> str:
+        """What has ended a run that is so far; empty while nothing has."""
+        patience = self.settings.patience
+        if self.budget.progress(progress.step, progress.seconds, progress.tokens) >= 1:
+            return self.budget.first(progress.step, progress.seconds, progress.tokens)
+        return f"--patience {patience}" if patience and progress.stale >= patience else ""
+
     def _finish(self) -> None:
         """Save the end of the run, or the point where it was interrupted."""
         name = "final" if self.progress.finished else f"step-{self.progress.step}"
@@ -256,9 +280,11 @@ class Trainer:
         if not self.progress.finished:
             self.ranks.say(f"interrupted: saved {self.out / name}; the same command with --resume goes on from there")
         else:
-            self.ranks.say(
-                f"finished: {self.out / name} after {self.progress.step} steps, {self.progress.tokens:,} tokens"
-            )
+            done = f"{self.progress.step} steps, {self.progress.tokens:,} tokens (ended by {self._end(self.progress)})"
+            self.ranks.say(f"finished: {self.out / name} after {done}")
+            if self.settings.keep_best and (best := self.progress.best):
+                value = f"{best['measure']} {best['value']:.4f}"
+                self.ranks.say(f"best: {self.out / BEST} of step {best['step']}, {value}")
 
     def _agree(self, seconds: float) -> tuple[float, bool]:
         """Rank 0's clock, and whether any rank was told to stop: all ranks must end at the same step.

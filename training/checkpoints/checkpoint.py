@@ -11,7 +11,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +38,7 @@ class Progress:
         step: optimiser steps done; tokens: positions seen, counted or not; seconds: of training, over all sittings.
         finished: the budget is spent. run: settings that must not change between sittings.
         skipped: steps among `step` that were left out, since their loss or gradient was not finite.
+        best: measure, value and step of the best validation; stale: how many have come since.
     """
 
     step: int = 0
@@ -46,13 +47,22 @@ class Progress:
     finished: bool = False
     run: dict[str, object] = field(default_factory=dict)
     skipped: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
         numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in (self.tokens, self.seconds))
-        counts = all(type(value) is int and value >= 0 for value in (self.step, self.skipped))
-        if not counts or not numbers or not isinstance(self.run, dict):
+        counts = all(type(value) is int and value >= 0 for value in (self.step, self.skipped, self.stale))
+        if not counts or not numbers or not isinstance(self.run, dict) or not _is_best(self.best):
             raise ValueError("not the progress of a run")
+
+
+def _is_best(best: object) -> bool:
+    """Whether a run may have noted it as its best validation; empty before there is any."""
+    if not isinstance(best, dict) or (best and best.keys() != {"measure", "value", "step"}):
+        return False
+    return not best or (type(best["value"]) in (int, float) and math.isfinite(best["value"]))
 
 
 class Weights(Protocol):

@@ -31,11 +31,14 @@ from training.settings import StageSettings
 
 Resume = bool | Literal["last-good"]
 LAST_GOOD = "last-good"
+BEST = "best"
 
 
 def check_unused(out: Path, resume: Resume) -> None:
     """Raises `UserError` when there is a run in `out` but nobody asked to go on with it."""
     found = newest(out) if out.is_dir() else None
+    if found is None and (out / BEST).is_dir():  # of a run that died before its first other checkpoint
+        found = out / BEST
     if found is not None and not resume:
         raise UserError(f"{out}: holds a run already ({found.name}); add --resume to go on, or choose another --out")
 
@@ -51,6 +54,7 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
     `DamagedCheckpoint` when the newest is damaged.
     """
     give_back(out / "final")
+    give_back(out / BEST)
     check_unused(out, resume)
     while (found := newest(out) if out.is_dir() else None) is not None:
         try:
@@ -68,6 +72,14 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
         _unchanged(found, name, progress.run.get(name, value), value)
     progress.run = {**progress.run, **run}  # what an older run did not write down is held to from here on
     return found, progress
+
+
+def saved_run(out: Path, resume: Resume) -> dict[str, Any]:
+    """What the run in `out` may not change, if it is to be resumed and a checkpoint of it can be read; else empty."""
+    for folder in reversed(checkpoints(out)) if resume and out.is_dir() else ():
+        with suppress(DamagedCheckpoint):
+            return read_progress(folder).run
+    return {}
 
 
 def contents(folder: Path) -> str | None:

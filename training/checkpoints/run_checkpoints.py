@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,11 +10,10 @@ from torch import Tensor
 
 from text.tokenizer import Tokenizer
 from training.checkpoints.checkpoint import Progress, Snapshot, Weights, keep_last, newest
-from training.checkpoints.resume import contents, left_off, take_up
+from training.checkpoints.resume import BEST, contents, left_off, take_up
 from training.checkpoints.saver import Saver
 from training.datasets import Dataset, PolicyDataset
 from training.ranks import Ranks
-from training.schedule import Budget
 from training.settings import StageSettings
 
 
@@ -37,17 +37,17 @@ class RunCheckpoints:
         self._made = dataset if isinstance(dataset, PolicyDataset) else None
         self.saver = Saver(settings.background_save, ranks.device)
 
-    def take_up(self, run: dict[str, object], budget: Budget) -> Progress | None:
+    def take_up(self, run: dict[str, object], is_finished: Callable[[Progress], bool]) -> Progress | None:
         """Put the newest one in place, if asked to and there is one. Returns how far the run is, or None.
 
-        A run that is complete is left as it is; one whose budget is spent without that is put in place, to be saved
-        as its end. run: what must not have changed since.
+        A run that is complete is left as it is; one that `is_finished` without that is put in place, to be saved as its
+        end. run: what must not have changed since.
         """
         found = self._ranks.on_main(lambda: left_off(self._out, self._resume, run))
         if found is None:
             return None
         folder, progress = found
-        progress.finished = budget.progress(progress.step, progress.seconds, progress.tokens) >= 1
+        progress.finished = is_finished(progress)
         if progress.finished and folder.name == "final":
             return progress
         self._ranks.check_shared(folder, lambda: contents(folder))
@@ -68,7 +68,7 @@ class RunCheckpoints:
 
         def write(tensors: dict[str, Tensor]) -> None:
             snapshot.write(self._out / name, tensors)
-            if name != "final":
+            if name not in ("final", BEST):
                 keep_last(self._out, self._keep)
 
         self.saver.save(snapshot.tensors, write)
