@@ -9,7 +9,7 @@ from typing import Any
 from eval.compared_run import ComparedRun
 from eval.suites.score_table import shown, table
 from eval.suites.suite import Score
-from training.log import ROUNDING
+from training.console import ROUNDING
 from training.plots import PANELS, load_pyplot, plain
 
 COLUMNS = 3

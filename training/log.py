@@ -13,33 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from errors import naming
-
-COLUMNS = (
-    ("reward", "reward {:.3f}"),
-    ("loss", "loss {:.4f}"),
-    ("mtp_loss", "mtp {:.3f}"),
-    ("accuracy", "preferred {:.1%}"),
-    ("margin", "margin {:.3f}"),
-    ("kl", "kl {:.4f}"),
-    ("lr", "lr {:.2e}"),
-    ("grad_norm", "norm {:.2f}"),
-    ("tokens_per_second", "{:,.0f} tok/s"),
-    ("mfu", "mfu {:.1%}"),
-    ("max_vio_worst", "MaxVio {:.2f}"),
-    ("memory_gb", "{:.1f} GB"),
-    ("completion_length", "length {:.0f}"),
-    ("zero_variance", "same {:.0%}"),
-    ("clip_share", "clipped {:.1%}"),
-    ("entropy", "entropy {:.2f}"),
-    ("val_accuracy", "accuracy {:.1%}"),
-    ("val_pass_1", "pass@1 {:.1%}"),
-    ("val_margin", "margin {:.3f}"),
-    ("val_bits_per_byte", "val {:.4f} bits/byte"),
-)
+from training.console import held_out_line, step_line
 
 STRUCTURED = ("sample", "max_vio", "expert_load")
 LARGEST = 1e300  # beyond it pictures cannot be scaled
-ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
 
 
 class RunLog:
@@ -57,6 +34,9 @@ class RunLog:
         if not active:
             return
         self._forget_after(step)
+        self._losses: list[float] = []  # of the steps since the last line
+        self._begin: tuple[float, float] | None = None  # share and seconds when this sitting began
+        self._share, self._left = 0.0, None
         self.console = Console()
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -87,10 +67,21 @@ class RunLog:
             if self.wandb is not None:
                 self.wandb.finish()
 
-    def progress(self, share: float) -> None:
-        """Move the bar to `share` of the budget."""
-        if self.active:
-            self.bar.update(self.task, completed=share)
+    def begin(self, share: float, seconds: float) -> None:
+        """Say how far the run is before the first step of this sitting; `seconds` of training it took."""
+        self._begin = share, seconds
+        self.stepped(share, seconds)
+
+    def stepped(self, share: float, seconds: float, loss: float | None = None) -> None:
+        """Take note of a step: `share` of the budget is spent after `seconds` of training."""
+        if not self.active:
+            return
+        before, since = self._begin
+        self._share = share
+        self._left = (1 - share) * (seconds - since) / (share - before) if share > before else None
+        if loss is not None and math.isfinite(loss):
+            self._losses.append(loss)
+        self.bar.update(self.task, completed=share)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """One object into metrics.jsonl, one line on the terminal."""
@@ -101,15 +92,11 @@ class RunLog:
         with naming(self.path):
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
-        values = dict(metrics)
-        if metrics.get("max_vio"):
-            values["max_vio_worst"] = max(metrics["max_vio"])
-        if abs(1.0 if metrics.get("loss") is None else metrics["loss"]) < ROUNDING:
-            del values["loss"]
-        if metrics.get("memory"):
-            values["memory_gb"] = metrics["memory"] / 1e9
-        shown = [form.format(values[name]) for name, form in COLUMNS if values.get(name) is not None]
-        self.bar.console.print(f"step {metrics['step']:>6}  " + "  ".join(shown), highlight=False, soft_wrap=True)
+        mean = sum(self._losses) / len(self._losses) if self._losses else None
+        self._losses.clear()
+        lines = [step_line(metrics, mean, self._share, self._left)] if metrics["step"] else []
+        for line in filter(None, [*lines, held_out_line(metrics)]):
+            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         if "sample" in metrics and "val_accuracy" in metrics:
             sample = metrics["sample"]
             worth = ", ".join(f"{name} {value:g}" for name, value in sample["rewards"].items())

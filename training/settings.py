@@ -16,6 +16,7 @@ from errors import UserError, check_least, check_seed, is_broken, naming, with_h
 from LMConfig import LMConfig
 from text.registry import REGISTRY
 from text.yaml_file import read_yaml
+from training.console import legend
 from training.optim import OptimSettings
 from training.ranks import DistSettings
 from training.schedule import Budget, Schedule
@@ -179,6 +180,7 @@ Settings = TypeVar("Settings")
 def parse(kind: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
     """Read `--config FILE` and the command line over it into `kind`; `--help` and `--print_config` as usual."""
     parser = _parser(description)
+    parser.epilog = legend() if issubclass(kind, StageSettings) else None
     parser.add_argument("--config", action="config", help="YAML file of these settings; the command line wins over it")
     parser.add_class_arguments(kind)
     given = _parse(parser, kind, arguments)

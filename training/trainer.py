@@ -128,6 +128,7 @@ class Trainer:
         settings, progress = self.settings, self.progress
         if fresh and self.validation:
             log.write(untrained_entry(self._validate()))
+        log.begin(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
         origin = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
         stop = False
@@ -144,7 +145,7 @@ class Trainer:
                 check_weights(self.ranks, self.model, progress.step)
             share = self.budget.progress(progress.step, progress.seconds, progress.tokens)
             progress.finished = share >= 1
-            log.progress(share)
+            log.stepped(share, progress.seconds, result.metrics.get("main", result.loss))
             pause = time.perf_counter()
             validate = progress.finished or bool(settings.val_every and progress.step % settings.val_every == 0)
             if validate or progress.step == 1 or progress.step % settings.log_every == 0:
