@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from errors import naming
 from training.console import held_out_line, step_line
 
 STRUCTURED = ("sample", "max_vio", "expert_load")
+QUIET = 30.0  # seconds after which the next step has a line, whatever --log_every says
 LARGEST = 1e300  # beyond it pictures cannot be scaled
 
 
@@ -36,7 +38,7 @@ class RunLog:
         self._forget_after(step)
         self._losses: list[float] = []  # of the steps since the last line
         self._begin: tuple[float, float] | None = None  # share and seconds when this sitting began
-        self._share, self._left = 0.0, None
+        self._share, self._left, self._spoke = 0.0, None, time.monotonic()
         self.console = Console()
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -83,6 +85,16 @@ class RunLog:
             self._losses.append(loss)
         self.bar.update(self.task, completed=share)
 
+    def doing(self, what: str) -> None:
+        """Show beside the bar what the step, or a validation, is at; the name of the run when that is nothing."""
+        if self.active:
+            self.bar.update(self.task, description=what or self.path.parent.name)
+
+    def pulse(self, step: int) -> None:
+        """A line, but no entry of metrics.jsonl, of a step whose like have been silent for long."""
+        if self.active and time.monotonic() - self._spoke > QUIET:
+            self._print(self._line({"step": step}))
+
     def write(self, metrics: dict[str, Any]) -> None:
         """One object into metrics.jsonl, one line on the terminal."""
         if not self.active:
@@ -92,21 +104,29 @@ class RunLog:
         with naming(self.path):
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
-        mean = sum(self._losses) / len(self._losses) if self._losses else None
-        self._losses.clear()
-        lines = [step_line(metrics, mean, self._share, self._left)] if metrics["step"] else []
-        for line in filter(None, [*lines, held_out_line(metrics)]):
-            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if metrics["step"]:
+            self._print(self._line(metrics))
+        if line := held_out_line(metrics):
+            self._print(line)
         if "sample" in metrics and "val_accuracy" in metrics:
             sample = metrics["sample"]
             worth = ", ".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
-            told = f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})"
-            self.bar.console.print(told, markup=False, highlight=False, soft_wrap=True)
+            text = f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})"
+            self._print(text)
         if self.wandb is not None:
             flat = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
             layers = metrics.get("max_vio") or []
             flat.update({f"max_vio/layer_{index}": value for index, value in enumerate(layers)})
             self.wandb.log(flat, step=metrics["step"])
+
+    def _line(self, metrics: dict[str, Any]) -> str:
+        mean = sum(self._losses) / len(self._losses) if self._losses else None
+        self._losses.clear()
+        return step_line(metrics, mean, self._share, self._left)
+
+    def _print(self, text: str) -> None:
+        self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._spoke = time.monotonic()
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines that a resumed run writes again, and a line that a crash cut short."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from training.checkpoints.resume import WholeModel, identity
 from training.checkpoints.run_checkpoints import RunCheckpoints
 from training.datasets import Dataset, PolicyDataset
 from training.entries import StepResult, announcement, step_entry, untrained_entry
-from training.interrupt import Interrupt
+from training.interrupt import Interrupt, aftermath
 from training.log import RunLog
 from training.losses import Batch, Loss
 from training.machine import Peak, autocast, choose_dtype, peak_memory, set_seed
@@ -37,6 +38,7 @@ from training.settings import StageSettings, save_resolved
 from training.skipping import Skipping
 from training.tally import Tally
 from training.validation import Validation
+from training.watch import Stopped
 from training.work import Work
 
 
@@ -117,7 +119,9 @@ class Trainer:
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
             flops = partial(work.flops, self.settings.sequence_length)
-            self._loop(log, found is None, lambda rate: self.peak.share(rate * flops()))
+            self.ranks.watch.show = log.doing
+            with suppress(Stopped):  # the step it was in has changed nothing yet
+                self._loop(log, found is None, lambda rate: self.peak.share(rate * flops()))
         self._finish()
         if self.ranks.main:
             draw_run(self.out)
@@ -127,11 +131,12 @@ class Trainer:
         """Steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
         if fresh and self.validation:
+            self.ranks.say("validating before the first step")
             log.write(untrained_entry(self._validate()))
         log.begin(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
         origin = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
-        stop = False
+        stop = self.ranks.asked_to_stop()
         while not stop and not progress.finished:
             # The rate of a step is that of its end, so that the first is not 0 and the last is the final one.
             after = progress.tokens * (progress.step + 1) / max(progress.step, 1)  # of samples as long as those before
@@ -152,7 +157,11 @@ class Trainer:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
                 entry = step_entry(result, progress, lr, rate, mfu(rate), peak_memory(self.ranks.device))
-                log.write({**entry, **self._validate()} if validate else entry)
+                measured = self._validate() if validate and not stop else {}
+                stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
+                log.write(entry if stop else {**entry, **measured})
+            else:
+                log.pulse(progress.step)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
             origin += time.perf_counter() - pause
@@ -169,11 +178,18 @@ class Trainer:
         micro = [mine[start : start + micro_rows] for start in range(0, per_rank, micro_rows)]
         nominal = self.settings.rows * self.settings.row_tokens
         tally, parts = Tally(), []
+        last = len(micro) - 1
         for index, indices in enumerate(micro):
+            if index and index < last and ranks.watch.asked:
+                continue
+            # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
+            if index and index == last and ranks.asked_to_stop():
+                raise Stopped
+            ranks.watch.show(f"micro-batch {index + 1}/{len(micro)}" if last else "")
             batch = self._move(self.dataset.batch(list(indices)))
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
             set_seed(scramble(self.settings.seed, self.progress.step, index, ranks.rank) >> 1, ranks.device)
-            with ranks.no_sync(self.module, index < len(micro) - 1):
+            with ranks.no_sync(self.module, index < last):
                 with autocast(self.dtype, ranks.device):
                     loss, count, metrics = self.loss(self.module, batch)
                 # Outside: autocast would round what the router's products in float32 get back.
@@ -246,11 +262,15 @@ class Trainer:
         """Save the end of the run, or the point where it was interrupted."""
         name = "final" if self.progress.finished else f"step-{self.progress.step}"
         self.checkpoints.wait()  # that of this step may be under way
+        if not self.progress.step:
+            self.ranks.say(f"interrupted: before the first step, so that there is nothing to save{aftermath()}")
+            return
         if self.progress.finished or not self.ranks.on_main((self.out / name).is_dir):
             self.checkpoints.save(name, self.progress)
         self.checkpoints.wait()
         if not self.progress.finished:
-            self.ranks.say(f"interrupted: saved {self.out / name}; the same command with --resume goes on from there")
+            saved = f"saved {self.out / name}; the same command with --resume goes on from there"
+            self.ranks.say(f"interrupted: {saved}{aftermath()}")
         else:
             self.ranks.say(
                 f"finished: {self.out / name} after {self.progress.step} steps, {self.progress.tokens:,} tokens"

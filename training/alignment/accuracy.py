@@ -14,6 +14,7 @@ from text.problems import Problem
 from training.alignment.rewards import is_correct
 from training.alignment.rollout import Sampler, chances, completion_texts, joined, sample_groups
 from training.ranks import Ranks
+from training.watch import Watch
 
 SAMPLES = 4
 KEY = 0x76616C  # keeps the chances of measuring apart from those of training
@@ -37,12 +38,12 @@ class Accuracy:
         self.kinds = sorted({problem.kind for problem in prompts.validation})
 
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
-        policy = self.sampler.refresh()
+        policy, watch = self.sampler.refresh(), ranks.watch
         mine = list(enumerate(self.prompts.validation))[ranks.rank :: ranks.world]
         entry: dict[str, Any] = {}
         for name, samples, temperature in (("accuracy", 1, 0.0), ("pass_1", SAMPLES, self.temperature)):
             right, asked = Counter(), Counter()
-            for row, text in enumerate(self._answers(policy, mine, samples, temperature)):
+            for row, text in enumerate(self._answers(policy, mine, samples, temperature, watch)):
                 problem = mine[row // samples][1]
                 right[problem.kind] += is_correct(problem, text)
                 asked[problem.kind] += 1
@@ -55,12 +56,13 @@ class Accuracy:
         return entry
 
     def _answers(
-        self, policy: MiniDeepSeek, numbered: list[tuple[int, Problem]], samples: int, temperature: float
+        self, policy: MiniDeepSeek, numbered: list[tuple[int, Problem]], samples: int, temperature: float, watch: Watch
     ) -> list[str]:
-        """`samples` answers to each problem, those of a problem together."""
+        """`samples` answers to each problem, those of a problem together; of some problems only after a signal."""
         if not numbered:
             return []
         ids = self.prompts.encode([problem for _, problem in numbered])
         drawn = chances([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
-        made = joined(sample_groups(policy, ids, drawn, self.prompts.tokenizer.eos_id, temperature, self.rows))
-        return completion_texts(self.prompts.tokenizer, made)
+        stop = self.prompts.tokenizer.eos_id
+        made = list(sample_groups(policy, ids, drawn, stop, temperature, self.rows, watch, "validating"))
+        return completion_texts(self.prompts.tokenizer, joined(made)) if made else []
