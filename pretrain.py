@@ -58,6 +58,11 @@ class PretrainSettings(NextTokenSettings):
         super().__post_init__()
         check_least(0, workers=self.workers)
 
+    def lighten(self, device: str) -> str:
+        if device == "cpu" and not self.ckpt and self.model.get("preset") != "demo":
+            return "the recipe for CPUs is --config configs/minutes.yaml"
+        return super().lighten(device)
+
 
 def main() -> None:
     settings = parse(PretrainSettings, __doc__ or "")

@@ -94,7 +94,9 @@ def _fitted(parts: list[str], columns: Iterable[Column], values: dict[str, Any])
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: 45s, 12m05s, 3h12m, 4d03h."""
+    """Two units at most: 0.45s, 5.2s, 45s, 12m05s, 3h12m, 4d03h."""
+    if seconds < 9.95:
+        return f"{seconds:.2g}s"
     if seconds < 59.5:
         return f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)

@@ -118,6 +118,10 @@ class StageSettings:
         """Samples a forward pass on one rank."""
         return max(self.micro_tokens // self.row_tokens, 1)
 
+    def lighten(self, device: str) -> str:
+        """What to do where a step takes too long on a kind of device."""
+        return f"lower --batch_tokens, now {self.rows * self.row_tokens:,}, or take a smaller model"
+
     def budget(self, samples: int) -> Budget:
         """The limits that were given; one pass over so many samples (or `epochs`) when none was."""
         limits = []

@@ -24,8 +24,10 @@ from training.checkpoints.checkpoint import Progress, Weights
 from training.checkpoints.lock import RunLock
 from training.checkpoints.resume import WholeModel, identity
 from training.checkpoints.run_checkpoints import RunCheckpoints
+from training.console import duration
 from training.datasets import Dataset, PolicyDataset
 from training.entries import StepResult, announcement, step_entry, untrained_entry
+from training.estimate import SLOW_STEP, estimate, length
 from training.interrupt import Interrupt, aftermath
 from training.log import RunLog
 from training.losses import Batch, Loss
@@ -81,6 +83,7 @@ class Trainer:
         weights = weights or WholeModel(self.model)
         self.checkpoints = RunCheckpoints(settings, ranks, weights, tokenizer, self.optimizer, dataset)
         self.interrupt = Interrupt(ranks)
+        self.warned = self.timed = False  # of slow steps; how long a micro-batch takes
         self.skipping = Skipping(self.out, settings.max_skipped, ranks, dataset)
 
     def run(self) -> Path:
@@ -109,16 +112,14 @@ class Trainer:
         if self.settings.compile:
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
-        costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)
-        length, compiled = self.settings.row_tokens, self.settings.compile
-        kernels = kernel_report(self.model.config, self.dtype, self.ranks.device, length, compiled)
-        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, self.peak.rate, kernels))
+        work = Work(self.model, self.loss)
+        flops = partial(work.flops, self.settings.sequence_length)
         if self.ranks.main:
+            self._announce(flops())
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
-            flops = partial(work.flops, self.settings.sequence_length)
             self.ranks.watch.show = log.doing
             with suppress(Stopped):  # the step it was in has changed nothing yet
                 self._loop(log, found is None, lambda rate: self.peak.share(rate * flops()))
@@ -126,6 +127,32 @@ class Trainer:
         if self.ranks.main:
             draw_run(self.out)
         return self.checkpoints.newest() or self.out
+
+    def _announce(self, flops: int) -> None:
+        """Say what runs, and what it will take where a token takes so many FLOPs."""
+        settings, ranks, config = self.settings, self.ranks, self.model.config
+        costs, peak = count_costs(config, settings.sequence_length), self.peak.rate
+        kernels = kernel_report(config, self.dtype, ranks.device, settings.row_tokens, settings.compile)
+        takes = estimate(settings, self.budget, self.model, flops, peak, ranks.device, self.dtype)
+        ranks.say(announcement(settings, ranks, self.budget, costs, self.dtype, peak, kernels, takes))
+        self._warn_of_slow_steps(takes.step)
+
+    def _warn_of_slow_steps(self, seconds: float) -> None:
+        """Say once what helps where a step takes so long that nobody would wait for the first."""
+        if seconds > SLOW_STEP and not self.warned:
+            self.warned = True
+            remedy = self.settings.lighten(self.ranks.device.type)
+            self.ranks.say(f"warning    a step takes about {duration(seconds)} here: {remedy}")
+
+    def _report_pace(self, seconds: float, count: int) -> None:
+        """The first of `count` micro-batches took so long: say what that makes of the step, where it is long."""
+        self.timed = True
+        step = seconds * count
+        if step > SLOW_STEP / 3:
+            _, whole = length(self.budget, step, self.settings.rows * self.settings.row_tokens)
+            pace = f"about {duration(step)} a step, {duration(whole)} for the whole run"
+            self.ranks.say(f"measured   micro-batch 1 of {count} took {duration(seconds)}: {pace}")
+            self._warn_of_slow_steps(step)
 
     def _loop(self, log: RunLog, fresh: bool, mfu: Callable[[float], float]) -> None:
         """Steps until the budget is spent or a signal came. Validating and saving are not training time."""
@@ -186,6 +213,7 @@ class Trainer:
             if index and index == last and ranks.asked_to_stop():
                 raise Stopped
             ranks.watch.show(f"micro-batch {index + 1}/{len(micro)}" if last else "")
+            began = 0.0 if self.timed or not last else time.perf_counter()
             batch = self._move(self.dataset.batch(list(indices)))
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
             set_seed(scramble(self.settings.seed, self.progress.step, index, ranks.rank) >> 1, ranks.device)
@@ -194,6 +222,8 @@ class Trainer:
                     loss, count, metrics = self.loss(self.module, batch)
                 # Outside: autocast would round what the router's products in float32 get back.
                 (loss / nominal).backward()
+            if began and ranks.device.type == "cpu":  # a GPU has not yet computed it
+                self._report_pace(time.perf_counter() - began, len(micro))
             parts.append((indices, loss.detach(), count))
             positions = torch.full((), batch["input_ids"].numel(), device=ranks.device)
             for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
