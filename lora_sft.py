@@ -16,7 +16,7 @@ from training.adapters.adapter import Adapter
 from training.adapters.frozen import check_base, shrink_frozen
 from training.adapters.lora import LoraSettings
 from training.adapters.merging import save_merged
-from training.chats import ChatSettings, open_chats
+from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim import OptimSettings, build_optimizer
@@ -60,7 +60,9 @@ def main() -> None:
     # Router biases stand still: an adapter has no place for them.
     loss = NextTokenLoss(mtp=False, balance_weight=0.0)
     optimizer = build_optimizer(model, settings.optim, {"lora_B": settings.lora.plus_ratio})
-    reached = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer).run()
+    samples = chat_samples(settings, tokenizer, ranks, dataset)
+    trainer = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer, samples)
+    reached = trainer.run()
     if settings.merge and ranks.main and reached.name == "final":
         save_merged(settings.ckpt, reached, Path(settings.out) / "merged")
     ranks.stop()

@@ -17,6 +17,7 @@ from text.registry import find_sources
 from text.sources import open_sources, sources_ready
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
+from training.samples import SampleSettings, open_samples
 from training.settings import NextTokenSettings, model_config, parse
 from training.stage import begin, check_vocabulary, open_checkpoint
 from training.trainer import Trainer
@@ -24,7 +25,7 @@ from training.validation import BitsPerByte, held_out_batches
 
 
 @dataclass(kw_only=True)
-class PretrainSettings(NextTokenSettings):
+class PretrainSettings(NextTokenSettings, SampleSettings):
     """Settings of pretraining.
 
     Args:
@@ -57,6 +58,7 @@ class PretrainSettings(NextTokenSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(0, workers=self.workers)
+        self.check_samples()
 
     def lighten(self, device: str) -> str:
         if device == "cpu" and not self.ckpt and self.model.get("preset") != "demo":
@@ -94,13 +96,14 @@ def main() -> None:
         ranks.check_writes_shared(Path(settings.shards))  # or the others would wait in vain for what rank 0 makes
     sources = open_sources(*corpus, main=ranks.main, **given)
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
-    validation = None
+    validation, held_out = None, None
     if settings.val_fraction:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
         batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
         validation = BitsPerByte(batches, tokenizer.token_bytes)
+    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, chat=False)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
-    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
     ranks.stop()
 
 

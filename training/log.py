@@ -124,8 +124,12 @@ class RunLog:
         self._losses.clear()
         return step_line(metrics, mean, self._share, self._left)
 
-    def _print(self, text: str) -> None:
-        self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def dim(self, text: str) -> None:
+        """A line beside the numbers."""
+        self._print(text, "dim")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
         self._spoke = time.monotonic()
 
     def _forget_after(self, step: int) -> None:

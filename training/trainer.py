@@ -35,6 +35,7 @@ from training.machine import Peak, autocast, choose_dtype, peak_memory, set_seed
 from training.optim import build_optimizer, set_learning_rate
 from training.plots import draw_run
 from training.ranks import Ranks
+from training.samples import Samples
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
 from training.skipping import Skipping
@@ -54,6 +55,7 @@ class Trainer:
         validation: measures held-out data before the first step, every `val_every` steps and after the last, or None.
         weights: what checkpoints hold, if it is not the whole model.
         optimizer: if it is not AdamW over all weights with `requires_grad`.
+        samples: of the model's text on the way, or None.
     """
 
     def __init__(
@@ -67,13 +69,14 @@ class Trainer:
         validation: Validation | None = None,
         weights: Weights | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        samples: Samples | None = None,
     ) -> None:
         self.settings, self.ranks, self.tokenizer = settings, ranks, tokenizer
         self.dtype = choose_dtype(settings.dtype, ranks.device)
         self.peak = Peak(self.dtype, ranks)
         self.model = model.to(ranks.device)
         self.model.gradient_checkpointing = settings.gradient_checkpointing
-        self.dataset, self.loss, self.validation = dataset, loss, validation
+        self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         settings.check_fit(ranks.world, model.config.max_position_embeddings)
         self.budget = settings.budget(len(dataset))
@@ -118,6 +121,8 @@ class Trainer:
             self._announce(flops())
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
+        if self.samples:
+            self.samples.begin(self.progress.step)
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
             self.ranks.watch.show = log.doing
@@ -164,6 +169,8 @@ class Trainer:
         origin = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
         stop = self.ranks.asked_to_stop()
+        if fresh and self.samples and not stop and self.samples.due(0, self.validation is not None, False):
+            self.samples.write(self.model, 0, log.dim)
         while not stop and not progress.finished:
             # The rate of a step is that of its end, so that the first is not 0 and the last is the final one.
             after = progress.tokens * (progress.step + 1) / max(progress.step, 1)  # of samples as long as those before
@@ -189,6 +196,9 @@ class Trainer:
                 log.write(entry if stop else {**entry, **measured})
             else:
                 log.pulse(progress.step)
+            validated = validate and self.validation is not None
+            if self.samples and not stop and self.samples.due(progress.step, validated, progress.finished):
+                self.samples.write(self.model, progress.step, log.dim)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
             origin += time.perf_counter() - pause
