@@ -36,7 +36,7 @@ class SampleSettings:
 
     Args:
         sample_every: steps between samples of the model's text, also kept in OUT/samples.jsonl; 0: at each validation.
-        sample_prompts: file of prompts for them, one a line; empty: how held-out texts begin, or held-out questions.
+        sample_prompts: file of prompts for them, one a line; empty: texts or questions of what is held out.
     """
 
     sample_every: int = 0

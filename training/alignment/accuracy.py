@@ -34,16 +34,16 @@ class Accuracy:
         self, prompts: PromptDataset, sampler: Sampler, max_new_tokens: int, temperature: float, rows: int
     ) -> None:
         self.prompts, self.sampler, self.temperature = prompts, sampler, temperature
-        self.max_new_tokens, self.rows = max_new_tokens, rows
+        self.max_new_tokens, self.rows, self.watch = max_new_tokens, rows, Watch()
         self.kinds = sorted({problem.kind for problem in prompts.validation})
 
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
-        policy, watch = self.sampler.refresh(), ranks.watch
+        policy, self.watch = self.sampler.refresh(), ranks.watch
         mine = list(enumerate(self.prompts.validation))[ranks.rank :: ranks.world]
         entry: dict[str, Any] = {}
         for name, samples, temperature in (("accuracy", 1, 0.0), ("pass_1", SAMPLES, self.temperature)):
             right, asked = Counter(), Counter()
-            for row, text in enumerate(self._answers(policy, mine, samples, temperature, watch)):
+            for row, text in enumerate(self._answers(policy, mine, samples, temperature)):
                 problem = mine[row // samples][1]
                 right[problem.kind] += is_correct(problem, text)
                 asked[problem.kind] += 1
@@ -56,7 +56,7 @@ class Accuracy:
         return entry
 
     def _answers(
-        self, policy: MiniDeepSeek, numbered: list[tuple[int, Problem]], samples: int, temperature: float, watch: Watch
+        self, policy: MiniDeepSeek, numbered: list[tuple[int, Problem]], samples: int, temperature: float
     ) -> list[str]:
         """`samples` answers to each problem, those of a problem together; of some problems only after a signal."""
         if not numbered:
@@ -64,5 +64,5 @@ class Accuracy:
         ids = self.prompts.encode([problem for _, problem in numbered])
         drawn = chances([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
         stop = self.prompts.tokenizer.eos_id
-        made = list(sample_groups(policy, ids, drawn, stop, temperature, self.rows, watch, "validating"))
+        made = list(sample_groups(policy, ids, drawn, stop, temperature, self.rows, self.watch, "validating"))
         return completion_texts(self.prompts.tokenizer, joined(made)) if made else []

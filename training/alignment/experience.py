@@ -164,17 +164,17 @@ class Experience:
 
         Raises `Stopped` on all ranks if a signal came to one of them meanwhile.
         """
-        settings = self.settings
-        problems = [self.prompts.problem(slot, turn) for slot in slots]
-        ids = self.prompts.encode(problems)
-        keys = [(self.prompts.seed, CHANCES, slot, turn) for slot in slots]
-        drawn = chances(keys, settings.group, settings.max_new_tokens)
-        stop, rows = self.tokenizer.eos_id, settings.rollout_rows
-        limits = stop, settings.temperature, rows
-        made = list(sample_groups(policy, ids, drawn, *limits, self.ranks.watch)) if slots else []
+        made, settings = [], self.settings
+        if slots:
+            problems = [self.prompts.problem(slot, turn) for slot in slots]
+            ids = self.prompts.encode(problems)
+            keys = [(self.prompts.seed, CHANCES, slot, turn) for slot in slots]
+            drawn = chances(keys, settings.group, settings.max_new_tokens)
+            limits = self.tokenizer.eos_id, settings.temperature, settings.rollout_rows
+            made = list(sample_groups(policy, ids, drawn, *limits, self.ranks.watch))
         if self.ranks.asked_to_stop():
             raise Stopped
-        return self._judge(problems, ids, joined(made)) if made else []
+        return self._judge(problems, ids, joined(made)) if slots else []
 
     def _judge(self, problems: list[Problem], ids: list[list[int]], made: Completions) -> list[Group]:
         group = self.settings.group

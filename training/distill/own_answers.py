@@ -114,9 +114,9 @@ class OwnAnswers:
         # Prompts of similar length together, a fair share of them for each rank.
         mine = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))[self.ranks.rank :: self.ranks.world]
         answers = self._answer(self.sampler.refresh(), step, prompts, mine) if mine else {}
-        if self.ranks.asked_to_stop():
-            raise Stopped
-        for other in self.ranks.gather(answers):
+        for other, stopped in self.ranks.gather((answers, self.ranks.watch.asked)):
+            if stopped:
+                raise Stopped
             answers |= other
         conversations = []
         for place, prompt in enumerate(prompts):
