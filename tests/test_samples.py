@@ -119,7 +119,7 @@ def test_prompts_of_a_file_are_texts_or_questions(tokenizer: Tokenizer, tmp_path
     [
         (b"\n", "empty; give one prompt a line"),
         (b"\xff\xfe\xff", "cannot be read"),
-        ("a" * 5000, "tokens, but 256 is the most"),
+        ("a" * 5000, "tokens long, but 256 is the most; shorten it"),
     ],
 )
 def test_a_file_without_usable_prompts_is_refused(content, message, tokenizer, tmp_path):

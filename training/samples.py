@@ -154,7 +154,8 @@ def prompts_of(file: str, tokenizer: Tokenizer, chat: bool) -> list[list[int]]:
     encoded = [ids for ids, _ in encode_chats(tokenizer, questions, add_generation_prompt=True)]
     for line, ids in zip(lines, encoded, strict=True):
         if len(ids) > LONGEST:
-            raise UserError(f"--sample_prompts {file}: {len(ids)} tokens, but {LONGEST} is the most: {line[:TEXT]}")
+            what = f"{line[:TEXT]!r} is {len(ids)} tokens long, but {LONGEST} is the most"
+            raise UserError(f"--sample_prompts {file}: {what}; shorten it")
     return encoded
 
 
