@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
+import time
 
 import pytest
 
+import errors
 import full_sft
 import grpo_train
+import training.log
+from errors import waiting
 from training.console import COLUMNS, HELD_OUT, WIDTH, duration, held_out_line, legend, step_line
 from training.log import read_metrics
 
@@ -72,6 +77,35 @@ def test_before_training_only_what_was_measured_is_shown(make, capsys):
     make(max_steps=1).run()
     (untrained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step      0")]
     assert re.fullmatch(r"step      0   val  [\d.]+ bits/byte  loss [\d.]+ nats", untrained)
+
+
+def test_what_lasts_long_is_said_and_what_does_not_is_not(capsys, monkeypatch):
+    with waiting("reading much"):
+        pass
+    monkeypatch.setattr(errors, "PATIENCE", 0.0)
+    with waiting("reading much", speaks=False):
+        time.sleep(0.05)
+    assert not capsys.readouterr().err
+    with waiting("reading much"):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "reading much ...\n"
+
+
+def test_lines_reach_a_file_as_they_are_printed(monkeypatch, tmp_path):
+    with open(tmp_path / "out.txt", "w", encoding="utf8") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "argv", ["script"])
+        errors.command_line(lambda: print("first"))
+        assert (tmp_path / "out.txt").read_text() == "first\n"
+
+
+def test_a_run_that_logs_seldom_is_not_silent(make, capsys, monkeypatch):
+    """A line for a step that comes long after the last one, but no entry of metrics.jsonl."""
+    monkeypatch.setattr(training.log, "QUIET", -1.0)
+    trainer = make(max_steps=5, log_every=100)
+    trainer.run()
+    shown = re.findall(r"^step +(\d+) +\d+%", capsys.readouterr().out, flags=re.MULTILINE)
+    assert shown == ["1", "2", "3", "4", "5"] and len(read_metrics(trainer.out / "metrics.jsonl")) == 3
 
 
 @pytest.mark.parametrize("script", [full_sft, grpo_train], ids=["full_sft", "grpo_train"])

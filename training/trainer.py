@@ -139,7 +139,8 @@ class Trainer:
         costs, peak = count_costs(config, settings.sequence_length), self.peak.rate
         kernels = kernel_report(config, self.dtype, ranks.device, settings.row_tokens, settings.compile)
         takes = estimate(settings, self.budget, self.model, flops, peak, ranks.device, self.dtype)
-        ranks.say(announcement(settings, ranks, self.budget, costs, self.dtype, peak, kernels, takes))
+        apart = ", sampling apart" if isinstance(self.dataset, PolicyDataset) else ""
+        ranks.say(announcement(settings, ranks, self.budget, costs, self.dtype, peak, kernels, takes) + apart)
         self._warn_of_slow_steps(takes.step)
 
     def _warn_of_slow_steps(self, seconds: float) -> None:
