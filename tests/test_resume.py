@@ -241,7 +241,7 @@ def test_a_validation_is_cut_short_by_a_signal_and_not_logged(make):
 def test_torchruns_own_report_of_the_signal_is_announced(make, capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     make(dataset=interrupt_at(2, signal.SIGTERM)).run()
-    assert capsys.readouterr().out.splitlines()[-1].endswith("is torchrun's report of the signal, not a fault)")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("it is torchrun's report of the signal, not a fault)")
 
 
 def test_a_signal_to_one_rank_saves_the_step_of_both(make, tmp_path):

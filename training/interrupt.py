@@ -47,4 +47,4 @@ def aftermath() -> str:
     """What torchrun says once its workers have ended by a signal, explained; nothing without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
-    return " (a SignalException after this line is torchrun's report of the signal, not a fault)"
+    return " (should a SignalException follow, it is torchrun's report of the signal, not a fault)"
