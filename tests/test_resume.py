@@ -238,6 +238,18 @@ def test_a_validation_is_cut_short_by_a_signal_and_not_logged(make):
     assert [entry["step"] for entry in entries if "val_loss" in entry] == [0] and entries[-1]["step"] == 2
 
 
+def test_a_first_validation_that_is_cut_short_is_not_logged(make):
+    trainer = make()
+    forward = trainer.model.forward
+
+    def interrupted(*given: object, **named: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(*given, **named)
+
+    trainer.model.forward = interrupted
+    assert trainer.run() == trainer.out and not read_metrics(trainer.out / "metrics.jsonl")
+
+
 def test_torchruns_own_report_of_the_signal_is_announced(make, capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     make(dataset=interrupt_at(2, signal.SIGTERM)).run()

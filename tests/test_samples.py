@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from toy_stage import files
 
 import full_sft
 import pretrain
+import training.trainer
 from errors import UserError
 from text.tokenizer import Tokenizer
 from training.log import read_metrics
@@ -51,6 +53,17 @@ def test_samples_change_no_number_of_the_training(make):
     assert without_clocks(plain.out) == without_clocks(sampled.out)
     assert files(plain.out / "final") == files(sampled.out / "final")
     assert [entry["step"] for entry in written(sampled.out)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_sampling_is_not_training_time(make, monkeypatch):
+    """Or a run limited by the clock would train less for being watched."""
+    now, write = [0.0], Samples.write
+    monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Samples, "write", lambda *given: (write(*given), now.__setitem__(0, now[0] + 1000.0)))
+    trainer = with_samples(make(max_steps=3), every=1)
+    trainer.run()
+    assert len(written(trainer.out)) == 8
+    assert [entry["seconds"] for entry in read_metrics(trainer.out / "metrics.jsonl")] == [0, 0, 0, 0]
 
 
 def test_samples_come_with_each_validation_or_when_asked_for(make):

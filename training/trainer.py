@@ -163,15 +163,18 @@ class Trainer:
     def _loop(self, log: RunLog, fresh: bool, mfu: Callable[[float], float]) -> None:
         """Steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
-        if fresh and self.validation:
+        measures = fresh and self.validation is not None
+        if measures:
             self.ranks.say("validating before the first step")
-            log.write(untrained_entry(self._validate()))
+        measured = self._validate() if measures else {}
+        stop = self.ranks.asked_to_stop()
+        if measures and not stop:
+            log.write(untrained_entry(measured))
+        if fresh and self.samples and not stop and self.samples.due(0, measures, False):
+            self.samples.write(self.model, 0, log.dim)
         log.begin(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
         origin = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
-        stop = self.ranks.asked_to_stop()
-        if fresh and self.samples and not stop and self.samples.due(0, self.validation is not None, False):
-            self.samples.write(self.model, 0, log.dim)
         while not stop and not progress.finished:
             # The rate of a step is that of its end, so that the first is not 0 and the last is the final one.
             after = progress.tokens * (progress.step + 1) / max(progress.step, 1)  # of samples as long as those before
