@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from errors import UserError, command_line
+from errors import UserError, command_line, waiting
 from text.compression import Compression, measure_compression
 from text.readers import Corpus
 from text.registry import REGISTRY, find_sources
@@ -62,7 +62,9 @@ def train_tokenizer(
     if sample_mb <= 0:
         raise UserError(f"--sample_mb {sample_mb}: must be above 0")
     corpus = Corpus(find_sources(data, datasets, "text"), column, on_error, encoding)
-    sample = read_sample(corpus, int(sample_mb * 1e6), seed)
+    shown = sys.stderr.isatty()
+    with waiting(f"reading {data}", not shown):
+        sample = read_sample(corpus, int(sample_mb * 1e6), seed)
     print(f"{sample.documents_seen:,} documents, {sample.size_seen / 1e6:.1f} MB", end="; ")
     print(f"training on {len(sample.texts):,} documents, {sample.size / 1e6:.1f} MB")
     for line in corpus.report.summary():
@@ -71,7 +73,8 @@ def train_tokenizer(
     held_out = sample.texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     del sample.texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     begin = time.perf_counter()
-    tokenizer = train_bpe(sample.texts, vocab_size, min_frequency, max_token_bytes, progress=sys.stderr.isatty())
+    with waiting("counting pairs and merging them, a minute or two for 30 MB", not shown):
+        tokenizer = train_bpe(sample.texts, vocab_size, min_frequency, max_token_bytes, progress=shown)
     seconds = time.perf_counter() - begin
     tokenizer.save(out)
 
