@@ -19,7 +19,7 @@ from text.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.rollout import Sampler
 from training.batch import fit_batch
-from training.chats import ChatSettings, open_chats
+from training.chats import ChatSettings, chat_samples, open_chats
 from training.checkpoints.resume import check_unused
 from training.datasets import Dataset
 from training.distill.curation import AnswerSettings, gather_answers, is_endpoint, open_answering
@@ -97,10 +97,11 @@ def main() -> None:
             return
     model, tokenizer = open_student(settings)
     dataset, validation = open_chats(settings, tokenizer, ranks)
+    samples = chat_samples(settings, tokenizer, ranks, dataset)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
     if settings.method == "logits":
         dataset, loss = with_teacher(settings, ranks, model, tokenizer, dataset)
-    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
     ranks.stop()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset import PreferenceDataset
-from errors import UserError, command_line
+from errors import UserError, command_line, waiting
 from model import MiniDeepSeek
 from text.encoded_pairs import CUT
 from text.registry import find_sources
@@ -74,9 +74,9 @@ def main() -> None:
     # The MTP layers have no part in this loss. Router biases stand still: policy and reference route by the same ones.
     model.mtp.requires_grad_(False)
     sources = find_sources(settings.data, settings.datasets, "preference")
-    dataset = PreferenceDataset(
-        sources, tokenizer, settings.sequence_length, settings.seed, settings.on_error, settings.val_fraction, cut
-    )
+    shape = settings.sequence_length, settings.seed, settings.on_error, settings.val_fraction, cut
+    with waiting(f"reading {settings.data}", ranks.main):
+        dataset = PreferenceDataset(sources, tokenizer, *shape)
     if ranks.main:
         dataset.print_summary()
     loss = PreferenceLoss(settings.preference, ask_reference(settings, ranks, model, tokenizer, dataset))

@@ -1,4 +1,4 @@
-"""What a person sees when something is wrong: one line, an exit code, no traceback."""
+"""What a person sees when something is wrong, one line, an exit code, no traceback; and when it takes long."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -69,6 +70,8 @@ def _moves(letter: str) -> bool:
 PATHS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
+PATIENCE = 3.0
+
 # What torch's errors say when the memory of a GPU, or of the machine, is full.
 MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 MORE_MEMORY = (
@@ -87,6 +90,19 @@ def naming(file: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def waiting(what: str, speaks: bool = True) -> Iterator[None]:
+    """Say on stderr what takes so long, where something lasts more than `PATIENCE` seconds."""
+    timer = threading.Timer(PATIENCE, print, (f"{what} ...",), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if speaks:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def with_home(text: str) -> str:
     """The text with the home folder for a `~` that begins it, or one of several paths in it: `a.csv=2,~/b.csv`.
 
@@ -102,7 +118,7 @@ def command_line(main: Callable[[], None]) -> None:
     """
     sys.argv[1:] = map(with_home, sys.argv[1:])
     if isinstance(sys.stdout, TextIOWrapper):  # else a path that is no UTF-8 could not be printed, as it can on stderr
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # lines arrive in a file at once too
     try:
         main()
     except UserError as error:

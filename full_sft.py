@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from errors import command_line
-from training.chats import ChatSettings, open_chats
+from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.settings import NextTokenSettings, parse
 from training.stage import begin, open_checkpoint
@@ -26,7 +26,8 @@ def main() -> None:
     model, tokenizer = open_checkpoint(settings.ckpt)
     dataset, validation = open_chats(settings, tokenizer, ranks)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
-    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
+    samples = chat_samples(settings, tokenizer, ranks, dataset)
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
     ranks.stop()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dataset import PromptDataset
-from errors import UserError, command_line
+from errors import UserError, command_line, waiting
 from text.registry import find_sources
 from training.alignment.accuracy import Accuracy
 from training.alignment.experience import Experience
@@ -91,7 +91,8 @@ def main() -> None:
     options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
     longest = settings.sequence_length - settings.max_new_tokens
     sources = find_sources(settings.data, settings.datasets, "prompt")
-    prompts = PromptDataset(sources, tokenizer, longest, settings.seed, **options)
+    with waiting(f"reading {settings.data}", ranks.main):
+        prompts = PromptDataset(sources, tokenizer, longest, settings.seed, **options)
     if ranks.main:
         prompts.print_summary()
     dtype = choose_dtype(settings.dtype, ranks.device)

@@ -14,7 +14,8 @@ from torch import nn
 from errors import UserError, command_line
 from training.adapters.frozen import check_base, shrink_frozen
 from training.adapters.lora import LoraSettings
-from training.chats import ChatSettings, open_chats
+from training.adapters.merging import save_merged
+from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim import OptimSettings, build_optimizer
@@ -49,7 +50,6 @@ def main() -> None:
     settings = parse(LoraSFTSettings, __doc__ or "")
     # peft takes seconds to import, which --help need not wait for.
     from training.adapters.adapter import Adapter
-    from training.adapters.merging import save_merged
 
     ranks = begin(settings)
     model, tokenizer = open_checkpoint(settings.ckpt)
@@ -62,7 +62,9 @@ def main() -> None:
     # Router biases stand still: an adapter has no place for them.
     loss = NextTokenLoss(mtp=False, balance_weight=0.0)
     optimizer = build_optimizer(model, settings.optim, {"lora_B": settings.lora.plus_ratio})
-    reached = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer).run()
+    samples = chat_samples(settings, tokenizer, ranks, dataset)
+    trainer = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer, samples)
+    reached = trainer.run()
     if settings.merge and ranks.main and reached.name == "final":
         save_merged(settings.ckpt, reached, Path(settings.out) / "merged")
     ranks.stop()

@@ -18,6 +18,7 @@ from text.sources import open_sources, sources_ready
 from text.tokenizer import Tokenizer
 from training.held_out import labels_name
 from training.losses import NextTokenLoss
+from training.samples import SampleSettings, open_samples
 from training.settings import NextTokenSettings, model_config, parse
 from training.stage import begin, check_vocabulary, continue_checkpoint
 from training.trainer import Trainer
@@ -25,7 +26,7 @@ from training.validation import BitsPerByte, held_out_batches
 
 
 @dataclass(kw_only=True)
-class PretrainSettings(NextTokenSettings):
+class PretrainSettings(NextTokenSettings, SampleSettings):
     """Settings of pretraining.
 
     Args:
@@ -61,6 +62,12 @@ class PretrainSettings(NextTokenSettings):
         check_least(0, workers=self.workers)
         if not self.ckpt:
             self.model = {"preset": "64m", **self.model}
+        self.check_samples()
+
+    def lighten(self, device: str) -> str:
+        if device == "cpu" and not self.ckpt and self.model.get("preset") != "demo":
+            return "the recipe for CPUs is --config configs/minutes.yaml"
+        return super().lighten(device)
 
 
 def main() -> None:
@@ -97,13 +104,14 @@ def main() -> None:
     with ranks.led() as check:
         sources = open_sources(*corpus, main=ranks.main, check=check, **given)
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
-    validation = None
+    validation, held_out = None, None
     if settings.val_fraction:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
         batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
         validation = BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(data, batches, tokenizer)})
+    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, chat=False)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
-    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
     ranks.stop()
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from errors import UserError, command_line
+from errors import UserError, command_line, waiting
 from text.compression import Compression, measure_compression
 from text.readers import Corpus
 from text.registry import REGISTRY, find_sources
@@ -63,7 +63,9 @@ def train_tokenizer(
     if sample_mb <= 0:
         raise UserError(f"--sample_mb {sample_mb}: must be above 0")
     corpus = Corpus(find_sources(data, datasets, "text"), column, on_error, encoding)
-    sample = read_sample(corpus, int(sample_mb * 1e6), seed)
+    shown = sys.stderr.isatty()
+    with waiting(f"reading {data}", not shown):
+        sample = read_sample(corpus, int(sample_mb * 1e6), seed)
     held_out = sample.texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     del sample.texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     print(
@@ -77,7 +79,8 @@ def train_tokenizer(
     print(balance(sample.documents_seen + sum(unused.values()), "documents", {**fates, **unused}))
 
     begin = time.perf_counter()
-    tokenizer = train_bpe(sample.texts, vocab_size, min_frequency, max_token_bytes, progress=sys.stderr.isatty())
+    with waiting("counting pairs and merging them, a minute or two for 30 MB", not shown):
+        tokenizer = train_bpe(sample.texts, vocab_size, min_frequency, max_token_bytes, progress=shown)
     seconds = time.perf_counter() - begin
     tokenizer.save(out)
 

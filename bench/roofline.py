@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from LMConfig import LMConfig
-from model.counts import Costs, count, human
+from model.counts import Costs, activation_numbers, count, human
 
 BF16, FP32 = 2, 4  # bytes
 STATE_BYTES = 4 * FP32  # a weight in training: itself, its gradient and AdamW's two moments
@@ -109,18 +109,7 @@ class Network:
         """Of one token in training: each product reads its input and writes its output in bf16, in each of 3 passes;
         norms, rotations and activations between them move as much again."""
         config = self.config
-        hidden, heads, width = config.hidden_size, config.num_attention_heads, config.qk_head_dim
-        kv = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        rank, latent = config.q_lora_rank or 0, config.kv_lora_rank + config.qk_rope_head_dim
-        query = hidden + rank + rank + heads * width if rank else hidden + heads * width
-        attention = query + hidden + latent + config.kv_lora_rank + kv + heads * config.v_head_dim + hidden
-        attention += heads * (2 * width + 2 * config.v_head_dim)  # the fused kernel: q, k and v in, the output out
-        dense = 2 * hidden + 3 * config.intermediate_size
-        chosen = config.num_experts_per_tok + config.n_shared_experts
-        moe = chosen * (2 * hidden + 3 * config.moe_intermediate_size)
-        layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        numbers = layers * attention + config.first_k_dense_replace * dense
-        numbers += (layers - config.first_k_dense_replace) * moe + hidden + config.vocab_size
+        numbers = activation_numbers(config) + config.hidden_size + config.vocab_size
         return 2 * PASSES * BF16 * numbers
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from eval.compared_run import ComparedRun
 from eval.suites.score_table import shown, table
 from eval.suites.suite import Score
+from training.console import ROUNDING
 from training.held_out import MEASURED_ON
-from training.log import ROUNDING
 from training.plots import PANELS, load_pyplot, plain
 
 COLUMNS = 3

@@ -54,6 +54,21 @@ def count(config: LMConfig, time: int = 512) -> Costs:
     )
 
 
+def activation_numbers(config: LMConfig) -> int:
+    """Numbers that one token of training passes from product to product in the layers, MTP's included."""
+    hidden, heads, width = config.hidden_size, config.num_attention_heads, config.qk_head_dim
+    kv = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    rank, latent = config.q_lora_rank or 0, config.kv_lora_rank + config.qk_rope_head_dim
+    query = hidden + rank + rank + heads * width if rank else hidden + heads * width
+    attention = query + hidden + latent + config.kv_lora_rank + kv + heads * config.v_head_dim + hidden
+    attention += heads * (2 * width + 2 * config.v_head_dim)  # the fused kernel: q, k and v in, the output out
+    dense = 2 * hidden + 3 * config.intermediate_size
+    chosen = config.num_experts_per_tok + config.n_shared_experts
+    moe = chosen * (2 * hidden + 3 * config.moe_intermediate_size)
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return layers * attention + config.first_k_dense_replace * dense + (layers - config.first_k_dense_replace) * moe
+
+
 def _parameters(config: LMConfig) -> tuple[int, int]:
     """Total and activated parameters; the router's bias is counted as the released figures do not: not at all."""
     with torch.device("meta"):

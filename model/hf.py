@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import DamagedCheckpoint, UserError, command_line
+from errors import DamagedCheckpoint, UserError, command_line, waiting
 from LMConfig import LMConfig
 from model.tensor_file import save_file
 from model.transformer import MiniDeepSeek
@@ -167,7 +167,8 @@ def load_pretrained(
     check_size(config, files, folder)
     model = MiniDeepSeek(adapt(config))
     try:
-        fill(model, files)
+        with waiting(f"reading {folder}"):
+            fill(model, files)
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     return model.to(device=device, dtype=dtype)

@@ -191,7 +191,7 @@ def test_ranks_make_the_rows_that_one_makes(world, tokenizer, student):
             own(chats, student, ranks).prepare(2, alone.sampler.source)
         halves += parts
     ranks = Ranks(0, 2, CPU)
-    object.__setattr__(ranks, "gather", lambda value: [dict(half) for half in halves])
+    object.__setattr__(ranks, "gather", lambda _: [(dict(half), stopped) for half, stopped in halves])
     both = own(chats, student, ranks)
     both.prepare(2, alone.sampler.source)
     for name, value in alone.batch(range(8, 12)).items():

@@ -300,6 +300,14 @@ def test_a_passing_fault_is_asked_again(mood, server):
     assert server.questions() == ["q", "q", "q"]
 
 
+def test_a_person_reads_of_each_further_attempt_once_however_many_questions_wait(server, capsys):
+    server.moods = {name: [500, 500, "well"] for name in ("q", "r", "s")}
+    assert len(replies(endpoint(server), "q", "r", "s")) == 3
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"notice: --teacher {server.url}: status 500" in first and "attempt 2 of " in first
+    assert "attempt 3 of " in second
+
+
 def test_pauses_grow_and_are_not_the_same_for_all(server):
     server.moods["q"] = [500, 500, 500, "well"]
     pauses, sleep = noted()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from toy_stage import ROWS, TIME, Rows, files, interrupt_at, steps_logged
 
 import model.hf
+import training.interrupt
 from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -22,6 +23,9 @@ from model.hf import to_hugging_face
 from training.checkpoints.checkpoint import Snapshot
 from training.log import RunLog, read_metrics
 from training.ranks import Ranks
+from training.validation import BitsPerByte
+
+CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,95 @@ def test_a_signal_saves_the_step_and_resume_goes_on(number, make, capsys):
     assert steps_logged(trainer) == [0, 1, 2, 3, 4]
 
 
+def test_signals_that_arrive_together_are_one_request(make):
+    """Ctrl-C reaches the workers of torchrun from the terminal, and from torchrun once more."""
+    trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT, signal.SIGTERM))
+    assert trainer.run() == trainer.out / "step-2"
+
+
+def cut_at(step: int, number: int, asked: list[list[int]], rank: int = 0) -> Rows:
+    """Rows of two-row micro-batches; a signal arrives in `number` of `step`, both from 0. `asked`: all that were."""
+
+    def before(indices: Sequence[int]) -> None:
+        asked.append(list(indices))
+        if indices[0] == step * ROWS + rank * ROWS // 2 + 2 * number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return Rows(before)
+
+
+def test_a_signal_is_obeyed_at_the_next_micro_batch_and_the_step_is_as_if_it_had_not_begun(make, capsys):
+    cut = dict(micro_tokens=2 * TIME)
+    whole = make("whole", **cut)
+    whole.run()
+    asked: list[list[int]] = []
+    trainer = make(dataset=cut_at(2, 1, asked), **cut)
+    assert trainer.run() == trainer.out / "step-2"
+    assert asked[-2:] == [[16, 17], [18, 19]] and len(asked) == 2 * 4 + 2
+    assert f"interrupted: saved {trainer.out / 'step-2'}; the same command" in capsys.readouterr().out
+    assert steps_logged(trainer) == [0, 1, 2]
+    make(resume=True, **cut).run()
+    assert files(trainer.out / "final") == files(whole.out / "final")
+    entries = []
+    for each in (trainer, whole):
+        run = read_metrics(each.out / "metrics.jsonl")
+        entries.append([{name: value for name, value in entry.items() if name not in CLOCKS} for entry in run])
+    assert entries[0] == entries[1]
+
+
+def test_a_signal_in_the_first_step_leaves_nothing_and_says_so(make, capsys):
+    trainer = make(dataset=cut_at(0, 1, []), micro_tokens=2 * TIME)
+    assert trainer.run() == trainer.out
+    assert "interrupted: before the first step, so that there is nothing to save" in capsys.readouterr().out
+    make(micro_tokens=2 * TIME, max_steps=1).run()
+    assert (trainer.out / "final").is_dir()
+
+
+def test_ranks_leave_a_step_together_wherever_the_signal_came(make, tmp_path):
+    def train(rank: int) -> None:
+        dataset = cut_at(1, 0, [], rank) if rank == 1 else Rows()
+        make(dataset=dataset, ranks=Ranks.start("cpu", timeout=10.0), max_steps=50, micro_tokens=2 * TIME).run()
+
+    assert [rank.code for rank in on_ranks(2, train, tmp_path)] == [0, 0]
+    assert (tmp_path / "run" / "step-1").is_dir() and not (tmp_path / "run" / "final").exists()
+
+
+def test_a_validation_is_cut_short_by_a_signal_and_not_logged(make):
+    trainer = make(val_every=2)
+    batch, seen, forward = trainer.validation.batches[0], [], trainer.model.forward
+
+    def counted(*given: object, **named: object) -> object:
+        if not trainer.model.training:
+            seen.append(1)
+            if len(seen) == 3 + 1:  # the first of the second validation
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*given, **named)
+
+    trainer.validation = BitsPerByte([batch] * 3, trainer.validation.token_bytes)
+    trainer.model.forward = counted
+    assert trainer.run() == trainer.out / "step-2" and len(seen) == 4
+    entries = read_metrics(trainer.out / "metrics.jsonl")
+    assert [entry["step"] for entry in entries if "val_loss" in entry] == [0] and entries[-1]["step"] == 2
+
+
+def test_a_first_validation_that_is_cut_short_is_not_logged(make):
+    trainer = make()
+    forward = trainer.model.forward
+
+    def interrupted(*given: object, **named: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(*given, **named)
+
+    trainer.model.forward = interrupted
+    assert trainer.run() == trainer.out and not read_metrics(trainer.out / "metrics.jsonl")
+
+
+def test_torchruns_own_report_of_the_signal_is_announced(make, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    make(dataset=interrupt_at(2, signal.SIGTERM)).run()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("it is torchrun's report of the signal, not a fault)")
+
+
 def test_a_signal_to_one_rank_saves_the_step_of_both(make, tmp_path):
     def told(indices: Sequence[int]) -> None:
         if indices[0] == ROWS + ROWS // 2:  # the second rank's half of the second step
@@ -202,7 +295,8 @@ def test_an_interrupted_extension_goes_on_from_where_it_was(make):
     assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_a_second_signal_stops_at_once(make):
+def test_a_later_signal_stops_at_once(make, monkeypatch):
+    monkeypatch.setattr(training.interrupt, "TOGETHER", -1.0)
     trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT))
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

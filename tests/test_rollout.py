@@ -12,6 +12,7 @@ from training.alignment.rollout import Completions, Sampler, chances, joined, sa
 from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE
 from training.machine import autocast
+from training.watch import Watch
 
 STOP, NEW, GROUP = 2, 12, 5
 PROMPTS = [[1, 9, 17, 30, 4], [1, 8], [1, 40, 40, 7]]
@@ -150,3 +151,13 @@ def test_log_probabilities_and_their_gradient_are_those_of_the_whole_softmax():
     torch.testing.assert_close(found, want)
     torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1) * counted)
     torch.testing.assert_close(ours, (hidden.grad, head.grad))
+
+
+def test_sampling_shows_how_far_it_is_and_ends_at_a_signal(tiny_model):
+    model, shown = stopping(tiny_model), []
+    watch = Watch(show=shown.append)
+    drawn = chances(keys(3), GROUP, NEW)
+    assert len(list(sample_groups(model, PROMPTS[:3], drawn, STOP, watch=watch))) == 3
+    assert shown[0] == f"sampling: 0 of {3 * GROUP} completions" and shown[-1] == ""
+    watch.asked = True
+    assert not list(sample_groups(model, PROMPTS[:3], drawn, STOP, watch=watch))

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from errors import UserError
+from errors import UserError, waiting
 from text.chat_template import encode_chats
 from text.conversations import read_conversations
 from text.packing import cut_at_turn
@@ -89,7 +89,9 @@ class EncodedChats(TokenRows):
         has_marks = False
         console = Console(stderr=True)
         total = sum(source_bytes(source) for source in sources) or None
-        with Progress(transient=True, console=console, disable=not (progress and console.is_terminal)) as bar:
+        shown = progress and console.is_terminal
+        told = waiting("encoding conversations", progress and not shown)
+        with told, Progress(transient=True, console=console, disable=not shown) as bar:
             task = bar.add_task("encoding conversations", total=total)
             for owner, source in enumerate(sources):
                 conversations = read_conversations(source, on_error, report.read)

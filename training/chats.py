@@ -11,12 +11,13 @@ from text.tokenizer import Tokenizer
 from training.held_out import labels_name
 from training.optim import OptimSettings
 from training.ranks import Ranks
+from training.samples import Samples, SampleSettings, open_samples
 from training.settings import StageSettings
 from training.validation import BitsPerByte, held_out_batches
 
 
 @dataclass(kw_only=True)
-class ChatSettings(StageSettings):
+class ChatSettings(StageSettings, SampleSettings):
     """Settings of a stage that learns from conversations.
 
     Args:
@@ -35,6 +36,16 @@ class ChatSettings(StageSettings):
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, weight_decay=0.0, decay_from=0.0))
 
     DEFAULT_EPOCHS: ClassVar[float] = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_samples()
+
+
+def chat_samples(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks, dataset: ChatDataset) -> Samples | None:
+    """Answers to held-out questions, or to those of --sample_prompts, while the model is trained."""
+    rows, validated = dataset.validation or dataset, dataset.validation is not None
+    return open_samples(settings, tokenizer, ranks, rows, validated, chat=True)
 
 
 def open_chats(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks) -> tuple[ChatDataset, BitsPerByte | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.counts import Costs, human
 from training.checkpoints.checkpoint import Progress
+from training.estimate import Estimate
 from training.ranks import Ranks
 from training.schedule import Budget
 from training.settings import StageSettings
@@ -77,9 +78,10 @@ def max_violation(counts: Tensor) -> list[float]:
 
 
 def announcement(
-    settings: StageSettings, ranks: Ranks, budget: Budget, costs: Costs, dtype: torch.dtype, peak: float, kernels: str
-) -> str:
-    """Model, machine, kernels, batch and end of a run, in five lines."""
+    settings: StageSettings, ranks: Ranks, budget: Budget, costs: Costs, dtype: torch.dtype, peak: float, kernels: str,
+    takes: Estimate,
+) -> str:  # fmt: skip
+    """Model, machine, kernels, batch, end and duration of a run, in six lines."""
     micro = min(settings.micro_rows, settings.rows // ranks.world)
     accumulation = math.ceil(settings.rows / ranks.world / micro)
     why = f" ({ranks.why})" if ranks.why else ""
@@ -95,5 +97,6 @@ def announcement(
         f"kernels    {kernels}\n"
         f"batch      {settings.rows} rows of {settings.row_tokens} tokens = {ranks.world} ranks x "
         f"{accumulation} accumulated x {micro} rows\n"
-        f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}"
+        f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
+        f"takes      {takes}"
     )

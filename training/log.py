@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,37 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from errors import naming
 from text.json_text import json_text
+from training.console import held_out_line, step_line
 from training.held_out import is_named
 
-COLUMNS = (
-    ("reward", "reward {:.3f}"),
-    ("loss", "loss {:.4f}"),
-    ("mtp_loss", "mtp {:.3f}"),
-    ("divergence", "divergence {:.4f}"),
-    ("cross_entropy", "cross entropy {:.4f}"),
-    ("accuracy", "preferred {:.1%}"),
-    ("margin", "reward margin {:.3f}"),
-    ("kl", "kl {:.4f}"),
-    ("lr", "lr {:.2e}"),
-    ("grad_norm", "norm {:.2f}"),
-    ("tokens_per_second", "{:,.0f} tok/s"),
-    ("mfu", "mfu {:.1%}"),
-    ("max_vio_worst", "MaxVio {:.2f}"),
-    ("memory_gb", "{:.1f} GB"),
-    ("completion_length", "length {:.0f}"),
-    ("zero_variance", "same {:.0%}"),
-    ("clip_share", "clipped {:.1%}"),
-    ("entropy", "entropy {:.2f}"),
-    ("val_accuracy", "held-out accuracy {:.1%}"),
-    ("val_pass_1", "held-out pass@1 {:.1%}"),
-    ("val_preferred", "held-out preferred {:.1%}"),
-    ("val_margin", "held-out reward margin {:.3f}"),
-    ("val_bits_per_byte", "val {:.4f} bits/byte"),
-)
-
 STRUCTURED = ("sample", "max_vio", "expert_load", "held_out")
+QUIET = 30.0  # seconds after which the next step has a line, whatever --log_every says
 LARGEST = 1e300  # beyond it pictures cannot be scaled
-ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
 
 
 class RunLog:
@@ -62,6 +38,9 @@ class RunLog:
         if not active:
             return
         self._forget_after(step)
+        self._losses: list[float] = []  # of the steps since the last line
+        self._begin: tuple[float, float] | None = None  # share and seconds when this sitting began
+        self._share, self._left, self._spoke = 0.0, None, time.monotonic()
         self.console = Console()
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -92,10 +71,31 @@ class RunLog:
             if self.wandb is not None:
                 self.wandb.finish()
 
-    def progress(self, share: float) -> None:
-        """Move the bar to `share` of the budget."""
+    def begin(self, share: float, seconds: float) -> None:
+        """Say how far the run is before the first step of this sitting; `seconds` of training it took."""
+        self._begin = share, seconds
+        self.stepped(share, seconds)
+
+    def stepped(self, share: float, seconds: float, loss: float | None = None) -> None:
+        """Take note of a step: `share` of the budget is spent after `seconds` of training."""
+        if not self.active:
+            return
+        before, since = self._begin
+        self._share = share
+        self._left = (1 - share) * (seconds - since) / (share - before) if share > before else None
+        if loss is not None and math.isfinite(loss):
+            self._losses.append(loss)
+        self.bar.update(self.task, completed=share)
+
+    def doing(self, what: str) -> None:
+        """Show beside the bar what the step, or a validation, is at; the name of the run when that is nothing."""
         if self.active:
-            self.bar.update(self.task, completed=share)
+            self.bar.update(self.task, description=what or self.path.parent.name)
+
+    def pulse(self, step: int) -> None:
+        """A line, but no entry of metrics.jsonl, of a step whose like have been silent for long."""
+        if self.active and time.monotonic() - self._spoke > QUIET:
+            self._print(self._line({"step": step}))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """One object into metrics.jsonl, one line on the terminal."""
@@ -107,22 +107,33 @@ class RunLog:
             self.file.write(json_text(metrics) + "\n")
             self.file.flush()
         values = shown(metrics)
-        if abs(1.0 if metrics.get("loss") is None else metrics["loss"]) < ROUNDING:
-            del values["loss"]
-        if metrics.get("memory"):
-            values["memory_gb"] = metrics["memory"] / 1e9
-        line = [form.format(values[name]) for name, form in COLUMNS if values.get(name) is not None]
-        self.bar.console.print(f"step {metrics['step']:>6}  " + "  ".join(line), highlight=False, soft_wrap=True)
+        if metrics["step"]:
+            self._print(self._line(values))
+        if line := held_out_line(values):
+            self._print(line)
         if "sample" in metrics and "val_accuracy" in metrics:
             sample = metrics["sample"]
             worth = ", ".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
-            told = f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})"
-            self.bar.console.print(told, markup=False, highlight=False, soft_wrap=True)
+            text = f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})"
+            self._print(text)
         if self.wandb is not None:
             flat = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
             layers = metrics.get("max_vio") or []
             flat.update({f"max_vio/layer_{index}": value for index, value in enumerate(layers)})
             self.wandb.log(flat, step=metrics["step"])
+
+    def _line(self, metrics: dict[str, Any]) -> str:
+        mean = sum(self._losses) / len(self._losses) if self._losses else None
+        self._losses.clear()
+        return step_line(metrics, mean, self._share, self._left)
+
+    def dim(self, text: str) -> None:
+        """A line beside the numbers."""
+        self._print(text, "dim")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+        self._spoke = time.monotonic()
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines that a resumed run writes again, and a line that a crash cut short."""

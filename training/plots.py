@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from training.log import ROUNDING, read_metrics, shown
+from training.console import ROUNDING
+from training.log import read_metrics, shown
 
 # Title, unit, and what of an entry is drawn under which name. A panel of which a run has nothing is left out.
 PANELS = (

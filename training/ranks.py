@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError, naming
 from training.device import choose_device
+from training.watch import Watch
 
 Result = TypeVar("Result")
 # What gloo and NCCL say when a peer is silent, and when it is gone.
@@ -53,7 +54,8 @@ class DistSettings:
 class Ranks:
     """This process among its peers.
 
-    Attributes: rank 0 .. world - 1; the device it computes on, and why that one; timeout: see `DistSettings`.
+    Attributes: rank 0 .. world - 1; the device it computes on, and why that one; timeout: see `DistSettings`; watch:
+        what it is busy with, and whether a signal asked it to stop.
     """
 
     rank: int
@@ -61,6 +63,7 @@ class Ranks:
     device: torch.device
     why: str = ""
     timeout: float = DistSettings.timeout
+    watch: Watch = field(default_factory=Watch, compare=False)
 
     @classmethod
     def start(cls, device: str, timeout: float = DistSettings.timeout) -> Ranks:
@@ -98,6 +101,10 @@ class Ranks:
             with self.explained():
                 dist.all_reduce(tensor)
         return tensor
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal came to any rank; called by all together. It waits for no GPU."""
+        return self.sum(torch.tensor(float(self.watch.asked))).item() > 0
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank holds, in the order of the ranks, on all of them. Tensors must be on the CPU."""

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from errors import UserError, check_least, check_seed, is_broken, naming, with_home
 from LMConfig import LMConfig
 from text.registry import REGISTRY
+from training.console import legend
 from training.flags import unknown_options
 from training.optim import OptimSettings
 from training.ranks import DistSettings
@@ -138,6 +139,10 @@ class StageSettings:
         """Samples a forward pass on one rank."""
         return max(self.micro_tokens // self.row_tokens, 1)
 
+    def lighten(self, device: str) -> str:
+        """What to do where a step takes too long on a kind of device."""
+        return f"lower --batch_tokens, now {self.rows * self.row_tokens:,}, or take a smaller model"
+
     def budget(self, samples: int, rows: int | None = None) -> Budget:
         """All limits that were given; the stage's default number of passes over so many samples when none was.
 
@@ -205,6 +210,7 @@ Settings = TypeVar("Settings")
 def parse(kind: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
     """Read `--config FILE` and the command line over it into `kind`; `--help` and `--print_config` as usual."""
     parser = _parser(description)
+    parser.epilog = legend() if issubclass(kind, StageSettings) else None
     parser.add_class_arguments(kind)
     settings = kind(**_parse(parser, kind, arguments))
     if isinstance(settings, StageSettings):

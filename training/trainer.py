@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,20 +29,24 @@ from training.checkpoints.checkpoint import Progress, Weights
 from training.checkpoints.lock import RunLock
 from training.checkpoints.resume import BEST, WholeModel, identity
 from training.checkpoints.run_checkpoints import RunCheckpoints
+from training.console import duration
 from training.datasets import Dataset, PolicyDataset
 from training.entries import StepResult, announcement, step_entry, untrained_entry
-from training.interrupt import Interrupt
+from training.estimate import SLOW_STEP, estimate, length
+from training.interrupt import Interrupt, aftermath
 from training.log import RunLog
 from training.losses import Batch, Loss
 from training.machine import Peak, autocast, choose_dtype, peak_memory, set_seed
 from training.optim import build_optimizer, set_learning_rate
 from training.plots import draw_run
 from training.ranks import Ranks
+from training.samples import Samples
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
 from training.skipping import Skipping
 from training.tally import Tally
 from training.validation import Validation
+from training.watch import Stopped
 from training.work import Work
 
 
@@ -55,6 +60,7 @@ class Trainer:
         validation: measures held-out data before the first step, every `val_every` steps and after the last, or None.
         weights: what checkpoints hold, if it is not the whole model.
         optimizer: if it is not AdamW over all weights with `requires_grad`.
+        samples: of the model's text on the way, or None.
     """
 
     def __init__(
@@ -68,13 +74,14 @@ class Trainer:
         validation: Validation | None = None,
         weights: Weights | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        samples: Samples | None = None,
     ) -> None:
         self.settings, self.ranks, self.tokenizer = settings, ranks, tokenizer
         self.dtype = choose_dtype(settings.dtype, ranks.device)
         self.peak = Peak(self.dtype, ranks)
         self.model = model.to(ranks.device)
         self.model.gradient_checkpointing = settings.gradient_checkpointing
-        self.dataset, self.loss, self.validation = dataset, loss, validation
+        self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))
         settings.check_fit(ranks.world, model.config.max_position_embeddings)
@@ -87,6 +94,7 @@ class Trainer:
         weights = weights or WholeModel(self.model)
         self.checkpoints = RunCheckpoints(settings, ranks, weights, tokenizer, self.optimizer, dataset)
         self.interrupt = Interrupt(ranks)
+        self.warned = self.timed = False  # of slow steps; how long a micro-batch takes
         self.skipping = Skipping(self.out, settings.max_skipped, ranks, dataset)
 
     def run(self) -> Path:
@@ -118,31 +126,67 @@ class Trainer:
             quiet_compiler()
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
-        costs, work = count_costs(self.model.config, self.settings.sequence_length), Work(self.model, self.loss)
-        length, compiled = self.settings.row_tokens, self.settings.compile
-        kernels = kernel_report(self.model.config, self.dtype, self.ranks.device, length, compiled)
         warn_of_few_steps(self.settings, self.ranks, len(self.dataset))
-        self.ranks.say(announcement(self.settings, self.ranks, self.budget, costs, self.dtype, self.peak.rate, kernels))
+        work = Work(self.model, self.loss)
+        flops = partial(work.flops, self.settings.sequence_length)
         if self.ranks.main:
+            self._announce(flops())
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
+        if self.samples:
+            self.samples.begin(self.progress.step)
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
         with self.interrupt, log:
-            flops = partial(work.flops, self.settings.sequence_length)
-            self._loop(log, found is None, lambda rate: self.peak.share(rate * flops()))
+            self.ranks.watch.show = log.doing
+            with suppress(Stopped):  # the step it was in has changed nothing yet
+                self._loop(log, found is None, lambda rate: self.peak.share(rate * flops()))
         self._finish()
         if self.ranks.main:
             draw_run(self.out)
         return self.checkpoints.newest() or self.out
 
+    def _announce(self, flops: int) -> None:
+        """Say what runs, and what it will take where a token takes so many FLOPs."""
+        settings, ranks, config = self.settings, self.ranks, self.model.config
+        costs, peak = count_costs(config, settings.sequence_length), self.peak.rate
+        kernels = kernel_report(config, self.dtype, ranks.device, settings.row_tokens, settings.compile)
+        takes = estimate(settings, self.budget, self.model, flops, peak, ranks.device, self.dtype)
+        apart = ", sampling apart" if isinstance(self.dataset, PolicyDataset) else ""
+        ranks.say(announcement(settings, ranks, self.budget, costs, self.dtype, peak, kernels, takes) + apart)
+        self._warn_of_slow_steps(takes.step)
+
+    def _warn_of_slow_steps(self, seconds: float) -> None:
+        """Say once what helps where a step takes so long that nobody would wait for the first."""
+        if seconds > SLOW_STEP and not self.warned:
+            self.warned = True
+            remedy = self.settings.lighten(self.ranks.device.type)
+            self.ranks.say(f"warning    a step takes about {duration(seconds)} here: {remedy}")
+
+    def _report_pace(self, seconds: float, count: int) -> None:
+        """The first of `count` micro-batches took so long: say what that makes of the step, where it is long."""
+        self.timed = True
+        step = seconds * count
+        if step > SLOW_STEP / 3:
+            _, whole = length(self.budget, step, self.settings.rows * self.settings.row_tokens)
+            pace = f"about {duration(step)} a step, {duration(whole)} for the whole run"
+            self.ranks.say(f"measured   micro-batch 1 of {count} took {duration(seconds)}: {pace}")
+            self._warn_of_slow_steps(step)
+
     def _loop(self, log: RunLog, fresh: bool, mfu: Callable[[float], float]) -> None:
         """Steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
-        if fresh and self.validation:
-            log.write(untrained_entry(self._validate()))
+        measures = fresh and self.validation is not None
+        if measures:
+            self.ranks.say("validating before the first step")
+        measured = self._validate() if measures else {}
+        stop = self.ranks.asked_to_stop()
+        if measures and not stop:
+            log.write(untrained_entry(measured))
+        if fresh and self.samples and not stop and self.samples.due(0, measures, False):
+            self.samples.write(self.model, 0, log.dim)
+        log.begin(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
         origin = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
-        stop = False
         while not stop and not progress.finished:
             # The rate of a step is that of its end, so that the first is not 0 and the last is the final one.
             after = progress.tokens * (progress.step + 1) / max(progress.step, 1)  # of samples as long as those before
@@ -156,17 +200,23 @@ class Trainer:
                 check_weights(self.ranks, self.model, progress.step)
             share = self.budget.progress(progress.step, progress.seconds, progress.tokens)
             progress.finished = share >= 1
-            log.progress(share)
+            log.stepped(share, progress.seconds, result.metrics.get("main", result.loss))
             pause = time.perf_counter()
             validate = progress.finished or bool(settings.val_every and progress.step % settings.val_every == 0)
             if validate or progress.step == 1 or progress.step % settings.log_every == 0:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
                 entry = step_entry(result, progress, lr, rate, mfu(rate), peak_memory(self.ranks.device))
-                held_out = self._validate() if validate else {}
-                log.write({**entry, **held_out})
-                if validate:
-                    self._judge(held_out)
+                measured = self._validate() if validate and not stop else {}
+                stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
+                log.write(entry if stop else {**entry, **measured})
+                if validate and not stop:
+                    self._judge(measured)
+            else:
+                log.pulse(progress.step)
+            validated = validate and self.validation is not None
+            if self.samples and not stop and self.samples.due(progress.step, validated, progress.finished):
+                self.samples.write(self.model, progress.step, log.dim)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
             origin += time.perf_counter() - pause
@@ -183,15 +233,25 @@ class Trainer:
         micro = [mine[start : start + micro_rows] for start in range(0, per_rank, micro_rows)]
         nominal = self.settings.rows * self.settings.row_tokens
         tally, parts = Tally(), []
+        last = len(micro) - 1
         for index, indices in enumerate(micro):
+            if index and index < last and ranks.watch.asked:
+                continue
+            # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
+            if index and index == last and ranks.asked_to_stop():
+                raise Stopped
+            ranks.watch.show(f"micro-batch {index + 1}/{len(micro)}" if last else "")
+            began = 0.0 if self.timed or not last else time.perf_counter()
             batch = self._move(self.dataset.batch(list(indices)))
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
             set_seed(scramble(self.settings.seed, self.progress.step, index, ranks.rank) >> 1, ranks.device)
-            with ranks.no_sync(self.module, index < len(micro) - 1):
+            with ranks.no_sync(self.module, index < last):
                 with autocast(self.dtype, ranks.device):
                     loss, count, metrics = self.loss(self.module, batch)
                 # Outside: autocast would round what the router's products in float32 get back.
                 (loss / nominal).backward()
+            if began and ranks.device.type == "cpu":  # a GPU has not yet computed it
+                self._report_pace(time.perf_counter() - began, len(micro))
             parts.append((indices, loss.detach(), count))
             positions = torch.full((), batch["input_ids"].numel(), device=ranks.device)
             for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
@@ -274,11 +334,15 @@ class Trainer:
         """Save the end of the run, or the point where it was interrupted."""
         name = "final" if self.progress.finished else f"step-{self.progress.step}"
         self.checkpoints.wait()  # that of this step may be under way
+        if not self.progress.step:
+            self.ranks.say(f"interrupted: before the first step, so that there is nothing to save{aftermath()}")
+            return
         if self.progress.finished or not self.ranks.on_main((self.out / name).is_dir):
             self.checkpoints.save(name, self.progress)
         self.checkpoints.wait()
         if not self.progress.finished:
-            self.ranks.say(f"interrupted: saved {self.out / name}; the same command with --resume goes on from there")
+            saved = f"saved {self.out / name}; the same command with --resume goes on from there"
+            self.ranks.say(f"interrupted: {saved}{aftermath()}")
         else:
             done = f"{self.progress.step} steps, {self.progress.tokens:,} tokens (ended by {self._end(self.progress)})"
             self.ranks.say(f"finished: {self.out / name} after {done}")

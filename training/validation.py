@@ -27,7 +27,8 @@ class Validation(Protocol):
 
     `held_out` in it names the data: {"text" or "pairs" or "problems": see `training.held_out`}.
 
-    Called on all ranks together, with the model in evaluation mode, which it must leave as it was.
+    Called on all ranks together, with the model in evaluation mode, which it must leave as it was. After a signal, at
+    which `Watch.track` ends, what it returns is not used.
     """
 
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]: ...
@@ -122,9 +123,8 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     moe_layers = sum(layer.is_moe for layer in model.model.layers)
     counts = torch.zeros(moe_layers, model.config.n_routed_experts, dtype=torch.float64, device=ranks.device)
-    for index, batch in enumerate(batches):
-        if index % ranks.world != ranks.rank:
-            continue
+    mine = [batch for index, batch in enumerate(batches) if index % ranks.world == ranks.rank]
+    for batch in ranks.watch.track(mine, "validating", len(mine)):
         inputs = {key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()}
         labels: Tensor = inputs.pop("labels")
         with autocast(dtype, ranks.device):

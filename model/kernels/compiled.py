@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from errors import waiting
+
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -39,7 +41,8 @@ def compiled(source: Path, *flags: str) -> Path:
         os.close(handle)
         try:
             command = [*shlex.split(compiler), *FLAGS, *flags, "-o", partial, str(source), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            with waiting(f"compiling {source.name} for this processor, once"):
+                subprocess.run(command, check=True, capture_output=True, text=True)
             with open(partial, "rb") as built:
                 os.fsync(built.fileno())  # or the name may outlive what is in it when the power fails
             os.replace(partial, file)

@@ -14,6 +14,7 @@ from text.problems import Problem
 from training.alignment.rewards import is_correct
 from training.alignment.rollout import Sampler, chances, completion_texts, joined, sample_groups
 from training.ranks import Ranks
+from training.watch import Watch
 
 SAMPLES = 4
 KEY = 0x76616C  # keeps the chances of measuring apart from those of training
@@ -41,11 +42,11 @@ class Accuracy:
     ) -> None:
         self.name = name
         self.prompts, self.sampler, self.temperature = prompts, sampler, temperature
-        self.max_new_tokens, self.rows = max_new_tokens, rows
+        self.max_new_tokens, self.rows, self.watch = max_new_tokens, rows, Watch()
         self.kinds = sorted({problem.kind for problem in prompts.validation})
 
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
-        policy = self.sampler.refresh()
+        policy, self.watch = self.sampler.refresh(), ranks.watch
         mine = list(enumerate(self.prompts.validation))[ranks.rank :: ranks.world]
         entry: dict[str, Any] = {"held_out": {"problems": self.name}} if self.name else {}
         for name, samples, temperature in (("accuracy", 1, 0.0), ("pass_1", SAMPLES, self.temperature)):
@@ -65,10 +66,11 @@ class Accuracy:
     def _answers(
         self, policy: MiniDeepSeek, numbered: list[tuple[int, Problem]], samples: int, temperature: float
     ) -> list[str]:
-        """`samples` answers to each problem, those of a problem together."""
+        """`samples` answers to each problem, those of a problem together; of some problems only after a signal."""
         if not numbered:
             return []
         ids = self.prompts.encode([problem for _, problem in numbered])
         drawn = chances([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
-        made = joined(sample_groups(policy, ids, drawn, self.prompts.tokenizer.eos_id, temperature, self.rows))
-        return completion_texts(self.prompts.tokenizer, made)
+        stop = self.prompts.tokenizer.eos_id
+        made = list(sample_groups(policy, ids, drawn, stop, temperature, self.rows, self.watch, "validating"))
+        return completion_texts(self.prompts.tokenizer, joined(made)) if made else []

@@ -30,6 +30,7 @@ from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch
 from training.machine import autocast
 from training.ranks import Ranks
+from training.watch import Stopped
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
@@ -164,17 +165,21 @@ class Experience:
         self.entry = self._entry(totals, first[0], time.perf_counter() - begin)
 
     def _sample(self, policy: MiniDeepSeek, slots: list[int], turn: int) -> list[Group]:
-        """A group for each slot: its prompt and chances depend on the slot and the turn only."""
-        if not slots:
-            return []
-        settings = self.settings
-        problems = [self.prompts.problem(slot, turn) for slot in slots]
-        ids = self.prompts.encode(problems)
-        keys = [(self.prompts.seed, CHANCES, slot, turn) for slot in slots]
-        drawn = chances(keys, settings.group, settings.max_new_tokens)
-        stop, rows = self.tokenizer.eos_id, settings.rollout_rows
-        made = joined(sample_groups(policy, ids, drawn, stop, settings.temperature, rows))
-        return self._judge(problems, ids, made)
+        """A group for each slot: its prompt and chances depend on the slot and the turn only.
+
+        Raises `Stopped` on all ranks if a signal came to one of them meanwhile.
+        """
+        made, settings = [], self.settings
+        if slots:
+            problems = [self.prompts.problem(slot, turn) for slot in slots]
+            ids = self.prompts.encode(problems)
+            keys = [(self.prompts.seed, CHANCES, slot, turn) for slot in slots]
+            drawn = chances(keys, settings.group, settings.max_new_tokens)
+            limits = self.tokenizer.eos_id, settings.temperature, settings.rollout_rows
+            made = list(sample_groups(policy, ids, drawn, *limits, self.ranks.watch))
+        if self.ranks.asked_to_stop():
+            raise Stopped
+        return self._judge(problems, ids, joined(made)) if slots else []
 
     def _judge(self, problems: list[Problem], ids: list[list[int]], made: Completions) -> list[Group]:
         group = self.settings.group

@@ -50,6 +50,7 @@ def reference_log_probs(
 
     The ranks share the work, and each gets all of it.
     """
+    ranks.say(f"asking the reference about {len(dataset.pairs)} pairs, once")
     reference.to(ranks.device)
     log_probs = torch.zeros(len(dataset.pairs.ids), dtype=torch.float32)
     for part in dataset.everything():

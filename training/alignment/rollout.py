@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from model.experts import Experts
 from model.sampling import Sampling
 from text.order import scramble
 from text.tokenizer import Tokenizer
+from training.watch import Watch
 
 SLOTS = 128  # completions at a time where no setting says: as many rows as decode.c takes
 
@@ -89,6 +89,8 @@ def sample_groups(
     stop: int,
     temperature: float = 1.0,
     slots: int = SLOTS,
+    watch: Watch | None = None,
+    what: str = "sampling",
 ) -> Iterator[Completions]:
     """Sample a group of completions of each prompt, and yield the groups in their order as soon as they are whole.
 
@@ -98,18 +100,25 @@ def sample_groups(
         stop: the token that ends a completion and belongs to it.
         temperature: the log-probabilities are those of the tempered distribution; 0 takes the likeliest token.
         slots: most completions at a time; one that ends makes room for the next.
+        watch: is shown how far this is, as `what`; once a signal came, no more groups come.
     """
+    watch = watch or Watch()
     sampling = Sampling(temperature=temperature)
     requests = [
         [Request(ids, drawn.shape[1], sampling, (stop,), row) for row in drawn]
         for ids, drawn in zip(prompts, chances, strict=True)
     ]
     longest = max(len(request.prompt) + request.max_new_tokens for group in requests for request in group)
-    completed = Batcher(model, min(slots, sum(map(len, requests))), longest).run(
-        [r for group in requests for r in group]
-    )
-    for group in requests:
-        yield _table(list(islice(completed, len(group))), group[0].max_new_tokens)
+    total, done = sum(map(len, requests)), 0
+    batcher = Batcher(model, min(slots, total), longest)
+    for group in [[batcher.submit(request) for request in group] for group in requests]:
+        while not all(completion.finish for completion in group):
+            if watch.asked:
+                return
+            watch.show(f"{what}: {done} of {total} completions")
+            done += sum(bool(event.finish) for event in batcher.step())
+        yield _table(group, group[0].request.max_new_tokens)
+    watch.show("")
 
 
 def joined(groups: Iterable[Completions]) -> Completions:

@@ -11,9 +11,10 @@ import asyncio
 import email.utils
 import os
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -21,7 +22,7 @@ from urllib.request import getproxies
 import httpx2
 from socksio import SOCKSError
 
-from errors import UserError
+from errors import UserError, one_line
 from training.distill.answers import Answer, Ask, Failure
 from training.distill.reply import NoAnswer, read_reply
 
@@ -50,7 +51,7 @@ class Endpoint:
         url: such as http://host:port/v1. model: the name under which it serves the teacher. key: may be empty.
         concurrency: questions at a time. timeout: seconds without a byte before a question is given up.
         attempts: of each question. first_pause: seconds before the second attempt; each later one is twice as long.
-        sleep: how it pauses.
+        sleep: how it pauses. told: attempts whose failure a person has read of.
     """
 
     url: str
@@ -63,6 +64,7 @@ class Endpoint:
     attempts: int = 6
     first_pause: float = 1.0
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    told: set[int] = field(default_factory=set, compare=False)
 
     def answers(self, asks: Sequence[Ask]) -> Generator[tuple[Ask, Answer | Failure], None, None]:
         """Each question with its answer as it comes, in no order. Raises `UserError` when the server wants none.
@@ -94,7 +96,12 @@ class Endpoint:
                 if attempt + 1 < self.attempts:
                     # Equal pauses would bring all questions back at the same moment.
                     pause = min(self.first_pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-                    await self.sleep(max(pause, error.after))
+                    pause = max(pause, error.after)
+                    if attempt not in self.told:  # of many questions at a time the first stands for all
+                        self.told.add(attempt)
+                        again = f"attempt {attempt + 2} of {self.attempts} in {pause:.0f} s"
+                        print(f"notice: --teacher {self.url}: {one_line(said)}; {again}", file=sys.stderr, flush=True)
+                    await self.sleep(pause)
         return Failure(f"{said}, {self.attempts} attempts")
 
     def _client(self) -> httpx2.AsyncClient:

@@ -24,6 +24,7 @@ from training.alignment.rollout import Sampler, chances, sample_groups
 from training.distill.distillation import SAMPLED
 from training.losses import Batch
 from training.ranks import Ranks
+from training.watch import Stopped
 
 CHOICE, CHANCES = 0x6F6E706F, 0x6F776E61  # keep these random numbers apart from those of the data order
 
@@ -113,7 +114,9 @@ class OwnAnswers:
         # Prompts of similar length together, a fair share of them for each rank.
         mine = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))[self.ranks.rank :: self.ranks.world]
         answers = self._answer(self.sampler.refresh(), step, prompts, mine) if mine else {}
-        for other in self.ranks.gather(answers):
+        for other, stopped in self.ranks.gather((answers, self.ranks.watch.asked)):
+            if stopped:
+                raise Stopped
             answers |= other
         conversations = []
         for place, prompt in enumerate(prompts):
@@ -141,8 +144,9 @@ class OwnAnswers:
         fitting = [
             own[:, : max(self.chats.sequence_length + 1 - len(ids), 1)] for own, ids in zip(drawn, asked, strict=True)
         ]
-        made = sample_groups(policy, asked, fitting, self.stop, settings.sample_temperature, settings.rollout_rows)
-        return {place: group.tokens[0, : group.lengths[0]].numpy() for place, group in zip(places, made, strict=True)}
+        limits = self.stop, settings.sample_temperature, settings.rollout_rows
+        made = sample_groups(policy, asked, fitting, *limits, self.ranks.watch)  # of some only, after a signal
+        return {place: group.tokens[0, : group.lengths[0]].numpy() for place, group in zip(places, made, strict=False)}
 
 
 def prompt_of(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
