@@ -135,9 +135,20 @@ class RunLog:
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
         self._spoke = time.monotonic()
 
+    def take_back(self) -> dict[str, Any]:
+        """Remove the last entry, to be written again with what it lacks. Call it before the log is entered."""
+        entries = read_metrics(self.path) if self.active else []
+        last = entries.pop() if entries else {}
+        if self.active:
+            self._rewrite(entries)
+        return last
+
     def _forget_after(self, step: int) -> None:
         """Drop the lines that a resumed run writes again, and a line that a crash cut short."""
-        kept = [json_text(entry) for entry in read_metrics(self.path) if entry["step"] <= step] if step else []
+        self._rewrite([entry for entry in read_metrics(self.path) if entry["step"] <= step] if step else [])
+
+    def _rewrite(self, entries: list[dict[str, Any]]) -> None:
+        kept = [json_text(entry) for entry in entries]
         temporary = self.path.with_suffix(".partial")
         with naming(self.path):
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf8")

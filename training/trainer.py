@@ -136,10 +136,11 @@ class Trainer:
         if self.samples:
             self.samples.begin(self.progress.step)
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
+        late = log.take_back() if self.progress.unmeasured else {}
         with self.interrupt, log:
             self.ranks.watch.show = log.doing
             with suppress(Stopped):  # the step it was in has changed nothing yet
-                self._loop(log, found is None, lambda rate: self.peak.share(rate * flops()))
+                self._loop(log, found is None, late, lambda rate: self.peak.share(rate * flops()))
         self._finish()
         if self.ranks.main:
             draw_run(self.out)
@@ -172,8 +173,11 @@ class Trainer:
             self.ranks.say(f"measured   micro-batch 1 of {count} took {duration(seconds)}: {pace}")
             self._warn_of_slow_steps(step)
 
-    def _loop(self, log: RunLog, fresh: bool, mfu: Callable[[float], float]) -> None:
-        """Steps until the budget is spent or a signal came. Validating and saving are not training time."""
+    def _loop(self, log: RunLog, fresh: bool, late: dict[str, Any], mfu: Callable[[float], float]) -> None:
+        """Steps until the budget is spent or a signal came. Validating and saving are not training time.
+
+        late: the log entry of a step whose validation a signal prevented; it is made up for first.
+        """
         settings, progress = self.settings, self.progress
         measures = fresh and self.validation is not None
         if measures:
@@ -184,6 +188,12 @@ class Trainer:
             log.write(untrained_entry(measured))
         if fresh and self.samples and not stop and self.samples.due(0, measures, False):
             self.samples.write(self.model, 0, log.dim)
+        if progress.unmeasured:
+            measured = self._validate()
+            stop = progress.unmeasured = self.ranks.asked_to_stop()
+            log.write(late if stop else {**late, **measured})
+            if not stop:
+                self._judge(measured)
         log.begin(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
         origin = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
@@ -210,6 +220,7 @@ class Trainer:
                 measured = self._validate() if validate and not stop else {}
                 stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
                 log.write(entry if stop else {**entry, **measured})
+                progress.unmeasured = validate and stop
                 if validate and not stop:
                     self._judge(measured)
             else:

@@ -39,6 +39,7 @@ class Progress:
         finished: the budget is spent. run: settings that must not change between sittings.
         skipped: steps among `step` that were left out, since their loss or gradient was not finite.
         best: measure, value and step of the best validation; stale: how many have come since.
+        unmeasured: a signal came before the validation that was due after `step`.
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class Progress:
     skipped: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     stale: int = 0
+    unmeasured: bool = False
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
