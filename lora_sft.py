@@ -14,7 +14,6 @@ from torch import nn
 from errors import UserError, command_line
 from training.adapters.frozen import check_base, shrink_frozen
 from training.adapters.lora import LoraSettings
-from training.adapters.merging import save_merged
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
@@ -50,6 +49,7 @@ def main() -> None:
     settings = parse(LoraSFTSettings, __doc__ or "")
     # peft takes seconds to import, which --help need not wait for.
     from training.adapters.adapter import Adapter
+    from training.adapters.merging import save_merged
 
     ranks = begin(settings)
     model, tokenizer = open_checkpoint(settings.ckpt)
