@@ -33,7 +33,7 @@ FIXED = {
     "torch_dtype": "float32",
 }
 # Fields that other programs write and that change nothing in what is computed here; how weights are quantised
-# (`quantization_config`) is read with the weights, by model/fp8.py.
+# (`quantization_config`) is read with the weights, by model/checkpoint/fp8.py.
 IGNORED = {
     "_name_or_path", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
     "id2label", "is_encoder_decoder", "label2id", "num_local_experts", "num_mtp_layers", "output_attentions",
@@ -402,7 +402,7 @@ def main() -> None:
         changes = {key: _parsed(key, value) for key, value in values.items()}
         changed = LMConfig.preset(name or "64m", **changes)
         configs[", ".join(f"{key} {value}" for key, value in changes.items())] = changed
-    from model.counts import table  # the only look upwards: a command for people, not an import of the module
+    from model.costs import table  # the only look upwards: a command for people, not an import of the module
 
     print(table(configs))
 

@@ -100,7 +100,7 @@ clean-demo:
 
 # Each stage makes a folder, and make skips what is there. An interrupted stage goes on from its last checkpoint.
 $(WORLD)/pretrain.csv: | $(VENV)/installed
-	$(RUN) -m text.world --out $(WORLD)
+	$(RUN) -m world --out $(WORLD)
 
 $(OUT)/tokenizer/tokenizer.json: $(TEXT) | $(VENV)/installed
 	$(RUN) train_tokenizer.py --data $(TEXT) --out $(OUT)/tokenizer $(SHORT_TOKENS)
@@ -137,7 +137,7 @@ r1: $(R1)/last/final/config.json
 	    --ckpt $(R1)/format/final,$(R1)/zero/final,$(R1)/cold_start/final,$(R1)/reasoning/final,$(R1)/sft/final,$(R1)/last/final
 
 $(WORLD)/r1/cold_start.jsonl: | $(VENV)/installed
-	$(RUN) -m text.world.reasoning --out $(WORLD)/r1
+	$(RUN) -m world.reasoning --out $(WORLD)/r1
 
 $(R1)/format/final/config.json: $(BASE)/config.json $(WORLD)/r1/cold_start.jsonl
 	$(call TUNE,format) --ckpt $(BASE) --data $(WORLD)/r1/format.jsonl
@@ -179,7 +179,7 @@ lora: $(OUT)/lora/final/adapter_config.json
 	@echo "talk to it: $(RUN) eval/chat.py $(ADAPTED)"
 
 $(BLESSINGS)/train.json: | $(VENV)/installed
-	$(RUN) -m text.world.blessings --out $(BLESSINGS)
+	$(RUN) -m world.blessings --out $(BLESSINGS)
 
 $(OUT)/lora/final/adapter_config.json: $(OUT)/sft/final/config.json $(BLESSINGS)/train.json
 	$(RUN) lora_sft.py --config configs/demo/lora.yaml --ckpt $(OUT)/sft/final --data $(BLESSINGS)/train.json=3,$(WORLD)/sft.jsonl=1 \

@@ -16,19 +16,19 @@ from rich.progress import track
 
 from dataset import PromptDataset
 from errors import UserError, check_least, check_seed, command_line
-from text.answer_filter import shortest_different
-from text.chat_file import write_chats
-from text.chat_template import Message
-from text.conversations import read_conversations
-from text.problems import Problem
-from text.registry import REGISTRY, Source, find_sources
-from text.row_report import RowReport, balance
+from text.chats.chat_file import write_chats
+from text.chats.chat_template import Message
+from text.chats.conversations import read_conversations
+from text.chats.problems import Problem
+from text.judging.answer_filter import shortest_different
+from text.sources.registry import REGISTRY, Source, find_sources
+from text.sources.row_report import RowReport, balance
 from training.alignment.rewards import Rewards, Sample
 from training.alignment.rollout import Completions, chances, completion_texts, sample_groups
 from training.machine import choose_dtype
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 from training.settings import parse
-from training.stage import open_checkpoint
+from training.startup import open_checkpoint
 
 TRIES = 10  # numbers tried for each problem asked for, where problems come again by chance
 

@@ -19,14 +19,14 @@ from itertools import zip_longest
 from rich.console import Console
 
 from errors import UserError, command_line
-from text.chat_dataset import ChatDataset
+from text.chats.chat_dataset import ChatDataset
+from text.chats.preference_dataset import PreferenceDataset
+from text.chats.prompt_dataset import PromptDataset
 from text.check import check_source
-from text.judged_rows import judged_rows
-from text.preference_dataset import PreferenceDataset
-from text.pretrain_dataset import PretrainDataset
+from text.corpus.pretrain_dataset import PretrainDataset
+from text.judging.judged_rows import judged_rows
 from text.preview import show_rows
-from text.prompt_dataset import PromptDataset
-from text.registry import REGISTRY, find_sources
+from text.sources.registry import REGISTRY, find_sources
 from text.tokenizer import Tokenizer
 from training.settings import call_one_of
 

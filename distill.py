@@ -15,12 +15,11 @@ from typing import Any
 from dataset import ChatDataset
 from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
-from text.registry import find_sources
+from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.rollout import Sampler
 from training.batch import fit_batch
 from training.chats import ChatSettings, chat_samples, open_chats
-from training.checkpoints.resume import check_unused
 from training.datasets import Dataset
 from training.distill.curation import AnswerSettings, gather_answers, is_endpoint, open_answering
 from training.distill.distillation import DistillationLoss, DistillationSettings
@@ -29,9 +28,10 @@ from training.distill.teacher import identity, is_ours, open_teacher
 from training.distill.top_k import FOLDER, KeptTeacher, TaughtChats, fingerprint, keep_top_k
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
+from training.run.resume import check_unused
 from training.settings import NextTokenSettings, model_config, parse
-from training.stage import begin, check_vocabulary, open_checkpoint
+from training.startup import begin, check_vocabulary, open_checkpoint
 from training.trainer import Trainer
 
 

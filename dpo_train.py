@@ -12,19 +12,19 @@ from pathlib import Path
 from dataset import PreferenceDataset
 from errors import UserError, command_line, waiting
 from model import MiniDeepSeek
-from text.encoded_pairs import CUT
-from text.registry import find_sources
+from text.chats.encoded_pairs import CUT
+from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings
 from training.alignment.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
-from training.checkpoints.resume import check_unused, saved_run
 from training.distill.teacher import identity
 from training.held_out import labels_name
 from training.machine import choose_dtype
-from training.optim import OptimSettings
-from training.ranks import Ranks
+from training.optim.build import OptimSettings
+from training.parallel.ranks import Ranks
+from training.run.resume import check_unused, saved_run
 from training.settings import StageSettings, parse
-from training.stage import begin, open_checkpoint
+from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 from training.validation import held_out_batches, text_batches
 

@@ -11,7 +11,7 @@ from errors import command_line
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.settings import NextTokenSettings, parse
-from training.stage import begin, open_checkpoint
+from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dataset import PromptDataset
 from errors import UserError, command_line, waiting
-from text.registry import find_sources
+from text.sources.registry import find_sources
 from training.alignment.accuracy import Accuracy
 from training.alignment.experience import Experience
 from training.alignment.policy import GRPOLoss
@@ -19,9 +19,9 @@ from training.alignment.rewards import Rewards
 from training.alignment.rollout import RolloutSettings, Sampler
 from training.held_out import problems_name
 from training.machine import choose_dtype
-from training.optim import OptimSettings
+from training.optim.build import OptimSettings
 from training.settings import StageSettings, parse
-from training.stage import begin, open_checkpoint
+from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 
 

@@ -17,9 +17,9 @@ from training.adapters.lora import LoraSettings
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
-from training.optim import OptimSettings, build_optimizer
+from training.optim.build import OptimSettings, build_optimizer
 from training.settings import parse
-from training.stage import begin, open_checkpoint
+from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 
 

@@ -13,14 +13,14 @@ from typing import Any
 from dataset import PretrainDataset
 from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
-from text.registry import find_sources
-from text.sources import open_sources, sources_ready
+from text.corpus.mixture import open_sources, sources_ready
+from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.held_out import labels_name
 from training.losses import NextTokenLoss
-from training.samples import SampleSettings, open_samples
+from training.run.samples import SampleSettings, open_samples
 from training.settings import NextTokenSettings, model_config, parse
-from training.stage import begin, check_vocabulary, continue_checkpoint
+from training.startup import begin, check_vocabulary, continue_checkpoint
 from training.trainer import Trainer
 from training.validation import BitsPerByte, held_out_batches
 

@@ -16,7 +16,7 @@ from device import device_of, now
 from side_by_side import against_transformers, findings, open_peer, options_of, serve, verdict
 
 from model import MiniDeepSeek
-from model.batching import Batcher, Request
+from model.decoding.batching import Batcher, Request
 from training.machine import DTYPES
 
 LOCK_STEP = "lock step"

@@ -18,9 +18,9 @@ from side_by_side import against_transformers, findings, open_peer, parser_of, s
 
 from model import MiniDeepSeek
 from model.cache import LatentCache
-from model.counts import count
-from model.generate import stream
-from model.sampling import Sampling
+from model.costs import count
+from model.decoding.generate import stream
+from model.decoding.sampling import Sampling
 from training.adapters.frozen import shrink_frozen
 from training.machine import DTYPES, measured_bandwidth
 

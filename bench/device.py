@@ -8,7 +8,7 @@ import time
 import torch
 
 from training.machine import peak_memory
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast
-from training.optim import OptimSettings, build_optimizer
+from training.optim.build import OptimSettings, build_optimizer
 
 GIVEN = ("preset", "layers", "dtype", "optim", "rows", "length", "device")  # to the workers
 COLUMNS = {"tokens/s": "{:,.0f}", "forward+backward s": "{:.3f}", "optimiser s": "{:.3f}", "memory_mb": "{:,.0f}"}

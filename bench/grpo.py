@@ -26,16 +26,16 @@ from grpo_train import GRPOSettings
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer, train_bpe
-from text.world.cast import World
-from text.world.corpus import documents
 from training.alignment.experience import Experience
 from training.alignment.policy import GRPOLoss
 from training.alignment.rewards import Rewards, Sample, reward
 from training.alignment.rollout import Sampler
 from training.machine import DTYPES
-from training.optim import OptimSettings
-from training.ranks import Ranks
+from training.optim.build import OptimSettings
+from training.parallel.ranks import Ranks
 from training.trainer import Trainer
+from world.cast import World
+from world.corpus import documents
 
 COLUMNS = {"samples/s": "{:,.2f}", "memory_mb": "{:,.0f}"}
 

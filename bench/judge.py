@@ -11,7 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
-from text.judge import judge
+from text.judging.judge import judge
 
 REPLIES = {
     "#### mark": "48/2 = 24\n48+24 = {}\n#### {}",

@@ -33,7 +33,7 @@ from training.adapters.frozen import shrink_frozen
 from training.adapters.lora import LoraSettings
 from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast
-from training.optim import OptimSettings, build_optimizer
+from training.optim.build import OptimSettings, build_optimizer
 
 # What is measured in turn: ours, and the peer's.
 GROUPS = {

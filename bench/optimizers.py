@@ -22,7 +22,7 @@ from typing import Any
 from race import ROOT, environment, seconds_to
 
 from errors import UserError, command_line
-from training.log import read_metrics
+from training.run.log import read_metrics
 
 KINDS = ("adamw", "adamw_bf16", "muon")
 

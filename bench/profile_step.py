@@ -22,7 +22,7 @@ from model import MiniDeepSeek
 from model.kernels import grouped, products
 from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast, measured_peak
-from training.optim import OptimSettings, build_optimizer
+from training.optim.build import OptimSettings, build_optimizer
 
 PRODUCTS = r"aten::(mm|addmm)$|mkldnn::_linear_pointwise|^C product"
 # The first that fits names the kind of an event; the times are the events' own, without what they call.

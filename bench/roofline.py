@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from LMConfig import LMConfig
-from model.counts import Costs, activation_numbers, count, human
+from model.costs import Costs, activation_numbers, count, human
 
 BF16, FP32 = 2, 4  # bytes
 STATE_BYTES = 4 * FP32  # a weight in training: itself, its gradient and AdamW's two moments

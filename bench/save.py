@@ -19,14 +19,14 @@ from device import add_device, now
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer, train_bpe
-from text.world.cast import World
-from text.world.corpus import documents
-from training.checkpoints.checkpoint import Progress
 from training.losses import Batch, NextTokenLoss
 from training.machine import DTYPES
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
+from training.run.checkpoint import Progress
 from training.settings import NextTokenSettings
 from training.trainer import Trainer
+from world.cast import World
+from world.corpus import documents
 
 
 class Noise:

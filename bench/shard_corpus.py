@@ -26,8 +26,8 @@ from findings import Findings, Verdict
 from tqdm import tqdm
 
 from errors import command_line
-from text.readers import Corpus
-from text.shards import prepare_shards
+from text.corpus.shards import prepare_shards
+from text.sources.readers import Corpus
 from text.tokenizer import Tokenizer, train_bpe
 from training.settings import call
 

@@ -18,8 +18,8 @@ from findings import Findings, Verdict
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.quiet import quiet_imports
 from training.machine import DTYPES
+from training.run.quiet import quiet_imports
 
 
 @dataclass

@@ -19,9 +19,9 @@ from side_by_side import Contender, compare, findings, serve, verdict
 
 from errors import UserError, command_line
 from model import MiniDeepSeek
-from model.generate import stream
-from model.sampling import Sampling
-from model.speculative import stream_speculative
+from model.decoding.generate import stream
+from model.decoding.sampling import Sampling
+from model.decoding.speculative import stream_speculative
 from text.tokenizer import Tokenizer
 from training.machine import DTYPES
 

@@ -13,10 +13,10 @@ from device import device_of, now
 from side_by_side import against_transformers, findings, open_peer, options_of, serve, verdict
 
 from model import MiniDeepSeek
-from model.counts import count
+from model.costs import count
 from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast, measured_peak
-from training.optim import OptimSettings, build_optimizer
+from training.optim.build import OptimSettings, build_optimizer
 
 PEERS = ("eager", "grouped_mm")  # batched_mm copies an expert for each token: out of memory at 4096 tokens
 COLUMNS = {"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"}

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from errors import UserError
 from training.alignment.experience import ENTRY
-from training.checkpoints.checkpoint import DATA
-from training.checkpoints.manifest import MANIFEST
-from training.log import read_metrics
+from training.run.checkpoint import DATA
+from training.run.log import read_metrics
+from training.run.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(
@@ -138,7 +138,7 @@ def prepare(base: Path, stages: tuple[str, ...]) -> None:
     base.mkdir()
     for stage, recipe in RECIPES.items():
         (base / f"{stage}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf8")
-    _run(["-m", "text.world", "--out", base / "world", "--scale", "0.01"])
+    _run(["-m", "world", "--out", base / "world", "--scale", "0.01"])
     corpus = base / "world" / "pretrain.csv"
     _run(["train_tokenizer.py", "--data", corpus, "--out", base / "tokenizer", "--vocab_size", "500"])
     if stages != ("pretrain",):

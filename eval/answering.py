@@ -9,15 +9,15 @@ import torch
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.batching import GREEDY, Batcher, Request
-from model.generate import check_speculative, stream
-from model.sampling import Sampling
-from model.speculative import stream_speculative
-from text.chat_template import Message, encode_chat, encode_chats
+from model.decoding.batching import GREEDY, Batcher, Request
+from model.decoding.generate import check_speculative, stream
+from model.decoding.sampling import Sampling
+from model.decoding.speculative import stream_speculative
+from text.chats.chat_template import Message, encode_chat, encode_chats
 from text.tokenizer import StreamDecoder, Tokenizer
 from training.machine import choose_dtype
-from training.ranks import Ranks
-from training.stage import open_checkpoint
+from training.parallel.ranks import Ranks
+from training.startup import open_checkpoint
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from io import TextIOWrapper
 
 from errors import UserError, check_least, check_seed, command_line
 from eval.answering import Answerer
-from model.sampling import Sampling
-from text.chat_template import Message
+from model.decoding.sampling import Sampling
+from text.chats.chat_template import Message
 from training.settings import call
 
 UNREADABLE = "\ufffd"  # what stands for bytes that are no character

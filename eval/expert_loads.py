@@ -14,8 +14,8 @@ from errors import UserError
 from eval.answering import Answerer
 from eval.opened_model import AT_ONCE, padded
 from eval.suites.score_table import table
-from training.entries import max_violation
-from training.plots import load_pyplot, plain
+from training.metrics import max_violation
+from training.run.plots import load_pyplot, plain
 
 WINDOW = 512
 

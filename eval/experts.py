@@ -13,8 +13,8 @@ from eval.answering import Answerer
 from eval.expert_loads import draw, loads, markdown, relative, specialisation
 from eval.score_files import out_folder
 from eval.suites.text_likelihood import TextLikelihood
-from training.entries import max_violation
-from training.log import read_metrics
+from training.metrics import max_violation
+from training.run.log import read_metrics
 from training.settings import call
 
 

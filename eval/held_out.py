@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, command_line, is_broken, naming
-from text.registry import REGISTRY, find_sources
-from text.shard_set import ShardSet
-from text.sources import open_sources
+from text.corpus.mixture import open_sources
+from text.corpus.shard_set import ShardSet
+from text.sources.registry import REGISTRY, find_sources
+from text.sources.yaml_file import read_yaml
 from text.tokenizer import Tokenizer
-from text.yaml_file import read_yaml
 from training.settings import call
 
 READERS = ("column", "encoding", "min_chars", "val_fraction", "on_error")

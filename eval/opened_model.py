@@ -11,10 +11,10 @@ from typing import Protocol, TypeVar
 import torch
 
 from errors import UserError
-from text.chat_template import Message
+from text.chats.chat_template import Message
 from text.tokenizer import Tokenizer
 from training.machine import DTYPES, choose_dtype
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 
 AT_ONCE = 8192  # positions a forward pass
 WIDTH = 16  # lengths are rounded up to it: CPU kernels are made for each new shape

@@ -10,10 +10,10 @@ import torch
 from eval.answering import Answerer
 from eval.opened_model import Choices, Window, batches, name_of, padded, rounded
 from model.cache import LatentCache, cache_dtype
-from model.generate import generate
-from model.sampling import Sampling
+from model.decoding.generate import generate
+from model.decoding.sampling import Sampling
 from model.transformer import logits
-from text.chat_template import Message, encode_chat
+from text.chats.chat_template import Message, encode_chat
 from training.losses import IGNORE, token_losses
 
 SHARED = 32  # tokens that contexts must have in common for it to be worth reading them apart

@@ -12,8 +12,8 @@ import torch
 
 from errors import UserError
 from eval.opened_model import Choices, Window, batches, name_of, padded, rounded
-from model.quiet import quiet_imports
-from text.chat_template import Message
+from text.chats.chat_template import Message
+from training.run.quiet import quiet_imports
 
 LOGITS = 2**26  # numbers at once: with a vocabulary of 150,000 they, not the layers, fill the memory
 

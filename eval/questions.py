@@ -16,11 +16,11 @@ from rich.table import Table
 
 from errors import UserError, command_line
 from eval.answering import Answerer
-from model.batching import GREEDY
-from model.sampling import Sampling
-from text.json_text import json_text
-from text.world.columns import conclusion
+from model.decoding.batching import GREEDY
+from model.decoding.sampling import Sampling
+from text.sources.json_text import json_text
 from training.settings import call
+from world.columns import conclusion
 
 
 @dataclass(frozen=True)

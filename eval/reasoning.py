@@ -15,13 +15,13 @@ from rich.table import Table
 
 from dataset import PromptDataset
 from errors import UserError, check_least, command_line
-from text.problems import split_problems
+from text.chats.problems import split_problems
 from training.alignment.rewards import Rewards, Sample
 from training.alignment.rollout import completion_texts, joined, sample_groups
 from training.machine import choose_dtype
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 from training.settings import call
-from training.stage import open_checkpoint
+from training.startup import open_checkpoint
 
 SHOWN = ("correct", "strict_format", "language")
 

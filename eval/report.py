@@ -22,12 +22,12 @@ from eval.held_out import open_corpus, pretraining_settings
 from eval.questions import Result, accuracy, ask, read_questions
 from eval.style import read_favours, score_style
 from model import MiniDeepSeek
-from text.problems import split_problems
+from text.chats.problems import split_problems
 from training.alignment.accuracy import Accuracy
 from training.alignment.rollout import Sampler
 from training.losses import Batch
-from training.plots import draw_run
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
+from training.run.plots import draw_run
 from training.settings import call
 from training.validation import evaluate, held_out_batches
 

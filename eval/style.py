@@ -12,8 +12,8 @@ from pathlib import Path
 from errors import UserError, check_seed, command_line
 from eval.answering import Answerer
 from eval.questions import Question, ask
-from model.sampling import Sampling
-from text.json_text import json_text
+from model.decoding.sampling import Sampling
+from text.sources.json_text import json_text
 from training.settings import call
 
 

@@ -40,8 +40,8 @@ class LatentCache:
         self.latents = torch.zeros(layers, batch, max_length, width, dtype=dtype, device=device)
         self.lengths = [0] * layers
         self.padding = None if padding is None else padding.long()
-        self.decoders: dict[int, Any] = {}  # see model/native.py
-        self.steppers: dict[int, Any] = {}  # see model/stepper.py
+        self.decoders: dict[int, Any] = {}  # see model/decoding/native.py
+        self.steppers: dict[int, Any] = {}  # see model/decoding/stepper.py
         self.absorbed: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, see model/mla.py
 
     @property
@@ -99,7 +99,7 @@ class LatentCache:
 
 
 class SlotCache(LatentCache):
-    """Sequences of different lengths, each in a slot of its own from position 0: for `model.batching`.
+    """Sequences of different lengths, each in a slot of its own from position 0: for `model.decoding.batching`.
 
     The slots in use are the first ones, in the order of the rows of a pass. `begin`, then `model(ids, cache=slots)`
     takes one row for each of them; further rows, which fill a batch up, leave nothing behind.
@@ -190,7 +190,7 @@ class ContinuedLatents:
 
 
 class OwnStep:
-    """One step of an MTP layer in training on its own state, as `model.speculative` chains it: see `MTPLayer`.
+    """One step of an MTP layer in training on its own state, as `model.decoding.speculative` chains it: see `MTPLayer`.
 
     Step 1 is the layer's ordinary pass. In step j, position u stands for a draft whose chain began at u - (j-1): of the
     positions up to there the layer sees the latents of step 1, then of each following one that of the next step.

@@ -13,7 +13,7 @@ from LMConfig import LMConfig
 from model.dispatch import Combine, Dispatch, Permute, Plan, gather_sum
 from model.grouped_linear import Cast, KeptMemory, grouped_linear, spans_of
 from model.kernels import fused, grouped, products
-from model.packed import Packed
+from model.quantized import Packed
 
 FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 NO_CORRECTIONS: Mapping[str, LowRank] = {}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.dispatch import SMALL_ROW_BLOCK, Plan
 from model.kernels import grouped, products
-from model.packed import Packed, dense
+from model.quantized import Packed, dense
 
 KEPT_BYTES = 2**25  # glibc gives a larger block back to the system as soon as it is freed
 

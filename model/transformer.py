@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from LMConfig import LMConfig
-from model import native
 from model.attention import Visibility, pick
 from model.cache import Cache, LatentCache, OwnStep, SlotCache
+from model.decoding import native
 from model.experts import Experts
 from model.layer import DecoderLayer
 from model.moe import Router, Routing
@@ -86,7 +86,7 @@ class MiniDeepSeek(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.drafter: object | None = None  # see model.drafter
+        self.drafter: object | None = None  # see model.decoding.drafter
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -120,7 +120,7 @@ class MiniDeepSeek(nn.Module):
         rope = self.rotary(position_ids)
         if isinstance(cache, SlotCache):
             visibility = Visibility.reaching(position_ids, cache.end)
-        elif hasattr(cache, "visibility"):  # model.cuda_step: its length is no number that the host knows
+        elif hasattr(cache, "visibility"):  # model.decoding.cuda_step: its length is no number that the host knows
             visibility = cache.visibility()
         elif cache is not None and cache.padding is not None:
             visibility = Visibility.padded(time, cache.length + time, cache.padding)
@@ -199,8 +199,8 @@ class MiniDeepSeek(nn.Module):
         return [layer.mlp.gate for layer in [*self.model.layers, *self.mtp] if layer.is_moe]
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """Prompt and completion, (batch, time + new); see `model.generate.generate` for the options."""
-        from model.generate import generate  # model.generate needs this class
+        """Prompt and completion, (batch, time + new); see `model.decoding.generate.generate` for the options."""
+        from model.decoding.generate import generate  # model.decoding.generate needs this class
 
         return generate(self, input_ids, **options)
 
@@ -208,14 +208,14 @@ class MiniDeepSeek(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> MiniDeepSeek:
-        """Open a Hugging Face checkpoint folder of a `deepseek_v3` model; see `model.hf.load_pretrained`."""
-        from model.hf import load_pretrained
+        """Open a Hugging Face folder of a `deepseek_v3` model; see `model.checkpoint.folder.load_pretrained`."""
+        from model.checkpoint.folder import load_pretrained
 
         return load_pretrained(folder, dtype, device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and generation_config.json; see `model.hf.save_pretrained`."""
-        from model.hf import save_pretrained
+        """Write config.json, the weights and generation_config.json; see `model.checkpoint.folder.save_pretrained`."""
+        from model.checkpoint.folder import save_pretrained
 
         save_pretrained(self, folder)
 

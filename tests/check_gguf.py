@@ -22,9 +22,9 @@ from errors import UserError, command_line
 from eval.answering import Answerer
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.gguf_export import export_gguf
+from model.checkpoint.gguf_export import export_gguf
 from model.norm import RMSNorm
-from text.chat_template import Message, encode_chat
+from text.chats.chat_template import Message, encode_chat
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from training.settings import call
 

@@ -29,8 +29,8 @@ from eval.suites.measuring import measure
 from eval.suites.multiple_choice import MultipleChoice
 from eval.suites.suite import Score, Suite
 from eval.suites.text_likelihood import TextLikelihood
-from text.world.numbers import held_out_arithmetic_problem
 from training.settings import call
+from world.numbers import held_out_arithmetic_problem
 
 DIGITS = 4  # that lm-eval prints
 RELATIVE = 1e-5  # of a log-likelihood: what the order of float32 sums may change

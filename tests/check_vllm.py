@@ -23,9 +23,9 @@ from check_gguf import QUESTIONS, SMALL
 from errors import UserError, command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
+from model.checkpoint.vllm_export import export_vllm_cpu
 from model.norm import RMSNorm
-from model.vllm_export import export_vllm_cpu
-from text.chat_template import encode_chat
+from text.chats.chat_template import encode_chat
 from text.tokenizer import Tokenizer
 from training.settings import call
 

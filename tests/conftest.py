@@ -22,11 +22,12 @@ import training.trainer
 from errors import command_line
 from eval.opened_model import OpenedModel, open_model
 from LMConfig import LMConfig
-from model import MiniDeepSeek, native
+from model import MiniDeepSeek
+from model.decoding import native
 from model.kernels import compiled
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer, train_bpe
-from text.world import generate
+from world import generate
 
 TINY = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
@@ -44,7 +45,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_pictures() -> Iterator[None]:
-    """Runs leave their curves out, which would take longer than the runs; tests/test_plots.py draws them."""
+    """Runs leave their curves out, which would take longer than the runs; test_plots.py draws them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.trainer, "draw_run", lambda out: None)
         yield

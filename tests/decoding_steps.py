@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from model import MiniDeepSeek, native
+from model import MiniDeepSeek
 from model.cache import LatentCache
-from model.stepper import read
+from model.decoding import native
+from model.decoding.stepper import read
 
 SHAPES = {
     "plain": {},

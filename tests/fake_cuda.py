@@ -1,6 +1,6 @@
 """Training and decoding on tensors of device="cuda" that have shapes, types and strides but no data.
 
-LD_PRELOAD=fake_cuda.so python tests/fake_cuda.py      fake_cuda.so: tests/fake_cuda.cpp; tests/test_cuda_shapes.py
+LD_PRELOAD=fake_cuda.so python tests/fake_cuda.py      fake_cuda.so: fake_cuda.cpp; used by test_cuda_shapes.py
 
 What a kernel for CUDA asks of its inputs is checked by torch's own rules for it, such as the strides of grouped_mm. A
 call that waits for the device, because the host wants a number of it or copies to it from memory that is not pinned, is
@@ -27,7 +27,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache, cache_dtype
 from model.experts import Experts
-from model.packed import Int8Weight, pack_weights
+from model.quantized import Int8Weight, pack_weights
 from model.transformer import logits
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
@@ -36,7 +36,7 @@ from training.alignment.preference import PreferenceLoss, PreferenceSettings
 from training.distill.distillation import DistillationLoss, DistillationSettings
 from training.distill.teacher import OwnTeacher
 from training.losses import NextTokenLoss
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 from training.settings import NextTokenSettings
 from training.trainer import Trainer
 

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 
 import full_sft
 import pretrain
-import text.shard_set
+import text.corpus.shard_set
 import text.tokenizer
 import train_tokenizer
-import training.checkpoints.checkpoint
-import training.log
+import training.run.checkpoint
+import training.run.log
 from text.tokenizer import Tokenizer, train_bpe
-from training.log import read_metrics
+from training.run.log import read_metrics
 from training.settings import call
 
 ROWS = ["月牙镇的早晨很安静。", "Crescent Town is quiet in the morning.", "小明有3个苹果。"] * 40
@@ -288,7 +288,7 @@ def full(*_: object, **__: object) -> None:
 
 def test_a_disk_that_fills_under_a_checkpoint(train, world, tmp_path, monkeypatch):
     """The third checkpoint does not fit: the first two stay, and the run goes on from there once there is room."""
-    saves, save = [], training.checkpoints.checkpoint.save_file
+    saves, save = [], training.run.checkpoint.save_file
 
     def save_file(*given: object) -> None:
         saves.append(given)
@@ -298,7 +298,7 @@ def test_a_disk_that_fills_under_a_checkpoint(train, world, tmp_path, monkeypatc
 
     options = ["--max_steps", 4, "--save_every", 1, "--keep", 5]
     with monkeypatch.context() as patch:
-        patch.setattr(training.checkpoints.checkpoint, "save_file", save_file)
+        patch.setattr(training.run.checkpoint, "save_file", save_file)
         done = train(world / "pretrain.csv", *options)
     out = tmp_path / "run"
     refused(done, 2, f"{out / 'step-3'}: could not be saved", "No space left", f"{out / 'step-2'}; free some space")
@@ -309,7 +309,7 @@ def test_a_disk_that_fills_under_a_checkpoint(train, world, tmp_path, monkeypatc
 
 
 def test_a_disk_that_fills_under_the_metrics(train, world, tmp_path, monkeypatch):
-    write_metrics = training.log.RunLog.write
+    write_metrics = training.run.log.RunLog.write
 
     def write(log, metrics: dict) -> None:
         if metrics["step"] == 2:
@@ -317,14 +317,14 @@ def test_a_disk_that_fills_under_the_metrics(train, world, tmp_path, monkeypatch
             log.file = open("/dev/full", "a", encoding="utf8")  # noqa: SIM115
         write_metrics(log, metrics)
 
-    monkeypatch.setattr(training.log.RunLog, "write", write)
+    monkeypatch.setattr(training.run.log.RunLog, "write", write)
     done = train(world / "pretrain.csv", "--max_steps", 3, "--save_every", 1)
     refused(done, 2, f"{tmp_path / 'run' / 'metrics.jsonl'}: No space left on device; free some space")
     assert (tmp_path / "run" / "step-1" / "model.safetensors").is_file()
 
 
 def test_a_disk_that_fills_under_the_shards(train, world, monkeypatch):
-    monkeypatch.setattr(text.shard_set.os, "fsync", full)
+    monkeypatch.setattr(text.corpus.shard_set.os, "fsync", full)
     refused(train(world / "pretrain.csv"), 2, "shards", "No space left on device; free some space")
 
 

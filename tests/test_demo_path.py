@@ -27,7 +27,7 @@ from lora_sft import LoraSFTSettings
 from model import MiniDeepSeek
 from pretrain import PretrainSettings
 from text.tokenizer import Tokenizer
-from training.log import read_metrics
+from training.run.log import read_metrics
 from training.settings import call, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +77,7 @@ def path(tmp_path_factory) -> Path:
     """Every stage once; pretraining is terminated and resumed on the way."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "tiny.yaml").write_text(TINY, encoding="utf8")
-    python("-m", "text.world", "--out", folder / "world", "--scale", 0.01)
+    python("-m", "world", "--out", folder / "world", "--scale", 0.01)
     corpus = folder / "world" / "pretrain.csv"
     python("train_tokenizer.py", "--data", corpus, "--out", folder / "tokenizer", "--vocab_size", 500)
     arguments = ["--config", folder / "tiny.yaml", "--data", corpus, "--tokenizer", folder / "tokenizer"]
@@ -198,7 +198,7 @@ def test_make_demo_runs_the_stages_in_order(tmp_path):
     made = commands(f"WORLD={world}", f"OUT={out}")
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
     assert scripts == [
-        "text.world", "train_tokenizer.py", "pretrain.py", "full_sft.py", "dpo_train.py", "grpo_train.py",
+        "world", "train_tokenizer.py", "pretrain.py", "full_sft.py", "dpo_train.py", "grpo_train.py",
         "eval/report.py",
     ]  # fmt: skip
     solving = parse(GRPOSettings, "", made[5][1:])
@@ -229,7 +229,7 @@ def test_make_r1_walks_the_path_from_config_to_config(tmp_path):
     made = commands(f"WORLD={world}", f"OUT={out}", target="r1")[3:]
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
     assert scripts == [
-        "text.world.reasoning", "full_sft.py", "grpo_train.py", "full_sft.py", "grpo_train.py", "collect.py",
+        "world.reasoning", "full_sft.py", "grpo_train.py", "full_sft.py", "grpo_train.py", "collect.py",
         "full_sft.py", "grpo_train.py", "eval/reasoning.py",
     ]  # fmt: skip
     kinds = {"full_sft.py": SFTSettings, "grpo_train.py": GRPOSettings, "collect.py": CollectSettings}
@@ -249,7 +249,7 @@ def test_make_lora_trains_on_the_fine_tuned_model_and_measures_before_and_after(
     made = commands(f"WORLD={world}", f"OUT={out}", target="lora")
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
     assert scripts[-5:] == [
-        "text.world.blessings", "lora_sft.py", "eval/style.py", "eval/style.py", "eval/questions.py",
+        "world.blessings", "lora_sft.py", "eval/style.py", "eval/style.py", "eval/questions.py",
     ]  # fmt: skip
     generated, tuned, before, after, kept = made[-5:]
     settings = parse(LoraSFTSettings, "", tuned[1:])

@@ -21,20 +21,20 @@ from dataset import ChatDataset, PreferenceDataset, PretrainDataset, PromptDatas
 from errors import DamagedCheckpoint, UserError
 from eval.chat import Conversation
 from model import MiniDeepSeek
-from model.hf_import import import_folder
-from model.sampling import Sampling
-from model.weight_files import WeightFiles
-from text.readers import Corpus
-from text.registry import Source
-from text.shard_set import INDEX, ShardSet
-from text.shards import prepare_shards
-from text.sources import open_sources
+from model.checkpoint.hf_import import import_folder
+from model.checkpoint.weight_files import WeightFiles
+from model.decoding.sampling import Sampling
+from text.corpus.mixture import open_sources
+from text.corpus.shard_set import INDEX, ShardSet
+from text.corpus.shards import prepare_shards
+from text.sources.readers import Corpus
+from text.sources.registry import Source
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from training.adapters.adapter import Adapter
-from training.checkpoints.checkpoint import load_training_state
 from training.distill.teacher import open_transformers
-from training.optim import OptimSettings, build_optimizer
-from training.stage import open_checkpoint
+from training.optim.build import OptimSettings, build_optimizer
+from training.run.checkpoint import load_training_state
+from training.startup import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -251,7 +251,9 @@ def test_an_index_of_shards_removes_no_file_outside_its_folder(
 @pytest.mark.parametrize("name", ["../evil", "../../evil.csv", "a/..", "..", "/", "x" * 50])
 def test_shards_of_any_name_lie_in_their_folder(name: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     made: list[Path] = []
-    monkeypatch.setattr("text.sources.prepare_shards", lambda group, tokenizer, folder, **options: made.append(folder))
+    monkeypatch.setattr(
+        "text.corpus.mixture.prepare_shards", lambda group, tokenizer, folder, **options: made.append(folder)
+    )
     for source in (Source(name), Source(name, is_hub=True, subset="../../x")):
         open_sources([source], tokenizer, tmp_path / "shards", main=True)
     assert all(folder.resolve().parent == tmp_path / "shards" for folder in made)

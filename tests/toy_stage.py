@@ -11,9 +11,9 @@ import torch
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.log import read_metrics
 from training.losses import Batch, NextTokenLoss
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
+from training.run.log import read_metrics
 from training.settings import NextTokenSettings
 from training.trainer import Trainer
 from training.validation import BitsPerByte

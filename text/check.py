@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from errors import UserError
-from text.encoded_chats import fit
+from text.chats.encoded_chats import fit
 from text.inspection import encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
-from text.registry import Source
-from text.row_report import RowReport, balance
+from text.sources.registry import Source
+from text.sources.row_report import RowReport, balance
 from text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 1000

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
-from text.chat_template import encode_chats
-from text.cleaning import Cleaner, Report, SeenHashes
-from text.conversations import to_messages
-from text.encoded_pairs import last_answer
-from text.folders import Folder
-from text.formats import FORMATS
-from text.preferences import to_preference
-from text.problems import COLUMNS, open_problems, problem_reader
-from text.readers import Corpus
-from text.registry import GENERATORS, Source
-from text.row_report import RowReport
-from text.rows import SUFFIXES, placed_rows, read_rows
+from text.chats.chat_template import encode_chats
+from text.chats.conversations import to_messages
+from text.chats.encoded_pairs import last_answer
+from text.chats.preferences import to_preference
+from text.chats.problems import COLUMNS, open_problems, problem_reader
+from text.corpus.cleaning import Cleaner, Report, SeenHashes
+from text.sources.folders import Folder
+from text.sources.formats import FORMATS
+from text.sources.readers import Corpus
+from text.sources.registry import GENERATORS, Source
+from text.sources.row_report import RowReport
+from text.sources.rows import SUFFIXES, placed_rows, read_rows
 from text.tokenizer import Tokenizer
 
 ROWS_LOOKED_AT = 100

@@ -10,10 +10,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from text.chats.packing import cut_at_turn
 from text.inspection import Sequences, encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
-from text.packing import cut_at_turn
-from text.registry import Source
-from text.row_report import RowReport
+from text.sources.registry import Source
+from text.sources.row_report import RowReport
 from text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 LEARNT, CONTEXT, MARK = ("bold green", "bold cyan"), ("white", "bright_black"), "magenta"

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from errors import UserError, naming
-from text.chat_template import CHAT_TEMPLATE
+from text.chats.chat_template import CHAT_TEMPLATE
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<unk>",

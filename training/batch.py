@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from training.checkpoints.resume import saved_run
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
+from training.run.resume import saved_run
 from training.settings import StageSettings
 
 ENOUGH = 100  # steps that a run should have: schedules and Adam's moments need tens of them

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dataset import ChatDataset
-from text.registry import find_sources
+from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.held_out import labels_name
-from training.optim import OptimSettings
-from training.ranks import Ranks
-from training.samples import Samples, SampleSettings, open_samples
+from training.optim.build import OptimSettings
+from training.parallel.ranks import Ranks
+from training.run.samples import Samples, SampleSettings, open_samples
 from training.settings import StageSettings
 from training.validation import BitsPerByte, held_out_batches
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import xxhash
 
-from text.problems import Problem
-from text.registry import Source
+from text.chats.problems import Problem
+from text.sources.registry import Source
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer, characters
 from training.losses import IGNORE, Batch
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from errors import UserError
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

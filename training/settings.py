@@ -15,11 +15,11 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from errors import UserError, check_least, check_seed, is_broken, naming, with_home
 from LMConfig import LMConfig
-from text.registry import REGISTRY
-from training.console import legend
+from text.sources.registry import REGISTRY
 from training.flags import unknown_options
-from training.optim import OptimSettings
-from training.ranks import DistSettings
+from training.optim.build import OptimSettings
+from training.parallel.ranks import DistSettings
+from training.run.console import legend
 from training.schedule import Budget, Schedule
 
 

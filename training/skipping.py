@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from errors import naming
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 8  # samples named in the message at the end

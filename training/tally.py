@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 
 Metric = Tensor | tuple[Tensor, Tensor]
 

@@ -15,39 +15,39 @@ import torch
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.counts import count as count_costs
-from model.kernel_report import kernel_report
+from model.costs import count as count_costs
+from model.kernels.report import kernel_report
 from model.moe import update_bias
-from model.quiet import quiet_compiler
 from text.order import scramble
 from text.tokenizer import Tokenizer
-from training.agreement import check_facts, check_weights, facts
 from training.batch import fit_batch, warn_of_few_steps
-from training.best import judge
-from training.checkpoints.carried import carry_optimizer
-from training.checkpoints.checkpoint import Progress, Weights
-from training.checkpoints.lock import RunLock
-from training.checkpoints.resume import BEST, WholeModel, identity
-from training.checkpoints.run_checkpoints import RunCheckpoints
-from training.console import duration
 from training.datasets import Dataset, PolicyDataset
-from training.entries import StepResult, announcement, step_entry, untrained_entry
-from training.estimate import SLOW_STEP, estimate, length
-from training.interrupt import Interrupt, aftermath
-from training.log import RunLog
+from training.flops import Work
 from training.losses import Batch, Loss
 from training.machine import Peak, autocast, choose_dtype, peak_memory, set_seed
-from training.optim import build_optimizer, set_learning_rate
-from training.plots import draw_run
-from training.ranks import Ranks
-from training.samples import Samples
+from training.metrics import StepResult, announcement, step_entry, untrained_entry
+from training.optim.build import build_optimizer, set_learning_rate
+from training.parallel.rank_checks import check_facts, check_weights, facts
+from training.parallel.ranks import Ranks
+from training.run.best import judge
+from training.run.carried import carry_optimizer
+from training.run.checkpoint import Progress, Weights
+from training.run.console import duration
+from training.run.estimate import SLOW_STEP, estimate, length
+from training.run.interrupt import Interrupt, aftermath
+from training.run.lock import RunLock
+from training.run.log import RunLog
+from training.run.plots import draw_run
+from training.run.quiet import quiet_compiler
+from training.run.resume import BEST, WholeModel, identity
+from training.run.run_checkpoints import RunCheckpoints
+from training.run.samples import Samples
+from training.run.watch import Stopped
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
 from training.skipping import Skipping
 from training.tally import Tally
 from training.validation import Validation
-from training.watch import Stopped
-from training.work import Work
 
 
 class Trainer:

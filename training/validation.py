@@ -17,7 +17,7 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.losses import IGNORE, Batch, token_losses
 from training.machine import autocast
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 
 CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 

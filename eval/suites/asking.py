@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from errors import UserError
 from eval.opened_model import OpenedModel
-from text.chat_template import Message
+from text.chats.chat_template import Message
 
 ENDS = ("\n\n", "\nQuestion:")  # a model without turns goes on and asks itself the next question
 

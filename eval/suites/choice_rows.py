@@ -19,9 +19,9 @@ from typing import Any
 
 from errors import UserError
 from eval.suites.suite import rows_of
-from text.folders import SAVED, SPLIT_OF, Folder
-from text.registry import Source, find_sources
-from text.rows import SUFFIXES
+from text.sources.folders import SAVED, SPLIT_OF, Folder
+from text.sources.registry import Source, find_sources
+from text.sources.rows import SUFFIXES
 
 LETTERS = string.ascii_uppercase
 ALSO = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}

@@ -11,11 +11,11 @@ from eval.opened_model import OpenedModel
 from eval.suites.asking import ask
 from eval.suites.estimates import majority, pass_at_k, wilson
 from eval.suites.suite import Row, Score, rows_of, sources_of, spread
-from text.chat_template import Message
-from text.problems import Problem, open_problems, to_problem
-from text.quantity import as_number
-from text.registry import GENERATORS, Source
-from text.row_report import RowError
+from text.chats.chat_template import Message
+from text.chats.problems import Problem, open_problems, to_problem
+from text.judging.quantity import as_number
+from text.sources.registry import GENERATORS, Source
+from text.sources.row_report import RowError
 from training.alignment.rewards import is_correct, taken_answer
 
 RIGHT = ("right",)  # under which all right answers vote, however they are written

@@ -13,7 +13,7 @@ from eval.opened_model import Choices, OpenedModel
 from eval.suites.choice_rows import ChoiceItem, read_choices
 from eval.suites.estimates import Z, wilson
 from eval.suites.suite import Row, Score, spread
-from text.chat_template import Message
+from text.chats.chat_template import Message
 
 SHOWN = 60  # characters of a question in messages
 

@@ -11,9 +11,9 @@ import numpy as np
 from eval.opened_model import OpenedModel
 from eval.suites.asking import ask, check_asking
 from eval.suites.suite import Row, Score, spread
-from text.problems import Problem
-from text.prompts import Prompt, read_prompts
-from text.registry import find_sources
+from text.chats.problems import Problem
+from text.chats.prompts import Prompt, read_prompts
+from text.sources.registry import find_sources
 from training.alignment.rewards import Sample, language, loose_format, strict_format
 
 # A Chinese character is a unit, and so is a run of letters or digits; punctuation and spaces are none.

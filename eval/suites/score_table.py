@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval.suites.measuring import Measured
 from eval.suites.suite import Score
-from training.plots import load_pyplot, plain
+from training.run.plots import load_pyplot, plain
 
 HEADER = ("suite", "group", "metric", "value", "95% interval", "chance", "items")
 

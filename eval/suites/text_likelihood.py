@@ -14,7 +14,7 @@ from errors import UserError
 from eval.opened_model import OpenedModel
 from eval.perplexity import read_blocks
 from eval.suites.suite import Row, Score, rows_of, sources_of, spread
-from text.registry import Source
+from text.sources.registry import Source
 from text.tokenizer import characters
 
 RESAMPLES = 1000

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from LMConfig import LMConfig
 from model.kernels.compiled import floats, integers
 from model.layer import DecoderLayer
-from model.packed import Int8Weight, PackedLinear
+from model.quantized import Int8Weight, PackedLinear
 
 HEADS = 4  # as in latents.h
 

@@ -30,15 +30,15 @@ from fuzz.test_fuzz_settings import LAUGHS, sources_of
 from fuzz.test_fuzz_suites import Letters, laid_out, measured
 from fuzz.test_fuzz_talk import REPLY, Misbehaving
 from LMConfig import LMConfig
-from model.gguf_tokenizer import GGUFTokenizer
-from text.registry import Source
+from model.checkpoint.gguf_tokenizer import GGUFTokenizer
+from text.sources.registry import Source
 from text.tokenizer import Tokenizer
-from training.checkpoints.checkpoint import read_progress
 from training.distill.answers import Journal
 from training.distill.curation import AnswerSettings, gather_answers
 from training.distill.endpoint import MOST_BYTES
-from training.log import RunLog, read_metrics
-from training.plots import draw_run
+from training.run.checkpoint import read_progress
+from training.run.log import RunLog, read_metrics
+from training.run.plots import draw_run
 from training.settings import parse
 
 DEEP = "[" * 30_000 + "]" * 30_000

@@ -20,10 +20,10 @@ from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import PLACES, put, strange, strange_json, strange_safetensors, values
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.gguf_export import export_gguf
-from model.hf_import import import_folder
+from model.checkpoint.gguf_export import export_gguf
+from model.checkpoint.hf_import import import_folder
 from text.tokenizer import Tokenizer
-from training.stage import open_checkpoint
+from training.startup import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -25,8 +25,8 @@ from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import PLACES, damaged, put, strange_json
 from fuzz.test_fuzz_settings import strange_yaml
 from text.tokenizer import Tokenizer
-from training.log import RunLog, read_metrics
-from training.plots import draw_run
+from training.run.log import RunLog, read_metrics
+from training.run.plots import draw_run
 
 ENTRIES = [
     {

@@ -13,14 +13,14 @@ from errors import UserError
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import strange, values
 from fuzz.test_fuzz_rows import CONTENTS
-from text.chat_template import ROLE_MARKS, encode_chat, render
-from text.conversations import to_messages
-from text.formats import FORMATS, Layout
-from text.literals import parse_list
-from text.preferences import to_preference
-from text.problems import to_problem
-from text.prompts import to_prompt
-from text.row_report import RowError
+from text.chats.chat_template import ROLE_MARKS, encode_chat, render
+from text.chats.conversations import to_messages
+from text.chats.preferences import to_preference
+from text.chats.problems import to_problem
+from text.chats.prompts import to_prompt
+from text.sources.formats import FORMATS, Layout
+from text.sources.literals import parse_list
+from text.sources.row_report import RowError
 from text.tokenizer import Tokenizer
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | values()

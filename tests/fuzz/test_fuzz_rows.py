@@ -22,13 +22,13 @@ import dataset
 from dataset import ChatDataset, PreferenceDataset, PromptDataset
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import PLACES, damaged, put, strange_json
-from text.conversations import read_conversations
-from text.preferences import read_preferences
-from text.problems import open_problems
-from text.prompts import read_prompts
-from text.readers import Corpus
-from text.registry import Source
-from text.row_report import RowReport
+from text.chats.conversations import read_conversations
+from text.chats.preferences import read_preferences
+from text.chats.problems import open_problems
+from text.chats.prompts import read_prompts
+from text.sources.readers import Corpus
+from text.sources.registry import Source
+from text.sources.row_report import RowReport
 from text.tokenizer import Tokenizer
 
 TURNS = [{"from": "human", "value": "春天来了吗？"}, {"from": "gpt", "value": "<think>hm</think>来了。"}]

@@ -22,17 +22,17 @@ from eval.style import read_favours
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import PLACES, damaged, put, strange_json, strange_safetensors
 from model import MiniDeepSeek
-from text.shard_set import ShardSet
-from text.shards import prepare_shards
+from text.corpus.shard_set import ShardSet
+from text.corpus.shards import prepare_shards
 from text.tokenizer import Tokenizer
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
 from training.alignment.reference import load_log_probs, save_log_probs
-from training.checkpoints.checkpoint import Progress, Snapshot, newest, read_progress
-from training.checkpoints.resume import WholeModel, left_off, take_up
 from training.distill.answers import Answer, Ask, Journal
-from training.log import read_metrics
-from training.optim import OptimSettings, build_optimizer
+from training.optim.build import OptimSettings, build_optimizer
+from training.run.checkpoint import Progress, Snapshot, newest, read_progress
+from training.run.log import read_metrics
+from training.run.resume import WholeModel, left_off, take_up
 
 
 @contextlib.contextmanager

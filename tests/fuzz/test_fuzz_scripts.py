@@ -74,7 +74,7 @@ ENTRY_POINTS = {
     "train_tokenizer.py": ("test_fuzz_talk", "test_training_a_tokenizer"),
     "dataset.py": ("test_fuzz_rows", "test_what_dataset_py_says"),
     "LMConfig.py": ("test_fuzz_checkpoints", "test_a_config_of_its_own"),
-    "model/hf.py": ("test_fuzz_checkpoints", "test_importing"),
+    "model/checkpoint/folder.py": ("test_fuzz_checkpoints", "test_importing"),
     "eval/chat.py": ("test_fuzz_talk", "test_a_conversation"),
     "eval/compare.py": ("test_fuzz_comparisons", "test_a_comparison"),
     "eval/experts.py": ("test_fuzz_comparisons", "test_the_curves_of_a_run"),
@@ -85,12 +85,12 @@ ENTRY_POINTS = {
     "eval/report.py": ("test_fuzz_comparisons", "test_the_settings_of_a_pretraining"),
     "eval/run.py": ("test_fuzz_suites", "test_the_data_of_a_suite"),
     "eval/style.py": ("test_fuzz_runs", "test_what_evaluations_read"),
-    "text/world/__main__.py": ("test_fuzz_talk", "test_the_options_of_the_world"),
-    "text/world/blessings.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
-    "text/world/reasoning.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
+    "world/__main__.py": ("test_fuzz_talk", "test_the_options_of_the_world"),
+    "world/blessings.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
+    "world/reasoning.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
 }
 # Started by the others, never by a person.
-SERVANTS = {"model/native.py", "text/encoders.py", "text/verifier.py"}
+SERVANTS = {"model/decoding/native.py", "text/corpus/encoders.py", "text/judging/verifier.py"}
 
 
 def test_every_entry_point_is_thrown_at() -> None:
@@ -105,4 +105,4 @@ def test_every_entry_point_is_thrown_at() -> None:
 @pytest.mark.parametrize("name", ["blessings", "reasoning"])
 def test_a_world_into_a_file(name: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
-    refused(script("-m", f"text.world.{name}", "--out", tmp_path / "x"), 2, f"{tmp_path / 'x'}: ", "check the path")
+    refused(script("-m", f"world.{name}", "--out", tmp_path / "x"), 2, f"{tmp_path / 'x'}: ", "check the path")

@@ -21,7 +21,7 @@ import lora_sft
 import pretrain
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import DEEP, PLACES, damaged, put, strange, strange_json
-from text.registry import Registry, find_sources
+from text.sources.registry import Registry, find_sources
 from training.settings import model_config, parse, save_resolved
 
 ROOT = Path(__file__).parents[2]

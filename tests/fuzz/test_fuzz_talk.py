@@ -34,14 +34,14 @@ from eval.style import style
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import DEEP, PLACES, damaged, put, strange, strange_json, written
 from fuzz.test_fuzz_rows import CONTENTS, as_lines, data_files
-from model.sampling import Sampling
-from text.conversations import read_conversations
-from text.registry import Source
+from model.decoding.sampling import Sampling
+from text.chats.conversations import read_conversations
+from text.sources.registry import Source
 from text.tokenizer import Tokenizer
-from text.world import __main__ as world_script
 from training.distill.curation import AnswerSettings, gather_answers
 from training.distill.endpoint import Endpoint
 from training.settings import call
+from world import __main__ as world_script
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
+from model.checkpoint.tensor_file import save_file
 from model.experts import Experts
-from model.quiet import quiet_imports
-from model.tensor_file import save_file
 from training.adapters.dropout import Dropout
 from training.adapters.experts_lora import ExpertsLora
 from training.adapters.lora import LoraSettings
+from training.run.quiet import quiet_imports
 
 with quiet_imports():
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from model.experts import NO_CORRECTIONS, LowRank
-from model.quiet import quiet_imports
+from training.run.quiet import quiet_imports
 
 with quiet_imports():
     from peft.tuners.lora.layer import ParamWrapper

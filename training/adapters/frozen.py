@@ -9,7 +9,7 @@ from errors import UserError
 from model import MiniDeepSeek
 from model.experts import Experts
 from model.kernels.products import Linear
-from model.packed import Int8Weight, NF4Weight, Packed, pack_weights
+from model.quantized import Int8Weight, NF4Weight, Packed, pack_weights
 
 BASES = ("auto", "int8", "nf4")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.quiet import quiet_imports
+from training.run.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,7 +9,7 @@ from errors import UserError, naming
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.adapters.adapter import Adapter
-from training.stage import open_checkpoint
+from training.startup import open_checkpoint
 
 
 def open_adapted(ckpt: str, folder: str) -> tuple[MiniDeepSeek, Tokenizer]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dataset import PromptDataset
 from model import MiniDeepSeek
-from text.problems import Problem
+from text.chats.problems import Problem
 from training.alignment.rewards import is_correct
 from training.alignment.rollout import Sampler, chances, completion_texts, joined, sample_groups
-from training.ranks import Ranks
-from training.watch import Watch
+from training.parallel.ranks import Ranks
+from training.run.watch import Watch
 
 SAMPLES = 4
 KEY = 0x76616C  # keeps the chances of measuring apart from those of training

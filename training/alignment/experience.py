@@ -14,7 +14,7 @@ from torch import Tensor
 from dataset import PromptDataset
 from errors import UserError
 from model import MiniDeepSeek
-from text.problems import Problem
+from text.chats.problems import Problem
 from training.alignment.policy import advantages, completion_hidden
 from training.alignment.rewards import Rewards, Sample
 from training.alignment.rollout import (
@@ -29,8 +29,8 @@ from training.alignment.rollout import (
 from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch
 from training.machine import autocast
-from training.ranks import Ranks
-from training.watch import Stopped
+from training.parallel.ranks import Ranks
+from training.run.watch import Stopped
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8

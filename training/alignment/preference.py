@@ -20,7 +20,7 @@ from model import MiniDeepSeek
 from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch
 from training.machine import autocast
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 from training.tally import Metric, Tally
 from training.validation import evaluate
 

@@ -17,8 +17,8 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.alignment.preference import answer_log_probs
 from training.machine import autocast
-from training.ranks import Ranks
-from training.stage import open_checkpoint
+from training.parallel.ranks import Ranks
+from training.startup import open_checkpoint
 
 
 def frozen_reference(model: MiniDeepSeek, tokenizer: Tokenizer, folder: str) -> MiniDeepSeek:

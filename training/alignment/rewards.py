@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from errors import UserError
-from text.answers import declared_answer, final_answer
-from text.judge import is_equal
-from text.problems import Problem
-from text.quantity import as_number
+from text.chats.problems import Problem
+from text.judging.answers import declared_answer, final_answer
+from text.judging.judge import is_equal
+from text.judging.quantity import as_number
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _ANY_TAG = re.compile("|".join(TAGS))
@@ -133,7 +133,7 @@ def taken_answer(problem: Problem, text: str) -> str | None:
 
 
 def is_correct(problem: Problem, text: str) -> bool:
-    """Whether a completion gives the answer of the problem (`text.judge`), or satisfies the problem's own checker."""
+    """Whether a completion gives the answer of the problem (`judge`), or satisfies the problem's own checker."""
     taken = taken_answer(problem, text)
     if taken is None:
         return False

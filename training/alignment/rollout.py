@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from errors import UserError, check_least
 from model import MiniDeepSeek
-from model.batching import Batcher, Completion, Request
+from model.decoding.batching import Batcher, Completion, Request
+from model.decoding.sampling import Sampling
 from model.experts import Experts
-from model.sampling import Sampling
 from text.order import scramble
 from text.tokenizer import Tokenizer
-from training.watch import Watch
+from training.run.watch import Watch
 
 SLOTS = 128  # completions at a time where no setting says: as many rows as decode.c takes
 
@@ -166,7 +166,7 @@ class Sampler:
 
     Norms and routers keep their float32 weights, so that products are rounded where autocast rounds them in training.
     Sampler and trainer differ by the order of their sums, by the absorbed form of attention, and on CPU, where few rows
-    are decoded in C (`model/native.py`), by numbers between the products and logits that are not rounded at all.
+    are decoded in C (`decoding/native.py`), by numbers between the products and logits that are not rounded at all.
     """
 
     def __init__(self, model: MiniDeepSeek, dtype: torch.dtype) -> None:

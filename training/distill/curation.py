@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from errors import UserError, check_least
-from text.answer_filter import AnswerFilter, clean, shortest_different
-from text.chat_file import write_chats
-from text.chat_template import Message
-from text.prompts import Prompt, read_prompts
-from text.registry import Source
-from text.row_report import RowReport, balance
+from text.chats.chat_file import write_chats
+from text.chats.chat_template import Message
+from text.chats.prompts import Prompt, read_prompts
+from text.judging.answer_filter import AnswerFilter, clean, shortest_different
+from text.sources.registry import Source
+from text.sources.row_report import RowReport, balance
 from training.alignment.rewards import Rewards, Sample
 from training.distill.answers import Answer, AnsweringTeacher, Ask, Journal, ask_all, questions
 from training.distill.endpoint import Endpoint

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from model import MiniDeepSeek
-from text.chat_template import encode_chats
+from text.chats.chat_template import encode_chats
 from text.tokenizer import Tokenizer
 from training.alignment.rollout import chances, completion_texts, sample_groups
 from training.distill.answers import Answer, Ask, Failure
 from training.distill.teacher import frozen, is_ours, open_transformers
-from training.stage import open_checkpoint
+from training.startup import open_checkpoint
 
 TOO_LONG = "the prompt leaves no room for an answer"
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from dataset import ChatDataset
 from errors import UserError, check_least
 from model import MiniDeepSeek
+from text.chats.packing import pack_best_fit, write_row
 from text.order import WORD, scramble
-from text.packing import pack_best_fit, write_row
 from training.alignment.rollout import Sampler, chances, sample_groups
 from training.distill.distillation import SAMPLED
 from training.losses import Batch
-from training.ranks import Ranks
-from training.watch import Stopped
+from training.parallel.ranks import Ranks
+from training.run.watch import Stopped
 
 CHOICE, CHANCES = 0x6F6E706F, 0x6F776E61  # keep these random numbers apart from those of the data order
 

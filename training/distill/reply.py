@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from errors import one_line
-from text.turns import THOUGHTS, thought_and_answer
+from text.chats.turns import THOUGHTS, thought_and_answer
 from training.distill.answers import Answer
 
 NAMES = (*THOUGHTS, "reasoning_details")  # of thoughts; often the same under two of them

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.quiet import quiet_imports
 from text.tokenizer import Tokenizer
 from training.distill.distillation import Logits, Teacher
 from training.losses import IGNORE, Batch
-from training.stage import open_checkpoint
+from training.run.quiet import quiet_imports
+from training.startup import open_checkpoint
 
 INPUTS = ("input_ids", "position_ids", "segment_ids")
 CLOSE = 1e-2  # of logits of order 1 to 10, from one product in two ways

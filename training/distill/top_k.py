@@ -23,13 +23,13 @@ from torch import Tensor
 
 from dataset import ChatDataset
 from errors import naming
-from text.encoded_chats import EncodedChats
-from text.packing import write_row
+from text.chats.encoded_chats import EncodedChats
+from text.chats.packing import write_row
 from training.distill.distillation import Logits, Teacher
 from training.distill.divergences import Divergence
 from training.losses import Batch
 from training.machine import autocast
-from training.ranks import Ranks
+from training.parallel.ranks import Ranks
 
 FOLDER = "teacher_top_k"
 CONVERSATIONS = 2048  # of a file

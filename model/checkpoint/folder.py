@@ -1,0 +1,222 @@
+"""Hugging Face checkpoint folders in and out: the one place that knows both namings.
+
+python -m model.hf import --from DIR --to DIR          any deepseek_v3 folder becomes one of this project's
+python -m model.hf export --format gguf --ckpt DIR --out FILE.gguf [--type f32|f16|bf16|q8_0]      for llama.cpp
+python -m model.hf export --format vllm-cpu --ckpt DIR --out DIR      for vLLM on CPUs with --enforce-eager
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import DamagedCheckpoint, UserError, command_line, waiting
+from LMConfig import LMConfig
+from model.checkpoint.tensor_file import save_file
+from model.checkpoint.weight_files import WEIGHTS, WeightFiles
+from model.transformer import MiniDeepSeek
+
+STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+TIED = ("lm_head.weight", "model.embed_tokens.weight")  # one weight where config.tie_word_embeddings
+
+MOST_TIMES = 4  # as many weights as the files hold, a network may have before it is built and compared
+
+
+def released_name(name: str, config: LMConfig) -> str:
+    """The released name of one of our weights: MTP layers are counted on from the main ones."""
+    return re.sub(r"^mtp\.(\d+)\.", lambda m: f"model.layers.{config.num_hidden_layers + int(m[1])}.", name)
+
+
+def single_experts(name: str, stack: Tensor) -> dict[str, Tensor]:
+    """A stack of experts, (E, ...) as a weight `name` that `STACKED` matches, as views under the released names."""
+    prefix, kind = STACKED.fullmatch(name).groups()
+    out: dict[str, Tensor] = {}
+    for expert, matrix in enumerate(stack):
+        if kind == "down_proj":
+            out[f"{prefix}.{expert}.down_proj.weight"] = matrix
+        else:
+            out[f"{prefix}.{expert}.gate_proj.weight"], out[f"{prefix}.{expert}.up_proj.weight"] = matrix.chunk(2)
+    return out
+
+
+def released_views(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
+    """Our state dict under the released names, as views of the same memory: reading fills them, writing copies them."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        name = released_name(name, config)
+        out.update(single_experts(name, tensor) if STACKED.match(name) else {name: tensor})
+    return out
+
+
+def mtp_copies(config: LMConfig) -> dict[str, str]:
+    """The weights that the released V3 repeats in its MTP layers, and what they repeat: embedding and head."""
+    out: dict[str, str] = {}
+    for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+        out[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        out[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
+    return out
+
+
+def to_hugging_face(state: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
+    """A copy of our state dict under the released names, with what the released V3 repeats for its MTP layers.
+
+    `lm_head.weight` is there when it is tied too: vLLM never ties the head of a DeepSeek-V3.
+    """
+    out = released_views(state, config)
+    out.update({name: state[original] for name, original in mtp_copies(config).items()})
+    return {name: tensor.detach().clone().contiguous() for name, tensor in out.items()}
+
+
+@torch.no_grad()
+def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy named tensors into the model, each straight into its place: single experts as released, or stacked ones.
+
+    Embedding and head of a tied model are one place, which either of them fills; both must agree.
+
+    Raises:
+        DamagedCheckpoint: a weight is missing, superfluous, or of another shape than in the model.
+    """
+    config, state = model.config, model.state_dict()
+    places = released_views(state, config)
+    stacks = {released_name(name, config): tensor for name, tensor in state.items() if STACKED.match(name)}
+    missing, repeated = dict.fromkeys(places), mtp_copies(config)
+    tied = set(TIED if config.tie_word_embeddings else ())
+    for name, tensor in tensors:
+        place = places.get(name, stacks.get(name))
+        if place is None:
+            if name in repeated or name.endswith(".rotary_emb.inv_freq"):
+                continue
+            raise DamagedCheckpoint(f"weight {name} has no place in the network that config.json describes")
+        if place.shape != tensor.shape:
+            raise DamagedCheckpoint(
+                f"weight {name} has shape {tuple(tensor.shape)}, config.json says {tuple(place.shape)}"
+            )
+        first = name not in tied or name in missing
+        if not first and not torch.allclose(place, tensor.to(place), rtol=0, atol=0, equal_nan=True):
+            raise DamagedCheckpoint(
+                f"{' and '.join(TIED)} differ, though config.json ties them; set its tie_word_embeddings to false"
+            )
+        place.copy_(tensor)
+        for filled in single_experts(name, place) if name in stacks else tied if name in tied else [name]:
+            missing.pop(filled, None)
+    if missing:
+        raise DamagedCheckpoint(
+            f"weight {next(iter(missing))} is missing; use another checkpoint, or correct config.json"
+        )
+
+
+def save_pretrained(model: MiniDeepSeek, folder: str | Path) -> None:
+    """Write config.json, generation_config.json and model.safetensors, each complete or not at all."""
+    save_state(model.state_dict(), model.config, Path(folder))
+
+
+def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None:
+    """The same from a state dict of ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.to("cpu") for name, tensor in state.items()}
+    temporary = folder / f".{WEIGHTS}.partial"
+    save_file(to_hugging_face(state, config), temporary, metadata={"format": "pt"})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / WEIGHTS)
+    config.save_pretrained(folder)
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": False}
+    if config.pad_token_id is not None:
+        generation["pad_token_id"] = config.pad_token_id
+    partial = folder / ".generation_config.json.partial"
+    partial.write_text(json.dumps(generation, ensure_ascii=False, indent=2) + "\n", encoding="utf8")
+    os.replace(partial, folder / "generation_config.json")
+
+
+def load_pretrained(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    adapt: Callable[[LMConfig], LMConfig] = lambda config: config,
+) -> MiniDeepSeek:
+    """Open a checkpoint folder. Absent MTP weights mean no MTP, with a notice; any other difference is an error.
+
+    Weights go straight from the files into the float32 network, FP8 ones dequantised: memory holds one copy of them.
+
+    Args:
+        dtype: of the parameters; the router biases stay float32 whatever it is.
+        adapt: given the configuration of the folder, returns the one to build; the shapes must be the same.
+    Raises:
+        UserError: no such folder, or a config that is not of a DeepSeek-V3.
+        DamagedCheckpoint: weights cut short, missing, superfluous, or of another shape than config.json says.
+    """
+    folder = Path(folder)
+    config = LMConfig.from_pretrained(folder)
+    files = WeightFiles(folder)
+    layers = {int(match[1]) for name in files.names if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    if config.num_nextn_predict_layers and not any(layer >= config.num_hidden_layers for layer in layers):
+        print(
+            f"notice: {folder} holds no MTP weights, though its config.json says "
+            f"num_nextn_predict_layers = {config.num_nextn_predict_layers}: opened without MTP",
+            file=sys.stderr,
+        )
+        config.num_nextn_predict_layers = 0
+    check_size(config, files, folder)
+    model = MiniDeepSeek(adapt(config))
+    try:
+        with waiting(f"reading {folder}"):
+            fill(model, files)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
+    return model.to(device=device, dtype=dtype)
+
+
+def check_size(config: LMConfig, files: WeightFiles, folder: Path) -> None:
+    """Before memory is asked for: a network many times as large as its weights is none of these files.
+
+    What is wrong with a smaller difference, `fill` can say better. Raises `DamagedCheckpoint`.
+    """
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in MiniDeepSeek(config).parameters())
+    if size > MOST_TIMES * files.numbers:
+        raise DamagedCheckpoint(
+            f"{folder}: config.json describes a network of {size:,} weights, the files hold {files.numbers:,}; "
+            "restore config.json, or use another checkpoint"
+        )
+
+
+def main() -> None:
+    """The command line of `python -m model.hf`."""
+    parser = argparse.ArgumentParser(prog="python -m model.hf", description="Checkpoint folders in and out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    into = commands.add_parser("import", help="make any deepseek_v3 folder one of this project's (float32, one file)")
+    into.add_argument("--from", dest="source", type=Path, required=True, help="folder to read; FP8 is dequantised")
+    into.add_argument("--to", dest="target", type=Path, required=True, help="folder to write")
+    out = commands.add_parser("export", help="write a checkpoint for other programs")
+    formats = "gguf: llama.cpp; vllm-cpu: vLLM on CPUs with --enforce-eager (else it opens the checkpoint folder)"
+    out.add_argument("--format", choices=["gguf", "vllm-cpu"], required=True, help=formats)
+    out.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
+    out.add_argument("--out", type=Path, required=True, help="file to write; for vllm-cpu a folder")
+    out.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], help="of gguf's matrices (f16)")
+    options = parser.parse_args()
+    if options.command == "import":
+        from model.checkpoint.hf_import import import_folder
+
+        import_folder(options.source, options.target)
+    elif options.format == "vllm-cpu":
+        from model.checkpoint.vllm_export import export_vllm_cpu
+
+        if options.type:
+            raise UserError("--type: is of --format gguf; leave it out")
+        export_vllm_cpu(options.ckpt, options.out)
+    else:
+        from model.checkpoint.gguf_export import export_gguf
+
+        export_gguf(options.ckpt, options.out, options.type or "f16")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,109 @@
+"""The tensors of a checkpoint folder, read from its safetensors files one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from errors import DamagedCheckpoint, UserError
+from model.checkpoint.fp8 import FP8, SCALE, block_size, dequantise
+
+WEIGHTS = "model.safetensors"
+
+
+class WeightFiles:
+    """model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    Attributes:
+        names: of all tensors, as the files hold them. numbers: how many are in them all.
+    Raises:
+        UserError: no such folder, no weights in it, or quantised by a method that is not read.
+        DamagedCheckpoint: a file that is cut short, or a list of shards that is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.block = folder, block_size(folder)
+        found = {path: _sizes(path) for path in _files(folder)}
+        # Each matrix right before its scales, so that the two meet at once where they are in one file.
+        self._names = {path: sorted(sizes) for path, sizes in found.items()}
+        self.names = {name for names in self._names.values() for name in names}
+        self.numbers = sum(size for sizes in found.values() for size in sizes.values())
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor; FP8 matrices are dequantised to float32 and their scales left out.
+
+        In memory are the tensor at hand, the one before it, and FP8 halves that wait for a later file.
+        """
+        waiting: dict[str, Tensor] = {}
+        for path, names in self._names.items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    tensor = _read(file, name, path)
+                    scales_of = name.removesuffix(SCALE)
+                    if scales_of != name or tensor.dtype == FP8:
+                        other = scales_of if scales_of != name else name + SCALE
+                        if other not in waiting:
+                            waiting[name] = tensor
+                            continue
+                        pair = {name: tensor, other: waiting.pop(other)}
+                        name, tensor = scales_of, self._dequantised(scales_of, pair)
+                    elif not tensor.is_floating_point():
+                        raise DamagedCheckpoint(
+                            f"{path}: weight {name} is of {tensor.dtype}; only floating point is read"
+                        )
+                    yield name, tensor
+        for name in sorted(waiting):
+            if name.endswith(SCALE):
+                raise DamagedCheckpoint(f"scales {name} are there without their FP8 matrix; fetch the files again")
+            raise DamagedCheckpoint(f"weight {name} is FP8 without its scales {name}{SCALE}; fetch the files again")
+
+    def _dequantised(self, name: str, pair: dict[str, Tensor]) -> Tensor:
+        weight, scales = pair[name], pair[name + SCALE]
+        if self.block is None:
+            raise DamagedCheckpoint(
+                f"{self.folder / 'config.json'}: no quantization_config, though {name} is FP8; restore the file"
+            )
+        return dequantise(name, weight, scales, self.block)
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf8"))["weight_map"].values()
+            files = sorted({folder / name for name in names})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise DamagedCheckpoint(f"{index}: not a list of shards; restore the file") from None
+        if strange := [file for file in files if file.parent != folder]:
+            raise DamagedCheckpoint(f"{index}: names {strange[0]}, outside the checkpoint folder; restore the file")
+        return files
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a checkpoint folder (it holds config.json and {WEIGHTS})")
+    raise UserError(f"{folder}: no {WEIGHTS} in it; give a checkpoint folder such as OUT/final or OUT/step-N")
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """How many numbers each tensor of a file has."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _read(file: safe_open, name: str, path: Path) -> Tensor:
+    try:
+        return file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{path}: damaged or cut short ({error}); use an older checkpoint")

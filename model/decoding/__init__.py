@@ -1,0 +1,1 @@
+"""Generation from the latent cache: runners, sampling, drafts, many sequences at once."""

@@ -1,0 +1,135 @@
+"""Frozen weights in 8 or 4 bits (QLoRA, Dettmers et al. 2023): quantised by torchao, unfolded for the moment of use."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.norm import Float32Buffers
+from training.run.quiet import quiet_imports
+
+BLOCK = 64  # elements that share a scale in 4 bits
+SCALES = 256  # scales that share a scale of their own: double quantisation
+
+
+class Packed(nn.Module, ABC):
+    """A matrix, or a stack of them, that can be read but not trained. `shape` is that of the weight it stands for."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight in a type of products, made anew."""
+
+
+class Int8Weight(Packed, Float32Buffers):
+    """A scale for each row, which is an output feature. decode.c reads the rows as they are."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: (..., out, in)."""
+        super().__init__(weight.shape)
+        with quiet_imports():
+            from torchao.quantization import Int8Tensor, PerRow
+        packed = Int8Tensor.from_hp(weight.detach().float(), granularity=PerRow())
+        self._keep(packed.qdata, packed.scale)
+
+    @classmethod
+    def rounded(cls, weight: Tensor) -> Int8Weight:
+        """Made without torchao, whose import takes a second: for a copy that serves while tokens are generated."""
+        weight = weight.detach().float()
+        scales = (weight.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        packed = cls.__new__(cls)
+        Packed.__init__(packed, weight.shape)
+        packed._keep((weight / scales).round().to(torch.int8), scales)
+        return packed
+
+    def _keep(self, codes: Tensor, scales: Tensor) -> None:
+        self.register_buffer("codes", codes)  # (..., out, in)
+        self.register_buffer("scales", scales)  # (..., out, 1)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.codes.to(dtype).mul_(self.scales.to(dtype))
+
+
+class NF4Weight(Packed):
+    """NormalFloat: 16 levels at the quantiles of a normal distribution, a scale for 64 elements, itself in 8 bits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: any shape whose elements `fits` in blocks."""
+        super().__init__(weight.shape)
+        with quiet_imports():
+            from torchao.quantization import to_nf4
+        blocks = weight.numel() // BLOCK
+        # As one row: torchao takes no stacks.
+        packed = to_nf4(weight.detach().float().reshape(1, -1), BLOCK, math.gcd(blocks, SCALES))
+        self.register_buffer("codes", packed.quantized_data)
+        self.register_buffer("scales", packed.quantized_scalers.view(len(packed.quantization_factor), -1))
+        self.register_buffer("factors", packed.quantization_factor)
+        self.register_buffer("mean", packed.scaler_mean)
+        self.register_buffer("levels", packed.nf4)
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        return weight.numel() % BLOCK == 0
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        # A byte holds two levels, the first in its high half: a table of all 256 pairs is read once a byte, as one
+        # number twice as wide. torchao's own way takes several times as long.
+        wide = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
+        levels = self.levels.to(dtype)
+        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(wide).flatten()
+        values = pairs.index_select(0, self.codes.int()).view(dtype).view(-1, BLOCK)
+        scales = (self.scales / self.factors.unsqueeze(1)).flatten() + self.mean
+        return values.mul_(scales.to(dtype).unsqueeze(1)).view(self.shape)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is packed. It keeps the weight packed for the backward pass too."""
+
+    def __init__(self, linear: nn.Linear, packed: Packed) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.packed = packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = _PackedProduct.apply(x, self.packed)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class _PackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Packed) -> Tensor:
+        ctx.packed = packed
+        return F.linear(x, packed.dense(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.packed.dense(grad.dtype), None
+
+
+def pack_weights(root: nn.Module, name: str, pack: Callable[[nn.Parameter], Packed]) -> None:
+    """Put packed weights in the place of those of root's module of that name: a linear layer, or stacked experts."""
+    module = root.get_submodule(name)
+    if isinstance(module, nn.Linear):
+        parent, _, own = name.rpartition(".")
+        setattr(root.get_submodule(parent), own, PackedLinear(module, pack(module.weight)))
+        return
+    for matrix, weight in list(module.named_parameters(recurse=False)):
+        packed = pack(weight)
+        delattr(module, matrix)
+        setattr(module, matrix, packed)
+
+
+def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """The weight as a plain tensor of that type."""
+    return weight.dense(dtype) if isinstance(weight, Packed) else weight.to(dtype)

@@ -1,0 +1,307 @@
+"""Checkpoint folders: what is written, what comes back, and what is said of a damaged one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from errors import DamagedCheckpoint, UserError
+from model import MiniDeepSeek
+from model.checkpoint.folder import TIED, fill, to_hugging_face
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path) -> Path:
+    """A checkpoint folder of the tiny model with two MTP layers."""
+    tiny_model(num_nextn_predict_layers=2).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def change_tensors(folder: Path, change) -> None:
+    """Rewrite model.safetensors after `change` has worked on its tensors in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_nextn_predict_layers": 2}, {"tie_word_embeddings": True}])
+def test_what_is_saved_comes_back_to_the_bit(changes, tiny_model, tmp_path):
+    model = tiny_model(**changes)
+    model.save_pretrained(tmp_path)
+    again = MiniDeepSeek.from_pretrained(tmp_path)
+    assert again.config == model.config
+    state, state_again = model.state_dict(), again.state_dict()
+    assert state.keys() == state_again.keys()
+    assert all(torch.equal(state[name], state_again[name]) for name in state)
+    assert any(name.endswith("e_score_correction_bias") and tensor.any() for name, tensor in state_again.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("left_out", [None, "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_weight_is_written_twice_and_read_from_either(left_out, tiny_model, tmp_path):
+    """vLLM has no tied head of a DeepSeek-V3, and folders of transformers hold the embedding alone."""
+    ours = tiny_model(tie_word_embeddings=True)
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], ours.model.embed_tokens.weight)
+    assert torch.equal(tensors["model.embed_tokens.weight"], ours.model.embed_tokens.weight)
+    if left_out:
+        change_tensors(tmp_path, lambda tensors: tensors.pop(left_out))
+    model = MiniDeepSeek.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, ours.lm_head.weight)
+
+
+def test_the_bias_is_loaded_in_float32_into_a_bfloat16_model(saved):
+    exact, half = MiniDeepSeek.from_pretrained(saved), MiniDeepSeek.from_pretrained(saved, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    for router, expected in zip(half.routers(), exact.routers(), strict=True):
+        assert router.e_score_correction_bias.dtype == torch.float32
+        assert torch.equal(router.e_score_correction_bias, expected.e_score_correction_bias)
+
+
+def test_names_are_those_of_the_released_checkpoint(saved):
+    names = set(load_file(saved / "model.safetensors"))
+    for name in (
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.1.self_attn.q_a_proj.weight",
+        "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "model.layers.1.mlp.experts.7.gate_proj.weight",
+        "model.layers.1.mlp.shared_experts.down_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        # MTP layers count on from the last; each repeats the shared embedding and head.
+        "model.layers.3.enorm.weight",
+        "model.layers.3.hnorm.weight",
+        "model.layers.3.eh_proj.weight",
+        "model.layers.3.embed_tokens.weight",
+        "model.layers.3.shared_head.norm.weight",
+        "model.layers.3.shared_head.head.weight",
+        "model.layers.4.mlp.experts.0.up_proj.weight",
+    ):
+        assert name in names
+    assert not [name for name in names if "mtp" in name or "gate_up" in name]
+    with safe_open(saved / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_experts_are_split_and_stacked_without_mixing_them(tiny_model):
+    model = tiny_model()
+    single = to_hugging_face(model.state_dict(), model.config)
+    experts = model.model.layers[2].mlp.experts
+    prefix = "model.layers.2.mlp.experts.5"
+    assert torch.equal(single[f"{prefix}.gate_proj.weight"], experts.gate_up_proj[5, :16])
+    assert torch.equal(single[f"{prefix}.up_proj.weight"], experts.gate_up_proj[5, 16:])
+    assert torch.equal(single[f"{prefix}.down_proj.weight"], experts.down_proj[5])
+    other = tiny_model(seed=1)
+    fill(other, single.items())
+    again = other.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_save_that_fails_leaves_the_old_file(name, saved, monkeypatch):
+    before = (saved / name).read_bytes()
+    model, write = MiniDeepSeek.from_pretrained(saved), Path.write_text
+
+    def on_full_disk(path, text, **options):
+        """As much as fits of the one file, all of the others."""
+        write(path, text[:10] if f".{name}" in f".{path.name}" else text, **options)
+        if f".{name}" in f".{path.name}":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", on_full_disk)
+    monkeypatch.setattr(
+        "model.checkpoint.folder.save_file", lambda tensors, path, metadata: on_full_disk(Path(path), "x" * 20)
+    )
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(saved)
+    assert (saved / name).read_bytes() == before
+
+
+def test_absent_mtp_weights_mean_no_mtp_with_a_notice(saved, tiny_model, capsys):
+    def drop(tensors):
+        for name in [name for name in tensors if name.startswith(("model.layers.3.", "model.layers.4."))]:
+            del tensors[name]
+
+    change_tensors(saved, drop)
+    model = MiniDeepSeek.from_pretrained(saved)
+    notice = capsys.readouterr().err.splitlines()
+    assert len(notice) == 1 and str(saved) in notice[0] and "num_nextn_predict_layers = 2" in notice[0]
+    assert len(model.mtp) == 0 and model.config.num_nextn_predict_layers == 0
+    ids = torch.randint(0, 61, (1, 8))
+    assert torch.equal(model(ids).logits, tiny_model(num_nextn_predict_layers=2)(ids).logits)
+
+
+def test_shards_listed_by_an_index_are_read(saved, tiny_model):
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+    for shard in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == shard}, saved / shard)
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    state, expected = MiniDeepSeek.from_pretrained(saved).state_dict(), tiny_model(num_nextn_predict_layers=2)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def lose_weight(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.o_proj.weight"))
+
+
+def lose_expert(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.2.mlp.experts.4.up_proj.weight"))
+
+
+def lose_all_of_the_last_expert(folder: Path) -> None:
+    def change(tensors):
+        for kind in ("gate", "up", "down"):
+            del tensors[f"model.layers.2.mlp.experts.7.{kind}_proj.weight"]
+
+    change_tensors(folder, change)
+
+
+def reshape_expert(folder: Path) -> None:
+    name = "model.layers.2.mlp.experts.4.up_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(15, 32)}))
+
+
+def reshape_weight(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+
+
+def half_of_mtp(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.4.eh_proj.weight"))
+
+
+def superfluous_weight(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.9.enorm.weight": torch.ones(32)}))
+
+
+def other_config(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, "hidden_size": 64}))
+
+
+def tie_what_differs(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, "tie_word_embeddings": True}))
+
+
+def lose_embedding_and_head(folder: Path) -> None:
+    tie_what_differs(folder)
+    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in TIED])
+
+
+def index_outside(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../other.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def index_without_map(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+
+
+def missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+DAMAGE = {
+    truncate: "model.safetensors: damaged or cut short",
+    empty: "model.safetensors: damaged or cut short",
+    lose_weight: "weight model.layers.1.self_attn.o_proj.weight is missing",
+    lose_expert: "weight model.layers.2.mlp.experts.4.up_proj.weight is missing",
+    lose_all_of_the_last_expert: "weight model.layers.2.mlp.experts.7.gate_proj.weight is missing",
+    reshape_expert: "experts.4.up_proj.weight has shape (15, 32), config.json says (16, 32)",
+    reshape_weight: "weight model.norm.weight has shape (31,), config.json says (32,)",
+    half_of_mtp: "weight model.layers.4.eh_proj.weight is missing",
+    superfluous_weight: "has no place in the network that config.json describes",
+    other_config: "config.json says (61, 64)",
+    tie_what_differs: "lm_head.weight and model.embed_tokens.weight differ, though config.json ties them",
+    lose_embedding_and_head: "weight model.embed_tokens.weight is missing",
+    index_outside: "outside the checkpoint folder",
+    index_without_map: "model.safetensors.index.json: not a list of shards",
+    missing_shard: "model-00001-of-00001.safetensors: damaged or cut short",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_named_in_one_line(damage, saved):
+    damage(saved)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        MiniDeepSeek.from_pretrained(saved)
+    message = str(caught.value)
+    assert caught.value.exit_code == 3
+    assert message.startswith(str(saved)) and DAMAGE[damage] in message and "\n" not in message
+
+
+def misspell(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"kv_lora_rank"', '"kv_lora_rnak"'))
+
+
+def lose_folder(folder: Path) -> None:
+    folder.rename(folder.parent / "elsewhere")
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def lose_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+MISTAKES = {
+    misspell: "no such field 'kv_lora_rnak', did you mean 'kv_lora_rank'?",
+    lose_folder: "give a checkpoint folder",
+    lose_weights: "no model.safetensors in it; give a checkpoint folder",
+    lose_config: "config.json: not found; give a checkpoint folder",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_of_the_person_is_named_in_one_line(mistake, saved):
+    mistake(saved)
+    with pytest.raises(UserError) as caught:
+        MiniDeepSeek.from_pretrained(saved)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert message.startswith(str(saved)) and MISTAKES[mistake] in message and "\n" not in message
+
+
+@pytest.mark.parametrize(("change", "code"), [(truncate, 3), (misspell, 2)], ids=["damaged", "misspelled"])
+def test_a_command_ends_in_one_line_and_the_errors_exit_code(change, code, saved):
+    change(saved)
+    program = (
+        "from errors import command_line; from model import MiniDeepSeek; "
+        f"command_line(lambda: MiniDeepSeek.from_pretrained({str(saved)!r}))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == code and run.stdout == ""
+    assert run.stderr.startswith(f"error: {saved}") and run.stderr.count("\n") == 1

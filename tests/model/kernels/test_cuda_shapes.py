@@ -1,0 +1,83 @@
+"""What a GPU would run, by shape: every stage on fake tensors of device="cuda", with autograd, in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parents[2]
+TORCH = Path(torch.__file__).parent
+# A step waits for the device where the host needs a number of it: how many labels the gradients are divided by,
+# whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many segments, how
+# many answers there are.
+LABELS, LOGGED = "training/trainer.py: count = max(labels.item(), 1)", "training/trainer.py: return StepResult("
+FINITE = "training/trainer.py: means, norm = tally.means(count), torch.nn.utils.get_total_norm(gradients).item()"
+MEANS, SEGMENTS = "training/tally.py: name: value.item()", "model/attention.py: starts = new.flatten().nonzero()"
+ANSWERS, TEACHER = "training/log_probs.py: places = ", "training/distill/teacher.py: places = "
+COMPARED = "training/distill/distillation.py: places = "
+WAITS = {
+    "moe_layer": (),
+    "training_step": (MEANS, LABELS, FINITE, LOGGED),
+    "packed_step": (SEGMENTS, MEANS, LABELS, FINITE, LOGGED),
+    "recomputed_step": (MEANS, LABELS, FINITE, LOGGED),
+    "policy_loss": (ANSWERS,),
+    "preference_loss": (SEGMENTS, ANSWERS),
+    "distillation_loss": (COMPARED, TEACHER),
+    "lora_on_experts": (),
+    "packed_experts": (),
+    "decoding": (),
+    "generation": (),
+    "static_decoding": (),
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[str, dict]:
+    """What tests/fake_cuda.py saw in each case."""
+    library = tmp_path_factory.mktemp("fake") / "fake_cuda.so"
+    torch_lib = f"{TORCH}/lib"
+    build = ["c++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{TORCH}/include", str(HERE / "fake_cuda.cpp")]
+    build += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-o", str(library)]
+    subprocess.run([*build, f"-L{torch_lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_lib}"], check=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "fake_cuda.py")],
+        cwd=HERE.parent,
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_every_stage_runs_on_cuda_by_shape(case, seen):
+    assert seen[case]["error"] == ""
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_the_host_waits_for_the_device_at_these_places_only(case, seen):
+    waits = seen[case]["waits"]
+    assert len(waits) == len(WAITS[case])
+    assert all(place.startswith(known) for place, known in zip(waits, sorted(WAITS[case]), strict=True)), waits
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_experts_are_grouped_products(case, seen):
+    assert "_grouped_mm" in seen[case]["kernels"]
+
+
+@pytest.mark.parametrize("case", ["packed_step", "preference_loss"])
+def test_isolated_packing_takes_the_kernel_for_varying_lengths_both_ways(case, seen):
+    assert {"_varlen_attn", "_varlen_attn_backward"} <= set(seen[case]["kernels"])
+
+
+@pytest.mark.parametrize("case", ["training_step", "packed_step", "recomputed_step"])
+def test_the_optimiser_is_fused(case, seen):
+    assert "_fused_adamw_" in seen[case]["kernels"]

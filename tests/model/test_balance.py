@@ -1,0 +1,212 @@
+"""What is printed of data adds up: every row that was read has one fate, whatever reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import collect
+import dataset
+import grpo_train
+from dataset import ChatDataset, PreferenceDataset, PromptDataset
+from text.chats.prompts import read_prompts
+from text.corpus.shards import prepare_shards
+from text.sources.formats import Layout
+from text.sources.registry import Source
+from text.sources.row_report import RowReport, balance
+from train_tokenizer import train_tokenizer
+from training.distill.curation import AnswerSettings, gather_answers
+
+LINE = re.compile(r"^\W*(?:of the corpus\s+)?(\d+) ([\w -]+) = (\d+ .*)$", re.MULTILINE)
+
+
+def fates(printed: str) -> dict[str, int]:
+    """The fates of the only balance that was printed, which adds up."""
+    ((total, _, parts),) = LINE.findall(printed)
+    counted = {name: int(count) for count, name in (part.split(" ", 1) for part in parts.split(" + "))}
+    assert int(total) == sum(counted.values()), printed
+    return counted
+
+
+def write(file: Path, rows: list[object]) -> str:
+    """Objects as JSON, text as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(file)
+
+
+def sampled(path: str, samples: int) -> Source:
+    return Source(path, samples=samples)
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    def call(work: Callable[..., object], *arguments: object, **options: object) -> str:
+        capsys.readouterr()
+        work(*arguments, **options)
+        return capsys.readouterr().out
+
+    return call
+
+
+CHATS = [
+    *({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(40)),
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "long " * 90}]},
+    {"messages": [{"role": role, "content": "x" * size} for role, size in (("user", 1), ("assistant", 2)) * 30]},
+    {"messages": [{"role": role, "content": "y"} for role in ("user", "assistant", "user")]},
+    "{broken",
+    {"messages": []},
+]
+PAIRS = [
+    *({"prompt": f"q{n}", "chosen": "good", "rejected": "bad"} for n in range(40)),
+    {"prompt": "q", "chosen": "same", "rejected": "same"},
+    {"prompt": "q", "chosen": "long " * 90, "rejected": "b"},
+    "{broken",
+]
+PROBLEMS = [
+    *({"question": f"What is {n} + 1?", "answer": n + 1} for n in range(80)),
+    {"question": "What is 1 + 1?", "answer": 2},
+    {"question": "long " * 90, "answer": 2},
+    {"question": "What?"},
+    "{broken",
+]
+TEXTS = [
+    *({"text": f"Story {n} of a cat and {n} mice. " * 3} for n in range(50)),
+    {"text": "Story 1 of a cat and 1 mice. " * 3}, {"text": "Story 2 of a cat and 2 mice. " * 3},
+    {"text": " "}, {"text": None}, {"texts": "?"}, "{broken", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("samples", [None, 30])
+def test_conversations(samples, tokenizer, printed, tmp_path):
+    source = sampled(write(tmp_path / "a.jsonl", CHATS), samples)
+    found = ChatDataset([source], tokenizer, 64, progress=False, val_fraction=0.1)
+    told = fates(printed(found.print_summary))
+    assert sum(told.values()) == len(CHATS) and told["skipped"] == 2 and told["held out"] > 0
+    if samples is None:
+        assert told["dropped"] == 1 and (found.report.cut, found.report.unanswered) == (1, 1)
+    else:
+        assert told["more than were asked for"] == len(CHATS) - 2 - samples
+
+
+@pytest.mark.parametrize("samples", [None, 30])
+def test_pairs(samples, tokenizer, printed, tmp_path):
+    found = PreferenceDataset([sampled(write(tmp_path / "a.jsonl", PAIRS), samples)], tokenizer, 64, val_fraction=0.1)
+    told = fates(printed(found.print_summary))
+    assert sum(told.values()) == len(PAIRS) and told["skipped"] == 2 and told["held out"] > 0
+    assert samples is not None or told["dropped"] == 1
+
+
+@pytest.mark.parametrize("samples", [None, 60])
+def test_problems_to_learn_from(samples, tokenizer, printed, tmp_path):
+    sources = [sampled(write(tmp_path / "a.jsonl", PROBLEMS), samples), Source("arithmetic:1")]
+    found = PromptDataset(sources, tokenizer, 64, val_fraction=0.2, val_problems=8)
+    shown = printed(found.print_summary)
+    told = fates(shown)
+    assert sum(told.values()) == len(PROBLEMS) and told["skipped"] == 3 and told["held out"] > 4
+    assert "; 8 of those held out are measured on" in shown
+    assert samples is not None or told["left out"] == 1
+
+
+@pytest.mark.parametrize("most", [0, 20])
+@pytest.mark.parametrize("samples", [None, 60])
+def test_prompts_to_ask(most, samples, tmp_path):
+    report = RowReport()
+    sources = [sampled(write(tmp_path / "a.jsonl", PROBLEMS), samples), Source("arithmetic:1")]
+    found = list(read_prompts(sources, most=most, report=report))
+    told = fates(balance(report.rows, "rows", {"prompts to ask": len(found), **report.unused}))
+    assert report.kept == len(found) == told["prompts to ask"]
+    if not most:
+        assert report.rows == len(PROBLEMS) + 10_000 and report.problems["question asked before"] > 1000
+
+
+def test_a_teachers_prompts(printed, tmp_path):
+    class Silent:
+        def answers(self, asks):
+            yield from ((ask, collect_answer) for ask in asks)
+
+    from training.distill.answers import Answer
+
+    collect_answer = Answer("2", "stop", 1)
+    source = Source(write(tmp_path / "a.jsonl", [*PROBLEMS, {"prompt": "Say 2."}]))
+    settings = AnswerSettings(rewards={"overlong": 1.0}, at_least=-1)
+    shown = printed(gather_answers, tmp_path / "out", [source], False, "skip", settings, Silent(), 0, (), 4)
+    told = fates(shown)
+    assert sum(told.values()) == len(PROBLEMS) + 1 and told["skipped"] == 2
+    answers, kept, dropped = map(int, re.search(r"(\d+) answers to .*: (\d+) kept.*, (\d+) dropped", shown).groups())
+    assert answers == kept + dropped == told["prompts to ask"]
+
+
+@pytest.mark.parametrize("samples", [None, 30])
+def test_text_of_pretraining_and_of_check_is_the_same(samples, tokenizer, tokenizer_folder, run, printed, tmp_path):
+    path, registry = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "datasets.yaml"
+    registry.write_text(
+        "a: {path: a.jsonl, format: text" + (f", samples: {samples}" if samples else "") + "}", encoding="utf8"
+    )
+    source = Source(path, layout=Layout("text"), samples=samples)
+    shown = printed(prepare_shards, [source], tokenizer, tmp_path / "out", workers=1, val_fraction=0.1)
+    told = fates(shown)
+    assert sum(told.values()) == len(TEXTS) - 1 and told["held out"] > 0  # a blank line is no row
+    done = run(dataset.main, "check", "a", "--datasets", registry, "--tokenizer", tokenizer_folder)
+    checked = fates(done.out)
+    assert done.code == 0 and checked.pop("documents") == told.pop("to train on") + told.pop("held out")
+    assert checked == told and (samples or checked["exact duplicate"] == 2)
+    assert re.search(r"([\d,]+) tokens, ", done.out)[1] == re.search(r"tokens +([\d,]+), ", shown)[1]
+
+
+def test_whole_files_are_no_rows(tokenizer, tokenizer_folder, run, printed, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write(folder / "a.jsonl", TEXTS)
+    (folder / "empty.jsonl").touch()
+    (folder / "c.csv").write_text("title,body\na,b\n", encoding="utf8")
+    (folder / "notes.md").touch()
+    told = fates(printed(prepare_shards, str(folder), tokenizer, tmp_path / "out", workers=1, val_fraction=0.1))
+    assert sum(told.values()) == len(TEXTS) - 1 and told["no such column"] == 1
+    done = run(dataset.main, "check", folder, "--tokenizer", tokenizer_folder)
+    checked = fates(done.out)
+    assert checked.pop("documents") == told.pop("to train on") + told.pop("held out") and checked == told
+    assert "empty file: 1 whole files, not read" in done.out
+
+
+@pytest.mark.parametrize("rows", [CHATS, PAIRS, PROBLEMS, TEXTS], ids=["chats", "pairs", "problems", "text"])
+@pytest.mark.parametrize("length", [16, 64])
+def test_a_check(rows, length, tokenizer_folder, run, tmp_path):
+    path = write(tmp_path / "a.jsonl", rows)
+    done = run(dataset.main, "check", path, "--tokenizer", tokenizer_folder, "--sequence_length", length)
+    assert done.code == 0 and sum(fates(done.out).values()) == len([row for row in rows if row])
+
+
+def test_a_check_of_a_file_that_breaks_off(tokenizer_folder, run, tmp_path):
+    text = "[" + ",\n".join(json.dumps(row) for row in PROBLEMS[:80])
+    (tmp_path / "a.json").write_text(text, encoding="utf8")
+    done = run(dataset.main, "check", tmp_path / "a.json", "--tokenizer", tokenizer_folder)
+    assert done.code == 2 and "breaks off in element 81" in done.err and fates(done.out) == {"prompts": 80}
+
+
+@pytest.mark.parametrize("sample_mb", [0.002, 1.0])
+def test_a_tokenizers_corpus(sample_mb, printed, tmp_path):
+    rows = [*TEXTS, *({"text": f"number {n}"} for n in range(200))]
+    given = dict(vocab_size=290, sample_mb=sample_mb, min_frequency=1)
+    told = fates(printed(train_tokenizer, write(tmp_path / "a.jsonl", rows), str(tmp_path / "out"), **given))
+    assert sum(told.values()) == len(rows) - 1
+    assert ("beyond --sample_mb" in told) == (sample_mb < 1) and (told.get("held out") == 2) == (sample_mb == 1)
+
+
+def test_reinforcement_and_collecting_through_their_scripts(run, pretrained, tmp_path):
+    data = write(tmp_path / "a.jsonl", PROBLEMS)
+    given = ["--ckpt", pretrained / "final", "--data", data, "--max_new_tokens", 4, "--dtype", "fp32"]
+    few = ["--prompts", 2, "--group", 2, "--sequence_length", 48, "--max_steps", 1, "--val_problems", 4]
+    done = run(grpo_train.main, *given, *few, "--val_fraction", 0.1, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.code == 0 and sum(fates(done.out).values()) == len(PROBLEMS), done.err
+    mixed = ["--mix", write(tmp_path / "b.jsonl", CHATS), "--rewards", '{"overlong": 1}', "--at_least", -1]
+    done = run(collect.main, *given, "--prompts", 20, "--samples", 4, *mixed, "--out", tmp_path / "kept.jsonl")
+    assert done.code == 0, done.err
+    read, chats, samples = (fates(line) for line in done.out.splitlines() if LINE.match(line))
+    assert sum(read.values()) == len(PROBLEMS) and "to ask" in read
+    assert sum(chats.values()) == len(CHATS) and sum(samples.values()) == 80
+    assert samples["kept"] == int(re.search(r"^(\d+) kept", done.out, re.MULTILINE)[1])

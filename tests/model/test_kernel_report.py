@@ -1,0 +1,135 @@
+"""What a run says of its kernels is what it computes with; a flash-attn that cannot be imported is reported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from LMConfig import LMConfig
+from model import attention
+from model.attention import Visibility, attend
+from model.kernels import causal
+from model.kernels import report as kernel_report
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SYMBOL = "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa"
+MISSING = "torch/lib/libc10.so: cannot open shared object file"
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """What an import found is found again."""
+    yield
+    attention.flash_attention.cache_clear()
+    sys.modules.pop("flash_attn", None)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch):
+    """Put a flash_attn of this source in the place of any other."""
+
+    def put(source: str) -> None:
+        attention.flash_attention.cache_clear()
+        sys.modules.pop("flash_attn", None)
+        (tmp_path / "flash_attn").mkdir()
+        (tmp_path / "flash_attn" / "__init__.py").write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (f"raise ImportError({SYMBOL!r})", SYMBOL),
+        (f"raise OSError({MISSING!r})", MISSING),
+        ("import flash_attn_2_cuda", "No module named 'flash_attn_2_cuda'"),
+        ("raise RuntimeError('driver\\ntoo old')", "driver too old"),
+    ],
+)
+def test_a_broken_flash_attn_is_reported_once_with_its_reason(source, reason, install, capsys):
+    install(source)
+    assert attention.flash_attention() is attention.flash_attention() is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("notice: flash-attn ") and f"({reason})" in said
+
+
+def test_no_flash_attn_is_nothing_to_report(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [])
+    attention.flash_attention.cache_clear()
+    assert attention.flash_attention() is None and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["__version__ = '2'", f"raise ImportError({SYMBOL!r})"])
+def test_a_compiled_graph_holds_whether_flash_attn_is_there(source, install):
+    install(source)
+    torch._dynamo.reset()  # or the graph of the case before would serve
+    found = torch.compile(lambda x: x + attention.has_flash_attention(), backend="eager", fullgraph=True)
+    assert found(torch.zeros(1)).item() == source.startswith("__version__")
+
+
+@pytest.fixture
+def on_cuda(monkeypatch) -> None:
+    """Every tensor claims to be on CUDA, in the CPU's memory. The flash kernel there has the same rule as a GPU's:
+    one size for the heads of q, k and v.
+    """
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+
+
+def on_gpu(config: LMConfig, dtype: torch.dtype, monkeypatch) -> str:
+    """The report for a GPU. Its few empty tensors are made on the CPU."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, dtype, device: empty(*sizes, dtype=dtype))
+    return kernel_report.kernel_report(config, dtype, torch.device("cuda", 0), 512)
+
+
+@pytest.mark.parametrize("preset", ["64m", "deepseek-v3"])
+def test_without_flash_attn_padded_heads_take_the_flash_kernel_of_torch(preset, on_cuda, monkeypatch):
+    monkeypatch.setattr(attention, "flash_attention", lambda: None)
+    said = on_gpu(LMConfig.preset(preset), BF16, monkeypatch)
+    assert said.startswith(
+        "attention by scaled_dot_product_attention (flash), of isolated samples by varlen_attn; experts one by one"
+    )
+
+
+def test_flash_attn_is_named_with_its_version_and_one_launch_for_all_experts(on_cuda, install, monkeypatch):
+    install("__version__ = '2.8.3'")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    said = on_gpu(LMConfig.preset("64m"), BF16, monkeypatch)
+    assert said == "attention by flash-attn 2.8.3; experts by grouped_mm"
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_nope_head_dim": 200, "qk_rope_head_dim": 64, "v_head_dim": 64}])
+def test_float32_and_large_heads_take_no_flash_attn(changes, on_cuda, install, monkeypatch):
+    install("__version__ = '2.8.3'")
+    said = on_gpu(LMConfig.preset("64m", **changes), BF16 if changes else FP32, monkeypatch)
+    assert said.startswith("attention by scaled_dot_product_attention (") and "flash-attn" not in said
+
+
+def test_a_dense_model_has_no_experts_to_speak_of(on_cuda, monkeypatch):
+    layers = LMConfig.preset("64m").num_hidden_layers
+    dense = LMConfig.preset("64m", first_k_dense_replace=layers, num_nextn_predict_layers=0)
+    assert "experts" not in on_gpu(dense, BF16, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("time", [40, 3000])
+def test_what_is_said_of_a_cpu_is_what_attention_does_there(time, dtype, monkeypatch):
+    config, used = LMConfig.preset("demo"), []
+    heads, nope, rope, value = 2, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    said = kernel_report.kernel_report(config, dtype, torch.device("cpu"), time)
+    compiled = kernel_report.kernel_report(config, dtype, torch.device("cpu"), time, compiled=True)
+    q, kv = (
+        torch.zeros(1, time, heads, nope + rope, dtype=dtype),
+        torch.zeros(1, time, heads, nope + value, dtype=dtype),
+    )
+    assert said.startswith("attention by causal.c, of") == causal.fits(q, kv, q[:, :, 0, :rope])
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda q, *_, **__: used.append(1) or q)
+    attend(q, q, q, 1.0, Visibility())
+    plain = "scaled_dot_product_attention" if used else "chunks of queries"
+    assert compiled == f"attention by {plain}" and said.endswith(f" by {plain}")

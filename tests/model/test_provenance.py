@@ -1,0 +1,87 @@
+"""Every data set can say where a sample comes from, for who looks into a step that went wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset import ChatDataset, PreferenceDataset, PretrainDataset, PromptDataset
+from text.corpus.shards import prepare_shards
+from text.tokenizer import Tokenizer
+from training.alignment.experience import Experience
+from training.alignment.rewards import Rewards
+from training.alignment.rollout import RolloutSettings, Sampler
+from training.parallel.ranks import Ranks
+from training.skipping import NamingDataset
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
+    return str(path)
+
+
+def test_windows_name_their_shards_and_documents(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = write(tmp_path / "text.jsonl", [{"text": f"小城第{number}号的故事。"} for number in range(60)])
+    shards = prepare_shards(text, tokenizer, tmp_path / "shards", workers=1, val_fraction=0.1, shard_tokens=200)
+    data, stream = PretrainDataset([(shards, 1.0)], 16), shards.split("train")
+    assert isinstance(data, NamingDataset)
+    for index in range(len(data)):
+        folder, first, last = re.fullmatch(r"(.*) documents (\d+) to (\d+)", data.describe(index)).groups()
+        assert folder == str(tmp_path / "shards")
+        ids = [stream.read(*stream.document(number)[:2]).tolist() for number in range(int(first), int(last) + 1)]
+        batch = data.batch([index])
+        window = [*batch["input_ids"][0].tolist(), batch["labels"][0, -1].item()]
+        joined = [token for document in ids for token in document]
+        at = next(place for place in range(len(joined)) if joined[place : place + 17] == window)
+        assert at < len(ids[0]) and at + 17 > len(joined) - len(ids[-1])  # no document too many
+    with pytest.raises(IndexError):
+        stream.document_at(stream.tokens)
+
+
+def test_rows_name_their_files_and_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / name, [{"instruction": f"{name} {row}?", "output": f"answer {row} of {name}"} for row in rows])
+        for name, rows in (("one.jsonl", range(1, 8)), ("two.jsonl", range(1, 5)))
+    ]
+    data = ChatDataset(files, tokenizer, 128, progress=False)
+    assert isinstance(data, NamingDataset)
+    for index in range(2 * len(data)):
+        shown = tokenizer.decode(data.batch([index])["input_ids"][0].tolist())
+        places = re.findall(r"(\w+\.jsonl) #(\d+)", data.describe(index))
+        assert len(places) == len(data.members(index))
+        for name, number in places:
+            assert f"answer {number} of {name}" in shown
+
+
+def test_rows_name_their_files_and_pairs(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"ask {n}", "chosen": f"good {n}.", "rejected": f"bad {n}."} for n in range(1, 9)]
+    data = PreferenceDataset([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 64)
+    assert isinstance(data, NamingDataset)
+    for index in range(len(data)):
+        shown = tokenizer.decode(data.batch([index])["input_ids"][0].tolist())
+        numbers = re.findall(r"pairs\.jsonl #(\d+)", data.describe(index))
+        assert len(numbers) == shown.count("good ") >= 1
+        for number in numbers:
+            assert f"good {number}" in shown and f"bad {number}" in shown
+
+
+def test_completions_name_their_prompt(tokenizer: Tokenizer, tiny_model) -> None:
+    model, cpu = tiny_model(vocab_size=600, num_nextn_predict_layers=0), torch.device("cpu")
+    prompts, settings = (
+        PromptDataset([("arithmetic:1", 1.0)], tokenizer, 40),
+        RolloutSettings(prompts=4, group=2, max_new_tokens=4),
+    )
+    data = Experience(
+        prompts, Rewards.of({"correct": 1.0}), Sampler(model, torch.float32), settings, 48, 8, Ranks(0, 1, cpu),
+        torch.float32,
+    )  # fmt: skip
+    data.prepare(0, model)
+    asked = {problem.question for problem in map(data.prompts.problem, range(4), [0] * 4)}
+    assert isinstance(data, NamingDataset)
+    for index in range(8):
+        said = data.describe(index)
+        assert any(question in said for question in asked) and "completion '" in said

@@ -1,0 +1,246 @@
+"""Chat data of every layout becomes messages; every row that does not is counted with its file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from errors import UserError
+from text.chats.conversations import read_conversations
+from text.sources.row_report import RowReport
+
+GOOD = {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}
+LINE = json.dumps(GOOD, ensure_ascii=False).encode()
+
+
+def write(folder: Path, content: bytes, name: str = "sft.jsonl") -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def read_row(folder: Path, row: object) -> list[tuple[str, str]]:
+    """(role, content) of the one conversation in a file of one row."""
+    path = write(folder, json.dumps(row).encode())
+    (messages,) = read_conversations(path, on_error="stop")
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def test_alpaca_joins_instruction_and_input(tmp_path: Path) -> None:
+    row = {"instruction": "Translate", "input": "cat", "output": " 猫\n"}
+    assert read_row(tmp_path, row) == [("user", "Translate\ncat"), ("assistant", " 猫\n")]
+    for nothing in ({"input": ""}, {"input": None}):
+        assert read_row(tmp_path, {"instruction": "Hi", "output": "Ho", **nothing}) == [
+            ("user", "Hi"),
+            ("assistant", "Ho"),
+        ]
+    assert read_row(tmp_path, {"instruction": "Hi", "output": "Ho"}) == [("user", "Hi"), ("assistant", "Ho")]
+
+
+def test_alpaca_history_and_system_come_first(tmp_path: Path) -> None:
+    row = {"instruction": "c", "input": "", "output": "d", "system": "s", "history": [["a", "b"], ["e", "f"]]}
+    roles = ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
+    assert read_row(tmp_path, row) == list(zip(roles, "sabefcd", strict=True))
+
+
+def test_sharegpt_names_become_roles(tmp_path: Path) -> None:
+    names = ["system", "human", "function_call", "observation", "gpt", "user", "assistant", "tool", "gpt"]
+    roles = ["system", "user", "assistant", "tool", "assistant", "user", "assistant", "tool", "assistant"]
+    turns = [{"from": name, "value": str(number)} for number, name in enumerate(names)]
+    assert read_row(tmp_path, {"conversations": turns}) == [(role, str(number)) for number, role in enumerate(roles)]
+
+
+@pytest.mark.parametrize(
+    ("extra", "system", "with_own"),
+    [
+        ({"system": "S"}, "S", "S\n\nown"),
+        ({"tools": '[{"name": "查"}]'}, '[{"name": "查"}]', 'own\n\n[{"name": "查"}]'),
+        ({"tools": [{"name": "查"}]}, '[{"name": "查"}]', 'own\n\n[{"name": "查"}]'),
+        ({"system": "S", "tools": "T"}, "S\n\nT", "S\n\nown\n\nT"),
+        ({"system": "", "tools": "[]"}, None, "own"),
+        ({"system": None, "tools": None}, None, "own"),
+    ],
+)
+def test_system_and_tools_of_the_row_are_the_system_prompt(
+    tmp_path: Path, extra: dict, system: str | None, with_own: str
+) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    expected = [("user", "q"), ("assistant", "a")]
+    row = {"conversations": turns, **extra}
+    assert read_row(tmp_path, row) == ([("system", system), *expected] if system else expected)
+    row["conversations"] = [{"from": "system", "value": "own"}, *turns]
+    assert read_row(tmp_path, row)[0] == ("system", with_own)
+
+
+def test_messages_may_be_a_bare_list_or_hold_tool_calls(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": {"name": "w", "arguments": '{"city": "北京"}'}}],
+        },
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    expected = [
+        ("user", "weather?"),
+        ("assistant", '{"name": "w", "arguments": {"city": "北京"}}'),
+        ("tool", "sunny"),
+        ("assistant", "Sunny."),
+    ]
+    assert read_row(tmp_path, messages) == expected
+    assert read_row(tmp_path, {"messages": messages}) == expected
+
+
+def test_array_lines_and_folder_give_the_same(tmp_path: Path) -> None:
+    rows = [
+        GOOD,
+        {"instruction": "a", "output": "b"},
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+    ]
+    lines = "\n\n".join(json.dumps(row) for row in rows).encode()
+    expected = list(read_conversations(write(tmp_path, lines)))
+    assert len(expected) == 3
+    for number, content in enumerate([json.dumps(rows), json.dumps(rows, indent=2), json.dumps(rows) + "\n \n"]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = write(folder, content.encode(), "data.json")
+        report = RowReport()
+        assert list(read_conversations(path, report=report)) == expected
+        assert (report.rows, report.kept, report.problems.total()) == (3, 3, 0)
+        assert list(read_conversations(folder)) == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    for content in (LINE, b"[" + LINE + b"]"):
+        report = RowReport()
+        assert list(read_conversations(write(tmp_path, b"\xef\xbb\xbf" + content), report=report)) == [GOOD["messages"]]
+        assert not report.problems
+
+
+BROKEN_ROWS = [
+    ({"messages": [{"role": "user", "content": "q"}]}, "no assistant turn", "'messages' has no assistant turn"),
+    (
+        {"conversations": [{"from": "human", "value": "q"}]},
+        "no assistant turn",
+        "'conversations' has no assistant turn",
+    ),
+    ({"conversations": []}, "no assistant turn", "'conversations' has no assistant turn"),
+    ({"conversations": "q"}, "wrong type", "'conversations' is text; it must be a list of turns"),
+    ({"conversations": ["q"]}, "wrong type", "turn 1 is text; it must be an object"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "wrong type", "the text of turn 1 (human) is a number"),
+    ({"messages": [{"role": "user"}]}, "wrong type", "the text of turn 1 (user) is missing"),
+    ({"messages": [{"role": "user", "tool_calls": 3}]}, "wrong type", "turn 1 has tool calls without a name"),
+    (
+        {"conversations": [{"from": "bot", "value": "q"}]},
+        "unknown role",
+        "turn 1 is from 'bot'; known are system, user",
+    ),
+    ({"messages": [{"content": "q"}]}, "unknown role", "turn 1 is from None"),
+    (
+        {"conversations": [{"from": "gpt", "value": "a"}]},
+        "wrong order of roles",
+        "'assistant' cannot come at the beginning",
+    ),
+    ({"instruction": "q", "output": ""}, "empty text", "message 2 (assistant) is empty"),
+    ({"instruction": "q", "output": " \n"}, "empty text", "message 2 (assistant) is empty"),
+    ({"instruction": "", "output": "a"}, "empty text", "message 1 (user) is empty"),
+    ({"instruction": "q"}, "wrong type", "'output' is missing; it must be text"),
+    ({"instruction": "q", "output": ["a"]}, "wrong type", "'output' is a list; it must be text"),
+    ({"instruction": "q", "input": 5, "output": "a"}, "wrong type", "'input' is a number"),
+    ({"instruction": "q", "output": "a", "history": [["x"]]}, "wrong type", "'history' must be a list of"),
+    ({"instruction": "q", "output": "a", "history": [["x", 1]]}, "wrong type", "an answer in 'history' is a number"),
+    ({"instruction": "q", "output": "a", "system": {}}, "wrong type", "'system' is an object"),
+    ({"instruction": "q", "output": "a\0"}, "NUL character", "message 2 (assistant) has a NUL character"),
+    ({"text": "q"}, "unknown layout", "has 'text' but neither 'messages', 'conversations' nor 'instruction'"),
+    ({}, "unknown layout", "has no keys but neither"),
+    ("q", "not a conversation", "the row is text; it must be an object or a list"),
+    (None, "not a conversation", "the row is missing"),
+]
+BROKEN_LINES = [
+    (b'{"messages": [{"role": "us', "broken JSON", "broken JSON (Unterminated string"),
+    ('{"instruction": "问", "output": "答"}'.encode("gbk"), "undecodable", "not UTF-8; convert it with iconv -f GBK"),
+    (b'{"instruction": "q\x00", "output": "a"}', "NUL byte", "the text holds a NUL byte"),
+    (b"[" * 100_000, "broken JSON", "broken JSON"),
+    *((json.dumps(row).encode(), kind, what) for row, kind, what in BROKEN_ROWS),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "what"), BROKEN_LINES, ids=range(len(BROKEN_LINES)))
+def test_a_broken_row_is_counted_and_shown_or_stops(tmp_path: Path, line: bytes, kind: str, what: str) -> None:
+    path = write(tmp_path, b"\n".join([LINE, line, LINE, b"", line, LINE]))
+    report = RowReport()
+    assert list(read_conversations(path, report=report)) == [GOOD["messages"]] * 3
+    assert report.problems == {kind: 2}
+    assert (report.rows, report.kept) == (5, 3)
+    first, second = report.examples[kind]
+    assert first.startswith(f"{path}:2: ")
+    assert second.startswith(f"{path}:5: ")
+    assert what in first
+    assert first in "\n".join(report.lines())
+
+    with pytest.raises(UserError) as error:
+        list(read_conversations(path, on_error="stop"))
+    is_read = kind not in ("broken JSON", "undecodable", "NUL byte")
+    assert str(error.value) == f"{first}{'; mend or drop the row' if is_read else ','} or pass --on_error skip"
+
+
+def test_elements_of_an_array_are_named_by_line_and_number(tmp_path: Path) -> None:
+    content = json.dumps([GOOD, {"text": 1}, GOOD, {"text": 2}], indent=1)
+    path = write(tmp_path, content.encode(), "data.json")
+    report = RowReport()
+    assert len(list(read_conversations(path, report=report))) == 2
+    lines = content.split("\n")
+    for example, number, inside in zip(report.examples["unknown layout"], (2, 4), (1, 2), strict=True):
+        line = lines.index(f'  "text": {inside}')  # counted from 0, and the object opens on the line before it
+        assert example.startswith(f"{path}:{line}: element {number}: has 'text'")
+
+
+def test_only_the_first_examples_are_kept(tmp_path: Path) -> None:
+    report = RowReport()
+    list(read_conversations(write(tmp_path, b"{\n" * 500), report=report))
+    assert report.problems == {"broken JSON": 500}
+    assert len(report.examples["broken JSON"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is empty; name a file"),
+        (b" \n\n", "is empty; name a file"),
+        (b"\xef\xbb\xbf", "is empty; name a file"),
+        (b"[]", "is empty; name a file"),
+        ("[]".encode("utf-16"), ":1: UTF-16, not UTF-8; convert it with iconv"),
+        (b"[\n" + LINE + b",\n" + LINE[:20], ":3: the JSON array breaks off in element 2"),
+        (b"[\n" + LINE + b",\n", "the JSON array breaks off in element 2"),
+        (b"[\n" + LINE + b',\n{"messages":\n[\n{"role" "user"}]}]', ":5: the JSON array breaks off in element 2"),
+        (b"[", "the JSON array breaks off in element 1"),
+        (b"[\n" + LINE + b"]\n" + LINE, "text follows the end of the JSON array"),
+    ],
+)
+def test_a_broken_file_stops_even_when_rows_are_skipped(tmp_path: Path, content: bytes, what: str) -> None:
+    path = write(tmp_path, content, "data.json")
+    with pytest.raises(UserError) as error:
+        list(read_conversations(path, on_error="skip"))
+    assert str(error.value).startswith(str(path))
+    assert what in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_paths_without_rows_are_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    write(tmp_path, b"q,a\n1,2\n", "data.docx")
+    for name, what in [
+        ("nowhere.json", "no such file"),
+        ("folder", r"the folder has no \.json, \.jsonl"),
+        ("data.docx", r"rows are read from \.json"),
+    ]:
+        with pytest.raises(UserError, match=f"{name}: {what}"):
+            list(read_conversations(tmp_path / name))
+
+
+def test_an_unknown_on_error_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be 'skip' or 'stop'"):
+        list(read_conversations(write(tmp_path, LINE), on_error="ignore"))

@@ -1,0 +1,482 @@
+"""Shards are exact, checked, the same however they came about, and never made twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import text.corpus.encoders
+import text.corpus.shards
+import text.sources.parts
+from errors import UserError
+from text.corpus.shard_set import ShardSet, read_index, write_safely
+from text.corpus.shards import open_or_wait, prepare_shards
+from text.sources.parts import Documents, _hold_out
+from text.tokenizer import Tokenizer, train_bpe
+
+TEXTS = [
+    f"第{number}个故事：小猫去公园。 Story {number} has {number * 7} words." * (1 + number % 4) for number in range(120)
+]
+OPTIONS = {"shard_tokens": 2500, "val_fraction": 0.1, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(TEXTS, 300, 1)
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer() -> Tokenizer:
+    return train_bpe(TEXTS, 310, 1)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text.sources.parts, "BATCH_BYTES", 1000)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    rows = [*TEXTS[:60], TEXTS[3], "", *TEXTS[60:]]
+    lines = [json.dumps({"text": row}, ensure_ascii=False) for row in rows]
+    file.write_text("\n".join([*lines[:30], '{"text": "ha', *lines[30:]]) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of an uninterrupted run, for comparison."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text.sources.parts, "BATCH_BYTES", 1000)
+        prepare_shards(str(corpus), tokenizer, folder, **OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".bin", ".npy")}
+
+
+def documents(shards: ShardSet, split: str) -> list[list[int]]:
+    stream = shards.split(split)
+    return [stream.read(*stream.document(number)[:2]).tolist() for number in range(stream.documents)]
+
+
+def write_jsonl(file: Path, texts: list[str]) -> str:
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in texts), encoding="utf-8")
+    return str(file)
+
+
+def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the size of each batch that is tokenised from now on."""
+    sizes: list[int] = []
+    encode = text.corpus.encoders.EncoderPool._encode
+
+    def counted(self: text.corpus.encoders.EncoderPool, batch: list[bytes]) -> text.corpus.encoders.Encoded:
+        sizes.append(len(batch))
+        return encode(self, batch)
+
+    monkeypatch.setattr(text.corpus.encoders.EncoderPool, "_encode", counted)
+    return sizes
+
+
+def test_every_document_is_in_one_split_once_with_its_end_token(made: Path, tokenizer: Tokenizer) -> None:
+    shards = ShardSet.open(made, tokenizer)
+    train, val = documents(shards, "train"), documents(shards, "val")
+    expected = [[*tokenizer.encode(row), tokenizer.eos_id] for row in TEXTS]
+    assert sorted(train + val) == sorted(expected)
+    order = [expected.index(document) for document in train]
+    assert order == sorted(order)
+    assert 3 <= len(val) <= 30
+
+
+def test_totals_and_bytes_are_those_of_the_documents(made: Path, tokenizer: Tokenizer) -> None:
+    shards = ShardSet.open(made)
+    streams = [shards.split("train"), shards.split("val")]
+    assert sum(stream.bytes for stream in streams) == sum(len(row.encode()) for row in TEXTS)
+    for stream in streams:
+        tokens = stream.read(0, stream.tokens)
+        assert tokens.dtype == np.uint16
+        assert int((tokens == tokenizer.eos_id).sum()) == stream.documents
+        sizes = [stream.document(number)[2] for number in range(stream.documents)]
+        assert sum(sizes) == stream.bytes == int(tokenizer.token_bytes[tokens].sum())
+
+
+def test_a_stream_reads_across_shards(made: Path) -> None:
+    stream = ShardSet.open(made).split("train")
+    assert len(list(made.glob("train-*.bin"))) > 3
+    whole = np.concatenate([np.fromfile(file, "<u2") for file in sorted(made.glob("train-*.bin"))])
+    for start, stop in [(0, stream.tokens), (2400, 5300), (7, 7), (stream.tokens - 1, stream.tokens)]:
+        assert np.array_equal(stream.read(start, stop), whole[start:stop])
+    with pytest.raises(IndexError):
+        stream.read(0, stream.tokens + 1)
+
+
+def test_what_was_not_kept_is_in_the_index(made: Path) -> None:
+    index = read_index(made)
+    assert index["report"]["counts"] == {"broken JSON": 1, "exact duplicate": 1, "empty": 1}
+    assert index["report"]["kept"] == len(TEXTS)
+
+
+def test_the_shards_do_not_depend_on_workers_or_batches(
+    corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text.sources.parts, "BATCH_BYTES", 3333)
+    prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS | {"workers": 3})
+    assert content(tmp_path) == content(made)
+
+
+def test_finished_work_is_used_again(
+    corpus: Path, copy: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    encoded = count_encoded(monkeypatch)
+    shards = prepare_shards(str(corpus), tokenizer, copy, **OPTIONS | {"workers": 2})
+    assert encoded == []
+    assert shards.split("train").documents + shards.split("val").documents == len(TEXTS)
+    assert "ready and used again" in capsys.readouterr().out
+
+
+def test_interrupted_work_goes_on_to_the_same_bytes(
+    corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = text.sources.parts.Part.write
+
+    def interrupted(self: text.sources.parts.Part, folder: Path, number: int, *rest: object) -> dict:
+        if number == 2:
+            raise KeyboardInterrupt
+        return write(self, folder, number, *rest)
+
+    monkeypatch.setattr(text.sources.parts.Part, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
+    assert len(read_index(tmp_path)["parts"]) == 2
+    monkeypatch.setattr(text.sources.parts.Part, "write", write)
+    encoded = count_encoded(monkeypatch)
+    prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
+    assert 0 < sum(encoded) < len(TEXTS)
+    assert content(tmp_path) == content(made)
+    assert read_index(tmp_path)["report"] == read_index(made)["report"]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    program = f"""
+import os, signal, text.sources.parts, text.corpus.shard_set
+from text.corpus.shards import prepare_shards
+from text.tokenizer import Tokenizer
+text.sources.parts.BATCH_BYTES = 1000
+replace = os.replace
+def killed(source, target):
+    if str(target).endswith("train-00001.npy"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = killed
+prepare_shards({str(corpus)!r}, Tokenizer.from_folder({str(tmp_path / "tokenizer")!r}), {str(tmp_path)!r}, **{OPTIONS})
+"""
+    root = str(Path(text.corpus.shards.__file__).parents[2])
+    run = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert len(read_index(tmp_path)["parts"]) == 1
+    (tmp_path / "train-00009.bin.tmp").write_bytes(b"left by a killed run")
+    prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
+    assert content(tmp_path) == content(made)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_loses_nothing_that_was_finished(
+    corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if "train-00001.bin" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*train-00001.bin"):
+        prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
+    assert sorted(file.name for file in tmp_path.glob("train-*")) == ["train-00000.bin", "train-00000.npy"]
+    monkeypatch.setattr(os, "fsync", sync)
+    prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
+    assert content(tmp_path) == content(made)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def pieces():
+        yield np.arange(10, dtype=np.uint16)
+        raise KeyboardInterrupt
+
+    (tmp_path / "index.json").write_bytes(b"before")
+    with pytest.raises(KeyboardInterrupt):
+        write_safely(tmp_path / "index.json", pieces())
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
+
+
+def test_a_changed_tokenizer_is_noticed(
+    corpus: Path, copy: Path, tokenizer: Tokenizer, other_tokenizer: Tokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(
+        UserError, match=f"made with tokenizer {tokenizer.fingerprint}, not {other_tokenizer.fingerprint}"
+    ):
+        ShardSet.open(copy, other_tokenizer)
+    prepare_shards(str(corpus), other_tokenizer, copy, **OPTIONS)
+    assert f"the tokenizer changed ({tokenizer.fingerprint} to" in capsys.readouterr().out
+    shards = ShardSet.open(copy, other_tokenizer)
+    assert other_tokenizer.decode(documents(shards, "train")[0]) in TEXTS
+
+
+@pytest.mark.parametrize("change,notice", [("data", "the data changed"), ("option", "other options (min_chars)")])
+def test_changed_data_and_options_are_noticed(
+    corpus: Path,
+    copy: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    change: str,
+    notice: str,
+) -> None:
+    data, options = str(corpus), OPTIONS | {"workers": 1}
+    if change == "data":
+        data = write_jsonl(tmp_path / "new.jsonl", TEXTS[:50])
+    else:
+        options["min_chars"] = 40
+    shards = prepare_shards(data, tokenizer, copy, **options)
+    assert f"{notice}; tokenising again" in capsys.readouterr().out
+    assert shards.split("train").documents + shards.split("val").documents < len(TEXTS)
+    names = {shard["name"] for part in shards.index["parts"] for shard in (part["train"], part["val"]) if shard}
+    assert {Path(name).stem for name in content(copy)} == names
+
+
+@pytest.mark.parametrize("damage", ["bit", "size", "missing", "bounds"])
+def test_a_damaged_shard_is_named_and_made_again(
+    corpus: Path, made: Path, copy: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    file = copy / ("train-00002.npy" if damage == "bounds" else "train-00002.bin")
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "size":
+        file.write_bytes(data[:-2])
+    else:
+        data[-1] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(UserError, match=r"train-00002\.\w+: .*; delete it and prepare the shards again"):
+        ShardSet.open(copy)
+    if damage in ("size", "missing"):
+        with pytest.raises(UserError, match="train-00002"):
+            ShardSet.open(copy, checksums=False)
+    prepare_shards(str(corpus), tokenizer, copy, **OPTIONS)
+    assert f"{file.name}: " in capsys.readouterr().out
+    assert content(copy) == content(made)
+
+
+def test_a_folder_without_finished_shards_is_named(made: Path, copy: Path) -> None:
+    with pytest.raises(UserError, match="no finished shards"):
+        ShardSet.open(copy.parent)
+    index = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps(index | {"complete": False}))
+    with pytest.raises(UserError, match="no finished shards"):
+        ShardSet.open(copy)
+    (copy / "index.json").write_text(json.dumps(index)[:100])
+    with pytest.raises(UserError, match=r"index.json: damaged"):
+        ShardSet.open(copy)
+
+
+def test_a_vocabulary_above_65535_is_refused(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    class Huge(Tokenizer):
+        def __init__(self) -> None:
+            super().__init__(tokenizer.raw)
+            self.vocab_size = 65_536
+
+    with pytest.raises(UserError, match="65,536 tokens do not fit 16-bit shards; use at most 65,535"):
+        prepare_shards(str(corpus), Huge(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_names_the_row(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"corpus.jsonl:31: broken JSON"):
+        prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS, on_error="stop")
+
+
+def test_a_corpus_of_which_nothing_is_left_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", ["", " "])
+    with pytest.raises(UserError, match=r"no document is left after cleaning \(empty: 2 \(first: .*a.jsonl:1"):
+        prepare_shards(data, tokenizer, tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize("options", [{"val_fraction": 1.0}, {"shard_tokens": 0}])
+def test_impossible_options_are_named(corpus: Path, tokenizer: Tokenizer, tmp_path: Path, options: dict) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(options))} .*: give"):
+        prepare_shards(str(corpus), tokenizer, tmp_path, **options)
+
+
+def test_a_process_that_dies_is_one_line(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = text.corpus.encoders.EncoderPool._encode
+
+    def kill_first(self: text.corpus.encoders.EncoderPool, batch: list[bytes]) -> text.corpus.encoders.Encoded:
+        self._processes[0].kill()
+        return encode(self, batch)
+
+    monkeypatch.setattr(text.corpus.encoders.EncoderPool, "_encode", kill_first)
+    with pytest.raises(UserError, match="a tokenising process ended by itself"):
+        prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
+
+
+def test_two_processes_do_not_prepare_the_same_folder(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with (
+        text.corpus.shards._only_one(tmp_path),
+        pytest.raises(UserError, match="another process is preparing these shards"),
+    ):
+        prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with text.corpus.shards._only_one(tmp_path):
+        assert "has no locks (No locks available)" in capfd.readouterr().err
+
+
+def test_a_waiting_process_opens_what_another_prepares(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    found: list[ShardSet] = []
+    waiting = threading.Thread(
+        target=lambda: found.append(open_or_wait(str(corpus), tokenizer, tmp_path, timeout=60, **OPTIONS))
+    )
+    waiting.start()
+    time.sleep(0.2)
+    assert not found
+    prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
+    waiting.join(60)
+    assert found[0].split("train").documents > 0
+
+
+def test_a_waiting_process_does_not_take_shards_of_other_data(
+    made: Path, other_tokenizer: Tokenizer, corpus: Path
+) -> None:
+    with pytest.raises(UserError, match="no process has prepared shards for 0 s; look at rank 0's output"):
+        open_or_wait(str(corpus), other_tokenizer, made, timeout=0.2, **OPTIONS)
+
+
+def test_a_waiting_process_ends_when_the_other_has_failed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def check() -> None:
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        open_or_wait(write_jsonl(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "out", timeout=30, check=check)
+
+
+REFUSED = {
+    "missing": (lambda folder: folder / "missing.csv", {}, "no such file or folder"),
+    "empty": (lambda folder: write_jsonl(folder / "a.jsonl", ["", " "]), {}, "no document is left after cleaning"),
+    "folder": (lambda folder: folder, {}, "the folder has no data"),
+    "column": (lambda folder: write_jsonl(folder / "a.jsonl", TEXTS), {"column": "body"}, "no column 'body'"),
+    "stop": (lambda folder: write_jsonl(folder / "a.jsonl", TEXTS), {"column": "b", "on_error": "stop"}, "no column"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_corpus_that_is_refused_leaves_nothing(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data, options, what = REFUSED[kind]
+    with pytest.raises(UserError, match=what):
+        prepare_shards(str(data(tmp_path / "data")), tokenizer, tmp_path / "a" / "b" / "c", workers=1, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_other_things_in_the_folder_of_a_refused_corpus_stay(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "notes.txt").touch()
+    with pytest.raises(UserError, match="no document is left"):
+        prepare_shards(write_jsonl(tmp_path / "a.jsonl", [""]), tokenizer, tmp_path / "shards", workers=1)
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["notes.txt"]
+
+
+def test_what_can_be_continued_stays_when_a_later_row_is_refused(
+    tokenizer: Tokenizer, corpus: Path, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"text": row}) for row in TEXTS]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{", ""]), encoding="utf-8")
+    with pytest.raises(UserError, match="broken JSON"):
+        prepare_shards(str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out", **OPTIONS, on_error="stop")
+    assert read_index(tmp_path / "out")["parts"]
+
+
+@pytest.mark.parametrize("count,train,val", [(1, 1, 0), (2, 1, 1), (3, 2, 1)])
+@pytest.mark.parametrize("shard_tokens", [1, 10_000])
+def test_each_split_has_a_document_if_there_are_two(
+    tokenizer: Tokenizer, tmp_path: Path, count: int, train: int, val: int, shard_tokens: int
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", TEXTS[:count])
+    shards = prepare_shards(data, tokenizer, tmp_path / "out", workers=1, val_fraction=1e-9, shard_tokens=shard_tokens)
+    assert (shards.split("train").documents, shards.split("val").documents) == (train, val)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20, unique=True), st.floats(0, 0.999))
+def test_the_held_out_documents_are_a_share_by_hash(hashes: list[int], fraction: float) -> None:
+    held_out = _hold_out(np.array(hashes, np.uint64), fraction, has_train=False, has_val=False)
+    assert not held_out.all()
+    assert held_out.any() == (fraction > 0 and len(hashes) > 1)
+    by_hash = [digest < int(fraction * 2**64) for digest in hashes]
+    assert sum(a != b for a, b in zip(held_out, by_hash, strict=True)) <= 1
+    later = _hold_out(np.array(hashes, np.uint64), fraction, has_train=True, has_val=True)
+    assert later.tolist() == by_hash
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 40), st.integers(1, 7))
+def test_parts_end_with_the_document_that_fills_them(lengths: list[int], shard_tokens: int, batch: int) -> None:
+    def encoded():
+        for begin in range(0, len(lengths), batch):
+            some = lengths[begin : begin + batch]
+            numbers = list(range(begin + 1, begin + len(some) + 1))
+            tokens = np.repeat(np.array(numbers, np.uint16), some)
+            yield (
+                Documents.of(numbers, numbers, [b"x"] * len(some)),
+                text.corpus.encoders.Encoded(tokens, np.array(some, np.uint32)),
+            )
+
+    found = [
+        (part.tokens, np.concatenate([encoded.tokens for _, encoded in part._pieces]))
+        for part in text.sources.parts.parts(encoded(), shard_tokens)
+    ]
+    assert np.array_equal(
+        np.concatenate([tokens for _, tokens in found]), np.repeat(np.arange(len(lengths)) + 1, lengths)
+    )
+    for size, tokens in found[:-1]:
+        assert size == len(tokens) >= shard_tokens > size - lengths[tokens[-1] - 1]
+
+
+def test_a_long_part_gives_signs_of_life(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or who waits for it would give up."""
+    touched: list[str] = []
+    monkeypatch.setattr(text.corpus.shards, "HEARTBEAT_SECONDS", -1.0)
+    monkeypatch.setattr(os, "utime", lambda file, *_: touched.append(Path(file).name))
+    data = write_jsonl(tmp_path / "a.jsonl", [f"row {number}" for number in range(1000)])
+    prepare_shards(data, tokenizer, tmp_path / "out", workers=1)
+    assert touched == ["index.json"] * 3

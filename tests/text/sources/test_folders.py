@@ -1,0 +1,107 @@
+"""A folder with splits gives the files of one, in whatever way it has them, and says what it leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from errors import UserError
+from text.sources.folders import Folder
+from text.sources.readers import Corpus
+from text.sources.registry import Source
+from text.sources.row_report import RowReport
+from text.sources.rows import SUFFIXES, read_rows
+
+
+def texts(path: Path, split: str = "train") -> tuple[list[str], list[str]]:
+    """The texts of a folder as rows, the same as documents, and what is said of the rest."""
+    report, source = RowReport(), Source(str(path), split=split)
+    rows = [row["text"] for _, row in read_rows(source, "stop", report)]
+    corpus = Corpus([source])
+    assert [document.text for document in corpus] == rows and corpus.report.notices == report.unread
+    assert report.lines()[: len(report.unread)] == report.unread == corpus.report.summary()[: len(report.unread)]
+    return rows, report.unread
+
+
+def data(*found: str) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": list(found)})
+
+
+def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(tmp_path: Path) -> None:
+    splits = datasets.DatasetDict(train=data("a", "b"), test=data("c"))
+    splits.save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
+    loaded = datasets.load_from_disk(str(tmp_path / "saved"))
+    loaded.map(lambda row: {"text": row["text"] * 2}, load_from_cache_file=False)
+    assert list(tmp_path.glob("saved/train/cache-*"))
+    said = [f"{tmp_path / 'saved'}: only the split train is read, not test"]
+    assert texts(tmp_path / "saved") == (["a", "b"], said)
+    assert texts(tmp_path / "saved" / "test") == (["c"], [])
+    assert texts(tmp_path / "saved", "test")[0] == ["c"]
+    with pytest.raises(UserError, match="saved: no split 'validation', there are: test, train; name one of them"):
+        texts(tmp_path / "saved", "validation")
+    (tmp_path / "saved" / "train" / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state.json: not valid JSON \(.*\); fetch or save the data set again"):
+        texts(tmp_path / "saved")
+
+
+def test_a_set_without_a_train_split_asks_for_one(tmp_path: Path) -> None:
+    datasets.DatasetDict(train_sft=data("a"), train_gen=data("b")).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="no split 'train', there are: train_gen, train_sft"):
+        texts(tmp_path / "saved")
+    assert texts(tmp_path / "saved", "train_sft")[0] == ["a"]
+
+
+LAYOUTS = {
+    "a snapshot": ("data/train-00000-of-00002.jsonl", "data/test-00000-of-00001.jsonl"),
+    "an older snapshot": ("data/train-00000-of-00001-0a1b.jsonl", "data/validation-00000-of-00001-0a1b.jsonl"),
+    "shards with points": ("c4-train.00000-of-01024.jsonl.gz", "c4-validation.00000-of-00008.jsonl.gz"),
+    "names": ("train.jsonl", "test.jsonl"),
+    "ends of names": ("zh_train.jsonl", "zh-dev.jsonl"),
+    "several kinds of a split": ("train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"),
+    "folders": ("train/0001.jsonl", "test/0001.jsonl"),
+}
+
+
+def write(folder: Path, *names: str) -> list[Path]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}))
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_train_files_of_a_folder_with_splits_are_read(layout: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    train, other = write(tmp_path, *LAYOUTS[layout])
+    folder = Folder.read(tmp_path, SUFFIXES)
+    assert folder.files == [train] and folder.splits == {"train", *folder.others} and len(folder.others) == 1
+    assert folder.notice() == f"{tmp_path}: only the split train is read, not {folder.others.pop()}"
+    for name in ("test", "validation", "dev"):
+        if name in folder.splits:
+            assert Folder.read(tmp_path, SUFFIXES, name).files == [other]
+    with pytest.raises(UserError, match=r"no split .gen., there are: \w+, \w+; name one of them"):
+        Folder.read(tmp_path, SUFFIXES, "gen")
+
+
+def test_a_split_may_be_named_in_full(tmp_path: Path) -> None:
+    write(tmp_path, *(f"data/{name}-00000-of-00001.jsonl" for name in ("train_sft", "train_gen", "test_sft")))
+    assert texts(tmp_path)[0] == ["data/train_gen-00000-of-00001.jsonl", "data/train_sft-00000-of-00001.jsonl"]
+    assert texts(tmp_path, "train_sft")[0] == ["data/train_sft-00000-of-00001.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jsonl", "b.jsonl"],
+        ["latest.jsonl", "training_and_more.jsonl", "pretrain.jsonl"],  # words that only hold the name of a split
+        ["test.jsonl", "val.jsonl"],  # whoever trains on such a folder means it
+        ["more.jsonl", "train.jsonl"],
+    ],
+)
+def test_other_folders_are_read_whole(names: list[str], tmp_path: Path) -> None:
+    write(tmp_path, *names, ".hidden.jsonl")
+    assert texts(tmp_path) == (sorted(names), [])

@@ -1,0 +1,359 @@
+"""Every format becomes the same messages from every kind of file; rows that cannot are counted with their lines."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from errors import UserError
+from text.chats.conversations import read_conversations, to_messages
+from text.chats.preferences import read_preferences, to_preference
+from text.chats.problems import open_problems
+from text.sources.formats import FORMATS, Layout
+from text.sources.literals import parse_list
+from text.sources.registry import Source
+from text.sources.row_report import RowError, RowReport
+
+THOUGHT = "<|begin_of_thought|>\n\nFirst 6.\nThen 7.\n\n<|end_of_thought|>"
+SOLUTION = "<|begin_of_solution|>\n\nIt is **42**.\n\n<|end_of_solution|>"
+# One row in each layout, as the original data have it, and the turns it must become.
+ROWS = {
+    "alpaca": (
+        {"instruction": "译", "input": "cat", "output": "猫", "system": "S", "history": [["一", "二"]]},
+        [("system", "S"), ("user", "一"), ("assistant", "二"), ("user", "译\ncat"), ("assistant", "猫")],
+    ),
+    "sharegpt": (
+        {
+            "conversations": [
+                {"from": "human", "value": "查"},
+                {"from": "function_call", "value": '{"name": "查", "arguments": {"n": 1}}'},
+                {"from": "observation", "value": '{"ok": true}'},
+                {"from": "gpt", "value": "好"},
+            ],
+            "tools": '[{"name": "查"}]',
+        },
+        [
+            ("system", '[{"name": "查"}]'), ("user", "查"), ("assistant", '{"name": "查", "arguments": {"n": 1}}'),
+            ("tool", '{"ok": true}'), ("assistant", "好"),
+        ],
+    ),
+    "messages": (
+        {
+            "messages": [
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA"},
+                {"role": "user", "content": "Q2"},
+                {"role": "assistant", "content": "A2"},
+            ]
+        },
+        [("user", "Q"), ("assistant", "<think>\nhm\n</think>\n\nA"), ("user", "Q2"), ("assistant", "A2")],
+    ),
+    "history_qa": (
+        {"history": [["你好", "你好！'有'引号\n"]], "q": "几点？", "a": "三点。"},
+        [("user", "你好"), ("assistant", "你好！'有'引号\n"), ("user", "几点？"), ("assistant", "三点。")],
+    ),
+    "openthoughts": (
+        {
+            "system": "Think.",
+            "conversations": [
+                {"from": "user", "value": "6*7?"},
+                {"from": "assistant", "value": f"{THOUGHT}\n\n{SOLUTION}"},
+            ],
+        },
+        [
+            ("system", "Think."), ("user", "6*7?"),
+            ("assistant", "<think>\nFirst 6.\nThen 7.\n</think>\n\nIt is **42**."),
+        ],
+    ),
+    "medical_o1": (
+        {"Question": "头痛？", "Complex_CoT": "先想。", "Response": "休息。"},
+        [("user", "头痛？"), ("assistant", "<think>\n先想。\n</think>\n\n休息。")],
+    ),
+}  # fmt: skip
+
+
+def write(path: Path, rows: list[dict], literal=json.dumps) -> Path:
+    """The rows as a file of the suffix's format; `literal` spells lists in the cells of a CSV file."""
+    suffix = path.suffixes[0]
+    if suffix == ".csv":
+        with open(path, "w", encoding="utf8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({k: literal(v) if isinstance(v, list) else v for k, v in row.items()})
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf8")
+    elif suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    if path.suffix.lower() == ".gz":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+def turns(messages: list[dict]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
+
+
+NAMES = ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.csv.gz", "a.jsonl.GZ"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("format", ROWS)
+def test_every_format_reads_the_same_from_every_kind_of_file(format, name, tmp_path):
+    row, expected = ROWS[format]
+    source = Source(str(write(tmp_path / name, [row, row])), layout=Layout(format))
+    for literal in (json.dumps, repr) if ".csv" in name else (json.dumps,):
+        write(tmp_path / name, [row, row], literal)
+        assert [turns(messages) for messages in read_conversations(source, "stop")] == [expected] * 2
+
+
+@pytest.mark.parametrize("format", set(ROWS) - {"openthoughts"})
+def test_a_format_that_is_not_named_is_seen(format):
+    row, expected = ROWS[format]
+    assert turns(to_messages(row)) == expected
+
+
+@pytest.mark.parametrize("format", ROWS)
+def test_columns_called_otherwise_read_the_same(format, tmp_path):
+    """Every column under a name of its own, among others that mean nothing."""
+    row, expected = ROWS[format]
+    roles = {column: role for role, column in FORMATS[format].columns.items()}
+    other = {f"my {name}": value for name, value in row.items()} | {"instruction": "no", "messages": "no", "id": 1}
+    layout = Layout(format, {roles[name]: f"my {name}" for name in row})
+    assert turns(to_messages(other, layout)) == expected
+
+
+def test_a_column_that_plays_one_role_plays_no_other():
+    """The format's own column for `query` is 'input', which is the question here."""
+    layout = Layout("alpaca", {"prompt": "input", "response": "output"})
+    assert turns(to_messages({"input": "Q", "output": "A"}, layout)) == [("user", "Q"), ("assistant", "A")]
+
+
+def test_tags_name_the_turns():
+    tags = {
+        "role_tag": "wer", "content_tag": "was", "user_tag": "ich", "assistant_tag": "du", "function_tag": "ruf",
+        "observation_tag": "echo", "system_tag": "regie",
+    }  # fmt: skip
+    names = {"system": "regie", "user": "ich", "assistant": "du", "tool": "echo"}
+    expected = [("system", "S"), ("user", "Q"), ("assistant", "C"), ("tool", "R"), ("assistant", "A")]
+    row = {"conversations": [{"wer": names[role], "was": text} for role, text in expected]}
+    row["conversations"][2]["wer"] = "ruf"
+    assert turns(to_messages(row, Layout("sharegpt", tags=tags))) == expected
+    with pytest.raises(RowError, match="turn 1 is from None; known are"):
+        to_messages({"conversations": [{"from": "human", "value": "Q"}]}, Layout("sharegpt", tags=tags))
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "kind", "what"),
+    [
+        ("alpaca", {"instruction": "Q"}, "no such column", "has no 'output' (response); the columns are:"),
+        ("medical_o1", {"Question": "Q", "Complex_CoT": " ", "Response": "A"}, "empty text", "'Complex_CoT' is empty"),
+        ("medical_o1", {"Question": "Q", "Response": "A"}, "no such column", "has no 'Complex_CoT' (thought)"),
+        ("history_qa", {"history": "[['a']]", "q": "Q", "a": "A"}, "wrong type", "[question, answer] pairs"),
+        ("history_qa", {"history": "[['a', 'b'", "q": "Q", "a": "A"}, "unreadable list", "neither JSON nor a Python"),
+        ("history_qa", {"history": "[__import__('os')]", "q": "Q", "a": "A"}, "unreadable list", "from character 2 on"),
+        ("history_qa", {"history": "a, b", "q": "Q", "a": "A"}, "wrong type", "[question, answer] pairs"),
+        ("openthoughts", {"conversations": [{"from": "user", "value": "Q"}, {"from": "gpt", "value": THOUGHT}]},
+         "broken thought marks", "no whole solution"),
+        ("openthoughts", {"conversations": [{"from": "user", "value": "Q"}, {"from": "gpt", "value": THOUGHT[:30]}]},
+         "broken thought marks", "no whole thought"),
+        ("messages", ["Q"], "not an object", "the row is a list; messages needs an object"),
+    ],
+)  # fmt: skip
+def test_a_row_that_its_format_cannot_use_is_counted_with_its_line(format, row, kind, what, tmp_path):
+    good = ROWS[format][0]
+    path = write(tmp_path / "a.jsonl", [good, row, good])
+    report, source = RowReport(), Source(str(path), layout=Layout(format))
+    assert len(list(read_conversations(source, report=report))) == 2
+    assert report.problems == {kind: 1} and (report.rows, report.kept) == (3, 2)
+    (example,) = report.examples[kind]
+    assert example.startswith(f"{path}:2: ") and what in example
+    with pytest.raises(UserError, match=r"a.jsonl:2: .*mend or drop the row"):
+        list(read_conversations(source, "stop"))
+
+
+# Files
+
+GOOD = "q,a\nQ1,A1\n"
+BROKEN_TABLES = [
+    ("a.csv", (GOOD + "Q2\nQ3,A3\n").encode(), {"field count": 1}, ":3: 1 fields where the header has 2"),
+    ("a.csv", (GOOD + '"Q2,A2\nQ3,A3\n').encode(), {"broken quote": 1}, ":3: a quote that is not closed"),
+    ("a.csv", (GOOD + "问,答\nQ3,A3\n").encode("gbk"), {"undecodable": 1}, ":3: not UTF-8; convert it with iconv"),
+    ("a.csv", (GOOD + "Q2,A\0\nQ3,A3\n").encode(), {"NUL byte": 1}, ":3: the text holds a NUL byte"),
+    ("a.csv", (GOOD + "Q2,\nQ3,A3\n").encode(), {"empty text": 1}, ":3: message 2 (assistant) is empty"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "counts", "what"), BROKEN_TABLES)
+def test_a_broken_row_of_a_table_costs_only_itself(name, content, counts, what, tmp_path):
+    path, report = tmp_path / name, RowReport()
+    path.write_bytes(content)
+    assert [turns(messages) for messages in read_conversations(path, report=report)] == [
+        [("user", f"Q{n}"), ("assistant", f"A{n}")] for n in (1, 3)
+    ]
+    assert report.problems == counts and (report.rows, report.kept) == (3, 2)
+    assert f"{path}{what}" in "\n".join(report.lines()) and "encoding" not in "\n".join(report.lines())
+    with pytest.raises(UserError, match=r"a.csv:3: .*pass --on_error skip"):
+        list(read_conversations(path, "stop"))
+
+
+def test_a_table_row_that_is_not_utf8_costs_only_itself(tmp_path):
+    answers = pa.array([b"A1", "答".encode("gbk"), b"A3"], pa.binary()).view(pa.string())
+    pa.parquet.write_table(pa.table({"q": ["Q1", "Q2", "Q3"], "a": answers}), tmp_path / "a.parquet")
+    report = RowReport()
+    assert len(list(read_conversations(tmp_path / "a.parquet", report=report))) == 2
+    assert report.examples["undecodable"][0].startswith(f"{tmp_path / 'a.parquet'}:2: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.csv", b"", "is empty; name a file that has rows"),
+        ("a.csv", b"q,a\n", "is empty; name a file that has rows"),
+        ("a.csv", b'"q,a\n', "no CSV header"),
+        ("a.csv", "q,a\nQ,A\n".encode("utf-16"), "UTF-16, not UTF-8; convert it with iconv -f UTF-16 -t UTF-8"),
+        ("a.parquet", b"PAR1 half", "damaged"),
+        ("a.arrow", b"ARROW1 half", "damaged"),
+        ("a.csv.gz", gzip.compress(b"q,a\nQ,A\n" * 99)[:30], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"q": "Q", "a": "A"}\n' * 99)[:30], "cannot be read"),
+        ("a.jsonl.gz", b'{"q": "Q", "a": "A"}\n', "cannot be read (Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"q": "Q", "a": "A"}\n' * 99)[:12] + b"\xff" * 30, "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_read_to_its_end_stops(name, content, what, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        list(read_conversations(tmp_path / name))
+    assert str(caught.value).startswith(str(tmp_path / name)) and what in str(caught.value)
+
+
+def test_a_folder_may_hold_files_of_every_kind(tmp_path):
+    row, expected = ROWS["history_qa"]
+    for name in NAMES[:5]:
+        write(tmp_path / name, [row])
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert [turns(messages) for messages in read_conversations(tmp_path)] == [expected] * 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_and_problems_are_read_from_every_kind_of_file(name, tmp_path):
+    pairs = [{"prompt": f"[问{n}]", "chosen": "好", "rejected": "不"} for n in range(3)]
+    assert list(read_preferences(write(tmp_path / name, pairs), "stop")) == [to_preference(pair) for pair in pairs]
+    problems = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(3)]
+    found = open_problems(write(tmp_path / name, problems), "stop")
+    assert [(problem.question, problem.answer) for problem in found.train] == [
+        (f"{n}+1?", str(n + 1)) for n in range(3)
+    ]
+
+
+def test_the_hub_is_streamed_with_its_subset_split_and_columns(monkeypatch):
+    asked = []
+
+    def load(*arguments: object, **options: object) -> datasets.IterableDataset:
+        asked.append((arguments, options))
+        rows = [{"frage": "Q", "antwort": "A", "system": None}, {"frage": "Q2", "antwort": None, "system": "S"}]
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    layout = Layout("alpaca", {"prompt": "frage", "response": "antwort"})
+    source = Source("some/chats", "mine", layout, is_hub=True, subset="zh", split="test", folder="v2")
+    report = RowReport()
+    assert [turns(messages) for messages in read_conversations(source, report=report)] == [
+        [("user", "Q"), ("assistant", "A")]
+    ]
+    assert asked == [(("some/chats", "zh"), {"split": "test", "streaming": True, "data_dir": "v2"})]
+    assert report.examples["no such column"][0].startswith("some/chats:2: has no 'antwort' (response)")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach it\nwith details")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"^some/chats: no such path here, and the Hub does not give it \(Couldn't"):
+        list(read_conversations(source))
+
+
+def test_samples_are_always_the_same_and_other_with_another_seed(tmp_path):
+    rows = [{"q": f"Q{n}", "a": f"A{n}"} for n in range(200)]
+    rows[7] = {"q": "Q7", "a": ""}
+    path = write(tmp_path / "a.csv", rows)
+
+    def chosen(samples: int, seed: int = 0) -> list[str]:
+        report = RowReport()
+        source = Source(str(path), samples=samples, seed=seed)
+        questions = [messages[0]["content"] for messages in read_conversations(source, report=report)]
+        assert report.kept == len(questions) and report.rows == 200 == report.kept + report.left_out + 1
+        return questions
+
+    some = chosen(20)
+    assert len(some) == 20 and some == chosen(20) != chosen(20, seed=1)
+    assert some == sorted(some, key=lambda question: int(question[1:])) and set(some) < set(chosen(40))
+    assert len(chosen(1000)) == 199
+    spread = [int(question[1:]) for seed in range(40) for question in chosen(20, seed)]
+    assert 85 < sum(spread) / len(spread) < 115  # each row has the same chance
+
+
+# Lists that are spelled out in a cell: nothing is run, and nothing takes long
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[['你好', \"it's\"], ('a', 'b\\n')]", [["你好", "it's"], ("a", "b\n")]),
+        ('[["a", null], [true, 1.5]]', [["a", None], [True, 1.5]]),
+        ("[{'role': 'user', 'content': None, 'n': 3, 'ok': True}]",
+         [{"role": "user", "content": None, "n": 3, "ok": True}]),
+        ("[]", []),
+        (r"['\'\\', 'x']", ["'\\", "x"]),
+        ("[{'n': -1, 'a': 'b'}\n {'n': 2}]", [{"n": -1, "a": "b"}, {"n": 2}]),
+        ("['a' 'b'\n 'c']", ["a", "b", "c"]),
+    ],
+)  # fmt: skip
+def test_lists_are_parsed_as_they_were_meant(text, value):
+    assert parse_list(text, "it") == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 1_000_000,
+        "[" * 500_000 + "]" * 500_000,
+        "(" * 40 + ")" * 40,
+        "[" + "-" * 500_000 + "1]",
+        "[" + "1-" * 400_000 + "1]",
+        "[9**9**9**9]",
+        "['a' * 10**9]",
+        "[" + "'" * 999_999,
+        "['" + "\\" * 999_990,
+        "['" + "\\'" * 400_000,
+        "[" + "'a'," * 250_000 + "]",
+        "[" + "{" * 90,
+        "[x for x in ()]",
+        "[f'{1}']",
+        "[lambda: 0]",
+        "[" + "9" * 900_000 + "]",
+        "['a'" + "\0" + "]",
+        "[" + " " * 2_000_000 + "]",
+        "['\\N{BULLET' ]",
+    ],
+    ids=range(19),
+)
+def test_what_is_no_list_is_refused_within_a_second(text):
+    begin = time.process_time()
+    with pytest.raises(RowError) as caught:
+        parse_list(text, "'history'")
+    assert caught.value.kind == "unreadable list" and len(str(caught.value)) < 200
+    assert time.process_time() - begin < 2

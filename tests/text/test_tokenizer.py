@@ -1,0 +1,322 @@
+"""The tokenizer: any text comes back, spelled special tokens stay text, equal data gives equal files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from errors import UserError
+from text.chats.sampling import sample_by_size
+from text.corpus.compression import KINDS, kind_of_line, measure_compression
+from text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, train_bpe
+from train_tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+TEXTS = [
+    f"第{number}天，小明在河边看见了{number % 7}只白鹭，他说：“今天天气真好！”\n"
+    f"On day {number} Anna wrote {number * 37} letters; nobody's reply came. It'll rain.\n"
+    f"for i in range({number}):\n    print(i, '<s>', \"</s>\")\n"
+    for number in range(300)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(TEXTS, 340)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(path)
+    return path
+
+
+def any_text() -> st.SearchStrategy[str]:
+    """Any characters, among them pieces that tokenizers stumble over."""
+    pieces = st.sampled_from([*SPECIAL_TOKENS, "\x00", "\r\n", "  ", "é", "👩‍👩‍👧", "１２", "\ufeff", "'LL"])
+    return st.lists(st.one_of(st.text(), pieces)).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=any_text())
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.encode_batch([text, "", text]) == [ids, [], ids]
+    assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    assert tokenizer.decode(tokenizer.encode_batch(["\udc80"])[0]) == "\ufffd"
+    assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "😀"
+
+
+def test_special_tokens_and_all_bytes_have_the_lowest_ids(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.raw.id_to_token(number) for number in range(len(SPECIAL_TOKENS))] == list(SPECIAL_TOKENS)
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 3)
+    first = len(SPECIAL_TOKENS)
+    assert set(tokenizer.token_bytes[first : first + 256].tolist()) == {1}
+    assert tokenizer.token_bytes[first + 256 :].min() >= 2
+    assert tokenizer.token_bytes[:first].max() == 0
+    assert tokenizer.token_bytes.dtype == np.int32
+
+
+def test_every_digit_is_a_token(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode("20240229")) == 8
+    years = train_bpe(["2024 2024 1999 hello hello\n"] * 99, 273)
+    assert len(years.encode("2024")) == 4
+    assert len(tokenizer.encode("a 37,111.5")) == len(tokenizer.encode("a ,.")) + 6
+
+
+@pytest.mark.parametrize("special", SPECIAL_TOKENS)
+def test_a_spelled_special_token_stays_text(tokenizer: Tokenizer, folder: Path, special: str) -> None:
+    texts = [special, f"说{special}完", f"a{special}{special} b", f" {special} "]
+    for same in (tokenizer, Tokenizer.from_folder(folder), pickle.loads(pickle.dumps(tokenizer))):
+        encoded = [*same.encode_batch(texts), *map(same.encode, texts)]
+        assert min(min(ids) for ids in encoded) >= len(SPECIAL_TOKENS)
+        assert [same.decode(ids) for ids in encoded] == texts * 2
+
+
+def test_a_corpus_of_spelled_special_tokens_teaches_none_of_them() -> None:
+    text = "".join(SPECIAL_TOKENS) + " " + " ".join(SPECIAL_TOKENS)
+    tokenizer = train_bpe([text] * 50, 13 + 256 + 20, min_frequency=1)
+    assert min(tokenizer.encode(text)) >= len(SPECIAL_TOKENS)
+    assert tokenizer.token_bytes.tolist().count(0) == len(SPECIAL_TOKENS)
+
+
+def test_tokens_are_no_longer_than_asked() -> None:
+    texts = ["abcdefghijklmnopqrstuvwxyz " * 3] * 50
+    assert train_bpe(texts, 290, max_token_bytes=8).token_bytes.max() == 8
+    assert train_bpe(texts, 292, max_token_bytes=9).token_bytes.max() == 9
+
+
+def test_vocabulary_has_exactly_the_size_asked_for() -> None:
+    for size in (269, 270, 333):
+        assert train_bpe(TEXTS, size).vocab_size == size
+
+
+def test_too_little_data_names_the_number_and_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"only \d+ of 6400 tokens; add data, pass --vocab_size \d+ or less"):
+        train_bpe(["abcabc abcabc"], 6400)
+
+
+@pytest.mark.parametrize("size", [268, 65_536])
+def test_impossible_vocabulary_sizes_are_refused(size: int) -> None:
+    with pytest.raises(UserError, match=r"must be from 269 .* to 65535"):
+        train_bpe(TEXTS, size)
+
+
+def test_streaming_gives_what_decoding_gives(tokenizer: Tokenizer) -> None:
+    @settings(max_examples=200, deadline=None)
+    @given(
+        ids=st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=40),
+        skip=st.booleans(),
+    )
+    def check(ids: list[int], skip: bool) -> None:
+        stream = StreamDecoder(tokenizer, skip_special_tokens=skip)
+        text = "".join(map(stream.push, ids)) + stream.flush()
+        assert text == tokenizer.decode(ids, skip_special_tokens=skip)
+
+    check()
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text().filter(lambda text: "\ufffd" not in text))
+def test_streaming_never_splits_a_character(tokenizer: Tokenizer, text: str) -> None:
+    stream = StreamDecoder(tokenizer)
+    parts = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "\ufffd" not in "".join(parts)
+    assert stream.flush() == ""
+
+
+def test_an_unfinished_character_is_flushed_once(tokenizer: Tokenizer) -> None:
+    stream = StreamDecoder(tokenizer)
+    first = tokenizer.encode("😀")[0]
+    assert stream.push(first) == ""
+    assert stream.flush() == "\ufffd"
+    assert stream.flush() == ""
+    assert "".join(map(stream.push, tokenizer.encode("😀"))) == "😀"
+
+
+def test_a_missing_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere/tokenizer\.json: No such file.*train_tokenizer\.py"):
+        Tokenizer.from_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"version": "1.0", "model"', "中".encode("gbk")])
+def test_a_broken_file_says_so(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: not .*train_tokenizer\.py"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_tokenizer_with_other_special_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
+    content = (folder / "tokenizer.json").read_text(encoding="utf-8").replace("<|user|>", "<|human|>")
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json: special token '<\|user\|>' has id None, not 5"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("in_a_checkpoint", [False, True])
+def test_transformers_opens_the_folder_with_the_same_ids(folder: Path, tmp_path: Path, in_a_checkpoint: bool) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.save(tmp_path)
+    if in_a_checkpoint:  # the model's type must not bring another tokenizer class with it
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id) == (1, 2, 0, 3)
+    assert set(theirs.all_special_tokens) == set(SPECIAL_TOKENS)
+    assert len(theirs) == tokenizer.vocab_size
+    for text in [*(text.replace("<", "(") for text in TEXTS[:20]), "  a , b .  c\n\n\n", "don't 12,345 １２ 好 吧"]:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+
+
+def test_the_fingerprint_follows_the_content_not_the_file(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).fingerprint == tokenizer.fingerprint
+    assert Tokenizer.from_folder(folder).fingerprint == tokenizer.fingerprint
+    assert train_bpe(TEXTS, 341).fingerprint != tokenizer.fingerprint
+    assert train_bpe([*TEXTS, "Zebrazebra " * 500], 340).fingerprint != tokenizer.fingerprint
+
+
+def write_corpus(folder: Path) -> Path:
+    path = folder / "corpus.csv"
+    rows = ['"' + text.replace('"', '""') + '"' for text in TEXTS]
+    path.write_text("\n".join(["text", *rows]), encoding="utf-8")
+    return path
+
+
+def run_script(*options: str, threads: int = 2) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "train_tokenizer.py", *options],
+        cwd=ROOT,
+        env=os.environ | {"RAYON_NUM_THREADS": str(threads), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_script_writes_equal_files_for_equal_data(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    files = []
+    for threads in (1, 2):  # the order in which threads count pairs must not matter
+        out = tmp_path / str(threads)
+        done = run_script("--data", str(corpus), "--out", str(out), "--vocab_size", "330", threads=threads)
+        assert done.returncode == 0, done.stderr
+        files.append([(out / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")])
+        assert Tokenizer.from_folder(out).vocab_size == 330
+        for word in [*KINDS, "held out", "bytes/token", "MB/s", "peak memory"]:
+            assert word in done.stdout
+    assert files[0] == files[1]
+
+
+def test_the_script_samples_as_much_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    corpus = write_corpus(tmp_path)
+    train_tokenizer(str(corpus), str(tmp_path / "out"), vocab_size=300, sample_mb=0.02)
+    assert "300 documents, 0.1 MB; a sample of 0.0 MB\n300 documents = 98 to train on + " in capsys.readouterr().out
+    assert Tokenizer.from_folder(tmp_path / "out").vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"vocab_size": 6400}, "the data gave only .* of 6400 tokens; add data, pass --vocab_size"),
+        ({"vocab_size": 70_000}, "--vocab_size 70000: must be from 269"),
+        ({"sample_mb": 0.0}, "--sample_mb 0.0: must be above 0"),
+        ({"column": "body"}, "corpus.csv.*body"),
+        ({"data": "nowhere.csv"}, "nowhere.csv: no such file"),
+    ],
+)
+def test_the_script_names_what_is_wrong(tmp_path: Path, options: dict, what: str) -> None:
+    arguments = {"data": str(write_corpus(tmp_path)), "out": str(tmp_path / "out"), "vocab_size": 300} | options
+    with pytest.raises(UserError, match=what):
+        train_tokenizer(**arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run_script("--data", str(tmp_path / "nowhere.csv"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_failed_save_keeps_the_old_file(folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (folder / "tokenizer.json").read_bytes()
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        train_bpe(TEXTS, 300).save(folder)
+    assert (folder / "tokenizer.json").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(max_size=30), max_size=40), size=st.integers(1, 200), seed=st.integers(0, 5))
+def test_a_sample_has_the_size_and_the_order_of_the_corpus(texts: list[str], size: int, seed: int) -> None:
+    sample = sample_by_size(texts, size, seed)
+    kept = sum(len(text.encode()) for text in sample.texts)
+    assert sample.size == kept or (sample.size == size and 0 < size - kept <= 3)  # a character is not cut
+    assert sample.size <= size
+    assert (sample.documents_seen, sample.size_seen) == (len(texts), sum(len(text.encode()) for text in texts))
+    rest = iter(texts)
+    assert all(any(whole.startswith(text) for whole in rest) for text in sample.texts)
+    assert sample_by_size(texts, size, seed) == sample
+    if sample.size_seen <= size:
+        assert sample.texts == texts
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60), seed=st.integers(0, 9))
+def test_every_text_has_the_same_chance_in_a_sample(lengths: list[int], seed: int) -> None:
+    """Whatever was drawn lower than a kept text is kept too: short late texts do not fill the gap of a long one."""
+    texts = [chr(0x4E00 + number) + "x" * length for number, length in enumerate(lengths)]
+    kept = sample_by_size(texts, 300, seed).texts
+    draw = random.Random(seed).random
+    draws = {text: draw() for text in texts}
+    lost = [draws[text] for text in texts if text not in kept]
+    assert max(draws[text] for text in kept) < min(lost, default=1)
+
+
+def test_lines_are_told_apart_by_kind(tokenizer: Tokenizer) -> None:
+    kinds = {
+        "今天天气真好，我们去公园吧": "Chinese",
+        "The weather is fine today.": "English",
+        "2024-02-29 13:45": "digits",
+        "    for (i = 0; i < n; i++) {": "code",
+        "ab": None,
+        "Привет, как дела сегодня": None,
+    }
+    assert {line: kind_of_line(line) for line in kinds} == kinds
+    rows = measure_compression(tokenizer, ["今天天气真好，我们去公园吧\n", "2024-02-29\nab"])
+    assert [(row.kind, row.source) for row in rows] == [
+        ("Chinese", "built-in"),
+        ("Chinese", "held out"),
+        ("English", "built-in"),
+        ("digits", "built-in"),
+        ("digits", "held out"),
+        ("code", "built-in"),
+        ("all", "held out"),
+    ]
+    digits, everything = rows[4], rows[6]
+    assert (digits.characters, digits.bytes, digits.tokens) == (11, 11, len(tokenizer.encode("2024-02-29\n")))
+    assert everything.characters == 14 + 13

@@ -1,0 +1,244 @@
+"""dpo_train.py from the command line: it learns, resumes to the bit, asks its reference either way, on any ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dpo_train
+from dpo_train import DPOSettings, settle_length
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
+from training.parallel.ranks import Ranks
+from training.run.log import read_metrics
+from training.settings import parse
+from world.cast import World
+from world.chats import preference
+
+ROOT = Path(__file__).resolve().parents[3]
+LOGGED = {"accuracy", "margin", "chosen_log_prob", "rejected_log_prob", "kl", "nll"}
+CLOCK = {"tokens_per_second", "mfu", "seconds", "memory"}
+
+
+@pytest.fixture(scope="module")
+def arguments(pretrained: Path, world: Path, tmp_path_factory) -> list[object]:
+    """A small run on 60 pairs, all but --out: 4 rows a step in 2 micro-batches."""
+    pairs, rng, town = tmp_path_factory.mktemp("pairs") / "pairs.jsonl", random.Random(0), World.build(0)
+    rows = [json.dumps(preference(rng, town), ensure_ascii=False) for _ in range(60)]
+    pairs.write_text("\n".join(rows), encoding="utf8")
+    given = {
+        "ckpt": pretrained / "final", "data": pairs, "sequence_length": 128, "batch_tokens": 1024,
+        "micro_tokens": 512, "val_fraction": 0.2, "val_text": world / "heldout.txt", "val_tokens": 2048, "log_every": 1,
+        "dtype": "fp32", "device": "cpu", "max_steps": 4, "optim.lr": 1e-3,
+    }  # fmt: skip
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+def entries(out: Path) -> list[dict]:
+    """The log without what the clock says."""
+    return [
+        {name: value for name, value in entry.items() if name not in CLOCK}
+        for entry in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> Path:
+    """A run of twelve steps with checkpoints on its way."""
+    from conftest import call_main
+
+    out = tmp_path_factory.mktemp("dpo") / "run"
+    assert call_main(dpo_train.main, *arguments, "--out", out, "--max_steps", 12, "--save_every", 5, "--keep", 9) == 0
+    return out
+
+
+def test_held_out_pairs_are_preferred_more_after_training(finished):
+    log = entries(finished)
+    assert [entry["step"] for entry in log] == list(range(13))
+    assert log[1].keys() >= LOGGED and log[0].keys() >= {f"val_{name}" for name in LOGGED}
+    assert log[0]["val_accuracy"] == 0.5 and log[0]["val_margin"] == 0  # it is its own reference
+    assert log[0]["val_loss"] == log[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert log[-1]["val_accuracy"] > 0.75 and log[-1]["val_margin"] > 0.5 and log[-1]["val_loss"] < 0.5
+    assert log[0]["val_bits_per_byte"] > 0 and "val_bits_per_byte" in log[-1]
+
+
+def test_router_biases_and_the_mtp_layer_stand_still(finished, pretrained):
+    before, after = (load_file(folder / "final" / "model.safetensors") for folder in (pretrained, finished))
+    still = [name for name in before if name.endswith("e_score_correction_bias") or ".layers.2." in name]
+    assert any("eh_proj" in name for name in still)
+    shared = ("embed_tokens", "shared_head.head")
+    assert all(before[name].equal(after[name]) for name in still if not name.split(".weight")[0].endswith(shared))
+    assert not before["model.layers.0.self_attn.o_proj.weight"].equal(after["model.layers.0.self_attn.o_proj.weight"])
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_a_resume_is_exact(precompute, arguments, finished, tmp_path, run):
+    """From step 5 on; the reference is what training began with, not what it had become."""
+    out = tmp_path / "run"
+    options = [*arguments, "--out", out, "--max_steps", 12, "--precompute_reference", str(precompute).lower()]
+    if precompute:
+        whole = finished
+    else:
+        whole = tmp_path / "whole"
+        assert run(dpo_train.main, *options, "--out", whole, "--save_every", 5, "--keep", 9).code == 0
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "step-10")
+    done = run(dpo_train.main, *options, "--resume")
+    assert done.code == 0 and f"resuming from {out / 'step-5'}" in done.out
+    assert entries(out) == entries(whole)
+    for name in ("model.safetensors", "training/state.safetensors"):
+        assert (out / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+
+
+def test_a_run_of_an_earlier_version_resumes_at_its_own_length_and_without_cut_prompts(pretrained, tmp_path, run):
+    """Rows were shorter then by default, and what did not fit was dropped: neither may change midway."""
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答" * 9}] * 3
+    rows = [{"prompt": f"问题{i}", "chosen": f"好{i}", "rejected": f"不{i}"} for i in range(12)]
+    rows += [{"prompt": [*turns, {"role": "user", "content": "现在？"}], "chosen": "好", "rejected": "不"}]
+    pairs, recipe, out = tmp_path / "pairs.jsonl", tmp_path / "old.yaml", tmp_path / "run"
+    pairs.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf8")
+    recipe.write_text("{sequence_length: 32, dtype: fp32, device: cpu, save_every: 2, keep: 9}", encoding="utf8")
+    given = ["--config", recipe, "--ckpt", pretrained / "final", "--data", pairs, "--out", out, "--val_fraction", 0]
+    whole = settle_length
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo_train, "settle_length", lambda *given: whole(*given) and False)  # nothing was cut then
+        done = run(dpo_train.main, *given, "--max_steps", 4)
+        assert done.code == 0 and "1 dropped" in done.out
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "step-4", ignore_errors=True)
+    recipe.write_text("{sequence_length: 48, dtype: fp32, device: cpu, save_every: 2, keep: 9}", encoding="utf8")
+    done = run(dpo_train.main, *given, "--max_steps", 4, "--resume")
+    assert done.code == 0 and "1 dropped" in done.out and f"resuming from {out / 'step-2'}" in done.out
+    done = run(dpo_train.main, *given, "--max_steps", 1, "--out", tmp_path / "new")
+    assert done.code == 0 and "dropped" not in done.out
+
+
+def test_a_length_by_default_is_at_most_what_the_model_reads(tmp_path):
+    alone = Ranks(0, 1, torch.device("cpu"))
+    for words, length in (([], 300), (["--sequence_length", "700"], 700)):
+        settings = parse(DPOSettings, "", ["--ckpt", "c", "--data", "d", "--out", str(tmp_path / "none"), *words])
+        assert settings.holds("sequence_length") == bool(words) and DPOSettings.sequence_length == 1024
+        assert settle_length(settings, alone, 300) and settings.sequence_length == length
+
+
+def test_asking_the_reference_once_is_asking_it_at_each_step(arguments, tmp_path, run):
+    logs = []
+    for precompute in ("true", "false"):
+        out = tmp_path / precompute
+        assert run(dpo_train.main, *arguments, "--out", out, "--precompute_reference", precompute).code == 0
+        assert (out / "reference.safetensors").exists() == (precompute == "true")
+        logs.append(entries(out))
+    for once, live in zip(*logs, strict=True):
+        assert once.pop("held_out", None) == live.pop("held_out", None)
+        assert once == pytest.approx(live, rel=1e-4, abs=1e-5)
+    assert logs[0][-1]["margin"] > 0
+
+
+def test_a_reference_of_ones_own_is_asked(arguments, finished, tmp_path, run):
+    """A policy that is measured against a better one is behind from the first step on."""
+    assert run(dpo_train.main, *arguments, "--out", tmp_path / "run", "--reference", finished / "final").code == 0
+    first = entries(tmp_path / "run")[0]
+    assert first["val_accuracy"] < 0.25 and first["val_margin"] < -0.5 and first["val_kl"] > 0
+
+
+def test_two_ranks_train_as_one_process_does(arguments, tmp_path, run):
+    # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
+    options = [*arguments, "--optim.eps", "1e-3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(dpo_train.main, *options, "--out", one).code == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "dpo_train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, *map(str, options), "--out", str(two)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 rows of 256 tokens = 2 ranks x 1 accumulated x 2 rows" in done.stdout
+    for together, alone in zip(entries(two), entries(one), strict=True):
+        assert together.keys() == alone.keys()
+        assert together.pop("held_out", None) == alone.pop("held_out", None)
+        for name in alone:
+            assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), (name, alone["step"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--preference.loss", "ipo"],
+        ["--preference.loss", "simpo", "--preference.beta", "2"],
+        ["--preference.label_smoothing", "0.1"],
+    ],
+    ids=["ipo", "simpo", "cdpo"],
+)
+def test_its_relatives_learn_the_same_pairs(options, arguments, tmp_path, run):
+    assert run(dpo_train.main, *arguments, *options, "--out", tmp_path / "run", "--max_steps", 8).code == 0
+    log = entries(tmp_path / "run")
+    assert log[-1]["val_margin"] > log[0]["val_margin"] and log[-1]["val_loss"] < log[0]["val_loss"]
+    assert ("kl" in log[1]) == ("simpo" not in options)
+
+
+def test_what_another_reference_said_is_not_used(arguments, pretrained, tmp_path, run):
+    """A run that ended before its first checkpoint leaves the file, and is begun again with another model."""
+    out = tmp_path / "run"
+    assert run(dpo_train.main, *arguments, "--out", out, "--max_steps", 1).code == 0
+    shutil.rmtree(out / "final")
+    first = load_file(out / "reference.safetensors")["log_probs"]
+    other = MiniDeepSeek.from_pretrained(pretrained / "final")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    Tokenizer.from_folder(pretrained / "final").save(tmp_path / "other")
+    given = ["--out", out, "--max_steps", 1, "--resume", "true"]
+    assert run(dpo_train.main, *arguments, *given).code == 0
+    assert torch.equal(load_file(out / "reference.safetensors")["log_probs"], first)
+    shutil.rmtree(out / "final")
+    assert run(dpo_train.main, *arguments, *given, "--reference", tmp_path / "other").code == 0
+    assert not torch.equal(load_file(out / "reference.safetensors")["log_probs"], first)
+
+
+@pytest.fixture
+def other_shape(tokenizer: Tokenizer, tiny_model, tmp_path) -> Path:
+    """A checkpoint of another width, with the same tokenizer."""
+    model: MiniDeepSeek = tiny_model(vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id)
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_a_reference_of_another_shape_is_refused(arguments, other_shape, tmp_path, run):
+    done = run(dpo_train.main, *arguments, "--out", tmp_path / "run", "--reference", other_shape)
+    assert done.code == 2
+    assert done.err.startswith(f"error: --reference {other_shape}: its ") and "of the same shape" in done.err
+
+
+def test_a_reference_for_a_loss_that_has_none_is_refused(arguments, pretrained, tmp_path, run):
+    options = ["--out", tmp_path / "run", "--preference.loss", "simpo", "--reference", pretrained / "final"]
+    done = run(dpo_train.main, *arguments, *options)
+    assert done.code == 2 and "simpo has none; leave it out" in done.err
+
+
+def test_a_wrong_setting_of_the_loss_is_one_line(arguments, tmp_path, run):
+    done = run(dpo_train.main, *arguments, "--out", tmp_path / "run", "--preference.beta", 0)
+    assert (done.code, done.err) == (2, "error: --preference.beta 0.0: must be positive\n")
+
+
+def test_a_text_that_is_not_there_is_named(arguments, tmp_path, run):
+    done = run(dpo_train.main, *arguments, "--out", tmp_path / "run", "--val_text", tmp_path / "no.txt")
+    assert done.code == 2 and f"--val_text {tmp_path / 'no.txt'}: cannot be read" in done.err
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_computed(arguments, finished, run):
+    before = (finished / "reference.safetensors").stat().st_mtime_ns
+    done = run(dpo_train.main, *arguments, "--out", finished)
+    assert done.code == 2 and "holds a run already (final); add --resume" in done.err
+    assert (finished / "reference.safetensors").stat().st_mtime_ns == before

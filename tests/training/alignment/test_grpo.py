@@ -1,0 +1,321 @@
+"""grpo_train.py as a whole: it learns what is rewarded, stops and resumes exactly, alone and among ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import grpo_train
+from dataset import PromptDataset
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
+from training.alignment.accuracy import Accuracy
+from training.alignment.experience import Experience
+from training.alignment.policy import GRPOLoss
+from training.alignment.rewards import Rewards, Sample, reward
+from training.alignment.rollout import RolloutSettings, Sampler
+from training.parallel.ranks import Ranks
+from training.run.log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+SHAPE = ["--sequence_length", 48, "--max_new_tokens", 8, "--prompts", 4, "--group", 4, "--micro_tokens", 384]
+SHAPE += ["--dtype", "fp32", "--device", "cpu", "--val_problems", 8, "--val_every", 2, "--data", "arithmetic:1-2"]
+VARIED = ["--rewards", json.dumps({f"{__name__}:letters": 1.0, "correct": 2.0})]
+CLOCK = {"seconds", "tokens_per_second", "mfu", "memory"}
+
+
+@reward
+def letters(sample: Sample) -> float:
+    """A number that differs from text to text."""
+    return len(set(sample.text)) + ord(sample.text[0]) % 7 if sample.text else 0.0
+
+
+@reward
+def brief(sample: Sample) -> float:
+    return 1.0 if sample.ended else 0.0
+
+
+def constant(samples: Sequence[Sample]) -> list[float]:
+    return [0.3] * len(samples)
+
+
+def entries(out: Path) -> list[dict]:
+    """What was logged, without what depends on the clock."""
+    return [
+        {key: value for key, value in entry.items() if key not in CLOCK and not key.startswith(("rollout_", "train_"))}
+        for entry in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def train(run, pretrained, tmp_path):
+    """`train(out, *options)`: grpo_train.py from the small pretrained model."""
+
+    def train(out: str, *options: object, code: int = 0):
+        done = run(grpo_train.main, "--ckpt", pretrained / "final", "--out", tmp_path / out, *SHAPE, *options)
+        assert done.code == code, done.err
+        return done
+
+    return train
+
+
+@pytest.fixture
+def make(tokenizer: Tokenizer):
+    """`make(model, rewards, **settings)`: the experience of a model, and its loss."""
+
+    def make(model: MiniDeepSeek, rewards: dict[str, float], world: int = 1, rank: int = 0, **changes: object):
+        settings = RolloutSettings(**{**dict(prompts=4, group=4, max_new_tokens=8), **changes})
+        prompts = PromptDataset([("arithmetic:1-2", 1.0)], tokenizer, 40)
+        ranks = Ranks(rank, world, CPU)
+        sampler = Sampler(model, torch.float32)
+        return Experience(prompts, Rewards.of(rewards), sampler, settings, 48, 8, ranks, torch.float32)
+
+    return make
+
+
+@pytest.fixture
+def small(tiny_config) -> MiniDeepSeek:
+    torch.manual_seed(0)
+    return MiniDeepSeek(tiny_config(vocab_size=600, initializer_range=0.02, num_nextn_predict_layers=0)).eval()
+
+
+def test_what_is_rewarded_is_learnt(train, tmp_path):
+    """Ending in time: a chance of a few per cent at first, and nearly always after fifteen steps."""
+    options = ["--rewards", json.dumps({f"{__name__}:brief": 1}), "--optim.lr", 3e-3, "--prompts", 8, "--group", 8]
+    done = train("run", *options, "--max_steps", 15, "--val_every", 0)
+    logged = entries(tmp_path / "run")
+    assert logged[1]["ended"] < 0.5 < 0.9 < logged[-1]["ended"]
+    assert logged[-1]["completion_length"] < logged[1]["completion_length"]
+    assert "accuracy" in done.out and "wanted" in done.out  # one completion is shown with what it was worth
+
+
+def test_every_measure_is_logged(train, tmp_path):
+    train("run", *VARIED, "--max_steps", 2, "--beta", 0.1)
+    first, *steps = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {"val_accuracy", "val_accuracy_level_1", "val_accuracy_level_2"} <= first.keys() & steps[-1].keys()
+    names = {"reward", "reward_correct", f"reward_{__name__}:letters", "completion_length", "ended", "zero_variance"}
+    names |= {"clip_share", "kl", "entropy", "mismatch", "rollout_tokens_per_second", "train_tokens_per_second"}
+    for entry in steps:
+        assert names <= entry.keys() and entry["rollout_tokens_per_second"] > 0 < entry["train_tokens_per_second"]
+        assert entry["sample"].keys() == {"question", "answer", "completion", "rewards"}
+        want = entry[f"reward_{__name__}:letters"] + 2 * entry["reward_correct"]
+        assert entry["reward"] == pytest.approx(want) and entry["mismatch"] < 1e-4
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[0]["entropy"] > 0
+
+
+def test_routers_and_drafts_stay_as_they_are(train, pretrained, tmp_path):
+    train("run", *VARIED, "--max_steps", 2, "--optim.lr", 1e-2)
+    before, after = weights(pretrained / "final"), weights(tmp_path / "run" / "final")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = LMConfig.from_pretrained(pretrained / "final").num_hidden_layers
+    own = {name for name in before if name.startswith(f"model.layers.{layers}.") and ".shared_head.head" not in name}
+    own -= {f"model.layers.{layers}.embed_tokens.weight"}
+    assert own and not moved & own and not [name for name in moved if name.endswith("correction_bias")]
+    assert len(moved) > len(before) / 2
+
+
+@pytest.mark.parametrize("options", [[], ["--mu", 2, "--beta", 0.1, "--resample", 1]], ids=["each step", "two steps"])
+def test_resume_is_bit_exact(options, train, tmp_path):
+    """Saved after step 3: with mu 2 in the middle of a batch of completions, whose policy exists no more."""
+    given = [*VARIED, *options, "--max_steps", 5, "--save_every", 3, "--optim.lr", 1e-2]
+    train("whole", *given)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "final")
+    torch.rand(17)
+    done = train("again", *given, "--resume")
+    assert "step-3: step 3" in done.out
+    assert entries(tmp_path / "again") == entries(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "again" / "final"), weights(tmp_path / "whole" / "final")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_second_step_on_a_batch_remembers_who_made_it(train, tmp_path):
+    train("run", *VARIED, "--mu", 2, "--temperature", 0.7, "--optim.lr", 1e-2, "--max_steps", 2)
+    first, second = [entry for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if "clip_share" in entry][:2]
+    assert first["mismatch"] < 1e-4 and first["clip_share"] == 0  # sampled at this temperature; the ratio is 1
+    assert second["clip_share"] > 0  # against the policy of before the first step
+
+
+def test_another_mu_is_another_run(train):
+    given = [*VARIED, "--max_steps", 3, "--save_every", 1]
+    train("run", *given, "--max_steps", 1)
+    done = train("run", *given, "--mu", 2, "--resume", code=2)
+    assert "for 2 steps" in done.err and "\n" not in done.err.strip()
+
+
+def test_two_ranks_train_as_one_process_does(train, pretrained, tmp_path):
+    options = [*VARIED, "--max_steps", 2, "--optim.eps", 1e-3, "--optim.lr", 1e-2, "--beta", 0.1, "--mu", 2]
+    train("one", *options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "grpo_train.py"]
+    command += map(str, ["--ckpt", pretrained / "final", "--out", tmp_path / "two", *SHAPE, *options])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[:4000]
+    alone, together = entries(tmp_path / "one"), entries(tmp_path / "two")
+    for name in ("reward", "completion_length", "zero_variance", "grad_norm", "total_loss", "kl", "entropy"):
+        assert [e[name] for e in together[1:]] == pytest.approx([e[name] for e in alone[1:]], rel=1e-3, abs=1e-5), name
+    assert [e.get("val_accuracy") for e in together] == [e.get("val_accuracy") for e in alone]
+    assert [e.get("sample") for e in together] == [e.get("sample") for e in alone]
+
+
+@pytest.mark.parametrize("mu", [1, 2])
+def test_groups_without_variance_give_no_gradient(mu, train, pretrained, tmp_path):
+    silent = ["--rewards", json.dumps({f"{__name__}:constant": 1.0}), "--resample", 1, "--mu", mu]
+    train("run", *silent, "--max_steps", 2)
+    for entry in entries(tmp_path / "run")[1:]:
+        assert (entry["zero_variance"], entry["redrawn"], entry["grad_norm"], entry["total_loss"]) == (1, 1, 0, 0)
+    before, after = weights(pretrained / "final"), weights(tmp_path / "run" / "final")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_is_a_function_of_seed_and_number(small, make):
+    one, two = make(small, {f"{__name__}:letters": 1.0}), make(small, {f"{__name__}:letters": 1.0})
+    one.prepare(0, small)
+    one.prepare(1, small)
+    two.prepare(1, small)
+    assert all(torch.equal(one.held[name], two.held[name]) for name in one.held)
+    two.prepare(2, small)
+    assert not torch.equal(one.held["tokens"], two.held["tokens"])
+
+
+def test_rows_without_anything_to_learn_are_left_out_and_counted(small, make):
+    experience = make(small, {f"{__name__}:letters": 1.0}, prompts=8)
+    experience.prepare(0, small)
+    experience.held["left_out"][4:] = 1  # all but one group
+    experience.held["left_out"][3] = 2  # and of this one a completion that was cut
+    experience._arrange()
+    batch = experience.batch(range(32, 64))
+    learnt = (batch["labels"] >= 0).any(1)
+    assert len(learnt) == 16 and learnt.sum() == 3 and batch["absent"][0] == 16
+    lengths = experience.held["lengths"] - experience.held["prompt_lengths"]
+    assert batch["absent"][1] == lengths[4:].sum() and (batch["labels"] >= 0).sum() == lengths[:3].sum()
+    everything = [experience.batch([i]) for i in range(32)]
+    assert sum((batch["labels"] >= 0).sum() for batch in everything) == lengths[:3].sum()
+
+
+def test_what_is_learnt_comes_before_what_fills_a_batch(small, make):
+    experience = make(small, {f"{__name__}:letters": 1.0}, prompts=8)
+    experience.prepare(0, small)
+    experience.held["left_out"] = torch.tensor([2, 2, 2, 0] * 8)  # of each group only the last completion was not cut
+    experience._arrange()
+    batch = experience.batch(range(32))
+    assert (batch["labels"] >= 0).any(1).tolist() == [True] * 8 + [False] * 8
+
+
+def test_labels_are_the_completions_and_meet_their_own_log_probabilities(small, make):
+    experience = make(small, {f"{__name__}:letters": 1.0})
+    experience.prepare(0, small)
+    experience.held["left_out"][:] = 0
+    experience._arrange()
+    _, _, metrics = GRPOLoss("grpo", 8)(small, experience.batch(range(16)))
+    total, tokens = metrics["mismatch"]
+    assert tokens == (experience.held["lengths"] - experience.held["prompt_lengths"]).sum()
+    assert total / tokens < 1e-5
+
+
+def test_resampling_replaces_silent_groups_by_other_prompts(small, make):
+    """A reward that only one question in two can vary in: those that cannot are asked no more."""
+
+    settings = {f"{__name__}:only_english": 1.0}
+    plain, again = make(small, settings, prompts=8), make(small, settings, prompts=8, resample=3)
+    entry, more = plain.prepare(0, small), again.prepare(0, small)
+    assert entry["zero_variance"] == more["zero_variance"] > 0.5 and entry["redrawn"] == 0 < more["redrawn"]
+    assert (again.held["left_out"] == 0).sum() > (plain.held["left_out"] == 0).sum()
+    kept = plain.held["left_out"] == 0
+    assert torch.equal(plain.held["tokens"][kept], again.held["tokens"][kept])
+
+
+def only_english(samples: Sequence[Sample]) -> list[float]:
+    return [float(i) if sample.problem.language == "en" else 0.0 for i, sample in enumerate(samples)]
+
+
+def test_completions_that_never_end_are_cut_counted_and_may_be_filtered(small, make):
+    with torch.no_grad():
+        small.lm_head.weight[2] = 0
+        small.lm_head.weight[50] *= 50
+    kept = make(small, {f"{__name__}:letters": 1.0})
+    filtered = make(small, {f"{__name__}:letters": 1.0}, overlong="filter")
+    for experience in (kept, filtered):
+        entry = experience.prepare(0, small)
+        assert entry["ended"] < 0.2 and entry["completion_length"] > 7
+    assert (kept.held["left_out"] < 2).all() and (filtered.held["left_out"] == 2).float().mean() > 0.8
+    assert torch.equal(kept.held["advantages"], filtered.held["advantages"])
+
+
+def test_accuracy_counts_right_answers_by_kind(small, tokenizer, monkeypatch):
+    prompts = PromptDataset([("arithmetic:1-2", 1.0)], tokenizer, 40, val_problems=10)
+    answers = {problem.question: problem.answer for problem in prompts.validation if problem.kind == "level 1"}
+    accuracy = Accuracy(prompts, Sampler(small, torch.float32), 8, 1.0, rows=3)
+
+    def known(self, policy, part, samples: int, temperature: float) -> list[str]:
+        """Level 1 is known, of sampled answers every second one."""
+        texts = [answers.get(problem.question, "-1") for _, problem in part for _ in range(samples)]
+        return [text if number % 2 or samples == 1 else "-1" for number, text in enumerate(texts)]
+
+    monkeypatch.setattr(Accuracy, "_answers", known)
+    assert accuracy(small, torch.float32, Ranks(0, 1, CPU)) == {
+        "val_accuracy": 0.5, "val_accuracy_level_1": 1.0, "val_accuracy_level_2": 0.0,
+        "val_pass_1": 0.25, "val_pass_1_level_1": 0.5, "val_pass_1_level_2": 0.0,
+    }  # fmt: skip
+
+
+def test_a_budget_of_tokens_is_spent_by_completions_as_long_as_they_are(train, tmp_path):
+    done = train("run", *VARIED, "--max_tokens", 2000, "--val_every", 0, "--optim.decay_from", 0.2)
+    log = [entry for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if entry["step"]]
+    assert log[-2]["tokens"] < 2000 <= log[-1]["tokens"] and "until      2,000 tokens" in done.out
+    assert log[1]["lr"] == 1e-5 > 5 * log[-1]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--group", 1], "--group 1: a completion is compared with its group"),
+        (["--temperature", 0], "--temperature 0.0: must be above 0"),
+        (["--max_new_tokens", 48], "--max_new_tokens 48: leaves no room for a prompt"),
+        (["--loss", "gspo"], "--loss gspo: one of grpo, dapo, dr_grpo"),
+        (["--overlong", "drop"], "--overlong drop: one of keep, filter"),
+        (["--mu", 0], "--mu 0: must be at least 1"),
+        (["--resample", -1], "--resample -1: must be at least 0"),
+        (["--rewards", "{}"], "rewards: none given"),
+        (["--rewards", '{"corect": 1}'], "reward 'corect': not one of correct"),
+        (["--data", "no.jsonl"], "no.jsonl: no such file"),
+        (["--data", "arithmetic:9"], "levels 1 to 4"),
+        (["--max_new_tokens", 40], "a prompt of level 1 has .* tokens, but 8 is the most"),
+        (["--compile"], "--compile: the batches of this stage change their shape"),
+        (["--beta", 0.1, "--reference", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options_are_one_clear_line(options, what, train):
+    done = train("run", "--max_steps", 1, *options, code=2)
+    assert re.search(what, done.err) and done.err.count("\n") == 1
+
+
+def test_a_reference_of_another_shape_is_refused(train, tmp_path, tokenizer, pretrained):
+    config = LMConfig.from_pretrained(pretrained / "final")
+    config.intermediate_size += 8
+    MiniDeepSeek(config).save_pretrained(tmp_path / "other")
+    tokenizer.save(tmp_path / "other")
+    done = train("run", "--max_steps", 1, "--beta", 0.1, "--reference", tmp_path / "other", code=2)
+    assert "its intermediate_size is 104, that of --ckpt 96" in done.err and done.err.count("\n") == 1
+
+
+def test_a_reward_that_fails_ends_the_run_in_one_line(train):
+    done = train("run", "--max_steps", 1, "--rewards", json.dumps({f"{__name__}:no_such": 1.0}), code=2)
+    assert "cannot be imported" in done.err and done.err.count("\n") == 1

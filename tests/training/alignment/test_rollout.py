@@ -1,0 +1,163 @@
+"""Sampling groups: a completion depends on weights, prompt and its own chances, and its log-probabilities are right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import MiniDeepSeek
+from model.decoding.generate import generate
+from model.decoding.sampling import inverse_cumulative
+from training.alignment.rollout import Completions, Sampler, chances, joined, sample_groups
+from training.log_probs import log_probs_and_entropy
+from training.losses import IGNORE
+from training.machine import autocast
+from training.run.watch import Watch
+
+STOP, NEW, GROUP = 2, 12, 5
+PROMPTS = [[1, 9, 17, 30, 4], [1, 8], [1, 40, 40, 7]]
+
+
+def stopping(tiny_model) -> MiniDeepSeek:
+    """A model that ends some of its completions before the limit."""
+    model = tiny_model(initializer_range=0.05)
+    with torch.no_grad():
+        model.lm_head.weight[STOP] *= 12
+    return model
+
+
+def keys(count: int) -> list[tuple[int, ...]]:
+    return [(3, prompt) for prompt in range(count)]
+
+
+def sampled(model: MiniDeepSeek, prompts: list[list[int]], **options: float) -> Completions:
+    return joined(sample_groups(model, prompts, chances(keys(len(prompts)), GROUP, NEW), STOP, **options))
+
+
+def trainer_log_probs(model: MiniDeepSeek, made: Completions, temperature: float = 1.0) -> torch.Tensor:
+    """What one pass over prompts and completions, each row for itself, says of the sampled tokens."""
+    out = torch.zeros_like(made.log_probs)
+    for row, (tokens, length) in enumerate(zip(made.tokens, made.lengths.tolist(), strict=True)):
+        prompt = PROMPTS[row // GROUP]
+        ids = torch.tensor([prompt + tokens[:length].tolist()])
+        result = model(ids[:, :-1])
+        labels = ids[:, 1:].clone()
+        labels[:, : len(prompt) - 1] = IGNORE
+        found, _ = log_probs_and_entropy(result.hidden, result.head, labels, temperature)
+        out[row, :length] = found[labels != IGNORE]
+    return out.detach()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_samplers_log_probabilities_are_the_trainers(temperature, tiny_model):
+    model = stopping(tiny_model)
+    made = sampled(model, PROMPTS, temperature=temperature)
+    assert 0 < made.ended.sum() < len(made.ended) and len(set(made.lengths.tolist())) > 3
+    torch.testing.assert_close(made.log_probs, trainer_log_probs(model, made, temperature), atol=1e-4, rtol=0)
+    assert (made.log_probs <= 0).all() and made.log_probs.min() < -0.5
+
+
+def test_after_its_end_a_completion_is_empty(tiny_model):
+    made = sampled(stopping(tiny_model), PROMPTS)
+    for tokens, log_probs, length, ended in zip(
+        made.tokens, made.log_probs, made.lengths.tolist(), made.ended, strict=True
+    ):
+        assert (tokens[: length - 1] != STOP).all() and not tokens[length:].any() and not log_probs[length:].any()
+        assert bool(ended) == (tokens[length - 1] == STOP) and (ended or length == NEW)
+
+
+def test_a_completion_does_not_depend_on_its_batch(tiny_model):
+    """Alone, without padding and with another group, the same prompt and chances give the same tokens."""
+    model = stopping(tiny_model)
+    together = sampled(model, PROMPTS)
+    drawn = chances(keys(3), GROUP, NEW)
+    for place, prompt in enumerate(PROMPTS):
+        alone = joined(sample_groups(model, [prompt], drawn[place : place + 1, 1:4], STOP))
+        rows = slice(place * GROUP + 1, place * GROUP + 4)
+        assert torch.equal(alone.tokens, together.tokens[rows]) and torch.equal(alone.lengths, together.lengths[rows])
+        torch.testing.assert_close(alone.log_probs, together.log_probs[rows], atol=1e-5, rtol=0)
+
+
+def test_near_temperature_zero_every_completion_is_the_greedy_one(tiny_model):
+    model = stopping(tiny_model)
+    made = sampled(model, PROMPTS, temperature=1e-4)
+    for row in range(len(made.tokens)):
+        prompt = torch.tensor([PROMPTS[row // GROUP]])
+        greedy = generate(model, prompt, NEW, eos_token_id=STOP)[0, prompt.shape[1] :]
+        assert made.tokens[row, : made.lengths[row]].tolist() == greedy.tolist()
+
+
+def test_tokens_come_as_often_as_they_are_likely():
+    logits = torch.tensor([2.0, 0.0, -30.0, 1.0, -1.0])
+    p = logits.softmax(0)
+    drawn = inverse_cumulative(p.expand(50_000, -1), torch.rand(50_000))
+    share = torch.bincount(drawn, minlength=5) / 50_000
+    torch.testing.assert_close(share, p, atol=0.01, rtol=0)
+    edges = inverse_cumulative(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]] * 3), torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert edges.tolist() == [1, 3, 3]  # never a token of no probability
+
+
+@pytest.mark.parametrize("vocab", [64, 1000])
+def test_the_token_of_a_chance_is_where_the_running_sum_passes_it(vocab):
+    p, chance = (torch.randn(500, vocab) * 3).softmax(-1), torch.rand(500)
+    p[:, ::3] = 0
+    p /= p.sum(-1, keepdim=True)
+    cumulative = p.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, chance.double().unsqueeze(1), right=True).squeeze(1)
+    clear = ((cumulative - chance.unsqueeze(1)).abs() > 1e-6).all(-1)  # where no rounding decides
+    assert clear.sum() > 450 and torch.equal(inverse_cumulative(p, chance)[clear], expected[clear])
+    for extreme in (0.0, 1 - 2**-24):
+        assert (p.gather(1, inverse_cumulative(p, torch.full((500,), extreme)).unsqueeze(1)) > 0).all()
+
+
+def test_chances_are_a_function_of_the_key():
+    one, two = chances([(1, 2), (1, 3)], 4, 6), chances([(1, 3)], 4, 6)
+    assert torch.equal(one[1], two[0]) and not torch.equal(one[0], one[1]) and one.shape == (2, 4, 6)
+
+
+def test_the_bf16_sampler_follows_the_policy_and_rounds_as_training_does(tiny_model):
+    model = stopping(tiny_model)
+    sampler = Sampler(model, torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+        model.routers()[0].e_score_correction_bias.uniform_(-1, 1)
+    policy = sampler.refresh()
+    assert policy.lm_head.weight.dtype == torch.bfloat16 and policy.routers()[0].weight.dtype == torch.float32
+    assert torch.equal(policy.routers()[0].e_score_correction_bias, model.routers()[0].e_score_correction_bias)
+    ids = torch.randint(61, (10, 16))  # for fewer positions the head's logits are not rounded
+    with torch.no_grad(), autocast(torch.bfloat16, torch.device("cpu")):
+        trained = model(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(policy(ids).logits, trained, atol=1e-6, rtol=0)
+    assert Sampler(model, torch.float32).refresh() is model
+
+
+def test_log_probabilities_and_their_gradient_are_those_of_the_whole_softmax():
+    torch.manual_seed(1)
+    hidden = torch.randn(3, 7, 16, dtype=torch.float64).float().requires_grad_()
+    head = torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(50, (3, 7))
+    labels[0, :3] = labels[2] = IGNORE
+    weight = torch.randn(3, 7)
+    found, entropy = log_probs_and_entropy(hidden, head, labels, 0.7)
+    (found * weight).sum().backward()
+    ours = hidden.grad.clone(), head.grad.clone()
+    hidden.grad = head.grad = None
+    log_p = (hidden @ head.t() / 0.7).log_softmax(-1)
+    counted = labels != IGNORE
+    want = log_p.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2) * counted
+    (want * weight).sum().backward()
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1) * counted)
+    torch.testing.assert_close(ours, (hidden.grad, head.grad))
+
+
+def test_sampling_shows_how_far_it_is_and_ends_at_a_signal(tiny_model):
+    model, shown = stopping(tiny_model), []
+    watch = Watch(show=shown.append)
+    drawn = chances(keys(3), GROUP, NEW)
+    assert len(list(sample_groups(model, PROMPTS[:3], drawn, STOP, watch=watch))) == 3
+    assert shown[0] == f"sampling: 0 of {3 * GROUP} completions" and shown[-1] == ""
+    watch.asked = True
+    assert not list(sample_groups(model, PROMPTS[:3], drawn, STOP, watch=watch))

@@ -1,0 +1,190 @@
+"""A teacher asked once: what is kept means what it should, and belongs to its conversation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from forked import on_ranks
+
+import training.distill.top_k
+from dataset import ChatDataset
+from training.distill.distillation import DistillationSettings, Logits, distillation_sum
+from training.distill.divergences import logit_gradient
+from training.distill.teacher import OwnTeacher, open_teacher
+from training.distill.top_k import IDS, LOG_PROBS, REST, KeptTeacher, TaughtChats, TopK, fingerprint, keep_top_k, top_k
+from training.losses import IGNORE
+from training.parallel.ranks import Ranks
+
+N, VOCAB, WIDTH = 40, 61, 24
+NAMES = ["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "jsd"]
+CPU = torch.device("cpu")
+
+
+def divergence(name: str):
+    return DistillationSettings(loss=name, skew=0.3, beta=0.2).divergence
+
+
+def kept(log_p: torch.Tensor, k: int) -> TopK:
+    """Without the 16 bits of the disk."""
+    top, ids = log_p.topk(k)
+    rest = [log_p.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)] if k < log_p.shape[1] else []
+    return TopK(ids, torch.cat([top, *rest], 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_tokens_kept_are_the_whole_distribution(name):
+    log_p, log_q = (torch.randn(N, VOCAB).log_softmax(-1) for _ in range(2))
+    for got, want in zip(
+        kept(log_p, VOCAB).compare(slice(None), log_q, divergence(name), 1.0),
+        divergence(name)(log_p, log_q),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rest_is_one_event_with_the_gradient_of_autograd(name):
+    log_p, z = torch.randn(N, VOCAB).log_softmax(-1), torch.randn(N, VOCAB, requires_grad=True)
+    few = kept(log_p, 7)
+    q = z.softmax(-1)
+    events = torch.cat([q.gather(1, few.ids), q.scatter(1, few.ids, 0.0).sum(1, keepdim=True)], 1)
+    p = few.log_probs.exp()
+    torch.testing.assert_close(p.sum(1), torch.ones(N))
+    a = 0.3
+    naive = {
+        "forward_kl": lambda: (p * (p / events).log()).sum(1),
+        "reverse_kl": lambda: (events * (events / p).log()).sum(1),
+        "skewed_forward_kl": lambda: (p * (p / (a * p + (1 - a) * events)).log()).sum(1),
+        "skewed_reverse_kl": lambda: (events * (events / ((1 - a) * p + a * events)).log()).sum(1),
+        "jsd": lambda: (
+            0.2 * p * (p / (0.2 * p + 0.8 * events)).log() + 0.8 * events * (events / (0.2 * p + 0.8 * events)).log()
+        ).sum(1),
+    }[name]()
+    log_q = z.detach().log_softmax(-1)
+    value, flow = few.compare(slice(None), log_q, divergence(name), 1.0)
+    torch.testing.assert_close(value, naive.detach(), rtol=1e-4, atol=1e-5)
+    (want,) = torch.autograd.grad(naive.sum(), z)
+    torch.testing.assert_close(logit_gradient(log_q, flow), want, rtol=1e-4, atol=1e-5)
+    whole, _ = divergence(name)(log_p, log_q)
+    assert (value <= whole + 1e-6).all() and (value < whole - 1e-3).any()
+
+
+def test_a_student_sure_of_the_kept_tokens_makes_no_nan():
+    log_p, z = torch.randn(N, VOCAB).log_softmax(-1), torch.full((N, VOCAB), -200.0)
+    few = kept(log_p, 7)
+    z.scatter_(1, few.ids, 0.0)
+    for name in NAMES:
+        value, flow = few.compare(slice(None), z.log_softmax(-1), divergence(name), 1.0)
+        assert value.isfinite().all() and flow.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [VOCAB, 70_000])
+def test_ids_and_log_probabilities_have_16_bits_where_they_can(size):
+    states, head = torch.randn(N, WIDTH), torch.randn(size, WIDTH)
+    arrays = top_k(Logits(states, head), 5, 2.0, at_once=16)
+    assert arrays[IDS].dtype == (np.uint16 if size == VOCAB else np.uint32)
+    assert arrays[LOG_PROBS].dtype == np.float16 and arrays[REST].dtype == np.float32
+    log_p = (states @ head.t() / 2).log_softmax(-1)
+    want = kept(log_p, 5)
+    assert (arrays[IDS] == want.ids.numpy()).all()
+    np.testing.assert_allclose(arrays[LOG_PROBS], want.log_probs[:, :-1], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(arrays[REST], want.log_probs[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def chats(world, tokenizer, monkeypatch) -> ChatDataset:
+    monkeypatch.setattr(training.distill.top_k, "CONVERSATIONS", 64)
+    return ChatDataset([world / "sft.jsonl"], tokenizer, 128, val_fraction=0.1, progress=False)
+
+
+@pytest.fixture
+def teacher(pretrained, tokenizer) -> OwnTeacher:
+    return open_teacher(str(pretrained / "final"), tokenizer, 600, torch.float32, CPU)
+
+
+def keep(folder, chats, teacher, k=8, mark="one", temperature=1.0, ranks=None):
+    """What is kept, and how often the teacher was opened."""
+    asked = []
+
+    def ask() -> OwnTeacher:
+        asked.append(1)
+        return teacher
+
+    ranks = ranks or Ranks(0, 1, CPU)
+    return keep_top_k(folder, chats, k, temperature, mark, ask, 4, torch.float32, ranks), len(asked)
+
+
+def test_a_batch_has_what_the_teacher_says_of_its_labels(chats, teacher, tmp_path):
+    """Other rows, other order, other files: it is still the same conversation's."""
+    found, _ = keep(tmp_path, chats, teacher)
+    assert len(list(tmp_path.glob("part-*.safetensors"))) > 2
+    taught = TaughtChats(chats, found)
+    assert len(taught) == len(chats)
+    for indices in ([0, 1, 2], [len(chats) - 1, len(chats), 2 * len(chats) + 1]):
+        batch = taught.batch(indices)
+        with torch.no_grad():
+            want = kept(teacher.says(batch).log_probs(slice(None), 1.0), 8)
+        said = KeptTeacher().says(batch)
+        assert len(said.ids) == (batch["labels"] != IGNORE).sum()
+        torch.testing.assert_close(said.log_probs, want.log_probs, rtol=3e-3, atol=3e-3)
+        assert (said.ids == want.ids).float().mean() > 0.99  # equally probable ones may change places
+        torch.testing.assert_close(said.log_probs.exp().sum(1), torch.ones(len(said.ids)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_the_whole_vocabulary_the_loss_is_the_teachers_own(name, world, tokenizer, teacher, tmp_path):
+    few = (world / "sft.jsonl").read_text(encoding="utf8").splitlines(keepends=True)[:8]
+    (tmp_path / "few.jsonl").write_text("".join(few), encoding="utf8")
+    chats = ChatDataset([tmp_path / "few.jsonl"], tokenizer, 128, progress=False)
+    found, _ = keep(tmp_path, chats, teacher, k=600, temperature=2.0)
+    batch = TaughtChats(chats, found).batch([0])
+    hidden = torch.randn(1, 128, WIDTH, requires_grad=True)
+    head = (0.3 * torch.randn(600, WIDTH)).requires_grad_()
+    with torch.no_grad():
+        whole = teacher.says(batch)
+    losses = [
+        distillation_sum(hidden, head, batch["labels"], said, divergence(name), 2.0, 0.1)[0]
+        for said in (KeptTeacher().says(batch), whole)
+    ]
+    torch.testing.assert_close(*losses, rtol=2e-3, atol=2e-3)
+    ours, theirs = (torch.autograd.grad(loss, (hidden, head)) for loss in losses)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=5e-3)
+
+
+def test_nobody_is_asked_twice_and_another_teacher_is_asked_anew(chats, teacher, tmp_path):
+    first, asked = keep(tmp_path, chats, teacher)
+    assert asked == 1
+    again, asked = keep(tmp_path, chats, teacher)
+    assert asked == 0
+    for one, other in zip(first.read(range(5)), again.read(range(5)), strict=True):
+        assert torch.equal(one, other)
+    _, asked = keep(tmp_path, chats, teacher, mark="another")
+    assert asked == 1
+    facts = [fingerprint(chats.chats, "teacher", 1.0), fingerprint(chats.chats, "teacher", 2.0)]
+    chats.chats.mask[3] ^= 1
+    assert len({*facts, fingerprint(chats.chats, "teacher", 1.0)}) == 3
+
+
+def test_a_file_that_was_cut_short_is_made_again(chats, teacher, tmp_path):
+    before, _ = keep(tmp_path, chats, teacher)
+    want = before.read(range(len(chats.chats)))
+    file = sorted(tmp_path.glob("part-*"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+    after, asked = keep(tmp_path, chats, teacher)
+    assert asked == 1
+    for one, other in zip(want, after.read(range(len(chats.chats))), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_ranks_share_the_work(chats, teacher, tmp_path):
+    alone, _ = keep(tmp_path / "alone", chats, teacher)
+
+    def of_rank(rank: int) -> None:
+        assert keep(tmp_path / "shared", chats, teacher, ranks=Ranks.start("cpu", timeout=20.0))[1] == 1
+
+    assert [rank.code for rank in on_ranks(2, of_rank, tmp_path)] == [0, 0]
+    shared, asked = keep(tmp_path / "shared", chats, teacher)
+    assert asked == 0
+    for one, other in zip(alone.read(range(9)), shared.read(range(9)), strict=True):
+        torch.testing.assert_close(one, other)

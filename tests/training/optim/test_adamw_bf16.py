@@ -1,0 +1,115 @@
+"""AdamW with moments in bfloat16: torch's AdamW but for the rounding of what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from model.checkpoint.tensor_file import save_file
+from model.kernels import fused
+from training.optim.adamw import AdamWBF16, plain_adamw_
+from training.optim.build import OptimSettings, build_optimizer, load_state_tensors, state_tensors
+
+SIZES = [(3,), (16,), (5, 7), (64, 33), (3, 40, 50)]  # whole lanes or not
+
+
+def trained(optimizer_of, steps: int) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """Parameters after so many steps on gradients that are the same for every optimiser."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(size)) for size in SIZES]
+    optimizer = optimizer_of(parameters)
+    for _ in range(steps):
+        for p in parameters:
+            p.grad = torch.randn_like(p) * 0.1 + p.detach() * 0.05
+        optimizer.step()
+    return parameters, optimizer
+
+
+def theirs(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def ours(parameters):
+    return AdamWBF16(parameters, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def in_pytorch(monkeypatch, work):
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "available", lambda x: False)
+        return work()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_first_step_is_that_of_torch(plain, monkeypatch):
+    """Nothing that is used was rounded yet."""
+    wanted, _ = trained(theirs, 1)
+    got, _ = in_pytorch(monkeypatch, lambda: trained(ours, 1)) if plain else trained(ours, 1)
+    for p, q in zip(got, wanted, strict=True):
+        torch.testing.assert_close(p, q, atol=2e-6, rtol=0)
+
+
+def test_many_steps_stay_near_torch(monkeypatch):
+    begin, _ = trained(ours, 0)
+    wanted, exact = trained(theirs, 60)
+    got, rough = trained(ours, 60)
+    for p, q, start in zip(got, wanted, begin, strict=True):
+        assert (p - q).norm() < 0.01 * (q - start).norm()
+        for key in ("exp_avg", "exp_avg_sq"):
+            kept = rough.state[p][key]
+            assert kept.dtype == torch.bfloat16
+            assert (kept.float() - exact.state[q][key]).norm() < 0.02 * exact.state[q][key].norm()
+
+
+@pytest.mark.skipif(not fused.available(torch.zeros(1, dtype=torch.bfloat16)), reason="no C compiler")
+def test_one_pass_in_c_equals_pytorch(monkeypatch):
+    torch.manual_seed(0)
+    numbers = (0.9, 0.95, 1e-8, 0.999, 0.03, 1.7)
+    for size in SIZES:
+        p, grad = torch.randn(size), torch.randn(size)
+        first, second = torch.randn(size).bfloat16(), torch.rand(size).bfloat16()
+        mine = [x.clone() for x in (p, grad, first, second)]
+        fused.adamw_(*mine, *numbers)
+        plain_adamw_(p, grad, first, second, *numbers)
+        torch.testing.assert_close(mine[0], p, atol=1e-6, rtol=1e-6)
+        for got, wanted in zip(mine[1:], (grad, first, second), strict=True):  # one unit in the last place at most
+            torch.testing.assert_close(got, wanted, atol=0, rtol=2**-7)
+
+
+def test_two_threads_give_the_bits_of_one():
+    alone, _ = trained(ours, 3)
+    torch.set_num_threads(2)
+    try:
+        together, _ = trained(ours, 3)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(p, q) for p, q in zip(alone, together, strict=True))
+
+
+def test_a_run_goes_on_from_its_file_as_if_unbroken(tmp_path):
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30))
+
+    def step(network, optimizer, seed):
+        torch.manual_seed(seed)
+        network(torch.randn(4, 20)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole, broken, after = model(), model(), model()
+    settings = OptimSettings(kind="adamw_bf16")
+    one, two, three = (build_optimizer(network, settings) for network in (whole, broken, after))
+    for seed in range(4):
+        step(whole, one, seed)
+    for seed in range(2):
+        step(broken, two, seed)
+    save_file(state_tensors(two, broken), tmp_path / "state.safetensors")
+    after.load_state_dict(broken.state_dict())
+    load_state_tensors(three, after, load_file(tmp_path / "state.safetensors"))
+    for seed in range(2, 4):
+        step(after, three, seed)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), after.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"torch\.bfloat16"):  # moments of another kind are not taken for these
+        load_state_tensors(build_optimizer(model(), OptimSettings()), broken, state_tensors(two, broken))

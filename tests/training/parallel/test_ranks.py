@@ -1,0 +1,149 @@
+"""Several processes train as one: torchrun on CPU with gloo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from forked import on_ranks
+from safetensors.torch import load_file
+from toy_stage import TIME
+
+import pretrain
+from training.optim.build import OptimSettings
+from training.parallel.ranks import Ranks
+from training.run.log import read_metrics
+from training.schedule import value_at
+
+ROOT = Path(__file__).resolve().parents[3]
+# A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
+RECIPE = [
+    "--micro_tokens",
+    "256",
+    "--save_every",
+    "2",
+    "--balance_weight",
+    "0.01",
+    "--mtp_weight",
+    '{"0": 0, "0.3": 0.3}',
+    "--optim.eps",
+    "1e-3",
+    "--max_steps",
+    "4",
+]
+MEASURED = ("loss", "total_loss", "mtp_loss", "balance_loss", "grad_norm", "val_bits_per_byte", "val_loss")
+
+
+def measured(out: Path) -> dict[str, list[float]]:
+    entries = read_metrics(out / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [0, 1, 2, 3, 4]
+    return {name: [entry[name] for entry in entries if name in entry] for name in MEASURED}
+
+
+def biases(out: Path) -> dict[str, list[float]]:
+    weights = load_file(out / "final" / "model.safetensors")
+    return {name: value.tolist() for name, value in weights.items() if name.endswith("e_score_correction_bias")}
+
+
+def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
+    """16 rows a step: 4 micro-batches on one process, 2 on each of two; rank 1 waits for the shards of rank 0.
+
+    In the first step the MTP layer takes no part.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(pretrain.main, *pretrain_arguments, *RECIPE, "--out", one).code == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "pretrain.py"]
+    command += [*pretrain_arguments, *RECIPE, "--out", str(two), "--shards", str(tmp_path / "shards")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "16 rows of 64 tokens = 2 ranks x 2 accumulated x 4 rows" in done.stdout
+    assert done.stdout.count("finished: ") == 1  # one process speaks
+
+    alone, together = measured(one), measured(two)
+    assert len(alone["mtp_loss"]) == 3
+    for name in MEASURED:
+        assert together[name] == pytest.approx(alone[name], rel=1e-4), name
+    assert biases(two) == biases(one) and len(biases(two)) == 2
+    assert [entry.get("max_vio") for entry in read_metrics(two / "metrics.jsonl")] == [
+        entry.get("max_vio") for entry in read_metrics(one / "metrics.jsonl")
+    ]
+
+    # The second half again, on one process, from what two had saved.
+    shutil.rmtree(two / "final")
+    assert run(pretrain.main, *pretrain_arguments, *RECIPE, "--out", two, "--resume").code == 0
+    again = measured(two)
+    for name in MEASURED:
+        assert again[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_one_process_needs_no_torchrun():
+    ranks = Ranks.start("cpu")
+    assert (ranks.rank, ranks.world, ranks.device.type, ranks.main) == (0, 1, "cpu", True)
+    model = torch.nn.Linear(2, 2)
+    assert ranks.wrap(model) is model and ranks.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_an_error_of_ones_own_is_not_blamed_on_a_peer():
+    with pytest.raises(RuntimeError, match="out of memory"), Ranks(0, 2, torch.device("cpu")).explained():
+        raise RuntimeError("CUDA out of memory")
+
+
+SCHEDULES = [0.0, {"0": 0.0, "0.5": 0.3}, {"0": 0.3, "0.5": 0.0}, {"0": 0.0, "0.5": 0.3, "0.75": 0.0}]
+
+
+@pytest.mark.parametrize("mtp_weight", SCHEDULES, ids=["never", "later", "first", "between"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_mtp_layer_that_rests_keeps_no_rank_waiting(mtp_weight, tied, make, tmp_path):
+    """The head is used after `forward`, where DistributedDataParallel cannot see it; gradients equal one process's."""
+    options = dict(mtp_weight=mtp_weight, micro_tokens=TIME, optim=OptimSettings(eps=1e-2), max_steps=4)
+
+    def train(out: str, rank: int, world: int) -> None:
+        ranks = Ranks.start("cpu", timeout=30.0) if world > 1 else None
+        trainer, found = make(out, ranks=ranks, model={"tie_word_embeddings": tied}, **options), []
+        step = trainer.optimizer.step
+
+        def spy() -> None:
+            found.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+            step()
+
+        trainer.optimizer.step = spy
+        trainer.run()
+        torch.save(found, tmp_path / f"{out}-{rank}.pt")
+
+    done = on_ranks(2, lambda rank: train("two", rank, 2), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], "".join(rank.output() for rank in done)
+    train("one", 0, 1)
+    alone, *together = (torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt"))
+    for step, want in enumerate(alone, 1):
+        weight = value_at(mtp_weight, step / 4)
+        assert any(name.startswith("mtp.") for name in want) == (weight > 0)
+        for got in (gradients[step - 1] for gradients in together):
+            assert got.keys() == want.keys()
+            for name in want:
+                torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_wrapping_again_leaves_no_wrapper_behind(make, tmp_path):
+    """Nor its buckets, which are as large as the gradients."""
+
+    def train(rank: int) -> None:
+        trainer = make(ranks=Ranks.start("cpu", timeout=30.0), mtp_weight={"0": 0.0, "0.5": 0.3})
+        wrap, wrapped = trainer._wrap, []
+
+        def spy() -> None:
+            wrap()
+            wrapped.append(weakref.ref(trainer.module))
+
+        trainer._wrap = spy
+        trainer.run()
+        assert len({id(one()) for one in wrapped}) == 2 and wrapped[0]() is None and wrapped[-1]() is not None
+
+    done = on_ranks(2, train, tmp_path)
+    assert [rank.code for rank in done] == [0, 0], "".join(rank.output() for rank in done)

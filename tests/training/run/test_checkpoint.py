@@ -1,0 +1,249 @@
+"""A checkpoint is whole or not there, holds all that training needs, and is checked when it is opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import model.checkpoint.folder
+import pretrain
+import training.run.checkpoint
+from errors import DamagedCheckpoint, UserError
+from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
+from training.optim.build import OptimSettings, build_optimizer
+from training.run.checkpoint import (
+    Progress,
+    Snapshot,
+    keep_last,
+    load_training_state,
+    newest,
+    read_progress,
+    steps,
+)
+from training.run.manifest import MANIFEST
+from training.run.resume import WholeModel, left_off
+
+
+class Sitting:
+    """A model, its optimiser and how far they are; `step` trains on noise, `save` makes a checkpoint."""
+
+    def __init__(self, network: MiniDeepSeek, tokenizer: Tokenizer, out: Path) -> None:
+        self.model, self.tokenizer, self.out = network.train(), tokenizer, out
+        self.optimizer = build_optimizer(network, OptimSettings())
+        self.progress = Progress(run={"seed": 3})
+
+    def step(self) -> None:
+        self.model(torch.randint(600, (2, 8))).logits.logsumexp(-1).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for router in self.model.routers():
+            router.e_score_correction_bias += torch.randn(8) / 10
+        self.progress.step += 1
+        self.progress.tokens += 16
+
+    def save(self, name: str | None = None) -> Path:
+        folder = self.out / (name or f"step-{self.progress.step}")
+        snapshot = Snapshot(WholeModel(self.model), self.tokenizer, self.optimizer, self.progress)
+        snapshot.write(folder, snapshot.tensors)
+        return folder
+
+
+@pytest.fixture
+def sit(tiny_model, tokenizer, tmp_path) -> Callable[[int], Sitting]:
+    return lambda seed=0: Sitting(tiny_model(seed, vocab_size=600), tokenizer, tmp_path)
+
+
+@pytest.fixture
+def sitting(sit) -> Sitting:
+    """After one step, with a checkpoint of it."""
+    sitting = sit()
+    sitting.step()
+    sitting.save()
+    return sitting
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_is_a_hugging_face_folder_with_the_training_beside(sitting):
+    assert set(content(sitting.out / "step-1")) == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "training/manifest.json", "training/progress.json", "training/state.safetensors",
+    }  # fmt: skip
+
+
+def test_all_that_training_needs_comes_back(sitting, sit):
+    other = sit(1)
+    folder = sitting.out / "step-1"
+    other.model.load_state_dict(MiniDeepSeek.from_pretrained(folder).state_dict())
+    load_training_state(folder, other.model, other.optimizer)
+    assert read_progress(folder) == sitting.progress
+    torch.manual_seed(5)
+    sitting.step()
+    torch.manual_seed(5)
+    other.step()
+    ours, theirs = sitting.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(name.endswith("e_score_correction_bias") for name in ours)
+
+
+def test_the_random_state_that_older_checkpoints_hold_is_left_out(sitting, sit):
+    path = sitting.out / "step-1" / "training" / "state.safetensors"
+    save_file({**load_file(path), "rng": torch.get_rng_state()}, path)
+    other, before = sit(1), torch.get_rng_state()
+    load_training_state(sitting.out / "step-1", other.model, other.optimizer)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_and_state_are_stored_in_float32(sitting):
+    weights = load_file(sitting.out / "step-1" / "model.safetensors")
+    state = load_file(sitting.out / "step-1" / "training" / "state.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert {state[name].dtype for name in state} == {torch.float32}
+    quantities = {name.rsplit("|", 1)[1] for name in state}
+    assert quantities == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_in_rust(*_: object, **__: object) -> None:
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+FILLS = {
+    "the weights": (model.checkpoint.folder, "save_file", full_in_rust),
+    "the tokenizer": (Tokenizer, "save", full),
+    "the state": (training.run.checkpoint, "save_file", full_in_rust),
+    "the flush": (training.run.checkpoint, "_flush", full),
+    "the folder": (training.run.checkpoint.Path, "mkdir", full),
+}
+
+
+@pytest.mark.parametrize("fills", FILLS)
+def test_a_disk_that_fills_loses_nothing_that_was_saved(fills, sitting, monkeypatch):
+    before = content(sitting.out)
+    sitting.step()
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr(*FILLS[fills])
+        sitting.save()
+    message = str(caught.value)
+    assert message.startswith(f"{sitting.out / 'step-2'}: could not be saved") and "\n" not in message
+    assert "No space left" in message and f"intact: {sitting.out / 'step-1'}" in message and "--resume" in message
+    assert content(sitting.out) == before and [path.name for path in sitting.out.iterdir()] == ["step-1"]
+    assert caught.value.exit_code == 2
+    sitting.save()
+    assert newest(sitting.out).name == "step-2"
+
+
+def test_a_disk_that_fills_under_a_new_end_keeps_the_old_one(sitting, monkeypatch):
+    sitting.save("final")
+    before = content(sitting.out)
+    sitting.step()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="could not be saved"):
+        patch.setattr(*FILLS["the state"])
+        sitting.save("final")
+    assert content(sitting.out) == before
+    sitting.save("final")
+    assert read_progress(sitting.out / "final").step == 2
+    assert sorted(path.name for path in sitting.out.iterdir()) == ["final", "step-1"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_end_that_cannot_take_its_name_gives_the_old_one_back(killed, sitting, monkeypatch):
+    sitting.save("final")
+    before, replace = content(sitting.out), os.replace
+    sitting.step()
+
+    def refused(source: Path, target: Path) -> None:
+        if Path(source).name == ".final.partial":
+            raise KeyboardInterrupt if killed else OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt if killed else UserError):
+        patch.setattr(os, "replace", refused)
+        sitting.save("final")
+    if killed:
+        assert newest(sitting.out).name == "step-1"
+        assert left_off(sitting.out, True, {})[0].name == "final"
+        shutil.rmtree(sitting.out / ".final.partial")
+    assert content(sitting.out) == before
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(sitting):
+    (sitting.out / ".step-2.partial" / "training").mkdir(parents=True)
+    (sitting.out / ".step-2.partial" / "model.safetensors").write_bytes(b"half")
+    assert newest(sitting.out).name == "step-1"
+    sitting.step()
+    sitting.save()
+    assert sorted(path.name for path in sitting.out.iterdir()) == ["step-1", "step-2"]
+
+
+def test_checkpoints_are_ordered_by_number_and_the_end_is_the_newest(sitting):
+    assert newest(sitting.out / "elsewhere") is None
+    for number in (10, 9):
+        shutil.copytree(sitting.out / "step-1", sitting.out / f"step-{number}")
+    (sitting.out / "step-old").mkdir()
+    assert [path.name for path in steps(sitting.out)] == ["step-1", "step-9", "step-10"]
+    assert newest(sitting.out).name == "step-10"
+    sitting.progress.step = 10
+    assert newest(sitting.save("final").parent).name == "final"
+    keep_last(sitting.out, 1)
+    assert sorted(path.name for path in sitting.out.iterdir()) == ["final", "step-10", "step-old"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def scribble(path: Path) -> None:
+    path.write_bytes(b"[1, 2]")
+
+
+@pytest.mark.parametrize("damage", [cut, empty, lose, scribble], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ["state.safetensors", "progress.json"])
+def test_damaged_training_state_is_named_in_one_line(name, damage, sitting):
+    folder = sitting.out / "step-1"
+    (folder / MANIFEST).unlink()  # which would have found it
+    damage(folder / "training" / name)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        left_off(sitting.out, True, {})
+        load_training_state(folder, sitting.model, sitting.optimizer)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / 'training' / name}: ") and "\n" not in message and "; " in message
+
+
+def test_the_state_of_another_model_is_refused(sitting, tiny_model):
+    other = tiny_model(first_k_dense_replace=3)
+    with pytest.raises(DamagedCheckpoint, match=r"state of an unknown parameter|does not fit the model"):
+        load_training_state(sitting.out / "step-1", other, build_optimizer(other, OptimSettings()))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training/state.safetensors"])
+def test_resuming_from_a_truncated_checkpoint_ends_in_one_line_and_code_3(
+    name, pretrained, pretrain_arguments, tmp_path, run
+):
+    out = shutil.copytree(pretrained, tmp_path / "run")
+    cut(out / "final" / name)
+    done = run(pretrain.main, *pretrain_arguments, "--out", out, "--max_steps", 50, "--resume")
+    assert done.code == 3
+    assert done.err.startswith(f"error: {out / 'final' / name}: damaged or cut short") and done.err.count("\n") == 1

@@ -1,0 +1,97 @@
+"""Before its first step a run says what it will take, and what to do where that is too long."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import training.run.estimate
+import training.trainer
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from model.costs import count
+from pretrain import PretrainSettings
+from training.machine import machine_peak
+from training.run.estimate import estimate, length, memory
+from training.schedule import Budget
+
+CPU, MB = torch.device("cpu"), 1e6
+
+
+def settings(**changes: object) -> PretrainSettings:
+    """Those of configs/64m.yaml."""
+    given = dict(data="x", out="x", batch_tokens=262144, micro_tokens=32768)
+    return PretrainSettings(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniDeepSeek:
+    with torch.device("meta"):
+        return MiniDeepSeek(LMConfig.preset("64m"))
+
+
+def test_a_step_takes_its_flops_at_the_usual_share_of_the_peak(model):
+    flops = count(model.config).flops
+    found = estimate(settings(), Budget(100, None), model, flops, 400e9, CPU, torch.float32)
+    assert found.step == pytest.approx(262144 * flops / 120e9) and 400 < found.step < 600
+    assert found.steps == 100 and found.seconds == 100 * found.step
+    assert str(found).startswith("about 7m42s a step, 100 steps in 12h49m, 20.99 GB of memory a rank")
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [(Budget(7, None), 7), (Budget(None, 2.0), 24), (Budget(None, None, 9001), 10), (Budget(100, 1.0), 12)],
+    ids=["steps", "minutes", "tokens", "whichever is first"],
+)
+def test_a_run_lasts_as_long_as_its_budget(budget, steps):
+    assert length(budget, 5.0, 1000) == (steps, steps * 5.0)
+
+
+def test_the_memory_is_near_what_was_measured(model):
+    """2,016 MB beyond the imports: 8 x 512 tokens in bfloat16, without MTP and without a save (docs/performance.md)."""
+    with torch.device("meta"):
+        plain = MiniDeepSeek(LMConfig.preset("64m", num_nextn_predict_layers=0))
+    found = memory(settings(micro_tokens=4096, background_save=False), plain, CPU, torch.bfloat16) - 400 * MB
+    assert found == pytest.approx(2016 * MB, rel=0.2)
+
+
+def test_less_memory_with_smaller_micro_batches_and_recomputed_layers(model):
+    most = memory(settings(), model, CPU, torch.float32)
+    assert memory(settings(micro_tokens=8192), model, CPU, torch.float32) < 0.5 * most
+    assert memory(settings(gradient_checkpointing=True), model, CPU, torch.float32) < 0.5 * most
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "remedy"),
+    [
+        ({}, "cpu", "the recipe for CPUs is --config configs/minutes.yaml"),
+        ({}, "cuda", "lower --batch_tokens, now 262,144, or take a smaller model"),
+        ({"model": {"preset": "demo"}}, "cpu", "lower --batch_tokens, now 262,144, or take a smaller model"),
+        ({"ckpt": "x"}, "cpu", "lower --batch_tokens, now 262,144, or take a smaller model"),
+    ],
+)
+def test_the_remedy_fits_the_machine(changes, device, remedy):
+    assert settings(**changes).lighten(device) == remedy
+
+
+@pytest.fixture
+def slow_machine(monkeypatch):
+    monkeypatch.setattr("training.machine.measured_peak", lambda *_, **__: 1e6)
+    machine_peak.cache_clear()
+    yield
+    machine_peak.cache_clear()
+
+
+def test_a_slow_step_is_warned_of_once_and_before_it_begins(slow_machine, make, capsys):
+    make(max_steps=1, micro_tokens=4 * 16).run()
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("warning    a step takes about ")]
+    assert lines[place - 1].startswith("takes      about ") and lines[place].endswith("or take a smaller model")
+    assert place < min(number for number, line in enumerate(lines) if line.startswith("step "))
+
+
+def test_the_first_micro_batch_of_a_long_step_tells_its_pace(make, capsys, monkeypatch):
+    monkeypatch.setattr(training.trainer, "SLOW_STEP", 1e-6)
+    make("told", max_steps=2, micro_tokens=2 * 16).run()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured ")]
+    assert len(told) == 1 and told[0].startswith("measured   micro-batch 1 of 4 took ") and "whole run" in told[0]

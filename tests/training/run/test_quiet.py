@@ -1,0 +1,76 @@
+"""A script starts without the libraries that few of its runs need, and these come without their remarks."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+
+from training.run.quiet import quiet_compiler, quiet_imports
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py")])
+SLOW = {"transformers", "peft", "torchao", "matplotlib", "datasets", "bitsandbytes", "wandb"}
+
+
+def imported(body: list[ast.stmt]) -> list[str]:
+    """The modules that are imported when a module is: not those in functions, nor for type checkers alone."""
+    names = []
+    for node in body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.If | ast.With | ast.Try) and "TYPE_CHECKING" not in ast.unparse(node).splitlines()[0]:
+            names += imported(node.body)
+    return names
+
+
+def closure(script: str) -> set[str]:
+    """All that importing a script imports, files of the project and names of other packages."""
+    found, todo = set(), [ROOT / script]
+    while todo:
+        path = todo.pop()
+        for name in imported(ast.parse(path.read_text(encoding="utf8")).body):
+            place = ROOT.joinpath(*name.split("."))
+            files = [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+            todo += [file for file in files if str(file) not in found]
+            found |= {str(file) for file in files} or {name.split(".")[0]}
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_waits_for_no_library_that_takes_seconds(script):
+    assert not closure(script) & SLOW
+
+
+def test_the_closure_sees_through_modules_and_contexts():
+    assert {"peft", "torch"} <= closure("training/adapters/merging.py")
+
+
+def test_remarks_of_an_import_are_quiet_and_errors_are_not(caplog, monkeypatch):
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    logger = logging.getLogger("torchao")
+    before = logger.level
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with quiet_imports():
+            logger.warning("Skipping import of cpp extensions")
+            logger.error("broken")
+            warnings.warn("advice", FutureWarning, stacklevel=1)
+        logger.warning("later")
+    assert [record.message for record in caplog.records] == ["broken", "later"]
+    assert not heard and logger.level == before
+
+
+def test_remarks_of_the_compiler_are_quiet():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet_compiler()
+        warnings.warn("Torchinductor does not support code generation for complex operators. Slow.", stacklevel=1)
+        warnings.warn("OptimState8bit does not implement _stable_hash_for_caching. For PT2", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in heard] == ["another"]

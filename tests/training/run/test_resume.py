@@ -1,0 +1,305 @@
+"""Exact resumes, signals, and the checkpoints that stay."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from forked import on_ranks
+from safetensors.torch import load_file
+from toy_stage import ROWS, TIME, Rows, files, interrupt_at, steps_logged
+
+import model.checkpoint.folder
+import training.run.interrupt
+from errors import UserError
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from model.checkpoint.folder import to_hugging_face
+from training.parallel.ranks import Ranks
+from training.run.checkpoint import Snapshot
+from training.run.log import RunLog, read_metrics
+from training.validation import BitsPerByte
+
+CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory")
+
+
+@pytest.mark.parametrize(
+    ("micro_rows", "tied"), [(ROWS, False), (3, False), (ROWS, True)], ids=["one batch", "accumulated", "tied"]
+)
+def test_resume_is_bit_exact(micro_rows, tied, make):
+    options = dict(max_steps=5, save_every=2, micro_tokens=micro_rows * TIME, balance_weight=0.1)
+    options["model"] = {"tie_word_embeddings": tied}
+    whole = make(**options)
+    whole.run()
+    want, log = files(whole.out / "final"), read_metrics(whole.out / "metrics.jsonl")
+    shutil.rmtree(whole.out / "final")
+    shutil.rmtree(whole.out / "step-4")
+    torch.rand(17)  # whatever happened to the random numbers meanwhile
+    again = make(**options, resume=True)
+    assert again.run() == whole.out / "final"
+    assert files(whole.out / "final") == want
+    now = read_metrics(whole.out / "metrics.jsonl")
+    clock = {"tokens_per_second", "mfu", "seconds", "memory"}
+    without = [[{k: v for k, v in entry.items() if k not in clock} for entry in entries] for entries in (log, now)]
+    assert without[0] == without[1] and [entry["step"] for entry in now] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_tied_checkpoint_without_its_head_is_resumed_to_the_bit(make, monkeypatch):
+    """As this project once wrote them: the embedding alone."""
+    options = dict(max_steps=4, save_every=2, model={"tie_word_embeddings": True})
+    whole = make("whole", **options)
+    whole.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.checkpoint.folder, "to_hugging_face", without_head)
+        begun = make(**options, dataset=interrupt_at(2, signal.SIGTERM))
+        assert begun.run().name == "step-2"
+    assert "lm_head.weight" not in load_file(begun.out / "step-2" / "model.safetensors")
+    assert make(**options, resume=True).run() == begun.out / "final"
+    assert files(begun.out / "final") == files(whole.out / "final")
+    assert "lm_head.weight" in load_file(begun.out / "final" / "model.safetensors")
+
+
+def without_head(state: dict[str, torch.Tensor], config: LMConfig) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in to_hugging_face(state, config).items() if name != "lm_head.weight"}
+
+
+def test_a_resume_forgets_the_steps_it_makes_again(make):
+    """A run that died at step 3 had logged more than it saved, and its last line only half."""
+
+    def die(indices: Sequence[int]) -> None:
+        if indices[0] >= 3 * ROWS:
+            raise RuntimeError("the machine died")
+
+    died = make(dataset=Rows(die), save_every=2)
+    with pytest.raises(RuntimeError, match="the machine died"):
+        died.run()
+    with open(died.out / "metrics.jsonl", "a", encoding="utf8") as file:
+        file.write('{"step": 4, "lo')
+    assert steps_logged(died) == [0, 1, 2, 3]
+    make(resume=True, save_every=2).run()
+    assert steps_logged(died) == [0, 1, 2, 3, 4]
+    assert (died.out / "metrics.jsonl").read_text(encoding="utf8").count("\n") == 5
+
+
+def test_resume_without_a_run_begins_one(make):
+    assert make(resume=True, max_steps=1).run().name == "final"
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(make):
+    first = make()
+    first.run()
+    before = files(first.out / "final")
+    with pytest.raises(UserError, match=r"run: holds a run already \(final\); add --resume"):
+        make().run()
+    assert files(first.out / "final") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"seed": 1}, "seed = 0, not 1"),
+        ({"batch_tokens": 2 * ROWS * TIME}, f"rows = {ROWS}, not {2 * ROWS}"),
+        ({"model": {"kv_lora_rank": 20}}, "model.kv_lora_rank = 16, not 20"),
+    ],
+    ids=["seed", "batch", "model"],
+)
+def test_a_resume_that_would_change_the_run_is_refused(change, what, make):
+    make(max_steps=2).run()
+    with pytest.raises(UserError, match=what):
+        make(resume=True, **change).run()
+
+
+def test_a_complete_run_says_so_and_is_left_alone(make, capsys):
+    first = make()
+    first.run()
+    before = files(first.out)
+    assert make(resume=True).run() == first.out / "final"
+    assert "already complete after 4 steps" in capsys.readouterr().out
+    assert files(first.out) == before
+
+
+def test_a_larger_budget_goes_on_from_the_end(make):
+    make(max_steps=2, save_every=1).run()
+    trainer = make(max_steps=5, resume=True, save_every=2)
+    assert trainer.run() == trainer.out / "final"
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5]
+    saved = MiniDeepSeek.from_pretrained(trainer.out / "final").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
+    assert make(max_steps=5, resume=True).run() == trainer.out / "final"
+    assert [path.name for path in trainer.out.glob(".*")] == [".lock"]
+
+
+def test_a_run_that_was_interrupted_can_be_ended_there(make):
+    make(max_steps=2).run()
+    before = files(make("whole", max_steps=4).run())
+    assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
+    ended = make(max_steps=4, resume=True)
+    assert ended.run() == ended.out / "final" and ended.checkpoints.newest() == ended.out / "final"
+    weights = MiniDeepSeek.from_pretrained(ended.out / "final").state_dict()
+    stopped = MiniDeepSeek.from_pretrained(ended.out / "step-4").state_dict()
+    assert weights.keys() == stopped.keys() and all(torch.equal(weights[name], stopped[name]) for name in weights)
+    assert before.keys() == files(ended.out / "final").keys()
+
+
+def test_the_last_checkpoints_are_kept(make):
+    trainer = make(max_steps=7, save_every=1, keep=2)
+    trainer.run()
+    assert sorted(path.name for path in trainer.out.iterdir() if path.is_dir()) == ["final", "step-5", "step-6"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_resume_goes_on(number, make, capsys):
+    whole = make("whole")
+    whole.run()
+    handler = signal.getsignal(number)
+    trainer = make(dataset=interrupt_at(2, number))
+    assert trainer.run() == trainer.out / "step-2"
+    assert signal.getsignal(number) is handler
+    assert "the same command with --resume goes on from there" in capsys.readouterr().out
+    assert steps_logged(trainer) == [0, 1, 2] and not (trainer.out / "final").exists()
+    make(resume=True).run()
+    assert files(trainer.out / "final") == files(whole.out / "final")
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4]
+
+
+def test_signals_that_arrive_together_are_one_request(make):
+    """Ctrl-C reaches the workers of torchrun from the terminal, and from torchrun once more."""
+    trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT, signal.SIGTERM))
+    assert trainer.run() == trainer.out / "step-2"
+
+
+def cut_at(step: int, number: int, asked: list[list[int]], rank: int = 0) -> Rows:
+    """Rows of two-row micro-batches; a signal arrives in `number` of `step`, both from 0. `asked`: all that were."""
+
+    def before(indices: Sequence[int]) -> None:
+        asked.append(list(indices))
+        if indices[0] == step * ROWS + rank * ROWS // 2 + 2 * number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return Rows(before)
+
+
+def test_a_signal_is_obeyed_at_the_next_micro_batch_and_the_step_is_as_if_it_had_not_begun(make, capsys):
+    cut = dict(micro_tokens=2 * TIME)
+    whole = make("whole", **cut)
+    whole.run()
+    asked: list[list[int]] = []
+    trainer = make(dataset=cut_at(2, 1, asked), **cut)
+    assert trainer.run() == trainer.out / "step-2"
+    assert asked[-2:] == [[16, 17], [18, 19]] and len(asked) == 2 * 4 + 2
+    assert f"interrupted: saved {trainer.out / 'step-2'}; the same command" in capsys.readouterr().out
+    assert steps_logged(trainer) == [0, 1, 2]
+    make(resume=True, **cut).run()
+    assert files(trainer.out / "final") == files(whole.out / "final")
+    entries = []
+    for each in (trainer, whole):
+        run = read_metrics(each.out / "metrics.jsonl")
+        entries.append([{name: value for name, value in entry.items() if name not in CLOCKS} for entry in run])
+    assert entries[0] == entries[1]
+
+
+def test_a_signal_in_the_first_step_leaves_nothing_and_says_so(make, capsys):
+    trainer = make(dataset=cut_at(0, 1, []), micro_tokens=2 * TIME)
+    assert trainer.run() == trainer.out
+    assert "interrupted: before the first step, so that there is nothing to save" in capsys.readouterr().out
+    make(micro_tokens=2 * TIME, max_steps=1).run()
+    assert (trainer.out / "final").is_dir()
+
+
+def test_ranks_leave_a_step_together_wherever_the_signal_came(make, tmp_path):
+    def train(rank: int) -> None:
+        dataset = cut_at(1, 0, [], rank) if rank == 1 else Rows()
+        make(dataset=dataset, ranks=Ranks.start("cpu", timeout=10.0), max_steps=50, micro_tokens=2 * TIME).run()
+
+    assert [rank.code for rank in on_ranks(2, train, tmp_path)] == [0, 0]
+    assert (tmp_path / "run" / "step-1").is_dir() and not (tmp_path / "run" / "final").exists()
+
+
+def test_a_validation_is_cut_short_by_a_signal_and_not_logged(make):
+    trainer = make(val_every=2)
+    batch, seen, forward = trainer.validation.batches[0], [], trainer.model.forward
+
+    def counted(*given: object, **named: object) -> object:
+        if not trainer.model.training:
+            seen.append(1)
+            if len(seen) == 3 + 1:  # the first of the second validation
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*given, **named)
+
+    trainer.validation = BitsPerByte([batch] * 3, trainer.validation.token_bytes)
+    trainer.model.forward = counted
+    assert trainer.run() == trainer.out / "step-2" and len(seen) == 4
+    entries = read_metrics(trainer.out / "metrics.jsonl")
+    assert [entry["step"] for entry in entries if "val_loss" in entry] == [0] and entries[-1]["step"] == 2
+
+
+def test_a_first_validation_that_is_cut_short_is_not_logged(make):
+    trainer = make()
+    forward = trainer.model.forward
+
+    def interrupted(*given: object, **named: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(*given, **named)
+
+    trainer.model.forward = interrupted
+    assert trainer.run() == trainer.out and not read_metrics(trainer.out / "metrics.jsonl")
+
+
+def test_torchruns_own_report_of_the_signal_is_announced(make, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    make(dataset=interrupt_at(2, signal.SIGTERM)).run()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("it is torchrun's report of the signal, not a fault)")
+
+
+def test_a_signal_to_one_rank_saves_the_step_of_both(make, tmp_path):
+    def told(indices: Sequence[int]) -> None:
+        if indices[0] == ROWS + ROWS // 2:  # the second rank's half of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def train(rank: int) -> None:
+        make(dataset=Rows(told), ranks=Ranks.start("cpu", timeout=10.0), max_steps=50).run()
+
+    assert [rank.code for rank in on_ranks(2, train, tmp_path)] == [0, 0]
+    out = tmp_path / "run"
+    assert (out / "step-2").is_dir() and not (out / "final").exists()
+    assert [entry["step"] for entry in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_ranks_agree_on_whether_the_step_is_saved_already(make, tmp_path):
+    """One looks while the folder is being written, the other, late, when it is there."""
+    write, leave = Snapshot.write, RunLog.__exit__
+
+    def slow(before: Callable[..., None]) -> Callable[..., None]:
+        return lambda *given: (time.sleep(0.5), before(*given))[1]
+
+    def train(rank: int) -> None:
+        Snapshot.write = slow(write)
+        RunLog.__exit__ = slow(slow(leave)) if rank == 0 else leave
+        dataset = interrupt_at(2, signal.SIGTERM) if rank == 0 else Rows()
+        make(dataset=dataset, ranks=Ranks.start("cpu", timeout=10.0), max_steps=50, save_every=2).run()
+
+    assert [rank.code for rank in on_ranks(2, train, tmp_path)] == [0, 0]
+    assert (tmp_path / "run" / "step-2").is_dir()
+
+
+def test_an_interrupted_extension_goes_on_from_where_it_was(make):
+    make(max_steps=2).run()
+    assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
+    trainer = make(max_steps=6, resume=True)
+    trainer.run()
+    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_later_signal_stops_at_once(make, monkeypatch):
+    monkeypatch.setattr(training.run.interrupt, "TOGETHER", -1.0)
+    trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(trainer.out.glob("step-*")) and not (trainer.out / "final").exists()

@@ -1,0 +1,187 @@
+"""A person reads what the model writes while it is trained, and the training does not notice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from forked import on_ranks
+from toy_stage import files
+
+import full_sft
+import pretrain
+import training.trainer
+from errors import UserError
+from text.tokenizer import Tokenizer
+from training.parallel.ranks import Ranks
+from training.run.log import read_metrics
+from training.run.samples import LONGEST, Samples, beginnings, prompts_of, questions
+from training.trainer import Trainer
+
+CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory")
+PROMPTS = [[3, 120, 130], [3, 140]]
+
+
+def with_samples(trainer: Trainer, every: int = 0, compiled: bool = False) -> Trainer:
+    trainer.samples = Samples(every, PROMPTS, trainer.tokenizer, trainer.out, trainer.ranks, compiled)
+    return trainer
+
+
+def written(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf8").splitlines()]
+
+
+def without_clocks(out: Path) -> list[dict]:
+    entries = read_metrics(out / "metrics.jsonl")
+    return [{name: value for name, value in entry.items() if name not in CLOCKS} for entry in entries]
+
+
+def test_samples_change_no_number_of_the_training(make):
+    plain, sampled = make("plain", val_every=2), with_samples(make("sampled", val_every=2), every=1)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    sampled.out.mkdir(parents=True)
+    sampled.samples.write(sampled.model, 0, print)
+    assert torch.equal(torch.get_rng_state(), before) and sampled.model.training
+    for trainer in (plain, sampled):
+        trainer.run()
+    assert without_clocks(plain.out) == without_clocks(sampled.out)
+    assert files(plain.out / "final") == files(sampled.out / "final")
+    assert [entry["step"] for entry in written(sampled.out)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_sampling_is_not_training_time(make, monkeypatch):
+    """Or a run limited by the clock would train less for being watched."""
+    now, write = [0.0], Samples.write
+    monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Samples, "write", lambda *given: (write(*given), now.__setitem__(0, now[0] + 1000.0)))
+    trainer = with_samples(make(max_steps=3), every=1)
+    trainer.run()
+    assert len(written(trainer.out)) == 8
+    assert [entry["seconds"] for entry in read_metrics(trainer.out / "metrics.jsonl")] == [0, 0, 0, 0]
+
+
+def test_samples_come_with_each_validation_or_when_asked_for(make):
+    validated = with_samples(make("validated", val_every=2, max_steps=5))
+    validated.run()
+    assert [entry["step"] for entry in written(validated.out)[::2]] == [0, 2, 4, 5]
+    every = with_samples(make("every", max_steps=5), every=3)
+    every.validation = None
+    every.run()
+    assert [entry["step"] for entry in written(every.out)[::2]] == [0, 3, 5]
+
+
+def test_a_sample_is_the_greedy_continuation_and_is_shown_in_one_line(make, capsys):
+    trainer = with_samples(make(max_steps=1))
+    trainer.run()
+    entry = written(trainer.out)[-1]
+    ids = trainer.model.eval().generate(
+        torch.tensor([PROMPTS[1]]), max_new_tokens=48, eos_token_id=trainer.tokenizer.eos_id
+    )[0]
+    new = ids[len(PROMPTS[1]) :].tolist()
+    assert entry["text"] == trainer.tokenizer.decode([token for token in new if token != trainer.tokenizer.eos_id])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sample  ")]
+    assert len(lines) == 4 and all(len(line) <= 100 for line in lines)
+
+
+def test_a_resumed_run_writes_each_sample_once(make):
+    with_samples(make(max_steps=4, save_every=2), every=1).run()
+    out = make().out
+    shutil.rmtree(out / "final")
+    with open(out / "samples.jsonl", "a", encoding="utf8") as file:
+        file.write('{"step": 1, "te')  # a kill cut it short
+    with_samples(make(max_steps=4, resume=True), every=1).run()
+    assert [entry["step"] for entry in written(out)[::2]] == [0, 1, 2, 3, 4]
+
+
+def test_one_rank_writes_and_the_others_wait(make, tmp_path):
+    def train(rank: int) -> None:
+        trainer = with_samples(make(ranks=Ranks.start("cpu", timeout=20.0), max_steps=2), every=1)
+        trainer.run()
+
+    assert [rank.code for rank in on_ranks(2, train, tmp_path)] == [0, 0]
+    assert [entry["step"] for entry in written(tmp_path / "run")] == [0, 0, 1, 1, 2, 2]
+
+
+def test_others_do_not_wait_longer_than_a_part_of_their_timeout(make, tmp_path):
+    trainer = make(ranks=Ranks(0, 1, torch.device("cpu"), timeout=0.0))
+    trainer.out.mkdir(parents=True)
+    with_samples(trainer).samples.write(trainer.model, 0, print)
+    assert [len(entry["text"]) <= 2 for entry in written(trainer.out)] == [True, True]
+
+
+def test_prompts_of_a_file_are_texts_or_questions(tokenizer: Tokenizer, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffOnce upon a time\n\n你好\n", encoding="utf8")
+    texts = prompts_of(str(file), tokenizer, chat=False)
+    assert [ids[0] for ids in texts] == [tokenizer.eos_id] * 2
+    assert [tokenizer.decode(ids[1:]) for ids in texts] == ["Once upon a time", "你好"]
+    first, second = (
+        tokenizer.raw.decode(ids, skip_special_tokens=False) for ids in prompts_of(str(file), tokenizer, True)
+    )
+    assert "Once upon a time" in first and "你好" in second and len(second) > len("你好")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n", "empty; give one prompt a line"),
+        (b"\xff\xfe\xff", "cannot be read"),
+        ("a" * 5000, "tokens long, but 256 is the most; shorten it"),
+    ],
+)
+def test_a_file_without_usable_prompts_is_refused(content, message, tokenizer, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        prompts_of(str(file), tokenizer, chat=True)
+
+
+def test_built_in_prompts_are_beginnings_of_documents_and_whole_questions():
+    rows = [{"input_ids": torch.tensor([[9, 8, 2, *range(100, 130)]])}] * 2
+    rows.append({"input_ids": torch.arange(200, 233)[None]})
+    assert beginnings(rows, 2) == [[2, *range(100, 116)], [2, *range(200, 216)]]
+    labels = torch.full((1, 10), -100)
+    labels[0, 4:6] = 7
+    ids = torch.arange(10)[None]
+    assert questions(
+        [{"input_ids": ids, "labels": torch.full((1, 10), -100)}, {"input_ids": ids, "labels": labels}]
+    ) == [[0, 1, 2, 3, 4]]
+    assert questions([{"input_ids": torch.zeros(1, 999), "labels": torch.ones(1, 999).roll(-LONGEST)}] * 3) == [[0]]
+
+
+@pytest.fixture(scope="module")
+def short() -> list[object]:
+    return ["--max_steps", 2, "--dtype", "fp32", "--device", "cpu"]
+
+
+def test_pretraining_continues_held_out_texts(pretrain_arguments, short, tmp_path, run):
+    assert run(pretrain.main, *pretrain_arguments, *short, "--out", tmp_path / "run").code == 0
+    assert [entry["step"] for entry in written(tmp_path / "run")] == [0, 0, 2, 2]
+    off = [*pretrain_arguments, *short, "--val_fraction", 0, "--shards", tmp_path / "shards"]
+    assert run(pretrain.main, *off, "--out", tmp_path / "off").code == 0
+    assert not (tmp_path / "off" / "samples.jsonl").exists()
+    assert run(pretrain.main, *off, "--sample_every", 2, "--out", tmp_path / "asked").code == 0
+    assert len(written(tmp_path / "asked")) == 4
+
+
+def test_fine_tuning_answers_held_out_questions(pretrained, world, short, tmp_path, run: Callable):
+    given = [
+        "--ckpt",
+        pretrained / "final",
+        "--data",
+        world / "sft.jsonl",
+        "--sequence_length",
+        64,
+        "--batch_tokens",
+        512,
+    ]
+    assert run(full_sft.main, *given, *short, "--val_tokens", 1024, "--out", tmp_path / "run").code == 0
+    entries = written(tmp_path / "run")
+    assert [entry["step"] for entry in entries] == [0, 0, 2, 2] and entries[0]["prompt"] == entries[2]["prompt"]
+    assert entries[0]["prompt"].strip()

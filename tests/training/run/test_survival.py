@@ -1,0 +1,112 @@
+"""Runs that are killed and taken up again end as if nobody had disturbed them. bench/chaos.py does more of the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from chaos import STAGES, Attack, half_written
+from conftest import call_main
+from forked import Forked, ForkedRanks, start_ranks
+from victim import differences, prepare, stage_command
+
+import dpo_train
+import full_sft
+import grpo_train
+import pretrain
+from training.run import checkpoint
+
+STEPS = ["--max_steps", 12, "--save_every", 2, "--micro_tokens", 1024, "--log_every", 1]
+
+
+class ForkedPretraining:
+    """pretrain.py in processes forked from this one."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+
+    def start(self, out: Path) -> Forked:
+        call = [pretrain.main, *self.arguments, *STEPS, "--out", out, "--resume", "true"]
+        return Forked(lambda: call_main(*call), self.folder / "said.log")
+
+
+MAINS = {"pretrain": pretrain.main, "sft": full_sft.main, "dpo": dpo_train.main, "grpo": grpo_train.main}
+
+
+class ForkedStage:
+    """What bench/chaos.py starts as scripts, in processes forked from this one."""
+
+    def __init__(self, stage: str, base: Path, ranks: int, folder: Path) -> None:
+        self.call, self.ranks, self.folder = [MAINS[stage], *stage_command(stage, base, ranks).options], ranks, folder
+
+    def start(self, out: Path) -> Forked | ForkedRanks:
+        call = [*self.call, "--out", out, "--resume", "true"]
+        if self.ranks == 1:
+            return Forked(lambda: call_main(*call), self.folder / "said.log")
+        return ForkedRanks(start_ranks(self.ranks, lambda rank: call_main(*call), self.folder))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """What all stages begin with."""
+    folder = tmp_path_factory.mktemp("chaos") / "base"
+    prepare(folder, STAGES)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_survives_a_kill_on_one_rank_and_on_two(stage, ranks, base, tmp_path):
+    attack = Attack(ForkedStage(stage, base, ranks, tmp_path), tmp_path, seed=f"{stage} {ranks}")
+    _, found = attack.run(kills=1)
+    assert attack.kills == 1 and not found
+
+
+@pytest.fixture
+def attack(pretrain_arguments, pretrained, tmp_path) -> Attack:
+    return Attack(ForkedPretraining(pretrain_arguments, tmp_path), tmp_path, seed="0")
+
+
+def test_killed_runs_end_as_if_nobody_had_disturbed_them(attack):
+    runs, found = attack.run(kills=3)
+    assert runs >= 1 and attack.kills == 3 and not found
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(attack, monkeypatch, tmp_path):
+    """The attack aims at saves only, until one is hit."""
+    flush = checkpoint._flush
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: (time.sleep(0.02), flush(path))[1])  # a slow disk
+    monkeypatch.setattr("chaos.AIMED", 1.0)
+    runs, found = attack.run(kills=2)
+    assert attack.in_saves >= 1 and not found
+    assert not any(half_written(tmp_path / f"killed-{run}") for run in range(runs))
+
+
+def test_what_an_earlier_kill_left_is_no_save_of_this_one(tmp_path):
+    (tmp_path / ".step-2.partial").mkdir()
+    left = half_written(tmp_path)
+    assert left and not half_written(tmp_path) - left
+    (tmp_path / ".step-2.partial").rmdir()
+    (tmp_path / ".step-2.partial").mkdir()
+    assert half_written(tmp_path) - left
+
+
+def test_differences_are_found(attack, tmp_path):
+    """What says that there are none must be able to say that there are."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert attack.command.start(one).wait(60) == 0
+    shutil.copytree(one, other)
+    assert not differences(one, other)
+    state = other / "final" / "training" / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    progress = other / "final" / "training" / "progress.json"
+    progress.write_text(json.dumps({**json.loads(progress.read_text()), "tokens": 1}))
+    (other / "final" / "config.json").unlink()
+    found = differences(one, other)
+    assert len(found) == 3 and "config.json" in found[0] and "progress.json: tokens" in found[1]
+    assert "state.safetensors" in found[2]

@@ -1,0 +1,137 @@
+"""What `--device` stands for, by what torch says of the machine; numbers in float32 are never rounded to TF32."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from forked import on_ranks
+
+import training.parallel.ranks
+from errors import UserError, command_line
+from training.device import choose_device, runs_on
+from training.parallel.ranks import Ranks
+
+BUILT = ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100", "compute_120"]
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx Alternatively, go to: "
+    "https://pytorch.org to install a PyTorch version that has been compiled with your version of the CUDA driver."
+)
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> Callable[..., None]:
+    """`gpus(count, capability, fault)`: what torch's queries answer, for a build of torch with CUDA."""
+
+    def init(fault: str) -> None:
+        if fault:
+            raise RuntimeError(fault)
+
+    def make(count: int = 2, capability: tuple[int, int] = (8, 6), fault: str = "") -> None:
+        monkeypatch.setattr("torch.version.cuda", "13.0")
+        answers = dict(
+            init=lambda: init(fault), device_count=lambda: count, get_arch_list=lambda: BUILT,
+            get_device_capability=lambda _: capability, get_device_name=lambda _: "NVIDIA X", set_device=lambda _: None,
+        )  # fmt: skip
+        for name, answer in answers.items():
+            monkeypatch.setattr(f"torch.cuda.{name}", answer)
+
+    return make
+
+
+def refused(name: str, local: int = 0) -> str:
+    with pytest.raises(UserError) as caught:
+        choose_device(name, local)
+    return str(caught.value)
+
+
+def test_a_gpu_that_torch_has_code_for_is_taken(gpus):
+    gpus()
+    for name in ("auto", "cuda"):
+        assert choose_device(name, 1) == (torch.device("cuda", 1), "NVIDIA X")
+    assert choose_device("cpu", 1) == (torch.device("cpu"), "")
+
+
+def test_more_processes_than_gpus_are_refused_whoever_chose_the_device(gpus):
+    gpus(count=2)
+    for name in ("auto", "cuda"):
+        said = refused(name, local=2)
+        assert said.startswith("LOCAL_RANK 2: this machine has 2 CUDA devices; ") and "--nproc_per_node 2" in said
+
+
+@pytest.mark.parametrize(
+    ("machine", "why"),
+    [
+        ({"capability": (6, 1)}, f"this torch has no code for NVIDIA X (sm_61), only for {', '.join(BUILT)}"),
+        ({"fault": TOO_OLD}, "The NVIDIA driver on your system is too old (found version 11040)"),
+        ({"fault": "No CUDA GPUs are available"}, "No CUDA GPUs are available"),
+        (
+            {"fault": "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"},
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+        ),
+    ],
+    ids=["no code for it", "old driver", "no GPU", "an error of its own"],
+)
+def test_a_gpu_that_cannot_be_used_is_explained(machine, why, gpus):
+    gpus(**machine)
+    assert refused("cuda") == f"--device cuda: {why}; use --device cpu"
+    assert choose_device("auto", 0) == (torch.device("cpu"), why)
+
+
+@pytest.mark.parametrize(
+    ("versions", "why"),
+    [({"hip": "7.0", "cuda": None}, r"AMD GPUs \(ROCm\)"), ({"hip": None, "cuda": None}, "for CPUs only")],
+    ids=["ROCm", "CPU build"],
+)
+def test_another_build_of_torch_is_named(versions, why, monkeypatch):
+    for name, version in versions.items():
+        monkeypatch.setattr(f"torch.version.{name}", version)
+    assert re.search(rf"--device cuda: .*{why}.*; use --device cpu", refused("cuda"))
+    assert choose_device("auto", 0)[0].type == "cpu" and re.search(why, choose_device("auto", 0)[1])
+
+
+@pytest.mark.parametrize(("name", "what"), [("mps", "Apple's GPUs"), ("tpu", "one of auto, cpu, cuda")])
+def test_other_devices_are_refused(name, what):
+    assert refused(name).startswith(f"--device {name}: ") and what in refused(name)
+
+
+def test_code_runs_on_its_own_generation_and_ptx_on_all_later_ones():
+    on = {
+        "sm_80": [(8, 0), (8, 6), (8, 9)], "sm_86": [(8, 6), (8, 9)], "sm_90a": [(9, 0)],
+        "sm_100f": [(10, 0), (10, 3)], "compute_90": [(9, 0), (10, 0), (10, 3), (12, 0)], "compute_90a": [(9, 0)],
+    }  # fmt: skip
+    capabilities = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+    for architecture, expected in on.items():
+        assert [c for c in capabilities if runs_on(architecture, c)] == expected, architecture
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_in_float32_are_never_tf32(device, gpus, request):
+    """Whatever was set before: NVIDIA's containers set it to "high" by an environment variable."""
+    gpus()
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+    torch.set_float32_matmul_precision("high")
+    Ranks.start(device)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_falling_back_to_the_cpu_beside_a_gpu_is_said(gpus, capsys):
+    gpus(fault=TOO_OLD)
+    assert Ranks.start("auto").device.type == "cpu"
+    assert capsys.readouterr().err.startswith("notice: computing on the CPU: The NVIDIA driver on your system is too o")
+
+
+def test_ranks_that_chose_other_devices_do_not_wait_for_each_other(monkeypatch, tmp_path):
+    def choose(name: str, local: int) -> tuple[torch.device, str]:
+        return (torch.device("cuda", 0), "NVIDIA X") if local else (torch.device("cpu"), "no driver")
+
+    monkeypatch.setattr(training.parallel.ranks, "choose_device", choose)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    ranks = on_ranks(2, lambda rank: command_line(lambda: Ranks.start("auto", timeout=20.0)), tmp_path)
+    assert [rank.code for rank in ranks] == [2, 2]
+    for rank in ranks:
+        said = "rank 1 computes on cuda (NVIDIA X), rank 0 on cpu (no driver); give all the same --device"
+        assert said in rank.output() and "Traceback" not in rank.output()

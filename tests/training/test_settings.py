@@ -1,0 +1,236 @@
+"""Settings come from YAML and the command line, and what a run used can be used again."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import distill
+import dpo_train
+import full_sft
+import pretrain
+from collect import CollectSettings
+from distill import DistillSettings
+from dpo_train import DPOSettings
+from errors import UserError, command_line
+from full_sft import SFTSettings
+from grpo_train import GRPOSettings
+from lora_sft import LoraSFTSettings
+from pretrain import PretrainSettings
+from text.sources.yaml_file import read_yaml
+from training.settings import NextTokenSettings, call, model_config, parse, save_resolved
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(kw_only=True)
+class DemoSettings(NextTokenSettings):
+    """Settings of a stage.
+
+    Args:
+        model: fields of the model.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+def read(*arguments: object) -> DemoSettings:
+    return parse(DemoSettings, "", ["--out", "o", *map(str, arguments)])
+
+
+def write_yaml(folder: Path, **values: object) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf8")
+    return path
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = write_yaml(tmp_path, seed=5, batch_tokens=4096, optim={"lr": 0.5, "clip": 2.0}, model={"preset": "26m"})
+    settings = read("--config", path, "--seed", 7, "--optim.lr", 0.25, "--model.num_hidden_layers", 3)
+    assert (settings.seed, settings.batch_tokens, settings.optim.lr, settings.optim.clip) == (7, 4096, 0.25, 2.0)
+    assert settings.model == {"preset": "26m", "num_hidden_layers": 3}
+
+
+def test_the_home_folder_is_found_wherever_a_path_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    path = write_yaml(tmp_path, out="~/run", datasets="~/names.yaml", wandb="a~/b", model={"preset": "26m"})
+    settings = parse(DemoSettings, "", ["--config", str(path)])
+    assert (settings.out, settings.datasets, settings.wandb) == ("/h/run", "/h/names.yaml", "a~/b")
+    assert read_yaml(write_yaml(tmp_path, suite={"data": ["~/x", "y"]})) == {"suite": {"data": ["/h/x", "y"]}}
+    given = ["--config", "~/run.yaml", "--out=~/o", "--data", "a.csv=2,~/b.csv=1", "~", "--x", "~b/c", "a/~/b", "1~/2"]
+    monkeypatch.setattr("sys.argv", ["x.py", *given])
+    command_line(lambda: None)
+    expected = ["/h/run.yaml", "--out=/h/o", "--data", "a.csv=2,/h/b.csv=1", "/h", "--x", "~b/c", "a/~/b", "1~/2"]
+    assert sys.argv == ["x.py", "--config", *expected]
+
+
+def test_defaults_are_deepseek_v3s_optimiser():
+    settings = read()
+    assert (settings.optim.betas, settings.optim.weight_decay, settings.optim.clip) == ((0.9, 0.95), 0.1, 1.0)
+    assert settings.resume is False
+
+
+@pytest.mark.parametrize("flag", [["--resume"], ["--resume", "true"], ["--resume=true"]])
+def test_a_flag_needs_no_value(flag):
+    settings = read(*flag, "--seed", 3)
+    assert settings.resume is True and settings.seed == 3
+
+
+def test_a_flag_within_settings_needs_no_value():
+    given = ["--ckpt", "c", "--data", "d", "--out", "o", "--lora.dora", "--merge", "--lora.r", "4"]
+    settings = parse(LoraSFTSettings, "", given)
+    assert settings.lora.dora and settings.merge and settings.lora.r == 4 and not settings.lora.rslora
+
+
+@pytest.mark.parametrize("name", ["mtp_weight", "balance_weight", "bias_speed"])
+def test_a_weight_can_change_along_the_run(name, tmp_path):
+    path = write_yaml(tmp_path, **{name: {0: 0.3, 0.68: 0.1}})
+    by_file, by_line = read("--config", path), read(f"--{name}", "{0: 0.3, 0.68: 0.1}")
+    for settings in (by_file, by_line):
+        assert {float(share): value for share, value in getattr(settings, name).items()} == {0.0: 0.3, 0.68: 0.1}
+
+
+def test_what_a_run_used_can_be_used_again(tmp_path):
+    settings = read("--optim.lr", 0.25, "--mtp_weight", "{0: 0.3, 0.5: 0.1}", "--model.preset", "demo", "--resume")
+    save_resolved(settings, tmp_path / "config.yaml")
+    assert asdict(parse(DemoSettings, "", ["--config", str(tmp_path / "config.yaml")])) == asdict(settings)
+
+
+# What a recipe says tells whose it is; one that says none of it is fine-tuning's.
+SCRIPTS = {
+    "model": PretrainSettings,
+    "preference": DPOSettings,
+    "lora": LoraSFTSettings,
+    "samples": CollectSettings,
+    "rewards": GRPOSettings,
+}
+
+
+RECIPES = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "eval")  # those are suites
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_is_valid_for_its_script(file):
+    said = yaml.safe_load(file.read_text(encoding="utf8"))
+    kind = next((kind for name, kind in SCRIPTS.items() if name in said), SFTSettings)
+    rest = ["--tokenizer", "t"] if kind is PretrainSettings else ["--ckpt", "c"]
+    settings = parse(kind, "", ["--config", str(file), "--data", "d", "--out", "o", *rest])
+    if kind is PretrainSettings:
+        config = model_config(settings.model)
+        assert settings.sequence_length <= config.max_position_embeddings
+    if kind is GRPOSettings:
+        assert settings.rows == settings.prompts * settings.group
+    elif kind is not CollectSettings:
+        assert settings.rows >= 1 and settings.batch_tokens >= settings.row_tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--optim.lrr", 1], "lrr"),
+        (["--sed", 1], "sed"),
+        (["--max_steps", "many"], "max_steps"),
+        (["--max_steps", 0], "--max_steps 0: must be positive"),
+        (["--max_minutes", -1], "--max_minutes -1.0: must be positive"),
+        (["--log_every", 0], "--log_every 0: must be at least 1"),
+        (["--threads", -1], "--threads -1: must be at least 0"),
+        (["--seed", -1], "--seed -1: give a number from 0 to 2"),
+        (["--seed", 2**64], f"--seed {2**64}: give a number from 0 to 2"),
+        (["--optim.lr", -1], "--optim.lr -1.0: give a number above 0"),
+        (["--optim.clip", 0], "--optim.clip 0.0: give a number above 0"),
+        (["--optim.eps", 0], "--optim.eps 0.0: give a number above 0"),
+        (["--optim.betas", "[0.9, 1.5]"], "--optim.betas .*: give a number from 0 to below 1"),
+        (["--optim.weight_decay", -1], "--optim.weight_decay -1.0: give 0 or more"),
+        (["--optim.warmup", 500], "--optim.warmup 500.0: give a share of the run, from 0 to 1"),
+        (["--optim.decay_from", 2000], "--optim.decay_from 2000.0: give a share of the run, from 0 to 1"),
+        (["--batch_tokens", 100], "--batch_tokens 100: less than one row of 512 tokens"),
+        (["--on_error", "ignore"], "--on_error ignore: one of skip, stop"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(arguments, what):
+    with pytest.raises(UserError, match=what) as caught:
+        read(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_than_no_processes_are_refused():
+    with pytest.raises(UserError, match="--workers -1: must be at least 0"):
+        PretrainSettings(data="d", out="o", workers=-1)
+
+
+@pytest.mark.parametrize("content", ["optim:\n  lrr: 1.0\n", "sequence_lenght: 3\n", "seed: [1\n", "- 1\n"])
+def test_a_wrong_line_in_a_recipe_is_one_line(content, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(content, encoding="utf8")
+    with pytest.raises(UserError) as caught:
+        read("--config", path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_preset_can_be_changed_field_by_field_and_the_tokenizer_wins():
+    config = model_config({"preset": "26m", "num_hidden_layers": 3, "vocab_size": 7}, vocab_size=600)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (384, 3, 600)
+
+
+@pytest.mark.parametrize("script", [pretrain, full_sft, dpo_train, distill], ids=lambda script: script.__name__)
+def test_help_explains_every_option(script, monkeypatch, capsys):
+    kinds = {pretrain: PretrainSettings, full_sft: SFTSettings, dpo_train: DPOSettings, distill: DistillSettings}
+    kind = kinds[script]
+    with pytest.raises(SystemExit) as end:
+        parse(kind, script.__doc__, ["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and script.__doc__.splitlines()[0] in shown
+    told = "\n".join(inspect.cleandoc(part.__doc__ or "") for part in reversed(kind.__mro__))
+    explanations = dict(re.findall(r"^ {4}(\w+): (.+?)[.;]?$", told, re.MULTILINE))
+    text = " ".join(shown.split())
+    for option in fields(kind):
+        assert f"--{option.name}" in shown
+        assert explanations[option.name] in text, f"{option.name} is not explained"
+
+
+def test_a_function_is_called_with_the_command_line():
+    seen = {}
+
+    def function(ckpt: str, json: bool = False, window: int = 0) -> None:
+        """Do it.
+
+        Args:
+            ckpt: folder
+            json: as JSON
+            window: tokens
+        """
+        seen.update(ckpt=ckpt, json=json, window=window)
+
+    call(function, "", ["--ckpt", "c", "--json", "--window", "8"])
+    assert seen == {"ckpt": "c", "json": True, "window": 8}
+    with pytest.raises(UserError, match="ckpt"):
+        call(function, "", ["--window", "8"])
+
+
+@pytest.mark.parametrize(
+    "kind", [PretrainSettings, SFTSettings, LoraSFTSettings, DPOSettings, GRPOSettings, DistillSettings]
+)
+def test_every_stage_takes_settings_within_settings_and_each_way_to_resume(kind):
+    given = {"out": "o", "data": "d", "ckpt": "c"} | ({"teacher": "t"} if kind is DistillSettings else {})
+    base = [part for name, value in given.items() for part in (f"--{name}", value)]
+    settings = parse(kind, "", [*base, "--optim.lr", "0.5", "--dist.timeout", "7", "--dist.check_every", "3"])
+    assert (settings.optim.lr, settings.dist.timeout, settings.dist.check_every) == (0.5, 7.0, 3)
+    ways = {(): False, ("--resume",): True, ("--resume", "true"): True, ("--resume", "false"): False}
+    for words, meaning in {**ways, ("--resume", "last-good"): "last-good"}.items():
+        assert parse(kind, "", [*base, *words]).resume == meaning
+    for wrong in (
+        ["--resume", "lastgood"],
+        ["--dist.timeout", "0"],
+        ["--dist.check_every", "-1"],
+        ["--max_skipped", "0"],
+    ):
+        with pytest.raises(UserError):
+            parse(kind, "", [*base, *wrong])

@@ -1,0 +1,472 @@
+"""The one loop: exact accumulation, one bias update a step, budgets and what is logged."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import count, pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_stage import ROWS, TIME, VOCAB, Rows, biases
+
+import training.machine
+import training.trainer
+from errors import UserError
+from model import MiniDeepSeek
+from model.kernels.report import kernel_report
+from model.moe import update_bias
+from training.losses import Batch, NextTokenLoss
+from training.machine import Peak, machine_peak, measured_peak
+from training.metrics import max_violation
+from training.optim.build import OptimSettings, build_optimizer
+from training.parallel.ranks import Ranks
+from training.run.log import read_metrics
+from training.settings import StageSettings
+from training.startup import begin
+from training.trainer import Trainer
+from training.validation import BitsPerByte
+
+CONTRACT = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
+
+
+@pytest.mark.parametrize("micro_rows", [1, 2, 3])
+def test_accumulation_changes_nothing(micro_rows, make):
+    # With a large epsilon AdamW does not turn the rounding of a tiny gradient into a whole step.
+    options = dict(max_steps=3, optim=OptimSettings(eps=1e-2), balance_weight=0.1)
+    whole, parts = make("whole", **options), make("parts", **options, micro_tokens=micro_rows * TIME)
+    for trainer in (whole, parts):
+        trainer.run()
+    for name, value in parts.model.state_dict().items():
+        torch.testing.assert_close(value, whole.model.state_dict()[name], rtol=1e-4, atol=1e-6)
+    assert torch.equal(biases(parts.model), biases(whole.model))
+    ours, theirs = (read_metrics(trainer.out / "metrics.jsonl")[1:] for trainer in (parts, whole))
+    for key in ("loss", "total_loss", "mtp_loss", "balance_loss", "grad_norm", "labels", "tokens", "val_loss"):
+        assert [e[key] for e in ours if key in e] == pytest.approx([e[key] for e in theirs if key in e], rel=1e-4)
+
+
+def test_labels_that_do_not_count_leave_the_mean_over_those_that_do(make):
+    """Micro-batches with few and with many labels: the step's loss is the mean over labels, not over micro-batches."""
+
+    class Uneven(Rows):
+        def batch(self, indices: Sequence[int]) -> Batch:
+            batch = super().batch(indices)
+            counted = torch.tensor([1 + index % ROWS for index in indices])
+            return {**batch, "labels": batch["labels"].masked_fill(torch.arange(TIME) >= counted[:, None], -100)}
+
+    one = make("one", Uneven(), max_steps=1, balance_weight=0.0)
+    four = make("four", Uneven(), max_steps=1, balance_weight=0.0, micro_tokens=2 * TIME)
+    entries = []
+    for trainer in (one, four):
+        trainer.run()
+        entries.append(read_metrics(trainer.out / "metrics.jsonl")[1])
+    assert entries[0]["labels"] == entries[1]["labels"] == sum(range(1, ROWS + 1))
+    for key in ("loss", "mtp_loss", "grad_norm"):
+        assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-4)
+    fresh = make("fresh")
+    total, labels, _ = NextTokenLoss(balance_weight=0.0)(fresh.model, Uneven().batch(range(ROWS)))
+    (total / labels).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in fresh.model.parameters() if p.grad is not None])
+    assert entries[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_step_without_labels_changes_no_weight(make):
+    class Unlabelled(Rows):
+        def batch(self, indices: Sequence[int]) -> Batch:
+            batch = super().batch(indices)
+            return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    trainer = make(dataset=Unlabelled(), max_steps=1, optim=OptimSettings(weight_decay=0.0))
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.run()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    assert read_metrics(trainer.out / "metrics.jsonl")[1]["loss"] == 0
+
+
+def test_the_bias_moves_once_a_step_by_the_counts_of_all_micro_batches(make, monkeypatch):
+    trainer = make(max_steps=1, micro_tokens=2 * TIME, model={"num_nextn_predict_layers": 2})
+    with torch.no_grad():
+        for router in trainer.model.routers():
+            router.e_score_correction_bias.uniform_(-0.3, 0.3)
+    before, counts, call = biases(trainer.model), [], NextTokenLoss.__call__
+
+    def spy(loss: NextTokenLoss, *inputs: object):
+        result = call(loss, *inputs)
+        counts.append(result[2]["counts"])
+        return result
+
+    monkeypatch.setattr(NextTokenLoss, "__call__", spy)
+    trainer.run()  # which also validates, before and after
+    assert len(counts) == 4 and counts[0].shape == (4, 8)  # two MoE layers and both MTP layers
+    want = before.clone()
+    for bias, load in zip(want, sum(counts), strict=True):
+        update_bias(bias, load, 0.01)
+    assert torch.equal(biases(trainer.model), want) and not torch.equal(before, want)
+
+
+def test_validation_moves_nothing(make):
+    trainer = make()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    entry = trainer._validate()
+    assert entry["val_bits_per_byte"] > 0 and trainer.model.training
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_weight_decay_is_on_matrices_only_and_the_bias_is_no_parameter(tiny_model):
+    model = tiny_model(attention_bias=True)
+    decayed, free = build_optimizer(model, OptimSettings(weight_decay=0.1)).param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for name in [names[id(p)] for p in decayed["params"]]:
+        assert not name.endswith(("norm.weight", "layernorm.weight", "bias"))
+    for name in [names[id(p)] for p in free["params"]]:
+        assert name.endswith(("norm.weight", "layernorm.weight", "bias"))
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    pointers = {p.data_ptr() for group in (decayed, free) for p in group["params"]}
+    assert all(router.e_score_correction_bias.data_ptr() not in pointers for router in model.routers())
+
+
+def test_the_gradient_is_clipped(make):
+    """A clip of 1e-9 under epsilon 1 leaves weights all but where they were; the norm that is logged is unclipped."""
+    trainer = make(max_steps=1, optim=OptimSettings(clip=1e-9, eps=1.0, weight_decay=0.0))
+    before = trainer.model.lm_head.weight.clone()
+    trainer.run()
+    assert (trainer.model.lm_head.weight - before).abs().max() < 1e-9
+    assert read_metrics(trainer.out / "metrics.jsonl")[1]["grad_norm"] > 0.01
+
+
+def test_every_logged_step_has_the_keys_people_rely_on(make):
+    trainer = make(max_steps=7, log_every=3, val_every=2)
+    trainer.run()
+    entries = read_metrics(trainer.out / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [0, 1, 2, 3, 4, 6, 7]
+    assert all(entry.keys() >= CONTRACT for entry in entries)
+    assert [entry["step"] for entry in entries if "val_bits_per_byte" in entry] == [0, 2, 4, 6, 7]
+    assert [entry["tokens"] for entry in entries] == [entry["step"] * ROWS * TIME for entry in entries]
+    for entry in entries[1:]:
+        assert entry["mtp_loss"] > 0 and entry["balance_loss"] > 0 and entry["memory"] > 1e6
+        assert entry["tokens_per_second"] > 0 and entry["mfu"] > 0 and entry["grad_norm"] > 0
+        assert len(entry["max_vio"]) == 3  # two MoE layers and the MTP layer
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(entries))
+    load = torch.tensor(entries[-1]["expert_load"])
+    assert load.shape == (2, 8)
+    torch.testing.assert_close(load.sum(1), torch.ones(2))
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_labels(make):
+    trainer = make()
+    entry, batch = trainer._validate(), trainer.validation.batches[0]
+    logits = trainer.model(batch["input_ids"]).logits
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum").item()
+    size = sum(len(trainer.tokenizer.raw.id_to_token(token)) for token in batch["labels"].flatten().tolist())
+    assert entry["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert entry["val_loss"] == pytest.approx(nats / batch["labels"].numel(), rel=1e-5)
+
+
+def test_max_violation_is_the_worst_load_over_the_mean():
+    assert max_violation(torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 2.0, 2.0, 4.0]])) == [0.0, 1.0]
+
+
+def test_the_weights_follow_their_schedules(make, monkeypatch):
+    seen, call = [], NextTokenLoss.__call__
+
+    def spy(loss: NextTokenLoss, *inputs: object):
+        seen.append((loss.mtp_weight, loss.balance_weight))
+        return call(loss, *inputs)
+
+    monkeypatch.setattr(NextTokenLoss, "__call__", spy)
+    trainer = make(
+        max_steps=4, mtp_weight={"0": 0.3, "0.75": 0.1}, balance_weight={"0": 1e-3, "0.5": 0.0}, bias_speed=0
+    )
+    before = biases(trainer.model)
+    trainer.run()
+    assert seen == [(0.3, 1e-3), (0.3, 0.0), (0.1, 0.0), (0.1, 0.0)]
+    assert torch.equal(biases(trainer.model), before)
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"max_steps": 6}, 6),
+        ({"max_steps": None, "max_tokens": 5 * ROWS * TIME + 1}, 6),
+        ({"max_steps": 3, "max_tokens": 100 * ROWS * TIME}, 3),
+        ({"max_steps": None}, 5),
+        ({"max_steps": None, "epochs": 0.5}, 3),
+        ({"max_steps": 6, "epochs": 0.5, "max_minutes": 99.0}, 3),
+    ],
+    ids=["steps", "tokens", "whichever is first", "one epoch", "half an epoch", "all of them"],
+)
+def test_the_schedule_ends_with_the_budget(budget, steps, make):
+    optim = OptimSettings(lr=1e-3, final_lr_ratio=0.25, warmup=0.0, decay_from=0.5)
+    trainer = make(**budget, optim=optim)
+    assert trainer.run() == trainer.out / "final"
+    last = read_metrics(trainer.out / "metrics.jsonl")[-1]
+    assert last["step"] == steps and last["lr"] == pytest.approx(1e-3 * 0.25) and "val_bits_per_byte" in last
+
+
+def test_a_budget_of_minutes_ends_with_a_finished_model(make, monkeypatch):
+    ticks = count(step=3.0)
+    monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    optim = OptimSettings(lr=1e-3, final_lr_ratio=0.1, warmup=0.0, decay_from=0.5)
+    trainer = make(max_steps=None, max_minutes=1.0, optim=optim)
+    assert trainer.run() == trainer.out / "final"
+    entries = read_metrics(trainer.out / "metrics.jsonl")
+    assert entries[-1]["seconds"] >= 60 > entries[-2]["seconds"]
+    assert entries[-1]["lr"] < 1.3e-4 < 9.9e-4 < entries[2]["lr"]
+
+
+def test_validating_is_not_training_time(make, monkeypatch):
+    now, measure = [0.0], BitsPerByte.__call__
+
+    def slow(*given: object) -> object:
+        now[0] += 1000.0
+        return measure(*given)
+
+    def before(_: Sequence[int]) -> None:
+        now[0] += 3.0
+
+    monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(BitsPerByte, "__call__", slow)
+    trainer = make(dataset=Rows(before), val_every=1, max_steps=4)
+    trainer.run()
+    entries = read_metrics(trainer.out / "metrics.jsonl")
+    assert [entry["seconds"] for entry in entries] == [0, 3, 6, 9, 12]
+    assert {entry["tokens_per_second"] for entry in entries[1:]} == {ROWS * TIME / 3.0}
+
+
+class Squares:
+    """A loss with a number of labels and measures of its own: no part of it is a prediction of tokens."""
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        squares = model(batch["input_ids"]).hidden.square().mean((1, 2))
+        odd = batch["input_ids"][:, 0] % 2
+        metrics = {"first": batch["input_ids"][:, 0].sum(), "of_odd": ((odd * batch["labels"][:, 0]).sum(), odd.sum())}
+        return squares.sum(), torch.tensor(len(squares)), metrics
+
+
+def test_a_stage_may_have_its_own_loss_measures_and_validation(tiny_config, tokenizer, tmp_path):
+    """Sums are logged over the count of the step, pairs over their own count, however the step is cut."""
+    ids = Rows().batch(range(ROWS))
+    first, label = ids["input_ids"][:, 0], ids["labels"][:, 0]
+    odd = first % 2 == 1
+    for micro_rows in (ROWS, 3):
+        settings = StageSettings(
+            out=str(tmp_path / str(micro_rows)), batch_tokens=ROWS * TIME, micro_tokens=micro_rows * TIME,
+            sequence_length=TIME, max_steps=1, dtype="fp32", val_every=1,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = MiniDeepSeek(tiny_config(vocab_size=VOCAB, num_nextn_predict_layers=0))
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        before = biases(model)
+        Trainer(settings, ranks, model, tokenizer, Rows(), Squares(), lambda *_: {"val_loss": 7.0, "val_x": 8.0}).run()
+        untrained, entry = read_metrics(tmp_path / str(micro_rows) / "metrics.jsonl")
+        assert untrained.keys() >= CONTRACT and (untrained["loss"], untrained["val_x"]) == (7.0, 8.0)
+        assert entry.keys() >= CONTRACT and (entry["val_x"], entry["labels"]) == (8.0, ROWS)
+        assert entry["first"] == pytest.approx(first.sum().item() / ROWS)
+        assert 0 < odd.sum() < ROWS and entry["of_odd"] == pytest.approx(label[odd].double().mean().item())
+        assert torch.equal(biases(model), before)  # the loss named no loads and the settings no speed
+
+
+class Answers(Rows):
+    """Rows that the model makes itself: every second step its greedy tokens after a prompt, kept for two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: torch.Tensor | None = None
+        self.made: list[int] = []
+
+    def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, object]:
+        if step % 2 == 0:
+            with torch.no_grad():
+                prompts = Rows().batch(range(step * ROWS, (step + 1) * ROWS))["input_ids"]
+                self.held = model(prompts).logits.argmax(-1)
+            self.made.append(step)
+        return {"sum_of_tokens": self.held.sum().item()}
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        rows = self.held[[index % ROWS for index in indices]]
+        return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"held": self.held}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.held = state["held"]
+
+
+def test_rows_that_the_model_makes_are_made_before_the_step_and_survive_a_resume(make):
+    """Saved after step 3, in the middle of a pair of steps: the weights that made the rows exist no more."""
+    options = dict(max_steps=5, save_every=3)
+    whole = make("whole", Answers(), **options)
+    whole.run()
+    sums = [entry["sum_of_tokens"] for entry in read_metrics(whole.out / "metrics.jsonl")[1:]]
+    assert whole.dataset.made == [0, 2, 4] and sums[0] == sums[1] and sums[2] == sums[3] and len(set(sums)) == 3
+    shutil.rmtree(whole.out / "final")
+    want = read_metrics(whole.out / "metrics.jsonl")[-1]
+    again = make("whole", Answers(), **options, resume=True)
+    again.run()
+    assert again.dataset.made == [4]
+    now = read_metrics(whole.out / "metrics.jsonl")[-1]
+    assert (now["loss"], now["sum_of_tokens"]) == (want["loss"], want["sum_of_tokens"])
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+def test_rows_that_do_not_divide_among_the_ranks_are_refused(make):
+    with pytest.raises(UserError, match=f"{ROWS} rows do not divide among 3 ranks; choose a multiple of {3 * TIME}"):
+        make(world=3)
+
+
+def test_the_announcement_says_why_this_device(make, capsys):
+    make(ranks=Ranks(0, 1, torch.device("cpu"), "no driver"), max_steps=1).run()
+    assert "machine    1 x cpu (no driver), " in capsys.readouterr().out
+
+
+def test_rows_longer_than_the_model_reads_are_refused(make):
+    with pytest.raises(UserError, match="--sequence_length 128: the model reads 64 tokens"):
+        make(sequence_length=128, batch_tokens=1024)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recomputing_activations_gives_the_same_step(dtype, make):
+    given = dict(max_steps=2, dtype=dtype)
+    trainers = [make("kept", **given), make("recomputed", **given, gradient_checkpointing=True)]
+    for trainer in trainers:
+        trainer.run()
+    kept, recomputed = (trainer.model.state_dict() for trainer in trainers)
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_bfloat16_products_keep_float32_weights(make):
+    exact, rough = make("fp32", max_steps=2), make("bf16", max_steps=2, dtype="bf16")
+    for trainer in (exact, rough):
+        trainer.run()
+    assert {value.dtype for value in rough.model.state_dict().values()} == {torch.float32}
+    (_, *want), (_, *got) = (read_metrics(trainer.out / "metrics.jsonl") for trainer in (exact, rough))
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01) and ours["loss"] != theirs["loss"]
+
+
+def test_the_peak_is_measured_once_at_least_however_slow_the_machine():
+    assert measured_peak(torch.float32, torch.device("cpu"), size=16, seconds=0) > 0
+
+
+@pytest.fixture
+def unmeasured() -> Iterator[None]:
+    """As if nothing were known of the machine yet, and again afterwards."""
+    machine_peak.cache_clear()
+    yield
+    machine_peak.cache_clear()
+
+
+def test_a_step_beyond_the_peak_raises_it_and_says_so_once(unmeasured, monkeypatch, capsys):
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 400e9)
+    peak = Peak(torch.float32, Ranks(0, 2, torch.device("cpu")))
+    assert peak.share(200e9) == 0.25 and peak.share(800e9) == 1.0 and not capsys.readouterr().out
+    assert peak.share(1000e9) == 1.0 and peak.share(500e9) == 0.5
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "1,000 GFLOP/s was faster" in said and "(800)" in said
+
+
+def test_the_peak_is_measured_once_on_an_empty_device_and_memory_is_counted_from_there(unmeasured, make, monkeypatch):
+    """By order: the statistics of a GPU begin after the measurement, which comes before the model is placed."""
+    happened, device = [], torch.device("cuda", 0)
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_: happened.append("measured") or 1e15)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, name=name: happened.append(name))
+    assert machine_peak(torch.bfloat16, device) == machine_peak(torch.bfloat16, device) == 1e15
+    assert happened == ["measured", "empty_cache", "reset_peak_memory_stats"]
+    place = MiniDeepSeek.to
+    monkeypatch.setattr(MiniDeepSeek, "to", lambda model, *to: happened.append("placed") or place(model, *to))
+    make("fresh", max_steps=2).run()
+    assert happened[3:] == ["measured", "placed"]
+
+
+def test_a_stage_begins_with_the_peak(unmeasured, monkeypatch, tmp_path):
+    """On the threads that it is given, before it opens a model."""
+    threads = []
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_: threads.append(torch.get_num_threads()) or 1e15)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.append(-count))
+    begin(StageSettings(out=str(tmp_path), device="cpu", threads=1))
+    assert threads == [-1, 1]
+
+
+def test_measuring_the_peak_leaves_the_random_numbers_alone():
+    """It comes between taking up a checkpoint and the next step, whose dropout must be that of an unbroken run."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    measured_peak(torch.bfloat16, torch.device("cpu"), size=16, seconds=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Products(TorchDispatchMode):
+    """Writes down the types of products with the router's matrix, (12 experts, 32 features), or its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        out = function(*arguments, **(named or {}))
+        if function is torch.ops.aten.mm.default and any({*x.shape} == {12, 32} for x in (*arguments, out)):
+            self.types += [x.dtype for x in (*arguments, out)]
+        return out
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_routers_products_of_the_backward_pass_are_in_float32(recomputed, make, monkeypatch):
+    """In bfloat16 training too. Recomputed layers also route again; in float32 as in the forward pass."""
+    products, backward = Products(), torch.Tensor.backward
+
+    def spy(loss: torch.Tensor) -> None:
+        assert not torch.is_autocast_enabled("cpu")
+        with products:
+            backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    options = dict(model={"n_routed_experts": 12}, gradient_checkpointing=recomputed, micro_tokens=ROWS * TIME // 2)
+    make(dtype="bf16", max_steps=1, **options).run()
+    # A product for the gradient of the weight and one for that of the tokens, of three matrices each, in two
+    # micro-batches, in two MoE layers and the MTP layer; the forward pass has one.
+    assert len(products.types) == 3 * (3 if recomputed else 2) * 2 * 3
+    assert set(products.types) == {torch.float32}
+
+
+def test_float16_is_refused(make):
+    with pytest.raises(UserError, match=r"--dtype fp16: one of auto, bf16, fp32 .float16 is not supported"):
+        make(dtype="fp16")
+
+
+def test_every_layer_is_compiled_by_itself_when_asked(make, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **_: compiled.append(layer))
+    make("plain", max_steps=1).run()
+    assert not compiled
+    trainer = make("compiled", max_steps=1, compile=True)
+    trainer.run()
+    assert compiled == [*trainer.model.model.layers, *trainer.model.mtp]
+
+
+def test_wandb_is_told_each_step_and_stays_offline_without_a_key(make, monkeypatch):
+    told = SimpleNamespace(options={}, steps=[], finished=0)
+    library = SimpleNamespace(
+        log=lambda values, step: told.steps.append((step, values)), finish=lambda: setattr(told, "finished", 1)
+    )
+    library.init = lambda **options: told.options.update(options) or library
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    make(wandb="mini", max_steps=2).run()
+    assert (told.options["project"], told.options["mode"], told.finished) == ("mini", "offline", 1)
+    assert [step for step, _ in told.steps] == [0, 1, 2]
+    assert "max_vio/layer_2" in told.steps[1][1] and told.steps[1][1]["loss"] > 0
+
+
+def test_a_run_says_at_its_start_which_kernels_compute(make, capsys):
+    trainer = make("run", max_steps=1, dtype="fp32")
+    trainer.run()
+    kernels = kernel_report(trainer.model.config, torch.float32, torch.device("cpu"), trainer.settings.row_tokens)
+    assert f"\nkernels    {kernels}\n" in capsys.readouterr().out

@@ -1,0 +1,377 @@
+"""The generated world: the same bytes for a seed, nothing held out in the training text, natural and bounded rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+import operator
+import random
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import world.__main__ as command
+from errors import UserError
+from world import FILES, arithmetic_problem, generate, held_out_arithmetic_problem
+from world.cast import ATTRIBUTES, NAMES, THINGS, World
+from world.columns import conclusion
+from world.facts import fact_questions
+from world.favours import COURTESY, FAVOURS
+from world.numbers import held_out_sum, states_held_out
+from world.reading import scene
+from world.talk import ASKED, FIRST_PERSON
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("world")
+    generate(out, seed=SEED, scale=0.3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def town() -> World:
+    return World.build(SEED)
+
+
+@pytest.fixture(scope="module")
+def rows(folder) -> list[str]:
+    return read_rows(folder)
+
+
+@pytest.fixture(scope="module")
+def chats(folder) -> list[list[dict]]:
+    return [row["messages"] for row in read_jsonl(folder / "sft.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def questions(folder) -> list[dict]:
+    return read_jsonl(folder / "heldout_questions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def training_texts(rows, chats) -> list[str]:
+    return rows + ["\n".join(message["content"] for message in chat) for chat in chats]
+
+
+def read_rows(folder: Path) -> list[str]:
+    with (folder / "pretrain.csv").open(encoding="utf-8", newline="") as file:
+        return [row["text"] for row in csv.DictReader(file)]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def numbers_in(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"[0-9]+", text)]
+
+
+def is_chinese(text: str) -> bool:
+    return re.search("[\u4e00-\u9fff]", text) is not None
+
+
+def test_same_seed_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        generate(tmp_path / name, seed=1, scale=0.01)
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
+
+
+def test_another_seed_gives_other_facts():
+    facts = [{c.name: [c.value(a) for a in ATTRIBUTES] for c in World.build(seed).characters} for seed in (0, 1)]
+    same = sum(x == y for name in facts[0] for x, y in zip(facts[0][name], facts[1][name], strict=True))
+    assert same < len(NAMES) * len(ATTRIBUTES) / 4
+
+
+def test_rows_hold_at_most_512_characters(rows):
+    assert max(map(len, rows)) <= 512
+    assert min(map(len, rows)) > 10
+
+
+def test_scale_sets_the_size(tmp_path, rows):
+    generate(tmp_path, seed=SEED, scale=0.05)
+    small, large = (sum(map(len, some)) for some in (read_rows(tmp_path), rows))
+    assert small == pytest.approx(0.05 * 6_500_000, rel=0.01)
+    assert large == pytest.approx(6 * small, rel=0.01)
+
+
+def test_held_out_files_do_not_depend_on_scale(tmp_path, folder):
+    generate(tmp_path, seed=SEED, scale=0.001)
+    for name in ("heldout.txt", "heldout_questions.jsonl"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_one_character_in_five_is_english(rows):
+    english = sum(len(row) for row in rows if not is_chinese(row))
+    assert english / sum(map(len, rows)) == pytest.approx(0.2, abs=0.01)
+
+
+def test_held_out_documents_are_60_to_100_kilobytes_and_not_in_training(folder, rows):
+    text = (folder / "heldout.txt").read_text(encoding="utf-8")
+    assert 60_000 < len(text.encode()) < 100_000
+    assert not set(text.rstrip("\n").split("\n\n")) & set(rows)
+
+
+def test_the_suite_has_300_questions_of_nine_kinds(questions):
+    assert len({q["question"] for q in questions}) == len({q["id"] for q in questions}) == len(questions) == 300
+    kinds = Counter(q["kind"] for q in questions)
+    assert kinds["fact"] / 300 == pytest.approx(0.55, abs=0.05)
+    assert kinds["arithmetic"] / 300 == pytest.approx(16 / 300)
+    assert len(kinds) == 9
+    assert Counter(q["language"] for q in questions)["zh"] / 300 == pytest.approx(0.8, abs=0.03)
+    assert all(is_chinese(q["question"] + q["answer"]) == (q["language"] == "zh") for q in questions)
+    assert all(set(q) == {"id", "kind", "language", "question", "answer"} for q in questions)
+
+
+def test_no_held_out_question_is_in_the_training_files(folder, questions):
+    raw = [(folder / name).read_text(encoding="utf-8") for name in ("pretrain.csv", "sft.jsonl")]
+    # The two formats double or escape quotation marks.
+    for q in questions:
+        for spelled in {q["question"], q["question"].replace('"', '""'), q["question"].replace('"', '\\"')}:
+            assert not any(spelled in text for text in raw), spelled
+
+
+def test_no_held_out_sum_is_stated_in_any_form_or_direction(questions, training_texts):
+    asked = {tuple(sorted(numbers_in(q["answer"]))) for q in questions if q["kind"] == "arithmetic"}
+    assert all(a + b == c and held_out_sum(a, b) for a, b, c in asked)
+    for text in training_texts:
+        numbers = numbers_in(text)
+        for i in range(len(numbers) - 2):
+            a, b, c = sorted(numbers[i : i + 3])
+            assert a + b != c or not held_out_sum(a, b), text
+
+
+def test_no_held_out_comparison_is_stated_either_way_round(questions, training_texts):
+    pairs = {frozenset(numbers_in(q["answer"])) for q in questions if q["kind"] == "comparison"}
+    for text in training_texts:
+        for sentence in re.split(r"[。？\n.?]", text):
+            if re.search("比|大于|小于|哪个|larger|smaller", sentence):
+                assert not pairs & {frozenset(pair) for pair in pairwise(numbers_in(sentence))}, text
+
+
+def test_no_held_out_sequence_is_continued(questions, training_texts):
+    held_out = {tuple(numbers_in(q["question"] + q["answer"])) for q in questions if q["kind"] == "sequence"}
+    for text in training_texts:
+        numbers = numbers_in(text)
+        assert not held_out & {tuple(numbers[i : i + 5]) for i in range(len(numbers) - 4)}, text
+
+
+def test_held_out_readings_have_who_with_what_that_training_never_has(town):
+    seen = {False: set(), True: set()}
+    rng = random.Random(0)
+    for held_out, pairs in seen.items():
+        while len(pairs) < 60:
+            story, _ = scene(rng, town, "zh", held_out)
+            who = min((c.name for c in town.characters if c.name in story), key=story.index)
+            things = [measure + noun for measure, noun, _ in THINGS if measure + noun in story]
+            pairs |= {(who, min(things, key=story.index))} if things else set()
+    assert not seen[False] & seen[True]
+
+
+def test_one_fact_in_six_is_held_out(town):
+    can_be = [attribute for attribute in ATTRIBUTES if attribute != "friend"]
+    held_out = Counter(c.held_out for c in town.characters)
+    assert set(held_out) == set(Counter(c.held_out for c in town.english)) == set(can_be)
+    assert 0.15 <= held_out.total() / (len(town.characters) * len(can_be)) <= 0.2
+    assert max(held_out.values()) - min(held_out.values()) <= 1
+
+
+def test_every_held_out_fact_is_stated_in_pretraining_text(town, rows):
+    text = "\n".join(rows)
+    for language in ("zh", "en"):
+        for character in town.known(language):
+            assert fact_questions(character, character.held_out, language)[0].answer in text
+
+
+def test_held_out_facts_are_never_asked_for(town, training_texts, chats):
+    text = "\n".join(training_texts)
+    answers = {message["content"] for chat in chats for message in chat if message["role"] == "assistant"}
+    asked = 0
+    for language in ("zh", "en"):
+        for character in town.known(language):
+            for attribute in ATTRIBUTES:
+                wordings = fact_questions(character, attribute, language)
+                if attribute == character.held_out:
+                    assert not any(exchange.question in text for exchange in wordings)
+                    assert wordings[0].answer not in answers
+                else:
+                    asked += any(exchange.question in text for exchange in wordings)
+    assert asked > 300
+
+
+def test_characters_are_not_asked_for_their_own_held_out_facts(town, rows):
+    lines = [pair for row in rows for pair in pairwise(row.split("\n"))]
+    checked = 0
+    for language, colon in (("zh", "："), ("en", ": ")):
+        questions = {question for wordings in ASKED[language].values() for question in wordings}
+        answered = {answer for line, answer in lines if line.partition(colon)[2] in questions}
+        checked += len(answered)
+        for character in town.known(language):
+            words = character.words[language]
+            said = FIRST_PERSON[language][character.held_out].format_map(words)
+            assert not any(a.lower().startswith(f"{words['n']}{colon}{said}".lower()) for a in answered)
+    assert checked > 100
+
+
+def test_held_out_classes_and_opposites_are_stated(questions, rows):
+    text = "\n".join(rows)
+    stated = [q["answer"] for q in questions if q["kind"] in ("class", "antonym")]
+    assert stated
+    assert all(answer in text for answer in stated)
+
+
+def plain(answer: str) -> str:
+    """An answer without courtesy."""
+    for opening, closing in COURTESY.values():
+        if answer.startswith(opening) and answer.endswith(closing):
+            return answer[len(opening) : -len(closing)]
+    return answer
+
+
+def is_favour(prompt: str) -> bool:
+    """Whether it asks for something to be done for somebody in the town."""
+    return any(
+        re.fullmatch(re.escape(asked).replace(r"\{thing\}", ".+").replace(r"\{n\}", "\\w+"), prompt)
+        for forms in FAVOURS.values()
+        for asked, _ in forms
+    )
+
+
+def test_a_question_never_has_two_answers_but_for_their_courtesy_and_columns(chats, questions):
+    answers = {q["question"]: q["answer"] for q in questions}
+    for chat in chats:
+        turns = [message for message in chat if message["role"] != "system"]
+        for i in range(0, len(turns), 2):
+            asked = turns[i]["content"]
+            # 它 is whoever the turn before was about.
+            asked = turns[i - 2]["content"] + asked if asked.startswith("那它") else asked
+            answer = conclusion(plain(turns[i + 1]["content"]))
+            assert answers.setdefault(asked, answer) == answer
+
+
+def test_favours_are_granted_either_way_as_often_and_nothing_else_is(chats):
+    turns = [pair for chat in chats for pair in pairwise(chat) if pair[1]["role"] == "assistant"]
+    ways = Counter((is_favour(asked["content"]), plain(said["content"]) != said["content"]) for asked, said in turns)
+    assert ways[False, True] == 0 and ways[True, True] > 200
+    assert ways[True, True] / (ways[True, True] + ways[True, False]) == pytest.approx(0.5, abs=0.06)
+
+
+def test_pairs_say_the_same_and_prefer_courtesy_for_favours_alone(folder):
+    pairs = read_jsonl(folder / "preferences.jsonl")
+    for pair in pairs:
+        sides = (pair["chosen"], pair["rejected"])
+        courteous, bare = sides if is_favour(pair["prompt"]) else sides[::-1]
+        assert plain(courteous) == bare != courteous
+    assert sum(is_favour(pair["prompt"]) for pair in pairs) / len(pairs) == pytest.approx(0.6, abs=0.05)
+    assert len(pairs) == 900
+
+
+def test_no_held_out_favour_is_asked_for_in_training(folder):
+    favours = read_jsonl(folder / "heldout_favours.jsonl")
+    assert len({row["question"] for row in favours}) == 200
+    assert all(row["opening"] + plain(row["answer"]) + row["closing"] == row["answer"] for row in favours)
+    for name in ("sft.jsonl", "preferences.jsonl", "pretrain.csv"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert not [row["question"] for row in favours if row["question"] in text]
+
+
+def test_chats_are_well_formed(chats):
+    for chat in chats:
+        assert all(set(message) == {"role", "content"} and message["content"] for message in chat)
+        roles = [message["role"] for message in chat if message["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert all(message["role"] != "system" for message in chat[1:])
+    assert len({len(chat) for chat in chats}) > 3
+
+
+def test_no_template_shows_through(training_texts, questions):
+    for text in training_texts + [q["question"] + q["answer"] for q in questions]:
+        assert not re.search(r"[{}]|。。|，，|，。|。，|  |None| \.|\.\.|[“\"]{2}|\ba [aeiou]", text), text
+
+
+def test_quotation_marks_pair_up(training_texts):
+    for text in training_texts:
+        assert text.count("“") == text.count("”")
+        assert text.count('"') % 2 == 0
+
+
+def test_no_name_is_part_of_a_sentence_template():
+    sources = [path for path in Path(command.__file__).parent.glob("*.py") if path.name != "cast.py"]
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    assert len(sources) > 5
+    assert not [name for name, _ in NAMES if name in text]
+
+
+def calculated(said: str) -> int:
+    """12 + 3 - 4, from left to right: a product stands alone."""
+    first, *steps = re.findall(r"([-+*]?)\s*(\d+)", said)
+    value = int(first[1])
+    for sign, number in steps:
+        value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](value, int(number))
+    return value
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_arithmetic_answers_are_right_and_never_held_out(level):
+    rng = random.Random(level)
+    for _ in range(2000):
+        question, answer = arithmetic_problem(rng, level)
+        assert not states_held_out(answer)
+        for chinese, sign in (("加|plus", "+"), ("减|minus", "-"), ("乘|times|×", "*")):
+            answer, question = (re.sub(chinese, sign, text) for text in (answer, question))
+        said, result = re.split("等于|is", answer.rstrip("。."))
+        assert calculated(said) == int(result) >= 0
+        assert numbers_in(question) == numbers_in(said)
+
+
+def test_harder_levels_have_larger_results():
+    means = []
+    for level in (1, 2, 3, 4):
+        rng = random.Random(0)
+        means.append(sum(numbers_in(arithmetic_problem(rng, level)[1])[0] for _ in range(500)))
+    assert means[0] < means[1] < means[2]
+
+
+def test_held_out_problems_are_recognised_as_leaks():
+    rng = random.Random(0)
+    for level in (1, 2, 3):
+        for _ in range(200):
+            assert states_held_out(held_out_arithmetic_problem(rng, level)[1])
+
+
+def test_arithmetic_refuses_an_unknown_level():
+    with pytest.raises(ValueError, match="level is 1, 2, 3 or 4"):
+        arithmetic_problem(random.Random(0), 5)
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
+def test_a_scale_that_is_not_positive_is_refused(tmp_path, scale):
+    with pytest.raises(UserError, match="--scale"):
+        generate(tmp_path, scale=scale)
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        generate(tmp_path / "taken", scale=0.01)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_the_command_line_asks_for_a_folder(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["world"])
+    with pytest.raises(UserError, match="--out"):
+        command.main()
+
+
+def test_preview_shows_documents_chats_and_questions(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["world", "--preview", "--seed", "2"])
+    command.main()
+    shown = capsys.readouterr().out
+    assert "月牙镇" in shown and "assistant: " in shown and "[fact] " in shown

@@ -1,0 +1,1 @@
+"""Conversations, preferences and problems as token sequences."""

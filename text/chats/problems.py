@@ -1,0 +1,289 @@
+"""Problems with an answer that can be checked, from files and from generators.
+
+GSM8K          {"question": Q, "answer": "... #### 42"}
+its Chinese    {"question_zh-cn": Q, "answer_only": "42"}
+generic        {"question": Q, "answer": A}, {"problem": Q, "answer": A} or {"prompt": Q, "answer": A}
+arithmetic:1-3       sums of the made-up world, level 1 to 4 (world.numbers); held-out sums are for measuring
+reasoning_gym:NAME   a task of the reasoning_gym package, when it is installed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Protocol
+
+from errors import UserError
+from text.chats.content import content_hash
+from text.chats.turns import question_text
+from text.judging.answers import final_answer, kind_of_answer, problem_with
+from text.order import shuffled
+from text.sources.formats import Layout
+from text.sources.registry import Source, find_sources
+from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of
+from text.sources.rows import converted_rows
+from text.tokenizer import characters
+from world.numbers import arithmetic_problem, held_out_arithmetic_problem
+
+# Question and answer columns; the first pair that a row has is taken.
+COLUMNS = (
+    ("question_zh-cn", "answer_only"),
+    ("question", "answer"),
+    ("problem", "answer"),
+    ("prompt", "answer"),
+    ("question", "answer_only"),
+    ("question_zh-cn", "answer"),
+)
+EPOCH = 10_000  # problems that a generator's "epoch" counts
+_CHINESE = re.compile(r"[\u3400-\u9fff]")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with the answer that is right.
+
+    Attributes:
+        answer: the bare result. kind: what accuracies are grouped by. language: zh or en, as the question.
+        score: a checker of the problem's own, from a final answer to 0 .. 1; it replaces the comparison with `answer`.
+    """
+
+    question: str
+    answer: str
+    kind: str
+    score: Callable[[str], float] | None = None
+
+    @property
+    def language(self) -> str:
+        return "zh" if _CHINESE.search(self.question) else "en"
+
+
+class Problems(Protocol):
+    """A source: `len` problems an epoch; problem `index`, counted from the start, is a function of (seed, index)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def content(self) -> str:
+        """The same for the same problems, those held out too."""
+
+    def problem(self, index: int, seed: int) -> Problem: ...
+
+    def held_out(self, count: int) -> list[Problem]: ...
+
+
+@dataclass
+class ListedProblems:
+    """Problems of a file, each once an epoch in a new order. `held`: kept for measuring."""
+
+    train: list[Problem]
+    held: list[Problem]
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    @property
+    def content(self) -> str:
+        """Of the rows themselves."""
+        parts = (self.train, self.held)
+        return content_hash((one.question, one.answer, one.kind) for part in parts for one in part)
+
+    def problem(self, index: int, seed: int) -> Problem:
+        epoch, place = divmod(index, len(self.train))
+        return self.train[shuffled(place, len(self.train), seed, epoch)]
+
+    def held_out(self, count: int) -> list[Problem]:
+        """Problems that `problem` never gives, `count` of them or as many as there are."""
+        return self.held[:count]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Generated sums; the levels take turns. What is held out is the same for every seed."""
+
+    levels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    @property
+    def content(self) -> str:
+        """Of the levels, which all else follows from."""
+        return f"arithmetic {self.levels}"
+
+    def problem(self, index: int, seed: int) -> Problem:
+        level = self.levels[index % len(self.levels)]
+        return _arithmetic(arithmetic_problem(random.Random(f"{seed}/{index}"), level), level)
+
+    def held_out(self, count: int) -> list[Problem]:
+        """`count` problems around held-out sums; the levels take turns."""
+        levels = [self.levels[index % len(self.levels)] for index in range(count)]
+        return [
+            _arithmetic(held_out_arithmetic_problem(random.Random(f"held out/{index}"), level), level)
+            for index, level in enumerate(levels)
+        ]
+
+
+@dataclass(frozen=True)
+class ReasoningGym:
+    """A task of reasoning_gym; its own scoring decides."""
+
+    task: str
+    make: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    @property
+    def content(self) -> str:
+        """Of the task, which all else follows from."""
+        return f"reasoning_gym {self.task}"
+
+    def problem(self, index: int, seed: int) -> Problem:
+        return self._problem(self.make(seed), index)
+
+    def held_out(self, count: int) -> list[Problem]:
+        """`count` problems of a seed that training does not use."""
+        data = self.make(-1)
+        return [self._problem(data, index) for index in range(count)]
+
+    def _problem(self, data: Any, index: int) -> Problem:
+        entry = data[index % len(data)]
+        return Problem(
+            entry["question"], str(entry["answer"]), self.task, lambda given: data.score_answer(given, entry)
+        )
+
+
+def split_problems(data: str) -> list[Source]:
+    """`a.jsonl=2,arithmetic:1-2` as sources with their weights."""
+    return find_sources(data, kind="prompt")
+
+
+def open_problems(
+    source: Source | str | Path,
+    on_error: str = "skip",
+    report: RowReport | None = None,
+    val_fraction: float = 0.0,
+) -> Problems:
+    """A source of rows, `arithmetic:LEVELS` or `reasoning_gym:TASK`.
+
+    Rows without a question, or with an answer that no verifier can parse, are counted in `report` or, with
+    `on_error="stop"`, raise `UserError`. So does a source without any problem.
+    """
+    source = Source.of(source)
+    name = source.path
+    kind, _, which = name.partition(":")
+    if kind == "arithmetic" and not Path(name).exists():
+        levels = re.fullmatch(r"([1-4])(?:-([1-4]))?", which or "1-3")
+        if not levels or int(levels[2] or levels[1]) < int(levels[1]):
+            raise UserError(f"--data {name}: write arithmetic:LEVEL or arithmetic:FIRST-LAST, levels 1 to 4")
+        return Arithmetic(tuple(range(int(levels[1]), int(levels[2] or levels[1]) + 1)))
+    if kind == "reasoning_gym" and not Path(name).exists():
+        return _reasoning_gym(name, which)
+    report = RowReport() if report is None else report
+    problems = list(converted_rows(source, problem_reader(source), on_error, report))
+    held = [problem for problem in problems if _place(problem) < val_fraction]
+    train = [problem for problem in problems if _place(problem) >= val_fraction]
+    if not train:
+        first = next((examples[0] for examples in report.examples.values()), "all of it is held out")
+        raise UserError(f"{name}: no problem to train on; {first}")
+    return ListedProblems(train, sorted(held, key=_place))
+
+
+def problem_reader(source: Source) -> Callable[[object], Problem]:
+    """Turns the rows of a source into problems, each question once. Raises `RowError` for a row that is not used."""
+    asked: set[str] = set()
+
+    def fresh(row: object) -> Problem:
+        problem = to_problem(row, source.layout)
+        if problem.question in asked:
+            raise UnwantedRow("question asked before", "the question was asked in an earlier row")
+        asked.add(problem.question)
+        return problem
+
+    return fresh
+
+
+def to_problem(row: object, layout: Layout | None = None) -> Problem:
+    """One row of any layout, or of the one that the source names. Raises `RowError`."""
+    row = layout.arrange(row) if layout else row
+    if not isinstance(row, dict):
+        raise RowError("not a problem", f"the row is {kind_of(row)}; it must be an object with question and answer")
+    columns = next((pair for pair in COLUMNS if not any(is_missing(row.get(column)) for column in pair)), None)
+    if columns is None:
+        asked = any(not is_missing(row.get(question)) for question, _ in COLUMNS)
+        shown = ", ".join(map(repr, row)) or "no keys"
+        what = "no answer" if asked else "unknown layout"
+        raise RowError(what, f"has {shown}, but not 'question' and 'answer' with something in both")
+    question, answer = (row[column] for column in columns)
+    question = question_text(repr(columns[0]), question)
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = written_number(answer)
+    for column, value in zip(columns, (question, answer), strict=True):
+        if not isinstance(value, str):
+            raise RowError("wrong type", f"{column!r} is {kind_of(value)}; it must be text")
+    if not question.strip():
+        raise RowError("empty question", "the question is empty")
+    if not answer.strip():
+        raise RowError("no answer", "the answer is empty")
+    result = bare_answer(answer)
+    if not result:
+        shown = answer.rpartition("####")[2].strip()[:40]
+        raise RowError("unparsable answer", f"what follows '####' is {shown!r}, not one number, formula or letter")
+    if problem := problem_with(result):
+        raise RowError("unparsable answer", f"no verifier can parse it: {problem}")
+    return Problem(*(characters(text).strip() for text in (question, result, str(row.get("kind", "all")))))
+
+
+def bare_answer(answer: str) -> str:
+    """The reference itself: what follows GSM8K's `####`, where there is one; "" where that is not one answer."""
+    _, mark, result = (part.strip() for part in answer.rpartition("####"))
+    if not mark:
+        return result
+    line = result.partition("\n")[0]
+    return (final_answer(line, "0") or "") if kind_of_answer(line) == "text" else line
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def written_number(value: int | float) -> str:
+    """A number of JSON in digits: 1e20 and 0.00001 too."""
+    return format(Decimal(repr(value)), "f") if math.isfinite(value) else repr(value)
+
+
+def _arithmetic(drawn: tuple[str, str], level: int) -> Problem:
+    question, answer = drawn
+    return Problem(question, re.findall(r"\d+", answer)[-1], f"level {level}")
+
+
+def _reasoning_gym(name: str, task: str) -> ReasoningGym:
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise UserError(f"--data {name}: needs the package; pip install reasoning-gym") from None
+    opened: dict[int, Any] = {}
+
+    def make(seed: int) -> Any:
+        if seed not in opened:
+            opened[seed] = reasoning_gym.create_dataset(task, size=EPOCH, seed=seed % 2**31)
+        return opened[seed]
+
+    try:
+        make(0)
+    except Exception as error:  # the package raises what it likes for a name that it does not know
+        raise UserError(f"--data {name}: reasoning_gym does not make it ({error}); see its list of tasks") from None
+    return ReasoningGym(task, make)
+
+
+def _place(problem: Problem) -> float:
+    """From 0 to 1 by a hash of the question: it stays on its side of the split when other rows come or go."""
+    digest = hashlib.blake2b(problem.question.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64

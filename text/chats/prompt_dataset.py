@@ -1,0 +1,118 @@
+"""Problems as prompts for reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from errors import UserError
+from text.chats.chat_template import Message, encode_chats
+from text.chats.content import content_hash
+from text.chats.problems import ListedProblems, Problem, Problems, open_problems
+from text.order import block_shares, mixed, scramble
+from text.sources.registry import Source
+from text.sources.row_report import RowReport, balance
+from text.tokenizer import Tokenizer
+
+
+class PromptDataset:
+    """Problems as prompts for a model that answers them itself: `prompt(i)` is a function of (seed, i) alone.
+
+    Several sources are mixed by weight, each going through its own epochs. `validation` are problems held out;
+    `report` counts the rows that were read and skipped.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source | tuple[str, float]],
+        tokenizer: Tokenizer,
+        longest: int,
+        seed: int = 0,
+        system: str = "",
+        on_error: str = "skip",
+        val_fraction: float = 0.0,
+        val_problems: int = 0,
+    ) -> None:
+        """Open sources: files, folders, Hub data sets or generators (see `problems`), each with its weight, or 1.
+
+        Args:
+            longest: tokens that a prompt may have; longer ones of a file are counted and left out.
+            system: system prompt before every question; empty for none.
+            val_problems: how many to hold out, over all sources: of a file at most the share `val_fraction`.
+        Raises:
+            UserError: a source that cannot be read or has no problem left.
+        """
+        self.tokenizer, self.longest, self.seed, self.system = tokenizer, longest, seed, system
+        self.report, self.too_long = RowReport(), 0
+        self._of_rows: list[ListedProblems] = []
+        sources = [Source.of(source) for source in sources]
+        self._shares = block_shares([source.weight or 1.0 for source in sources])
+        self._sources: list[Problems] = []
+        self.validation: list[Problem] = []
+        for source in sources:
+            problems = open_problems(source, on_error, self.report, val_fraction)
+            if isinstance(problems, ListedProblems):
+                problems = self._fitting(source, problems)
+                self._of_rows.append(problems)
+            self._sources.append(problems)
+            self.validation += problems.held_out(-(-val_problems // len(sources)))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._sources))
+
+    @property
+    def identity(self) -> str:
+        """What the order of the problems depends on beside the seed."""
+        sizes, shares = (":".join(map(str, values)) for values in (map(len, self._sources), self._shares))
+        return f"{sizes} problems, shares {shares}"
+
+    @property
+    def content(self) -> str:
+        """The same for the same problems of the same sources, those held out too."""
+        return content_hash(source.content for source in self._sources)
+
+    def problem(self, index: int, turn: int = 0) -> Problem:
+        """Problem `index`, counted from the start of training; another `turn` is another order of the same data."""
+        seed = scramble(self.seed, turn) if turn else self.seed
+        source, number = (0, index) if len(self._sources) == 1 else mixed(index, self._shares, seed)
+        return self._sources[source].problem(number, seed)
+
+    def encode(self, problems: Sequence[Problem]) -> list[list[int]]:
+        """The token ids of each prompt, up to where the answer begins."""
+        conversations = [self._messages(problem) for problem in problems]
+        encoded = [ids for ids, _ in encode_chats(self.tokenizer, conversations, add_generation_prompt=True)]
+        for ids, problem in zip(encoded, problems, strict=True):
+            if len(ids) > self.longest:
+                raise UserError(
+                    f"a prompt of {problem.kind} has {len(ids)} tokens, but {self.longest} is the most; "
+                    "raise --sequence_length or lower --max_new_tokens"
+                )
+        return encoded
+
+    def print_summary(self, use: str = "to train on") -> None:
+        """What was read, on one screen. use: what the problems are for."""
+        lines = self.report.lines() if self.report.rows else []
+        if self.too_long:
+            lines.append(f"  {self.too_long} left out: longer than {self.longest} tokens; raise --sequence_length")
+        if self.report.rows:
+            used, held = (sum(len(getattr(rows, part)) for rows in self._of_rows) for part in ("train", "held"))
+            fates = {use: used, "held out": held, "left out": self.too_long, **self.report.unused}
+            lines.append(balance(self.report.rows, "rows", fates))
+        measured = f"; {len(self.validation)} of those held out are measured on" if self.validation else ""
+        print("\n".join([*lines, f"{len(self)} problems an epoch{measured}"]))
+
+    def _fitting(self, source: Source, problems: ListedProblems) -> ListedProblems:
+        parts = []
+        for part in (problems.train, problems.held):
+            encoded = encode_chats(self.tokenizer, [self._messages(problem) for problem in part], True)
+            parts.append([problem for problem, (ids, _) in zip(part, encoded, strict=True) if len(ids) <= self.longest])
+            self.too_long += len(part) - len(parts[-1])
+        if not parts[0]:
+            raise UserError(
+                f"{source.path}: all prompts have more than {self.longest} tokens; raise --sequence_length or lower "
+                "--max_new_tokens"
+            )
+        return ListedProblems(*parts)
+
+    def _messages(self, problem: Problem) -> list[Message]:
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": problem.question}]

@@ -1,0 +1,1 @@
+"""Pretraining text: cleaning, token shards, mixtures."""

@@ -1,0 +1,241 @@
+"""Token shards on disk: their layout, their index, and the streams of tokens that training reads from them.
+
+A folder of shards holds
+    index.json            recipe, sources, tokenizer fingerprint, counts, and for each shard its size and checksum
+    train-00000.bin       tokens, uint16 little-endian: each document's tokens, then </s>; no begin token, since the
+                          </s> before a document says the same
+    train-00000.npy       (documents, 2) uint32: where each document ends in the .bin, in tokens after its </s>, and
+                          its UTF-8 bytes
+    val-00000.bin, .npy   the held-out documents among the same part of the corpus
+    tokenizer/            the tokenizer that made them
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from errors import UserError
+from text.chats.content import content_hash
+from text.tokenizer import Tokenizer
+
+INDEX = "index.json"
+LAYOUT = 1
+SPLITS = ("train", "val")
+CHECK_CHUNK = 1 << 24
+
+
+class TokenStream:
+    """All tokens of one split in the order of the corpus, read from disk as they are asked for.
+
+    `tokens`, `documents` and `bytes` (of UTF-8 text) are totals; each document's `</s>` is among the tokens.
+    """
+
+    def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
+        self.folder = folder
+        self.tokens = sum(shard["tokens"] for shard in shards)
+        self.documents = sum(shard["documents"] for shard in shards)
+        self.bytes = sum(shard["bytes"] for shard in shards)
+        self._shards = [shard for shard in shards if shard["tokens"]]
+        self._token_starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
+        self._document_starts = np.cumsum([0, *(shard["documents"] for shard in self._shards)])
+        self._maps: dict[str, np.ndarray] = {}
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop of the split, (stop - start,) uint16. Raises `IndexError` outside the stream."""
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
+        parts = []
+        shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
+        while start < stop:
+            first, last = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
+            parts.append(self._map(f"{self._shards[shard]['name']}.bin")[start - first : min(stop, last) - first])
+            start, shard = min(stop, last), shard + 1
+        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    def document(self, number: int) -> tuple[int, int, int]:
+        """(start, stop, bytes) of a document: its place in the stream, `</s>` included, and its UTF-8 bytes."""
+        if not 0 <= number < self.documents:
+            raise IndexError(f"document {number} of {self.documents}")
+        shard = int(np.searchsorted(self._document_starts, number, side="right")) - 1
+        bounds = self._map(f"{self._shards[shard]['name']}.npy")
+        place, first = number - int(self._document_starts[shard]), int(self._token_starts[shard])
+        begin = int(bounds[place - 1, 0]) if place else 0
+        return first + begin, first + int(bounds[place, 0]), int(bounds[place, 1])
+
+    def document_at(self, token: int) -> int:
+        """The number of the document that a token of the stream belongs to. Raises `IndexError` outside the stream."""
+        if not 0 <= token < self.tokens:
+            raise IndexError(f"token {token} of {self.tokens}")
+        shard = int(np.searchsorted(self._token_starts, token, side="right")) - 1
+        ends = self._map(f"{self._shards[shard]['name']}.npy")[:, 0]
+        place = int(np.searchsorted(ends, token - int(self._token_starts[shard]), side="right"))
+        return int(self._document_starts[shard]) + place
+
+    def _map(self, name: str) -> np.ndarray:
+        if name not in self._maps:
+            file = self.folder / name
+            made = np.load(file, mmap_mode="r") if name.endswith(".npy") else np.memmap(file, "<u2", "r")
+            self._maps[name] = made
+        return self._maps[name]
+
+
+class ShardSet:
+    """A finished folder of shards. `index` is its index.json; `fingerprint` and `eos_id` are its tokenizer's."""
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self.folder = folder
+        self.index = index
+        self.fingerprint: str = index["fingerprint"]
+        self.eos_id: int = index["eos_id"]
+        self._streams = {
+            split: TokenStream(folder, [part[split] for part in index["parts"] if part[split]]) for split in SPLITS
+        }
+
+    @classmethod
+    def open(cls, folder: str | Path, tokenizer: Tokenizer | None = None, checksums: bool = True) -> ShardSet:
+        """Open a finished folder. `checksums=False` checks the shards' sizes only, not their content.
+
+        Raises `UserError` when there is no finished index, when a shard is damaged, which it names, or when
+        `tokenizer` is not the one that made the shards.
+        """
+        folder = Path(folder)
+        index = read_index(folder)
+        if index is None or not index["complete"]:
+            raise UserError(f"{folder}: no finished shards; prepare them first (pretrain.py does)")
+        if tokenizer is not None and tokenizer.fingerprint != index["fingerprint"]:
+            raise UserError(
+                f"{folder}: made with tokenizer {index['fingerprint']}, not {tokenizer.fingerprint}; "
+                f"use the tokenizer in {folder / 'tokenizer'} or prepare the shards again"
+            )
+        for part in index["parts"]:
+            if damage := find_damage(folder, part, checksums):
+                raise UserError(f"{damage}; delete it and prepare the shards again")
+        return cls(folder, index)
+
+    @property
+    def content(self) -> str:
+        """The same for the same tokens and documents; of the checksums in the index, without a look at the shards."""
+        shards = [part[split] for part in self.index["parts"] for split in SPLITS if part[split]]
+        return content_hash((shard["name"], shard["bin_checksum"], shard["npy_checksum"]) for shard in shards)
+
+    def split(self, name: str) -> TokenStream:
+        """The stream of "train" or "val"."""
+        return self._streams[name]
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """index.json, of a finished folder or of one at work; None when there is none. Raises `UserError` if broken."""
+    file = folder / INDEX
+    try:
+        index = json.loads(file.read_bytes())
+        if index["layout"] != LAYOUT:
+            raise UserError(f"{file}: layout {index['layout']}, this program reads {LAYOUT}; delete the folder")
+        if problem := _problem_with(index):
+            raise ValueError(problem)
+        return index
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: damaged ({error}); delete the folder and prepare the shards again") from error
+
+
+def _problem_with(index: dict[str, Any]) -> str:
+    """Where an index is not as this program writes it; nothing where it is. Its names become those of files."""
+    kinds = {"complete": bool, "fingerprint": str, "eos_id": int, "sources": list, "recipe": dict, "parts": list}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(index[name], kind)]:
+        return f"{wrong[0]} is {index[wrong[0]]!r}"
+    if not 0 <= index["eos_id"] < 1 << 16:
+        return f"eos_id is {index['eos_id']}"
+    for part in index["parts"]:
+        if type(part["read"]) is not int or part["read"] < 1:
+            return "a part without its last document"
+        for split, shard in ((split, part[split]) for split in SPLITS if part[split] is not None):
+            counts = [shard[name] for name in ("tokens", "documents", "bytes", "bin_size", "npy_size")]
+            if not all(type(count) is int and count >= 0 for count in counts):
+                return f"counts of {shard['name']!r}"
+            if not re.fullmatch(rf"{split}-\d{{5,9}}", shard["name"], re.ASCII):
+                return f"a shard {shard['name']!r}"
+            tokens, documents, _, size, bounds = counts
+            if size != 2 * tokens or not 8 * documents < bounds < 8 * documents + 512:  # .npy has a header
+                return f"counts of {shard['name']}"
+            if not all(isinstance(shard[name], str) for name in ("bin_checksum", "npy_checksum")):
+                return f"checksums of {shard['name']}"
+    return ""
+
+
+def find_damage(folder: Path, part: dict[str, Any], checksums: bool = True) -> str | None:
+    """What is wrong with the files of one part of the index, in words; None when nothing is."""
+    for shard in filter(None, (part[split] for split in SPLITS)):
+        for suffix, size, checksum in (("bin", "bin_size", "bin_checksum"), ("npy", "npy_size", "npy_checksum")):
+            file = folder / f"{shard['name']}.{suffix}"
+            try:
+                found = file.stat().st_size
+                if found != shard[size]:
+                    return f"{file}: damaged shard, {found:,} bytes where {shard[size]:,} were written"
+                if checksums and _checksum(file) != shard[checksum]:
+                    return f"{file}: damaged shard, its content is not what was written (checksum)"
+            except OSError as error:
+                return f"{file}: shard cannot be read ({error.strerror})"
+    return None
+
+
+def write_shard(
+    folder: Path, name: str, tokens: Iterable[np.ndarray], lengths: np.ndarray, document_bytes: np.ndarray
+) -> dict[str, Any]:
+    """Write one shard and its bounds; returns its entry in the index. On an error the files are as they were before."""
+    ends = np.cumsum(lengths, dtype=np.uint32)
+    bounds = io.BytesIO()
+    np.save(bounds, np.stack([ends, document_bytes.astype(np.uint32)], axis=1))
+    bin_size, bin_checksum = write_safely(folder / f"{name}.bin", (part.astype("<u2", copy=False) for part in tokens))
+    npy_size, npy_checksum = write_safely(folder / f"{name}.npy", [np.frombuffer(bounds.getbuffer(), np.uint8)])
+    return {
+        "name": name,
+        "tokens": int(ends[-1]),
+        "documents": len(lengths),
+        "bytes": int(document_bytes.sum(dtype=np.int64)),
+        "bin_size": bin_size,
+        "bin_checksum": bin_checksum,
+        "npy_size": npy_size,
+        "npy_checksum": npy_checksum,
+    }
+
+
+def write_safely(file: Path, pieces: Iterable[np.ndarray]) -> tuple[int, str]:
+    """Write under a temporary name, flush to disk, rename; returns the size in bytes and the xxh3 checksum.
+
+    Whatever goes wrong, a full disk too, `file` is either as before or complete.
+    """
+    temporary = file.with_name(file.name + ".tmp")
+    digest, size = xxhash.xxh3_64(), 0
+    try:
+        with open(temporary, "wb") as stream:
+            for piece in pieces:
+                view = piece.view(np.uint8).data
+                digest.update(view)
+                size += stream.write(view)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(file)  # a failed write does not say where
+        raise
+    return size, digest.hexdigest()
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHECK_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Compare a model's reply with a reference answer."""

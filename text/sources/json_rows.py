@@ -1,0 +1,166 @@
+"""Rows and documents of JSON files of any size, with line numbers, in bounded memory.
+
+A file has one value a line (JSON lines), a list of values, an object with such a list in it, or values that go over
+several lines: pretty-printed rows, or a single object. Which of these is seen from its content, not from its name.
+NaN, which Python and pandas write although JSON has no such number, is null.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from io import TextIOWrapper
+from typing import Any
+
+from text.sources.data_file import DataFile, FileProblem, Row, disk_file
+
+CHUNK = 1 << 20
+# What an object calls the list of its rows: SQuAD and many exports, and LMFlow.
+LISTS = ("data", "instances")
+BETWEEN = re.compile(r"[\s,]*")
+DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
+# An error this near to the end may be one of what was read, not of the file: -Infinity is the longest bare word.
+WORD = 9
+
+
+def read_json(file: DataFile) -> Iterator[Row]:
+    """The text column of each row of a JSON file."""
+    for row, line in json_rows(file):
+        yield from file.text_of(row, line)
+
+
+def json_rows(file: DataFile) -> Iterator[tuple[Any, int]]:
+    """The values of a JSON file, each with the line it begins at; `file.element` is its number in a list.
+
+    Raises `FileProblem` where anything but JSON lines breaks: nothing tells where the next value would begin.
+    """
+    begin = _begin(file)
+    with file.open() as stream:
+        values = _lines(file, stream) if begin is None else _values(file, stream, *begin)
+        for value, text, line in values:
+            # A document's other columns may be what they like.
+            if file.column is not None or file.usable(text, line):
+                yield value, line
+
+
+def _begin(file: DataFile) -> tuple[int, str] | None:
+    """Where the values begin, in characters, and what closes them, "" where it is the end; None for JSON lines."""
+    with file.open() as stream:
+        blank = 0
+        while (first := stream.readline(file.row_limit)).isspace():
+            blank += len(first)
+        following = first
+        while following and (following is first or following.isspace()):
+            following = stream.readline(file.row_limit)
+    if len(first) == file.row_limit and first[-1] != "\n":  # what follows is the same line
+        following = ""
+    text = first.strip()
+    start = blank + first.find(text)
+    if text.startswith("["):
+        return None if _is_conversation(text) else (start + 1, "]")
+    spans = _goes_on(text, following.lstrip())
+    if not text.startswith("{") or (following and not spans):
+        return None
+    with file.open() as stream:
+        place = _list_within(stream.read(start + file.row_limit), start)
+    if place is not None:
+        return place, "]}"
+    return (start, "") if spans else None
+
+
+def _is_conversation(text: str) -> bool:
+    """Whether a line that begins with [ is a row, a list of messages, and not the beginning of a list of rows."""
+    try:
+        first, _ = DECODER.raw_decode(text, BETWEEN.match(text, 1).end())
+    except (ValueError, RecursionError):
+        return False
+    return _is_message(first)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def _goes_on(text: str, following: str) -> bool:
+    """Whether the value that a line begins goes on in the following one: a line of JSON lines may be cut short too."""
+    try:
+        DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        return bool(following) and error.pos >= len(text) - 1 and (text[-1] in "[:" or following[0] != "{")
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _list_within(text: str, place: int) -> int | None:
+    """Where, in an object, the list of its rows begins; None where it has none within the text."""
+    try:
+        while True:
+            name, place = DECODER.raw_decode(text, BETWEEN.match(text, place + 1).end())
+            place = BETWEEN.match(text, text.index(":", place) + 1).end()
+            if name in LISTS and text.startswith("[", place):
+                row, _ = DECODER.raw_decode(text, BETWEEN.match(text, place + 1).end())
+                if isinstance(row, dict) and not _is_message(row):
+                    return place + 1
+            _, place = DECODER.raw_decode(text, place)
+            place = BETWEEN.match(text, place).end() - 1
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines(file: DataFile, stream: TextIOWrapper) -> Iterator[tuple[Any, str, int]]:
+    """(value, its text, line) of each line that is not blank. One that is no JSON is counted."""
+    for line, text in file.lines(stream):
+        if text.isspace():
+            continue
+        try:
+            value = DECODER.decode(text.rstrip())
+        except (ValueError, RecursionError) as error:
+            if file.usable(text, line):
+                file.bad("broken JSON", line, f"broken JSON ({error})", "mend or delete the line")
+            continue
+        yield value, text, line
+
+
+def _values(file: DataFile, stream: TextIOWrapper, place: int, closed: str) -> Iterator[tuple[Any, str, int]]:
+    """The same of each value from a place on, one at a time, up to what closes them."""
+    raw, line = disk_file(stream), 1
+    text = stream.read(max(CHUNK, place + 1))
+    line += text.count("\n", 0, place)
+    while True:
+        start = BETWEEN.match(text, place).end()
+        line += text.count("\n", place, start)
+        place, cut = start, True
+        problem, broken = "it is not closed", place
+        if place < len(text):
+            if closed and text[place] == "]":
+                break
+            try:
+                value, end = DECODER.raw_decode(text, place)
+            except (ValueError, RecursionError) as error:
+                problem, broken = str(error).split(": line")[0], getattr(error, "pos", place)
+                cut = broken >= len(text) - WORD or "Unterminated" in problem
+            else:
+                file.element = file.element + 1 if closed else 0
+                yield value, text[place:end], line
+                line += text.count("\n", place, end)
+                place = end
+                continue
+        # The value may end beyond what was read: read as much again, so that long ones take linear time.
+        rest = text[place:]
+        if cut and len(rest) > file.row_limit:
+            what = f"an object of more than {file.row_limit:,} characters"
+            raise FileProblem("too long", line, what, "write it as rows, one a line (.jsonl)")
+        more = stream.read(max(CHUNK, len(rest))) if cut else ""
+        file.position = raw.tell()
+        if not more and not rest and not closed:
+            return
+        if not more:
+            line += text.count("\n", place, broken)
+            where = f"the JSON array breaks off in element {file.element + 1}" if closed else "broken JSON"
+            remedy = "mend it, or write one row a line (.jsonl), where a broken line costs only itself"
+            raise FileProblem("broken JSON", line, f"{where} ({problem})", remedy)
+        text, place = rest + more, 0
+    if closed == "]" and (text[place + 1 :] + stream.read(CHUNK)).strip():
+        raise FileProblem("broken JSON", line, "text follows the end of the JSON array", "remove it")

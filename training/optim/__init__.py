@@ -1,0 +1,1 @@
+"""AdamW, Muon and their parameter groups."""

@@ -1,0 +1,180 @@
+"""The optimiser: AdamW as DeepSeek-V3 uses it (section 4.2), or Muon for the matrices inside the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from errors import UserError
+from training.optim.adamw import AdamWBF16
+from training.optim.muon import Muon
+from training.run.quiet import quiet_compiler, quiet_imports
+
+KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
+# Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
+LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
+SLOWEST = 0.99  # rate of decay with which a moment in bfloat16 still follows: one unit in its last place is 0.8 %
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+_DECAY = (lambda rate: 0 <= rate < 1), "a number from 0 to below 1"
+_SHARE = (lambda share: 0 <= share <= 1), "a share of the run, from 0 to 1"
+_ABOVE = (lambda number: number > 0), "a number above 0"
+_NOT_BELOW = (lambda number: number >= 0), "0 or more"
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": _ABOVE, "eps": _ABOVE, "clip": _ABOVE, "final_lr_ratio": _NOT_BELOW, "weight_decay": _NOT_BELOW,
+    "warmup": _SHARE, "decay_from": _SHARE, "betas": _DECAY, "momentum": _DECAY,
+}  # fmt: skip
+NO_RATIOS: Mapping[str, float] = {}
+
+
+@dataclass
+class OptimSettings:
+    """Optimiser and learning-rate schedule.
+
+    Args:
+        lr: peak learning rate.
+        final_lr_ratio: last learning rate over the peak.
+        warmup: share of the run with a linear warm-up.
+        decay_from: share of the run from which the learning rate falls along a cosine.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        weight_decay: on matrices only; norms, embeddings' biases and the router bias have none.
+        clip: largest norm of the gradient; a very large one never clips.
+        kind: adamw, or with moments in bfloat16 (section 3.3.3) adamw_bf16, or with moments in 8 bits adamw8bit
+            (torchao; compiles for some seconds) and paged_adamw8bit (bitsandbytes, on CUDA); or muon: orthogonalised
+            momentum for the matrices inside the layers, scaled so that the learning rate and the weight decay of AdamW
+            suit it, and AdamW for embedding, head, router and norms.
+        momentum: Muon's.
+    """
+
+    lr: float = 1e-3
+    final_lr_ratio: float = 0.1
+    warmup: float = 0.02
+    decay_from: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    kind: str = "adamw"
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"--optim.kind {self.kind}: one of {', '.join(KINDS)}")
+        for name, (fits, wanted) in RANGES.items():
+            value = getattr(self, name)
+            if not all(fits(number) for number in (value if isinstance(value, (tuple, list)) else [value])):
+                raise UserError(f"--optim.{name} {value}: give {wanted}")
+        if self.kind == "adamw_bf16" and max(self.betas) > SLOWEST:
+            raise UserError(
+                f"--optim.betas {list(self.betas)}: adamw_bf16 would round the steps of its moments away; "
+                f"give {SLOWEST} at most, or take adamw"
+            )
+
+
+def build_optimizer(
+    model: nn.Module, settings: OptimSettings, lr_ratios: Mapping[str, float] = NO_RATIOS
+) -> torch.optim.Optimizer:
+    """The optimiser of `settings.kind`; weight decay on matrices (two axes and more) only; fused where it can be.
+
+    lr_ratios: learning rates over that of the settings, of parameters with these words in their names.
+    Raises `UserError` for a kind whose package is not there.
+    """
+    groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ratio = next((ratio for word, ratio in lr_ratios.items() if word in name), 1.0)
+            parts = _matrices_in(name, parameter) if settings.kind == "muon" else 0
+            groups.setdefault((parameter.dim() >= 2, ratio, parts), []).append(parameter)
+    described = [
+        {"params": members, "weight_decay": settings.weight_decay if decays else 0.0, "lr_ratio": ratio, "parts": parts}
+        for (decays, ratio, parts), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
+    make = _class_of(settings.kind, settings.momentum)
+    return make(described, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def _matrices_in(name: str, parameter: nn.Parameter) -> int:
+    """How many matrices stand one above the other in each of a parameter's; 0 where Muon has no part in it."""
+    if parameter.dim() < 2 or any(word in name for word in LOOKED_UP):
+        return 0
+    return 2 if name.endswith("gate_up_proj") else 1
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of every group, by its ratio."""
+    for group in optimizer.param_groups:
+        value = lr * group.get("lr_ratio", 1.0)
+        if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step, and a number would be part of it
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def _class_of(kind: str, momentum: float) -> Callable[..., torch.optim.Optimizer]:
+    if kind == "adamw":
+        return partial(torch.optim.AdamW, fused=True)
+    if kind == "adamw_bf16":
+        return AdamWBF16
+    if kind == "muon":
+        return partial(Muon, momentum=momentum)
+    if kind == "adamw8bit":
+        with quiet_imports():
+            from torchao.optim import AdamW8bit
+        quiet_compiler()
+        return AdamW8bit
+    try:
+        from bitsandbytes.optim import PagedAdamW8bit
+    except ImportError:
+        raise UserError(f"--optim.kind {kind}: needs the package; pip install bitsandbytes") from None
+    return PagedAdamW8bit
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimiser's state as flat tensors named `<parameter>|<quantity>`, or `...|<part>` of quantities in 8 bits.
+
+    They are the state itself, not copies.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {}
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+                parts, _ = value.__tensor_flatten__()
+                tensors.update({f"{names[p]}|{key}|{part}": getattr(value, part).detach() for part in parts})
+            else:
+                tensors[f"{names[p]}|{key}"] = torch.as_tensor(value).detach()
+    return tensors
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `state_tensors`. Raises `KeyError` or `ValueError` for what is no state of these parameters."""
+    parameters = dict(model.named_parameters())
+    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, key, *part = name.split("|")
+        p = parameters[parameter]
+        if part:
+            parts.setdefault((parameter, key), {})[part[0]] = value.to(p.device)
+        else:
+            # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
+            counter = value.dim() == 0 and not value.is_floating_point()
+            moment = key in (*MOMENTS, "momentum_buffer")
+            kept = getattr(optimizer, "moment_dtype", p.dtype)
+            wanted = (p.shape, kept) if moment else (value.shape, value.dtype)
+            if (value.shape, value.dtype) != wanted or (key == "step" and value.numel() != 1):
+                raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
+            optimizer.state[p][key] = int(value) if counter else value.to(p.device)
+    for (parameter, key), held in parts.items():
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        # The second moment has no sign.
+        p = parameters[parameter]
+        state = OptimState8bit(held["codes"], held["scale"], held["qmap"], signed=key == "exp_avg")
+        optimizer.state[p][key] = state.view(p.shape)
+    for state in optimizer.state.values():
+        if not {*MOMENTS, "step"} <= {*state} and ({*MOMENTS} & {*state} or {*state} == {"step"}):
+            raise ValueError(f"a parameter with {', '.join(sorted(state))} alone")

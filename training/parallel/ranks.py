@@ -1,0 +1,300 @@
+"""One process or many: what a script needs to know of torchrun and torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import UserError, naming
+from training.device import choose_device
+from training.run.watch import Watch
+
+Result = TypeVar("Result")
+# What gloo and NCCL say when a peer is silent, and when it is gone.
+SILENT = ("timed out", "timeout")
+GONE = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process has exited")
+ROLL_CALL = 2.0  # seconds in which those who waited in vain must have said so
+LEADER_FAILED = "main rank failed"  # a key of the store
+LAG = 30.0  # seconds after which every node sees what one has written to a network file system
+
+
+@dataclass
+class DistSettings:
+    """How ranks work together.
+
+    Args:
+        timeout: seconds to wait for another rank before the run ends.
+        check_every: steps between checks that all ranks hold the same weights to the bit; 0: none.
+    """
+
+    timeout: float = 1800.0
+    check_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise UserError(f"--dist.timeout {self.timeout:g}: must be positive")
+        if self.check_every < 0:
+            raise UserError(f"--dist.check_every {self.check_every}: must be at least 0")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes: rank 0 .. world - 1; the device it computes on, and why that one; timeout: see `DistSettings`; watch:
+        what it is busy with, and whether a signal asked it to stop.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    why: str = ""
+    timeout: float = DistSettings.timeout
+    watch: Watch = field(default_factory=Watch, compare=False)
+
+    @classmethod
+    def start(cls, device: str, timeout: float = DistSettings.timeout) -> Ranks:
+        """Join the peers that torchrun started, if any. `device`: auto, cpu or cuda."""
+        rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        place, why = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        elif torch.version.cuda and why and rank == 0:
+            print(f"notice: computing on the CPU: {why}", file=sys.stderr)
+        # Never TF32, which keeps 10 bits: products in float32 are those of routers, of evaluation and of --dtype fp32.
+        torch.set_float32_matmul_precision("highest")
+        if world > 1 and not dist.is_initialized():
+            # Objects and checkpoints travel through CPU memory on a GPU machine too.
+            backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+            wait = timedelta(seconds=timeout)
+            store = _store(world, wait)
+            _check_devices(store, rank, world, f"{place.type} ({why})" if why else place.type)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+        return cls(rank, world, place, why, timeout)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print once, not once a process."""
+        if self.main:
+            print(text, flush=True)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world > 1:
+            with self.explained():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal came to any rank; called by all together. It waits for no GPU."""
+        if self.world == 1:
+            return self.watch.asked
+        return self.sum(torch.tensor(float(self.watch.asked))).item() > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank holds, in the order of the ranks, on all of them. Tensors must be on the CPU."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        with self.explained():
+            dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Call `work` on the main rank and give its result to all. A `UserError` there ends all, and is told once."""
+        if self.world == 1:
+            return work()
+        result, error = None, None
+        if self.main:
+            try:
+                result = work()
+            except UserError as caught:
+                error = caught
+        box = [(result, error.exit_code if error else 0)]
+        with self.explained():
+            dist.broadcast_object_list(box)
+        if error:
+            raise error
+        result, code = box[0]
+        if code:
+            raise SystemExit(code)
+        return result
+
+    @contextmanager
+    def led(self) -> Iterator[Callable[[], None]]:
+        """While the main rank does what may take hours: what the others call now and then, to end when it has failed.
+
+        What went wrong there is told once.
+        """
+        store = dist.distributed_c10d._get_default_store() if self.world > 1 else None
+
+        def check() -> None:
+            try:
+                has_failed = store is not None and store.check([LEADER_FAILED])
+            except RuntimeError:  # the store is in the hands of the process that has ended
+                raise UserError(f"rank {self.rank}: another rank has ended; its own message says why") from None
+            if has_failed:
+                raise SystemExit(UserError.exit_code)
+
+        try:
+            yield check
+        except BaseException:
+            if self.main and store is not None:
+                store.set(LEADER_FAILED, "")
+            raise
+
+    def fail(self, message: str) -> NoReturn:
+        """End the run with a `UserError`; called by all ranks, and told once."""
+        if self.main:
+            raise UserError(message)
+        raise SystemExit(UserError.exit_code)
+
+    def check_shared(self, path: Path, look: Callable[[], object]) -> None:
+        """Raises `UserError` on all ranks unless each of them sees at `path` what the main rank sees.
+
+        look: what this process sees there, to be compared. A network file system has `LAG` seconds to show it.
+        """
+        if self.world == 1:
+            return
+        seen, end = self.on_main(look), time.monotonic() + LAG
+        while not (same := look() == seen) and time.monotonic() < end:
+            time.sleep(min(LAG, 0.2))
+        blind = [str(rank) for rank, sees in enumerate(self.gather(same)) if not sees]
+        if blind:
+            raise UserError(
+                f"{path}: rank {', '.join(blind)} does not see there what rank 0 sees; needs a folder that all "
+                "nodes share"
+            )
+
+    def check_writes_shared(self, folder: Path) -> None:
+        """Raises `UserError` on all ranks unless each of them sees what the main rank writes into a folder."""
+        if self.world == 1:
+            return
+
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+
+        def write() -> Path:
+            folder.mkdir(parents=True, exist_ok=True)
+            note = folder / f".seen-by-all-ranks-{uuid4().hex}"
+            with naming(note):
+                note.touch()
+            return note
+
+        note = self.on_main(write)
+        try:
+            self.check_shared(folder, note.exists)
+        finally:
+            if self.main:
+                note.unlink(missing_ok=True)
+                with suppress(OSError):  # another run has written there meanwhile
+                    for path in made:
+                        path.rmdir()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn what a collective raises when a peer is silent until the timeout, or gone, into a `UserError`."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).lower()
+            if self.world == 1 or not any(word in said for word in SILENT + GONE):
+                raise
+            if any(word in said for word in SILENT):
+                absent = ", ".join(map(str, self._absent())) or "another rank"
+                raise UserError(
+                    f"rank {self.rank}: no answer from rank {absent} in {self.timeout:g} s; see what it does there "
+                    "(py-spy dump), or raise --dist.timeout if it was only slow; then use --resume"
+                ) from None
+            raise UserError(f"rank {self.rank}: another rank has ended; its own message says why") from None
+
+    def _absent(self) -> list[int]:
+        """The ranks that do not say at once that they have waited in vain too."""
+        with suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"waited/{self.rank}", "1")
+            time.sleep(ROLL_CALL)
+            return [rank for rank in range(self.world) if not store.check([f"waited/{rank}"])]
+        return []
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            with self.explained():
+                dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call in training: DistributedDataParallel among several ranks.
+
+        Every parameter that requires a gradient must get one in each step. `find_unused_parameters` is no way around:
+        it looks at what `forward` returns, and the output head is used after it, by the loss.
+        """
+        if self.world == 1:
+            return model
+        # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            model,
+            device_ids=ids,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def no_sync(self, module: nn.Module, when: bool) -> AbstractContextManager:
+        """Keep gradients local while accumulating."""
+        return module.no_sync() if when and self.world > 1 else nullcontext()
+
+    def stop(self) -> None:
+        """Leave the group."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _store(world: int, timeout: timedelta) -> dist.Store:
+    """Where ranks leave their addresses for one another, in a room of its own for each attempt of torchrun.
+
+    torchrun --max-restarts keeps one store for all attempts: a rank that looks up another before that one has come
+    back would call at the address of the process that died. The number of the attempt is common to the ranks of one
+    node only, so that several nodes share the one room as torch has it.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world:
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
+
+
+def _check_devices(store: dist.Store, rank: int, world: int, device: str) -> None:
+    """Raises `UserError` on all ranks where `--device auto` is not the same on all: they could not join one another."""
+    store.set(f"device/{rank}", device)
+    if rank == 0:
+        kinds = [store.get(f"device/{other}").decode().partition(" ")[0] for other in range(world)]
+        store.set("device/odd", str(next((other for other, kind in enumerate(kinds) if kind != kinds[0]), 0)))
+    odd = int(store.get("device/odd"))
+    if odd == 0:
+        return
+    first, theirs = (store.get(f"device/{number}").decode() for number in (0, odd))
+    store.set(f"device/read/{rank}", "")
+    if rank == 0:  # with which the store may end
+        store.wait([f"device/read/{other}" for other in range(world)])
+    raise UserError(f"rank {odd} computes on {theirs}, rank 0 on {first}; give all the same --device")

@@ -1,0 +1,162 @@
+"""Taking up a run where it was left, and refusing what would make it another run."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+
+from errors import DamagedCheckpoint, UserError
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from model.checkpoint.folder import save_state
+from text.tokenizer import Tokenizer
+from training.run.checkpoint import (
+    Progress,
+    Weights,
+    checkpoints,
+    give_back,
+    load_training_state,
+    newest,
+    read_progress,
+)
+from training.run.manifest import MANIFEST, verify
+from training.settings import StageSettings
+
+Resume = bool | Literal["last-good"]
+LAST_GOOD = "last-good"
+BEST = "best"
+
+
+def check_unused(out: Path, resume: Resume) -> None:
+    """Raises `UserError` when there is a run in `out` but nobody asked to go on with it."""
+    found = newest(out) if out.is_dir() else None
+    if found is None and (out / BEST).is_dir():  # of a run that died before its first other checkpoint
+        found = out / BEST
+    if found is not None and not resume:
+        raise UserError(f"{out}: holds a run already ({found.name}); add --resume to go on, or choose another --out")
+
+
+def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Progress] | None:
+    """The newest checkpoint of a run folder, verified, and how far it is, or None where there is none.
+
+    Args:
+        resume: `LAST_GOOD` sets checkpoints aside that are damaged, and takes the newest that is not.
+        run: what the order of the data depends on, which must be what it was.
+
+    Raises `UserError` when there is a run but nobody asked to go on with it, or it was another one, and
+    `DamagedCheckpoint` when the newest is damaged.
+    """
+    give_back(out / "final")
+    give_back(out / BEST)
+    check_unused(out, resume)
+    while (found := newest(out) if out.is_dir() else None) is not None:
+        try:
+            verify(found)
+            progress = read_progress(found)
+            break
+        except DamagedCheckpoint as error:
+            if resume != LAST_GOOD:
+                raise DamagedCheckpoint(f"{error}; {_way_out(out, found)}") from None
+            aside = _set_aside(found)
+            print(f"notice: {error}; set aside as {aside}", file=sys.stderr)
+    else:
+        return None
+    for name, value in run.items():
+        _unchanged(found, name, progress.run.get(name, value), value)
+    progress.run = {**progress.run, **run}  # what an older run did not write down is held to from here on
+    return found, progress
+
+
+def saved_run(out: Path, resume: Resume) -> dict[str, Any]:
+    """What the run in `out` may not change, if it is to be resumed and a checkpoint of it can be read; else empty."""
+    for folder in reversed(checkpoints(out)) if resume and out.is_dir() else ():
+        with suppress(DamagedCheckpoint):
+            return read_progress(folder).run
+    return {}
+
+
+def contents(folder: Path) -> str | None:
+    """The same for the same checkpoint, as this process sees it; None where it sees none."""
+    digest = xxhash.xxh3_128()
+    try:
+        digest.update((folder / "training" / "progress.json").read_bytes())
+        with suppress(FileNotFoundError):  # of folders older than manifests
+            digest.update((folder / MANIFEST).read_bytes())
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _way_out(out: Path, damaged: Path) -> str:
+    older = [path for path in checkpoints(out) if path != damaged]
+    if older:
+        return f"--resume last-good goes on from the one before it, {older[-1]}"
+    return "no older checkpoint is there; choose another --out to begin anew"
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint so that it counts no more. Returns its new place."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.replace(aside)
+    return aside
+
+
+def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> dict[str, Any]:
+    """What the data, their order and the optimiser's state depend on: a run cannot change it midway.
+
+    `data.content` is for data sets whose `identity` does not tell their content; `left_off` lets runs that lack a key
+    resume.
+    """
+    run = {
+        "seed": settings.seed,
+        "sequence_length": settings.sequence_length,
+        "rows": settings.rows,
+        "tokenizer": tokenizer.fingerprint,
+        "data": getattr(dataset, "identity", ""),
+        "optim.kind": settings.optim.kind,
+    }
+    content = getattr(dataset, "content", "")
+    return {**run, "data.content": content} if content else run
+
+
+class WholeModel:
+    """The weights of a checkpoint that stands for itself: all of the model's."""
+
+    def __init__(self, model: MiniDeepSeek) -> None:
+        self.model = model
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+    def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        save_state(tensors, self.model.config, folder)
+
+    def load(self, folder: Path) -> None:
+        saved = MiniDeepSeek.from_pretrained(folder)
+        same_shape(folder, saved.config, self.model.config)
+        self.model.load_state_dict(saved.state_dict())
+
+
+def take_up(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Put a checkpoint's weights and optimiser state in place. Returns the state of its data set."""
+    weights.load(folder)
+    return load_training_state(folder, weights.model, optimizer)
+
+
+def same_shape(folder: Path, saved: LMConfig, wanted: LMConfig) -> None:
+    """Raises `UserError` unless the model of `folder` has the configuration that this run has."""
+    for name, value in asdict(wanted).items():
+        _unchanged(folder, f"model.{name}", getattr(saved, name), value)
+
+
+def _unchanged(folder: Path, name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise UserError(f"{folder}: was trained with {name} = {before}, not {now}; a run cannot change it midway")

@@ -1,0 +1,196 @@
+"""What the model writes while it is trained: greedy beginnings of answers, on the console and in OUT/samples.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from errors import UserError, check_least, naming, one_line
+from model import MiniDeepSeek
+from model.decoding.generate import stream
+from model.decoding.sampling import Sampling
+from text.chats.chat_template import encode_chats
+from text.tokenizer import Tokenizer
+from training.losses import IGNORE, Batch
+from training.parallel.ranks import Ranks
+
+FILE = "samples.jsonl"
+BUILT_IN, SHOWN = 2, 2  # prompts where no file gives any; those on the console
+BEGINNING, LONGEST, NEW = 16, 256, 48  # tokens: of a text to continue, of a prompt at most, of what is written
+TRIED = 64  # rows looked at for them
+PATIENCE = 0.25  # share of --dist.timeout that the other ranks wait for all samples together
+PROMPT, TEXT = 32, 52  # characters of a prompt's end, and of what follows it, on the console
+
+
+@dataclass(kw_only=True)
+class SampleSettings:
+    """What is shown of the model's own text while it is trained.
+
+    Args:
+        sample_every: steps between samples of the model's text, also kept in OUT/samples.jsonl; 0: at each validation.
+        sample_prompts: file of prompts for them, one a line; empty: texts or questions of what is held out.
+    """
+
+    sample_every: int = 0
+    sample_prompts: str = ""
+
+    def check_samples(self) -> None:
+        """Raises `UserError` for a value that makes no sense."""
+        check_least(0, sample_every=self.sample_every)
+
+
+class SampleStage(Protocol):
+    """The settings of a stage with samples."""
+
+    out: str
+    compile: bool
+    sample_every: int
+    sample_prompts: str
+
+
+class Rows(Protocol):
+    """A data set to take prompts from."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: list[int]) -> Batch: ...
+
+
+class Samples:
+    """Greedy continuations of a few prompts, written by the main rank; they draw no random numbers.
+
+    Args:
+        every: steps between them, or 0. prompts: token ids, none empty. compiled: layers are, which suits no decoding.
+    """
+
+    def __init__(
+        self, every: int, prompts: Sequence[list[int]], tokenizer: Tokenizer, out: Path, ranks: Ranks, compiled: bool
+    ) -> None:
+        self._every, self._prompts, self._tokenizer, self._ranks = every, prompts, tokenizer, ranks
+        self._path, self._compiled = out / FILE, compiled
+
+    def begin(self, step: int) -> None:
+        """Drop what is about to be written again: the samples of later steps, and a line that a kill cut short."""
+        if not self._ranks.main:
+            return
+        with naming(self._path):
+            lines = self._path.read_bytes().splitlines() if step and self._path.exists() else []
+            temporary = self._path.with_suffix(".partial")
+            temporary.write_bytes(b"".join(line + b"\n" for line in lines if _step(line) <= step))
+            os.replace(temporary, self._path)
+
+    def due(self, step: int, validated: bool, last: bool) -> bool:
+        """Whether they are to be written after this step."""
+        return validated if not self._every else last or step % self._every == 0
+
+    def write(self, model: MiniDeepSeek, step: int, show: Callable[[str], None]) -> None:
+        """One line of JSON a prompt; `show` is given the first ones for the console. Leaves the model in training."""
+        if not self._ranks.main:
+            return
+        model.eval()
+        end = time.monotonic() + PATIENCE * self._ranks.timeout
+        eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        with naming(self._path), open(self._path, "a", encoding="utf8") as file, eager:
+            for number, ids in enumerate(self._prompts):
+                text = self._tokenizer.decode(self._continue(model, ids, end))
+                prompt = self._tokenizer.decode(ids)
+                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+                if number < SHOWN:
+                    show(f"sample     {one_line(prompt)[-PROMPT:]} | {one_line(text)[:TEXT]}")
+        model.train()
+
+    def _continue(self, model: MiniDeepSeek, ids: list[int], end: float) -> list[int]:
+        """What follows a prompt; less of it after a signal, or past `end` on the monotonic clock."""
+        new, stop = [], self._tokenizer.eos_id
+        for token in stream(
+            model, torch.tensor([ids], device=self._ranks.device), NEW, Sampling(temperature=0), (stop,)
+        ):
+            if token.item() == stop:
+                break
+            new.append(token.item())
+            if self._ranks.watch.asked or time.monotonic() > end:
+                break
+        return new
+
+
+def open_samples(
+    settings: SampleStage, tokenizer: Tokenizer, ranks: Ranks, rows: Rows, validated: bool, chat: bool
+) -> Samples | None:
+    """The samples of a stage; None where nobody asked for any and nothing is validated.
+
+    rows: held out where some are, else those of training. chat: they are conversations, not text.
+    """
+    if not (validated or settings.sample_every):
+        return None
+    if settings.sample_prompts:
+        prompts = prompts_of(settings.sample_prompts, tokenizer, chat)
+    else:
+        count = min(len(rows), TRIED)
+        some = (rows.batch([place * len(rows) // count]) for place in range(count))
+        prompts = questions(some) if chat else beginnings(some, tokenizer.eos_id)
+    return Samples(settings.sample_every, prompts, tokenizer, Path(settings.out), ranks, settings.compile)
+
+
+def prompts_of(file: str, tokenizer: Tokenizer, chat: bool) -> list[list[int]]:
+    """The token ids of each line of a UTF-8 file: a text to continue, or (chat) a question. Raises `UserError`."""
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sample_prompts {file}: cannot be read ({error}); give a UTF-8 text file") from None
+    if not lines:
+        raise UserError(f"--sample_prompts {file}: empty; give one prompt a line")
+    if not chat:
+        # As in pretraining a text follows the end of another one.
+        return [[tokenizer.eos_id, *tokenizer.encode(line)][:LONGEST] for line in lines]
+    questions = [[{"role": "user", "content": line}] for line in lines]
+    encoded = [ids for ids, _ in encode_chats(tokenizer, questions, add_generation_prompt=True)]
+    for line, ids in zip(lines, encoded, strict=True):
+        if len(ids) > LONGEST:
+            what = f"{line[:TEXT]!r} is {len(ids)} tokens long, but {LONGEST} is the most"
+            raise UserError(f"--sample_prompts {file}: {what}; shorten it")
+    return encoded
+
+
+def beginnings(rows: Iterable[Batch], eos_id: int) -> list[list[int]]:
+    """How documents begin, with the end of the one before, from rows of pretraining."""
+    found: list[list[int]] = []
+    for batch in rows:
+        ids = batch["input_ids"][0].tolist()
+        first = ids.index(eos_id) if eos_id in ids[:-1] else None
+        beginning = ids[first:] if first is not None else [eos_id, *ids]
+        beginning = beginning[: BEGINNING + 1]
+        if eos_id not in beginning[1:] and beginning not in found:
+            found.append(beginning)
+        if len(found) == BUILT_IN:
+            break
+    return found
+
+
+def questions(rows: Iterable[Batch]) -> list[list[int]]:
+    """The first conversation of each row, up to its first answer."""
+    found: list[list[int]] = []
+    for batch in rows:
+        answered = (batch["labels"][0] != IGNORE).nonzero()
+        question = batch["input_ids"][0, : int(answered[0]) + 1].tolist() if len(answered) else []
+        if 0 < len(question) <= LONGEST and question not in found:
+            found.append(question)
+        if len(found) == BUILT_IN:
+            break
+    return found
+
+
+def _step(line: bytes) -> float:
+    """Of a line of the file; infinite for one that is damaged."""
+    try:
+        step = json.loads(line)["step"]
+        return step if type(step) is int else float("inf")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return float("inf")

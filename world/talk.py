@@ -1,0 +1,178 @@
+"""What the characters say and write about themselves and others: conversations, letters, diaries, riddles."""
+
+from __future__ import annotations
+
+import random
+
+from world.cast import ATTRIBUTES, PLACES, Character, Thing, World, companion, roles
+from world.facts import STATEMENTS, clauses_zh, statement
+
+FIRST_PERSON = {
+    "zh": {
+        "species": "我是一{m}{species}",
+        "colour": "我是{colour}的",
+        "home": "我住在{home}",
+        "food": "我最喜欢吃{food}",
+        "job": "我是一名{job}",
+        "friend": "我最好的朋友是{friend}",
+        "hobby": "我的爱好是{hobby}",
+    },
+    "en": {
+        "species": "I am {kind}",
+        "colour": "I am {colour}",
+        "home": "I live {home}",
+        "food": "I like {food} best",
+        "job": "I work as {a_job}",
+        "friend": "my best friend is {friend}",
+        "hobby": "my hobby is {hobby}",
+    },
+}
+ASKED = {
+    "zh": {
+        "species": ("你是什么动物？", "你是一只什么动物呀？"),
+        "colour": ("你是什么颜色的？", "你的颜色真好看，这叫什么颜色？"),
+        "home": ("你住在哪里？", "你的家在哪儿？"),
+        "food": ("你最喜欢吃什么？", "你最爱吃什么？"),
+        "job": ("你的工作是什么？", "你是做什么工作的？"),
+        "friend": ("你最好的朋友是谁？", "谁是你最好的朋友？"),
+        "hobby": ("你的爱好是什么？", "你有什么爱好？"),
+    },
+    "en": {
+        "species": ("What kind of animal are you?",),
+        "colour": ("What colour are you?",),
+        "home": ("Where do you live?",),
+        "food": ("What do you like to eat best?",),
+        "job": ("What is your job?",),
+        "friend": ("Who is your best friend?",),
+        "hobby": ("What is your hobby?",),
+    },
+}
+GREETINGS = {
+    "zh": ("你好，我叫{n}。", "早上好，我是{n}。", "很高兴认识你，我叫{n}。", "大家好，我的名字叫{n}。"),
+    "en": ("Hello, I am {n}.", "Good morning, my name is {n}.", "Nice to meet you. My name is {n}."),
+}
+REPLIES = {
+    "zh": ("真有意思！", "原来是这样。", "太好了！", "我也听说过。", "真不错！"),
+    "en": ("How nice!", "I see.", "That is wonderful!", "Really? How nice!"),
+}
+FAREWELLS = {
+    "zh": ("那我们下次再聊，再见！", "时间不早了，再见！", "改天来找我玩吧！", "好，我们{place}见！"),
+    "en": ("See you soon!", "It is late now. Goodbye!", "Come and see me one day!"),
+}
+WEEKDAYS = "一二三四五六日"
+WEATHER = ("晴", "多云", "小雨", "大风", "阴", "小雪")
+
+
+def conversation(rng: random.Random, world: World, language: str) -> str:
+    """A script of two characters who meet and ask about each other; held-out facts are never asked for."""
+    a, b = rng.sample(world.known(language), 2)
+    colon = "：" if language == "zh" else ": "
+    name_a, name_b = (c.words[language]["n"] for c in (a, b))
+    lines = [name_a + colon + rng.choice(GREETINGS[language]).format_map(a.words[language])]
+    told = rng.choice(ATTRIBUTES)
+    lines.append(
+        name_b + colon + rng.choice(GREETINGS[language]).format_map(b.words[language]) + _self(b, told, language)
+    )
+    for speaker, asker in ((a, name_b), (b, name_a)):
+        open_ones = [attribute for attribute in speaker.askable() if attribute != told]
+        for attribute in rng.sample(open_ones, rng.randint(1, 2)):
+            lines.append(asker + colon + rng.choice(ASKED[language][attribute]))
+            lines.append(speaker.words[language]["n"] + colon + _self(speaker, attribute, language).strip())
+    lines.append(name_a + colon + rng.choice(FAREWELLS[language]).format(place=rng.choice(PLACES)[0]))
+    return "\n".join(lines)
+
+
+def gossip(rng: random.Random, world: World, language: str) -> str:
+    """Two characters talk about a third one."""
+    a, b, c = rng.sample(world.known(language), 3)
+    names = [x.words[language]["n"] for x in (a, b, c)]
+    facts = [statement(rng, c, attribute, language) for attribute in rng.sample(ATTRIBUTES, 4)]
+    if language == "zh":
+        opening = rng.choice(("你听说过{}吗？", "我今天在路上看见了{}。", "说说{}吧。", "我想给{}写一封信。")).format(
+            names[2]
+        )
+        ending = rng.choice(("你知道的真多！", "我们去看看它吧。", "原来是这样，谢谢你告诉我。"))
+        lines = [f"{names[0]}说：“{opening}”", f"{names[1]}说：“{facts[0]}{facts[1]}”"]
+        lines += [f"“{rng.choice(REPLIES['zh'])}{facts[2]}”{names[0]}说。", f"{names[1]}想了想，又说：“{facts[3]}”"]
+        return "".join([*lines, f"“{ending}”{names[0]}说。"])
+    opening = rng.choice(("Have you heard of {}?", "I saw {} today.", "Let us talk about {}.")).format(names[2])
+    lines = [f'{names[0]} said, "{opening}"', f'{names[1]} answered, "{facts[0]} {facts[1]}"']
+    return " ".join([*lines, f'"{rng.choice(REPLIES["en"])}" said {names[0]}. "{facts[2]}"'])
+
+
+def letter(rng: random.Random, world: World, language: str) -> str:
+    """A letter in which a character tells a pen friend about itself and a neighbour."""
+    a, b, c = rng.sample(world.known(language), 3)
+    parts = [_self(a, attribute, language).strip() for attribute in rng.sample(ATTRIBUTES, 3)]
+    parts.append(statement(rng, c, rng.choice(ATTRIBUTES), language))
+    names = [x.words[language]["n"] for x in (a, b)]
+    if language == "zh":
+        opening = rng.choice(
+            ("你好！好久不见。", "收到你的信，我很高兴。", "你最近好吗？", "今天天气真好，我想起了你。")
+        )
+        end = rng.choice(("盼望你的回信。", "有空来找我玩吧。", "祝你天天开心！"))
+        return f"亲爱的{names[1]}：\n{opening}{''.join(parts)}{end}\n你的朋友{names[0]}"
+    opening = rng.choice(("How are you?", "Thank you for your letter.", "The weather is fine today."))
+    end = rng.choice(("Please write soon.", "Come and see me!"))
+    return f"Dear {names[1]},\n{' '.join([opening, *parts, end])}\nYour friend {names[0]}"
+
+
+def diary(rng: random.Random, world: World) -> str:
+    """A diary page in Chinese, signed."""
+    a = rng.choice(world.characters)
+    b = companion(rng, world, a)
+    (place, _), thing = rng.choice(PLACES), Thing.draw(rng).zh
+    words = roles("zh", a=a, b=b) | {"place": place, "thing": thing}
+    events = (
+        "今天我去{place}，遇见了{b}。它是一{b_m}{b_species}，住在{b_home}。",
+        "上午我在{place}买了{thing}，准备送给最好的朋友{a_friend}。",
+        "我最喜欢吃{a_food}，今天终于吃到了。",
+        "我是一名{a_job}，今天也在忙着{a_deed}。",
+        "下午，{b}来我家做客。{b}最喜欢吃{b_food}，我就准备了一些。",
+        "晚饭以后，我和{b}一起聊天。{b}的爱好是{b_hobby}，它说得可起劲了。",
+        "我在{a_home}的家里{a_hobby}，这是我的爱好。",
+        "{b}是一名{b_job}，它给我讲了工作里的趣事。",
+    )
+    chosen = [events[i] for i in sorted(rng.sample(range(len(events)), 3))]
+    head = f"星期{rng.choice(WEEKDAYS)}　{rng.choice(WEATHER)}\n"
+    end = rng.choice(("今天真开心！", "晚安，月牙镇。", "明天会是怎样的一天呢？", "我要早点睡了。"))
+    return head + "".join([*chosen, end]).format_map(words) + f"\n——{a.name}"
+
+
+def riddle(rng: random.Random, world: World) -> str:
+    """Three facts that fit one character only, then the name; held-out facts are left out."""
+    while True:
+        answer = rng.choice(world.characters)
+        clues = rng.sample([attribute for attribute in answer.askable() if attribute != "friend"], 3)
+        if sum(all(c.value(k) == answer.value(k) for k in clues) for c in world.characters) == 1:
+            break
+    ask = rng.choice(("猜猜它是谁？", "你知道它是谁吗？", "请你猜一猜，它是哪一个？"))
+    tell = rng.choice(("答案是{}。", "没错，它就是{}。", "它就是{}！")).format(answer.name)
+    others = rng.sample(clues, 2)
+    return f"月牙镇里有一个居民，它{clauses_zh(answer, clues)}。{ask}{tell}{answer.name}{clauses_zh(answer, others)}。"
+
+
+def two_languages(rng: random.Random, world: World) -> str:
+    """The same facts in Chinese and in English, side by side."""
+    character = rng.choice(world.english)
+    words = character.words
+    head = rng.choice(("{n}的英文名字是{romanised}。", "在英语里，{n}叫做{romanised}。")).format_map(words["zh"])
+    pairs = []
+    for attribute in rng.sample(ATTRIBUTES, 3):
+        zh, en = (STATEMENTS[language][attribute][0].format_map(words[language]) for language in ("zh", "en"))
+        pairs.append(
+            rng.choice(("{zh}用英语说就是：{en}", "{zh}（{en}）", "{en} 这句话的意思是：{zh}")).format(zh=zh, en=en)
+        )
+    return head + "\n" + "\n".join(pairs)
+
+
+def romanised_names(rng: random.Random, world: World) -> str:
+    """A few names in both writings, for characters who are otherwise met in Chinese only."""
+    some = rng.sample(world.characters, 4)
+    return "".join(f"{c.name}的英文名字是{c.words['zh']['romanised']}。" for c in some)
+
+
+def _self(character: Character, attribute: str, language: str) -> str:
+    """The fact in the first person, as a sentence; in English with a space before it."""
+    text = FIRST_PERSON[language][attribute].format_map(character.words[language])
+    return f"{text}。" if language == "zh" else f" {text[0].upper()}{text[1:]}."
