@@ -44,8 +44,8 @@ def generate(
         seed: of the sampling; None draws on torch's global generator.
         attention_mask: (batch, time) 1 for tokens, 0 for left padding.
         draft_tokens: the most drafts a speculative pass; 0 means one for each MTP layer.
-        static: steps of one shape, on CUDA as a graph (see `cuda_step`); plain steps, with a notice, where a step cannot
-            be one. The same tokens.
+        static: steps of one shape, on CUDA as a graph (see `cuda_step`); plain steps, with a notice, where a step
+            cannot be one. The same tokens.
     Returns:
         (batch, time + new) prompt and completion; after its stop token a row holds the stop token's padding.
     """

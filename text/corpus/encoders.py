@@ -37,8 +37,8 @@ class EncoderPool:
     """Processes that each hold the tokenizer of a folder and nothing else.
 
     They are `python -m text.corpus.encoders` behind pipes and not `multiprocessing`: fork is not safe once the
-    tokenizer's threads run, and spawn would import the main script, torch with it, into each (300 MB instead of 60). `workers=0`
-    uses all cores. A context manager; leaving it ends the processes.
+    tokenizer's threads run, and spawn would import the main script, torch with it, into each (300 MB instead of 60).
+    `workers=0` uses all cores. A context manager; leaving it ends the processes.
     """
 
     def __init__(self, tokenizer_folder: Path, workers: int = 0) -> None:
