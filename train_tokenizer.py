@@ -19,8 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from errors import UserError, command_line, waiting
-from text.chats.sampling import Sample, sample_by_size
 from text.corpus.compression import Compression, measure_compression
+from text.sampling import Sample, sample_by_size
 from text.sources.readers import Corpus
 from text.sources.registry import REGISTRY, find_sources
 from text.sources.row_report import balance

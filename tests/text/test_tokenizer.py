@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from errors import UserError
-from text.chats.sampling import sample_by_size
 from text.corpus.compression import KINDS, kind_of_line, measure_compression
+from text.sampling import sample_by_size
 from text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, train_bpe
 from train_tokenizer import train_tokenizer
 

@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from errors import UserError
-from text.chats.content import content_hash
+from text.order import content_hash
 from text.tokenizer import Tokenizer
 
 INDEX = "index.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from errors import UserError
-from text.chats.sampling import sample_by_count
+from text.sampling import sample_by_count
 from text.sources.csv_rows import csv_rows
 from text.sources.data_file import DataFile, FileProblem, suffix_of
 from text.sources.folders import Folder
