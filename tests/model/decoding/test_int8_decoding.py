@@ -17,7 +17,7 @@ from model.decoding.batching import Batcher, Request
 from model.decoding.stepper import Stepper
 from model.experts import Experts
 from model.kernels import compiled
-from model.quantized import Int8Weight, PackedLinear
+from model.quantized import Int8Weight, QuantizedLinear
 from training.adapters.frozen import shrink_frozen
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -40,9 +40,9 @@ def unfolded(model: MiniDeepSeek) -> MiniDeepSeek:
     """A float32 model of the same numbers, whose layers are plain again."""
     model = copy.deepcopy(model).float()
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, QuantizedLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain.weight, plain.bias = nn.Parameter(module.packed.dense(torch.float32)), module.bias
+            plain.weight, plain.bias = nn.Parameter(module.quantized.dense(torch.float32)), module.bias
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, plain)
         elif isinstance(module, Experts):
