@@ -19,7 +19,8 @@ STYLE = """
   .moe { fill: #fff1e5; stroke: #bc4c00 }  .mtp { fill: #dafbe1; stroke: #1a7f37 }
   path { stroke: #57606a; stroke-width: 1.6; fill: none; marker-end: url(#tip) }
   @media (prefers-color-scheme: dark) {
-    text { fill: #e6edf3 }  .file { fill: #9198a1 }  .plain { fill: #151b23; stroke: #656c76 }  .frame { stroke: #656c76 }
+    text { fill: #e6edf3 }  .file { fill: #9198a1 }
+    .plain { fill: #151b23; stroke: #656c76 }  .frame { stroke: #656c76 }
     .mla { fill: #0c2d4d; stroke: #4493f8 }  .moe { fill: #3d1f0a; stroke: #f0883e }
     .mtp { fill: #0f2f18; stroke: #3fb950 }  path { stroke: #9198a1 }
   }
@@ -32,7 +33,7 @@ def lines(file: str) -> int:
 
 
 def box(x: int, y: int, width: int, height: int, kind: str, name: str, note: str = "", files: tuple[str, ...] = ()):
-    """Return the SVG of one part: its name, one line about it, and its files with their lines. x, y: top left, pixels."""
+    """Return the SVG of one part: its name, a line about it, its files with their lines. x, y: top left, pixels."""
     rows = [("name", name), *([("note", note)] if note else [])]
     rows += [("file", f"{Path(file).name} · {lines(file)}") for file in files]
     top = y + height / 2 - 9 * (len(rows) - 1) + 5
