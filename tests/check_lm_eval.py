@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from cli import call
 from errors import UserError, command_line
 from eval.opened_model import OpenedModel, open_model
 from eval.suites.choice_rows import ChoiceItem
@@ -29,7 +30,6 @@ from eval.suites.measuring import measure
 from eval.suites.multiple_choice import MultipleChoice
 from eval.suites.suite import Score, Suite
 from eval.suites.text_likelihood import TextLikelihood
-from training.settings import call
 from world.numbers import held_out_arithmetic_problem
 
 DIGITS = 4  # that lm-eval prints
