@@ -16,8 +16,7 @@ from rich.table import Table
 
 from errors import UserError, command_line
 from eval.answering import Answerer
-from model.decoding.batching import GREEDY
-from model.decoding.sampling import Sampling
+from model.decoding.sampling import GREEDY, Sampling
 from text.sources.json_text import json_text
 from training.settings import call
 from world.columns import conclusion
