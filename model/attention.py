@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from errors import one_line
 from model.kernels import fused
@@ -209,6 +208,8 @@ def _attend_segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends:
     """Isolated packing by kernels for sequences of varying length: flash-attn's, or the ones that torch has on CUDA."""
     time, (q_flat, k_flat, v_flat) = q.shape[1], (x.flatten(0, 1) for x in (q, k, v))
     if flash is None:
+        from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo: seconds, and only CUDA comes here
+
         out = varlen_attn(q_flat, k_flat, v_flat, ends, ends, time, time, scale=scale, window_size=(-1, 0))
     else:
         out = flash.flash_attn_varlen_func(
@@ -217,10 +218,13 @@ def _attend_segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends:
     return out.view_as(q)
 
 
-@torch.compiler.assume_constant_result
 def has_flash_attention() -> bool:
     """Whether `flash_attention` is there; torch.compile asks once, where an import that fails would break its graph."""
     return flash_attention() is not None
+
+
+# torch.compiler.assume_constant_result sets this after importing torch._dynamo, which takes as long as torch itself.
+has_flash_attention._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=1)

@@ -62,7 +62,7 @@ class Experts(nn.Module):
             return (self._few if few else self._in_turn)(x_ND, weights_NK.to(x_ND.dtype), indices_NK)
         return (self._grouped if x_ND.is_cuda else self._looped)(x_ND, weights_NK, indices_NK, corrections)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported at the first call
     def _looped(self, *inputs: Tensor | Mapping[str, LowRank]) -> Tensor:
         """On CPU the number of rows is read from the data: a compiled graph would hold for one step."""
         return self._grouped(*inputs)
@@ -87,7 +87,7 @@ class Experts(nn.Module):
         a, b, scale = corrections[name]
         return out + scale * grouped_linear(grouped_linear(x_RF, a, plan), b, plan)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _in_turn(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
         """The same bits as `_grouped` without a gradient: the rows of one expert stay in the processor's cache from the
         first product to the last, in the place of those of the expert before.

@@ -146,7 +146,7 @@ def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(monkeypat
         flash = fake_flash_attn([]).flash_attn_varlen_func
         return flash(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, True)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
     monkeypatch.setattr(attention, "flash_attention", lambda: None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))

@@ -13,7 +13,8 @@ from torch import nn
 from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.decoding import native
-from model.decoding.batching import Batcher, Request
+from model.decoding.engine import Engine
+from model.decoding.scheduler import Request
 from model.decoding.stepper import Stepper
 from model.experts import Experts
 from model.kernels import compiled
@@ -150,7 +151,7 @@ def test_generation_speculation_and_batches_decode_the_codes_in_c(dtype, tiny_mo
         assert torch.equal(model.generate(prompt, max_new_tokens=20), wanted)
         assert torch.equal(model.generate(prompt, max_new_tokens=20, speculative=True, draft_tokens=2), wanted)
     asked = [Request(prompt[0].tolist(), 20) for prompt in prompts]
-    made = Batcher(model, 3, 32).run(asked)
+    made = Engine(model, 3, 32).run(asked)
     assert [request.prompt + each.tokens for request, each in zip(asked, made, strict=True)] == [
         wanted[0].tolist() for wanted in expected
     ]
