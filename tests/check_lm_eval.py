@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from cli import call
 from errors import UserError, command_line
 from eval.opened_model import OpenedModel, open_model
 from eval.suites.choice_rows import ChoiceItem
@@ -30,7 +31,6 @@ from eval.suites.multiple_choice import MultipleChoice
 from eval.suites.suite import Score, Suite
 from eval.suites.text_likelihood import TextLikelihood
 from text.chats.arithmetic import arithmetic_problem
-from training.settings import call
 
 DIGITS = 4  # that lm-eval prints
 RELATIVE = 1e-5  # of a log-likelihood: what the order of float32 sums may change

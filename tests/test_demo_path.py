@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import full_sft
+from cli import call, parse
 from collect import CollectSettings
 from dpo_train import DPOSettings
 from eval.questions import questions
@@ -28,7 +29,6 @@ from model import MiniDeepSeek
 from pretrain import PretrainSettings
 from text.tokenizer import Tokenizer
 from training.run.log import read_metrics
-from training.settings import call, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -146,6 +146,13 @@ def test_transformers_opens_the_result_with_the_same_logits(stage, path):
     with torch.no_grad():
         logits = ours(torch.tensor([ids])).logits
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_script_waits_for_no_library_that_it_may_not_need():
+    """Each of them takes as long to import as torch, or longer."""
+    slow = {"torch._dynamo", "sympy", "transformers", "datasets", "pandas", "peft", "wandb", "matplotlib", "torchao"}
+    scripts = "pretrain, full_sft, lora_sft, dpo_train, grpo_train, distill, dataset, train_tokenizer, eval.chat"
+    python("-c", f"import sys, {scripts}; found = {slow} & sys.modules.keys(); assert not found, found")
 
 
 def test_the_result_chats(path):
