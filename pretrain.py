@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset import PretrainDataset
 from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
 from text.corpus.mixture import open_sources, sources_ready
+from text.corpus.pretrain_dataset import PretrainDataset
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.held_out import labels_name

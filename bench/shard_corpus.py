@@ -28,7 +28,8 @@ from tqdm import tqdm
 from errors import command_line
 from text.corpus.shards import prepare_shards
 from text.sources.readers import Corpus
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from training.settings import call
 
 CHINESE_SHARE = 0.7

@@ -14,8 +14,8 @@ from typing import Any
 from errors import UserError, command_line, is_broken, naming
 from text.corpus.mixture import open_sources
 from text.corpus.shard_set import ShardSet
+from text.files import read_yaml
 from text.sources.registry import REGISTRY, find_sources
-from text.sources.yaml_file import read_yaml
 from text.tokenizer import Tokenizer
 from training.settings import call
 

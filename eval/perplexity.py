@@ -16,7 +16,7 @@ from rich.progress import track
 
 from errors import UserError, check_least, command_line
 from eval.answering import Answerer
-from text.sources.json_text import json_text
+from text.files import json_text
 from training.losses import IGNORE, token_losses
 from training.settings import call
 

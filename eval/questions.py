@@ -18,7 +18,7 @@ from errors import UserError, command_line
 from eval.answering import Answerer
 from model.decoding.batching import GREEDY
 from model.decoding.sampling import Sampling
-from text.sources.json_text import json_text
+from text.files import json_text
 from training.settings import call
 from world.columns import conclusion
 

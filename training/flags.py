@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from text.sources.yaml_file import read_yaml
+from text.files import read_yaml
 
 # What the parser takes for an option, and not for a text that begins so.
 OPTION = re.compile(r"--?[A-Za-z][\w.-]*")

@@ -24,7 +24,7 @@ from full_sft import SFTSettings
 from grpo_train import GRPOSettings
 from lora_sft import LoraSFTSettings
 from pretrain import PretrainSettings
-from text.sources.yaml_file import read_yaml
+from text.files import read_yaml
 from training.settings import NextTokenSettings, call, model_config, parse, save_resolved
 
 ROOT = Path(__file__).resolve().parents[2]

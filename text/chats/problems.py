@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from errors import UserError
-from text.chats.content import content_hash
+from text.batches import content_hash
 from text.chats.turns import question_text
 from text.judging.answers import final_answer, kind_of_answer, problem_with
 from text.order import shuffled

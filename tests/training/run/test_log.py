@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from error_texts import sources
 
-from text.sources.json_text import json_text
+from text.files import json_text
 from training.run.log import RunLog, read_metrics
 
 
