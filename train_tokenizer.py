@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from cli import call
 from errors import UserError, command_line, waiting
 from text.corpus.compression import Compression, measure_compression
 from text.sources.readers import Corpus
 from text.sources.registry import REGISTRY, find_sources
 from text.sources.row_report import balance
 from text.tokenizer_training import Sample, check_vocab_size, sample_by_size, train_bpe
-from training.settings import call
 
 HELD_OUT_EVERY = 100
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cli import call
 from dataset import PretrainDataset, PromptDataset
 from errors import UserError, command_line
 from eval.answering import Answerer
@@ -24,11 +25,10 @@ from eval.style import read_favours, score_style
 from model import MiniDeepSeek
 from text.chats.problems import split_problems
 from training.alignment.accuracy import Accuracy
-from training.alignment.rollout import Sampler
+from training.alignment.sampler import Sampler
 from training.losses import Batch
 from training.parallel.ranks import Ranks
 from training.run.plots import draw_run
-from training.settings import call
 from training.validation import evaluate, held_out_batches
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cli import call
 from errors import UserError, command_line
 from eval.opened_model import open_model
 from eval.score_files import out_folder, weights_of, write_scores
@@ -21,7 +22,6 @@ from eval.suites.kinds import KINDS
 from eval.suites.measuring import measure
 from eval.suites.score_table import HEADER, cells
 from eval.suites.suite import open_suites
-from training.settings import call
 
 
 def run(ckpt: str, suite: str, out: str = "", limit: int = 0, device: str = "auto", dtype: str = "auto") -> None:

@@ -28,7 +28,7 @@ from model.kernels import compiled
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
-from world import generate
+from world.corpus import generate
 
 TINY = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,

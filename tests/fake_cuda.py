@@ -31,7 +31,7 @@ from model.quantized import Int8Weight, pack_weights
 from model.transformer import logits
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
-from training.alignment.policy import GRPOLoss
+from training.alignment.policy_loss import GRPOLoss
 from training.alignment.preference import PreferenceLoss, PreferenceSettings
 from training.distill.distillation import DistillationLoss, DistillationSettings
 from training.distill.teacher import OwnTeacher

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from cli import check_values
 from errors import UserError
 from eval.opened_model import OpenedModel
 from text.files import read_yaml
 from text.sources.registry import Source, find_sources
 from text.sources.row_report import RowReport
 from text.sources.rows import read_rows
-from training.settings import check_values
 
 BUILT_IN = Path(__file__).resolve().parents[2] / "configs" / "eval"
 Row = dict[str, Any]
