@@ -19,6 +19,7 @@ import train_tokenizer
 import training.run.checkpoint
 import training.run.log
 from cli import call
+from errors import LONGEST, UserError, command_line, one_line
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 from training.run.log import read_metrics
@@ -80,6 +81,29 @@ def csv_of(rows: list[str], column: str = "text") -> str:
 
 def chats_of(*lines: str) -> str:
     return "".join(line + "\n" for line in [*map(json.dumps, CHATS), *lines])
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\r\nb", "\x1b[2Jx", "a\u2028b", "\ud800", "a\u202eb", "x\0y", "好\n" * 5000]
+)
+def test_a_message_is_one_line_that_a_terminal_only_shows(text: str, capsys: pytest.CaptureFixture) -> None:
+    def fail() -> None:
+        raise UserError(f"{text}; mend it")
+
+    with pytest.raises(SystemExit) as end:
+        command_line(fail)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count("\n") == 1 and len(printed) < LONGEST + 50
+    assert printed.startswith("error: ") and printed.endswith("; mend it\n")
+    assert printed.rstrip("\n").isprintable() and printed.encode("utf-8")
+
+
+def test_a_plain_message_stays_as_it_is() -> None:
+    for message in ("数据.jsonl:3: 'a  b' is not text; mend it", "é ü 🙂 — …"):
+        assert one_line(message) == message == str(UserError(message))
 
 
 # Data
