@@ -1,15 +1,12 @@
 """Orders of samples that are pure functions of a seed: no state to save, the same on every machine and for ever.
 
-`content_hash` is the short mark by which a run recognises its own data.
-
 numpy's generators would do for shuffling, but they hold the whole permutation in memory, and their streams may change
 from one version to the next, which would break the exact resume of a run.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 WORD = (1 << 64) - 1
 ROUNDS = 6
@@ -68,11 +65,3 @@ def mixed(index: int, shares: Sequence[int], *key: int) -> tuple[int, int]:
             return source, block * share + slot
         slot -= share
     raise AssertionError("shares add up to the block")
-
-
-def content_hash(parts: Iterable[object]) -> str:
-    """Return 12 hex digits, the same for the same numbers, texts and tuples of them in the same order."""
-    digest = hashlib.blake2b(digest_size=6)
-    for part in parts:
-        digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from errors import UserError
-from text.chats.packing import IGNORED_LABEL, PADDING_SEGMENT
+from text.batches import IGNORED_LABEL, PADDING_SEGMENT, content_hash
 from text.corpus.shard_set import ShardSet
-from text.order import block_shares, content_hash, mixed, shuffled
+from text.order import block_shares, mixed, shuffled
 
 
 class PretrainDataset:

@@ -25,6 +25,7 @@ from text.sources.folders import Folder
 from text.sources.hub import hub_rows
 from text.sources.json_rows import read_json
 from text.sources.registry import HUB_NAME, Source
+from text.sources.sampling import sample_by_count
 from text.sources.table_rows import read_arrow, read_parquet
 
 # Plain text has no rows: a document ends at a blank line, or with the line that makes it this many characters long.
