@@ -21,7 +21,6 @@ from rich.table import Table
 from cli import call
 from errors import UserError, command_line, waiting
 from text.corpus.compression import Compression, measure_compression
-from text.sampling import Sample, sample_by_size
 from text.sources.readers import Corpus
 from text.sources.registry import REGISTRY, find_sources
 from text.sources.row_report import balance

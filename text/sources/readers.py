@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from errors import UserError
 from text.corpus.cleaning import Report
-from text.sampling import sample_by_count
 from text.sources.csv_rows import read_csv
 from text.sources.data_file import METADATA, ROW_LIMIT, DataFile, FileProblem, Row, disk_file, suffix_of
 from text.sources.folders import Folder
