@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from cli import call
 from errors import command_line
+from text.corpus.corpus import Corpus
 from text.corpus.shards import prepare_shards
-from text.sources.readers import Corpus
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
