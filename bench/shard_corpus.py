@@ -52,7 +52,7 @@ def shard_corpus(
         megabytes: size of the CSV, which is made once and used again
         folder: where the CSV and the shards go
         tokenizer: a tokenizer folder; by default one of 6400 tokens is trained on the CSV's beginning
-        workers: tokenising processes; 0: all cores
+        workers: tokenising threads; 0: all cores
         raw_megabytes: how much of the CSV encode_batch gets
         repeats: measure both so often, in turn
         json: write what was found to this file
