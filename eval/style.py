@@ -18,7 +18,7 @@ from training.settings import call
 
 
 @dataclass(frozen=True)
-class Favour:
+class PoliteRequest:
     """One line of the file: `question`, the preferred `answer`, and what answers of its style begin and end with."""
 
     question: str
@@ -36,16 +36,16 @@ class StyleScore:
     answers: int
 
 
-def in_style(reply: str, favour: Favour) -> bool:
+def in_style(reply: str, request: PoliteRequest) -> bool:
     """Whether a reply has both ends of the style, white space aside; something must stand between them."""
-    reply, opening, closing = reply.strip(), favour.opening.strip(), favour.closing.strip()
+    reply, opening, closing = reply.strip(), request.opening.strip(), request.closing.strip()
     middle = reply[len(opening) : len(reply) - len(closing)]
     return reply.startswith(opening) and reply.endswith(closing) and bool(middle.strip())
 
 
-def read_favours(path: Path) -> list[Favour]:
+def read_polite_requests(path: Path) -> list[PoliteRequest]:
     """JSONL with `question`, `answer`, `opening` and `closing`."""
-    favours = []
+    requests = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -57,22 +57,24 @@ def read_favours(path: Path) -> list[Favour]:
             continue
         try:
             row = json.loads(line)
-            favours.append(Favour(*(str(row[name]) for name in ("question", "answer", "opening", "closing"))))
+            requests.append(PoliteRequest(*(str(row[name]) for name in ("question", "answer", "opening", "closing"))))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"{path}:{number}: not an object with 'question', 'answer', 'opening', 'closing'; correct the line"
             ) from None
-    if not favours:
-        raise UserError(f"{path}: no favours in it; give JSONL with question, answer, opening, closing")
-    return favours
+    if not requests:
+        raise UserError(f"{path}: no requests in it; give JSONL with question, answer, opening, closing")
+    return requests
 
 
-def score_style(answerer: Answerer, favours: list[Favour], temperature: float = 0.7, seed: int = 0) -> StyleScore:
+def score_style(
+    answerer: Answerer, requests: list[PoliteRequest], temperature: float = 0.7, seed: int = 0
+) -> StyleScore:
     """Answers sampled as in a chat: greedy ones would show which style is likelier, not how likely it is."""
-    asked = [Question(favour.question, favour.answer, "favour") for favour in favours]
+    asked = [Question(request.question, request.answer, "request") for request in requests]
     results = ask(answerer, asked, sampling=Sampling(temperature=temperature), seed=seed)
-    styled = sum(in_style(result.reply, favour) for result, favour in zip(results, favours, strict=True))
-    return StyleScore(styled / len(favours), sum(result.correct for result in results) / len(favours), len(favours))
+    styled = sum(in_style(result.reply, request) for result, request in zip(results, requests, strict=True))
+    return StyleScore(styled / len(requests), sum(result.correct for result in results) / len(requests), len(requests))
 
 
 def style(
@@ -100,7 +102,7 @@ def style(
     check_seed(seed)
     if temperature < 0:
         raise UserError(f"--temperature {temperature}: must be at least 0")
-    score = score_style(Answerer.open(ckpt, device, dtype, lora), read_favours(Path(file)), temperature, seed)
+    score = score_style(Answerer.open(ckpt, device, dtype, lora), read_polite_requests(Path(file)), temperature, seed)
     print(
         as_json(score)
         if json
