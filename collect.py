@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from cli import parse
 from dataset import PromptDataset
 from errors import UserError, check_least, check_seed, command_line
 from text.chats.chat_file import write_chats
@@ -27,7 +28,6 @@ from training.alignment.rewards import Rewards, Sample
 from training.alignment.rollout import Completions, chances, completion_texts, sample_groups
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
-from training.settings import parse
 from training.startup import open_checkpoint
 
 TRIES = 10  # numbers tried for each problem asked for, where problems come again by chance

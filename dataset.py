@@ -18,6 +18,7 @@ from itertools import zip_longest
 
 from rich.console import Console
 
+from cli import call_one_of
 from errors import UserError, command_line
 from text.chats.chat_dataset import ChatDataset
 from text.chats.preference_dataset import PreferenceDataset
@@ -28,7 +29,6 @@ from text.judging.judged_rows import judged_rows
 from text.preview import show_rows
 from text.sources.registry import REGISTRY, find_sources
 from text.tokenizer import Tokenizer
-from training.settings import call_one_of
 
 __all__ = ["ChatDataset", "PreferenceDataset", "PretrainDataset", "PromptDataset"]
 

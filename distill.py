@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cli import parse
 from dataset import ChatDataset
 from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
@@ -30,7 +31,7 @@ from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
 from training.run.resume import check_unused
-from training.settings import NextTokenSettings, model_config, parse
+from training.settings import NextTokenSettings, model_config
 from training.startup import begin, check_vocabulary, open_checkpoint
 from training.trainer import Trainer
 

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cli import parse
 from dataset import PreferenceDataset
 from errors import UserError, command_line, waiting
 from model import MiniDeepSeek
@@ -23,7 +24,7 @@ from training.machine import choose_dtype
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
 from training.run.resume import check_unused, saved_run
-from training.settings import StageSettings, parse
+from training.settings import StageSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 from training.validation import held_out_batches, text_batches

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cli import parse
 from errors import command_line
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
-from training.settings import NextTokenSettings, parse
+from training.settings import NextTokenSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 

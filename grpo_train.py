@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cli import parse
 from dataset import PromptDataset
 from errors import UserError, command_line, waiting
 from text.sources.registry import find_sources
@@ -20,7 +21,7 @@ from training.alignment.rollout import RolloutSettings, Sampler
 from training.held_out import problems_name
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
-from training.settings import StageSettings, parse
+from training.settings import StageSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 

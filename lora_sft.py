@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from cli import parse
 from errors import UserError, command_line
 from training.adapters.frozen import check_base, shrink_frozen
 from training.adapters.lora import LoraSettings
@@ -18,7 +19,6 @@ from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings, build_optimizer
-from training.settings import parse
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset import PretrainDataset
+from cli import parse
 from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
 from text.corpus.mixture import open_sources, sources_ready
+from text.corpus.pretrain_dataset import PretrainDataset
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.held_out import labels_name
 from training.losses import NextTokenLoss
 from training.run.samples import SampleSettings, open_samples
-from training.settings import NextTokenSettings, model_config, parse
+from training.settings import NextTokenSettings, model_config
 from training.startup import begin, check_vocabulary, continue_checkpoint
 from training.trainer import Trainer
 from training.validation import BitsPerByte, held_out_batches

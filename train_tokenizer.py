@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from cli import call
 from errors import UserError, command_line, waiting
 from text.chats.sampling import Sample, sample_by_size
 from text.corpus.compression import Compression, measure_compression
@@ -25,7 +26,6 @@ from text.sources.readers import Corpus
 from text.sources.registry import REGISTRY, find_sources
 from text.sources.row_report import balance
 from text.tokenizer import check_vocab_size, train_bpe
-from training.settings import call
 
 HELD_OUT_EVERY = 100
 

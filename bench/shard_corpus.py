@@ -25,11 +25,11 @@ import psutil
 from findings import Findings, Verdict
 from tqdm import tqdm
 
+from cli import call
 from errors import command_line
 from text.corpus.shards import prepare_shards
 from text.sources.readers import Corpus
 from text.tokenizer import Tokenizer, train_bpe
-from training.settings import call
 
 CHINESE_SHARE = 0.7
 RAW_BATCH = 1000

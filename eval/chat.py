@@ -13,11 +13,11 @@ import sys
 import time
 from io import TextIOWrapper
 
+from cli import call
 from errors import UserError, check_least, check_seed, command_line
 from eval.answering import Answerer
 from model.decoding.sampling import Sampling
 from text.chats.chat_template import Message
-from training.settings import call
 
 UNREADABLE = "\ufffd"  # what stands for bytes that are no character
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cli import call
 from errors import check_least, command_line, naming
 from eval.answering import Answerer
 from eval.expert_loads import draw, loads, markdown, relative, specialisation
@@ -15,7 +16,6 @@ from eval.score_files import out_folder
 from eval.tasks.texts import Text
 from training.metrics import max_violation
 from training.run.log import read_metrics
-from training.settings import call
 
 
 def experts(

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cli import call
 from errors import UserError, command_line, is_broken, naming
 from text.corpus.mixture import open_sources
 from text.corpus.shard_set import ShardSet
 from text.sources.registry import REGISTRY, find_sources
 from text.sources.yaml_file import read_yaml
 from text.tokenizer import Tokenizer
-from training.settings import call
 
 READERS = ("column", "encoding", "min_chars", "val_fraction", "on_error")
 # What is asked of a run's settings, by type.

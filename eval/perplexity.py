@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from cli import call
 from errors import UserError, check_least, command_line
 from eval.answering import Answerer
 from text.sources.json_text import json_text
 from training.losses import IGNORE, token_losses
-from training.settings import call
 
 BLOCK = 2**20  # characters tokenised at a time
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cli import call
 from errors import UserError, command_line
 from eval.answering import Answerer
 from model.decoding.batching import GREEDY
 from model.decoding.sampling import Sampling
 from text.sources.json_text import json_text
-from training.settings import call
 from world.columns import conclusion
 
 

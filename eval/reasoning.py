@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cli import call
 from dataset import PromptDataset
 from errors import UserError, check_least, command_line
 from text.chats.problems import split_problems
@@ -20,7 +21,6 @@ from training.alignment.rewards import Rewards, Sample
 from training.alignment.rollout import completion_texts, joined, sample_groups
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
-from training.settings import call
 from training.startup import open_checkpoint
 
 SHOWN = ("correct", "strict_format", "language")

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cli import call
 from dataset import PretrainDataset, PromptDataset
 from errors import UserError, command_line
 from eval.answering import Answerer
@@ -28,7 +29,6 @@ from training.alignment.rollout import Sampler
 from training.losses import Batch
 from training.parallel.ranks import Ranks
 from training.run.plots import draw_run
-from training.settings import call
 from training.validation import evaluate, held_out_batches
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cli import call
 from errors import UserError, command_line
 from eval.model_path import ModelPath
 from eval.score_files import HEADER, cells, out_folder, weights_of, write_scores
@@ -22,7 +23,6 @@ from eval.tasks.docs import Docs
 from eval.tasks.opened import open_tasks
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
-from training.settings import call
 
 INSTALL = "pip install lm-eval==0.4.13"
 

@@ -9,12 +9,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cli import call
 from errors import UserError, check_seed, command_line
 from eval.answering import Answerer
 from eval.questions import Question, ask
 from model.decoding.sampling import Sampling
 from text.sources.json_text import json_text
-from training.settings import call
 
 
 @dataclass(frozen=True)

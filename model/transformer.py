@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from LMConfig import LMConfig
 from model.attention import Visibility, pick
 from model.cache import Cache, LatentCache, OwnStep, SlotCache
+from model.checkpoint.folder import load_pretrained, save_pretrained
 from model.decoding import native
 from model.experts import Experts
 from model.layer import DecoderLayer
@@ -206,17 +208,17 @@ class MiniDeepSeek(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        adapt: Callable[[LMConfig], LMConfig] = lambda config: config,
     ) -> MiniDeepSeek:
         """Open a Hugging Face folder of a `deepseek_v3` model; see `model.checkpoint.folder.load_pretrained`."""
-        from model.checkpoint.folder import load_pretrained
-
-        return load_pretrained(folder, dtype, device)
+        return load_pretrained(cls, folder, dtype, device, adapt)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, the weights and generation_config.json; see `model.checkpoint.folder.save_pretrained`."""
-        from model.checkpoint.folder import save_pretrained
-
         save_pretrained(self, folder)
 
     def _run(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Routing | None]:

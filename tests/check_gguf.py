@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cli import call
 from errors import UserError, command_line
 from eval.answering import Answerer
 from LMConfig import LMConfig
@@ -26,7 +27,6 @@ from model.checkpoint.gguf_export import export_gguf
 from model.norm import RMSNorm
 from text.chats.chat_template import Message, encode_chat
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
-from training.settings import call
 
 F32 = 0  # ggml's number of the type: llama.cpp keeps latents in f16 unless it is told
 TEXTS = [

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from cli import call
 from errors import UserError, command_line
 from eval.opened_model import OpenedModel, open_model
 from eval.suites.choice_rows import ChoiceItem
@@ -29,8 +30,7 @@ from eval.suites.measuring import measure
 from eval.suites.multiple_choice import MultipleChoice
 from eval.suites.suite import Score, Suite
 from eval.suites.text_likelihood import TextLikelihood
-from training.settings import call
-from world.numbers import held_out_arithmetic_problem
+from text.chats.arithmetic import arithmetic_problem
 
 DIGITS = 4  # that lm-eval prints
 RELATIVE = 1e-5  # of a log-likelihood: what the order of float32 sums may change
@@ -73,7 +73,7 @@ def sums(count: int) -> list[ChoiceItem]:
     items = []
     for number in range(count):
         rng = random.Random(number)
-        question, answer = held_out_arithmetic_problem(rng, 1 + number % 3)
+        question, answer = arithmetic_problem(rng, 1 + number % 3, held_out=True)
         value = int(re.findall(r"-?\d+", str(answer))[-1])
         wrong = rng.sample([v for v in (value + 1, value + 10, value - 1, value * 11, value + 100) if v != value], 3)
         choices = [str(choice) for choice in (value, *wrong)]

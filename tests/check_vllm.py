@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from check_gguf import QUESTIONS, SMALL
 
+from cli import call
 from errors import UserError, command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -27,7 +28,6 @@ from model.checkpoint.vllm_export import export_vllm_cpu
 from model.norm import RMSNorm
 from text.chats.chat_template import encode_chat
 from text.tokenizer import Tokenizer
-from training.settings import call
 
 NEW_TOKENS = 24
 TOLERANCE = 1e-4  # nats

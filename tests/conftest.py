@@ -27,7 +27,7 @@ from model.decoding import native
 from model.kernels import compiled
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer, train_bpe
-from world import generate
+from world.corpus import generate
 
 TINY = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,

@@ -19,9 +19,9 @@ import text.tokenizer
 import train_tokenizer
 import training.run.checkpoint
 import training.run.log
+from cli import call
 from text.tokenizer import Tokenizer, train_bpe
 from training.run.log import read_metrics
-from training.settings import call
 
 ROWS = ["月牙镇的早晨很安静。", "Crescent Town is quiet in the morning.", "小明有3个苹果。"] * 40
 ROWS = [f"{number}：{row}" for number, row in enumerate(ROWS)]

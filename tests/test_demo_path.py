@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import full_sft
+from cli import call, parse
 from collect import CollectSettings
 from dpo_train import DPOSettings
 from eval.questions import questions
@@ -28,7 +29,6 @@ from model import MiniDeepSeek
 from pretrain import PretrainSettings
 from text.tokenizer import Tokenizer
 from training.run.log import read_metrics
-from training.settings import call, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from errors import UserError, check_least, check_seed, is_broken, naming, with_home
+from errors import UserError, check_least, check_seed, naming
 from LMConfig import LMConfig
 from text.sources.registry import REGISTRY
-from training.flags import unknown_options
 from training.optim.build import OptimSettings
 from training.parallel.ranks import DistSettings
 from training.run.console import legend
@@ -95,6 +90,7 @@ class StageSettings:
     datasets: str = REGISTRY
 
     DEFAULT_EPOCHS: ClassVar[float] = 1.0
+    epilog: ClassVar = staticmethod(legend)
 
     def __post_init__(self) -> None:
         # The options of the command line; None where the settings are not read from one, and all of them hold.
@@ -202,111 +198,6 @@ class NextTokenSettings(StageSettings):
     @property
     def schedules(self) -> dict[str, Schedule]:
         return {name: getattr(self, name) for name in ("mtp_weight", "balance_weight", "bias_speed")}
-
-
-Settings = TypeVar("Settings")
-
-
-def parse(kind: type[Settings], description: str, arguments: list[str] | None = None) -> Settings:
-    """Read `--config FILE` and the command line over it into `kind`; `--help` and `--print_config` as usual."""
-    parser = _parser(description)
-    parser.epilog = legend() if issubclass(kind, StageSettings) else None
-    parser.add_class_arguments(kind)
-    settings = kind(**_parse(parser, kind, arguments))
-    if isinstance(settings, StageSettings):
-        words = sys.argv[1:] if arguments is None else arguments
-        settings.by_hand = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    return settings
-
-
-def call(function: Callable[..., None], description: str, arguments: list[str] | None = None) -> None:
-    """Call a function with its parameters from `--config FILE` and the command line over it."""
-    parser = _parser(description)
-    parser.add_function_arguments(function)
-    function(**_parse(parser, function, arguments))
-
-
-def call_one_of(functions: Sequence[Callable[..., None]], description: str, arguments: list[str] | None = None) -> None:
-    """Call the function that the first argument names; what it must have comes without a name."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    script = Path(sys.argv[0]).name
-    named = {function.__name__: function for function in functions}
-    if not arguments or arguments[0] not in named:
-        listed = "\n".join(f"  {name:<10}{(inspect.getdoc(named[name]) or '').partition(chr(10))[0]}" for name in named)
-        if arguments and arguments[0] in ("-h", "--help"):
-            print(f"usage: {script} COMMAND ..., and {script} COMMAND --help\n\n{description}\n{listed}")
-            return
-        what = f"there is no {arguments[0]} here" if arguments else "a command is missing"
-        raise UserError(f"{script}: {what}; give one of {', '.join(named)}")
-    function = named[arguments[0]]
-    parser = _parser(inspect.getdoc(function) or "", f"{script} {arguments[0]}")
-    parser.add_function_arguments(function, as_positional=True)
-    function(**_parse(parser, function, arguments[1:]))
-
-
-class RawFormatter(DefaultHelpFormatter):
-    """Keeps the line breaks of a script's docstring in --help."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text
-
-
-def _parser(description: str, program: str | None = None) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=program, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=RawFormatter
-    )
-    parser.add_argument("--config", action="config", help="YAML file of these settings; the command line wins over it")
-    return parser
-
-
-def _parse(parser: ArgumentParser, kind: Callable[..., Any], arguments: list[str] | None) -> dict[str, Any]:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    flags = _flags(kind)
-    for index, argument in enumerate(arguments):
-        # `--resume` alone means `--resume true`.
-        if argument in flags and (arguments[index + 1 : index + 2] or ["--"])[0].startswith("-"):
-            arguments[index] = f"{argument}=true"
-    known = {option.lstrip("-") for option in parser._option_string_actions}
-    if wrong := unknown_options(arguments, known):
-        raise UserError(f"{Path(sys.argv[0]).name}: {'; '.join(wrong)}")
-    try:
-        parsed = parser.parse_args(arguments)
-        for name, value in list(parsed.items()):
-            if isinstance(value, str):  # those of the recipe, which the parser has read by itself
-                parsed[name] = with_home(value)
-        given = vars(parser.instantiate(parsed))
-    # The parser lets exceptions through of values that its types cannot hold, such as 10**400 as a float.
-    except (ArgumentError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{Path(sys.argv[0]).name}: {' '.join(lines)}; see --help") from None
-    given.pop("config", None)
-    check_values(kind, given)
-    return given
-
-
-def check_values(kind: Callable[..., Any], given: dict[str, Any], prefix: str = "--") -> None:
-    """What the parser lets through: nothing where something is needed, and numbers that are none."""
-    for name, hint in get_type_hints(kind).items():
-        value = given.get(name, 0)
-        if value is None and type(None) not in get_args(hint):
-            raise UserError(f"{prefix}{name}: is empty; give a value or leave it out")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{prefix}{name} {value}: must be a finite number")
-        if isinstance(value, str) and is_broken(value):
-            raise UserError(f"{prefix}{name}: has a NUL or half of a character; leave it out")
-        if is_dataclass(hint) and is_dataclass(value):
-            check_values(hint, vars(value), f"{prefix}{name}.")
-
-
-def _flags(kind: Callable[..., Any], prefix: str = "--") -> set[str]:
-    """The options that may be true or false, those of settings within settings too: `--lora.dora`."""
-    flags = set()
-    for name, hint in get_type_hints(kind).items():
-        if hint is bool or bool in get_args(hint):
-            flags.add(prefix + name)
-        elif is_dataclass(hint):
-            flags |= _flags(hint, f"{prefix}{name}.")
-    return flags
 
 
 def model_config(choice: dict[str, Any], **forced: Any) -> LMConfig:

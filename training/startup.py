@@ -11,7 +11,6 @@ import torch
 from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.checkpoint.folder import load_pretrained
 from text.tokenizer import Tokenizer
 from training.machine import choose_dtype, machine_peak
 from training.parallel.ranks import Ranks
@@ -51,7 +50,7 @@ def open_checkpoint(folder: str, choice: dict[str, Any] | None = None) -> tuple[
             f"{folder}: is an adapter, not a model; give the checkpoint it was trained on as --ckpt and the adapter "
             "as --lora, or merge them with lora_sft.py --merge"
         )
-    model = load_pretrained(folder, adapt=lambda config: config.continued(choice or {}, folder))
+    model = MiniDeepSeek.from_pretrained(folder, adapt=lambda config: config.continued(choice or {}, folder))
     tokenizer = Tokenizer.from_folder(folder)
     check_vocabulary(model.config, tokenizer, folder)
     return model, tokenizer

@@ -2,11 +2,6 @@
 
     python -m world --out data/demo [--seed 0] [--scale 1.0]        python -m world --preview
 
-Four in five characters are Chinese. What is held out, and how, is told in the docs of `cast.World` (facts),
-`numbers` (sums, comparisons, sequences), `words` (classes, opposites) and `cast.reserved` (the rest).
+Four in five characters are Chinese. What is held out, and how, is told in `cast.World` (facts), `numbers` and
+`text.chats.arithmetic` (numbers), `words` (classes, opposites) and `cast.reserved` (the rest).
 """
-
-from world.corpus import FILES, documents, generate
-from world.numbers import arithmetic_problem, held_out_arithmetic_problem
-
-__all__ = ["FILES", "arithmetic_problem", "documents", "generate", "held_out_arithmetic_problem"]

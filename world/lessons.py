@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+from text.chats.arithmetic import addends
 from world.cast import World
 from world.columns import explained
 from world.facts import Exchange
-from world.numbers import COUNTED, addends, arithmetic, comparison, counting, sequence, two_numbers
+from world.numbers import COUNTED, arithmetic, comparison, counting, sequence, two_numbers
 from world.reading import questions_and_answers, reading_document
 from world.words import (
     DAYS_ZH,

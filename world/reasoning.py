@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from errors import command_line, naming
+from text.chats.arithmetic import arithmetic_problem
 from world.columns import worked
-from world.numbers import arithmetic_problem, comparison, counting, sequence
+from world.numbers import comparison, counting, sequence
 
 
 def written(thoughts: str, answer: str) -> str:

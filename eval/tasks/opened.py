@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from cli import check_values
 from errors import UserError
 from eval.tasks.choices import MultipleChoice
 from eval.tasks.docs import Docs
@@ -22,7 +23,6 @@ from eval.tasks.problems import ExactMatch
 from eval.tasks.replies import Quality, Questions, Style
 from eval.tasks.texts import Text
 from text.sources.yaml_file import read_yaml
-from training.settings import check_values
 
 FOLDER = Path(__file__).parent
 KINDS: dict[str, type] = {

@@ -1,28 +1,25 @@
-"""Hugging Face checkpoint folders in and out: the one place that knows both namings.
-
-python -m model.hf import --from DIR --to DIR          any deepseek_v3 folder becomes one of this project's
-python -m model.hf export --format gguf --ckpt DIR --out FILE.gguf [--type f32|f16|bf16|q8_0]      for llama.cpp
-python -m model.hf export --format vllm-cpu --ckpt DIR --out DIR      for vLLM on CPUs with --enforce-eager
-"""
+"""Hugging Face checkpoint folders in and out: the one place that knows both namings."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from errors import DamagedCheckpoint, UserError, command_line, waiting
+from errors import DamagedCheckpoint, waiting
 from LMConfig import LMConfig
 from model.checkpoint.tensor_file import save_file
 from model.checkpoint.weight_files import WEIGHTS, WeightFiles
-from model.transformer import MiniDeepSeek
+
+if TYPE_CHECKING:
+    from model.transformer import MiniDeepSeek
 
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # one weight where config.tie_word_embeddings
@@ -137,6 +134,7 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
 
 
 def load_pretrained(
+    cls: type[MiniDeepSeek],
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -147,7 +145,7 @@ def load_pretrained(
     Weights go straight from the files into the float32 network, FP8 ones dequantised: memory holds one copy of them.
 
     Args:
-        dtype: of the parameters; the router biases stay float32 whatever it is.
+        cls: the class of the model; dtype: of the parameters; the router biases stay float32 whatever it is.
         adapt: given the configuration of the folder, returns the one to build; the shapes must be the same.
     Raises:
         UserError: no such folder, or a config that is not of a DeepSeek-V3.
@@ -164,8 +162,8 @@ def load_pretrained(
             file=sys.stderr,
         )
         config.num_nextn_predict_layers = 0
-    check_size(config, files, folder)
-    model = MiniDeepSeek(adapt(config))
+    check_size(cls, config, files, folder)
+    model = cls(adapt(config))
     try:
         with waiting(f"reading {folder}"):
             fill(model, files)
@@ -174,49 +172,15 @@ def load_pretrained(
     return model.to(device=device, dtype=dtype)
 
 
-def check_size(config: LMConfig, files: WeightFiles, folder: Path) -> None:
+def check_size(cls: type[MiniDeepSeek], config: LMConfig, files: WeightFiles, folder: Path) -> None:
     """Before memory is asked for: a network many times as large as its weights is none of these files.
 
     What is wrong with a smaller difference, `fill` can say better. Raises `DamagedCheckpoint`.
     """
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in MiniDeepSeek(config).parameters())
+        size = sum(parameter.numel() for parameter in cls(config).parameters())
     if size > MOST_TIMES * files.numbers:
         raise DamagedCheckpoint(
             f"{folder}: config.json describes a network of {size:,} weights, the files hold {files.numbers:,}; "
             "restore config.json, or use another checkpoint"
         )
-
-
-def main() -> None:
-    """The command line of `python -m model.hf`."""
-    parser = argparse.ArgumentParser(prog="python -m model.hf", description="Checkpoint folders in and out.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    into = commands.add_parser("import", help="make any deepseek_v3 folder one of this project's (float32, one file)")
-    into.add_argument("--from", dest="source", type=Path, required=True, help="folder to read; FP8 is dequantised")
-    into.add_argument("--to", dest="target", type=Path, required=True, help="folder to write")
-    out = commands.add_parser("export", help="write a checkpoint for other programs")
-    formats = "gguf: llama.cpp; vllm-cpu: vLLM on CPUs with --enforce-eager (else it opens the checkpoint folder)"
-    out.add_argument("--format", choices=["gguf", "vllm-cpu"], required=True, help=formats)
-    out.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    out.add_argument("--out", type=Path, required=True, help="file to write; for vllm-cpu a folder")
-    out.add_argument("--type", choices=["f32", "f16", "bf16", "q8_0"], help="of gguf's matrices (f16)")
-    options = parser.parse_args()
-    if options.command == "import":
-        from model.checkpoint.hf_import import import_folder
-
-        import_folder(options.source, options.target)
-    elif options.format == "vllm-cpu":
-        from model.checkpoint.vllm_export import export_vllm_cpu
-
-        if options.type:
-            raise UserError("--type: is of --format gguf; leave it out")
-        export_vllm_cpu(options.ckpt, options.out)
-    else:
-        from model.checkpoint.gguf_export import export_gguf
-
-        export_gguf(options.ckpt, options.out, options.type or "f16")
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from errors import UserError
 from LMConfig import LMConfig
-from model.checkpoint.folder import load_pretrained
 from model.checkpoint.gguf_tokenizer import PRE_TOKENIZER, GGUFTokenizer
 from model.transformer import MiniDeepSeek
 
@@ -53,7 +52,7 @@ def export_gguf(folder: Path, out: Path, kind: str = "f16") -> None:
     if reasons := not_in_llama_cpp(config):
         raise UserError(f"{folder / 'config.json'}: llama.cpp cannot run this model: {'; '.join(reasons)}")
     tokenizer = GGUFTokenizer.from_folder(folder, config.vocab_size)
-    model = load_pretrained(folder)
+    model = MiniDeepSeek.from_pretrained(folder)
     partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(partial, "deepseek2")

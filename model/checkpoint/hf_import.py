@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from model.checkpoint.folder import load_pretrained, save_pretrained
 from model.transformer import MiniDeepSeek
 
 TOKENIZER_FILES = (
@@ -40,12 +39,12 @@ def rewrite_folder(source: Path, target: Path, **changes: Any) -> MiniDeepSeek:
     """Write `source` as `target`, with changes to its config, complete or not at all. Returns its model."""
     if target.exists():
         raise UserError(f"{target}: is there already; choose a new folder")
-    model = load_pretrained(source)
+    model = MiniDeepSeek.from_pretrained(source)
     model.config = replace(model.config, **changes)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_pretrained(model, partial)
+        model.save_pretrained(partial)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval.perplexity
+from cli import call
 from errors import UserError
 from eval.answering import Answerer
 from eval.chat import chat
@@ -27,7 +28,6 @@ from eval.style import Favour, in_style, read_favours, score_style, style
 from model.decoding.sampling import Sampling
 from model.experts import Experts
 from model.quantized import Int8Weight, PackedLinear
-from training.settings import call
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import eval.suites.measuring
+from cli import call
 from errors import UserError
 from eval.opened_model import open_model
 from eval.run import run as measure_all
@@ -19,7 +20,6 @@ from eval.suites.measured_rows import MeasuredRows
 from eval.suites.measuring import measure
 from eval.suites.replies import Questions
 from eval.suites.suite import BUILT_IN, Score, open_suite, open_suites
-from training.settings import call
 
 
 def main() -> None:

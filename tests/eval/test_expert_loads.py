@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import eval.expert_loads
+from cli import call
 from errors import UserError
 from eval.answering import Answerer
 from eval.expert_loads import draw, loads, relative, specialisation
 from eval.experts import experts
-from training.settings import call
 
 
 @pytest.fixture(scope="module")

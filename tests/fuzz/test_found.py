@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import pretrain
+from cli import parse
 from eval.compared_run import ComparedRun
 from eval.comparison import draw as draw_runs
 from eval.held_out import pretraining_settings
@@ -39,7 +40,6 @@ from training.distill.endpoint import MOST_BYTES
 from training.run.checkpoint import read_progress
 from training.run.log import RunLog, read_metrics
 from training.run.plots import draw_run
-from training.settings import parse
 
 DEEP = "[" * 30_000 + "]" * 30_000
 

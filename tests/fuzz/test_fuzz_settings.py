@@ -19,10 +19,11 @@ import full_sft
 import grpo_train
 import lora_sft
 import pretrain
+from cli import parse
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import DEEP, PLACES, damaged, put, strange, strange_json
 from text.sources.registry import Registry, find_sources
-from training.settings import model_config, parse, save_resolved
+from training.settings import model_config, save_resolved
 
 ROOT = Path(__file__).parents[2]
 LLAMA_FACTORY = {

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import collect
 import train_tokenizer
+from cli import call
 from eval.answering import Answerer
 from eval.chat import Conversation, chat
 from eval.experts import experts
@@ -40,7 +41,6 @@ from text.sources.registry import Source
 from text.tokenizer import Tokenizer
 from training.distill.curation import AnswerSettings, gather_answers
 from training.distill.endpoint import Endpoint
-from training.settings import call
 from world import __main__ as world_script
 
 

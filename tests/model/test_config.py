@@ -6,13 +6,13 @@ import json
 import warnings
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-import LMConfig as module
 from errors import UserError
-from LMConfig import PRESETS, LMConfig, main
-from model import MiniDeepSeek
-from model.costs import count, human, table
+from LMConfig import PRESETS, LMConfig
+from model import MiniDeepSeek, costs
+from model.costs import count, human, main, table
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "mscale": 1.0, "mscale_all_dim": 1.0}
 
@@ -110,11 +110,11 @@ def test_preset_64m_has_the_published_numbers():
 
 
 def test_preset_deepseek_v3_has_the_published_costs():
-    costs = count(LMConfig.preset("deepseek-v3"))
-    assert round(costs.total / 1e9) == 671 and int(costs.activated / 1e9) == 37
-    assert 11.5e9 < costs.mtp < 11.7e9  # the released MTP module has 11.5 B parameters of its own
-    assert costs.cache_bytes == 61 * (512 + 64) * 2  # 70 KB a token, as the paper on DeepSeek-V3's hardware says
-    assert costs.mha_cache_bytes == 61 * 128 * (192 + 128) * 2
+    found = count(LMConfig.preset("deepseek-v3"))
+    assert round(found.total / 1e9) == 671 and int(found.activated / 1e9) == 37
+    assert 11.5e9 < found.mtp < 11.7e9  # the released MTP module has 11.5 B parameters of its own
+    assert found.cache_bytes == 61 * (512 + 64) * 2  # 70 KB a token, as the paper on DeepSeek-V3's hardware says
+    assert found.mha_cache_bytes == 61 * 128 * (192 + 128) * 2
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("v2-lite", "deepseek-v3")])
@@ -124,29 +124,37 @@ def test_presets_have_about_the_size_they_are_named_after(name):
     assert total == pytest.approx(named, rel=0.15)
 
 
-def test_counts_are_those_of_the_real_model(tiny_config):
-    config = tiny_config(num_nextn_predict_layers=2, n_shared_experts=2, attention_bias=True)
-    costs, model = count(config), MiniDeepSeek(config)
+SHAPES = [
+    {},
+    {"num_nextn_predict_layers": 2, "n_shared_experts": 2, "attention_bias": True},
+    {"q_lora_rank": None, "attention_bias": True, "num_nextn_predict_layers": 0, "n_shared_experts": 0},
+    {"tie_word_embeddings": True, "first_k_dense_replace": 2, "num_hidden_layers": 2},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_formula_counts_the_parameters_of_the_real_model(preset, changes):
+    config = LMConfig.preset(preset, **changes)
+    with torch.device("meta"):
+        model = MiniDeepSeek(config)
+    found = count(config)
     mtp = sum(parameter.numel() for parameter in model.mtp.parameters())
-    assert costs.mtp == mtp and costs.total + mtp == sum(parameter.numel() for parameter in model.parameters())
-    one_expert = 3 * config.hidden_size * config.moe_intermediate_size
-    assert costs.activated == costs.total - 2 * (8 - 3) * one_expert  # two MoE layers, 3 of 8 experts
-
-
-def test_tied_embeddings_are_counted_once(tiny_config):
-    difference = count(tiny_config()).total - count(tiny_config(tie_word_embeddings=True)).total
-    assert difference == 61 * 32
+    assert found.mtp == mtp and found.total + mtp == sum(parameter.numel() for parameter in model.parameters())
+    one_expert, unused = 3 * config.hidden_size * config.moe_intermediate_size, config.n_routed_experts
+    unused = (unused - config.num_experts_per_tok) * (config.num_hidden_layers - config.first_k_dense_replace)
+    assert found.activated == found.total - unused * one_expert
 
 
 def test_training_flops_are_six_a_weight_and_token(tiny_config):
     config = tiny_config(num_nextn_predict_layers=0)
-    costs = count(config, time=100)
+    found = count(config, time=100)
     attention = 3 * 4 * 100 * (20 + 10) * 6 / 2  # layers, heads, positions, q k and weights v, causal half
-    assert costs.flops == 6 * (costs.activated - 61 * 32) + attention
+    assert found.flops == 6 * (found.activated - 61 * 32) + attention
 
 
 def test_the_command_prints_a_line_for_each_preset(monkeypatch, run):
-    monkeypatch.setattr(module, "PRESETS", {name: PRESETS[name] for name in ("demo", "64m")})
+    monkeypatch.setattr(costs, "PRESETS", {name: PRESETS[name] for name in ("demo", "64m")})
     lines = run(main).out.splitlines()
     assert [line.split()[0] for line in lines] == ["preset", "demo", "64m"]
     assert "activated" in lines[0] and "cache/token" in lines[0] and "FLOPs" in lines[0]

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import dataset
+from cli import call_one_of
 from dataset import ChatDataset
 from text.chats.chat_template import encode_chat
 from text.inspection import kind_of_source
 from text.sources.registry import Source
-from training.settings import call_one_of
 
 
 def script() -> None:

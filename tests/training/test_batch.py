@@ -11,9 +11,10 @@ import torch
 import yaml
 from toy_stage import ROWS, TIME, Rows, files
 
+from cli import parse
 from training.batch import fit_batch, warn_of_few_steps
 from training.parallel.ranks import Ranks
-from training.settings import NextTokenSettings, parse
+from training.settings import NextTokenSettings
 
 
 class OnRank0(Ranks):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,16 @@ import distill
 import dpo_train
 import full_sft
 import pretrain
+from cli import parse
 from collect import CollectSettings
 from distill import DistillSettings
 from dpo_train import DPOSettings
-from errors import UserError, command_line
+from errors import UserError
 from full_sft import SFTSettings
 from grpo_train import GRPOSettings
 from lora_sft import LoraSFTSettings
 from pretrain import PretrainSettings
-from text.sources.yaml_file import read_yaml
-from training.settings import NextTokenSettings, call, model_config, parse, save_resolved
+from training.settings import NextTokenSettings, model_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,42 +50,10 @@ def write_yaml(folder: Path, **values: object) -> Path:
     return path
 
 
-def test_the_command_line_wins_over_the_file(tmp_path):
-    path = write_yaml(tmp_path, seed=5, batch_tokens=4096, optim={"lr": 0.5, "clip": 2.0}, model={"preset": "26m"})
-    settings = read("--config", path, "--seed", 7, "--optim.lr", 0.25, "--model.num_hidden_layers", 3)
-    assert (settings.seed, settings.batch_tokens, settings.optim.lr, settings.optim.clip) == (7, 4096, 0.25, 2.0)
-    assert settings.model == {"preset": "26m", "num_hidden_layers": 3}
-
-
-def test_the_home_folder_is_found_wherever_a_path_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/h")
-    path = write_yaml(tmp_path, out="~/run", datasets="~/names.yaml", wandb="a~/b", model={"preset": "26m"})
-    settings = parse(DemoSettings, "", ["--config", str(path)])
-    assert (settings.out, settings.datasets, settings.wandb) == ("/h/run", "/h/names.yaml", "a~/b")
-    assert read_yaml(write_yaml(tmp_path, suite={"data": ["~/x", "y"]})) == {"suite": {"data": ["/h/x", "y"]}}
-    given = ["--config", "~/run.yaml", "--out=~/o", "--data", "a.csv=2,~/b.csv=1", "~", "--x", "~b/c", "a/~/b", "1~/2"]
-    monkeypatch.setattr("sys.argv", ["x.py", *given])
-    command_line(lambda: None)
-    expected = ["/h/run.yaml", "--out=/h/o", "--data", "a.csv=2,/h/b.csv=1", "/h", "--x", "~b/c", "a/~/b", "1~/2"]
-    assert sys.argv == ["x.py", "--config", *expected]
-
-
 def test_defaults_are_deepseek_v3s_optimiser():
     settings = read()
     assert (settings.optim.betas, settings.optim.weight_decay, settings.optim.clip) == ((0.9, 0.95), 0.1, 1.0)
     assert settings.resume is False
-
-
-@pytest.mark.parametrize("flag", [["--resume"], ["--resume", "true"], ["--resume=true"]])
-def test_a_flag_needs_no_value(flag):
-    settings = read(*flag, "--seed", 3)
-    assert settings.resume is True and settings.seed == 3
-
-
-def test_a_flag_within_settings_needs_no_value():
-    given = ["--ckpt", "c", "--data", "d", "--out", "o", "--lora.dora", "--merge", "--lora.r", "4"]
-    settings = parse(LoraSFTSettings, "", given)
-    assert settings.lora.dora and settings.merge and settings.lora.r == 4 and not settings.lora.rslora
 
 
 @pytest.mark.parametrize("name", ["mtp_weight", "balance_weight", "bias_speed"])
@@ -95,12 +62,6 @@ def test_a_weight_can_change_along_the_run(name, tmp_path):
     by_file, by_line = read("--config", path), read(f"--{name}", "{0: 0.3, 0.68: 0.1}")
     for settings in (by_file, by_line):
         assert {float(share): value for share, value in getattr(settings, name).items()} == {0.0: 0.3, 0.68: 0.1}
-
-
-def test_what_a_run_used_can_be_used_again(tmp_path):
-    settings = read("--optim.lr", 0.25, "--mtp_weight", "{0: 0.3, 0.5: 0.1}", "--model.preset", "demo", "--resume")
-    save_resolved(settings, tmp_path / "config.yaml")
-    assert asdict(parse(DemoSettings, "", ["--config", str(tmp_path / "config.yaml")])) == asdict(settings)
 
 
 # What a recipe says tells whose it is; one that says none of it is fine-tuning's.
@@ -166,15 +127,6 @@ def test_fewer_than_no_processes_are_refused():
         PretrainSettings(data="d", out="o", workers=-1)
 
 
-@pytest.mark.parametrize("content", ["optim:\n  lrr: 1.0\n", "sequence_lenght: 3\n", "seed: [1\n", "- 1\n"])
-def test_a_wrong_line_in_a_recipe_is_one_line(content, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(content, encoding="utf8")
-    with pytest.raises(UserError) as caught:
-        read("--config", path)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_preset_can_be_changed_field_by_field_and_the_tokenizer_wins():
     config = model_config({"preset": "26m", "num_hidden_layers": 3, "vocab_size": 7}, vocab_size=600)
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (384, 3, 600)
@@ -194,25 +146,6 @@ def test_help_explains_every_option(script, monkeypatch, capsys):
     for option in fields(kind):
         assert f"--{option.name}" in shown
         assert explanations[option.name] in text, f"{option.name} is not explained"
-
-
-def test_a_function_is_called_with_the_command_line():
-    seen = {}
-
-    def function(ckpt: str, json: bool = False, window: int = 0) -> None:
-        """Do it.
-
-        Args:
-            ckpt: folder
-            json: as JSON
-            window: tokens
-        """
-        seen.update(ckpt=ckpt, json=json, window=window)
-
-    call(function, "", ["--ckpt", "c", "--json", "--window", "8"])
-    assert seen == {"ckpt": "c", "json": True, "window": 8}
-    with pytest.raises(UserError, match="ckpt"):
-        call(function, "", ["--window", "8"])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import operator
 import random
 import re
 from collections import Counter
@@ -15,12 +14,12 @@ import pytest
 
 import world.__main__ as command
 from errors import UserError
-from world import FILES, arithmetic_problem, generate, held_out_arithmetic_problem
+from text.chats.arithmetic import is_held_out
 from world.cast import ATTRIBUTES, NAMES, THINGS, World
 from world.columns import conclusion
+from world.corpus import FILES, generate
 from world.facts import fact_questions
 from world.favours import COURTESY, FAVOURS
-from world.numbers import held_out_sum, states_held_out
 from world.reading import scene
 from world.talk import ASKED, FIRST_PERSON
 
@@ -140,12 +139,12 @@ def test_no_held_out_question_is_in_the_training_files(folder, questions):
 
 def test_no_held_out_sum_is_stated_in_any_form_or_direction(questions, training_texts):
     asked = {tuple(sorted(numbers_in(q["answer"]))) for q in questions if q["kind"] == "arithmetic"}
-    assert all(a + b == c and held_out_sum(a, b) for a, b, c in asked)
+    assert all(a + b == c and is_held_out(a, b) for a, b, c in asked)
     for text in training_texts:
         numbers = numbers_in(text)
         for i in range(len(numbers) - 2):
             a, b, c = sorted(numbers[i : i + 3])
-            assert a + b != c or not held_out_sum(a, b), text
+            assert a + b != c or not is_held_out(a, b), text
 
 
 def test_no_held_out_comparison_is_stated_either_way_round(questions, training_texts):
@@ -307,48 +306,6 @@ def test_no_name_is_part_of_a_sentence_template():
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     assert len(sources) > 5
     assert not [name for name, _ in NAMES if name in text]
-
-
-def calculated(said: str) -> int:
-    """12 + 3 - 4, from left to right: a product stands alone."""
-    first, *steps = re.findall(r"([-+*]?)\s*(\d+)", said)
-    value = int(first[1])
-    for sign, number in steps:
-        value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](value, int(number))
-    return value
-
-
-@pytest.mark.parametrize("level", [1, 2, 3, 4])
-def test_arithmetic_answers_are_right_and_never_held_out(level):
-    rng = random.Random(level)
-    for _ in range(2000):
-        question, answer = arithmetic_problem(rng, level)
-        assert not states_held_out(answer)
-        for chinese, sign in (("加|plus", "+"), ("减|minus", "-"), ("乘|times|×", "*")):
-            answer, question = (re.sub(chinese, sign, text) for text in (answer, question))
-        said, result = re.split("等于|is", answer.rstrip("。."))
-        assert calculated(said) == int(result) >= 0
-        assert numbers_in(question) == numbers_in(said)
-
-
-def test_harder_levels_have_larger_results():
-    means = []
-    for level in (1, 2, 3, 4):
-        rng = random.Random(0)
-        means.append(sum(numbers_in(arithmetic_problem(rng, level)[1])[0] for _ in range(500)))
-    assert means[0] < means[1] < means[2]
-
-
-def test_held_out_problems_are_recognised_as_leaks():
-    rng = random.Random(0)
-    for level in (1, 2, 3):
-        for _ in range(200):
-            assert states_held_out(held_out_arithmetic_problem(rng, level)[1])
-
-
-def test_arithmetic_refuses_an_unknown_level():
-    with pytest.raises(ValueError, match="level is 1, 2, 3 or 4"):
-        arithmetic_problem(random.Random(0), 5)
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])

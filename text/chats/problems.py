@@ -3,7 +3,7 @@
 GSM8K          {"question": Q, "answer": "... #### 42"}
 its Chinese    {"question_zh-cn": Q, "answer_only": "42"}
 generic        {"question": Q, "answer": A}, {"problem": Q, "answer": A} or {"prompt": Q, "answer": A}
-arithmetic:1-3       sums of the made-up world, level 1 to 4 (world.numbers); held-out sums are for measuring
+arithmetic:1-3       sums of the made-up world, level 1 to 4 (text.chats.arithmetic); held-out sums are for measuring
 reasoning_gym:NAME   a task of the reasoning_gym package, when it is installed
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from errors import UserError
+from text.chats.arithmetic import arithmetic_problem
 from text.chats.content import content_hash
 from text.chats.turns import question_text
 from text.judging.answers import final_answer, kind_of_answer, problem_with
@@ -29,7 +30,6 @@ from text.sources.registry import Source, find_sources
 from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of
 from text.sources.rows import converted_rows
 from text.tokenizer import characters
-from world.numbers import arithmetic_problem, held_out_arithmetic_problem
 
 # Question and answer columns; the first pair that a row has is taken.
 COLUMNS = (
@@ -124,7 +124,7 @@ class Arithmetic:
         """`count` problems around held-out sums; the levels take turns."""
         levels = [self.levels[index % len(self.levels)] for index in range(count)]
         return [
-            _arithmetic(held_out_arithmetic_problem(random.Random(f"held out/{index}"), level), level)
+            _arithmetic(arithmetic_problem(random.Random(f"held out/{index}"), level, held_out=True), level)
             for index, level in enumerate(levels)
         ]
 

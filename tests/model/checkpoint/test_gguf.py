@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.checkpoint.folder import main
+from model.hf import main
 from text.chats.chat_template import render
 from text.tokenizer import SPECIAL_TOKENS
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from model import MiniDeepSeek
-from model.checkpoint.folder import main
 from model.checkpoint.hf_import import OWN_TOKENS
+from model.hf import main
 from text.tokenizer import SPECIAL_TOKENS
 
 

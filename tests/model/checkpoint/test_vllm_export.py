@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.checkpoint.folder import main
+from model.hf import main
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.7}
 

@@ -12,10 +12,10 @@ import pytest
 
 from dataset import PromptDataset
 from errors import UserError
+from text.chats.arithmetic import arithmetic_problem
 from text.chats.problems import open_problems, to_problem
 from text.sources.row_report import RowError, RowReport
 from training.alignment.rewards import is_correct
-from world.numbers import held_out_arithmetic_problem
 
 GSM8K = {"question": "How many clips?", "answer": "Natalia sold 48/2 = <<48/2=24>>24.\n48+24 = 72\n#### 1,072"}
 CHINESE = {"question": "How many?", "question_zh-cn": "一共卖出多少个？", "answer": "...", "answer_only": "72"}
@@ -103,7 +103,7 @@ def test_arithmetic_takes_its_levels_in_turn_and_measures_on_held_out_sums():
     held = problems.held_out(64)
     assert held == open_problems("arithmetic:2-3").held_out(64)
     assert not {problem.question for problem in drawn} & {problem.question for problem in held}
-    question, answer = held_out_arithmetic_problem(random.Random("held out/0"), 2)
+    question, answer = arithmetic_problem(random.Random("held out/0"), 2, held_out=True)
     assert held[0].question == question and is_correct(held[0], answer)
 
 

@@ -269,4 +269,4 @@ def test_a_verifier_runs_this_code_whatever_is_installed(monkeypatch):
     monkeypatch.setattr("text.judging.verifier.subprocess.Popen", lambda *_, cwd, **__: started.append(cwd))
     with pytest.raises(AttributeError):  # what Popen gives is used at once
         Verifier().equal("1/2", r"\frac{1}{2}")
-    assert (started[0] / "text" / "verifier.py").is_file()
+    assert (started[0] / "text" / "judging" / "verifier.py").is_file()

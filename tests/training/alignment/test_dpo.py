@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import dpo_train
+from cli import parse
 from dpo_train import DPOSettings, settle_length
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
-from training.settings import parse
 from world.cast import World
 from world.chats import preference
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 import collect
+from cli import call
 from dataset import PromptDataset
 from eval.reasoning import reasoning
+from text.chats.arithmetic import arithmetic_problem
 from text.chats.conversations import read_conversations
 from text.chats.problems import Problem, open_problems, to_problem
 from training.alignment.rewards import Rewards, Sample, find
-from training.settings import call
 from world.columns import conclusion, explained, worked
-from world.numbers import arithmetic_problem, states_held_out
+from world.numbers import states_held_out
 from world.reasoning import generate
 
 
