@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -25,117 +25,93 @@ from tqdm import tqdm
 
 from errors import UserError
 from eval.answering import Answerer
-from eval.likelihood import CacheScorer, Scored, rolling
+from eval.likelihood import CacheScorer, Pair, Scored, rolling
 from eval.model_path import ModelPath
 from eval.scores import Item, Measured, score_items
 from eval.tasks.docs import Docs
 from eval.tasks.opened import FOLDER, Task
 from eval.tasks.replies import as_text, first_answer, replies_of
+from model.decoding.batching import GREEDY
 from model.decoding.sampling import Sampling
-from text.chats.chat_template import Message, encode_chat
+from text.chats.chat_template import Message
 from training.machine import DTYPES
 from training.run.quiet import quiet_imports
 
 LOGITS = 2**28  # numbers at once, of other models
 
 
-class Rolling:
-    """Texts scored in windows that overlap, the same for every model. Attributes: see `eval.tasks.texts.Text`."""
+class Measurable:
+    """What models have in common: texts scored in windows that overlap. Attributes: see `eval.tasks.texts.Text`."""
 
     window, stride, start = 1024, 512, "eos"
-    chats = True
+    chats = True  # whether it has a chat template
     cut = 0  # contexts that lost their beginning, as far as is known
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text after a start token."""
         found = []
+        window = min(self.window, self.max_length)
         for (text,) in tqdm([request.args for request in requests], disable=None, desc="texts"):
             line = [self.start_id, *self.tok_encode(text, add_special_tokens=False)]
-            window = min(self.window, self.max_length)
-            windows = [
-                (line[first:end], scored - first)
-                for first, scored, end in rolling(len(line), window, min(self.stride, window))
-            ]
-            found.append(sum(self.score_windows(windows)))
+            found.append(sum(self.score_windows(list(rolling(line, window, min(self.stride, window))))))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
         return found
 
 
-class CacheLM(Rolling, TemplateLM):
+class CacheLM(Measurable, LM):
     """A checkpoint of this project, measured from its latent cache."""
 
     def __init__(self, answerer: Answerer) -> None:
         super().__init__()
-        self.answerer, self.scorer = answerer, CacheScorer(answerer)
-        self._chats: dict[str, list[int]] = {}  # ids of rendered conversations, whose turns are no longer to be seen
+        self.scorer = CacheScorer(answerer)
+        self.score_windows, self.apply_chat_template = self.scorer.score_windows, self.scorer.render
+        self.render = self.scorer.render
 
-    eot_token_id = property(lambda self: self.answerer.tokenizer.eos_id)
-    prefix_token_id = property(lambda self: self.answerer.tokenizer.bos_id)
-    start_id = property(lambda self: getattr(self.answerer.tokenizer, f"{self.start}_id"))
+    start_id = property(lambda self: getattr(self.scorer.answerer.tokenizer, f"{self.start}_id"))
     max_length = property(lambda self: self.scorer.context)
-    tokenizer_name = property(lambda self: "mini-deepseek-v3")
     cut = property(lambda self: self.scorer.cut)
+    tokenizer_name = "mini-deepseek-v3"
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self._chats.get(string) or self.answerer.tokenizer.encode(string)
+    def tok_encode(self, text: str, **_: Any) -> list[int]:
+        return self.scorer.encode(text)
 
-    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        ids, _ = encode_chat(self.answerer.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
-        text = self.answerer.tokenizer.decode(ids, skip_special_tokens=False)
-        self._chats[text] = ids
-        return text
-
-    render = apply_chat_template
-
-    def score_windows(self, windows: Sequence[tuple[list[int], int]]) -> list[float]:
-        return self.scorer.score_windows(windows)
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if context in self._chats:
-            return self._chats[context], self.tok_encode(continuation)
-        ids, continued = super()._encode_pair(context, continuation)
-        # Where the texts join into the context's own last token, nothing would be left to score.
-        return ids, continued or self.tok_encode(continuation)
-
-    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_: Any) -> list[Scored]:
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Scored]:
         with tqdm(total=len(requests), disable=None, desc="choices") as bar:
 
             def done(place: int, score: Scored) -> None:
                 bar.update()
-                self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
+                self.cache_hook.add_partial("loglikelihood", requests[place].args, score)
 
-            return self.scorer.score_pairs([(context, continuation) for _, context, continuation in requests], done)
+            return self.scorer.score_pairs([self.scorer.encode_pair(*request.args) for request in requests], done)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answer each prompt; empty where prompt and answer have no room in the context.
-
-        Raises `UserError` where no prompt would have any.
-        """
         answers = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
+        by_settings: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
+            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
         with tqdm(total=len(requests), disable=None, desc="answers") as bar:
-            for settings, places in groups.items():
-                given = json.loads(settings)
-                until, most = given.get("until") or [], given.get("max_gen_toks", 256)
-                until = [until] if isinstance(until, str) else until
-                if most >= self.max_length:
-                    raise UserError(f"max_new_tokens {most}: the model reads {self.max_length} tokens in all; lower it")
-                temperature = given.get("temperature", 1.0) if given.get("do_sample") else 0.0
-                prompts = {place: self.tok_encode(requests[place].args[0]) for place in places}
-                prompts = {place: ids or [self.eot_token_id] for place, ids in prompts.items()}
-                fitting = [place for place in places if len(prompts[place]) + most <= self.max_length]
-                sampling = Sampling(temperature=temperature, top_p=given.get("top_p", 1.0), top_k=given.get("top_k", 0))
-                made = self.answerer.completions([prompts[place] for place in fitting], most, sampling)
-                for place, text in zip(fitting, made, strict=True):
-                    answers[place] = min((text.partition(end)[0] for end in until), key=len, default=text)
-                    self.cache_hook.add_partial("generate_until", requests[place].args, answers[place])
+            for places in by_settings.values():
+
+                def done(number: int, answer: str, places: list[int] = places) -> None:
                     bar.update()
+                    answers[places[number]] = answer
+                    self.cache_hook.add_partial("generate_until", requests[places[number]].args, answer)
+
+                given = requests[places[0]].args[1]
+                until = given.get("until") or []
+                sampling = GREEDY
+                if given.get("do_sample"):
+                    sampling = Sampling(
+                        1.0, given.get("temperature", 1.0), given.get("top_k", 0), given.get("top_p", 1.0)
+                    )
+                self.scorer.answer(
+                    [self.scorer.encode(requests[place].args[0]) for place in places],
+                    given.get("max_gen_toks", 256), sampling, [until] if isinstance(until, str) else until, done,
+                )  # fmt: skip
         return answers
 
 
-class OtherLM(Rolling, HFLM):
+class OtherLM(Measurable, HFLM):
     """Any causal language model that transformers opens, through lm-evaluation-harness's own class."""
 
     start_id = property(lambda self: self.eot_token_id if self.start == "eos" else self.prefix_token_id)
@@ -145,9 +121,8 @@ class OtherLM(Rolling, HFLM):
         """A conversation in the model's chat template; as questions and answers where it has none."""
         return self.apply_chat_template(list(messages)) if self.chats else as_text(messages)
 
-    def score_windows(self, windows: Sequence[tuple[list[int], int]]) -> list[float]:
-        pairs = [(("", ""), ids[:scored], ids[scored:]) for ids, scored in windows]
-        return [nats for nats, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True)]
+    def score_windows(self, windows: Sequence[Pair]) -> list[float]:
+        return [nats for nats, _ in self._loglikelihood_tokens([(("", ""), *pair) for pair in windows], True)]
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
         # Marks such as <think> are part of an answer, and special tokens to some tokenizers.

@@ -11,41 +11,70 @@ from torch import Tensor
 from errors import UserError
 from eval.answering import Answerer
 from model.cache import LatentCache, cache_dtype
+from model.decoding.batching import GREEDY
+from model.decoding.sampling import Sampling
 from model.transformer import logits
+from text.chats.chat_template import Message, encode_chat
+from training.losses import IGNORE
 
 AT_ONCE = 8192  # positions a forward pass
 WIDTH = 16  # lengths are rounded up to it: CPU kernels are made for each new shape
 SHARED = 32  # tokens that contexts must have in common for it to be worth reading them apart
-LOGITS = 2**26  # numbers at once
-IGNORE = -100
+LOGITS = 2**25  # numbers at once
 
 Item = TypeVar("Item")
+Pair = tuple[list[int], list[int]]
+"""A context, and its continuation that is scored."""
 Scored = tuple[float, bool]
 """A log-likelihood in nats, and whether it is that of the greedy continuation."""
 Choices = tuple[list[int], list[list[int]]]
 """A context and its continuations."""
-Window = tuple[list[int], int]
-"""Ids, and the place, at least 1, from which on they are scored."""
 
 
 class CacheScorer:
-    """Log-likelihoods of a checkpoint.
+    """Log-likelihoods and answers of a checkpoint.
 
     Attributes: cut: contexts so far whose beginning had no room.
     """
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer, self.cut = answerer, 0
+        self._chats: dict[str, list[int]] = {}  # ids of rendered conversations, whose turns are no longer to be seen
 
     @property
     def context(self) -> int:
         """Tokens that the model reads."""
         return self.answerer.model.config.max_position_embeddings
 
-    def score_pairs(
-        self, pairs: Sequence[tuple[list[int], list[int]]], done: Callable[[int, Scored], None] = lambda *_: None
-    ) -> list[Scored]:
-        """Score the continuation of each (context, continuation); pairs in a row with one context are read together.
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, or of a conversation that `render` made."""
+        return self._chats.get(text) or self.answerer.tokenizer.encode(text)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, up to where the next answer begins."""
+        tokenizer = self.answerer.tokenizer
+        ids, _ = encode_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        self._chats[text] = ids
+        return text
+
+    def encode_pair(self, context: str, continuation: str) -> Pair:
+        """Context and continuation as ids: the pair is encoded as one text, and cut where the context alone ends.
+
+        White space that ends the context belongs to the continuation: tokenizers join it with what follows.
+        """
+        if context in self._chats:
+            return self._chats[context], self.encode(continuation)
+        bare = context.rstrip()
+        rest = context[len(bare) :] + continuation
+        if not bare:
+            return [self.answerer.tokenizer.bos_id], self.encode(rest)
+        ids = self.encode(bare)
+        # Where the texts join into the context's own last token, nothing would be left to score.
+        return ids, self.encode(bare + rest)[len(ids) :] or self.encode(continuation)
+
+    def score_pairs(self, pairs: Sequence[Pair], done: Callable[[int, Scored], None] = lambda *_: None) -> list[Scored]:
+        """Score the continuation of each pair; pairs in a row with one context are read together.
 
         done: called with the place and the score of a pair once it is known. Raises `UserError` for a continuation
         that is longer than the model reads. A context that has no room loses its beginning.
@@ -54,9 +83,7 @@ class CacheScorer:
         places: list[list[int]] = []
         for place, (context, continuation) in enumerate(pairs):
             if len(continuation) > self.context:
-                raise UserError(
-                    f"a choice or text of {len(continuation)} tokens, the model reads {self.context}; drop it"
-                )
+                raise UserError(f"a choice has {len(continuation)} tokens, the model reads {self.context}; drop it")
             if not items or items[-1][0] != context:
                 items.append((context, []))
                 places.append([])
@@ -74,16 +101,44 @@ class CacheScorer:
                 done(place, score)
         return found
 
+    def answer(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        until: Sequence[str] = (),
+        done: Callable[[int, str], None] = lambda *_: None,
+    ) -> list[str]:
+        """Answer each prompt up to its end or one of the texts `until`; empty where both have no room in the context.
+
+        done: called with the place and the answer of a prompt. Raises `UserError` where no prompt would have room.
+        """
+        if max_new_tokens >= self.context:
+            raise UserError(f"max_new_tokens {max_new_tokens}: the model reads {self.context} tokens in all; lower it")
+        # An empty text has nothing to be continued: it follows the end of another.
+        filled = [ids or [self.answerer.tokenizer.eos_id] for ids in prompts]
+        fitting = [place for place, ids in enumerate(filled) if len(ids) + max_new_tokens <= self.context]
+        answers = [""] * len(prompts)
+        made = self.answerer.completions([filled[place] for place in fitting], max_new_tokens, sampling)
+        for place, text in zip(fitting, made, strict=True):
+            answers[place] = min((text.partition(end)[0] for end in until), key=len, default=text)
+            done(place, answers[place])
+        return answers
+
     @torch.inference_mode()
-    def score_windows(self, windows: Sequence[Window]) -> list[float]:
-        """The log-likelihood of the ids that each window scores."""
+    def score_windows(self, windows: Sequence[Pair]) -> list[float]:
+        """The log-likelihood of each window's continuation, from whole rows: for long ones."""
         nats = [0.0] * len(windows)
         pad, device = self.answerer.tokenizer.pad_id, self.answerer.device
-        for part in batches(windows, lambda window: len(window[0])):
+        for part in batches(windows, lambda window: len(window[0]) + len(window[1])):
             rows = [windows[place] for place in part]
-            width = rounded(max(len(ids) for ids, _ in rows) - 1)
-            out = self.answerer.model(padded([ids[:-1] for ids, _ in rows], width, pad).to(device))
-            labels = padded([[IGNORE] * (scored - 1) + ids[scored:] for ids, scored in rows], width, IGNORE).to(device)
+            width = rounded(max(len(context) + len(scored) for context, scored in rows) - 1)
+            out = self.answerer.model(
+                padded([[*context, *scored[:-1]] for context, scored in rows], width, pad).to(device)
+            )
+            labels = padded([[IGNORE] * (len(context) - 1) + scored for context, scored in rows], width, IGNORE).to(
+                device
+            )
             for place, (value, _) in zip(part, label_nats(out.hidden, out.head, labels), strict=True):
                 nats[place] = value
         return nats
@@ -165,15 +220,15 @@ def label_nats(hidden: Tensor, head: Tensor, labels: Tensor) -> Iterator[Scored]
         yield from zip(nats.tolist(), greedy.tolist(), strict=True)
 
 
-def rolling(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(first, scored, end) of the windows over a line of ids whose first is given: ids[scored:end] are scored in each.
+def rolling(line: list[int], window: int, stride: int) -> Iterator[Pair]:
+    """Windows over a line of ids whose first is given; each scores what those before it have not.
 
     A window reads at most `window` ids. The last one reaches back as far as it can.
     """
     scored = 1
-    while scored < length:
-        end = min(scored + (window if scored == 1 else stride), length)
-        yield max(end - window - 1, 0), scored, end
+    while scored < len(line):
+        end = min(scored + (window if scored == 1 else stride), len(line))
+        yield line[max(end - window - 1, 0) : scored], line[scored:end]
         scored = end
 
 

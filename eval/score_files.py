@@ -39,6 +39,8 @@ def write_scores(out: Path, ckpt: str, weights: dict[str, Any], measured: Sequen
     suites = found.get("suites", {}) if found.get("weights") == weights else {}
     suites.update({one.name: one.to_dict() for one in measured})
     all_of_them = [_measured(one) for one in suites.values()]
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     written = [out / SCORES, out / "scores.md", out / "scores.png"]
     _replace(
         written[0],

@@ -5,14 +5,13 @@ python eval/style.py --ckpt out/demo/dpo/final --file data/demo/heldout_favours.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cli import call
 from errors import UserError, check_seed, command_line
 from eval.answering import Answerer
-from eval.questions import Question, ask
+from eval.questions import Question, ask, read_lines
 from model.decoding.sampling import Sampling
 from text.sources.json_text import json_text
 
@@ -44,27 +43,9 @@ def in_style(reply: str, request: PoliteRequest) -> bool:
 
 
 def read_polite_requests(path: Path) -> list[PoliteRequest]:
-    """JSONL with `question`, `answer`, `opening` and `closing`."""
-    requests = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); give JSONL with question, answer, opening, closing"
-        ) from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            requests.append(PoliteRequest(*(str(row[name]) for name in ("question", "answer", "opening", "closing"))))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"{path}:{number}: not an object with 'question', 'answer', 'opening', 'closing'; correct the line"
-            ) from None
-    if not requests:
-        raise UserError(f"{path}: no requests in it; give JSONL with question, answer, opening, closing")
-    return requests
+    """Read JSONL with `question`, `answer`, `opening` and `closing`."""
+    names = ("question", "answer", "opening", "closing")
+    return read_lines(path, lambda row: PoliteRequest(*(str(row[name]) for name in names)), ", ".join(names))
 
 
 def score_style(
@@ -103,15 +84,10 @@ def style(
     if temperature < 0:
         raise UserError(f"--temperature {temperature}: must be at least 0")
     score = score_style(Answerer.open(ckpt, device, dtype, lora), read_polite_requests(Path(file)), temperature, seed)
-    print(
-        as_json(score)
-        if json
-        else f"{score.preferred:.1%} of {score.answers} answers in the preferred style, {score.exact:.1%} to the letter"
-    )
-
-
-def as_json(score: StyleScore) -> str:
-    return json_text(asdict(score))
+    if json:
+        print(json_text(asdict(score)))
+        return
+    print(f"{score.preferred:.1%} of {score.answers} answers in the preferred style, {score.exact:.1%} to the letter")
 
 
 if __name__ == "__main__":

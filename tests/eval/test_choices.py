@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from errors import UserError
-from eval.suites.choice_rows import ChoiceItem, read_choices
+from eval.tasks.choices import ChoiceItem, read_choices
 
 ITEM = ChoiceItem("law", "宪法，是什么？", ("法律", "a, b", "书", "花"), 1)
 QUOTED = '宪法，是什么？,法律,"a, b",书,花'
