@@ -18,7 +18,7 @@ from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
-from training.alignment.rollout import Sampler
+from training.alignment.sampler import Sampler
 from training.batch import fit_batch
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.datasets import Dataset

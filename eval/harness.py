@@ -31,8 +31,7 @@ from eval.scores import Item, Measured, score_items
 from eval.tasks.docs import Docs
 from eval.tasks.opened import FOLDER, Task
 from eval.tasks.replies import as_text, first_answer, replies_of
-from model.decoding.batching import GREEDY
-from model.decoding.sampling import Sampling
+from model.decoding.sampling import GREEDY, Sampling
 from text.chats.chat_template import Message
 from training.machine import DTYPES
 from training.run.quiet import quiet_imports

@@ -11,8 +11,7 @@ from torch import Tensor
 from errors import UserError
 from eval.answering import Answerer
 from model.cache import LatentCache, cache_dtype
-from model.decoding.batching import GREEDY
-from model.decoding.sampling import Sampling
+from model.decoding.sampling import GREEDY, Sampling
 from model.transformer import logits
 from text.chats.chat_template import Message, encode_chat
 from training.losses import IGNORE

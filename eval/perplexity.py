@@ -17,7 +17,7 @@ from cli import call
 from errors import UserError, check_least, command_line
 from eval.answering import Answerer
 from eval.likelihood import CacheScorer
-from text.sources.json_text import json_text
+from text.files import json_text
 
 BLOCK = 2**20  # characters tokenised at a time
 

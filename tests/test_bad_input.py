@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 
 import full_sft
 import pretrain
-import text.corpus.shard_set
-import text.tokenizer
+import text.files
 import train_tokenizer
 import training.run.checkpoint
 import training.run.log
 from cli import call
-from text.tokenizer import Tokenizer, train_bpe
+from errors import LONGEST, UserError, command_line, one_line
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from training.run.log import read_metrics
 
 ROWS = ["月牙镇的早晨很安静。", "Crescent Town is quiet in the morning.", "小明有3个苹果。"] * 40
@@ -80,6 +81,29 @@ def csv_of(rows: list[str], column: str = "text") -> str:
 
 def chats_of(*lines: str) -> str:
     return "".join(line + "\n" for line in [*map(json.dumps, CHATS), *lines])
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\r\nb", "\x1b[2Jx", "a\u2028b", "\ud800", "a\u202eb", "x\0y", "好\n" * 5000]
+)
+def test_a_message_is_one_line_that_a_terminal_only_shows(text: str, capsys: pytest.CaptureFixture) -> None:
+    def fail() -> None:
+        raise UserError(f"{text}; mend it")
+
+    with pytest.raises(SystemExit) as end:
+        command_line(fail)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count("\n") == 1 and len(printed) < LONGEST + 50
+    assert printed.startswith("error: ") and printed.endswith("; mend it\n")
+    assert printed.rstrip("\n").isprintable() and printed.encode("utf-8")
+
+
+def test_a_plain_message_stays_as_it_is() -> None:
+    for message in ("数据.jsonl:3: 'a  b' is not text; mend it", "é ü 🙂 — …"):
+        assert one_line(message) == message == str(UserError(message))
 
 
 # Data
@@ -324,12 +348,12 @@ def test_a_disk_that_fills_under_the_metrics(train, world, tmp_path, monkeypatch
 
 
 def test_a_disk_that_fills_under_the_shards(train, world, monkeypatch):
-    monkeypatch.setattr(text.corpus.shard_set.os, "fsync", full)
+    monkeypatch.setattr(text.files.os, "fsync", full)
     refused(train(world / "pretrain.csv"), 2, "shards", "No space left on device; free some space")
 
 
 def test_a_disk_that_fills_under_the_tokenizer(run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(text.tokenizer.os, "fsync", full)
+    monkeypatch.setattr(text.files.os, "fsync", full)
     done = run(tokenizer_script, "--data", world / "pretrain.csv", "--out", tmp_path / "t", "--vocab_size", 300)
     refused(done, 2, tmp_path / "t", "No space left on device; free some space")
     assert not list((tmp_path / "t").iterdir())

@@ -22,7 +22,7 @@ from eval.tasks.docs import Docs
 from eval.tasks.problems import ExactMatch
 from eval.tasks.replies import Quality, Questions, Style
 from eval.tasks.texts import Text
-from text.sources.yaml_file import read_yaml
+from text.files import read_yaml
 
 FOLDER = Path(__file__).parent
 KINDS: dict[str, type] = {

@@ -9,7 +9,7 @@ openthoughts ShareGPT whose answers have their thought and solution between mark
 
 The layout is seen row by row, so a file may mix them, unless the source names its format. A list may be text that
 spells it, as in the cells of a CSV file. What a turn may hold is told in `turns.py`. Text in columns that no layout
-knows is not read, and named in the report where it may be speech (`text.sources.unread`).
+knows is not read, and named in the report where it may be speech (`text.chats.unread`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 
 from errors import UserError
 from text.chats.chat_template import Message, check_messages
+from text.chats.literals import list_of
 from text.chats.turns import SEEN, read_turn, text_of, thought_and_answer, tools_text
+from text.chats.unread import unread
 from text.sources.formats import Layout
-from text.sources.literals import list_of
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, kind_of
 from text.sources.rows import converted_rows
-from text.sources.unread import unread
 
 
 def read_conversations(

@@ -15,10 +15,10 @@ from errors import UserError, waiting
 from text.chats.chat_template import encode_chats
 from text.chats.conversations import read_conversations
 from text.chats.packing import cut_at_turn
+from text.chats.token_rows import TokenRows, held_out
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
 from text.sources.rows import source_bytes
-from text.sources.token_rows import TokenRows, held_out
 from text.tokenizer import Tokenizer
 
 CONVERSATIONS_AT_ONCE = 1000

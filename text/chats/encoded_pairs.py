@@ -14,9 +14,9 @@ from text.chats.chat_template import ROLE_MARKS, encode_chats
 from text.chats.encoded_chats import CONVERSATIONS_AT_ONCE
 from text.chats.packing import MixedEpochs
 from text.chats.preferences import read_preferences
+from text.chats.token_rows import TokenRows, held_out
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
-from text.sources.token_rows import TokenRows, held_out
 from text.tokenizer import Tokenizer
 
 CUT = ", prompts cut"  # in the identity of pairs of which some are

@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from text.batches import IGNORED_LABEL, PADDING_SEGMENT
 from text.order import BLOCK, block_shares, mixed
-
-IGNORED_LABEL = -100
-PADDING_SEGMENT = -1
 
 
 def cut_at_turn(mask: Sequence[int], sequence_length: int) -> int:

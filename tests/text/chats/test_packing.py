@@ -17,7 +17,8 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.chats.chat_template import encode_chat
 from text.chats.packing import cut_at_turn, pack_best_fit, write_row
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 
 LENGTH = 64
 
