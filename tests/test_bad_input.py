@@ -188,7 +188,7 @@ def test_data_that_is_not_there(train, tune, tmp_path):
 def test_conversations_without_an_answer(tune, tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({"messages": CHATS[0]["messages"][:1]}) + "\n")
     refused(tune(path, "--on_error", "stop"), 2, f"{path}:1: 'messages' has no assistant turn")
-    refused(tune(path), 2, path, "nothing to learn", "no assistant turn")
+    refused(tune(path), 2, path, "no conversations to train on", "no assistant turn")
 
 
 # Checkpoints and tokenizers
