@@ -175,7 +175,7 @@ def test_tasks_of_lm_eval_are_run_as_they_are(own, tmp_path, monkeypatch):
     found = measured(open_task(str(tmp_path / "theirs.yaml")), own, tmp_path / "out", limit=8)
     (score,) = found.scores
     assert (score.metric, score.items, score.chance) == ("acc", 8, 0.5) and score.low < score.value < score.high
-    with pytest.raises(UserError, match="--tasks demo-question: neither a task.*; did you mean demo-questions"):
+    with pytest.raises(UserError, match=r"--tasks demo-question: neither a task.*; did you mean demo-questions"):
         measured(open_task("demo-question"), own, tmp_path / "out")
 
 
