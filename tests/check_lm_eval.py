@@ -30,7 +30,7 @@ from eval.harness import TheirOptions, measure, open_lm
 from eval.model_path import ModelPath
 from eval.tasks.choices import ChoiceItem
 from eval.tasks.opened import open_task
-from text.chats.arithmetic import held_out_arithmetic_problem
+from text.chats.arithmetic import arithmetic_problem
 
 DIGITS = 4  # that lm-eval prints
 RELATIVE = 1e-5  # of a log-likelihood: what the order of float32 sums may change
@@ -75,7 +75,7 @@ def sums(count: int) -> list[ChoiceItem]:
     items = []
     for number in range(count):
         rng = random.Random(number)
-        question, answer = held_out_arithmetic_problem(rng, 1 + number % 3)
+        question, answer = arithmetic_problem(rng, 1 + number % 3, held_out=True)
         value = int(re.findall(r"-?\d+", str(answer))[-1])
         wrong = rng.sample([v for v in (value + 1, value + 10, value - 1, value * 11, value + 100) if v != value], 3)
         choices = [str(choice) for choice in (value, *wrong)]
