@@ -16,12 +16,12 @@ from text.chats.chat_template import encode_chats
 from text.chats.conversations import to_messages
 from text.chats.encoded import last_answer
 from text.chats.preferences import to_preference
-from text.chats.problems import COLUMNS, open_problems, problem_reader
+from text.chats.problems import COLUMNS, is_generated, open_problems, problem_reader
 from text.corpus.cleaning import Cleaner, Report, SeenHashes
 from text.sources.folders import Folder
 from text.sources.formats import FORMATS
 from text.sources.readers import Corpus
-from text.sources.registry import GENERATORS, Source
+from text.sources.registry import Source
 from text.sources.row_report import RowReport
 from text.sources.rows import SUFFIXES, placed_rows, read_rows
 from text.tokenizer import Tokenizer
@@ -91,11 +91,6 @@ def lengths(sequences: Sequences) -> list[int]:
 def learnt(sequences: Sequences) -> int:
     """How many tokens of a row of data are learnt."""
     return int(sum(np.sum(mask) for _, mask in sequences))
-
-
-def is_generated(source: Source) -> bool:
-    """Whether there is no file: the problems are made up as they are asked for."""
-    return source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
 
 
 def _documents(source: Source, report: RowReport) -> Iterator[tuple[str, str]]:
