@@ -69,7 +69,7 @@ def placed_items(source: Source, kind: str, report: RowReport) -> Iterator[tuple
 
 
 def encode_items(tokenizer: Tokenizer, kind: str, items: Sequence[Any]) -> list[Sequences]:
-    """The token sequences of each item and what is learnt of them: of a problem only its prompt, which is not."""
+    """The token sequences of each item and what is trained on of them: of a problem only its prompt, which is not."""
     if kind == "text":
         encoded = tokenizer.encode_batch(list(items))
         return [[([*ids, tokenizer.eos_id], [1] * (len(ids) + 1))] for ids in encoded]
@@ -84,12 +84,12 @@ def encode_items(tokenizer: Tokenizer, kind: str, items: Sequence[Any]) -> list[
 
 
 def lengths(sequences: Sequences) -> list[int]:
-    """How many positions of a row each sequence fills: its last token is only ever predicted."""
+    """Return how many positions of a row each sequence fills: its last token is only ever predicted."""
     return [len(ids) - 1 for ids, _ in sequences]
 
 
-def learnt(sequences: Sequences) -> int:
-    """How many tokens of a row of data are learnt."""
+def trained(sequences: Sequences) -> int:
+    """Return how many tokens of a row of data are trained on."""
     return int(sum(np.sum(mask) for _, mask in sequences))
 
 
