@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model import MiniDeepSeek
-from text.sources.json_text import json_text
+from text.files import json_text
 from training.alignment.policy_loss import completion_hidden
 from training.alignment.rollouts import Group, Rollouts
 from training.log_probs import label_log_probs

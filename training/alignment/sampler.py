@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from model import MiniDeepSeek
-from model.decoding.batching import Batcher, Completion, Request
+from model.decoding.engine import Engine
 from model.decoding.sampling import Sampling
+from model.decoding.scheduler import Completion, Request
 from model.experts import Experts
 from text.chats.problems import Problem
 from text.order import scramble
@@ -71,13 +72,13 @@ def sample_groups(
     ]
     longest = max(len(request.prompt) + request.max_new_tokens for group in requests for request in group)
     total, done = sum(map(len, requests)), 0
-    batcher = Batcher(model, min(slots, total), longest)
-    for group in [[batcher.submit(request) for request in group] for group in requests]:
+    engine = Engine(model, min(slots, total), longest)
+    for group in [[engine.submit(request) for request in group] for group in requests]:
         while not all(completion.finish for completion in group):
             if watch.asked:
                 return
             watch.show(f"{what}: {done} of {total} completions")
-            done += sum(bool(event.finish) for event in batcher.step())
+            done += sum(bool(event.finish) for event in engine.step())
         yield _table(group, group[0].request.max_new_tokens)
     watch.show("")
 

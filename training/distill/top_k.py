@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dataset import ChatDataset
-from text.chats.encoded_chats import EncodedChats
+from text.chats.encoded import EncodedChats
 from text.chats.packing import write_row
 from training.distill.distillation import Logits, Teacher
 from training.distill.divergences import Divergence
