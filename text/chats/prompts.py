@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from errors import UserError
@@ -29,6 +28,7 @@ from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of
 from text.sources.rows import placed_rows
 from text.tokenizer import characters
 
+TRIES = 10  # problems made for each one asked for, where a generator repeats some by chance
 QUESTIONS = ("instruction", "prompt", "question", "problem", "question_zh-cn", "query")
 
 
@@ -61,8 +61,8 @@ def read_prompts(
             found = _generated(source, most, seed, report)
         else:
             found = placed_rows(source, partial(to_prompt, layout=source.layout), on_error, report)
-        others = report.kept
-        for place, prompt in islice(found, most or None):
+        before = others = report.kept
+        for place, prompt in found:
             if system and prompt.messages[0]["role"] != "system":
                 prompt = Prompt(({"role": "system", "content": system}, *prompt.messages), prompt.problem)
             key = json.dumps(prompt.messages, ensure_ascii=False)
@@ -73,6 +73,8 @@ def read_prompts(
             seen.add(key)
             others += 1
             yield prompt
+            if others - before == most:
+                break
         report.left_out += report.kept - others  # of the samples of a source, those beyond `most`
         report.kept = others
     if not seen:
@@ -93,7 +95,7 @@ def to_prompt(row: object, layout: Layout = SEEN) -> Prompt:
 def _generated(source: Source, most: int, seed: int, report: RowReport) -> Iterator[tuple[str, Prompt]]:
     """Yield the first problems of a generator, each with its place."""
     problems = open_problems(source)
-    for number in range(most or len(problems)):
+    for number in range(TRIES * most or len(problems)):
         report.rows, report.kept = report.rows + 1, report.kept + 1
         yield f"{source} #{number + 1}", _of_problem(problems.problem(number, seed))
 
