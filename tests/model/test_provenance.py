@@ -15,8 +15,8 @@ from text.tokenizer import Tokenizer
 from training.alignment.experience import Experience
 from training.alignment.rewards import Rewards
 from training.alignment.rollout import RolloutSettings, Sampler
+from training.datasets import NamingDataset
 from training.parallel.ranks import Ranks
-from training.skipping import NamingDataset
 
 
 def write(path: Path, rows: list[dict]) -> str:

@@ -11,7 +11,7 @@ from forked import on_ranks
 
 import training.parallel.ranks
 from errors import UserError, command_line
-from training.device import choose_device, runs_on
+from training.machine import choose_device, runs_on
 from training.parallel.ranks import Ranks
 
 BUILT = ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100", "compute_120"]

@@ -10,10 +10,9 @@ import torch
 
 from text.chats.problems import Problem
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
-from training.held_out import labels_name, problems_name
 from training.losses import IGNORE
 from training.run.log import read_metrics
-from training.validation import held_out_batches
+from training.validation import held_out_batches, labels_name, problems_name
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from text.chats.problems import Problem
 from training.alignment.rewards import is_correct
 from training.alignment.rollout import Sampler, chances, completion_texts, joined, sample_groups
 from training.parallel.ranks import Ranks
-from training.run.watch import Watch
+from training.run.interrupt import Watch
 
 SAMPLES = 4
 KEY = 0x76616C  # keeps the chances of measuring apart from those of training

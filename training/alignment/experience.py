@@ -30,7 +30,7 @@ from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch
 from training.machine import autocast
 from training.parallel.ranks import Ranks
-from training.run.watch import Stopped
+from training.run.interrupt import Stopped
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8

@@ -22,7 +22,7 @@ from model.decoding.sampling import Sampling
 from model.experts import Experts
 from text.order import scramble
 from text.tokenizer import Tokenizer
-from training.run.watch import Watch
+from training.run.interrupt import Watch
 
 SLOTS = 128  # completions at a time where no setting says: as many rows as decode.c takes
 

@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
-from model.checkpoint.tensor_file import save_file
+from model.checkpoint.tensor_file import read_parts, save_file
 from text.sources.json_text import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors
-from training.run.manifest import write_manifest
 
+MANIFEST = "training/manifest.json"  # size and checksum of every file of a checkpoint
 STEP = re.compile(r"step-(\d+)$")
 WEIGHT, STATE = "weight|", "state|"  # before the names of a snapshot's tensors
+# A stage is judged by the first of these that its validation has; 1 where more is better, -1 where less is.
+MEASURES = {"val_accuracy": 1, "val_bits_per_byte": -1, "val_loss": -1}
 DATA = "data|"  # before the names of a data set's tensors; the optimiser's begin with a parameter's name
 
 
@@ -51,6 +54,20 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     stale: int = 0
     unmeasured: bool = False
+
+    def judge(self, held_out: dict[str, Any]) -> bool:
+        """Note a validation after `step` in `best` and `stale`. Returns whether it is better than all before.
+
+        A number that is not finite is never better.
+        """
+        name = next((name for name in MEASURES if name in held_out), None)
+        value = math.nan if name is None else float(held_out[name])
+        before = self.best.get("value") if self.best.get("measure") == name else None
+        better = math.isfinite(value) and (before is None or MEASURES[name] * (value - before) > 0)
+        if better:
+            self.best = {"measure": name, "value": value, "step": self.step}
+        self.stale = 0 if better else self.stale + 1
+        return better
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
@@ -177,7 +194,7 @@ def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.opti
 
 
 def read_progress(folder: Path) -> Progress:
-    """How far the run was at this checkpoint. Raises `DamagedCheckpoint`, for `left_off` to add the remedy."""
+    """How far the run was at this checkpoint. Raises `DamagedCheckpoint`, for `find_checkpoint` to add the remedy."""
     path = folder / "training" / "progress.json"
     try:
         return Progress(**json.loads(path.read_text(encoding="utf8")))
@@ -238,3 +255,49 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_manifest(folder: Path) -> None:
+    """Note size and checksum of every file of a checkpoint folder. XXH3, which reads a GB in less than 0.1 s."""
+    files = {name: {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)} for name, path in _files(folder)}
+    (folder / MANIFEST).write_text(json.dumps(files, ensure_ascii=False, indent=2), encoding="utf8")
+
+
+def verify(folder: Path) -> None:
+    """Read all that the manifest of a checkpoint names. A folder without one, from before there were any, passes.
+
+    Raises `DamagedCheckpoint`, which names the first file that is not what was saved.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        files = json.loads(path.read_text(encoding="utf8"))
+        saved = {str(name): (int(facts["bytes"]), str(facts["xxh3_128"])) for name, facts in files.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
+    for name, (size, checksum) in saved.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedCheckpoint(f"{path}: cannot be read ({name!r} is not in the folder)")
+        try:
+            if file.stat().st_size != size:
+                raise DamagedCheckpoint(
+                    f"{file}: damaged or cut short ({file.stat().st_size:,} bytes, {size:,} were saved)"
+                )
+            if _checksum(file) != checksum:
+                raise DamagedCheckpoint(f"{file}: damaged or cut short (its checksum is not that of what was saved)")
+        except OSError as error:
+            raise DamagedCheckpoint(f"{file}: damaged or cut short ({error.strerror})") from None
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return [(path.relative_to(folder).as_posix(), path) for path in paths]
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    for part in read_parts(path):
+        digest.update(part)
+    return digest.hexdigest()

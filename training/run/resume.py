@@ -1,4 +1,4 @@
-"""Taking up a run where it was left, and refusing what would make it another run."""
+"""What happens at --resume and --carry_optimizer: find a checkpoint, verify it, restore it; refuse another run's."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from typing import Any, Literal
 
 import torch
 import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from errors import DamagedCheckpoint, UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.checkpoint.folder import save_state
 from text.tokenizer import Tokenizer
+from training.optim.build import load_state_tensors
 from training.run.checkpoint import (
+    DATA,
+    MANIFEST,
     Progress,
     Weights,
     checkpoints,
@@ -25,13 +30,14 @@ from training.run.checkpoint import (
     load_training_state,
     newest,
     read_progress,
+    verify,
 )
-from training.run.manifest import MANIFEST, verify
 from training.settings import StageSettings
 
 Resume = bool | Literal["last-good"]
 LAST_GOOD = "last-good"
 BEST = "best"
+LEAVE = "leave --carry_optimizer out"
 
 
 def check_unused(out: Path, resume: Resume) -> None:
@@ -43,7 +49,7 @@ def check_unused(out: Path, resume: Resume) -> None:
         raise UserError(f"{out}: holds a run already ({found.name}); add --resume to go on, or choose another --out")
 
 
-def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Progress] | None:
+def find_checkpoint(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Progress] | None:
     """The newest checkpoint of a run folder, verified, and how far it is, or None where there is none.
 
     Args:
@@ -112,8 +118,7 @@ def _set_aside(folder: Path) -> Path:
 def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> dict[str, Any]:
     """What the data, their order and the optimiser's state depend on: a run cannot change it midway.
 
-    `data.content` is for data sets whose `identity` does not tell their content; `left_off` lets runs that lack a key
-    resume.
+    `data.content` is for data sets whose `identity` does not tell their content; a run that lacks a key may resume.
     """
     run = {
         "seed": settings.seed,
@@ -145,7 +150,7 @@ class WholeModel:
         self.model.load_state_dict(saved.state_dict())
 
 
-def take_up(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def restore(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Put a checkpoint's weights and optimiser state in place. Returns the state of its data set."""
     weights.load(folder)
     return load_training_state(folder, weights.model, optimizer)
@@ -160,3 +165,46 @@ def same_shape(folder: Path, saved: LMConfig, wanted: LMConfig) -> None:
 def _unchanged(folder: Path, name: str, before: Any, now: Any) -> None:
     if before != now:
         raise UserError(f"{folder}: was trained with {name} = {before}, not {now}; a run cannot change it midway")
+
+
+def check_carried(settings: StageSettings) -> None:
+    """Before minutes are spent: raises `UserError` where --carry_optimizer finds no state, or that of another kind."""
+    ckpt = getattr(settings, "ckpt", "")
+    if not ckpt:
+        raise UserError("--carry_optimizer: takes the state beside the weights of --ckpt; give it, or leave it out")
+    if not _state(Path(ckpt)).is_file():
+        raise UserError(f"{ckpt}: has no training state to carry on; name a checkpoint of a run, or {LEAVE}")
+    kind, wanted = read_progress(Path(ckpt)).run.get("optim.kind", settings.optim.kind), settings.optim.kind
+    if kind != wanted:
+        raise UserError(f"{ckpt}: its optimizer is {kind}, this run's {wanted}; give --optim.kind {kind}, or {LEAVE}")
+
+
+def carry_optimizer(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> str:
+    """Put the moments of the weights that are trained in place, with their own step counts. Returns a line on it.
+
+    Adam's counts correct the bias that its moments have in the first steps, so they go where the moments go. Weights
+    without any there, such as an MTP chain that had not been trained, begin without. Raises `UserError`, or
+    `DamagedCheckpoint` for a file that cannot be read.
+    """
+    try:
+        state = load_file(_state(folder))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{_state(folder)}: damaged or cut short ({error}); restore the file") from None
+    members = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known = dict(model.named_parameters())
+    trained = {name for name, p in known.items() if id(p) in members}
+    # `rng` is of older checkpoints; what a data set saved belongs to that run.
+    names = {key: key.split("|")[0] for key in state if not key.startswith((DATA, "rng"))}
+    try:
+        if strange := sorted(name for name in names.values() if name not in known):
+            raise ValueError(f"it has {strange[0]}")
+        if not (found := trained & {*names.values()}):
+            raise ValueError("it has none of the weights that are trained here")
+        load_state_tensors(optimizer, model, {key: state[key] for key, name in names.items() if name in trained})
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: its training state does not fit this run ({error}); {LEAVE}") from None
+    return f"optimizer  moments of {len(found)} of {len(trained)} weights from {folder}; step and schedule start again"
+
+
+def _state(folder: Path) -> Path:
+    return folder / "training" / "state.safetensors"
