@@ -156,7 +156,7 @@ def keep_top_k(
             rows = in_order(encoded, members, chats.sequence_length, chats.pad_id)
             arrays = score(teacher, rows, k, temperature, micro_rows, dtype, ranks.device)
             save(files[number], arrays, fingerprint)
-    ranks.barrier()
+    ranks.gather(None)
     ranks.check_shared(folder, lambda: all(is_kept(file, fingerprint) for file in files))
     return KeptTopK(files, encoded)
 

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import UserError, naming
+from errors import UserError, check_least, naming
 from training.machine import choose_device
 from training.run.interrupt import Watch
 
 Result = TypeVar("Result")
-# What gloo and NCCL say when a peer is silent, and when it is gone.
+# What gloo and NCCL say when another rank is silent, and when it is gone.
 SILENT = ("timed out", "timeout")
 GONE = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process has exited")
 ROLL_CALL = 2.0  # seconds in which those who waited in vain must have said so
@@ -45,13 +45,12 @@ class DistSettings:
     def __post_init__(self) -> None:
         if self.timeout <= 0:
             raise UserError(f"--dist.timeout {self.timeout:g}: must be positive")
-        if self.check_every < 0:
-            raise UserError(f"--dist.check_every {self.check_every}: must be at least 0")
+        check_least(0, **{"dist.check_every": self.check_every})
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers.
+    """This process among the ranks of a run.
 
     Attributes: rank 0 .. world - 1; the device it computes on, and why that one; timeout: see `DistSettings`; watch:
         what it is busy with, and whether a signal asked it to stop.
@@ -66,7 +65,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str, timeout: float = DistSettings.timeout) -> Ranks:
-        """Join the peers that torchrun started, if any. `device`: auto, cpu or cuda."""
+        """Join the ranks that torchrun started, if any. `device`: auto, cpu or cuda."""
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         place, why = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
         if place.type == "cuda":
@@ -157,9 +156,7 @@ class Ranks:
 
     def fail(self, message: str) -> NoReturn:
         """End the run with a `UserError`; called by all ranks, reported once."""
-        if self.main:
-            raise UserError(message)
-        raise SystemExit(UserError.exit_code)
+        raise UserError(message) if self.main else SystemExit(UserError.exit_code)
 
     def check_shared(self, path: Path, look: Callable[[], object]) -> None:
         """Raise `UserError` on all ranks unless each of them sees at `path` what the main rank sees.
@@ -182,7 +179,6 @@ class Ranks:
         """Raise `UserError` on all ranks unless each of them sees what the main rank writes into a folder."""
         if self.world == 1:
             return
-
         made = [path for path in (folder, *folder.parents) if not path.exists()]
 
         def write() -> Path:
@@ -204,7 +200,7 @@ class Ranks:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn what a collective raises when a peer is silent until the timeout, or gone, into a `UserError`."""
+        """Turn what a collective raises when another rank is silent until the timeout, or gone, into a `UserError`."""
         try:
             yield
         except RuntimeError as error:
@@ -220,19 +216,13 @@ class Ranks:
             raise UserError(f"rank {self.rank}: another rank has ended; its own message says why") from None
 
     def _absent(self) -> list[int]:
-        """The ranks that do not say at once that they have waited in vain too."""
+        """Return the ranks that do not say at once that they have waited in vain too."""
         with suppress(RuntimeError):
             store = dist.distributed_c10d._get_default_store()
             store.set(f"waited/{self.rank}", "1")
             time.sleep(ROLL_CALL)
             return [rank for rank in range(self.world) if not store.check([f"waited/{rank}"])]
         return []
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            with self.explained():
-                dist.barrier()
 
     def no_sync(self, module: nn.Module, when: bool) -> AbstractContextManager:
         """Keep gradients local while accumulating."""
@@ -260,14 +250,10 @@ def _store(world: int, timeout: timedelta) -> dist.Store:
 def _check_devices(store: dist.Store, rank: int, world: int, device: str) -> None:
     """Raise `UserError` on all ranks where `--device auto` is not the same on all: they could not join one another."""
     store.set(f"device/{rank}", device)
-    if rank == 0:
-        kinds = [store.get(f"device/{other}").decode().partition(" ")[0] for other in range(world)]
-        store.set("device/odd", str(next((other for other, kind in enumerate(kinds) if kind != kinds[0]), 0)))
-    odd = int(store.get("device/odd"))
-    if odd == 0:
-        return
-    first, theirs = (store.get(f"device/{number}").decode() for number in (0, odd))
+    devices = [store.get(f"device/{other}").decode() for other in range(world)]
+    odd = next((other for other, kind in enumerate(devices) if kind.split()[0] != devices[0].split()[0]), 0)
     store.set(f"device/read/{rank}", "")
     if rank == 0:  # with which the store may end
         store.wait([f"device/read/{other}" for other in range(world)])
-    raise UserError(f"rank {odd} computes on {theirs}, rank 0 on {first}; give all the same --device")
+    if odd:
+        raise UserError(f"rank {odd} computes on {devices[odd]}, rank 0 on {devices[0]}; give all the same --device")

@@ -50,13 +50,13 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """Return whether something is being written."""
         return self._running is not None and not self._running.done()
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed in the thread; `wait` raises why."""
-        return self._running is not None and self._running.done() and self._running.exception() is not None
+        """Return whether a save has failed in the thread; `wait` raises why."""
+        return self._running is not None and not self.busy and self._running.exception() is not None
 
     def wait(self) -> None:
         """Until what is being written is on the disk. Raises the `UserError` of a save that failed."""
@@ -149,7 +149,7 @@ class RunCheckpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed meanwhile, on this rank; `wait` raises why."""
+        """Return whether a save has failed meanwhile, on this rank; `wait` raises why."""
         return self.saver.failed
 
     def wait(self) -> None:

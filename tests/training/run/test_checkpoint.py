@@ -24,11 +24,11 @@ from training.run.checkpoint import (
     MANIFEST,
     Progress,
     Snapshot,
+    checkpoints,
     keep_last,
     load_training_state,
     newest,
     read_progress,
-    steps,
 )
 from training.run.resume import WholeModel, find_checkpoint
 
@@ -195,7 +195,7 @@ def test_checkpoints_are_ordered_by_number_and_the_end_is_the_newest(sitting):
     for number in (10, 9):
         shutil.copytree(sitting.out / "step-1", sitting.out / f"step-{number}")
     (sitting.out / "step-old").mkdir()
-    assert [path.name for path in steps(sitting.out)] == ["step-1", "step-9", "step-10"]
+    assert [path.name for path in checkpoints(sitting.out)] == ["step-1", "step-9", "step-10"]
     assert newest(sitting.out).name == "step-10"
     sitting.progress.step = 10
     assert newest(sitting.save("final").parent).name == "final"
