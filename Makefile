@@ -37,11 +37,12 @@ chat: $(VENV)/installed
 	@test -d $(OUT)/grpo/final || { echo "error: $(OUT)/grpo/final is not there yet; run make demo first" >&2; exit 2; }
 	@$(RUN) eval/chat.py --ckpt $(OUT)/grpo/final
 
+# One process a core, each with one thread: models this small only wait for each other's threads.
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --dist worksteal
 
 fuzz: $(VENV)/installed-dev
-	$(RUN) -m pytest tests/fuzz --hypothesis-profile=long
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/fuzz --hypothesis-profile=long
 
 # llama.cpp is compiled from source, which takes minutes; what is not installed yet is installed into the venv.
 CKPT ?= $(OUT)/grpo/final

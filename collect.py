@@ -17,15 +17,14 @@ from rich.progress import track
 from cli import parse
 from dataset import PromptDataset
 from errors import UserError, check_least, check_seed, command_line
-from text.chats.chat_file import write_chats
 from text.chats.chat_template import Message
-from text.chats.conversations import read_conversations
+from text.chats.conversations import read_conversations, write_chats
 from text.chats.problems import Problem
 from text.judging.answer_filter import shortest_different
 from text.sources.registry import REGISTRY, Source, find_sources
 from text.sources.row_report import RowReport, balance
 from training.alignment.rewards import Rewards, Sample
-from training.alignment.rollout import Completions, chances, completion_texts, sample_groups
+from training.alignment.sampler import Completions, completion_texts, sample_groups, uniforms
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
 from training.startup import open_checkpoint
@@ -128,7 +127,7 @@ def main() -> None:
     if len(numbered) < settings.prompts:
         print(f"notice: --data {settings.data} has no more than {len(numbered)} different problems")
     problems = list(numbered.values())
-    drawn = chances([(settings.seed, number) for number in numbered], settings.samples, settings.max_new_tokens)
+    drawn = uniforms([(settings.seed, number) for number in numbered], settings.samples, settings.max_new_tokens)
     groups = sample_groups(model, asked.encode(problems), drawn, tokenizer.eos_id, settings.temperature)
     shown = track(groups, "sampling", len(problems), console=bar, transient=True, disable=not bar.is_terminal)
     for problem, made in zip(problems, shown, strict=True):

@@ -18,7 +18,7 @@ from errors import UserError, check_least, command_line
 from model import MiniDeepSeek
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
-from training.alignment.rollout import Sampler
+from training.alignment.sampler import Sampler
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.datasets import Dataset
 from training.distill.curation import AnswerSettings, gather_answers, is_endpoint, open_answering

@@ -13,11 +13,12 @@ from dataset import PromptDataset
 from errors import UserError, command_line, waiting
 from text.sources.registry import find_sources
 from training.alignment.accuracy import Accuracy
-from training.alignment.experience import Experience
-from training.alignment.policy import GRPOLoss
+from training.alignment.batches import Experience
+from training.alignment.policy_loss import GRPOLoss
 from training.alignment.reference import frozen_reference
 from training.alignment.rewards import Rewards
-from training.alignment.rollout import RolloutSettings, Sampler
+from training.alignment.rollouts import RolloutSettings
+from training.alignment.sampler import Sampler
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
 from training.settings import StageSettings

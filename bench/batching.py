@@ -16,7 +16,8 @@ from device import device_of, now
 from side_by_side import against_transformers, findings, open_peer, options_of, serve, verdict
 
 from model import MiniDeepSeek
-from model.decoding.batching import Batcher, Request
+from model.decoding.engine import Engine
+from model.decoding.scheduler import Request
 from training.machine import DTYPES
 
 LOCK_STEP = "lock step"
@@ -74,7 +75,7 @@ def work(options: argparse.Namespace) -> None:
 
     def continuous() -> None:
         requests = [Request(ids, new) for ids, new in zip(prompts.tolist(), wanted, strict=True)]
-        for _ in Batcher(model, slots, options.prompt + options.new).run(requests):
+        for _ in Engine(model, slots, options.prompt + options.new).run(requests):
             pass
 
     def measure() -> dict[str, float]:

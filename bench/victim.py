@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from errors import UserError
-from training.alignment.experience import ENTRY
+from training.alignment.batches import ENTRY
 from training.run.checkpoint import DATA, MANIFEST
 from training.run.log import read_metrics
 

@@ -9,12 +9,14 @@ import torch
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.decoding.batching import GREEDY, Batcher, Request
+from model.decoding.engine import Engine
 from model.decoding.generate import check_speculative, stream
-from model.decoding.sampling import Sampling
+from model.decoding.sampling import GREEDY, Sampling
+from model.decoding.scheduler import Request
 from model.decoding.speculative import stream_speculative
 from text.chats.chat_template import Message, encode_chat, encode_chats
-from text.tokenizer import StreamDecoder, Tokenizer
+from text.stream_decoder import StreamDecoder
+from text.tokenizer import Tokenizer
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
 from training.startup import open_checkpoint
@@ -119,6 +121,6 @@ class Answerer:
         stop = (self.tokenizer.eos_id,)
         requests = [Request(ids, max_new_tokens, sampling, stop, row) for ids, row in zip(encoded, drawn, strict=True)]
         longest = max(map(len, encoded), default=0) + max_new_tokens
-        for made in Batcher(self.model, min(slots, len(encoded)), longest).run(requests):
+        for made in Engine(self.model, min(slots, len(encoded)), longest).run(requests):
             ids = made.tokens[:-1] if made.finish == "stop" else made.tokens
             yield self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -17,9 +17,8 @@ from rich.table import Table
 from cli import call
 from errors import UserError, command_line
 from eval.answering import Answerer
-from model.decoding.batching import GREEDY
-from model.decoding.sampling import Sampling
-from text.sources.json_text import json_text
+from model.decoding.sampling import GREEDY, Sampling
+from text.files import json_text
 from world.columns import conclusion
 
 

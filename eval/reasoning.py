@@ -17,8 +17,8 @@ from cli import call
 from dataset import PromptDataset
 from errors import UserError, check_least, command_line
 from text.chats.problems import split_problems
-from training.alignment.rewards import Rewards, Sample
-from training.alignment.rollout import completion_texts, joined, sample_groups
+from training.alignment.rewards import Rewards
+from training.alignment.sampler import sample_groups, to_samples
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
 from training.startup import open_checkpoint
@@ -93,13 +93,11 @@ def measure(
         raise UserError(f"--data {data}: nothing is held out; raise --val_fraction")
     judge = Rewards.of(dict.fromkeys(SHOWN, 1.0))
     asked = prompts.validation
-    unused = torch.zeros(len(asked), 1, new)  # greedy answers need no chances
-    made = joined(sample_groups(model, prompts.encode(asked), unused, tokenizer.eos_id, temperature=0.0))
-    lengths, ended = made.lengths.tolist(), made.ended.tolist()
-    texts = completion_texts(tokenizer, made)
-    samples = [Sample(*each, new, end) for *each, end in zip(asked, texts, lengths, ended, strict=True)]
+    unused = torch.zeros(len(asked), 1, new)  # greedy answers need no random numbers
+    made = list(sample_groups(model, prompts.encode(asked), unused, tokenizer.eos_id, temperature=0.0))
+    samples = to_samples(tokenizer, asked, made)
     means = {name: sum(values) / len(asked) for name, values in judge(samples)[1].items()}
-    return Row(folder, *(means[name] for name in SHOWN), sum(lengths) / len(asked))
+    return Row(folder, *(means[name] for name in SHOWN), sum(sample.tokens for sample in samples) / len(asked))
 
 
 if __name__ == "__main__":

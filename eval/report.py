@@ -25,7 +25,7 @@ from eval.style import read_favours, score_style
 from model import MiniDeepSeek
 from text.chats.problems import split_problems
 from training.alignment.accuracy import Accuracy
-from training.alignment.rollout import Sampler
+from training.alignment.sampler import Sampler
 from training.losses import Batch
 from training.parallel.ranks import Ranks
 from training.run.plots import draw_run

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from errors import one_line
 from model.kernels import fused
@@ -23,7 +22,7 @@ LONGEST_CHUNKED = 2048  # beyond, the weights that the chunks keep would take mo
 
 
 @dataclass(frozen=True)
-class Visibility:
+class AttentionMask:
     """Which key positions each query position may attend to.
 
     Attributes:
@@ -37,9 +36,9 @@ class Visibility:
     padding: Tensor | None = None
 
     @staticmethod
-    def packed(segment_ids: Tensor) -> Visibility:
+    def within_segments(segment_ids: Tensor) -> AttentionMask:
         """Causal within a segment, nothing across. segment_ids: (batch, time)."""
-        return Visibility(segment_ids=segment_ids)
+        return AttentionMask(segment_ids=segment_ids)
 
     @property
     def plain(self) -> bool:
@@ -66,37 +65,37 @@ class Visibility:
         return torch.cat((starts, starts.new_full((1,), new.numel()))).int()
 
     @staticmethod
-    def padded(queries: int, keys: int, padding: Tensor) -> Visibility:
+    def left_padded(queries: int, keys: int, padding: Tensor) -> AttentionMask:
         """The last `queries` of `keys` positions see what came before; padding: (batch,) left-padding of each row."""
         device = padding.device
-        real = torch.arange(keys, device=device)[None, None, None, :] >= padding[:, None, None, None]
+        is_token = torch.arange(keys, device=device)[None, None, None, :] >= padding[:, None, None, None]
         # A padding position sees itself, or its softmax over nothing would be NaN.
         itself = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries)
         allowed = causal(queries, keys, device)
-        return Visibility((allowed & real) | (allowed & itself), padding=padding)
+        return AttentionMask((allowed & is_token) | (allowed & itself), padding=padding)
 
     @staticmethod
-    def reaching(positions_BT: Tensor, keys: int) -> Visibility:
+    def up_to(positions_BT: Tensor, keys: int) -> AttentionMask:
         """Rows of different lengths that begin at key 0: each position sees the keys up to itself."""
-        return Visibility(torch.arange(keys, device=positions_BT.device) <= positions_BT[:, None, :, None])
+        return AttentionMask(torch.arange(keys, device=positions_BT.device) <= positions_BT[:, None, :, None])
 
-    def only(self, wanted_B: Tensor, queries: int, keys: int) -> Visibility:
+    def at(self, last_positions_B: Tensor, queries: int, keys: int) -> AttentionMask:
         """For one of the last `queries` of `keys` positions of each row, counted from the first of these."""
         if self.allowed is None:
-            return Visibility.reaching((wanted_B + keys - queries).unsqueeze(1), keys)
-        return Visibility(pick(self.allowed.transpose(1, 2), wanted_B).transpose(1, 2))
+            return AttentionMask.up_to((last_positions_B + keys - queries).unsqueeze(1), keys)
+        return AttentionMask(select_positions(self.allowed.transpose(1, 2), last_positions_B).transpose(1, 2))
 
-    def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    def as_bool(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Bool, broadcastable to (batch, heads, queries, keys), for the last `queries` positions; None: all visible."""
         if queries == 1 or not self.plain:
             return self.allowed
         return causal(queries, keys, device)
 
 
-def pick(x_BT: Tensor, wanted_B: Tensor) -> Tensor:
+def select_positions(x_BT: Tensor, last_positions_B: Tensor) -> Tensor:
     """(batch or 1, time, ...) -> (batch, 1, ...): the wanted position of each row."""
-    rows = torch.arange(len(wanted_B), device=x_BT.device) if x_BT.shape[0] > 1 else 0
-    return x_BT[rows, wanted_B].unsqueeze(1)
+    rows = torch.arange(len(last_positions_B), device=x_BT.device) if x_BT.shape[0] > 1 else 0
+    return x_BT[rows, last_positions_B].unsqueeze(1)
 
 
 def causal(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -104,7 +103,7 @@ def causal(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attention_mask: AttentionMask) -> Tensor:
     """softmax(q k^T * scale) v.
 
     Args:
@@ -115,8 +114,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
     value_size = v.shape[-1]
     if q.device.type == "cpu" and q.shape[1] <= LONGEST_CHUNKED:
         # Causality alone needs no mask where the softmax knows of it.
-        causal_only = visibility.allowed is None and fused.available(q)
-        mask = None if causal_only else visibility.mask(q.shape[1], k.shape[1], q.device)
+        causal_only = attention_mask.allowed is None and fused.available(q)
+        mask = None if causal_only else attention_mask.as_bool(q.shape[1], k.shape[1], q.device)
         mask = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
         # Autocast would carry each softmax through memory in float32; the kernel computes in float32 anyway.
         with torch.autocast("cpu", enabled=False):
@@ -124,18 +123,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
     # The fused kernels want one head size for q, k and v: zeros added to v change nothing and are cut off again.
     if value_size < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - value_size))
-    plain = visibility.plain and q.shape[1] == k.shape[1]
-    kernel = cuda_kernel(q, value_size, plain, visibility.segment_ids is not None)
+    plain = attention_mask.plain and q.shape[1] == k.shape[1]
+    kernel = cuda_kernel(q, value_size, plain, attention_mask.segment_ids is not None)
     flash = flash_attention() if kernel == FLASH_ATTN else None
     if flash is not None and plain:
         return flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)[..., :value_size]
     if kernel != SDPA:
-        return _attend_segments(flash, q, k, v, scale, visibility.segment_ends)[..., :value_size]
+        return _attend_segments(flash, q, k, v, scale, attention_mask.segment_ends)[..., :value_size]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if plain else visibility.mask(q.shape[1], k.shape[1], q.device),
+        attn_mask=None if plain else attention_mask.as_bool(q.shape[1], k.shape[1], q.device),
         is_causal=plain,
         scale=scale,
     )
@@ -209,6 +208,8 @@ def _attend_segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends:
     """Isolated packing by kernels for sequences of varying length: flash-attn's, or the ones that torch has on CUDA."""
     time, (q_flat, k_flat, v_flat) = q.shape[1], (x.flatten(0, 1) for x in (q, k, v))
     if flash is None:
+        from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo: seconds, and only CUDA comes here
+
         out = varlen_attn(q_flat, k_flat, v_flat, ends, ends, time, time, scale=scale, window_size=(-1, 0))
     else:
         out = flash.flash_attn_varlen_func(
@@ -217,10 +218,13 @@ def _attend_segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends:
     return out.view_as(q)
 
 
-@torch.compiler.assume_constant_result
 def has_flash_attention() -> bool:
     """Whether `flash_attention` is there; torch.compile asks once, where an import that fails would break its graph."""
     return flash_attention() is not None
+
+
+# torch.compiler.assume_constant_result sets this after importing torch._dynamo, which takes as long as torch itself.
+has_flash_attention._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=1)

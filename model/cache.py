@@ -99,7 +99,7 @@ class LatentCache:
 
 
 class SlotCache(LatentCache):
-    """Sequences of different lengths, each in a slot of its own from position 0: for `model.decoding.batching`.
+    """Sequences of different lengths, each in a slot of its own from position 0: for `model.decoding.engine`.
 
     The slots in use are the first ones, in the order of the rows of a pass. `begin`, then `model(ids, cache=slots)`
     takes one row for each of them; further rows, which fill a batch up, leave nothing behind.

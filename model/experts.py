@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.dispatch import Combine, Dispatch, Permute, Plan, gather_sum
-from model.grouped_linear import Cast, KeptMemory, grouped_linear, spans_of
+from model.grouped_linear import Cast, GradBuffer, grouped_linear, spans_of
 from model.kernels import fused, grouped, products
-from model.quantized import Packed
+from model.quantized import QuantizedWeight
 
 FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
@@ -41,7 +41,7 @@ class Experts(nn.Module):
         count, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
-        self.kept = {name: KeptMemory() for name, _ in self.named_parameters()}
+        self.grad_buffers = {name: GradBuffer() for name, _ in self.named_parameters()}
 
     def forward(
         self,
@@ -56,13 +56,13 @@ class Experts(nn.Module):
         """
         if torch.is_autocast_enabled(x_ND.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
-        plain = not corrections and not isinstance(self.gate_up_proj, Packed)
+        plain = not corrections and not isinstance(self.gate_up_proj, QuantizedWeight)
         if plain and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
             few = indices_NK.numel() <= FEW_CHOICES
             return (self._few if few else self._in_turn)(x_ND, weights_NK.to(x_ND.dtype), indices_NK)
         return (self._grouped if x_ND.is_cuda else self._looped)(x_ND, weights_NK, indices_NK, corrections)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported at the first call
     def _looped(self, *inputs: Tensor | Mapping[str, LowRank]) -> Tensor:
         """On CPU the number of rows is read from the data: a compiled graph would hold for one step."""
         return self._grouped(*inputs)
@@ -81,13 +81,13 @@ class Experts(nn.Module):
         return Combine.apply(out_RD, plan.token_of_row, plan.row_of_choice)
 
     def _product(self, name: str, x_RF: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
-        out = grouped_linear(x_RF, getattr(self, name), plan, self.kept[name])
+        out = grouped_linear(x_RF, getattr(self, name), plan, self.grad_buffers[name])
         if name not in corrections:
             return out
         a, b, scale = corrections[name]
         return out + scale * grouped_linear(grouped_linear(x_RF, a, plan), b, plan)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def _in_turn(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
         """The same bits as `_grouped` without a gradient: the rows of one expert stay in the processor's cache from the
         first product to the last, in the place of those of the expert before.

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from model.dispatch import SMALL_ROW_BLOCK, Plan
 from model.kernels import grouped, products
-from model.quantized import Packed, dense
+from model.quantized import QuantizedWeight, dense
 
-KEPT_BYTES = 2**25  # glibc gives a larger block back to the system as soon as it is freed
+MIN_BUFFER_BYTES = 2**25  # glibc gives a larger block back to the system as soon as it is freed
 
 
-class KeptMemory:
+class GradBuffer:
     """The memory of a gradient, taken again in the next step once nobody else holds it.
 
     The system finds and clears the pages of a new block one by one, which for the gradients of a hundred small experts
@@ -23,15 +23,15 @@ class KeptMemory:
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
 
-    def __deepcopy__(self, memo: dict) -> KeptMemory:
-        return KeptMemory()
+    def __deepcopy__(self, memo: dict) -> GradBuffer:
+        return GradBuffer()
 
     def __reduce__(self) -> tuple:
-        return KeptMemory, ()
+        return GradBuffer, ()
 
     def like(self, x: Tensor) -> Tensor:
         """A tensor like x of any content; x is of one shape all along."""
-        if x.device.type != "cpu" or x.nbytes < KEPT_BYTES:
+        if x.device.type != "cpu" or x.nbytes < MIN_BUFFER_BYTES:
             return torch.empty_like(x)
         if self.tensor is None or self._holders() > 2:  # this one, and the storage's face to Python
             self.tensor = torch.empty_like(x)
@@ -41,17 +41,19 @@ class KeptMemory:
         return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
 
 
-def grouped_linear(x_RD: Tensor, weight_EOD: Tensor | Packed, plan: Plan, kept: KeptMemory | None = None) -> Tensor:
-    """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O). kept: for the gradient of the weight."""
+def grouped_linear(
+    x_RD: Tensor, weight_EOD: Tensor | QuantizedWeight, plan: Plan, buffer: GradBuffer | None = None
+) -> Tensor:
+    """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O). buffer: for the gradient of the weight."""
     if not (x_RD.is_cuda and x_RD.dtype == torch.bfloat16):
-        return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist(), kept or KeptMemory())
+        return _GroupedLinear.apply(x_RD, weight_EOD, plan.ends.tolist(), buffer or GradBuffer())
     # torch computes this in one launch on sm90 and sm100 (`without_host`); on other GPUs, such as sm80, 86, 89 and 120,
     # by a loop over the groups on the host, which waits for the device to read their ends.
     out, inner = (-size % SMALL_ROW_BLOCK for size in weight_EOD.shape[1:])
     if inner:  # rows of both must be aligned to 16 bytes, which adapters of a low rank are not
         x_RD = F.pad(x_RD, (0, inner))
-    if isinstance(weight_EOD, Packed):
-        product = _PackedGroupedLinear.apply(x_RD, weight_EOD, plan.ends)
+    if isinstance(weight_EOD, QuantizedWeight):
+        product = _QuantizedGroupedLinear.apply(x_RD, weight_EOD, plan.ends)
     else:
         weight = aligned(weight_EOD.to(x_RD.dtype))
         product = F.grouped_mm(x_RD, weight.transpose(-2, -1), offs=plan.ends)
@@ -70,19 +72,19 @@ def aligned(weight_EOD: Tensor) -> Tensor:
     return F.pad(weight_EOD, (0, inner, 0, out)) if out or inner else weight_EOD
 
 
-class _PackedGroupedLinear(torch.autograd.Function):
-    """grouped_mm with a packed weight, which is unpacked for the moment of each product and never kept unpacked."""
+class _QuantizedGroupedLinear(torch.autograd.Function):
+    """grouped_mm with a quantized weight, which is dense for the moment of each product and never kept dense."""
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, packed: Packed, ends_E: Tensor) -> Tensor:
+    def forward(ctx, x_RD: Tensor, quantized: QuantizedWeight, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(ends_E)
-        ctx.packed = packed
-        return F.grouped_mm(x_RD, aligned(packed.dense(x_RD.dtype)).transpose(-2, -1), offs=ends_E)
+        ctx.quantized = quantized
+        return F.grouped_mm(x_RD, aligned(quantized.dense(x_RD.dtype)).transpose(-2, -1), offs=ends_E)
 
     @staticmethod
     def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, None, None]:
         (ends_E,) = ctx.saved_tensors
-        return F.grouped_mm(grad_RO, aligned(ctx.packed.dense(grad_RO.dtype)), offs=ends_E), None, None
+        return F.grouped_mm(grad_RO, aligned(ctx.quantized.dense(grad_RO.dtype)), offs=ends_E), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -93,13 +95,13 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_EOD: Tensor | Packed, ends: list[int], kept: KeptMemory) -> Tensor:
-        packed = isinstance(weight_EOD, Packed)
-        ctx.save_for_backward(x_RD if ctx.needs_input_grad[1] else None, None if packed else weight_EOD)
-        ctx.packed, ctx.dtype, ctx.ends, ctx.kept = weight_EOD if packed else None, x_RD.dtype, ends, kept
-        if not packed and grouped.fits(x_RD, weight_EOD, ends):
+    def forward(ctx, x_RD: Tensor, weight_EOD: Tensor | QuantizedWeight, ends: list[int], buffer: GradBuffer) -> Tensor:
+        quantized = isinstance(weight_EOD, QuantizedWeight)
+        ctx.save_for_backward(x_RD if ctx.needs_input_grad[1] else None, None if quantized else weight_EOD)
+        ctx.quantized, ctx.dtype, ctx.ends, ctx.buffer = weight_EOD if quantized else None, x_RD.dtype, ends, buffer
+        if not quantized and grouped.fits(x_RD, weight_EOD, ends):
             return grouped.product(x_RD, weight_EOD, ends)
-        weight_EOD = dense(weight_EOD, x_RD.dtype) if packed else weight_EOD
+        weight_EOD = dense(weight_EOD, x_RD.dtype) if quantized else weight_EOD
         # Where the number of rows is only bounded (CUDA in float32), those past the last expert must still be numbers.
         make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
         out, weight_of = make(x_RD.shape[0], weight_EOD.shape[1]), Cast(weight_EOD, x_RD.dtype)
@@ -110,20 +112,20 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_RD, weight_EOD = ctx.saved_tensors
-        weight_EOD = dense(ctx.packed, ctx.dtype) if weight_EOD is None else weight_EOD
+        weight_EOD = dense(ctx.quantized, ctx.dtype) if weight_EOD is None else weight_EOD
         ends, spans, grad_RO, grad_x, grad_weight = ctx.ends, spans_of(ctx.ends), grad_RO.contiguous(), None, None
-        if ctx.packed is None and grouped.fits(grad_RO, weight_EOD, ends):
+        if ctx.quantized is None and grouped.fits(grad_RO, weight_EOD, ends):
             if ctx.needs_input_grad[0]:
                 grad_x = grouped.product_back(grad_RO, weight_EOD, ends)
             if ctx.needs_input_grad[1]:
-                grad_weight = grouped.gradient_into(ctx.kept.like(weight_EOD), grad_RO, x_RD.contiguous(), ends)
+                grad_weight = grouped.gradient_into(ctx.buffer.like(weight_EOD), grad_RO, x_RD.contiguous(), ends)
             return grad_x, grad_weight, None, None
         weight_of = Cast(weight_EOD, ctx.dtype)
         if ctx.needs_input_grad[0]:
             make = grad_RO.new_empty if ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
             grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
         if ctx.needs_input_grad[1]:
-            grad_weight = ctx.kept.like(weight_EOD)
+            grad_weight = ctx.buffer.like(weight_EOD)
             for expert in set(range(len(ends))).difference(expert for expert, _ in spans):
                 grad_weight[expert].zero_()
         for expert, rows in spans:

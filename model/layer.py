@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.attention import Visibility, pick
+from model.attention import AttentionMask, select_positions
 from model.cache import Cache, OwnStep
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Routing, SwiGLU
@@ -27,19 +27,19 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rope: Tensor,
-        visibility: Visibility,
+        attention_mask: AttentionMask,
         cache: Cache | None = None,
-        real_BT: Tensor | None = None,
-        wanted_B: Tensor | None = None,
+        token_mask_BT: Tensor | None = None,
+        last_positions_B: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """x: (batch, time, hidden) -> the same, and what the router did (None in a dense layer).
 
         wanted: the only position of each row that is asked for: -> (batch, 1, hidden).
         """
-        attended = self.self_attn(self.input_layernorm(x), rope, visibility, cache, wanted_B)
-        x = (x if wanted_B is None else pick(x, wanted_B)) + attended
+        attended = self.self_attn(self.input_layernorm(x), rope, attention_mask, cache, last_positions_B)
+        x = (x if last_positions_B is None else select_positions(x, last_positions_B)) + attended
         inner = self.post_attention_layernorm(x)
         if self.is_moe:
-            out, routing = self.mlp(inner, real_BT, count=cache is None or isinstance(cache, OwnStep))
+            out, routing = self.mlp(inner, token_mask_BT, count=cache is None or isinstance(cache, OwnStep))
             return x + out, routing
         return x + self.mlp(inner), None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.attention import Visibility, attend, pick
+from model.attention import AttentionMask, attend, select_positions
 from model.cache import Cache, LatentCache
 from model.kernels import causal, fused_attention
 from model.kernels.products import Linear
@@ -48,9 +48,9 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         x: Tensor,
         rope: Tensor,
-        visibility: Visibility,
+        attention_mask: AttentionMask,
         cache: Cache | None = None,
-        wanted_B: Tensor | None = None,
+        last_positions_B: Tensor | None = None,
     ) -> Tensor:
         """x: (B, T, hidden) -> (B, T, hidden). With a cache, its positions come first and the new ones are added.
 
@@ -59,42 +59,46 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC = self._latents(x, rope)
         if cache is not None:
             latent_BSC = cache.append(self.layer, latent_BSC)
-        if wanted_B is not None:
-            visibility = visibility.only(wanted_B, x.shape[1], latent_BSC.shape[1])
-            x, rope = pick(x, wanted_B), pick(rope, wanted_B)
+        if last_positions_B is not None:
+            attention_mask = attention_mask.at(last_positions_B, x.shape[1], latent_BSC.shape[1])
+            x, rope = select_positions(x, last_positions_B), select_positions(rope, last_positions_B)
         q_BTHQ = self._queries(x)
-        if isinstance(cache, LatentCache) and x.shape[1] > ABSORB_UP_TO and fused_attention.fits(q_BTHQ, visibility):
-            return self.o_proj(self.attend_fused(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), visibility).flatten(2))
+        if (
+            isinstance(cache, LatentCache)
+            and x.shape[1] > ABSORB_UP_TO
+            and fused_attention.fits(q_BTHQ, attention_mask)
+        ):
+            return self.o_proj(self.attend_fused(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), attention_mask).flatten(2))
         if isinstance(cache, LatentCache) and x.shape[1] <= ABSORB_UP_TO:
             if latent_BSC.device.type == "cpu" and latent_BSC.dtype == torch.bfloat16:
                 latent_BSC = latent_BSC.float()  # products so small cost bfloat16's kernels on CPU more than they save
             if self.layer not in cache.absorbed:
                 cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)
             queries = self._rotated(q_BTHQ, rope)
-            out = self.attend_absorbed(*queries, latent_BSC, visibility, *cache.absorbed[self.layer])
+            out = self.attend_absorbed(*queries, latent_BSC, attention_mask, *cache.absorbed[self.layer])
         else:
-            out = self.attend_naive(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), visibility)
+            out = self.attend_naive(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), attention_mask)
         return self.o_proj(out.flatten(2))
 
-    def attend_naive(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+    def attend_naive(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, attention_mask: AttentionMask) -> Tensor:
         """Expand the latents to keys and values of every head (Eq. 2, 4 and 5), then attend: for training and prefill.
 
         q: (B, T, H, nope + rope), not yet rotated. Returns (B, T, H, value).
         """
         c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
         kv = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1))
-        if visibility.plain and causal.fits(q_BTHQ, kv, k_rope):
+        if attention_mask.plain and causal.fits(q_BTHQ, kv, k_rope):
             return causal.CausalAttention.apply(q_BTHQ, kv, k_rope, rope, self.scale)
         q_BTHQ = torch.cat(self._rotated(q_BTHQ, rope), dim=-1)
         k_nope, v = kv.split((self.nope, self.value), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotated key for all heads
-        return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, visibility)
+        return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, attention_mask)
 
-    def attend_fused(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, visibility: Visibility) -> Tensor:
+    def attend_fused(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, attention_mask: AttentionMask) -> Tensor:
         """The same in one pass, for prefill on CPU: q not rotated; neither keys nor scores are ever written out."""
         c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
         kv_BSHE = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1))
-        return fused_attention.attend(q_BTHQ, kv_BSHE, k_rope, rope, self.scale, visibility.padding)
+        return fused_attention.attend(q_BTHQ, kv_BSHE, k_rope, rope, self.scale, attention_mask.padding)
 
     def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W^UK (H, nope, rank) and W^UV (H, rank, value) of every head, laid out for `attend_absorbed`.
@@ -109,7 +113,13 @@ class MultiHeadLatentAttention(nn.Module):
         return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
 
     def attend_absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, visibility: Visibility, w_uk: Tensor, w_uv: Tensor
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent_BSC: Tensor,
+        attention_mask: AttentionMask,
+        w_uk: Tensor,
+        w_uv: Tensor,
     ) -> Tensor:
         """The same numbers, reading the latents only: (q W^UK) c = q (W^UK c), and W^UV after the weighted sum.
 
@@ -121,7 +131,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_BTHC = torch.cat((q_absorbed.transpose(0, 1).view(batch, time, self.heads, -1), q_rope.to(dtype)), dim=-1)
         # All heads share the latents, so new positions and heads form the rows of one product.
         scores = torch.bmm(q_BTHC.flatten(1, 2), latent_BSC.transpose(1, 2)).float().mul_(self.scale)
-        allowed = visibility.mask(time, latent_BSC.shape[1], latent_BSC.device)
+        allowed = attention_mask.as_bool(time, latent_BSC.shape[1], latent_BSC.device)
         if allowed is not None:
             allowed = allowed.transpose(1, 2) if allowed.dim() == 4 else allowed.unsqueeze(1)
             scores.view(batch, time, self.heads, -1).masked_fill_(~allowed, float("-inf"))

@@ -38,7 +38,7 @@ class Routing(NamedTuple):
     Attributes:
         counts: (E,) float32, how many tokens chose each expert.
         balance_loss: (B,) float32, the balance loss of each sequence (Eq. 17 to 20, before alpha) times its number of
-            real tokens, so that sums over micro-batches and ranks stay sums over tokens.
+            tokens, padding left out, so that sums over micro-batches and ranks stay sums over tokens.
     """
 
     counts: Tensor
@@ -104,11 +104,11 @@ class DeepseekMoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, inner) if inner else None
 
     def forward(
-        self, x_BTD: Tensor, real_BT: Tensor | None = None, count: bool = True
+        self, x_BTD: Tensor, token_mask_BT: Tensor | None = None, count: bool = True
     ) -> tuple[Tensor, Routing | None]:
         """x: (batch, time, hidden) -> the same, and what the router did unless `count` is off (decoding).
 
-        real: (batch, time) bool, False where a position is padding and is not counted.
+        token_mask: (batch, time) bool, False where a position is padding and is not counted.
         """
         x_ND = x_BTD.flatten(0, 1)
         if count:
@@ -120,10 +120,10 @@ class DeepseekMoE(nn.Module):
             out = out + self.shared_experts(x_BTD)
         if not count:
             return out, None
-        return out, routing(scores.unflatten(0, x_BTD.shape[:2]), indices.unflatten(0, x_BTD.shape[:2]), real_BT)
+        return out, routing(scores.unflatten(0, x_BTD.shape[:2]), indices.unflatten(0, x_BTD.shape[:2]), token_mask_BT)
 
 
-def routing(scores_BTE: Tensor, indices_BTK: Tensor, real_BT: Tensor | None) -> Routing:
+def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | None) -> Routing:
     """Loads and the sequence-wise balance loss, each sequence for itself.
 
     Eq. 18: f_i = E / (K T) * #tokens that chose i (no gradient); Eq. 19, 20: P_i = mean over t of s_i / sum_j s_j;
@@ -134,11 +134,12 @@ def routing(scores_BTE: Tensor, indices_BTK: Tensor, real_BT: Tensor | None) -> 
     top_k = indices_BTK.shape[-1]
     chosen_BTE = torch.zeros_like(scores_BTE).scatter_(2, indices_BTK, 1.0)
     probability_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)
-    if real_BT is None:
+    if token_mask_BT is None:
         length_B1 = scores_BTE.new_full((batch, 1), time)
     else:
-        length_B1 = real_BT.sum(1, keepdim=True).to(scores_BTE)
-        chosen_BTE, probability_BTE = chosen_BTE * real_BT.unsqueeze(-1), probability_BTE * real_BT.unsqueeze(-1)
+        length_B1 = token_mask_BT.sum(1, keepdim=True).to(scores_BTE)
+        chosen_BTE = chosen_BTE * token_mask_BT.unsqueeze(-1)
+        probability_BTE = probability_BTE * token_mask_BT.unsqueeze(-1)
     counts_BE = chosen_BTE.sum(1)
     f_BE = counts_BE * experts / (top_k * length_B1.clamp(min=1))
     p_BE = probability_BTE.sum(1) / length_B1.clamp(min=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.attention import Visibility
+from model.attention import AttentionMask
 from model.cache import Cache
 from model.kernels.products import Linear
 from model.layer import DecoderLayer
@@ -50,9 +50,9 @@ class MTPLayer(DecoderLayer):
         hidden_BTD: Tensor,
         embedding_BTD: Tensor,
         rope: Tensor,
-        visibility: Visibility,
+        attention_mask: AttentionMask,
         cache: Cache | None = None,
-        real_BT: Tensor | None = None,
+        token_mask_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the state for the next depth (before `shared_head.norm`), (batch, time, hidden), and the routing.
 
@@ -60,4 +60,4 @@ class MTPLayer(DecoderLayer):
             hidden_BTD: the state of depth k-1, before its final norm.
             embedding_BTD: the embedding of the token k places further on.
         """
-        return super().forward(self.join(hidden_BTD, embedding_BTD), rope, visibility, cache, real_BT)
+        return super().forward(self.join(hidden_BTD, embedding_BTD), rope, attention_mask, cache, token_mask_BT)

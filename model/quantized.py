@@ -17,7 +17,7 @@ BLOCK = 64  # elements that share a scale in 4 bits
 SCALES = 256  # scales that share a scale of their own: double quantisation
 
 
-class Packed(nn.Module, ABC):
+class QuantizedWeight(nn.Module, ABC):
     """A matrix, or a stack of them, that can be read but not trained. `shape` is that of the weight it stands for."""
 
     def __init__(self, shape: torch.Size) -> None:
@@ -29,7 +29,7 @@ class Packed(nn.Module, ABC):
         """The weight in a type of products, made anew."""
 
 
-class Int8Weight(Packed, Float32Buffers):
+class Int8Weight(QuantizedWeight, Float32Buffers):
     """A scale for each row, which is an output feature. decode.c reads the rows as they are."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -37,20 +37,20 @@ class Int8Weight(Packed, Float32Buffers):
         super().__init__(weight.shape)
         with quiet_imports():
             from torchao.quantization import Int8Tensor, PerRow
-        packed = Int8Tensor.from_hp(weight.detach().float(), granularity=PerRow())
-        self._keep(packed.qdata, packed.scale)
+        quantized = Int8Tensor.from_hp(weight.detach().float(), granularity=PerRow())
+        self._store(quantized.qdata, quantized.scale)
 
     @classmethod
     def rounded(cls, weight: Tensor) -> Int8Weight:
         """Made without torchao, whose import takes a second: for a copy that serves while tokens are generated."""
         weight = weight.detach().float()
         scales = (weight.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        packed = cls.__new__(cls)
-        Packed.__init__(packed, weight.shape)
-        packed._keep((weight / scales).round().to(torch.int8), scales)
-        return packed
+        quantized = cls.__new__(cls)
+        QuantizedWeight.__init__(quantized, weight.shape)
+        quantized._store((weight / scales).round().to(torch.int8), scales)
+        return quantized
 
-    def _keep(self, codes: Tensor, scales: Tensor) -> None:
+    def _store(self, codes: Tensor, scales: Tensor) -> None:
         self.register_buffer("codes", codes)  # (..., out, in)
         self.register_buffer("scales", scales)  # (..., out, 1)
 
@@ -58,7 +58,7 @@ class Int8Weight(Packed, Float32Buffers):
         return self.codes.to(dtype).mul_(self.scales.to(dtype))
 
 
-class NF4Weight(Packed):
+class NF4Weight(QuantizedWeight):
     """NormalFloat: 16 levels at the quantiles of a normal distribution, a scale for 64 elements, itself in 8 bits."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -68,12 +68,12 @@ class NF4Weight(Packed):
             from torchao.quantization import to_nf4
         blocks = weight.numel() // BLOCK
         # As one row: torchao takes no stacks.
-        packed = to_nf4(weight.detach().float().reshape(1, -1), BLOCK, math.gcd(blocks, SCALES))
-        self.register_buffer("codes", packed.quantized_data)
-        self.register_buffer("scales", packed.quantized_scalers.view(len(packed.quantization_factor), -1))
-        self.register_buffer("factors", packed.quantization_factor)
-        self.register_buffer("mean", packed.scaler_mean)
-        self.register_buffer("levels", packed.nf4)
+        quantized = to_nf4(weight.detach().float().reshape(1, -1), BLOCK, math.gcd(blocks, SCALES))
+        self.register_buffer("codes", quantized.quantized_data)
+        self.register_buffer("scales", quantized.quantized_scalers.view(len(quantized.quantization_factor), -1))
+        self.register_buffer("factors", quantized.quantization_factor)
+        self.register_buffer("mean", quantized.scaler_mean)
+        self.register_buffer("levels", quantized.nf4)
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
@@ -90,46 +90,46 @@ class NF4Weight(Packed):
         return values.mul_(scales.to(dtype).unsqueeze(1)).view(self.shape)
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer whose weight is packed. It keeps the weight packed for the backward pass too."""
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight is quantized. It keeps the weight quantized for the backward pass too."""
 
-    def __init__(self, linear: nn.Linear, packed: Packed) -> None:
+    def __init__(self, linear: nn.Linear, quantized: QuantizedWeight) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.packed = packed
+        self.quantized = quantized
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = _PackedProduct.apply(x, self.packed)
+        out = _QuantizedProduct.apply(x, self.quantized)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-class _PackedProduct(torch.autograd.Function):
+class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Packed) -> Tensor:
-        ctx.packed = packed
-        return F.linear(x, packed.dense(x.dtype))
+    def forward(ctx, x: Tensor, quantized: QuantizedWeight) -> Tensor:
+        ctx.quantized = quantized
+        return F.linear(x, quantized.dense(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.packed.dense(grad.dtype), None
+        return grad @ ctx.quantized.dense(grad.dtype), None
 
 
-def pack_weights(root: nn.Module, name: str, pack: Callable[[nn.Parameter], Packed]) -> None:
-    """Put packed weights in the place of those of root's module of that name: a linear layer, or stacked experts."""
+def quantize_weights(root: nn.Module, name: str, quantize: Callable[[nn.Parameter], QuantizedWeight]) -> None:
+    """Put quantized weights in the place of those of root's module of that name: a linear layer, or stacked experts."""
     module = root.get_submodule(name)
     if isinstance(module, nn.Linear):
         parent, _, own = name.rpartition(".")
-        setattr(root.get_submodule(parent), own, PackedLinear(module, pack(module.weight)))
+        setattr(root.get_submodule(parent), own, QuantizedLinear(module, quantize(module.weight)))
         return
     for matrix, weight in list(module.named_parameters(recurse=False)):
-        packed = pack(weight)
+        quantized = quantize(weight)
         delattr(module, matrix)
-        setattr(module, matrix, packed)
+        setattr(module, matrix, quantized)
 
 
-def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+def dense(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The weight as a plain tensor of that type."""
-    return weight.dense(dtype) if isinstance(weight, Packed) else weight.to(dtype)
+    return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from LMConfig import LMConfig
-from model.attention import Visibility, pick
+from model.attention import AttentionMask, select_positions
 from model.cache import Cache, LatentCache, OwnStep, SlotCache
 from model.checkpoint.folder import load_pretrained, save_pretrained
 from model.decoding import native
@@ -100,7 +100,7 @@ class MiniDeepSeek(nn.Module):
         segment_ids: Tensor | None = None,
         cache: Cache | None = None,
         mtp: bool = False,
-        wanted: Tensor | None = None,
+        last_positions: Tensor | None = None,
         mtp_steps: int = 1,
     ) -> Output:
         """Run the network over (batch, time) token ids.
@@ -111,8 +111,8 @@ class MiniDeepSeek(nn.Module):
             cache: latents of the positions before these; the new ones are added to it. `LatentCache` for decoding,
                 `PromptLatents` for training on several continuations of a prompt.
             mtp: also run the MTP chain over the tokens at hand (training; `speculative` generation runs it by itself).
-            wanted: (batch,) the one position of each row that is asked for, where a prompt is read into a cache: the
-                output has no others, and the last layer computes none but their latents.
+            last_positions: (batch,) the one position of each row that is asked for, where a prompt is read into a
+                cache: the output has no others, and the last layer computes none but their latents.
             mtp_steps: K, steps of the last MTP depth, the second and later ones on its own state (see `MTPLayer`); they
                 are not counted in the experts' loads.
         """
@@ -121,16 +121,16 @@ class MiniDeepSeek(nn.Module):
             position_ids = self._positions(time, cache, input_ids.device)
         rope = self.rotary(position_ids)
         if isinstance(cache, SlotCache):
-            visibility = Visibility.reaching(position_ids, cache.end)
-        elif hasattr(cache, "visibility"):  # model.decoding.cuda_step: its length is no number that the host knows
-            visibility = cache.visibility()
+            attention_mask = AttentionMask.up_to(position_ids, cache.end)
+        elif hasattr(cache, "attention_mask"):  # model.decoding.cuda_step: its length is no number that the host knows
+            attention_mask = cache.attention_mask()
         elif cache is not None and cache.padding is not None:
-            visibility = Visibility.padded(time, cache.length + time, cache.padding)
+            attention_mask = AttentionMask.left_padded(time, cache.length + time, cache.padding)
         elif segment_ids is not None:
-            visibility = Visibility.packed(segment_ids)
+            attention_mask = AttentionMask.within_segments(segment_ids)
         else:
-            visibility = Visibility()
-        real = None if segment_ids is None else segment_ids >= 0
+            attention_mask = AttentionMask()
+        token_mask = None if segment_ids is None else segment_ids >= 0
 
         embedding = self.model.embed_tokens(input_ids)
         if torch.is_autocast_enabled(input_ids.device.type):
@@ -141,29 +141,29 @@ class MiniDeepSeek(nn.Module):
         fast = native.decoder(self.model.layers, self.config, embedding, cache) if decoding else None
         if fast is not None:
             state = fast.run(embedding, rope)
-            state = state if wanted is None else pick(state, wanted)
+            state = state if last_positions is None else select_positions(state, last_positions)
         else:
             *layers, last = self.model.layers
             for layer in layers:
-                state, routing = self._run(layer, state, rope, visibility, cache, real)
+                state, routing = self._run(layer, state, rope, attention_mask, cache, token_mask)
                 routings.append(routing)
-            state, routing = self._run(last, state, rope, visibility, cache, real, wanted)
+            state, routing = self._run(last, state, rope, attention_mask, cache, token_mask, last_positions)
             routings.append(routing)
         mtp_hidden, mtp_state, latents = [], state, {}
         for depth, layer in enumerate(self.mtp if mtp else [], start=1):
             # Position t meets token t+depth. The last `depth` positions meet nothing real: losses leave them out.
             ahead = embedding.roll(-depth, dims=1)
             counted = torch.arange(time, device=input_ids.device).expand(batch, time) < time - depth
-            counted = counted if real is None else counted & real
+            counted = counted if token_mask is None else counted & token_mask
             first = OwnStep(latents, 1) if mtp_steps > 1 and depth == len(self.mtp) else None
-            mtp_state, routing = self._run(layer, mtp_state, ahead, rope, visibility, first, counted)
+            mtp_state, routing = self._run(layer, mtp_state, ahead, rope, attention_mask, first, counted)
             mtp_hidden.append(layer.shared_head.norm(mtp_state))
             routings.append(routing)
         own_hidden = []
         for number in range(2, mtp_steps + 1 if mtp_hidden else 0):
             # Position t meets the state of t-1. The first positions of a segment meet nothing real: see `own_hidden`.
             step = OwnStep(latents, number)
-            seen_then = Visibility(step.allowed(time, segment_ids, input_ids.device))
+            seen_then = AttentionMask(step.allowed(time, segment_ids, input_ids.device))
             mtp_state, _ = self._run(layer, mtp_state.roll(1, dims=1), ahead, rope, seen_then, step, counted)
             own_hidden.append(layer.shared_head.norm(mtp_state))
         seen: list[Routing] = [routing for routing in routings if routing is not None]
@@ -193,7 +193,7 @@ class MiniDeepSeek(nn.Module):
         if fast is not None:
             state = fast.run(layer.join(state, embedding), self.rotary(positions))
         else:
-            state, _ = layer(state, embedding, self.rotary(positions), Visibility(), cache)
+            state, _ = layer(state, embedding, self.rotary(positions), AttentionMask(), cache)
         return logits(layer.shared_head.norm(state[:, -1:]), self.lm_head.weight), state
 
     def routers(self) -> list[Router]:

@@ -26,7 +26,8 @@ from model import MiniDeepSeek
 from model.decoding import native
 from model.kernels import compiled
 from model.norm import RMSNorm
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from world.corpus import generate
 
 TINY = dict(

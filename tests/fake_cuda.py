@@ -27,11 +27,11 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache, cache_dtype
 from model.experts import Experts
-from model.quantized import Int8Weight, pack_weights
+from model.quantized import Int8Weight, quantize_weights
 from model.transformer import logits
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
-from training.alignment.policy import GRPOLoss
+from training.alignment.policy_loss import GRPOLoss
 from training.alignment.preference import PreferenceLoss, PreferenceSettings
 from training.distill.distillation import DistillationLoss, DistillationSettings
 from training.distill.teacher import OwnTeacher
@@ -167,13 +167,13 @@ def lora_on_experts() -> None:
     backward(total, adapted)
 
 
-def packed_experts() -> None:
+def quantized_experts() -> None:
     """QLoRA: adapters on frozen experts in 8 bits, which are rounded without torchao."""
     with CUDA, patch("training.adapters.adapter.fingerprint", lambda _: ""):
         adapted = Adapter.add(model(), LoraSettings(targets="all", r=4), "base").model
         for name, module in list(adapted.named_modules()):
             if isinstance(module, Experts) and not name.startswith("mtp."):
-                pack_weights(adapted, name, Int8Weight.rounded)
+                quantize_weights(adapted, name, Int8Weight.rounded)
     with bf16():
         total, _, _ = NextTokenLoss(mtp=False)(adapted, {"input_ids": ids(ROWS, TIME), "labels": ids(ROWS, TIME)})
     backward(total, adapted)
@@ -205,7 +205,7 @@ def static_decoding() -> None:
 
 CASES: list[Callable[[], None]] = [
     moe_layer, training_step, packed_step, recomputed_step, policy_loss, preference_loss, distillation_loss,
-    lora_on_experts, packed_experts, decoding, generation, static_decoding,
+    lora_on_experts, quantized_experts, decoding, generation, static_decoding,
 ]  # fmt: skip
 
 

@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 
 import full_sft
 import pretrain
-import text.corpus.shard_set
-import text.tokenizer
+import text.files
 import train_tokenizer
 import training.run.checkpoint
 import training.run.log
 from cli import call
-from text.tokenizer import Tokenizer, train_bpe
+from errors import LONGEST, UserError, command_line, one_line
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from training.run.log import read_metrics
 
 ROWS = ["月牙镇的早晨很安静。", "Crescent Town is quiet in the morning.", "小明有3个苹果。"] * 40
@@ -82,6 +83,29 @@ def chats_of(*lines: str) -> str:
     return "".join(line + "\n" for line in [*map(json.dumps, CHATS), *lines])
 
 
+# Messages
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\r\nb", "\x1b[2Jx", "a\u2028b", "\ud800", "a\u202eb", "x\0y", "好\n" * 5000]
+)
+def test_a_message_is_one_line_that_a_terminal_only_shows(text: str, capsys: pytest.CaptureFixture) -> None:
+    def fail() -> None:
+        raise UserError(f"{text}; mend it")
+
+    with pytest.raises(SystemExit) as end:
+        command_line(fail)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count("\n") == 1 and len(printed) < LONGEST + 50
+    assert printed.startswith("error: ") and printed.endswith("; mend it\n")
+    assert printed.rstrip("\n").isprintable() and printed.encode("utf-8")
+
+
+def test_a_plain_message_stays_as_it_is() -> None:
+    for message in ("数据.jsonl:3: 'a  b' is not text; mend it", "é ü 🙂 — …"):
+        assert one_line(message) == message == str(UserError(message))
+
+
 # Data
 
 
@@ -116,7 +140,7 @@ def test_a_row_that_cannot_be_read(broken, what, train, tmp_path):
     path = write(tmp_path / "a.csv", csv_of(ROWS).encode() + broken + b"\n")
     refused(train(path, "--on_error", "stop"), 2, f"{path}:{len(ROWS) + 2}: ", what)
     done = train(path)
-    assert done.code == 0 and f"1 (first: {path}:{len(ROWS) + 2})" in done.out
+    assert done.code == 0 and f"{path}:{len(ROWS) + 2}: " in done.out
 
 
 def test_a_file_in_gbk_throughout(train, tmp_path):
@@ -152,19 +176,19 @@ def test_a_folder_without_data(train, tune, tmp_path):
     folder.mkdir()
     write(folder / "read.me", "nothing")
     refused(train(folder), 2, f"{folder}: the folder has no data; put files of .csv")
-    refused(tune(folder), 2, f"{folder}: the folder has no .json")
+    refused(tune(folder), 2, f"{folder}: the folder has no data; put files of .csv")
 
 
 def test_data_that_is_not_there(train, tune, tmp_path):
     path = tmp_path / "nowhere.csv"
     refused(train(path), 2, f"{path}: no such file or folder; check the path")
-    refused(tune(tmp_path / "nowhere.jsonl"), 2, "nowhere.jsonl: no such file; check the path")
+    refused(tune(tmp_path / "nowhere.jsonl"), 2, "nowhere.jsonl: no such file or folder; check the path")
 
 
 def test_conversations_without_an_answer(tune, tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({"messages": CHATS[0]["messages"][:1]}) + "\n")
     refused(tune(path, "--on_error", "stop"), 2, f"{path}:1: 'messages' has no assistant turn")
-    refused(tune(path), 2, path, "nothing to learn", "no assistant turn")
+    refused(tune(path), 2, path, "no conversations to train on", "no assistant turn")
 
 
 # Checkpoints and tokenizers
@@ -324,12 +348,12 @@ def test_a_disk_that_fills_under_the_metrics(train, world, tmp_path, monkeypatch
 
 
 def test_a_disk_that_fills_under_the_shards(train, world, monkeypatch):
-    monkeypatch.setattr(text.corpus.shard_set.os, "fsync", full)
+    monkeypatch.setattr(text.files.os, "fsync", full)
     refused(train(world / "pretrain.csv"), 2, "shards", "No space left on device; free some space")
 
 
 def test_a_disk_that_fills_under_the_tokenizer(run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(text.tokenizer.os, "fsync", full)
+    monkeypatch.setattr(text.files.os, "fsync", full)
     done = run(tokenizer_script, "--data", world / "pretrain.csv", "--out", tmp_path / "t", "--vocab_size", 300)
     refused(done, 2, tmp_path / "t", "No space left on device; free some space")
     assert not list((tmp_path / "t").iterdir())

@@ -148,6 +148,13 @@ def test_transformers_opens_the_result_with_the_same_logits(stage, path):
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits, logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_script_waits_for_no_library_that_it_may_not_need():
+    """Each of them takes as long to import as torch, or longer."""
+    slow = {"torch._dynamo", "sympy", "transformers", "datasets", "pandas", "peft", "wandb", "matplotlib", "torchao"}
+    scripts = "pretrain, full_sft, lora_sft, dpo_train, grpo_train, distill, dataset, train_tokenizer, eval.chat"
+    python("-c", f"import sys, {scripts}; found = {slow} & sys.modules.keys(); assert not found, found")
+
+
 def test_the_result_chats(path):
     done = python("eval/chat.py", "--ckpt", path / "sft" / "final", "--once", "你好", "--temperature", 0)
     # What so little training says, if anything, is not known beforehand; that it ends its turn and is timed is.

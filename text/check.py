@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from errors import UserError
-from text.chats.encoded_chats import fit
+from text.chats.encoded import fit
 from text.inspection import encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
@@ -49,9 +49,7 @@ class Findings:
             )
             lines.append(f"sequence_length {sequence_length}: {self._fate()}")
             unread = self.report.kept - self.whole - self.cut - self.dropped  # where a file breaks off
-            unused = self.report.unused
-            if self.kind == "text":  # as pretraining tells them
-                unused |= {"skipped": 0, **self.report.problems}
+            unused = self.report.unused_by_kind if self.kind == "text" else self.report.unused
             fates = {NOUNS[self.kind]: self.whole, "cut": self.cut, "dropped": self.dropped, "not looked at": unread}
             lines.append(balance(self.report.rows, "rows", {**fates, **unused}))
         return lines

@@ -14,7 +14,8 @@ from text.chats.packing import cut_at_turn
 from text.inspection import Sequences, encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
-from text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from text.stream_decoder import StreamDecoder
+from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 LEARNT, CONTEXT, MARK = ("bold green", "bold cyan"), ("white", "bright_black"), "magenta"
 BETWEEN = "┊"
@@ -47,7 +48,7 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
             console.print(Text(f"  the answer to find: {item.answer}"))
         if remark := _remark(kind, sequences, sequence_length):
             console.print(Text(f"  {remark}", style="yellow"))
-    for line in report.notice_lines():
+    for line in report.file_lines() + report.notice_lines():
         console.print(Text(_printable(line), style="yellow"), soft_wrap=True)
 
 

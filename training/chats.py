@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from text.chats.chat_dataset import ChatDataset
 from text.chats.chat_template import encode_chats
+from text.chats.packed_dataset import ChatDataset
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.losses import IGNORE, Batch

@@ -201,9 +201,11 @@ class NextTokenLoss:
             total = total + self.weight_of_mtp(batch) * mtp
             metrics["mtp"] = mtp.detach()
         if out.counts is not None:
-            real_BT = batch["segment_ids"] >= 0 if "segment_ids" in batch else torch.ones_like(labels, dtype=torch.bool)
+            token_mask_BT = (
+                batch["segment_ids"] >= 0 if "segment_ids" in batch else torch.ones_like(labels, dtype=torch.bool)
+            )
             # Per token of the sequence; brought to the scale of its labels that count, which may be fewer.
-            share_B = (labels != IGNORE).sum(1) / real_BT.sum(1).clamp(min=1)
+            share_B = (labels != IGNORE).sum(1) / token_mask_BT.sum(1).clamp(min=1)
             balance = (out.balance_loss * share_B).sum()
             if self.balance_weight:
                 total = total + self.balance_weight * balance

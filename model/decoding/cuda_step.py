@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from model.attention import Visibility
+from model.attention import AttentionMask
 from model.cache import LatentCache
 from model.grouped_linear import without_host
 from model.transformer import MiniDeepSeek, logits
@@ -29,7 +29,7 @@ class StaticCache(LatentCache):
         self.position = torch.full((1,), filled.length, device=self.latents.device)
         places = torch.arange(self.max_length, device=self.latents.device)
         first = torch.zeros(1, dtype=torch.long, device=places.device) if self.padding is None else self.padding
-        self.real = places >= first[:, None]
+        self.is_token = places >= first[:, None]
         self.places = places
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ class StaticCache(LatentCache):
         self.latents[layer].index_copy_(1, self.position, latent_BTC.to(self.latents.dtype))
         return self.latents[layer]
 
-    def visibility(self) -> Visibility:
+    def attention_mask(self) -> AttentionMask:
         """Real positions up to the one that is being written."""
-        return Visibility((self.real & (self.places <= self.position))[:, None, None])
+        return AttentionMask((self.is_token & (self.places <= self.position))[:, None, None])
 
     def positions(self) -> Tensor:
         """(batch or 1, 1) for RoPE, counted without padding."""

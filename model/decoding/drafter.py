@@ -10,7 +10,7 @@ from torch import nn
 
 from model.experts import Experts
 from model.mtp import MTPLayer
-from model.quantized import Int8Weight, pack_weights
+from model.quantized import Int8Weight, quantize_weights
 from model.transformer import MiniDeepSeek
 
 
@@ -31,12 +31,12 @@ def drafter(model: MiniDeepSeek) -> Drafter:
     some = torch.cat([weight.flatten()[:: max(weight.numel() // 16, 1)] for weight in weights])
     made_of, found = ([weight.dtype for weight in weights], some.tolist()), model.drafter
     if found is None or found.made_of != made_of:
-        # Weights are left out of the copy that are packed below.
+        # Weights are left out of the copy that are quantized below.
         matrices = [weight for weight in layer.parameters() if weight.dim() > 1]
         light = copy.deepcopy(layer, {id(weight): weight for weight in matrices})
         # Every matrix but the router's, whose choices are made among close numbers.
         for name, module in list(light.named_modules()):
             if isinstance(module, (Experts, nn.Linear)):
-                pack_weights(light, name, Int8Weight.rounded)
+                quantize_weights(light, name, Int8Weight.rounded)
         found = model.drafter = Drafter(light, Int8Weight.rounded(head), made_of)
     return found

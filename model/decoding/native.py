@@ -26,7 +26,7 @@ from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
 from model.mtp import MTPLayer, SharedHead
 from model.norm import RMSNorm
-from model.quantized import Int8Weight, PackedLinear
+from model.quantized import Int8Weight, QuantizedLinear
 
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
 SOURCE = Path(__file__).parents[1] / "kernels" / "decode.c"
@@ -180,7 +180,7 @@ def build(dtype: torch.dtype, fine: torch.dtype, held: torch.dtype) -> Path:
 def _plain(layers: Sequence[DecoderLayer], held: torch.dtype) -> bool:
     """Every module is ours and unhooked, the weights of types that decode.c reads; and decode.c was compiled."""
     ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
-    ours |= {Experts, Router, RMSNorm, Linear, PackedLinear, Int8Weight}
+    ours |= {Experts, Router, RMSNorm, Linear, QuantizedLinear, Int8Weight}
     for module in (module for layer in layers for module in layer.modules()):
         if type(module) not in ours or module._forward_hooks or module._forward_pre_hooks:
             return False
@@ -189,16 +189,16 @@ def _plain(layers: Sequence[DecoderLayer], held: torch.dtype) -> bool:
     weights = [weight for layer in layers for weight in layer.parameters()]
     found = types(layers)
     plain = found is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
-    return plain and all(map(_packed_wholly, layers)) and library(*found, held) is not None
+    return plain and all(map(_quantized_wholly, layers)) and library(*found, held) is not None
 
 
-def _packed_wholly(layer: DecoderLayer) -> bool:
+def _quantized_wholly(layer: DecoderLayer) -> bool:
     """All matrices of a layer are in 8 bits, or none is."""
-    packed = {type(module) is PackedLinear for module in layer.modules() if isinstance(module, nn.Linear)}
+    quantized = {type(module) is QuantizedLinear for module in layer.modules() if isinstance(module, nn.Linear)}
     for module in layer.modules():
         if isinstance(module, Experts):
-            packed |= {type(weight) is Int8Weight for weight in (module.gate_up_proj, module.down_proj)}
-    return len(packed) == 1
+            quantized |= {type(weight) is Int8Weight for weight in (module.gate_up_proj, module.down_proj)}
+    return len(quantized) == 1
 
 
 def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:

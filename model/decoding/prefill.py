@@ -11,21 +11,22 @@ from model.transformer import MiniDeepSeek
 TOKENS = 4096  # in one pass: with more, memory that is always new costs more than larger products save
 
 
-def prefill(model: MiniDeepSeek, input_ids: Tensor, cache: LatentCache, wanted: Tensor | None = None) -> Tensor:
+def prefill(model: MiniDeepSeek, input_ids: Tensor, cache: LatentCache, last_positions: Tensor | None = None) -> Tensor:
     """Read prompts, some rows at a time.
 
     Args:
         input_ids: (batch, time). cache: of as many rows; the positions are added to it.
-        wanted: (batch,) the last token of each row; by default that of the last column.
+        last_positions: (batch,) the last token of each row; by default that of the last column.
     Returns:
-        (batch, hidden) after the final norm, of the wanted tokens.
+        (batch, hidden) after the final norm, of those tokens.
     """
     batch, time = input_ids.shape
-    wanted = torch.full((batch,), time - 1, device=input_ids.device) if wanted is None else wanted
+    if last_positions is None:
+        last_positions = torch.full((batch,), time - 1, device=input_ids.device)
     hidden, at_once = [], max(TOKENS // time, 1)
     for start in range(0, batch, at_once):
         rows = slice(start, start + at_once)
-        out = model(input_ids[rows], cache=cache.part(rows), wanted=wanted[rows])
+        out = model(input_ids[rows], cache=cache.part(rows), last_positions=last_positions[rows])
         hidden.append(out.hidden.squeeze(1))
     cache.reserve(range(model.config.num_hidden_layers), time)
     return torch.cat(hidden)

@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, truncation, temperature, chance."""
+"""From logits to the next token: penalties, truncation, temperature, uniform numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Sampling:
             return self.penalise(logits_BV, seen_BT).argmax(-1)
         return torch.multinomial(self.probabilities(logits_BV, seen_BT), 1, generator=generator).squeeze(1)
 
-    def choose_by_chance(self, logits_BV: Tensor, seen_BT: Tensor | None, chance_B: Tensor) -> tuple[Tensor, Tensor]:
+    def choose_by_uniform(self, logits_BV: Tensor, seen_BT: Tensor | None, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
         """The same from a number in [0, 1) for each row, which greedy choice does not need.
 
         Returns:
@@ -53,7 +53,7 @@ class Sampling:
             most, chosen = logits.max(-1)
             return chosen, most - logits.logsumexp(-1)
         probabilities = self.probabilities(logits_BV, seen_BT)
-        chosen = inverse_cumulative(probabilities, chance_B)
+        chosen = inverse_cumulative(probabilities, uniform_B)
         return chosen, probabilities.gather(1, chosen.unsqueeze(1)).squeeze(1).log()
 
     def probabilities(self, logits_BV: Tensor, seen_BT: Tensor | None = None) -> Tensor:
@@ -86,8 +86,11 @@ class Sampling:
         return logits_BV
 
 
-def inverse_cumulative(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
-    """The first token of each row whose cumulative probability exceeds the row's chance. (B,) int64.
+GREEDY = Sampling(temperature=0.0)
+
+
+def inverse_cumulative(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The first token of each row whose cumulative probability exceeds the row's uniform number. (B,) int64.
 
     Blocks are summed and looked through first, then the tokens of one: running sums over all tokens are slow.
     """
@@ -95,8 +98,8 @@ def inverse_cumulative(probabilities_BV: Tensor, chance_B: Tensor) -> Tensor:
         probabilities_BV = F.pad(probabilities_BV, (0, missing))
     blocks_BNK = probabilities_BV.unflatten(1, (-1, BLOCK))
     sums = blocks_BNK.sum(-1)
-    # Scaled by what the sum really is after rounding, a chance below 1 falls on a token of some probability.
-    block, rest = _first_above(sums, chance_B * sums.cumsum(-1)[:, -1])
+    # Scaled by what the sum really is after rounding, a number below 1 falls on a token of some probability.
+    block, rest = _first_above(sums, uniform_B * sums.cumsum(-1)[:, -1])
     within = blocks_BNK[torch.arange(len(block), device=block.device), block]
     return block * BLOCK + _first_above(within, rest)[0]
 

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from model.cache import LatentCache, cache_dtype
 from model.decoding.greedy_pass import greedy_pass
-from model.decoding.sampling import Sampling
+from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.stepper import draft, read
 from model.transformer import MiniDeepSeek
 
-GREEDY = Sampling(temperature=0.0)
-LIKELY = 0.4  # a draft is continued while all of it comes true with this probability, by its own estimate
+MIN_DRAFT_CONFIDENCE = 0.4  # a draft is continued while all of it comes true with this probability, by its own estimate
 
 
 @torch.inference_mode()
@@ -45,12 +44,12 @@ def stream_speculative(
         raise IndexError(f"a token that is not in the vocabulary of {vocab}")
     most = draft_tokens or len(model.mtp)
     cache = LatentCache(model.config, 1, time + max_new_tokens + most + 1, cache_dtype(model), device, mtp=True)
-    judge = Judge(sampling, None if seed is None else torch.Generator(device).manual_seed(seed))
-    chain = _DraftChain(model, cache, judge, most)
+    verifier = Verifier(sampling, None if seed is None else torch.Generator(device).manual_seed(seed))
+    chain = _DraftChain(model, cache, verifier, most)
     step = read(model, input_ids, cache)
-    tokens = [*input_ids[0].tolist(), judge.pick(step.choice, step.logits)]
+    tokens = [*input_ids[0].tolist(), verifier.pick(step.choice, step.logits)]
     states, written = step.states, 0
-    fast = greedy_pass(model, cache, tokens, states, most, LIKELY) if judge.greedy else None
+    fast = greedy_pass(model, cache, tokens, states, most, MIN_DRAFT_CONFIDENCE) if verifier.greedy else None
     while max_new_tokens > 0:
         for token in tokens[time + written :]:
             written += 1
@@ -60,10 +59,10 @@ def stream_speculative(
         if fast is not None:
             new, drafted = fast.run()
         else:
-            drafts, chances = chain.draft(states, tokens)
+            drafts, probabilities = chain.draft(states, tokens)
             held, drafted = cache.length, len(drafts)
             step = read(model, torch.tensor([[tokens[-1], *drafts]], device=device), cache, drafted + 1)
-            new = judge.keep(drafts, chances, step.choice, step.logits)
+            new = verifier.accept(drafts, probabilities, step.choice, step.logits)
             states = step.states[:, : len(new)]
             cache.truncate(held + len(new))
         if accepted is not None:
@@ -71,7 +70,7 @@ def stream_speculative(
         tokens += new
 
 
-class Judge:
+class Verifier:
     """How tokens are drawn and drafts are judged: greedily, or by the rejection rule that keeps the distribution."""
 
     def __init__(self, sampling: Sampling, generator: torch.Generator | None) -> None:
@@ -86,10 +85,12 @@ class Judge:
         """A draft, and the distribution (vocab,) that it was drawn from; None for greedy ones."""
         if self.greedy:
             return choice.item(), None
-        chances = self.sampling.probabilities(logits[0])
-        return int(self._draw(chances)), chances[0]
+        probabilities = self.sampling.probabilities(logits[0])
+        return int(self._draw(probabilities)), probabilities[0]
 
-    def keep(self, drafts: list[int], chances: list[Tensor | None], choice: Tensor, logits: Tensor) -> list[int]:
+    def accept(
+        self, drafts: list[int], probabilities: list[Tensor | None], choice: Tensor, logits: Tensor
+    ) -> list[int]:
         """The drafts up to the first that does not hold, and one token more.
 
         Sampling as in Leviathan et al. 2023, algorithm 1, and Chen et al. 2023: a draft x drawn from q is kept with
@@ -104,7 +105,7 @@ class Judge:
             right = next((i for i, token in enumerate(drafts) if token != likeliest[i]), len(drafts))
             return likeliest[: right + 1]
         targets = self.sampling.probabilities(logits[0])
-        for i, (token, q) in enumerate(zip(drafts, chances, strict=True)):
+        for i, (token, q) in enumerate(zip(drafts, probabilities, strict=True)):
             p = targets[i]
             if float(torch.rand((), generator=self.generator, device=p.device)) * float(q[token]) >= float(p[token]):
                 rest = (p - q).clamp(min=0)
@@ -123,17 +124,17 @@ class _DraftChain:
     depth may go on from its own state and draft, one position further each time, for drafts beyond D.
     """
 
-    def __init__(self, model: MiniDeepSeek, cache: LatentCache, judge: Judge, most: int) -> None:
-        self.model, self.cache, self.judge, self.most = model, cache, judge, most
+    def __init__(self, model: MiniDeepSeek, cache: LatentCache, verifier: Verifier, most: int) -> None:
+        self.model, self.cache, self.verifier, self.most = model, cache, verifier, most
         # For each depth the state of the depth before at the first position that must be computed anew.
         self.carried: list[Tensor | None] = [None] * (len(model.mtp) + 1)
 
     def draft(self, states: Tensor, tokens: list[int]) -> tuple[list[int], list[Tensor | None]]:
-        """Tokens after `tokens`, and what they were drawn from; see `Judge`.
+        """Tokens after `tokens`, and what they were drawn from; see `Verifier`.
 
         states: (1, new, hidden) of the main model at the positions it has seen since.
         """
-        known, line, carried, chances, likely = len(tokens), list(tokens), list(self.carried), [], 1.0
+        known, line, carried, probabilities, likely = len(tokens), list(tokens), list(self.carried), [], 1.0
         depths, first = min(len(self.model.mtp), self.most), self.model.config.num_hidden_layers - 1
         for count in range(1, self.most + 1):
             depth = min(count, depths)
@@ -149,12 +150,12 @@ class _DraftChain:
                 # The next depth's first doubtful position is one before this one's.
                 at = known - depth - 1 - start
                 self.carried[depth] = states[:, at : at + 1] if at >= 0 else None
-            token, q = self.judge.guess(step.choice, step.logits)
+            token, q = self.verifier.guess(step.choice, step.logits)
             line.append(token)
-            chances.append(q)
+            probabilities.append(q)
             likely *= step.confidence.item()
-            if count >= depths and likely < LIKELY:
+            if count >= depths and likely < MIN_DRAFT_CONFIDENCE:
                 break
         for depth in range(1, depths + 1):
             self.cache.truncate(max(known - depth, 0), first + depth)
-        return line[known:], chances
+        return line[known:], probabilities

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.attention import Visibility
+from model.attention import AttentionMask
 from model.kernels.compiled import compiled
 from model.kernels.fused import address
 
@@ -19,11 +19,11 @@ SIZES = "rows time held heads nope rope value apart angle_rows"
 KEYS, PAIRS = 16, 32  # keys and values are packed in groups of so many, and each key to so many numbers
 
 
-def fits(q: Tensor, visibility: Visibility) -> bool:
+def fits(q: Tensor, attention_mask: AttentionMask) -> bool:
     """Whether it computes with these queries: bfloat16, no gradient, and nothing hidden but the future and padding."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return (visibility.plain or visibility.padding is not None) and type(q) is Tensor and library() is not None
+    return (attention_mask.plain or attention_mask.padding is not None) and type(q) is Tensor and library() is not None
 
 
 def attend(

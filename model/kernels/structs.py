@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from LMConfig import LMConfig
 from model.kernels.compiled import floats, integers
 from model.layer import DecoderLayer
-from model.quantized import Int8Weight, PackedLinear
+from model.quantized import Int8Weight, QuantizedLinear
 
 HEADS = 4  # as in latents.h
 
@@ -137,7 +137,7 @@ def layer_of(layer: DecoderLayer, latents: Tensor) -> Layer:
 
 def weight_of(module: nn.Linear) -> Tensor | Int8Weight:
     """What `Matrix.of` takes of a linear layer."""
-    return module.packed if isinstance(module, PackedLinear) else module.weight
+    return module.quantized if isinstance(module, QuantizedLinear) else module.weight
 
 
 def scratch_for(config: LMConfig, tokens: int, capacity: int, threads: int) -> tuple[Scratch, tuple[Tensor, ...]]:

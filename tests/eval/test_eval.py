@@ -27,7 +27,7 @@ from eval.report import report
 from eval.style import Favour, in_style, read_favours, score_style, style
 from model.decoding.sampling import Sampling
 from model.experts import Experts
-from model.quantized import Int8Weight, PackedLinear
+from model.quantized import Int8Weight, QuantizedLinear
 
 
 @pytest.fixture(scope="module")
@@ -366,8 +366,8 @@ def test_int8_weights_answer_as_their_rounded_values_would(pretrained):
     ids, changed = torch.arange(100, 124)[None], 0
     exact = rounded.model(ids).logits
     for name, module in packed.model.named_modules():
-        if isinstance(module, PackedLinear):
-            rounded.model.get_submodule(name).weight.copy_(module.packed.dense(torch.float32))
+        if isinstance(module, QuantizedLinear):
+            rounded.model.get_submodule(name).weight.copy_(module.quantized.dense(torch.float32))
             changed += 1
         elif isinstance(module, Experts) and isinstance(module.down_proj, Int8Weight):
             twin = rounded.model.get_submodule(name)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model import attention
-from model.attention import Visibility, _attend_segments, attend, causal
+from model.attention import AttentionMask, _attend_segments, attend, causal
 
 
 def reference(q, k, v, scale, mask) -> torch.Tensor:
@@ -19,23 +19,23 @@ def reference(q, k, v, scale, mask) -> torch.Tensor:
 
 
 def attention_case(queries: int, keys: int, kind: str, value_size: int):
-    """Random q, k, v with gradients, a visibility and the mask that it stands for."""
+    """Random q, k, v with gradients, an attention mask and the mask that it stands for."""
     q, k = torch.randn(2, queries, 3, 6), torch.randn(2, keys, 3, 6)
     tensors = [x.requires_grad_() for x in (q, k, torch.randn(2, keys, 3, value_size))]
-    visibility = Visibility()
+    attention_mask = AttentionMask()
     mask = causal(queries, keys, q.device)
     if kind == "packed":
         segments = (torch.rand(2, queries) < 0.1).cumsum(1)
-        visibility = Visibility.packed(segments)
+        attention_mask = AttentionMask.within_segments(segments)
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     elif kind == "padded":
         padding = torch.tensor([keys // 3, 0])
-        visibility = Visibility.padded(queries, keys, padding)
+        attention_mask = AttentionMask.left_padded(queries, keys, padding)
         columns = torch.arange(keys)
         itself = columns[None, :] == columns[keys - queries :, None]
         mask = (mask & (columns >= padding[:, None, None])) | (mask & itself)
         mask = mask[:, None]
-    return tensors, visibility, mask
+    return tensors, attention_mask, mask
 
 
 CASES = [
@@ -47,8 +47,8 @@ CASES = [
 
 def assert_equals_reference(queries: int, keys: int, kind: str, value_size: int) -> None:
     """Outputs and all three gradients."""
-    tensors, visibility, mask = attention_case(queries, keys, kind, value_size)
-    out, expected = attend(*tensors, 0.37, visibility), reference(*tensors, 0.37, mask)
+    tensors, attention_mask, mask = attention_case(queries, keys, kind, value_size)
+    out, expected = attend(*tensors, 0.37, attention_mask), reference(*tensors, 0.37, mask)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     direction = torch.randn_like(out)
     grads = torch.autograd.grad(out, tensors, direction)
@@ -69,10 +69,10 @@ def test_fused_attention_and_its_gradient_equal_the_reference(case, monkeypatch)
 
 @pytest.mark.parametrize("kind", ["causal", "packed", "padded"])
 def test_attention_in_bfloat16_under_autocast_stays_near_the_reference(kind):
-    tensors, visibility, mask = attention_case(150, 150, kind, 4)
+    tensors, attention_mask, mask = attention_case(150, 150, kind, 4)
     half = [x.detach().bfloat16().requires_grad_() for x in tensors]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attend(*half, 0.37, visibility)
+        out = attend(*half, 0.37, attention_mask)
     expected = reference(*(x.float() for x in half), 0.37, mask)
     direction = torch.randn_like(expected)
     assert out.dtype == torch.bfloat16
@@ -93,8 +93,8 @@ def test_fused_kernels_get_one_head_size(kind, monkeypatch):
         return fused(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    tensors, visibility, _ = attention_case(9, 9, kind, 4)
-    assert attend(*tensors, 0.3, visibility).shape == (2, 9, 3, 4)
+    tensors, attention_mask, _ = attention_case(9, 9, kind, 4)
+    assert attend(*tensors, 0.3, attention_mask).shape == (2, 9, 3, 4)
     assert sizes == [(6, 6, 6)]
 
 
@@ -133,9 +133,9 @@ def fake_flash_attn(calls: list[str]) -> SimpleNamespace:
 def test_segments_for_flash_attn_equal_the_masked_reference():
     q, k, v = torch.randn(3, 2, 11, 3, 6).unbind()
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, -1, -1], [2, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]])
-    visibility = Visibility.packed(segments)
-    out = _attend_segments(fake_flash_attn([]), q, k, v, 0.3, visibility.segment_ends)
-    assert "allowed" not in vars(visibility)  # no mask of time x time
+    attention_mask = AttentionMask.within_segments(segments)
+    out = _attend_segments(fake_flash_attn([]), q, k, v, 0.3, attention_mask.segment_ends)
+    assert "allowed" not in vars(attention_mask)  # no mask of time x time
     mask = causal(11, 11, q.device) & (segments[:, None, :, None] == segments[:, None, None, :])
     torch.testing.assert_close(out, reference(q, k, v, 0.3, mask), atol=1e-5, rtol=1e-5)
 
@@ -146,16 +146,16 @@ def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(monkeypat
         flash = fake_flash_attn([]).flash_attn_varlen_func
         return flash(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, True)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
     monkeypatch.setattr(attention, "flash_attention", lambda: None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     q, k = torch.randn(2, 2, 20, 3, 16).bfloat16().unbind()
     v = torch.randn(2, 20, 3, 8).bfloat16()
-    visibility = Visibility.packed(torch.arange(40).view(2, 20) // 7)
-    out = attend(q, k, v, 0.37, visibility)
-    assert out.shape == v.shape and "allowed" not in vars(visibility)
-    expected = reference(q.float(), k.float(), v.float(), 0.37, visibility.allowed)
+    attention_mask = AttentionMask.within_segments(torch.arange(40).view(2, 20) // 7)
+    out = attend(q, k, v, 0.37, attention_mask)
+    assert out.shape == v.shape and "allowed" not in vars(attention_mask)
+    expected = reference(q.float(), k.float(), v.float(), 0.37, attention_mask.allowed)
     assert (out.float() - expected).norm() / expected.norm() < 2e-2
 
 
@@ -165,9 +165,9 @@ def test_flash_attn_is_used_where_it_applies_with_the_same_numbers(kind, call, m
     monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
     monkeypatch.setattr(attention, "flash_attention", lambda: fake_flash_attn(calls))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    tensors, visibility, mask = attention_case(20, 20, kind, 4)
+    tensors, attention_mask, mask = attention_case(20, 20, kind, 4)
     tensors = [x.detach().bfloat16() for x in tensors]
-    out = attend(*tensors, 0.37, visibility)
+    out = attend(*tensors, 0.37, attention_mask)
     assert out.shape == (2, 20, 3, 4)
     assert calls[:1] == ([call] if call else [])
     expected = reference(*(x.float() for x in tensors), 0.37, mask)

@@ -140,7 +140,7 @@ def test_no_other_copy_of_all_weights_is_made_or_kept_for_the_backward_pass(expe
 @pytest.fixture
 def large_experts(experts, monkeypatch) -> Experts:
     """Large enough for the memory of their gradients to be kept."""
-    monkeypatch.setattr("model.grouped_linear.KEPT_BYTES", 0)
+    monkeypatch.setattr("model.grouped_linear.MIN_BUFFER_BYTES", 0)
     return experts
 
 
@@ -176,7 +176,7 @@ def test_memory_of_a_gradient_that_is_still_held_is_not_written(large_experts):
 def test_a_copy_of_the_experts_has_memory_of_its_own(large_experts):
     backward(large_experts, 1)
     copy = deepcopy(large_experts)
-    assert copy.kept["down_proj"].tensor is None and len(pickle.dumps(large_experts.kept)) < 1000
+    assert copy.grad_buffers["down_proj"].tensor is None and len(pickle.dumps(large_experts.grad_buffers)) < 1000
 
 
 def test_choices_are_counted(experts):

@@ -11,7 +11,7 @@ import torch
 
 from LMConfig import LMConfig
 from model import attention
-from model.attention import Visibility, attend
+from model.attention import AttentionMask, attend
 from model.kernels import causal
 from model.kernels import report as kernel_report
 
@@ -130,6 +130,6 @@ def test_what_is_said_of_a_cpu_is_what_attention_does_there(time, dtype, monkeyp
     )
     assert said.startswith("attention by causal.c, of") == causal.fits(q, kv, q[:, :, 0, :rope])
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda q, *_, **__: used.append(1) or q)
-    attend(q, q, q, 1.0, Visibility())
+    attend(q, q, q, 1.0, AttentionMask())
     plain = "scaled_dot_product_attention" if used else "chunks of queries"
     assert compiled == f"attention by {plain}" and said.endswith(f" by {plain}")

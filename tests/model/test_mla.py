@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import MiniDeepSeek
-from model.attention import Visibility
+from model.attention import AttentionMask
 from model.cache import LatentCache, cache_dtype
 from model.mla import ABSORB_UP_TO, MultiHeadLatentAttention
 from model.rope import RotaryEmbedding
@@ -72,7 +72,7 @@ def equations(layer: MultiHeadLatentAttention, x: torch.Tensor, rotary: RotaryEm
 def test_mla_is_the_papers_equations(shape, mla):
     layer, rotary = mla(**SHAPES[shape])
     x = torch.randn(2, 9, 32, dtype=torch.float64)
-    out = layer(x, rotary(torch.arange(9)[None]), Visibility())
+    out = layer(x, rotary(torch.arange(9)[None]), AttentionMask())
     expected = torch.stack([equations(layer, row, rotary) for row in x])
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
 
@@ -90,11 +90,11 @@ def test_absorbed_attention_equals_naive(shape, padded, mla):
     layer, rotary = mla(**SHAPES[shape])
     x = torch.randn(2, 14, 32, dtype=torch.float64)
     rope = rotary(torch.arange(14)[None])
-    visibility = Visibility.padded(6, 14, torch.tensor([3, 0])) if padded else Visibility()
+    attention_mask = AttentionMask.left_padded(6, 14, torch.tensor([3, 0])) if padded else AttentionMask()
     queries, rope_of_last, latents = layer._queries(x)[:, -6:], rope[:, -6:], layer._latents(x, rope)
-    naive = layer.attend_naive(queries, rope_of_last, latents, visibility)
+    naive = layer.attend_naive(queries, rope_of_last, latents, attention_mask)
     absorbed = layer.attend_absorbed(
-        *layer._rotated(queries, rope_of_last), latents, visibility, *layer.absorbed_weights(torch.float64)
+        *layer._rotated(queries, rope_of_last), latents, attention_mask, *layer.absorbed_weights(torch.float64)
     )
     torch.testing.assert_close(absorbed, naive, atol=1e-6, rtol=1e-5)
 
@@ -103,7 +103,7 @@ def test_cache_holds_the_latent_after_its_norm_and_the_key_after_rope(mla, tiny_
     layer, rotary = mla()
     x = torch.randn(1, 5, 32, dtype=torch.float64)
     cache = LatentCache(tiny_config(), 1, 8, torch.float64, "cpu")
-    layer(x, rotary(torch.arange(3, 8)[None]), Visibility(), cache)
+    layer(x, rotary(torch.arange(3, 8)[None]), AttentionMask(), cache)
     held = cache.latents[layer.layer, 0, :5]
     c_kv, k_rope = layer.kv_a_proj_with_mqa(x[0]).split((16, 8), dim=-1)
     normed = c_kv / (c_kv.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * layer.kv_a_layernorm.weight
@@ -206,7 +206,7 @@ def test_absorbed_weights_follow_kv_b_proj(tiny_model):
         x, cache = model.model.embed_tokens(ids), LatentCache(model.config, 1, 6, torch.float32, "cpu")
         ropes = [model.rotary(torch.tensor([[t]])) for t in range(6)]
         steps = zip(x.split(1, dim=1), ropes, strict=True)
-        return torch.cat([layers[0].self_attn(part, rope, Visibility(), cache) for part, rope in steps], dim=1)
+        return torch.cat([layers[0].self_attn(part, rope, AttentionMask(), cache) for part, rope in steps], dim=1)
 
     before = by_steps()
     layers[0].self_attn.kv_b_proj.weight.data.mul_(2)  # as a fused optimiser does it: the version stays

@@ -198,8 +198,8 @@ def random_routing(batch: int, time: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("lengths", [[9, 9], [9, 4]])
 def test_balance_loss_is_eq_17_to_20_for_each_sequence(lengths):
     scores, indices = random_routing(2, 9)
-    real = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
-    loss = routing(scores, indices, None if lengths == [9, 9] else real).balance_loss.sum()
+    token_mask = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
+    loss = routing(scores, indices, None if lengths == [9, 9] else token_mask).balance_loss.sum()
     expected = balance_by_hand(scores, indices, lengths)
     torch.testing.assert_close(loss, expected)
     for grad, wanted in zip(*(torch.autograd.grad(x, [scores]) for x in (loss, expected)), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.attention import Visibility
+from model.attention import AttentionMask
 from model.cache import LatentCache
 
 DEPTHS = 2
@@ -39,7 +39,7 @@ def test_depth_k_joins_the_state_with_the_token_k_places_on(model):
     for depth, layer in enumerate(model.mtp, start=1):
         length = 16 - depth
         rope = model.rotary(torch.arange(length)[None])
-        state, _ = layer(state[:, :length], embedding[:, depth:], rope, Visibility())
+        state, _ = layer(state[:, :length], embedding[:, depth:], rope, AttentionMask())
         logits = layer.shared_head.norm(state) @ model.lm_head.weight.T
         torch.testing.assert_close(out.mtp_logits(depth)[:, :length], logits, atol=1e-5, rtol=1e-5)
 

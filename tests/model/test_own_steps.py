@@ -12,7 +12,7 @@ from toy_stage import files
 
 from errors import UserError
 from model import MiniDeepSeek
-from model.attention import Visibility
+from model.attention import AttentionMask
 from model.cache import LatentCache
 from training.losses import IGNORE, NextTokenLoss, labels_of_own_step
 
@@ -36,7 +36,7 @@ def written_out(model: MiniDeepSeek, ids: Tensor, steps: int) -> list[dict[int, 
     depth, layer, time = len(model.mtp), model.mtp[-1], ids.shape[1]
     for before in range(1, depth):
         rope = model.rotary(torch.arange(time - before)[None])
-        state, _ = model.mtp[before - 1](state[:, : time - before], embedding[:, before:], rope, Visibility())
+        state, _ = model.mtp[before - 1](state[:, : time - before], embedding[:, before:], rope, AttentionMask())
     latents, states = [{} for _ in range(steps)], [{} for _ in range(steps)]
     for step in range(steps):
         for u in range(step, time - depth):
@@ -45,7 +45,7 @@ def written_out(model: MiniDeepSeek, ids: Tensor, steps: int) -> list[dict[int, 
             before += [latents[i][begun + i] for i in range(1, step)]
             given = states[step - 1][u - 1] if step else state[:, u : u + 1]
             seen, rope = Seen(before), model.rotary(torch.tensor([[u]]))
-            states[step][u], _ = layer(given, embedding[:, u + depth : u + depth + 1], rope, Visibility(), seen)
+            states[step][u], _ = layer(given, embedding[:, u + depth : u + depth + 1], rope, AttentionMask(), seen)
             latents[step][u] = seen.own
     return states
 

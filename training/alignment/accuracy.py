@@ -12,19 +12,19 @@ from dataset import PromptDataset
 from model import MiniDeepSeek
 from text.chats.problems import Problem
 from training.alignment.rewards import is_correct
-from training.alignment.rollout import Sampler, chances, completion_texts, joined, sample_groups
+from training.alignment.sampler import Sampler, completion_texts, sample_groups, uniforms
 from training.parallel.ranks import Ranks
 from training.run.interrupt import Watch
 
 SAMPLES = 4
-KEY = 0x76616C  # keeps the chances of measuring apart from those of training
+KEY = 0x76616C  # keeps the random numbers of measuring apart from those of training
 
 
 class Accuracy:
     """A `Validation`: the share of held-out problems that the policy solves, in all and by kind.
 
     `val_accuracy` is that of greedy answers. `val_pass_1` is the mean over four answers sampled as in training
-    (DeepSeek-R1 section 3), which is what the rewards of training are a sample of. The chances are always the same.
+    (DeepSeek-R1 section 3), which is what the rewards of training are a sample of. Their random numbers never change.
 
     Args:
         prompts: whose `validation` is measured; name: of it, for the log.
@@ -70,7 +70,7 @@ class Accuracy:
         if not numbered:
             return []
         ids = self.prompts.encode([problem for _, problem in numbered])
-        drawn = chances([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
+        drawn = uniforms([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
         stop = self.prompts.tokenizer.eos_id
-        made = list(sample_groups(policy, ids, drawn, stop, temperature, self.rows, self.watch, "validating"))
-        return completion_texts(self.prompts.tokenizer, joined(made)) if made else []
+        made = sample_groups(policy, ids, drawn, stop, temperature, self.rows, self.watch, "validating")
+        return [text for group in made for text in completion_texts(self.prompts.tokenizer, group)]

@@ -11,7 +11,7 @@ import torch
 from model import MiniDeepSeek
 from text.chats.chat_template import encode_chats
 from text.tokenizer import Tokenizer
-from training.alignment.rollout import chances, completion_texts, sample_groups
+from training.alignment.sampler import completion_texts, sample_groups, uniforms
 from training.distill.answers import Answer, Ask, Failure
 from training.distill.teacher import frozen, is_ours, open_transformers
 from training.startup import open_checkpoint
@@ -45,7 +45,7 @@ class CheckpointTeacher:
             fitting = [place for place in order if len(encoded[place]) <= room]
             if not fitting:
                 continue
-            drawn = chances([(self.seed, int(block[p].key, 16)) for p in fitting], 1, self.max_new_tokens)
+            drawn = uniforms([(self.seed, int(block[p].key, 16)) for p in fitting], 1, self.max_new_tokens)
             asked = [encoded[place] for place in fitting]
             groups = sample_groups(self.model, asked, drawn, self.tokenizer.eos_id, self.temperature, self.at_once)
             for place, made in zip(fitting, groups, strict=True):

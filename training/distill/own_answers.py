@@ -20,7 +20,7 @@ from errors import UserError, check_least
 from model import MiniDeepSeek
 from text.chats.packing import pack_best_fit, write_row
 from text.order import WORD, scramble
-from training.alignment.rollout import Sampler, chances, sample_groups
+from training.alignment.sampler import Sampler, sample_groups, uniforms
 from training.distill.distillation import SAMPLED
 from training.losses import Batch
 from training.parallel.ranks import Ranks
@@ -139,7 +139,7 @@ class OwnAnswers:
     ) -> dict[int, np.ndarray]:
         """Answers to the prompts at some places; each depends on the weights, its prompt, the seed, step and place."""
         settings = self.settings
-        drawn = chances([(self.chats.seed, CHANCES, step, place) for place in places], 1, settings.max_new_tokens)
+        drawn = uniforms([(self.chats.seed, CHANCES, step, place) for place in places], 1, settings.max_new_tokens)
         asked = [prompts[place].tolist() for place in places]
         fitting = [
             own[:, : max(self.chats.sequence_length + 1 - len(ids), 1)] for own, ids in zip(drawn, asked, strict=True)

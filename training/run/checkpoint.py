@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.checkpoint.tensor_file import read_parts, save_file
-from text.sources.json_text import json_text
+from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from errors import naming
-from text.sources.json_text import json_text
+from text.files import json_text
 
 STRUCTURED = ("sample", "max_vio", "expert_load", "held_out")
 QUIET = 30.0  # seconds after which the next step has a line, whatever --log_every says

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from text.tokenizer import Tokenizer
 from training.datasets import Dataset, PolicyDataset
@@ -35,6 +34,8 @@ class Saver:
         """background: or the caller waits, and no copy is made. device: where the tensors are."""
         self._stager = self._thread = None
         if background:
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # slow to import
+
             self._stager = DefaultStager(StagingOptions(device.type == "cuda", False, False, False))
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
             _alone(self._thread)

@@ -9,7 +9,7 @@ from decoding_steps import shaken
 from model.decoding import native
 from model.decoding.drafter import drafter
 from model.decoding.speculative import stream_speculative
-from model.quantized import Int8Weight, PackedLinear
+from model.quantized import Int8Weight, QuantizedLinear
 from training.optim.build import OptimSettings, build_optimizer
 
 
@@ -20,7 +20,7 @@ def model(tiny_model):
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every weight by its name, packed ones unfolded."""
-    found = {name.removesuffix(".packed"): m.dense(torch.float32) for name, m in module.named_modules()
+    found = {name.removesuffix(".quantized"): m.dense(torch.float32) for name, m in module.named_modules()
              if isinstance(m, Int8Weight)}  # fmt: skip
     return {name.removesuffix(".weight"): weight for name, weight in module.named_parameters()} | found
 
@@ -32,8 +32,8 @@ def test_the_copy_is_the_layer_rounded(model):
     for name, weight in want.items():
         torch.testing.assert_close(got[name], weight, atol=weight.abs().max().item() / 127, rtol=0)
     torch.testing.assert_close(head.dense(torch.float32), model.lm_head.weight, atol=0.02, rtol=0)
-    assert sum(isinstance(module, PackedLinear) for module in light.modules()) > 5
-    assert not any(isinstance(module, (PackedLinear, Int8Weight)) for module in layer.modules())
+    assert sum(isinstance(module, QuantizedLinear) for module in light.modules()) > 5
+    assert not any(isinstance(module, (QuantizedLinear, Int8Weight)) for module in layer.modules())
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_bf16"])

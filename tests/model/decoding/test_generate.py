@@ -17,7 +17,7 @@ from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.decoding.greedy_pass import GreedyPass
 from model.decoding.sampling import Sampling
-from model.decoding.speculative import Judge, _DraftChain, stream_speculative
+from model.decoding.speculative import Verifier, _DraftChain, stream_speculative
 from text.chats.chat_template import encode_chat
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
@@ -237,7 +237,7 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
         cache = LatentCache(model.config, 1, len(tokens) + most + 1, torch.float32, "cpu", mtp=True)
         with torch.no_grad():
             states = model(torch.tensor([tokens[:-1]])).state
-            assert _DraftChain(model, cache, Judge(GREEDY, None), most).draft(states, tokens) == drafts
+            assert _DraftChain(model, cache, Verifier(GREEDY, None), most).draft(states, tokens) == drafts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -265,7 +265,7 @@ def test_further_drafts_follow_from_the_last_layers_own_state(half_trained):
     model, tokens = half_trained(1).requires_grad_(False), rule(1, 12)[0].tolist()
     cache = LatentCache(model.config, 1, 16, torch.float32, "cpu", mtp=True)
     states = model(torch.tensor([tokens[:-1]])).state
-    drafts, _ = _DraftChain(model, cache, Judge(GREEDY, None), 3).draft(states, tokens)
+    drafts, _ = _DraftChain(model, cache, Verifier(GREEDY, None), 3).draft(states, tokens)
     assert len(drafts) > 1
     line = list(tokens)
     for _ in drafts:  # by hand: each time the whole line anew, the layer's own states behind the main model's

@@ -13,11 +13,12 @@ from torch import nn
 from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.decoding import native
-from model.decoding.batching import Batcher, Request
+from model.decoding.engine import Engine
+from model.decoding.scheduler import Request
 from model.decoding.stepper import Stepper
 from model.experts import Experts
 from model.kernels import compiled
-from model.quantized import Int8Weight, PackedLinear
+from model.quantized import Int8Weight, QuantizedLinear
 from training.adapters.frozen import shrink_frozen
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -40,9 +41,9 @@ def unfolded(model: MiniDeepSeek) -> MiniDeepSeek:
     """A float32 model of the same numbers, whose layers are plain again."""
     model = copy.deepcopy(model).float()
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, QuantizedLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain.weight, plain.bias = nn.Parameter(module.packed.dense(torch.float32)), module.bias
+            plain.weight, plain.bias = nn.Parameter(module.quantized.dense(torch.float32)), module.bias
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, plain)
         elif isinstance(module, Experts):
@@ -150,7 +151,7 @@ def test_generation_speculation_and_batches_decode_the_codes_in_c(dtype, tiny_mo
         assert torch.equal(model.generate(prompt, max_new_tokens=20), wanted)
         assert torch.equal(model.generate(prompt, max_new_tokens=20, speculative=True, draft_tokens=2), wanted)
     asked = [Request(prompt[0].tolist(), 20) for prompt in prompts]
-    made = Batcher(model, 3, 32).run(asked)
+    made = Engine(model, 3, 32).run(asked)
     assert [request.prompt + each.tokens for request, each in zip(asked, made, strict=True)] == [
         wanted[0].tolist() for wanted in expected
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.decoding.sampling import Sampling
-from model.decoding.speculative import Judge, stream_speculative
+from model.decoding.speculative import Verifier, stream_speculative
 
 SHARPER = Sampling(temperature=0.7, top_k=4)
 KINDS = {
@@ -33,14 +33,14 @@ def surprise(seen: Iterable[tuple[int, ...]], expected: dict[tuple[int, ...], fl
 
 def judged(sampling: Sampling, samples: int = 3000) -> float:
     """The surprise of the first two tokens of passes with two drafts, over six tokens and with unlike distributions."""
-    judge = Judge(sampling, torch.Generator().manual_seed(1))
+    verifier = Verifier(sampling, torch.Generator().manual_seed(1))
     logits, guesses = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(2))
     p, q = sampling.probabilities(logits), sampling.probabilities(guesses)
     seen = []
     for _ in range(samples):
-        drafts = [int(judge._draw(q[i])) for i in range(2)]
-        text = judge.keep(drafts, [q[0], q[1]], logits.argmax(-1)[None], logits[None])
-        text += [int(judge._draw(p[1]))] * (len(text) == 1)  # the next pass would draw it
+        drafts = [int(verifier._draw(q[i])) for i in range(2)]
+        text = verifier.accept(drafts, [q[0], q[1]], logits.argmax(-1)[None], logits[None])
+        text += [int(verifier._draw(p[1]))] * (len(text) == 1)  # the next pass would draw it
         seen.append(tuple(text[:2]))
     return surprise(seen, {(a, b): float(p[0, a] * p[1, b]) for a, b in product(range(6), repeat=2)})
 
@@ -50,21 +50,21 @@ def test_judging_drafts_keeps_the_distribution(kind):
     assert judged(KINDS[kind]) < 4
 
 
-def kept_always(judge, drafts, chances, choice, logits):
-    return [*drafts, int(judge._draw(judge.sampling.probabilities(logits[0])[-1]))]
+def kept_always(verifier, drafts, probabilities, choice, logits):
+    return [*drafts, int(verifier._draw(verifier.sampling.probabilities(logits[0])[-1]))]
 
 
-def replaced_from_p(judge, drafts, chances, choice, logits):
-    targets = judge.sampling.probabilities(logits[0])
-    for i, (token, q) in enumerate(zip(drafts, chances, strict=True)):
-        if torch.rand((), generator=judge.generator) * q[token] >= targets[i, token]:
-            return [*drafts[:i], int(judge._draw(targets[i]))]
-    return [*drafts, int(judge._draw(targets[-1]))]
+def replaced_from_p(verifier, drafts, probabilities, choice, logits):
+    targets = verifier.sampling.probabilities(logits[0])
+    for i, (token, q) in enumerate(zip(drafts, probabilities, strict=True)):
+        if torch.rand((), generator=verifier.generator) * q[token] >= targets[i, token]:
+            return [*drafts[:i], int(verifier._draw(targets[i]))]
+    return [*drafts, int(verifier._draw(targets[-1]))]
 
 
 @pytest.mark.parametrize("wrong", [kept_always, replaced_from_p])
 def test_a_wrong_rule_is_noticed(wrong, monkeypatch):
-    monkeypatch.setattr(Judge, "keep", wrong)
+    monkeypatch.setattr(Verifier, "accept", wrong)
     assert judged(KINDS["free"]) > 10
 
 
@@ -85,10 +85,10 @@ def test_sampled_texts_come_as_often_as_the_model_says(tiny_model):
 
 
 def test_the_token_after_all_drafts_is_drawn_where_it_stands():
-    judge = Judge(Sampling(), torch.Generator().manual_seed(1))
+    verifier = Verifier(Sampling(), torch.Generator().manual_seed(1))
     logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
-    p = judge.sampling.probabilities(logits)  # drafts from p itself are all kept
-    seen = [judge.keep([0, 1], [p[0], p[1]], logits.argmax(-1)[None], logits[None]) for _ in range(3000)]
+    p = verifier.sampling.probabilities(logits)  # drafts from p itself are all kept
+    seen = [verifier.accept([0, 1], [p[0], p[1]], logits.argmax(-1)[None], logits[None]) for _ in range(3000)]
     assert all(text[:2] == [0, 1] for text in seen)
     assert surprise([tuple(text[2:]) for text in seen], {(token,): float(p[2, token]) for token in range(6)}) < 4
 
@@ -103,9 +103,9 @@ def test_generate_hands_the_sampling_on(tiny_model):
 
 
 def test_equal_distributions_keep_every_draft():
-    judge = Judge(Sampling(), torch.Generator().manual_seed(0))
+    verifier = Verifier(Sampling(), torch.Generator().manual_seed(0))
     logits = torch.randn(1, 3, 11)
-    chances = judge.sampling.probabilities(logits[0])
+    probabilities = verifier.sampling.probabilities(logits[0])
     for first, second in product(range(11), range(11)):
-        kept = judge.keep([first, second], list(chances[:2]), logits.argmax(-1), logits)
+        kept = verifier.accept([first, second], list(probabilities[:2]), logits.argmax(-1), logits)
         assert kept[:2] == [first, second] and len(kept) == 3

@@ -30,7 +30,7 @@ WAITS = {
     "preference_loss": (SEGMENTS, ANSWERS),
     "distillation_loss": (COMPARED, TEACHER),
     "lora_on_experts": (),
-    "packed_experts": (),
+    "quantized_experts": (),
     "decoding": (),
     "generation": (),
     "static_decoding": (),

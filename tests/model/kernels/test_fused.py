@@ -9,7 +9,7 @@ from torch import Tensor
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.attention import Visibility, attend
+from model.attention import AttentionMask, attend
 from model.kernels import fused
 from training.losses import NextTokenLoss
 
@@ -93,7 +93,7 @@ def test_causal_attention_and_its_gradients_are_those_of_float64(
     sizes = ((queries, 48), (keys, 48), (keys, 32))
     parts = [numbers(batch, t, 3, d, dtype=dtype, seed=i, scale=1.0).requires_grad_() for i, (t, d) in enumerate(sizes)]
     grad = numbers(batch, queries, 3, 32, dtype=dtype, seed=5)
-    out = attend(*parts, 0.3, Visibility())
+    out = attend(*parts, 0.3, AttentionMask())
     out.backward(grad)
 
     q, k, v = exact = [part.detach().double().requires_grad_() for part in parts]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.attention import Visibility
+from model.attention import AttentionMask
 from model.cache import LatentCache
 from model.decoding.prefill import prefill
 from model.experts import Experts
@@ -60,8 +60,8 @@ def test_attention_in_one_pass_is_that_of_float64(sizes: str, span: str, padded:
     turned = torch.cat((q[..., :nope], rotate(q[..., nope:], angles)), -1).double()
     keys = torch.cat((kv[..., :nope], shared.unsqueeze(2).expand(-1, -1, heads, -1)), -1).double()
     scores = torch.einsum("bthd,bshd->bhts", turned, keys) * scale
-    visibility = Visibility() if padding is None else Visibility.padded(time, held, padding)
-    scores.masked_fill_(~visibility.mask(time, held, q.device), float("-inf"))
+    attention_mask = AttentionMask() if padding is None else AttentionMask.left_padded(time, held, padding)
+    scores.masked_fill_(~attention_mask.as_bool(time, held, q.device), float("-inf"))
     wanted = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), kv[..., nope:].double())
     assert far(out, wanted) < 5e-3
     assert (out.double() - wanted).abs().max() < 0.03  # no single position is off

@@ -21,10 +21,11 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.alignment.accuracy import Accuracy
-from training.alignment.experience import Experience
-from training.alignment.policy import GRPOLoss
+from training.alignment.batches import Experience
+from training.alignment.policy_loss import GRPOLoss
 from training.alignment.rewards import Rewards, Sample, reward
-from training.alignment.rollout import RolloutSettings, Sampler
+from training.alignment.rollouts import RolloutSettings
+from training.alignment.sampler import Sampler
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
 
@@ -164,7 +165,7 @@ def test_two_ranks_train_as_one_process_does(train, pretrained, tmp_path):
     train("one", *options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "grpo_train.py"]
     command += map(str, ["--ckpt", pretrained / "final", "--out", tmp_path / "two", *SHAPE, *options])
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[:4000]
@@ -190,21 +191,21 @@ def test_a_step_is_a_function_of_seed_and_number(small, make):
     one.prepare(0, small)
     one.prepare(1, small)
     two.prepare(1, small)
-    assert all(torch.equal(one.held[name], two.held[name]) for name in one.held)
+    assert all(torch.equal(value, two.rows.tensors[name]) for name, value in one.rows.tensors.items())
     two.prepare(2, small)
-    assert not torch.equal(one.held["tokens"], two.held["tokens"])
+    assert not torch.equal(one.rows.tokens_RT, two.rows.tokens_RT)
 
 
 def test_rows_without_anything_to_learn_are_left_out_and_counted(small, make):
     experience = make(small, {f"{__name__}:letters": 1.0}, prompts=8)
     experience.prepare(0, small)
-    experience.held["left_out"][4:] = 1  # all but one group
-    experience.held["left_out"][3] = 2  # and of this one a completion that was cut
-    experience._arrange()
+    experience.rows.left_out_R[4:] = 1  # all but one group
+    experience.rows.left_out_R[3] = 2  # and of this one a completion that was cut
+    experience.arrange()
     batch = experience.batch(range(32, 64))
     learnt = (batch["labels"] >= 0).any(1)
     assert len(learnt) == 16 and learnt.sum() == 3 and batch["absent"][0] == 16
-    lengths = experience.held["lengths"] - experience.held["prompt_lengths"]
+    lengths = experience.rows.new_R
     assert batch["absent"][1] == lengths[4:].sum() and (batch["labels"] >= 0).sum() == lengths[:3].sum()
     everything = [experience.batch([i]) for i in range(32)]
     assert sum((batch["labels"] >= 0).sum() for batch in everything) == lengths[:3].sum()
@@ -213,8 +214,8 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(small, make):
 def test_what_is_learnt_comes_before_what_fills_a_batch(small, make):
     experience = make(small, {f"{__name__}:letters": 1.0}, prompts=8)
     experience.prepare(0, small)
-    experience.held["left_out"] = torch.tensor([2, 2, 2, 0] * 8)  # of each group only the last completion was not cut
-    experience._arrange()
+    experience.rows.left_out_R = torch.tensor([2, 2, 2, 0] * 8)  # of each group only the last completion was not cut
+    experience.arrange()
     batch = experience.batch(range(32))
     assert (batch["labels"] >= 0).any(1).tolist() == [True] * 8 + [False] * 8
 
@@ -222,24 +223,24 @@ def test_what_is_learnt_comes_before_what_fills_a_batch(small, make):
 def test_labels_are_the_completions_and_meet_their_own_log_probabilities(small, make):
     experience = make(small, {f"{__name__}:letters": 1.0})
     experience.prepare(0, small)
-    experience.held["left_out"][:] = 0
-    experience._arrange()
+    experience.rows.left_out_R[:] = 0
+    experience.arrange()
     _, _, metrics = GRPOLoss("grpo", 8)(small, experience.batch(range(16)))
     total, tokens = metrics["mismatch"]
-    assert tokens == (experience.held["lengths"] - experience.held["prompt_lengths"]).sum()
+    assert tokens == (experience.rows.new_R).sum()
     assert total / tokens < 1e-5
 
 
-def test_resampling_replaces_silent_groups_by_other_prompts(small, make):
+def test_resampling_replaces_groups_without_variance_by_other_prompts(small, make):
     """A reward that only one question in two can vary in: those that cannot are asked no more."""
 
     settings = {f"{__name__}:only_english": 1.0}
     plain, again = make(small, settings, prompts=8), make(small, settings, prompts=8, resample=3)
     entry, more = plain.prepare(0, small), again.prepare(0, small)
     assert entry["zero_variance"] == more["zero_variance"] > 0.5 and entry["redrawn"] == 0 < more["redrawn"]
-    assert (again.held["left_out"] == 0).sum() > (plain.held["left_out"] == 0).sum()
-    kept = plain.held["left_out"] == 0
-    assert torch.equal(plain.held["tokens"][kept], again.held["tokens"][kept])
+    assert (again.rows.left_out_R == 0).sum() > (plain.rows.left_out_R == 0).sum()
+    kept = plain.rows.left_out_R == 0
+    assert torch.equal(plain.rows.tokens_RT[kept], again.rows.tokens_RT[kept])
 
 
 def only_english(samples: Sequence[Sample]) -> list[float]:
@@ -255,8 +256,8 @@ def test_completions_that_never_end_are_cut_counted_and_may_be_filtered(small, m
     for experience in (kept, filtered):
         entry = experience.prepare(0, small)
         assert entry["ended"] < 0.2 and entry["completion_length"] > 7
-    assert (kept.held["left_out"] < 2).all() and (filtered.held["left_out"] == 2).float().mean() > 0.8
-    assert torch.equal(kept.held["advantages"], filtered.held["advantages"])
+    assert (kept.rows.left_out_R < 2).all() and (filtered.rows.left_out_R == 2).float().mean() > 0.8
+    assert torch.equal(kept.rows.advantages_R, filtered.rows.advantages_R)
 
 
 def test_accuracy_counts_right_answers_by_kind(small, tokenizer, monkeypatch):

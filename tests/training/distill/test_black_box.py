@@ -12,13 +12,12 @@ import torch
 import distill
 from errors import UserError
 from model import MiniDeepSeek
-from text.chats.chat_file import write_chats
-from text.chats.conversations import read_conversations
+from text.chats.conversations import read_conversations, write_chats
 from text.chats.prompts import read_prompts, to_prompt
 from text.judging.answer_filter import AnswerFilter, clean, is_well_formed, repeated, shortest_different
 from text.sources.row_report import RowError, RowReport
 from training.alignment.rewards import Rewards
-from training.alignment.rollout import chances, completion_texts, joined, sample_groups
+from training.alignment.sampler import completion_texts, sample_groups, uniforms
 from training.distill.answers import Answer, Ask, Failure
 from training.distill.curation import AnswerSettings, curate, fit
 from training.distill.local_teacher import TOO_LONG, CheckpointTeacher, open_local
@@ -244,8 +243,8 @@ def test_a_checkpoint_answers_as_it_would_alone(pretrained, tokenizer):
     assert set(got) == set(asks)
     for one in asks:
         ids = [1, tokenizer.special_ids["<|user|>"], *tokenizer.encode(one.messages[0]["content"])]
-        drawn = chances([(5, int(one.key, 16))], 1, 8)
-        made = joined(sample_groups(teacher.model, [[*ids, tokenizer.special_ids["<|assistant|>"]]], drawn, 2))
+        drawn = uniforms([(5, int(one.key, 16))], 1, 8)
+        (made,) = sample_groups(teacher.model, [[*ids, tokenizer.special_ids["<|assistant|>"]]], drawn, 2)
         assert got[one].text == completion_texts(tokenizer, made)[0]
         assert got[one].finish == ("stop" if made.ended[0] else "length") and got[one].tokens == made.lengths[0]
     assert got[asks[1]] != got[asks[2]]

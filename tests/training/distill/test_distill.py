@@ -20,7 +20,7 @@ import pretrain
 from dataset import ChatDataset
 from model import MiniDeepSeek
 from text.order import scramble
-from training.alignment.rollout import Sampler, chances, joined, sample_groups
+from training.alignment.sampler import Sampler, sample_groups, uniforms
 from training.datasets import PolicyDataset
 from training.distill.distillation import SAMPLED, DistillationLoss, DistillationSettings
 from training.distill.own_answers import CHANCES, CHOICE, OnPolicySettings, OwnAnswers, prompt_of, rows_that_fit
@@ -148,8 +148,8 @@ def test_answers_are_the_students_samples_after_the_datas_prompts(world, tokeniz
             begin = int((labels != IGNORE).nonzero()[0]) + 1
             assert (labels[begin - 1 :] != IGNORE).all() and ids[begin:] == labels[begin - 1 : -1].tolist()
             place = prompts.index(ids[:begin])
-            drawn = chances([(5, CHANCES, 7, place)], 1, 12)
-            made = joined(sample_groups(data.sampler.source, [prompts[place]], drawn, 2))
+            drawn = uniforms([(5, CHANCES, 7, place)], 1, 12)
+            (made,) = sample_groups(data.sampler.source, [prompts[place]], drawn, 2)
             length = int(made.lengths[0])
             same = prompts.count(prompts[place]) > 1  # of equal prompts each has chances of its own
             assert same or labels[begin - 1 :].tolist() == made.tokens[0, :length].tolist()

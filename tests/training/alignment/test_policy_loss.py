@@ -1,4 +1,4 @@
-"""The policy losses: gradients worked out by hand, the same numbers as trl's, ratios, clipping and silent groups."""
+"""The policy losses: gradients worked out by hand, trl's numbers, ratios, clipping, groups without variance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from errors import UserError
 from model.cache import PromptLatents
-from training.alignment.policy import GRPOLoss, advantages, completion_hidden
+from training.alignment.advantages import advantages
+from training.alignment.policy_loss import GRPOLoss, completion_hidden
 from training.log_probs import label_log_probs
 from training.losses import IGNORE
 
@@ -108,8 +109,8 @@ def test_the_ratio_is_one_at_the_first_inner_step(tiny_model):
 
 def test_advantages_are_normalised_in_their_group():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [3.0, 1.0, 1.0, 1.0]])
-    found, silent = advantages(rewards, "grpo")
-    assert silent.tolist() == [False, True, False] and not found[1].any()
+    found, zero_variance = advantages(rewards, "grpo")
+    assert zero_variance.tolist() == [False, True, False] and not found[1].any()
     assert found[0].tolist() == pytest.approx([0.5 / 0.57745, -0.5 / 0.57745, -0.5 / 0.57745, 0.5 / 0.57745], rel=1e-3)
     assert found.sum(1).abs().max() < 1e-5 and found[0].std() == pytest.approx(1, rel=1e-3)
     plain, _ = advantages(rewards, "dr_grpo")

@@ -12,9 +12,10 @@ import torch
 from dataset import ChatDataset, PreferenceDataset, PretrainDataset, PromptDataset
 from text.corpus.shards import prepare_shards
 from text.tokenizer import Tokenizer
-from training.alignment.experience import Experience
+from training.alignment.batches import Experience
 from training.alignment.rewards import Rewards
-from training.alignment.rollout import RolloutSettings, Sampler
+from training.alignment.rollouts import RolloutSettings
+from training.alignment.sampler import Sampler
 from training.datasets import NamingDataset
 from training.parallel.ranks import Ranks
 

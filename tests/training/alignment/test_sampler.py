@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
 from model import MiniDeepSeek
 from model.decoding.generate import generate
 from model.decoding.sampling import inverse_cumulative
-from training.alignment.rollout import Completions, Sampler, chances, joined, sample_groups
+from training.alignment.sampler import Completions, Sampler, sample_groups, uniforms
 from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE
 from training.machine import autocast
@@ -30,8 +32,13 @@ def keys(count: int) -> list[tuple[int, ...]]:
     return [(3, prompt) for prompt in range(count)]
 
 
+def joined(groups: Iterable[Completions]) -> Completions:
+    parts = zip(*((made.tokens, made.lengths, made.log_probs, made.ended) for made in groups), strict=True)
+    return Completions(*map(torch.cat, parts))
+
+
 def sampled(model: MiniDeepSeek, prompts: list[list[int]], **options: float) -> Completions:
-    return joined(sample_groups(model, prompts, chances(keys(len(prompts)), GROUP, NEW), STOP, **options))
+    return joined(sample_groups(model, prompts, uniforms(keys(len(prompts)), GROUP, NEW), STOP, **options))
 
 
 def trainer_log_probs(model: MiniDeepSeek, made: Completions, temperature: float = 1.0) -> torch.Tensor:
@@ -70,7 +77,7 @@ def test_a_completion_does_not_depend_on_its_batch(tiny_model):
     """Alone, without padding and with another group, the same prompt and chances give the same tokens."""
     model = stopping(tiny_model)
     together = sampled(model, PROMPTS)
-    drawn = chances(keys(3), GROUP, NEW)
+    drawn = uniforms(keys(3), GROUP, NEW)
     for place, prompt in enumerate(PROMPTS):
         alone = joined(sample_groups(model, [prompt], drawn[place : place + 1, 1:4], STOP))
         rows = slice(place * GROUP + 1, place * GROUP + 4)
@@ -110,8 +117,8 @@ def test_the_token_of_a_chance_is_where_the_running_sum_passes_it(vocab):
         assert (p.gather(1, inverse_cumulative(p, torch.full((500,), extreme)).unsqueeze(1)) > 0).all()
 
 
-def test_chances_are_a_function_of_the_key():
-    one, two = chances([(1, 2), (1, 3)], 4, 6), chances([(1, 3)], 4, 6)
+def test_the_random_numbers_are_a_function_of_the_key():
+    one, two = uniforms([(1, 2), (1, 3)], 4, 6), uniforms([(1, 3)], 4, 6)
     assert torch.equal(one[1], two[0]) and not torch.equal(one[0], one[1]) and one.shape == (2, 4, 6)
 
 
@@ -156,7 +163,7 @@ def test_log_probabilities_and_their_gradient_are_those_of_the_whole_softmax():
 def test_sampling_shows_how_far_it_is_and_ends_at_a_signal(tiny_model):
     model, shown = stopping(tiny_model), []
     watch = Watch(show=shown.append)
-    drawn = chances(keys(3), GROUP, NEW)
+    drawn = uniforms(keys(3), GROUP, NEW)
     assert len(list(sample_groups(model, PROMPTS[:3], drawn, STOP, watch=watch))) == 3
     assert shown[0] == f"sampling: 0 of {3 * GROUP} completions" and shown[-1] == ""
     watch.asked = True

@@ -14,7 +14,7 @@ from torchao.quantization import to_nf4
 from errors import UserError
 from LMConfig import LMConfig
 from model.experts import Experts
-from model.quantized import BLOCK, SCALES, Int8Weight, NF4Weight, Packed, PackedLinear
+from model.quantized import BLOCK, SCALES, Int8Weight, NF4Weight, QuantizedLinear, QuantizedWeight
 from training.adapters.adapter import Adapter
 from training.adapters.frozen import check_base, nf4_or_int8, shrink_frozen
 from training.adapters.lora import LoraSettings
@@ -32,13 +32,13 @@ def weight() -> nn.Parameter:
 @pytest.mark.parametrize(
     ("kind", "least", "most", "bits"), [(Int8Weight, 1e-3, 0.015, 8.5), (NF4Weight, 0.05, 0.1, 4.3)]
 )
-def test_a_packed_weight_is_small_and_near(weight, kind, least, most, bits, dtype):
-    packed = kind(weight)
-    near = packed.dense(dtype)
-    assert near.shape == weight.shape == packed.shape and near.dtype == dtype
+def test_a_quantized_weight_is_small_and_near(weight, kind, least, most, bits, dtype):
+    quantized = kind(weight)
+    near = quantized.dense(dtype)
+    assert near.shape == weight.shape == quantized.shape and near.dtype == dtype
     error = ((near.float() - weight).norm() / weight.norm()).item()
     assert least < error < most
-    size = sum(buffer.numel() * buffer.itemsize for buffer in packed.buffers())
+    size = sum(buffer.numel() * buffer.itemsize for buffer in quantized.buffers())
     assert 8 * size / weight.numel() < bits
 
 
@@ -60,58 +60,58 @@ def test_a_weight_whose_size_has_no_blocks_gets_eight_bits():
 
 @pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_layer_equals_the_layer_with_the_unfolded_weight_and_its_gradient(kind, bias):
+def test_a_quantized_layer_equals_the_layer_with_the_unfolded_weight_and_its_gradient(kind, bias):
     torch.manual_seed(0)
     linear = nn.Linear(64, 96, bias=bias)
-    packed = PackedLinear(linear, kind(linear.weight))
+    quantized = QuantizedLinear(linear, kind(linear.weight))
     with torch.no_grad():
-        linear.weight.copy_(packed.packed.dense(torch.float32))
+        linear.weight.copy_(quantized.quantized.dense(torch.float32))
     x = torch.randn(3, 5, 64, requires_grad=True)
     results = []
-    for layer in (packed, linear):
+    for layer in (quantized, linear):
         out = layer(x)
         (grad,) = torch.autograd.grad(out.square().sum(), x)
         results.append((out, grad))
     torch.testing.assert_close(results[0], results[1])
     with torch.autocast("cpu", torch.bfloat16):
-        out = packed(x)
+        out = quantized(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), linear(x), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
 @pytest.mark.parametrize("tokens", [1, 50])
-def test_packed_experts_equal_experts_with_the_unfolded_weights(tiny_config, kind, tokens):
+def test_quantized_experts_equal_experts_with_the_unfolded_weights(tiny_config, kind, tokens):
     torch.manual_seed(0)
     plain = Experts(tiny_config()).requires_grad_(False)
     for name in ("gate_up_proj", "down_proj"):
         getattr(plain, name).normal_(std=0.1)
-    packed = copy.deepcopy(plain)
+    quantized = copy.deepcopy(plain)
     for name in ("gate_up_proj", "down_proj"):
         small = kind(getattr(plain, name))
-        delattr(packed, name)
-        setattr(packed, name, small)
+        delattr(quantized, name)
+        setattr(quantized, name, small)
         getattr(plain, name).copy_(small.dense(torch.float32))
     features = plain.down_proj.shape[1]
     x, weights = torch.randn(tokens, features, requires_grad=True), torch.rand(tokens, 2)
     indices = torch.randint(0, plain.down_proj.shape[0], (tokens, 2))
     results = []
-    for experts in (packed, plain):
+    for experts in (quantized, plain):
         out = experts(x, weights, indices)
         results.append((out, *torch.autograd.grad(out.square().sum(), x)))
     torch.testing.assert_close(results[0], results[1])
     with torch.no_grad():
-        torch.testing.assert_close(packed(x, weights, indices), plain(x, weights, indices))
+        torch.testing.assert_close(quantized(x, weights, indices), plain(x, weights, indices))
 
 
-def linear(pack: Callable[[nn.Parameter], Packed | nn.Parameter]) -> Callable[[torch.Tensor], torch.Tensor]:
+def linear(pack: Callable[[nn.Parameter], QuantizedWeight | nn.Parameter]) -> Callable[[torch.Tensor], torch.Tensor]:
     layer = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
     weight = pack(layer.weight)
     layer.weight = weight if isinstance(weight, nn.Parameter) else layer.weight
-    return layer if isinstance(weight, nn.Parameter) else PackedLinear(layer, weight)
+    return layer if isinstance(weight, nn.Parameter) else QuantizedLinear(layer, weight)
 
 
-def experts(pack: Callable[[nn.Parameter], Packed | nn.Parameter]) -> Callable[[torch.Tensor], torch.Tensor]:
+def experts(pack: Callable[[nn.Parameter], QuantizedWeight | nn.Parameter]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Some of them without tokens; one of the sizes is no multiple of what CUDA's products are aligned to."""
     module = Experts(LMConfig(hidden_size=64, moe_intermediate_size=36, n_routed_experts=8, n_group=1, topk_group=1))
     for name, weight in list(module.named_parameters()):
@@ -132,11 +132,11 @@ def device(request, monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
 @pytest.mark.parametrize(("build", "sizes"), [(linear, [96 * 64]), (experts, [8 * 72 * 64, 8 * 64 * 36])])
-def test_a_packed_weight_is_not_kept_unpacked_for_the_backward_pass(kind, build, sizes, device, monkeypatch):
+def test_a_quantized_weight_is_not_kept_dense_for_the_backward_pass(kind, build, sizes, device, monkeypatch):
     unpacked: list[weakref.ref] = []
     dense = kind.dense
 
-    def noted(self: Packed, dtype: torch.dtype) -> torch.Tensor:
+    def noted(self: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
         weight = dense(self, dtype)
         unpacked.append(weakref.ref(weight))
         return weight
@@ -154,7 +154,7 @@ def test_a_packed_weight_is_not_kept_unpacked_for_the_backward_pass(kind, build,
 
 @pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
 @pytest.mark.parametrize("build", [linear, experts])
-def test_gradients_through_a_packed_weight_have_the_bits_of_those_through_the_unpacked_one(kind, build, device):
+def test_gradients_through_a_quantized_weight_have_the_bits_of_those_through_the_unpacked_one(kind, build, device):
     found = []
     for pack in (kind, lambda weight: nn.Parameter(kind(weight).dense(torch.bfloat16), requires_grad=False)):
         torch.manual_seed(0)

@@ -1,69 +1,31 @@
 """Groups of completions sampled from the policy: each prompt is read once, its group shares the latent cache.
 
-The chance of every token comes from numbers drawn beforehand for its prompt, and is turned into a token by the inverse
-of the cumulative distribution. So a completion is a function of the weights, the prompt and those numbers: not of the
-batch it was sampled in, nor of the number of ranks, and a resumed run samples the same.
+Each token has a uniform random number drawn beforehand for its prompt, which the inverse of the cumulative distribution
+turns into the token. So a completion is a function of the weights, the prompt and those numbers: not of the batch it
+was sampled in, nor of the number of ranks, and a resumed run samples the same.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError, check_least
 from model import MiniDeepSeek
-from model.decoding.batching import Batcher, Completion, Request
+from model.decoding.engine import Engine
 from model.decoding.sampling import Sampling
+from model.decoding.scheduler import Completion, Request
 from model.experts import Experts
+from text.chats.problems import Problem
 from text.order import scramble
 from text.tokenizer import Tokenizer
+from training.alignment.rewards import Sample
 from training.run.interrupt import Watch
 
 SLOTS = 128  # completions at a time where no setting says: as many rows as decode.c takes
-
-
-@dataclass(kw_only=True)
-class RolloutSettings:
-    """How completions are made and what becomes of them.
-
-    Args:
-        prompts: problems a step, over all ranks. group: completions of each, at least 2.
-        max_new_tokens: most tokens of a completion.
-        temperature: of the sampling.
-        loss: grpo, dapo or dr_grpo.
-        mu: optimiser steps on each batch of completions.
-        resample: how often the prompts of groups without variance are replaced by others in a step (DAPO's dynamic
-            sampling); what still has none is left out.
-        overlong: keep or filter completions that were cut at the limit.
-        rollout_rows: most completions sampled at a time on one rank; one that ends makes room for the next.
-    """
-
-    prompts: int = 32
-    group: int = 8
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    loss: str = "grpo"
-    mu: int = 1
-    resample: int = 0
-    overlong: str = "keep"
-    rollout_rows: int = 512
-
-    def check(self) -> None:
-        """Raises `UserError` for a value that makes no sense."""
-        check_least(1, prompts=self.prompts, max_new_tokens=self.max_new_tokens, mu=self.mu)
-        check_least(1, rollout_rows=self.rollout_rows)
-        check_least(0, resample=self.resample)
-        if self.group < 2:
-            raise UserError(f"--group {self.group}: a completion is compared with its group; give at least 2")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be above 0; greedy answers of a group are equal")
-        if self.overlong not in ("keep", "filter"):
-            raise UserError(f"--overlong {self.overlong}: one of keep, filter")
 
 
 @dataclass
@@ -85,7 +47,7 @@ class Completions:
 def sample_groups(
     model: MiniDeepSeek,
     prompts: Sequence[Sequence[int]],
-    chances: Sequence[Tensor],
+    uniforms_PGT: Sequence[Tensor],
     stop: int,
     temperature: float = 1.0,
     slots: int = SLOTS,
@@ -95,8 +57,8 @@ def sample_groups(
     """Sample a group of completions of each prompt, and yield the groups in their order as soon as they are whole.
 
     Args:
-        prompts: token ids, none empty. chances: of each prompt (group, new) float32 in [0, 1); `new` is the limit of
-            tokens.
+        prompts: token ids, none empty. uniforms_PGT: of each prompt (group, new) float32 in [0, 1); `new` is the limit
+            of tokens.
         stop: the token that ends a completion and belongs to it.
         temperature: the log-probabilities are those of the tempered distribution; 0 takes the likeliest token.
         slots: most completions at a time; one that ends makes room for the next.
@@ -106,31 +68,19 @@ def sample_groups(
     sampling = Sampling(temperature=temperature)
     requests = [
         [Request(ids, drawn.shape[1], sampling, (stop,), row) for row in drawn]
-        for ids, drawn in zip(prompts, chances, strict=True)
+        for ids, drawn in zip(prompts, uniforms_PGT, strict=True)
     ]
     longest = max(len(request.prompt) + request.max_new_tokens for group in requests for request in group)
     total, done = sum(map(len, requests)), 0
-    batcher = Batcher(model, min(slots, total), longest)
-    for group in [[batcher.submit(request) for request in group] for group in requests]:
+    engine = Engine(model, min(slots, total), longest)
+    for group in [[engine.submit(request) for request in group] for group in requests]:
         while not all(completion.finish for completion in group):
             if watch.asked:
                 return
             watch.show(f"{what}: {done} of {total} completions")
-            done += sum(bool(event.finish) for event in batcher.step())
+            done += sum(bool(event.finish) for event in engine.step())
         yield _table(group, group[0].request.max_new_tokens)
     watch.show("")
-
-
-def joined(groups: Iterable[Completions]) -> Completions:
-    """All groups as one, as wide as the widest."""
-    groups = list(groups)
-    new = max(made.tokens.shape[1] for made in groups)
-    return Completions(
-        torch.cat([F.pad(made.tokens, (0, new - made.tokens.shape[1])) for made in groups]),
-        torch.cat([made.lengths for made in groups]),
-        torch.cat([F.pad(made.log_probs, (0, new - made.log_probs.shape[1])) for made in groups]),
-        torch.cat([made.ended for made in groups]),
-    )
 
 
 def _table(completions: list[Completion], new: int) -> Completions:
@@ -143,8 +93,8 @@ def _table(completions: list[Completion], new: int) -> Completions:
     )
 
 
-def chances(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:
-    """(prompts, group, new) uniform numbers, those of a prompt a function of its key alone."""
+def uniforms(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:
+    """Return (P, G, T) numbers in [0, 1), those of a prompt a function of its key alone."""
     drawn = []
     for key in keys:
         generator = torch.Generator().manual_seed(scramble(*key) >> 1)
@@ -153,11 +103,20 @@ def chances(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:
 
 
 def completion_texts(tokenizer: Tokenizer, made: Completions) -> list[str]:
-    """The completions' texts without the tokens that ended them; marks such as <think> are kept."""
+    """Return the texts of completions without the tokens that ended them; marks such as <think> are kept."""
     lengths = (made.lengths - made.ended.long()).tolist()
+    rows = zip(made.tokens.tolist(), lengths, strict=True)
+    return [tokenizer.decode(tokens[:length], skip_special_tokens=False) for tokens, length in rows]
+
+
+def to_samples(tokenizer: Tokenizer, problems: Sequence[Problem], groups: Sequence[Completions]) -> list[Sample]:
+    """Return what the rewards judge, group after group. The groups are as wide as a completion may be long."""
     return [
-        tokenizer.decode(tokens[:length], skip_special_tokens=False)
-        for tokens, length in zip(made.tokens.tolist(), lengths, strict=True)
+        Sample(problem, text, length, made.tokens.shape[1], ended)
+        for problem, made in zip(problems, groups, strict=True)
+        for text, length, ended in zip(
+            completion_texts(tokenizer, made), made.lengths.tolist(), made.ended.tolist(), strict=True
+        )
     ]
 
 

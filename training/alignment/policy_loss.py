@@ -1,4 +1,4 @@
-"""The policy-gradient losses of group-relative policy optimisation."""
+"""The clipped policy-gradient losses of group-relative policy optimisation: GRPO, DAPO and Dr. GRPO."""
 
 from __future__ import annotations
 
@@ -13,24 +13,6 @@ from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE, Batch, Metric
 
 LOSSES = ("grpo", "dapo", "dr_grpo")
-EQUAL = 1e-6  # rewards of a group that differ by less are the same: rounding of a weighted sum
-SMALL = 1e-4  # added to a standard deviation
-
-
-def advantages(rewards_PG: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """How much better than its group each completion is, and which groups say nothing.
-
-    A_i = (r_i - mean(r)) / std(r)   (GRPO: Shao et al. 2024, section 4.1.2; DAPO: Yu et al. 2025, Eq. 9)
-    A_i = r_i - mean(r)              (Dr. GRPO: Liu et al. 2025: the division favours the easiest and hardest prompts)
-
-    Args:
-        rewards: (prompts, group) float32. Returns: (prompts, group) advantages; (prompts,) bool, zero variance.
-    """
-    silent = rewards_PG.amax(1) - rewards_PG.amin(1) < EQUAL
-    centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    if loss != "dr_grpo":
-        centred = centred / (rewards_PG.std(1, keepdim=True) + SMALL)
-    return centred.masked_fill(silent.unsqueeze(1), 0.0), silent
 
 
 def completion_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
