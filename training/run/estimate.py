@@ -11,7 +11,7 @@ import torch
 from model import MiniDeepSeek
 from model.costs import activation_numbers, human
 from model.costs import count as count_costs
-from model.kernels.report import kernel_report
+from model.ops import kernel_report
 from training.datasets import Dataset, PolicyDataset
 from training.losses import CHUNK_ELEMENTS
 from training.parallel.ranks import Ranks
