@@ -165,7 +165,8 @@ $(R1)/reasoning/final/config.json: $(R1)/cold_start/final/config.json
 	$(WHOLE)
 
 $(R1)/collected.jsonl: $(R1)/reasoning/final/config.json
-	$(RUN) collect.py --config configs/r1/collect.yaml --ckpt $(R1)/reasoning/final --data $(SUMS) --mix $(WORLD)/sft.jsonl --out $@
+	$(RUN) distill.py --config configs/r1/collect.yaml --teacher $(R1)/reasoning/final --data $(SUMS) --mix $(WORLD)/sft.jsonl \
+	    --out $@ --resume true
 
 $(R1)/sft/final/config.json: $(R1)/collected.jsonl
 	$(call TUNE,sft) --ckpt $(BASE) --data $(R1)/collected.jsonl

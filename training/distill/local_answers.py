@@ -11,7 +11,7 @@ import torch
 from model import MiniDeepSeek
 from text.chats.chat_template import encode_chats
 from text.tokenizer import Tokenizer
-from training.alignment.sampler import completion_texts, sample_groups, uniforms
+from training.alignment.sampler import SLOTS, completion_texts, sample_groups, uniforms
 from training.distill.answers import Answer, Ask, Failure
 from training.distill.teacher import frozen, is_ours, open_transformers
 from training.startup import open_checkpoint
@@ -20,37 +20,33 @@ TOO_LONG = "the prompt leaves no room for an answer"
 
 
 @dataclass(frozen=True)
-class CheckpointTeacher:
-    """A checkpoint of this project. An answer is a function of the weights, the question and the seed.
-
-    Attributes: at_once: answers sampled at a time.
-    """
+class CheckpointAnswers:
+    """A checkpoint of this project. An answer is a function of the weights, the question and the seed."""
 
     model: MiniDeepSeek
     tokenizer: Tokenizer
     temperature: float
     max_new_tokens: int
     seed: int
-    at_once: int = 64
+    block: int = 8 * SLOTS  # questions sorted by length together: what is written down early was asked early
 
     def answers(self, asks: Sequence[Ask]) -> Generator[tuple[Ask, Answer | Failure], None, None]:
         """The shortest prompts of each block first."""
         room = self.model.config.max_position_embeddings - self.max_new_tokens
-        # So many at a time, in their order, that what is written down early was asked early.
-        for start in range(0, len(asks), 16 * self.at_once):
-            block = asks[start : start + 16 * self.at_once]
+        for start in range(0, len(asks), self.block):
+            block = asks[start : start + self.block]
             encoded = [ids for ids, _ in encode_chats(self.tokenizer, [ask.messages for ask in block], True)]
-            order = sorted(range(len(block)), key=lambda place: len(encoded[place]))
-            yield from ((block[place], Failure(TOO_LONG)) for place in order if len(encoded[place]) > room)
-            fitting = [place for place in order if len(encoded[place]) <= room]
-            if not fitting:
+            pairs = sorted(zip(encoded, block, strict=True), key=lambda pair: len(pair[0]))
+            yield from ((ask, Failure(TOO_LONG)) for ids, ask in pairs if len(ids) > room)
+            pairs = [pair for pair in pairs if len(pair[0]) <= room]
+            if not pairs:
                 continue
-            drawn = uniforms([(self.seed, int(block[p].key, 16)) for p in fitting], 1, self.max_new_tokens)
-            asked = [encoded[place] for place in fitting]
-            groups = sample_groups(self.model, asked, drawn, self.tokenizer.eos_id, self.temperature, self.at_once)
-            for place, made in zip(fitting, groups, strict=True):
+            prompts, fitting = zip(*pairs, strict=True)
+            drawn = uniforms([(self.seed, int(ask.key, 16)) for ask in fitting], 1, self.max_new_tokens)
+            groups = sample_groups(self.model, prompts, drawn, self.tokenizer.eos_id, self.temperature)
+            for ask, made in zip(fitting, groups, strict=True):
                 (text,) = completion_texts(self.tokenizer, made)
-                yield block[place], Answer(text, "stop" if made.ended[0] else "length", int(made.lengths[0]))
+                yield ask, Answer(text, "stop" if made.ended[0] else "length", int(made.lengths[0]))
 
 
 @dataclass(frozen=True)
@@ -97,10 +93,9 @@ class TransformersAnswers:
 
 def open_local(
     name: str, temperature: float, max_new_tokens: int, seed: int, dtype: torch.dtype, device: torch.device
-) -> CheckpointTeacher | TransformersAnswers:
+) -> CheckpointAnswers | TransformersAnswers:
     """The teacher of a folder, or of a Hub id. Raises `UserError` when there is none."""
-    if is_ours(name):
-        model, tokenizer = open_checkpoint(name)
-        return CheckpointTeacher(frozen(model, dtype, device), tokenizer, temperature, max_new_tokens, seed)
-    model, tokenizer = open_transformers(name, dtype)
-    return TransformersAnswers(frozen(model, dtype, device), tokenizer, temperature, max_new_tokens, seed)
+    ours = is_ours(name)
+    model, tokenizer = open_checkpoint(name) if ours else open_transformers(name, dtype)
+    kind = CheckpointAnswers if ours else TransformersAnswers
+    return kind(frozen(model, dtype, device), tokenizer, temperature, max_new_tokens, seed)

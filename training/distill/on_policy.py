@@ -1,7 +1,7 @@
-"""On-policy distillation: in some steps the answers are the student's own; the teacher judges every token.
+"""On-policy distillation: in some steps the student samples the answers, and the teacher judges every token.
 
-What a student is trained on is then what it will see when it answers (MiniLLM, Gu et al. 2024; GKD, Agarwal et al.
-2024, Algorithm 1). No gradient goes through the sampling.
+The student is then trained on what it will see when it answers (MiniLLM, Gu et al. 2024; GKD, Agarwal et al. 2024,
+Algorithm 1). No gradient goes through the sampling.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from training.alignment.sampler import Sampler, sample_groups, uniforms
 from training.distill.distillation import SAMPLED
 from training.losses import Batch
 from training.parallel.ranks import Ranks
-from training.run.watch import Stopped
+from training.run.interrupt import Stopped
 
-CHOICE, CHANCES = 0x6F6E706F, 0x6F776E61  # keep these random numbers apart from those of the data order
+CHOICE, SAMPLING = 0x6F6E706F, 0x6F776E61  # keep these random numbers apart from those of the data order
 
 
 @dataclass(kw_only=True)
@@ -54,11 +54,11 @@ class OnPolicySettings:
             raise UserError(f"--sample_temperature {self.sample_temperature:g}: must be at least 0")
 
 
-class OwnAnswers:
-    """A `PolicyDataset` over conversations: in a share of the steps their last answers are sampled anew.
+class OnPolicyChats:
+    """A `PolicyDataset` over conversations: in a share of the steps the student samples their last answers.
 
-    Which steps these are and the chances of every token are functions of (seed, step), the answers of these and the
-    weights: nothing needs to be saved to resume, and the number of ranks changes nothing.
+    Which steps these are, and the answers, are functions of (seed, step) and the weights: nothing needs to be saved to
+    resume, and the number of ranks changes nothing.
 
     Args:
         rows: of a step, over all ranks.
@@ -69,7 +69,7 @@ class OwnAnswers:
     ) -> None:
         self.chats, self.sampler, self.settings = chats, sampler, settings
         self.rows, self.stop, self.ranks = rows, stop, ranks
-        self.made: list[dict[str, np.ndarray]] | None = None
+        self.sampled: list[dict[str, np.ndarray]] | None = None
 
     @property
     def identity(self) -> str:
@@ -83,20 +83,20 @@ class OwnAnswers:
         """As of the conversations."""
         return self.chats.describe(index)
 
-    def is_own(self, step: int) -> bool:
+    def is_on_policy(self, step: int) -> bool:
         """Whether the student answers in this step."""
         return scramble(self.chats.seed, CHOICE, step) < self.settings.on_policy * WORD
 
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]:
         """Sample the answers of a step, if it is one of those. Returns what is logged of them."""
-        self.made = None
-        return self._sample(step) if self.is_own(step) else {"on_policy": 0}
+        self.sampled = None
+        return self._sample(step) if self.is_on_policy(step) else {"on_policy": 0}
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """As `ChatDataset.batch`, with `sampled` 1 where the answers are the student's."""
-        if self.made is None:
+        if self.sampled is None:
             return {**self.chats.batch(indices), SAMPLED: torch.tensor(0)}
-        rows = [self.made[index % self.rows] for index in indices]
+        rows = [self.sampled[index % self.rows] for index in indices]
         batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
         return {**batch, SAMPLED: torch.tensor(1)}
 
@@ -125,7 +125,7 @@ class OwnAnswers:
             conversations.append((np.concatenate([prompt, answer]), mask))
         packed, kept = rows_that_fit(conversations, length, self.rows)
         filled = packed + [[]] * (self.rows - len(packed))
-        self.made = [write_row([conversations[c] for c in row], length, self.chats.pad_id) for row in filled]
+        self.sampled = [write_row([conversations[c] for c in row], length, self.chats.pad_id) for row in filled]
         return {
             "on_policy": 1,
             "completion_length": float(np.mean([len(answer) for answer in answers.values()])),
@@ -139,7 +139,7 @@ class OwnAnswers:
     ) -> dict[int, np.ndarray]:
         """Answers to the prompts at some places; each depends on the weights, its prompt, the seed, step and place."""
         settings = self.settings
-        drawn = uniforms([(self.chats.seed, CHANCES, step, place) for place in places], 1, settings.max_new_tokens)
+        drawn = uniforms([(self.chats.seed, SAMPLING, step, place) for place in places], 1, settings.max_new_tokens)
         asked = [prompts[place].tolist() for place in places]
         fitting = [
             own[:, : max(self.chats.sequence_length + 1 - len(ids), 1)] for own, ids in zip(drawn, asked, strict=True)
