@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from LMConfig import LMConfig
-from model import attention
-from model.attention import AttentionMask, attend
-from model.kernels import causal
-from model.kernels import report as kernel_report
+from model.attention import AttentionMask
+from model.kernels import attention, causal
+from model.ops import attend, kernel_report
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SYMBOL = "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa"
@@ -78,43 +77,40 @@ def on_cuda(monkeypatch) -> None:
     one size for the heads of q, k and v.
     """
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
 
 
 def on_gpu(config: LMConfig, dtype: torch.dtype, monkeypatch) -> str:
     """The report for a GPU. Its few empty tensors are made on the CPU."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, dtype, device: empty(*sizes, dtype=dtype))
-    return kernel_report.kernel_report(config, dtype, torch.device("cuda", 0), 512)
+    return kernel_report(config, dtype, torch.device("cuda", 0), 512)
 
 
-@pytest.mark.parametrize("preset", ["64m", "deepseek-v3"])
-def test_without_flash_attn_padded_heads_take_the_flash_kernel_of_torch(preset, on_cuda, monkeypatch):
-    monkeypatch.setattr(attention, "flash_attention", lambda: None)
-    said = on_gpu(LMConfig.preset(preset), BF16, monkeypatch)
-    assert said.startswith(
-        "attention by scaled_dot_product_attention (flash), of isolated samples by varlen_attn; experts one by one"
-    )
+PLAIN = "attention by scaled_dot_product_attention ("
+LARGE = {"qk_nope_head_dim": 200, "qk_rope_head_dim": 64, "v_head_dim": 64}
+DENSE = {"first_k_dense_replace": LMConfig.preset("64m").num_hidden_layers, "num_nextn_predict_layers": 0}
 
 
-def test_flash_attn_is_named_with_its_version_and_one_launch_for_all_experts(on_cuda, install, monkeypatch):
-    install("__version__ = '2.8.3'")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    said = on_gpu(LMConfig.preset("64m"), BF16, monkeypatch)
-    assert said == "attention by flash-attn 2.8.3; experts by grouped_mm"
-
-
-@pytest.mark.parametrize("changes", [{}, {"qk_nope_head_dim": 200, "qk_rope_head_dim": 64, "v_head_dim": 64}])
-def test_float32_and_large_heads_take_no_flash_attn(changes, on_cuda, install, monkeypatch):
-    install("__version__ = '2.8.3'")
-    said = on_gpu(LMConfig.preset("64m", **changes), BF16 if changes else FP32, monkeypatch)
-    assert said.startswith("attention by scaled_dot_product_attention (") and "flash-attn" not in said
-
-
-def test_a_dense_model_has_no_experts_to_speak_of(on_cuda, monkeypatch):
-    layers = LMConfig.preset("64m").num_hidden_layers
-    dense = LMConfig.preset("64m", first_k_dense_replace=layers, num_nextn_predict_layers=0)
-    assert "experts" not in on_gpu(dense, BF16, monkeypatch)
+@pytest.mark.parametrize(
+    ("preset", "changes", "dtype", "flash", "capability", "expected"),
+    [
+        ("64m", {}, BF16, None, (8, 9), f"{PLAIN}flash), of isolated samples by varlen_attn; experts one by one"),
+        ("deepseek-v3", {}, BF16, None, (8, 9), f"{PLAIN}flash), of isolated samples by varlen_attn; experts one by"),
+        ("64m", {}, BF16, "2.8.3", (9, 0), "attention by flash-attn 2.8.3; experts by grouped_mm"),
+        ("64m", {}, FP32, "2.8.3", (9, 0), PLAIN),
+        ("64m", LARGE, BF16, "2.8.3", (9, 0), PLAIN),
+        ("64m", DENSE, BF16, "2.8.3", (9, 0), "attention by flash-attn 2.8.3"),
+    ],
+)
+def test_kernels_of_a_gpu_are_named(preset, changes, dtype, flash, capability, expected, on_cuda, install, monkeypatch):
+    if flash:
+        install(f"__version__ = {flash!r}")
+    else:
+        monkeypatch.setattr(attention, "flash_attention", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said = on_gpu(LMConfig.preset(preset, **changes), dtype, monkeypatch)
+    assert said.startswith(expected) and ("flash-attn" in said) == ("flash-attn" in expected)
+    assert ("experts" in said) == (changes is not DENSE)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -122,14 +118,14 @@ def test_a_dense_model_has_no_experts_to_speak_of(on_cuda, monkeypatch):
 def test_what_is_said_of_a_cpu_is_what_attention_does_there(time, dtype, monkeypatch):
     config, used = LMConfig.preset("demo"), []
     heads, nope, rope, value = 2, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    said = kernel_report.kernel_report(config, dtype, torch.device("cpu"), time)
-    compiled = kernel_report.kernel_report(config, dtype, torch.device("cpu"), time, compiled=True)
+    said = kernel_report(config, dtype, torch.device("cpu"), time)
+    compiled = kernel_report(config, dtype, torch.device("cpu"), time, compiled=True)
     q, kv = (
         torch.zeros(1, time, heads, nope + rope, dtype=dtype),
         torch.zeros(1, time, heads, nope + value, dtype=dtype),
     )
     assert said.startswith("attention by causal.c, of") == causal.fits(q, kv, q[:, :, 0, :rope])
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda q, *_, **__: used.append(1) or q)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: used.append(1) or q)
     attend(q, q, q, 1.0, AttentionMask())
     plain = "scaled_dot_product_attention" if used else "chunks of queries"
     assert compiled == f"attention by {plain}" and said.endswith(f" by {plain}")
