@@ -8,6 +8,7 @@ python bench/decode.py --quantize int8 [--peers]        ours with 8-bit weights 
 from __future__ import annotations
 
 import argparse
+import time
 
 import harness
 import torch
@@ -21,9 +22,20 @@ from model.costs import count
 from model.decoding.generate import stream
 from model.decoding.sampling import Sampling
 from training.adapters.frozen import shrink_frozen
-from training.machine import DTYPES, measured_bandwidth
+from training.machine import DTYPES
 
 PREFILL, CACHED = "prefill tokens/s", "cached"
+
+
+def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int = 5) -> float:
+    """Return bytes a second that the GPU, or all threads, read from memory, best of several."""
+    numbers = torch.ones(megabytes * 2**20 // 4, device=device)
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        numbers.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return numbers.numel() * 4 / best
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 writes a CSV of that size with varied Chinese and English rows, then, interleaved, tokenises it to shards and runs
 `tokenizers`' encode_batch on the same text in memory, each on all cores. Memory is the sum of the resident memory of
-the process and its children, sampled 20 times a second; libraries that they share are counted once for each.
+the process, sampled 20 times a second; libraries that they share are counted once for each.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import psutil
 import torch
 from harness import MEMORY, Verdict
 
+from text.corpus.corpus import Corpus
 from text.corpus.shards import prepare_shards
-from text.sources.readers import Corpus
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 

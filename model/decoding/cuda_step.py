@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.attention import AttentionMask
 from model.cache import LatentCache
-from model.grouped_linear import without_host
+from model.kernels.grouped import without_host
 from model.transformer import MiniDeepSeek, logits
 
 

@@ -19,13 +19,13 @@ from LMConfig import LMConfig
 from model.cache import LatentCache
 from model.experts import Experts
 from model.kernels.compiled import compiled
-from model.kernels.products import Linear
 from model.kernels.structs import Layer, Matrix, fixed_point_size, layer_of, scratch_for, shape_of
 from model.layer import DecoderLayer
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
 from model.mtp import MTPLayer, SharedHead
 from model.norm import RMSNorm
+from model.ops import Linear
 from model.quantized import Int8Weight, QuantizedLinear
 
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dataset import PretrainDataset
 from eval.perplexity import read_blocks
 from eval.questions import read_questions
-from eval.style import read_favours
+from eval.style import read_polite_requests
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import PLACES, damaged, put, strange_json, strange_safetensors
 from model import MiniDeepSeek
@@ -32,7 +32,7 @@ from training.distill.answers import Answer, Ask, Journal
 from training.optim.build import OptimSettings, build_optimizer
 from training.run.checkpoint import Progress, Snapshot, newest, read_progress
 from training.run.log import read_metrics
-from training.run.resume import WholeModel, left_off, take_up
+from training.run.resume import WholeModel, find_checkpoint, restore
 
 
 @contextlib.contextmanager
@@ -81,9 +81,9 @@ def a_run(model: MiniDeepSeek, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
 
 def resumed(out: Path, model: MiniDeepSeek) -> Progress:
     """As the loop takes a run up, and one step further."""
-    found = left_off(out, True, {"seed": 0})
+    found = find_checkpoint(out, True, {"seed": 0})
     optimizer = build_optimizer(model, OptimSettings())
-    take_up(found[0], WholeModel(model), optimizer)
+    restore(found[0], WholeModel(model), optimizer)
     optimizer.step()
     return found[1]
 
@@ -181,7 +181,7 @@ def test_metrics_and_log_probs(throw: Thrower, data: st.DataObject) -> None:
 
 
 QUESTIONS = b'{"question": "1+1?", "answer": "2", "kind": "sum", "opening": "a", "closing": "b"}\n' * 3
-INPUTS = {"questions": read_questions, "favours": read_favours, "text": lambda path: list(read_blocks(path))}
+INPUTS = {"questions": read_questions, "requests": read_polite_requests, "text": lambda path: list(read_blocks(path))}
 
 
 @pytest.mark.parametrize("name", INPUTS)

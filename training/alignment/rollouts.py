@@ -15,7 +15,7 @@ from training.alignment.advantages import advantages
 from training.alignment.rewards import Rewards, Sample
 from training.alignment.sampler import Completions, Sampler, sample_groups, to_samples, uniforms
 from training.parallel.ranks import Ranks
-from training.run.watch import Stopped
+from training.run.interrupt import Stopped
 
 KEY = 0x6772706F  # keeps the random numbers of sampling apart from those of the data order
 
@@ -81,6 +81,11 @@ class Rollouts:
     sampler: Sampler
     settings: RolloutSettings
     ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.settings.check()
+        if self.settings.prompts % self.ranks.world:
+            raise UserError(f"--prompts {self.settings.prompts}: does not divide among {self.ranks.world} ranks")
 
     def collect(self, number: int) -> tuple[list[Group], dict[str, float]]:
         """Make this rank's groups of rollout `number`. Returns also sums over them for the log.

@@ -13,7 +13,7 @@ import torch
 from decoding_steps import shaken
 from torch import Tensor
 
-from model import MiniDeepSeek
+from model import MiniDeepSeek, ops
 from model.cache import LatentCache
 from model.decoding import native
 from model.decoding.greedy_pass import greedy_pass
@@ -105,7 +105,7 @@ def test_a_router_bias_of_another_type_goes_to_pytorch(model):
         assert native.decoder(model.model.layers, model.config, torch.zeros(1, 1, 64), cache) is None
         gate = model.model.layers[1].mlp.gate
         x = torch.randn(3, 64)
-        assert torch.equal(gate.select(x)[1], gate(x)[1])
+        assert torch.equal(ops.route(gate, x)[1], gate(x)[1])
 
 
 def test_a_user_without_a_home_gets_pytorch(monkeypatch):

@@ -1,0 +1,163 @@
+"""Ranks that differ in what must be the same stop at once and say in what; silent ones are named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from forked import Forked, on_ranks
+from toy_stage import ROWS, Rows
+
+from errors import command_line
+from model import MiniDeepSeek
+from training.parallel import replication
+from training.parallel.ranks import DistSettings, Ranks
+from training.parallel.replication import checksums, code_version, flat
+from training.trainer import Trainer
+
+
+@pytest.fixture
+def together(make, tmp_path) -> Callable[..., list[Forked]]:
+    """`together(upset, options of rank -> changes)`: a run on two ranks; `upset(trainer, rank)` comes before it."""
+
+    def call(
+        upset: Callable[[Trainer, int], object] = lambda *_: None, patience: float = 60.0, **of_rank_1: object
+    ) -> list[Forked]:
+        def train(rank: int) -> None:
+            options = {"max_steps": 6, "dist": DistSettings(timeout=patience, check_every=2), "save_every": 2}
+            ranks = Ranks.start("cpu", timeout=patience)
+            trainer = make(ranks=ranks, **{**options, **(of_rank_1 if rank else {})})
+            upset(trainer, rank)
+            command_line(trainer.run)
+
+        return on_ranks(2, train, tmp_path)
+
+    return call
+
+
+def error(ranks: list[Forked]) -> str:
+    """What was told, once, by two ranks that both failed with code 2."""
+    said = "".join(rank.output() for rank in ranks)
+    assert [rank.code for rank in ranks] == [2, 2] and "Traceback" not in said, said
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_checksum_depends_on_the_place_of_each_number():
+    numbers = torch.arange(2**19 + 3, dtype=torch.float32)
+    sums = {replication.checksum(numbers).item()}
+    for one, other in ((0, 1), (2, 2**18 + 2), (5, 2**19 + 1)):
+        swapped = numbers.clone()
+        swapped[one], swapped[other] = numbers[other], numbers[one]
+        sums.add(replication.checksum(swapped).item())
+    sums.add(replication.checksum(numbers.roll(2**18)).item())
+    assert len(sums) == 5
+    assert replication.checksum(numbers.bfloat16()) != replication.checksum(numbers.bfloat16().flip(0))
+
+
+def test_two_ranks_that_agree_train(together, tmp_path):
+    assert [rank.code for rank in together()] == [0, 0]
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"seed": 1}, "run.seed = 1, not 0"),
+        ({"bias_speed": 0.5}, "settings.bias_speed = 0.5, not 0.01"),
+        ({"model": {"routed_scaling_factor": 1.5}}, "model.routed_scaling_factor = 1.5, not"),
+    ],
+    ids=["seed", "setting", "model"],
+)
+def test_other_settings_on_a_rank_stop_the_run_before_it_begins(change, what, together, tmp_path):
+    assert f"rank 1 disagrees with rank 0: {what}" in error(together(**change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_code_or_weights_on_a_rank_stop_the_run_before_it_begins(together, monkeypatch):
+    def older(trainer: Trainer, rank: int) -> None:
+        monkeypatch.setattr("training.parallel.replication.code_version", lambda: f"code of rank {rank}")
+
+    assert "code = 'code of rank 1', not 'code of rank 0'" in error(together(older))
+
+    def other(trainer: Trainer, rank: int) -> None:
+        with torch.no_grad():
+            trainer.model.lm_head.weight[0, 0] += rank
+
+    assert "disagrees with rank 0: weights.lm_head.weight = " in error(together(other))
+
+
+def test_another_tokenizer_on_a_rank_stops_the_run_before_it_begins(together):
+    def other(trainer: Trainer, rank: int) -> None:
+        trainer.progress.run["tokenizer"] = f"tokenizer {rank}"
+
+    assert "run.tokenizer = 'tokenizer 1', not 'tokenizer 0'" in error(together(other))
+
+
+def test_weights_that_drift_apart_are_found_at_the_next_check(together, tmp_path):
+    """A bit flips in the memory of rank 1 in its third step."""
+
+    def drift(trainer: Trainer, rank: int) -> None:
+        def before(indices) -> None:
+            if rank and indices[0] == 2 * ROWS + ROWS // 2:
+                with torch.no_grad():
+                    trainer.model.model.norm.weight.view(torch.int32)[3] ^= 1
+
+        trainer.dataset = Rows(before)
+
+    assert "rank 1 disagrees with rank 0 after step 4: " in error(together(drift))
+    assert not (tmp_path / "run" / "step-4").exists() and (tmp_path / "run" / "step-2").is_dir()
+
+
+def test_a_rank_that_sleeps_is_named_after_the_timeout(together, tmp_path):
+    def sleep(trainer: Trainer, rank: int) -> None:
+        trainer.dataset = Rows(lambda indices: time.sleep(300) if indices[0] == 2 * ROWS + ROWS // 2 else None)
+
+    ranks = together(sleep, patience=3.0)
+    assert ranks[0].code == 2 and "Traceback" not in ranks[0].output()
+    last = ranks[0].output().strip().splitlines()[-1]
+    assert last.startswith("error: rank 0: no answer from rank 1 in 3 s; ") and "--dist.timeout" in last
+    assert (tmp_path / "run" / "step-2").is_dir()
+
+
+def test_a_rank_that_dies_ends_the_others_in_one_line(together):
+    def die(trainer: Trainer, rank: int) -> None:
+        trainer.dataset = Rows(lambda indices: exit(7) if indices[0] == 2 * ROWS + ROWS // 2 else None)
+
+    ranks = together(die)
+    assert [rank.code for rank in ranks] == [2, 7]
+    assert ranks[0].output().strip().splitlines()[-1].startswith("error: rank 0: another rank has ended")
+
+
+def test_one_bit_of_any_weight_or_router_bias_changes_its_checksum(tiny_model):
+    model: MiniDeepSeek = tiny_model()
+    before = checksums(model)
+    assert before.keys() >= {name for name, _ in model.named_parameters()}
+    assert any(name.endswith("e_score_correction_bias") for name in before)
+    state = model.state_dict()
+    for name in before:
+        state[name].view(torch.int32).view(-1)[-1] ^= 1
+        assert checksums(model)[name] != before[name], name
+
+
+def test_any_change_of_the_sources_is_another_version(tmp_path, monkeypatch):
+    (tmp_path / "model" / "kernels").mkdir(parents=True)
+    for name in ("pretrain.py", "model/moe.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(replication, "ROOT", tmp_path)
+    versions = [code_version()]
+    (tmp_path / "model" / "moe.py").write_text("x = 2\n")
+    versions.append(code_version())
+    Path(tmp_path / "model" / "moe.py").rename(tmp_path / "model" / "mla.py")
+    versions.append(code_version())
+    for name in ("kernels/rows.h", "kernels/decode.c"):
+        (tmp_path / "model" / name).write_text("int x;")
+        versions.append(code_version())
+    assert len(set(versions)) == 5
+
+
+def test_settings_within_settings_are_named_with_a_dot():
+    assert flat({"a": DistSettings(5.0, 2), "b": 1}) == {"a.timeout": 5.0, "a.check_every": 2, "b": 1}

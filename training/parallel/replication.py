@@ -1,0 +1,111 @@
+"""The model on all ranks: replicated by DistributedDataParallel, from the same code and settings, equal to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import MiniDeepSeek
+from training.parallel.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("*.py", *(f"{folder}/**/*.{kind}" for folder in ("model", "training", "text") for kind in ("py", "c", "h")))
+PART = 2**18  # numbers of a weight at a time: what lies between stays in a processor's cache
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
+
+
+def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Return the module to call in training: every rank holds all weights, gradients are averaged over ranks.
+
+    Every parameter that requires a gradient must get one in each step. `find_unused_parameters` is no way around:
+    it looks at what `forward` returns, and the output head is used after it, by the loss.
+    """
+    if ranks.world == 1:
+        return model
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
+    return DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def facts(settings: object, run: dict[str, Any], model: MiniDeepSeek) -> dict[str, Any]:
+    """Return what must be the same on all ranks. settings: a dataclass; run: of which data in which order."""
+    return {
+        "settings": settings,
+        "run": run,
+        "model": model.config,
+        "code": code_version(),
+        "torch": torch.__version__,
+        "weights": {name: value.item() for name, value in checksums(model).items()},
+    }
+
+
+def code_version() -> str:
+    """Return a hash of this project's sources."""
+    digest = xxhash.xxh3_64()
+    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def check_facts(ranks: Ranks, facts: Mapping[str, Any]) -> None:
+    """Raise `UserError`, on the main rank, when a fact is not the same on all ranks."""
+    if ranks.world == 1:
+        return
+    everywhere = ranks.gather(flat(facts))
+    first = everywhere[0]
+    for rank, theirs in enumerate(everywhere):
+        for name in sorted({*first, *theirs}):
+            if first.get(name) != theirs.get(name):
+                ranks.fail(
+                    f"rank {rank} disagrees with rank 0: {name} = {theirs.get(name)!r}, not {first.get(name)!r}; "
+                    "start all ranks with the same command, code and files"
+                )
+
+
+def check_weights(ranks: Ranks, model: MiniDeepSeek, step: int) -> None:
+    """Raise `UserError`, on the main rank, when what is trained is not the same to the bit on all ranks."""
+    if ranks.world == 1:
+        return
+    sums = checksums(model)
+    everywhere = torch.stack(ranks.gather(torch.stack(list(sums.values())).cpu()))
+    different = (everywhere != everywhere[0]).nonzero()
+    if len(different):
+        rank, place = different[0].tolist()
+        ranks.fail(
+            f"rank {rank} disagrees with rank 0 after step {step}: {list(sums)[place]} is not the same "
+            f"({len(different)} such tensors); its memory or its code is not to be trusted: use --resume without it"
+        )
+
+
+def checksums(model: MiniDeepSeek) -> dict[str, torch.Tensor]:
+    """Return `checksum` of every weight that is trained and of the router biases."""
+    moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moving |= {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return {name: checksum(t.detach()) for name, t in moving.items()}
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return int64: the bits of each number as an integer times a factor of its place, summed modulo 2^64."""
+    bits = tensor.contiguous().view(BITS[tensor.element_size()]).flatten()
+    factors = 2 * torch.arange(min(len(bits), PART), device=bits.device) + 1
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(PART):
+        total = 31 * total + (part * factors[: len(part)]).sum()
+    return total
+
+
+def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings within settings as `outer.inner`."""
+    out: dict[str, Any] = {}
+    for name, value in facts.items():
+        value = asdict(value) if is_dataclass(value) else value
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return out
