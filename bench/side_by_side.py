@@ -16,10 +16,10 @@ import torch
 from device import add_device, memory_mb
 from findings import Findings, Verdict
 
+from errors import quiet_imports
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from training.machine import DTYPES
-from training.run.quiet import quiet_imports
 
 
 @dataclass

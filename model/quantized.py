@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import quiet_imports
 from model import ops
 from model.float32 import Float32Buffers
-from training.run.quiet import quiet_imports
 
 BLOCK = 64  # elements that share a scale in 4 bits
 SCALES = 256  # scales that share a scale of their own: double quantisation
