@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import quiet_imports
 from model import ops
 from model.float32 import Float32Buffers
 
