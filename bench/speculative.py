@@ -20,6 +20,7 @@ from side_by_side import Contender, compare, findings, serve, verdict
 from errors import UserError, command_line
 from model import MiniDeepSeek
 from model.decoding.generate import stream
+from model.decoding.native import Drafter
 from model.decoding.sampling import Sampling
 from model.decoding.speculative import stream_speculative
 from text.tokenizer import Tokenizer
@@ -72,11 +73,14 @@ def work(options: argparse.Namespace) -> None:
     starts = prompts(Tokenizer.from_folder(options.ckpt), Path(options.file), options.prompts, options.prompt)
     starts = [prompt.to(device) for prompt in starts]
 
+    drafter = Drafter(model) if device.type == "cpu" else None
+
     def plain(prompt: torch.Tensor) -> list[int]:
         return [int(token) for token in stream(model, prompt, options.new, GREEDY)]
 
     def speculative(prompt: torch.Tensor, passes: list[tuple[int, int]]) -> list[int]:
-        return list(stream_speculative(model, prompt, options.new, accepted=passes, draft_tokens=options.worker))
+        most = options.worker
+        return list(stream_speculative(model, prompt, options.new, (), passes, most, GREEDY, None, drafter))
 
     if options.worker:
         for prompt in starts:

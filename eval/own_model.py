@@ -12,7 +12,7 @@ from eval.opened_model import Choices, Window, batches, name_of, padded, rounded
 from model.cache import LatentCache, cache_dtype
 from model.decoding.generate import generate
 from model.decoding.sampling import Sampling
-from model.transformer import logits
+from model.ops import head_logits
 from text.chats.chat_template import Message, encode_chat
 from training.losses import IGNORE, token_losses
 
@@ -92,7 +92,7 @@ class OwnModel:
         out = model(padded([ids[shared:] for ids in contexts], width, pad).to(device), cache=cache)
         last = torch.tensor([len(ids) - shared - 1 for ids in contexts], device=device)
         hidden = out.hidden[torch.arange(len(contexts), device=device), last]
-        return logits(hidden, out.head).log_softmax(-1)
+        return head_logits(hidden, out.head).log_softmax(-1)
 
     def _continued(
         self, contexts: Sequence[list[int]], flat: Sequence[list[int]], choices: Sequence[list[list[int]]]
@@ -111,7 +111,7 @@ class OwnModel:
             torch.tensor([len(own) for own in choices], device=device)
         )
         first = torch.tensor([choice[0] for choice in flat], device=device)
-        nats = logits(out.hidden[:, -1], out.head).log_softmax(-1)[rows, first].double()
+        nats = head_logits(out.hidden[:, -1], out.head).log_softmax(-1)[rows, first].double()
         if rest:
             cache.keep_rows(rows)
             out = model(

@@ -159,7 +159,7 @@ class NextTokenLoss:
         """Returns the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
-        out = model(**inputs, mtp=self.runs_mtp, mtp_steps=self.mtp_steps)
+        out = model(**inputs, mtp=self.mtp_steps if self.runs_mtp else 0)
         count = (labels != IGNORE).sum()
         main, parts = self.main(out, batch)
         total, metrics = main, {"main": main.detach(), **parts}
@@ -170,7 +170,7 @@ class NextTokenLoss:
             ]
             depths += [
                 cross_entropy_sum(hidden, out.head, labels_of_own_step(batch, len(out.mtp_hidden), step))
-                for step, hidden in enumerate(out.own_hidden, start=2)
+                for step, hidden in enumerate(out.mtp_unrolled, start=2)
             ]
             mtp = torch.stack(depths).mean()
             total = total + self.weight_of_mtp(batch) * mtp
