@@ -74,3 +74,8 @@ def same_bits_however_many(model: MiniDeepSeek, held: torch.dtype = torch.float3
         runner = runner_for(model, cache)
         found.append(torch.cat([runner.step(part, part.shape[1]).logits for part in ids.split(sizes, dim=1)], 1))
     return all(torch.equal(logits, found[0]) for logits in found[1:])
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, by the norm."""
+    return ((found - exact).norm() / exact.norm()).item()

@@ -117,7 +117,7 @@ def labels_ahead(batch: Batch, depth: int) -> Tensor:
     return ahead
 
 
-def labels_of_own_step(batch: Batch, depth: int, step: int) -> Tensor:
+def labels_of_unrolled_step(batch: Batch, depth: int, step: int) -> Tensor:
     """What step j of MTP depth D on its own state predicts at position t: the same as the depth itself, but only where
     the chain began, j-1 positions before, in the same segment."""
     labels, begun = labels_ahead(batch, depth), step - 1
@@ -169,7 +169,7 @@ class NextTokenLoss:
                 for depth, hidden in enumerate(out.mtp_hidden, start=1)
             ]
             depths += [
-                cross_entropy_sum(hidden, out.head, labels_of_own_step(batch, len(out.mtp_hidden), step))
+                cross_entropy_sum(hidden, out.head, labels_of_unrolled_step(batch, len(out.mtp_hidden), step))
                 for step, hidden in enumerate(out.mtp_unrolled, start=2)
             ]
             mtp = torch.stack(depths).mean()

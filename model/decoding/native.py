@@ -60,6 +60,7 @@ class NativeRunner(EagerRunner):
     def prefill(self, ids: Tensor, last_positions: Tensor | None = None) -> Tensor:
         if (program := self.program(0, ids)) is None:
             return super().prefill(ids, last_positions)
+        check_vocabulary(ids, len(self.head))
         states = program.run(ids, 1).states
         last = states[:, -1:] if last_positions is None else select_positions(states, last_positions)
         return head_logits(self.model.model.norm(last.to(self.head.dtype)).squeeze(1), self.head)
@@ -239,6 +240,12 @@ class Drafter:
             if isinstance(module, (Experts, nn.Linear)):
                 quantize_weights(self.layer, name, Int8Weight.rounded)
         self.head = Int8Weight.rounded(model.lm_head.weight)
+
+
+def check_vocabulary(ids: Tensor, vocab: int) -> None:
+    """Raise IndexError for a prompt that C would read beyond the embedding for."""
+    if not 0 <= ids.min() <= ids.max() < vocab:
+        raise IndexError(f"a token that is not in the vocabulary of {vocab}")
 
 
 def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:

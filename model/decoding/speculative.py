@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.cache import LatentCache, cache_dtype
-from model.decoding.native import Drafter
+from model.decoding.native import Drafter, check_vocabulary
 from model.decoding.runner import Runner, runner_for
 from model.decoding.sampling import GREEDY, Sampling
 
@@ -44,9 +44,8 @@ def stream_speculative(
         sampling: without repetition penalty.
         drafter: lighter copies of these weights, which greedy drafts on CPU are made with.
     """
-    device, time, vocab = input_ids.device, input_ids.shape[1], model.lm_head.weight.shape[0]
-    if not 0 <= input_ids.min() <= input_ids.max() < vocab:  # C would read beyond the embedding
-        raise IndexError(f"a token that is not in the vocabulary of {vocab}")
+    device, time = input_ids.device, input_ids.shape[1]
+    check_vocabulary(input_ids, len(model.lm_head.weight))
     most = draft_tokens or len(model.mtp)
     cache = LatentCache(model.config, 1, time + max_new_tokens + most + 1, cache_dtype(model), device, mtp=True)
     runner = runner_for(model, cache)
@@ -128,9 +127,7 @@ class DraftChain:
     depth may continue from its own state and draft, one position further each time, for drafts beyond D.
     """
 
-    def __init__(
-        self, model: MiniDeepSeek, cache: LatentCache, runner: Runner, verifier: Verifier, most: int
-    ) -> None:
+    def __init__(self, model: MiniDeepSeek, cache: LatentCache, runner: Runner, verifier: Verifier, most: int) -> None:
         self.cache, self.runner, self.verifier, self.most = cache, runner, verifier, most
         self.depths, self.layers = min(len(model.mtp), most), model.config.num_hidden_layers
         # For each depth the state of the depth before at the first position that must be computed again.

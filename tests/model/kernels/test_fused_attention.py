@@ -12,7 +12,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.attention import AttentionMask
 from model.cache import LatentCache
-from model.decoding.prefill import prefill
+from model.decoding.runner import runner_for
 from model.experts import Experts
 from model.kernels import fused, fused_attention
 from model.mla import MultiHeadLatentAttention
@@ -154,7 +154,8 @@ def test_a_prefill_in_bfloat16_stays_near_float32_with_and_without_it(padded: bo
         return attend_fused(*args)
 
     def read() -> Tensor:
-        return prefill(model, ids, LatentCache(model.config, 3, 150, torch.float32, "cpu", padding)).double()
+        cache = LatentCache(model.config, 3, 150, torch.float32, "cpu", padding)
+        return runner_for(model, cache).prefill(ids).double()
 
     exact = read()
     monkeypatch.setattr(MultiHeadLatentAttention, "attend_fused", counted)
