@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from errors import UserError, with_home
-from text.sources.yaml_file import read_yaml
+from text.files import read_yaml
 
 Settings = TypeVar("Settings")
 OPTION = re.compile(r"--?[A-Za-z][\w.-]*")  # what the parser takes for an option, and not for a text that begins so

@@ -17,9 +17,8 @@ from rich.progress import track
 from cli import parse
 from dataset import PromptDataset
 from errors import UserError, check_least, check_seed, command_line
-from text.chats.chat_file import write_chats
 from text.chats.chat_template import Message
-from text.chats.conversations import read_conversations
+from text.chats.conversations import read_conversations, write_chats
 from text.chats.problems import Problem
 from text.judging.answer_filter import shortest_different
 from text.sources.registry import REGISTRY, Source, find_sources

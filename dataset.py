@@ -20,8 +20,7 @@ from rich.console import Console
 
 from cli import call_one_of
 from errors import UserError, command_line
-from text.chats.chat_dataset import ChatDataset
-from text.chats.preference_dataset import PreferenceDataset
+from text.chats.packed_dataset import ChatDataset, PreferenceDataset
 from text.chats.prompt_dataset import PromptDataset
 from text.check import check_source
 from text.corpus.pretrain_dataset import PretrainDataset

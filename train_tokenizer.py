@@ -20,12 +20,11 @@ from rich.table import Table
 
 from cli import call
 from errors import UserError, command_line, waiting
-from text.chats.sampling import Sample, sample_by_size
 from text.corpus.compression import Compression, measure_compression
 from text.sources.readers import Corpus
 from text.sources.registry import REGISTRY, find_sources
 from text.sources.row_report import balance
-from text.tokenizer import check_vocab_size, train_bpe
+from text.tokenizer_training import Sample, check_vocab_size, sample_by_size, train_bpe
 
 HELD_OUT_EVERY = 100
 

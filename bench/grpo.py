@@ -25,7 +25,8 @@ from errors import UserError, command_line
 from grpo_train import GRPOSettings
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from training.alignment.batches import Experience
 from training.alignment.policy_loss import GRPOLoss
 from training.alignment.rewards import Rewards, Sample, reward

@@ -27,7 +27,7 @@ from side_by_side import Contender, compare, findings, verdict
 from errors import UserError, command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from text.tokenizer import train_bpe
+from text.tokenizer_training import train_bpe
 from training.adapters.adapter import Adapter
 from training.adapters.frozen import shrink_frozen
 from training.adapters.lora import LoraSettings

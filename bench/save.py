@@ -18,7 +18,8 @@ from device import add_device, now
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from training.losses import Batch, NextTokenLoss
 from training.machine import DTYPES
 from training.parallel.ranks import Ranks

@@ -29,7 +29,8 @@ from cli import call
 from errors import command_line
 from text.corpus.shards import prepare_shards
 from text.sources.readers import Corpus
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 
 CHINESE_SHARE = 0.7
 RAW_BATCH = 1000

@@ -17,7 +17,8 @@ from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.scheduler import Request
 from model.decoding.speculative import stream_speculative
 from text.chats.chat_template import Message, encode_chat, encode_chats
-from text.tokenizer import StreamDecoder, Tokenizer
+from text.stream_decoder import StreamDecoder
+from text.tokenizer import Tokenizer
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
 from training.startup import open_checkpoint

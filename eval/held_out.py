@@ -15,8 +15,8 @@ from cli import call
 from errors import UserError, command_line, is_broken, naming
 from text.corpus.mixture import open_sources
 from text.corpus.shard_set import ShardSet
+from text.files import read_yaml
 from text.sources.registry import REGISTRY, find_sources
-from text.sources.yaml_file import read_yaml
 from text.tokenizer import Tokenizer
 
 READERS = ("column", "encoding", "min_chars", "val_fraction", "on_error")

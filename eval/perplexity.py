@@ -17,7 +17,7 @@ from rich.progress import track
 from cli import call
 from errors import UserError, check_least, command_line
 from eval.answering import Answerer
-from text.sources.json_text import json_text
+from text.files import json_text
 from training.losses import IGNORE, token_losses
 
 BLOCK = 2**20  # characters tokenised at a time

@@ -18,7 +18,7 @@ from cli import call
 from errors import UserError, command_line
 from eval.answering import Answerer
 from model.decoding.sampling import GREEDY, Sampling
-from text.sources.json_text import json_text
+from text.files import json_text
 from world.columns import conclusion
 
 

@@ -14,7 +14,7 @@ from errors import UserError, check_seed, command_line
 from eval.answering import Answerer
 from eval.questions import Question, ask
 from model.decoding.sampling import Sampling
-from text.sources.json_text import json_text
+from text.files import json_text
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.kernels import compiled, decode
 from model.norm import RMSNorm
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from world.corpus import generate
 
 TINY = dict(

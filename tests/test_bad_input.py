@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 
 import full_sft
 import pretrain
-import text.corpus.shard_set
-import text.tokenizer
+import text.files
 import train_tokenizer
 import training.run.checkpoint
 import training.run.log
 from cli import call
 from errors import LONGEST, UserError, command_line, one_line
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 from training.run.log import read_metrics
 
 ROWS = ["月牙镇的早晨很安静。", "Crescent Town is quiet in the morning.", "小明有3个苹果。"] * 40
@@ -188,7 +188,7 @@ def test_data_that_is_not_there(train, tune, tmp_path):
 def test_conversations_without_an_answer(tune, tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({"messages": CHATS[0]["messages"][:1]}) + "\n")
     refused(tune(path, "--on_error", "stop"), 2, f"{path}:1: 'messages' has no assistant turn")
-    refused(tune(path), 2, path, "nothing to learn", "no assistant turn")
+    refused(tune(path), 2, path, "no conversations to train on", "no assistant turn")
 
 
 # Checkpoints and tokenizers
@@ -348,12 +348,12 @@ def test_a_disk_that_fills_under_the_metrics(train, world, tmp_path, monkeypatch
 
 
 def test_a_disk_that_fills_under_the_shards(train, world, monkeypatch):
-    monkeypatch.setattr(text.corpus.shard_set.os, "fsync", full)
+    monkeypatch.setattr(text.files.os, "fsync", full)
     refused(train(world / "pretrain.csv"), 2, "shards", "No space left on device; free some space")
 
 
 def test_a_disk_that_fills_under_the_tokenizer(run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(text.tokenizer.os, "fsync", full)
+    monkeypatch.setattr(text.files.os, "fsync", full)
     done = run(tokenizer_script, "--data", world / "pretrain.csv", "--out", tmp_path / "t", "--vocab_size", 300)
     refused(done, 2, tmp_path / "t", "No space left on device; free some space")
     assert not list((tmp_path / "t").iterdir())

@@ -22,7 +22,7 @@ from cli import ELSEWHERE, _parser, call, parse
 from errors import UserError, command_line
 from eval.chat import chat
 from eval.perplexity import perplexity
-from text.sources.yaml_file import read_yaml
+from text.files import read_yaml
 from training.settings import NextTokenSettings, save_resolved
 
 STAGES = {

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from errors import UserError
-from text.chats.encoded_chats import fit
+from text.chats.encoded import fit
 from text.inspection import encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance

@@ -14,7 +14,7 @@ import numpy as np
 from errors import UserError
 from text.chats.chat_template import encode_chats
 from text.chats.conversations import to_messages
-from text.chats.encoded_pairs import last_answer
+from text.chats.encoded import last_answer
 from text.chats.preferences import to_preference
 from text.chats.problems import COLUMNS, open_problems, problem_reader
 from text.corpus.cleaning import Cleaner, Report, SeenHashes

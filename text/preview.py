@@ -14,7 +14,8 @@ from text.chats.packing import cut_at_turn
 from text.inspection import Sequences, encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
-from text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from text.stream_decoder import StreamDecoder
+from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 LEARNT, CONTEXT, MARK = ("bold green", "bold cyan"), ("white", "bright_black"), "magenta"
 BETWEEN = "┊"

@@ -5,47 +5,28 @@ Nothing is normalised and all 256 bytes are tokens, so any Unicode text comes ba
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from errors import UserError, naming
-from text.chats.chat_template import CHAT_TEMPLATE
+from errors import UserError
+from text.files import replacing
+
+CHAT_TEMPLATE = Path(__file__).parent / "chats" / "chat_template.jinja"
 
 SPECIAL_TOKENS: tuple[str, ...] = (
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|tool|>",
-    "<think>",
-    "</think>",
-    "<|fim_prefix|>",
-    "<|fim_suffix|>",
-    "<|fim_middle|>",
-)
+    "<unk>", "<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>",
+    "<think>", "</think>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
+)  # fmt: skip
 
-# Qwen2's splitting rule, which llama.cpp knows as "qwen2". A digit is a piece of its own (groups of three would burn a
-# sixth of 6400 tokens), and no piece joins letters with a following '>' or '|': BPE can never build a special token.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
+STRIPPED = ("lstrip", "normalized", "rstrip", "single_word")
 # Token shards are uint16, and 65,535 is left free as a mark.
 MAX_VOCAB_SIZE = 65_535
 MOST_SETTINGS = 50_000  # characters of tokenizer.json without vocabulary and merges; this project's has 4,000
-MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 # A character for each byte that UTF-8 may begin a character with, and for each that may follow.
 EVERY_BYTE = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x11_0000, 0x1000)]))
@@ -104,7 +85,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, each under a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "tokenizer.json", self.raw.to_str(pretty=True) + "\n")
+        _write(folder / "tokenizer.json", self.raw.to_str(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<s>",
@@ -118,19 +99,12 @@ class Tokenizer:
             "padding_side": "left",  # the side that a batch of prompts must be padded on to be continued
             "model_max_length": 131072,  # DeepSeek-V3's context; the model's own limit is in its config.json
             "added_tokens_decoder": {
-                str(number): {
-                    "content": token,
-                    "lstrip": False,
-                    "normalized": False,
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": True,
-                }
+                str(number): {"content": token, **dict.fromkeys(STRIPPED, False), "special": True}
                 for number, token in enumerate(SPECIAL_TOKENS)
             },
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": _chat_template(),
         }
-        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone. Half a surrogate pair, which is no character, becomes U+FFFD."""
@@ -194,83 +168,11 @@ def _problem_with(raw: tokenizers.Tokenizer) -> str:
     if set(added) != set(SPECIAL_TOKENS) or not all(added.values()):  # others would be looked for in what people write
         return "its added tokens are not the special tokens of this project"
     letters = set().union(*content["model"]["vocab"].keys() - added.keys())
-    if not letters <= _byte_letters().keys():
+    if not letters <= byte_letters().keys():
         return "its tokens are not spelled in letters that stand for bytes"
     if raw.decode(raw.encode(EVERY_BYTE, add_special_tokens=False).ids) != EVERY_BYTE:
         return "text does not come back from its tokens as it was"
     return ""
-
-
-class StreamDecoder:
-    """Turns tokens into text as they come. A character split over several tokens is given out once it is whole.
-
-    All that `push` and `flush` return, joined, equals `tokenizer.decode` of the same ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._byte_of = _byte_letters()
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """Take one token; return the characters it completes, maybe none. An id outside the vocabulary is nothing."""
-        if token_id < len(SPECIAL_TOKENS):
-            data = b"" if self._skip_special_tokens else SPECIAL_TOKENS[token_id].encode()
-        else:
-            token = self._tokenizer.raw.id_to_token(token_id) or ""
-            data = bytes(self._byte_of[letter] for letter in token)
-        return self._decoder.decode(data)
-
-    def flush(self) -> str:
-        """End the text; return U+FFFD for a character that was left unfinished. The decoder can be used anew."""
-        return self._decoder.decode(b"", final=True)
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    """Raise `UserError` unless a tokenizer can have that many tokens."""
-    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(
-            f"--vocab_size {vocab_size}: must be from {MIN_VOCAB_SIZE} (special tokens and bytes) "
-            f"to {MAX_VOCAB_SIZE} (token shards hold 16 bits)"
-        )
-
-
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max_token_bytes: int = 15, progress: bool = False
-) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` tokens; the same texts in the same order give the same tokenizer.
-
-    `max_token_bytes` keeps a token to five Chinese characters or an English word: Chinese has no spaces, so a piece is
-    a whole clause, and a sentence repeated on every page of a corpus would otherwise be learnt as one token, with each
-    of its beginnings. Memory grows with the text, about 45 bytes a byte: long pieces are rarely met twice.
-    Raises `UserError` when the texts are too few to make that many tokens.
-    """
-    check_vocab_size(vocab_size)
-    raw = tokenizers.Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=max_token_bytes + 1,  # tokenizers keeps what is shorter than this
-        show_progress=progress,
-    )
-    raw.train_from_iterator((characters(text) for text in texts), trainer)
-    made = raw.get_vocab_size()
-    if made != vocab_size:
-        raise UserError(
-            f"the data gave only {made} of {vocab_size} tokens; add data, pass --vocab_size {made} or less, "
-            "or pass --min_frequency 1"
-        )
-    return Tokenizer(raw)
 
 
 def _from_json(content: str) -> Tokenizer:
@@ -286,7 +188,7 @@ def characters(text: str) -> str:
     return text
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """GPT-2's byte-level alphabet: printable Latin-1 letters stand for their own byte, the rest follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -294,13 +196,11 @@ def _byte_letters() -> dict[str, int]:
 
 
 def _write(file: Path, content: str) -> None:
-    """Replace a file in one step, so that a full disk never leaves half of it."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with naming(file), temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as stream:
+        stream.write(f"{content}\n".encode())
+
+
+def _chat_template() -> str:
+    """Return the template on one line, without its comment."""
+    text = CHAT_TEMPLATE.read_text(encoding="utf-8").partition("#}")[2]
+    return "".join(line.strip() for line in text.splitlines())

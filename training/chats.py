@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from text.chats.chat_dataset import ChatDataset
+from text.chats.packed_dataset import ChatDataset
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.held_out import labels_name

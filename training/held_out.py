@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from text.chats.problems import Problem
 from text.sources.registry import Source
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer, characters
 from training.losses import IGNORE, Batch
+
+if TYPE_CHECKING:
+    from text.chats.problems import Problem
 
 MOST_FILES = 3  # whose names are part of the name
 # What each measure of held-out data is measured on: a name of an entry's `held_out`.

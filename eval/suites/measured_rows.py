@@ -11,7 +11,7 @@ from typing import Any
 
 from errors import naming
 from eval.suites.suite import Row
-from text.sources.json_text import json_text
+from text.files import json_text
 
 
 class MeasuredRows:

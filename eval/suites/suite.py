@@ -18,10 +18,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from cli import check_values
 from errors import UserError
 from eval.opened_model import OpenedModel
+from text.files import read_yaml
 from text.sources.registry import Source, find_sources
 from text.sources.row_report import RowReport
 from text.sources.rows import read_rows
-from text.sources.yaml_file import read_yaml
 
 BUILT_IN = Path(__file__).resolve().parents[2] / "configs" / "eval"
 Row = dict[str, Any]

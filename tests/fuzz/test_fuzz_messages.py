@@ -15,11 +15,11 @@ from fuzz.mutations import strange, values
 from fuzz.test_fuzz_rows import CONTENTS
 from text.chats.chat_template import ROLE_MARKS, encode_chat, render
 from text.chats.conversations import to_messages
+from text.chats.literals import parse_list
 from text.chats.preferences import to_preference
 from text.chats.problems import to_problem
 from text.chats.prompts import to_prompt
 from text.sources.formats import FORMATS, Layout
-from text.sources.literals import parse_list
 from text.sources.row_report import RowError
 from text.tokenizer import Tokenizer
 

@@ -16,7 +16,8 @@ from dataset import PretrainDataset
 from errors import UserError
 from text.corpus.shards import ShardSet, prepare_shards
 from text.order import BLOCK, block_shares, mixed, shuffled
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 
 TEXTS = [f"第{number}个故事。 Story {number} has {number * 7} words." for number in range(80)]
 LENGTH = 16

@@ -123,7 +123,7 @@ def test_rows_are_packed_once_an_epoch_however_a_mixture_jumps(paths, tokenizer,
     data = mixture(paths, tokenizer)
     for index in range(BLOCK):
         data._rows[index]
-    epochs = sum(BLOCK * share // 4 // len(part) + 1 for share, part in zip((3, 1), data._rows._parts, strict=True))
+    epochs = sum(BLOCK * share // 4 // rows + 1 for share, rows in zip((3, 1), data._rows._lengths, strict=True))
     assert len(packed) <= epochs
 
 

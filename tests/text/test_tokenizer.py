@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from errors import UserError
-from text.chats.sampling import sample_by_size
 from text.corpus.compression import KINDS, kind_of_line, measure_compression
-from text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, train_bpe
+from text.stream_decoder import StreamDecoder
+from text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from text.tokenizer_training import sample_by_size, train_bpe
 from train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]

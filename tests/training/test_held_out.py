@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from text.chats.problems import Problem
-from text.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from text.tokenizer_training import train_bpe
 from training.held_out import labels_name, problems_name
 from training.losses import IGNORE
 from training.run.log import read_metrics

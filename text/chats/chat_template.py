@@ -45,56 +45,6 @@ ALLOWED_BEFORE = {
     "tool": ("assistant", "tool"),
 }
 
-# The same layout in Jinja, for transformers, vLLM and llama.cpp. The generation marks surround what is trained on.
-# Turns come as programs send them, and become what `turns` makes of such turns in the data: tools join the system
-# prompt, thoughts and tool calls the answer. `tojson` writes JSON as training does. Arguments that come as text are
-# rendered as they stand, since Jinja cannot parse them. Small engines must read it: no macros and no other filters.
-# A server checks no order here: some of them try a template on odd conversations to see what it can do.
-CHAT_TEMPLATE = (
-    "{{- '<s>' }}"
-    "{%- if tools and messages[0]['role'] != 'system' %}{{- '<|system|>' }}{{- tools | tojson }}{% endif %}"
-    "{%- for message in messages %}"
-    "{%- set turn = namespace(text='') %}"
-    "{%- if message['content'] is string %}"
-    "{%- set turn.text = message['content'] %}"
-    "{%- elif message['content'] %}"
-    "{%- for part in message['content'] %}"
-    "{%- if part is string %}{%- set turn.text = turn.text + part %}"
-    "{%- elif part['text'] is string %}{%- set turn.text = turn.text + part['text'] %}"
-    "{%- else %}{{- raise_exception('a part of a turn is not text; only text is read') }}{% endif %}"
-    "{%- endfor %}"
-    "{%- endif %}"
-    "{%- if message['role'] == 'assistant' %}"
-    "{{- '<|assistant|>' }}{% generation %}"
-    "{%- set thought = message['reasoning_content'] or message['reasoning'] or message['thinking'] or '' %}"
-    "{%- if thought | trim and '<think>' not in turn.text %}"
-    "{%- set turn.text = turn.text | trim %}"
-    "{{- '<think>\\n' + thought | trim + '\\n</think>\\n\\n' }}"
-    "{%- endif %}"
-    "{{- turn.text }}"
-    "{%- for tool_call in message['tool_calls'] or [] %}"
-    "{%- set function = tool_call['function'] or tool_call %}"
-    "{%- if turn.text or not loop.first %}{{- '\\n' }}{% endif %}"
-    "{{- '{\"name\": ' }}{{- function['name'] | tojson }}{{- ', \"arguments\": ' }}"
-    "{%- if not function['arguments'] %}{{- '{}' }}"
-    "{%- elif function['arguments'] is string %}{{- function['arguments'] }}"
-    "{%- else %}{{- function['arguments'] | tojson }}{% endif %}"
-    "{{- '}' }}"
-    "{%- endfor %}"
-    "{{- '</s>' }}{% endgeneration %}"
-    "{%- elif message['role'] == 'system' and tools and loop.first %}"
-    "{{- '<|system|>' }}"
-    "{%- if turn.text | trim %}{{- turn.text + '\\n\\n' }}{% endif %}"
-    "{{- tools | tojson }}"
-    "{%- elif message['role'] in ['system', 'user', 'tool'] %}"
-    "{{- '<|' + message['role'] + '|>' + turn.text }}"
-    "{%- else %}"
-    "{{- raise_exception('unknown role ' + message['role'] + '; use system, user, assistant or tool') }}"
-    "{%- endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"
-)
-
 _THINK_MARKS = re.compile(r"(</?think>)")
 
 

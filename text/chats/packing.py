@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
+from text.batches import IGNORED_LABEL, PADDING_SEGMENT
 from text.order import BLOCK, block_shares, mixed
-
-IGNORED_LABEL = -100
-PADDING_SEGMENT = -1
 
 
 def cut_at_turn(mask: Sequence[int], sequence_length: int) -> int:
@@ -59,62 +58,12 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-class PackedEpochs:
-    """Which samples stand in which row: each epoch shuffles them by (seed, epoch), packs them and shuffles the rows."""
+class PackedRows:
+    """Which samples stand in which row.
 
-    def __init__(
-        self,
-        members: np.ndarray,
-        positions: Callable[[np.ndarray], np.ndarray],
-        capacity: int,
-        seed: int,
-        packing: bool,
-        reach: int = 0,
-    ) -> None:
-        """members: (samples,) numbers; positions: how many positions of a row such numbers fill.
-
-        `packing=False` gives each sample its own row. reach: how many rows apart those may be that are asked for
-        together, beside a batch of consecutive ones.
-        """
-        self.members, self.capacity = members, capacity
-        self._positions, self._seed, self._packing = positions, seed, packing
-        self._epochs: dict[int, list[np.ndarray]] = {}
-        self._kept = 2
-        self._length = len(self._rows(0))
-        self._kept = 2 + reach // self._length
-
-    def __len__(self) -> int:
-        """Rows in an epoch; the same in each, as best-fit's number of rows depends on the lengths alone."""
-        return self._length
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """The numbers of the samples in a row, counted from the first epoch on."""
-        epoch, place = divmod(int(index), len(self))
-        return self._rows(epoch)[place]
-
-    def filled(self) -> float:
-        """The share of positions that hold samples rather than padding."""
-        return float(self._positions(self.members).sum() / (len(self) * self.capacity))
-
-    def _rows(self, epoch: int) -> list[np.ndarray]:
-        """All rows of an epoch. The epochs around it are kept too, as far as the next rows may be from these."""
-        if epoch not in self._epochs:
-            random = np.random.default_rng([self._seed, epoch])
-            members = random.permutation(self.members)
-            if self._packing:
-                rows = [members[row] for row in pack_best_fit(self._positions(members), self.capacity)]
-            else:
-                rows = list(members[:, None])
-            self._epochs[epoch] = [rows[place] for place in random.permutation(len(rows))]
-            nearest = sorted(self._epochs, key=lambda other: abs(other - epoch))[: self._kept]
-            self._epochs = {kept: self._epochs[kept] for kept in nearest}
-        return self._epochs[epoch]
-
-
-class MixedEpochs:
-    """The packed rows of several sources, mixed by weight to 1/4096: each goes through its own epochs at its own pace.
-
-    A row holds samples of one source. Without weights all samples are of one source, and an epoch shows each once.
+    Epoch e of a source shuffles its samples by (seed, e), packs them and shuffles the rows; a row holds samples of one
+    source. Without weights all samples are of one source; with weights the sources are mixed by them to 1/4096, each
+    going through its own epochs at its own pace.
     """
 
     def __init__(
@@ -127,33 +76,44 @@ class MixedEpochs:
         seed: int,
         packing: bool = True,
     ) -> None:
-        """As `PackedEpochs`; owners: (members,) the source of each. Raises `ValueError` for one without a member."""
-        self.members, self.capacity, self._seed = members, capacity, seed
-        self._positions = positions
+        """members: (samples,) numbers; owners: (samples,) the source of each; positions: how many positions of a row
+        such numbers fill. `packing=False` gives each sample its own row.
+        """
+        self.members, self.capacity = members, capacity
+        self._positions, self._seed, self._packing = positions, seed, packing
         self.shares = block_shares(weights) if weights and len(weights) > 1 else [BLOCK]
-        if len(self.shares) == 1:
-            owners = np.zeros_like(members)
-        parts = [members[owners == owner] for owner in range(len(self.shares))]
-        empty = [owner for owner, part in enumerate(parts) if not len(part)]
-        if empty:
-            raise ValueError(f"source {empty[0]} has no sample")
-        reach = BLOCK if len(parts) > 1 else 0
-        self._parts = [PackedEpochs(part, positions, capacity, seed, packing, reach) for part in parts]
+        is_mixed = len(self.shares) > 1
+        self._parts = [members[owners == owner] for owner in range(len(self.shares))] if is_mixed else [members]
+        # Rows asked for together are at most a block apart; beside these, a batch may reach into the next epoch.
+        block = BLOCK if is_mixed else 0
+        fewest = [-(-int(positions(part).sum()) // capacity) for part in self._parts]
+        self._epoch = lru_cache(maxsize=sum(2 + block // rows for rows in fewest))(self._packed)
+        # The same in each epoch, as best-fit's number of rows depends on the lengths alone.
+        self._lengths = [len(self._epoch(part, 0)) for part in range(len(self._parts))]
 
     def __len__(self) -> int:
-        """Rows of an epoch of every source."""
-        return sum(map(len, self._parts))
+        """Return the rows of an epoch of every source."""
+        return sum(self._lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The numbers of the samples in a row, counted from the start of training."""
-        if len(self._parts) == 1:
-            return self._parts[0][index]
-        source, number = mixed(int(index), self.shares, self._seed)
-        return self._parts[source][number]
+        """Return the numbers of the samples in a row, counted from the start of training."""
+        is_mixed = len(self._parts) > 1
+        part, number = mixed(int(index), self.shares, self._seed) if is_mixed else (0, int(index))
+        epoch, place = divmod(number, self._lengths[part])
+        return self._epoch(part, epoch)[place]
 
     def filled(self) -> float:
-        """The share of positions that hold samples rather than padding, over an epoch of every source."""
+        """Return the share of positions that hold samples rather than padding, over an epoch of every source."""
         return float(self._positions(self.members).sum() / (len(self) * self.capacity))
+
+    def _packed(self, part: int, epoch: int) -> list[np.ndarray]:
+        random = np.random.default_rng([self._seed, epoch])
+        members = random.permutation(self._parts[part])
+        if self._packing:
+            rows = [members[row] for row in pack_best_fit(self._positions(members), self.capacity)]
+        else:
+            rows = list(members[:, None])
+        return [rows[place] for place in random.permutation(len(rows))]
 
 
 def write_row(conversations: Sequence[tuple[np.ndarray, np.ndarray]], sequence_length: int, pad_id: int) -> dict:

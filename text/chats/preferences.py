@@ -30,9 +30,9 @@ from text.chats.conversations import (
     turns_to_messages,
     with_system,
 )
+from text.chats.literals import turns_of
 from text.chats.turns import SEEN
 from text.sources.formats import Layout
-from text.sources.literals import turns_of
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, kind_of
 from text.sources.rows import converted_rows

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from errors import UserError
+from text.batches import content_hash
 from text.chats.arithmetic import arithmetic_problem
-from text.chats.content import content_hash
 from text.chats.turns import question_text
 from text.judging.answers import final_answer, kind_of_answer, problem_with
 from text.order import shuffled

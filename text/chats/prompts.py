@@ -19,10 +19,10 @@ from pathlib import Path
 from errors import UserError
 from text.chats.chat_template import Message, check_messages
 from text.chats.conversations import to_messages, turns_to_messages, with_system
+from text.chats.literals import turns_of
 from text.chats.problems import Problem, open_problems, to_problem
 from text.chats.turns import SEEN, text_of
 from text.sources.formats import Layout
-from text.sources.literals import turns_of
 from text.sources.registry import GENERATORS, Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of
 from text.sources.rows import placed_rows

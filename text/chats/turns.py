@@ -16,10 +16,10 @@ import json
 from contextlib import suppress
 
 from text.chats.chat_template import Message
+from text.chats.literals import ROLE_KEYS, list_of, turns_of
+from text.chats.unread import unread
 from text.sources.formats import Layout
-from text.sources.literals import ROLE_KEYS, list_of, turns_of
 from text.sources.row_report import RowError, kind_of
-from text.sources.unread import unread
 
 SEEN = Layout()
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from errors import UserError
-from text.chats.content import content_hash
-from text.chats.packing import IGNORED_LABEL, PADDING_SEGMENT
+from text.batches import IGNORED_LABEL, PADDING_SEGMENT, content_hash
 from text.corpus.shard_set import ShardSet
 from text.order import block_shares, mixed, shuffled
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +23,8 @@ import numpy as np
 import xxhash
 
 from errors import UserError
-from text.chats.content import content_hash
+from text.batches import content_hash
+from text.files import replacing
 from text.tokenizer import Tokenizer
 
 INDEX = "index.json"
@@ -214,22 +214,12 @@ def write_safely(file: Path, pieces: Iterable[np.ndarray]) -> tuple[int, str]:
 
     Whatever goes wrong, a full disk too, `file` is either as before or complete.
     """
-    temporary = file.with_name(file.name + ".tmp")
     digest, size = xxhash.xxh3_64(), 0
-    try:
-        with open(temporary, "wb") as stream:
-            for piece in pieces:
-                view = piece.view(np.uint8).data
-                digest.update(view)
-                size += stream.write(view)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(file)  # a failed write does not say where
-        raise
+    with replacing(file) as stream:
+        for piece in pieces:
+            view = piece.view(np.uint8).data
+            digest.update(view)
+            size += stream.write(view)
     return size, digest.hexdigest()
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError
-from text.chats.sampling import sample_by_count
 from text.corpus.cleaning import Report
 from text.sources.csv_rows import read_csv
 from text.sources.data_file import METADATA, ROW_LIMIT, DataFile, FileProblem, Row, disk_file, suffix_of
@@ -25,6 +24,7 @@ from text.sources.folders import Folder
 from text.sources.hub import hub_rows
 from text.sources.json_rows import read_json
 from text.sources.registry import HUB_NAME, Source
+from text.sources.sampling import sample_by_count
 from text.sources.table_rows import read_arrow, read_parquet
 
 # Plain text has no rows: a document ends at a blank line, or with the line that makes it this many characters long.

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, with_home
+from text.files import read_yaml
 from text.sources.folders import TRAIN
 from text.sources.formats import FORMATS, KINDS, TAGS, Layout
-from text.sources.yaml_file import parse_yaml
 
 REGISTRY = "datasets.yaml"
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".txt")
@@ -150,13 +150,12 @@ class Registry:
     def read(cls, file: str | Path) -> Registry:
         """Raises `UserError` for a file that is not there, or not a table of names."""
         file = Path(file)
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; name the registry with --datasets")
         try:
-            text = file.read_text(encoding="utf-8-sig")
-            entries = json.loads(text) if file.suffix == ".json" else parse_yaml(file, text)
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; name the registry with --datasets") from None
+            entries = json.loads(file.read_text("utf-8-sig")) if file.suffix == ".json" else read_yaml(file)
         except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg}); mend it") from error
+            raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg}); fix it") from error
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: cannot be read ({error}); write it in UTF-8") from error
         if entries is None:

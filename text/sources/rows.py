@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from errors import UserError
-from text.chats.sampling import sample_by_count
 from text.sources.csv_rows import csv_rows
 from text.sources.data_file import DataFile, FileProblem, suffix_of
 from text.sources.folders import Folder
@@ -22,6 +21,7 @@ from text.sources.hub import hub_rows
 from text.sources.json_rows import json_rows
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow
+from text.sources.sampling import sample_by_count
 from text.sources.table_rows import arrow_rows, parquet_rows, without_nulls
 
 READERS: dict[str, Callable[[DataFile], Iterator[tuple[Any, int]]]] = {

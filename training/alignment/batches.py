@@ -18,7 +18,7 @@ from torch import Tensor
 from dataset import PromptDataset
 from errors import UserError
 from model import MiniDeepSeek
-from text.sources.json_text import json_text
+from text.files import json_text
 from training.alignment.policy_loss import completion_hidden
 from training.alignment.rewards import Rewards
 from training.alignment.rollouts import Group, Rollouts, RolloutSettings

@@ -17,7 +17,7 @@ from rich.progress import track
 from errors import UserError, naming
 from text.chats.chat_template import Message
 from text.chats.prompts import Prompt
-from text.sources.json_text import json_text
+from text.files import json_text
 
 MOST_FAILURES = 25  # one after the other, before the teacher is taken to be gone
 MOST_REASONS = 10  # shown; a provider may put an id or a time into each

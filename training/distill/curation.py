@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from errors import UserError, check_least
-from text.chats.chat_file import write_chats
 from text.chats.chat_template import Message
+from text.chats.conversations import write_chats
 from text.chats.prompts import Prompt, read_prompts
 from text.judging.answer_filter import AnswerFilter, clean, shortest_different
 from text.sources.registry import Source

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dataset import ChatDataset
 from errors import naming
-from text.chats.encoded_chats import EncodedChats
+from text.chats.encoded import EncodedChats
 from text.chats.packing import write_row
 from training.distill.distillation import Logits, Teacher
 from training.distill.divergences import Divergence

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.checkpoint.tensor_file import save_file
-from text.sources.json_text import json_text
+from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors
 from training.run.manifest import write_manifest

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from errors import UserError, naming
-from text.sources.json_text import json_text
+from text.files import json_text
 
 LOCK = ".lock"
 

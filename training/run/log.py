@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from errors import naming
-from text.sources.json_text import json_text
+from text.files import json_text
 from training.held_out import is_named
 from training.run.console import held_out_line, step_line
 

@@ -16,7 +16,8 @@ from model.checkpoint.gguf_tokenizer import GENERATION_MARK
 from text.chats.chat_template import Message, check_messages, encode_chat, encode_chats, render
 from text.chats.conversations import to_messages
 from text.chats.turns import THOUGHTS
-from text.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from text.tokenizer_training import train_bpe
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}

@@ -17,7 +17,8 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.chats.chat_template import encode_chat
 from text.chats.packing import cut_at_turn, pack_best_fit, write_row
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 
 LENGTH = 64
 
@@ -134,7 +135,7 @@ def test_packed_logits_are_those_of_each_conversation_alone(chats: ChatDataset) 
 
 def test_without_packing_each_conversation_has_its_row(path: str, chats: ChatDataset, tokenizer: Tokenizer) -> None:
     plain = ChatDataset([path], tokenizer, LENGTH, packing=False, progress=False)
-    assert len(plain) == plain.report.conversations > len(chats)
+    assert len(plain) == plain.report.count > len(chats)
     batch = epoch_of(plain, 0)
     assert all(row[0] == tokenizer.bos_id for row in batch["input_ids"])
     assert by_ids(segments(batch)) == by_ids(segments(epoch_of(chats, 0)))
@@ -174,8 +175,8 @@ def test_validation_is_apart_and_keeps_copies_together(tmp_path: Path, tokenizer
     data = ChatDataset([path], tokenizer, LENGTH, val_fraction=0.2, progress=False)
     held, train = (by_ids(segments(epoch_of(part, 0))) for part in (data.validation, data))
     assert not set(held) & set(train)
-    assert len(held) + len(train) == data.report.conversations
-    assert 0.05 < len(held) / data.report.conversations < 0.4
+    assert len(held) + len(train) == data.report.count
+    assert 0.05 < len(held) / data.report.count < 0.4
     other_seed = ChatDataset([path], tokenizer, LENGTH, seed=3, val_fraction=0.2, progress=False)
     assert by_ids(segments(epoch_of(other_seed.validation, 0))) == held
 
@@ -196,10 +197,10 @@ def test_what_was_cut_and_dropped_is_counted(
     path.write_text(path.read_text() + '\n{"messages": []}\n{"mess')
     data = ChatDataset([str(path)], tokenizer, LENGTH, progress=False)
     report = data.report
-    assert (report.conversations, report.cut, report.dropped, report.unanswered) == (3, 1, 1, 1)
+    assert (report.count, report.cut, report.dropped, report.unanswered) == (3, 1, 1, 1)
     assert report.read.problems == {"no assistant turn": 1, "broken JSON": 1}
     assert report.tokens == sum(len(segment["ids"]) + 1 for segment in segments(epoch_of(data, 0)))
-    assert report.learnt == int((epoch_of(data, 0)["labels"] >= 0).sum())
+    assert report.trained == int((epoch_of(data, 0)["labels"] >= 0).sum())
     data.print_summary()
     text = capsys.readouterr().out
     for line in (
@@ -222,15 +223,15 @@ def test_on_error_stop_stops_at_the_row(tmp_path: Path, tokenizer: Tokenizer) ->
 def test_nothing_to_learn_says_why(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path, [conversation(1, 1, 90), conversation(2, 1, 90)])
     with pytest.raises(
-        UserError, match=r"sft\.jsonl: nothing to learn; the first answers of all 2 .* 64 tokens; raise"
+        UserError, match=r"sft\.jsonl: no conversations to train on; all 2 dropped: the first .* 64 tokens; raise"
     ):
         ChatDataset([path], tokenizer, LENGTH, progress=False)
     Path(path).write_text('{"text": 1}\n{"text": 2}')
     with pytest.raises(
-        UserError, match=r"nothing to learn; 2 rows, all skipped: 2 x unknown layout; .*jsonl:1: has 'text'"
+        UserError, match=r"no conversations to train on; 2 rows, all skipped: 2 x unknown layout; .*jsonl:1: has 'text'"
     ):
         ChatDataset([path], tokenizer, LENGTH, progress=False)
-    with pytest.raises(UserError, match="nothing to learn"):
+    with pytest.raises(UserError, match="no file: no conversations to train on"):
         ChatDataset([], tokenizer, LENGTH, progress=False)
 
 

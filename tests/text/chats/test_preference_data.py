@@ -13,7 +13,7 @@ import pytest
 from dataset import PreferenceDataset
 from errors import UserError
 from text.chats.chat_template import encode_chat
-from text.chats.encoded_pairs import CUT, EncodedPairs
+from text.chats.encoded import CUT, EncodedPairs
 from text.chats.preferences import Preference, read_preferences, to_preference
 from text.sources.row_report import RowError, RowReport
 
@@ -135,7 +135,7 @@ def test_marks_mean_something_on_the_chosen_answer_only(tmp_path, tokenizer):
     plain = {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}
     assert to_preference(row) == Preference(**plain)
     files = [write(tmp_path / name, [pair]) for name, pair in (("a.jsonl", row), ("b.jsonl", plain))]
-    marked, unmarked = (EncodedPairs.read([file], tokenizer, 60) for file in files)
+    marked, unmarked = (EncodedPairs([file], tokenizer, 60) for file in files)
     assert marked.mask.tolist() == unmarked.mask.tolist() and marked.fingerprint == unmarked.fingerprint
     with pytest.raises(RowError, match="'chosen' is marked as not trained on"):
         to_preference({**row, "chosen": [*earlier, {**GOOD, "loss": False}]})
@@ -193,11 +193,11 @@ def test_bad_rows_are_counted_with_their_places(tmp_path):
 
 def test_a_pair_with_a_side_that_is_too_long_is_dropped_and_counted(tmp_path, tokenizer):
     rows = [LAYOUTS["strings"], {"prompt": "Q", "chosen": "A", "rejected": "长" * 60}]
-    pairs = EncodedPairs.read([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 40)
-    assert (len(pairs), pairs.report.too_long) == (1, 1)
+    pairs = EncodedPairs([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 40)
+    assert (len(pairs), pairs.report.dropped) == (1, 1)
     assert "1 dropped: the last turns alone end after 40 tokens" in "\n".join(pairs.report.lines())
-    with pytest.raises(UserError, match="alone end after 2 tokens in each of 2; raise --sequence_length"):
-        EncodedPairs.read([tmp_path / "pairs.jsonl"], tokenizer, 2)
+    with pytest.raises(UserError, match=r"all 2 dropped: .* alone end after 2 tokens; raise --seq"):
+        EncodedPairs([tmp_path / "pairs.jsonl"], tokenizer, 2)
 
 
 def test_a_pair_that_is_too_long_loses_the_oldest_turns_of_its_prompt(tmp_path, tokenizer):
@@ -210,7 +210,7 @@ def test_a_pair_that_is_too_long_loses_the_oldest_turns_of_its_prompt(tmp_path, 
     for left in (3, 2, 1, 0):
         begins = [system, *turns[len(turns) - 2 * left :], asked[3]]
         expected = [encode_chat(tokenizer, [*begins, side[-1]])[0] for side in (sides["chosen"], sides["rejected"])]
-        pairs = EncodedPairs.read([path], tokenizer, max(map(len, expected)) - 1)
+        pairs = EncodedPairs([path], tokenizer, max(map(len, expected)) - 1)
         assert [ids.tolist() for ids, _ in pairs[0]] == expected
         assert [int(mask.sum()) for _, mask in pairs[0]] == [
             len(ids) - len(encode_chat(tokenizer, begins, add_generation_prompt=True)[0]) for ids in expected
@@ -219,30 +219,28 @@ def test_a_pair_that_is_too_long_loses_the_oldest_turns_of_its_prompt(tmp_path, 
         assert pairs.identity(pairs.packed(np.arange(1), 999, 0)).endswith(CUT) == (left < 3)
     shortest = max(map(len, expected)) - 1
     for length, cut in ((shortest - 1, True), (shortest, False)):
-        with pytest.raises(UserError, match="no pair to learn from; the last turns alone end"):
-            EncodedPairs.read([path], tokenizer, length, cut=cut)
+        with pytest.raises(UserError, match="no pairs to train on; all 1 dropped: the last turns alone"):
+            EncodedPairs([path], tokenizer, length, cut=cut)
 
 
 def test_a_pair_that_just_fits_is_kept(tmp_path, tokenizer):
     ids, _ = encode_chat(tokenizer, [USER, GOOD])
     path = write(tmp_path / "pairs.jsonl", [LAYOUTS["strings"]])
-    assert len(EncodedPairs.read([path], tokenizer, len(ids) - 1)) == 1  # its last token is never read
-    with pytest.raises(UserError, match="no pair to learn from"):
-        EncodedPairs.read([path], tokenizer, len(ids) - 2)
+    assert len(EncodedPairs([path], tokenizer, len(ids) - 1)) == 1  # its last token is never read
+    with pytest.raises(UserError, match="no pairs to train on"):
+        EncodedPairs([path], tokenizer, len(ids) - 2)
 
 
 def test_data_without_a_pair_says_why(tmp_path, tokenizer):
     path = write(tmp_path / "pairs.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "A"}] * 2)
-    with pytest.raises(
-        UserError, match=r"no pair to learn from; 2 rows, all skipped: 2 x nothing to prefer; the first"
-    ):
-        EncodedPairs.read([path], tokenizer, 40)
+    with pytest.raises(UserError, match=r"no pairs to train on; 2 rows, all skipped: 2 x nothing to prefer; the first"):
+        EncodedPairs([path], tokenizer, 40)
 
 
 def test_only_the_last_answer_and_its_end_are_compared(tmp_path, tokenizer):
     turns = [USER, {"role": "assistant", "content": "C"}, USER]
     rows = [{"chosen": [*turns, GOOD], "rejected": [*turns, BAD]}]
-    pairs = EncodedPairs.read([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 60)
+    pairs = EncodedPairs([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 60)
     for (ids, mask), answer in zip(pairs[0], (GOOD, BAD), strict=True):
         whole, _ = encode_chat(tokenizer, [*turns, answer])
         assert ids.tolist() == whole

@@ -9,7 +9,7 @@ import pytest
 
 from dataset import ChatDataset
 from text.chats.conversations import read_conversations, to_messages
-from text.chats.encoded_chats import EncodedChats
+from text.chats.encoded import EncodedChats
 from text.chats.preferences import read_preferences
 from text.chats.problems import to_problem
 from text.chats.prompts import to_prompt
@@ -141,7 +141,7 @@ def test_only_turns_that_are_not_marked_have_labels(mark, packing, tokenizer, tm
 def test_what_follows_the_last_answer_that_is_trained_on_is_cut(tokenizer, tmp_path):
     turns = marked()["messages"]
     turns[3]["weight"] = 0
-    chats = EncodedChats.read([write(tmp_path / "a.jsonl", [{"messages": turns}])], tokenizer, 60)
+    chats = EncodedChats([write(tmp_path / "a.jsonl", [{"messages": turns}])], tokenizer, 60)
     assert tokenizer.decode(chats.ids.tolist()).endswith("not this") and chats.mask[-1] == 1
     assert chats.report.unanswered == 1
 
@@ -159,7 +159,7 @@ def test_marks_are_part_of_what_a_run_depends_on(tokenizer, tmp_path):
     files = [
         write(tmp_path / name, [marked(**mark)] * 4) for name, mark in (("a.jsonl", {}), ("b.jsonl", {"weight": 0}))
     ]
-    plain, weighted = (EncodedChats.read([file], tokenizer, 60) for file in files)
+    plain, weighted = (EncodedChats([file], tokenizer, 60) for file in files)
     assert plain.ids.tolist() == weighted.ids.tolist() and plain.fingerprint != weighted.fingerprint
 
 

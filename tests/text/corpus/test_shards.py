@@ -25,7 +25,8 @@ from errors import UserError
 from text.corpus.shard_set import ShardSet, read_index, write_safely
 from text.corpus.shards import open_or_wait, prepare_shards
 from text.sources.parts import Documents, _hold_out
-from text.tokenizer import Tokenizer, train_bpe
+from text.tokenizer import Tokenizer
+from text.tokenizer_training import train_bpe
 
 TEXTS = [
     f"第{number}个故事：小猫去公园。 Story {number} has {number * 7} words." * (1 + number % 4) for number in range(120)

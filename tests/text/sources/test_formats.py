@@ -15,10 +15,10 @@ import pytest
 
 from errors import UserError
 from text.chats.conversations import read_conversations, to_messages
+from text.chats.literals import parse_list
 from text.chats.preferences import read_preferences, to_preference
 from text.chats.problems import open_problems
 from text.sources.formats import FORMATS, Layout
-from text.sources.literals import parse_list
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport
 

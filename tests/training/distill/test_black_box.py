@@ -12,8 +12,7 @@ import torch
 import distill
 from errors import UserError
 from model import MiniDeepSeek
-from text.chats.chat_file import write_chats
-from text.chats.conversations import read_conversations
+from text.chats.conversations import read_conversations, write_chats
 from text.chats.prompts import read_prompts, to_prompt
 from text.judging.answer_filter import AnswerFilter, clean, is_well_formed, repeated, shortest_different
 from text.sources.row_report import RowError, RowReport

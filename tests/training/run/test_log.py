@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from text.sources.json_text import json_text
+from text.files import json_text
 from training.run.log import RunLog, read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]

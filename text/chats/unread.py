@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from text.sources.literals import parse_list
+from text.chats.literals import parse_list
 from text.sources.row_report import RowError
 
 LEAST_WORDS, LEAST_CHARACTERS, DEEPEST = 4, 8, 16

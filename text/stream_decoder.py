@@ -1,0 +1,33 @@
+"""Tokens become text as they arrive: a character split over several tokens is returned once it is complete."""
+
+from __future__ import annotations
+
+import codecs
+
+from text.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_letters
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come. A character split over several tokens is given out once it is whole.
+
+    All that `push` and `flush` return, joined, equals `tokenizer.decode` of the same ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._byte_of = byte_letters()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the characters it completes, maybe none. An id outside the vocabulary is nothing."""
+        if token_id < len(SPECIAL_TOKENS):
+            data = b"" if self._skip_special_tokens else SPECIAL_TOKENS[token_id].encode()
+        else:
+            token = self._tokenizer.raw.id_to_token(token_id) or ""
+            data = bytes(self._byte_of[letter] for letter in token)
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """End the text; return U+FFFD for a character that was left unfinished. The decoder can be used anew."""
+        return self._decoder.decode(b"", final=True)
