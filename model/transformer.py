@@ -32,8 +32,8 @@ class Output(NamedTuple):
         state: (batch, time, hidden) before the final norm, which is what MTP continues from.
         head: (vocab, hidden) weight of the output head.
         mtp_hidden: for each MTP depth k = 1 .. D, (batch, time, hidden) after its norm; position t predicts t+k+1.
-        mtp_unrolled: for each further step j = 2 .. K of the last depth D, on its own state, (batch, time, hidden) after
-            its norm; position t predicts t+D+1, and is defined from the j-th of its segment on.
+        mtp_unrolled: for each further step j = 2 .. K of the last depth D on its own state, (batch, time, hidden)
+            after its norm; position t predicts t+D+1, and is defined from the j-th of its segment on.
         counts: (MoE layers, experts) float32, loads of this pass, the MTP layers' last; or None without MoE layers.
         balance_loss: (B,) float32, summed over MoE layers, times tokens (see `model.moe.Routing`).
     """
