@@ -41,7 +41,7 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
         column: name of the text column or field, if it is not `text`.
         encoding: of text files, for example gb18030.
         min_chars: shorter documents are left out.
-        workers: processes that tokenise; 0 means one a core.
+        workers: threads that tokenise; 0 means one a core.
         val_fraction: share of the documents held out.
         isolate: keep documents of one row from attending to each other (DeepSeek-V3 does not).
     """

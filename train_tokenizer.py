@@ -8,7 +8,6 @@ tokenizer shortens Chinese, English, digits and code.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,8 @@ from rich.table import Table
 from cli import call
 from errors import UserError, command_line, waiting
 from text.corpus.compression import Compression, measure_compression
-from text.sources.readers import Corpus
+from text.corpus.corpus import Corpus
+from text.corpus.encoding import peak_memory
 from text.sources.registry import REGISTRY, find_sources
 from text.sources.row_report import balance
 from text.tokenizer_training import Sample, check_vocab_size, sample_by_size, train_bpe
@@ -45,7 +45,8 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens; the same data give the same files.
 
     Args:
-        data: names in --datasets, files, folders or Hub names, parted by commas: csv, jsonl, json, parquet, arrow, txt
+        data: names in --datasets, files, folders or Hub names, separated by commas: csv, jsonl, json, parquet,
+            arrow, txt
         out: folder for tokenizer.json and tokenizer_config.json
         vocab_size: number of tokens, special tokens and bytes included; at most 65535
         column: the column or field that holds the text (default: text)
@@ -70,12 +71,11 @@ def train_tokenizer(
     print(
         f"{sample.documents_seen:,} documents, {sample.size_seen / 1e6:.1f} MB; a sample of {sample.size / 1e6:.1f} MB"
     )
-    for line in corpus.report.summary():
-        print(f"  {line}")
+    for line in [*corpus.report.unread, *corpus.report.problem_lines()]:
+        print(line)
     fates = {"to train on": len(sample.texts), "held out": len(held_out)}
     fates["beyond --sample_mb"] = sample.documents_seen - sum(fates.values())
-    unused = corpus.report.unused
-    print(balance(sample.documents_seen + sum(unused.values()), "documents", {**fates, **unused}))
+    print(balance(corpus.report.rows, "documents", {**fates, **corpus.report.unused_by_kind}))
 
     begin = time.perf_counter()
     with waiting("counting pairs and merging them, a minute or two for 30 MB", not shown):
@@ -83,7 +83,9 @@ def train_tokenizer(
     seconds = time.perf_counter() - begin
     tokenizer.save(out)
 
-    print(f"trained in {seconds:.1f} s, {sample.size / 1e6 / seconds:.2f} MB/s, peak memory {peak_memory_mb():,.0f} MB")
+    print(
+        f"trained in {seconds:.1f} s, {sample.size / 1e6 / seconds:.2f} MB/s, peak memory {peak_memory() / 1e6:,.0f} MB"
+    )
     print_table(measure_compression(tokenizer, held_out))
     print(f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}: {Path(out) / 'tokenizer.json'}")
 
@@ -97,16 +99,10 @@ def read_sample(corpus: Corpus, size: int, seed: int) -> Sample:
 
         def texts():
             for document in corpus:
-                bar.update(task, completed=corpus.position)
+                bar.update(task, completed=corpus.report.bytes_read)
                 yield document.text
 
         return sample_by_size(texts(), size, seed)
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def print_table(rows: list[Compression]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from errors import UserError, command_line
-from text.sources.readers import Corpus
+from text.corpus.corpus import Corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the time

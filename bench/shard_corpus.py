@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from cli import call
 from errors import command_line
+from text.corpus.corpus import Corpus
 from text.corpus.shards import prepare_shards
-from text.sources.readers import Corpus
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
@@ -52,7 +52,7 @@ def shard_corpus(
         megabytes: size of the CSV, which is made once and used again
         folder: where the CSV and the shards go
         tokenizer: a tokenizer folder; by default one of 6400 tokens is trained on the CSV's beginning
-        workers: tokenising processes; 0: all cores
+        workers: tokenising threads; 0: all cores
         raw_megabytes: how much of the CSV encode_batch gets
         repeats: measure both so often, in turn
         json: write what was found to this file

@@ -140,7 +140,7 @@ def test_a_row_that_cannot_be_read(broken, what, train, tmp_path):
     path = write(tmp_path / "a.csv", csv_of(ROWS).encode() + broken + b"\n")
     refused(train(path, "--on_error", "stop"), 2, f"{path}:{len(ROWS) + 2}: ", what)
     done = train(path)
-    assert done.code == 0 and f"1 (first: {path}:{len(ROWS) + 2})" in done.out
+    assert done.code == 0 and f"{path}:{len(ROWS) + 2}: " in done.out
 
 
 def test_a_file_in_gbk_throughout(train, tmp_path):
@@ -176,13 +176,13 @@ def test_a_folder_without_data(train, tune, tmp_path):
     folder.mkdir()
     write(folder / "read.me", "nothing")
     refused(train(folder), 2, f"{folder}: the folder has no data; put files of .csv")
-    refused(tune(folder), 2, f"{folder}: the folder has no .json")
+    refused(tune(folder), 2, f"{folder}: the folder has no data; put files of .csv")
 
 
 def test_data_that_is_not_there(train, tune, tmp_path):
     path = tmp_path / "nowhere.csv"
     refused(train(path), 2, f"{path}: no such file or folder; check the path")
-    refused(tune(tmp_path / "nowhere.jsonl"), 2, "nowhere.jsonl: no such file; check the path")
+    refused(tune(tmp_path / "nowhere.jsonl"), 2, "nowhere.jsonl: no such file or folder; check the path")
 
 
 def test_conversations_without_an_answer(tune, tmp_path):

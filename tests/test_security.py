@@ -24,10 +24,10 @@ from model import MiniDeepSeek
 from model.checkpoint.hf_import import import_folder
 from model.checkpoint.weight_files import WeightFiles
 from model.decoding.sampling import Sampling
+from text.corpus.corpus import Corpus
 from text.corpus.mixture import open_sources
 from text.corpus.shard_set import INDEX, ShardSet
 from text.corpus.shards import prepare_shards
-from text.sources.readers import Corpus
 from text.sources.registry import Source
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from training.adapters.adapter import Adapter

@@ -49,9 +49,7 @@ class Findings:
             )
             lines.append(f"sequence_length {sequence_length}: {self._fate()}")
             unread = self.report.kept - self.whole - self.cut - self.dropped  # where a file breaks off
-            unused = self.report.unused
-            if self.kind == "text":  # as pretraining tells them
-                unused |= {"skipped": 0, **self.report.problems}
+            unused = self.report.unused_by_kind if self.kind == "text" else self.report.unused
             fates = {NOUNS[self.kind]: self.whole, "cut": self.cut, "dropped": self.dropped, "not looked at": unread}
             lines.append(balance(self.report.rows, "rows", {**fates, **unused}))
         return lines

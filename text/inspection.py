@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,10 +18,10 @@ from text.chats.conversations import to_messages
 from text.chats.encoded import last_answer
 from text.chats.preferences import to_preference
 from text.chats.problems import COLUMNS, open_problems, problem_reader
-from text.corpus.cleaning import Cleaner, Report, SeenHashes
+from text.corpus.cleaning import Cleaner, SeenHashes
+from text.corpus.corpus import Corpus
 from text.sources.folders import Folder
 from text.sources.formats import FORMATS
-from text.sources.readers import Corpus
 from text.sources.registry import GENERATORS, Source
 from text.sources.row_report import RowReport
 from text.sources.rows import SUFFIXES, placed_rows, read_rows
@@ -99,32 +100,10 @@ def is_generated(source: Source) -> bool:
 
 
 def _documents(source: Source, report: RowReport) -> Iterator[tuple[str, str]]:
-    """The documents that pretraining would keep."""
-    corpus = Corpus([source])
-    with tempfile.TemporaryDirectory() as folder:
-        seen = SeenHashes(Path(folder))
-        cleaner = Cleaner(corpus.report, seen)
-        try:
-            for document in corpus:
-                if cleaner.accept(*document):
-                    report.kept += 1
-                    yield f"{document.file}:{document.line}", document.text
-        finally:
-            seen.close()
-            _tell(corpus.report, report)
-
-
-def _tell(found: Report, report: RowReport) -> None:
-    """Put what was found of a corpus into the report of a data set; whole files are none of its rows."""
-    for kind, count in found.unused.items():
-        if kind in found.counts and count:
-            report.problems[kind] += count
-            report.examples[kind] = found.examples[kind]
-    report.left_out = found.left_out
-    report.rows = report.kept + report.left_out + report.problems.total()
-    for kind, count in found.files.items():
-        report.unread.append(f"{kind}: {count} whole files, not read (first: {', '.join(found.examples[kind])})")
-    report.unread += found.notices
+    """Yield the documents that pretraining would keep."""
+    with tempfile.TemporaryDirectory() as folder, closing(SeenHashes(Path(folder))) as seen:
+        cleaner = Cleaner(report, seen)
+        yield from (document for document in Corpus([source], report=report) if cleaner.accept(*document))
 
 
 def _kind_of_row(row: dict) -> str:

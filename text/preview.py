@@ -48,7 +48,7 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
             console.print(Text(f"  the answer to find: {item.answer}"))
         if remark := _remark(kind, sequences, sequence_length):
             console.print(Text(f"  {remark}", style="yellow"))
-    for line in report.notice_lines():
+    for line in report.file_lines() + report.notice_lines():
         console.print(Text(_printable(line), style="yellow"), soft_wrap=True)
 
 

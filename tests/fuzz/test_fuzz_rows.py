@@ -26,7 +26,7 @@ from text.chats.conversations import read_conversations
 from text.chats.preferences import read_preferences
 from text.chats.problems import open_problems
 from text.chats.prompts import read_prompts
-from text.sources.readers import Corpus
+from text.corpus.corpus import Corpus
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
 from text.tokenizer import Tokenizer

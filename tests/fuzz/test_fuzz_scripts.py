@@ -90,7 +90,7 @@ ENTRY_POINTS = {
     "world/reasoning.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
 }
 # Started by the others, never by a person.
-SERVANTS = {"model/decoding/native.py", "text/corpus/encoders.py", "text/judging/verifier.py"}
+SERVANTS = {"model/decoding/native.py", "text/judging/verifier.py"}
 
 
 def test_every_entry_point_is_thrown_at() -> None:

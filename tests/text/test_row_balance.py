@@ -170,7 +170,7 @@ def test_whole_files_are_no_rows(tokenizer, tokenizer_folder, run, printed, tmp_
     done = run(dataset.main, "check", folder, "--tokenizer", tokenizer_folder)
     checked = fates(done.out)
     assert checked.pop("documents") == told.pop("to train on") + told.pop("held out") and checked == told
-    assert "empty file: 1 whole files, not read" in done.out
+    assert "1 x file not read to its end: empty file" in done.out
 
 
 @pytest.mark.parametrize("rows", [CHATS, PAIRS, PROBLEMS, TEXTS], ids=["chats", "pairs", "problems", "text"])

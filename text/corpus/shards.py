@@ -1,8 +1,8 @@
-"""From a corpus of any format to token shards: once, by several processes, and continued where it was interrupted.
+"""From a corpus of any format to token shards: once, on several cores, and continued where it was interrupted.
 
 The work is cut into parts. A part is the documents, in the order of the corpus, up to the one that brings its tokens
-to `shard_tokens`; it becomes one train shard and one val shard, and then the index is written anew. What was
-interrupted goes on with the next part: the corpus before it is read again, which finds the duplicates again, but not
+to `shard_tokens`; it becomes one train shard and one val shard, and then the index is written again. What was
+interrupted resumes with the next part: the corpus before it is read again, which finds the duplicates again, but not
 tokenised again. The shards depend on the corpus and the recipe alone, not on the workers or on interruptions.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import sys
@@ -25,16 +24,14 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import UserError
-from text.corpus.cleaning import Cleaner, Report, SeenHashes
-from text.corpus.encoders import EncoderPool, peak_memory
-from text.corpus.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_safely
-from text.sources.parts import batches, parts
-from text.sources.readers import Corpus
+from text.corpus.cleaning import Cleaner, SeenHashes
+from text.corpus.corpus import Corpus
+from text.corpus.encoding import Encoded, cores, encode, parts, peak_memory
+from text.corpus.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_shard
+from text.files import json_text, replacing
 from text.sources.registry import Source
 from text.sources.row_report import balance
 from text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
-
-__all__ = ["ShardSet", "are_ready", "open_or_wait", "prepare_shards"]
 
 LOCK = "lock"
 HEARTBEAT_SECONDS = 5.0
@@ -64,35 +61,30 @@ class Recipe:
     def corpus(self, data: str | Sequence[Source]) -> Corpus:
         return Corpus(data, self.column, self.on_error, self.encoding)
 
+    def index(self, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return the index of a folder in which nothing is finished."""
+        made = {"layout": LAYOUT, "complete": False, "fingerprint": tokenizer.fingerprint, "eos_id": tokenizer.eos_id}
+        return {**made, "sources": corpus.identity(), "recipe": asdict(self), "parts": []}
+
 
 def prepare_shards(
-    data: str | Sequence[Source],
-    tokenizer: Tokenizer,
-    out: str | Path,
-    *,
-    column: str | None = None,
-    on_error: str = "skip",
-    encoding: str = "utf-8",
-    workers: int = 0,
-    val_fraction: float = 0.005,
-    min_chars: int = 1,
-    shard_tokens: int = 1 << 26,
+    data: str | Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, workers: int = 0, **options: Any
 ) -> ShardSet:
-    """Tokenise `data` (see `Corpus`) into the folder `out`; `workers=0` uses all cores.
+    """Tokenise `data` (see `Corpus`) into the folder `out`, on `workers` threads (0: all cores). options: a `Recipe`.
 
-    What is finished is opened at once, what was interrupted is continued, and when the tokenizer, the files (by path,
-    size or modification time) or the recipe changed, that is said and the work done anew. Prints what became of the
+    What is finished is opened at once, what was interrupted is continued; when the tokenizer, the files (by path, size
+    or modification time) or the recipe changed, that is reported and the work done again. Prints what became of the
     documents. Raises `UserError` for a vocabulary above 65,535 and for data that are refused, of which nothing is left
-    in `out`; `OSError` when the disk fills: then finished shards stay and the next call goes on from them. Of the ranks
-    of a run one calls this, the others `open_or_wait`.
+    in `out`; `OSError` when the disk fills: then finished shards stay and the next call continues after them. Of the
+    ranks of a run one calls this, the others `open_or_wait`.
     """
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
             f"tokenizer: {tokenizer.vocab_size:,} tokens do not fit 16-bit shards; use at most {MAX_VOCAB_SIZE:,}"
         )
-    recipe = Recipe(column, on_error, encoding, min_chars, val_fraction, shard_tokens)
-    corpus, out = recipe.corpus(data), Path(out)
-    index = _new_index(corpus, recipe, tokenizer)
+    recipe, out = Recipe(**options), Path(out)
+    corpus = recipe.corpus(data)
+    index = recipe.index(corpus, tokenizer)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
@@ -107,7 +99,7 @@ def prepare_shards(
             return found
         tokenizer.save(out / "tokenizer")
         try:
-            _prepare(corpus, recipe, index, out, workers)
+            _prepare(corpus, recipe, index, out, tokenizer, workers or cores())
         except UserError:
             if not index["parts"]:  # nothing that could be continued
                 _remove(out, made)
@@ -122,124 +114,142 @@ def open_or_wait(
     *,
     timeout: float = 600.0,
     check: Callable[[], None] = lambda: None,
+    workers: int = 0,
     **options: Any,
 ) -> ShardSet:
-    """What `prepare_shards` of another process makes of the same data and options, as soon as it is finished.
+    """Open what `prepare_shards` of another process makes of the same data and options, as soon as it is finished.
 
     check: called now and then; raises when that process has failed.
     Raises `UserError` when it gave no sign of life for `timeout` seconds.
     """
-    options.pop("workers", None)
-    recipe = Recipe(**options)
-    out = Path(out)
-    wanted = _new_index(recipe.corpus(data), recipe, tokenizer)
+    recipe, out = Recipe(**options), Path(out)
+    target = recipe.index(recipe.corpus(data), tokenizer)
     last_sign, signs = time.monotonic(), None
-    while True:
-        index = read_index(out)
-        if index is not None and index["complete"] and not _changes(index, wanted):
-            return ShardSet.open(out, tokenizer, checksums=False)
+    while not _is_ready(out, target):
         check()
         if signs != (signs := _stamp(out / INDEX)):
             last_sign = time.monotonic()
         elif time.monotonic() - last_sign >= timeout:
             raise UserError(f"{out}: no process has prepared shards for {timeout:.0f} s; look at rank 0's output")
         time.sleep(min(0.5, timeout / 4))
+    return ShardSet.open(out, tokenizer, checksums=False)
 
 
 def are_ready(
     data: str | Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, workers: int = 0, **options: Any
 ) -> bool:
-    """Whether this process finds in `out` all that `prepare_shards` would make of the same data and options.
+    """Return whether this process finds in `out` all that `prepare_shards` would make of the same data and options.
 
     Raises `UserError` for data that are not there.
     """
     recipe = Recipe(**options)
-    wanted, index = _new_index(recipe.corpus(data), recipe, tokenizer), read_index(Path(out))
-    return index is not None and index["complete"] and not _changes(index, wanted)
+    return _is_ready(Path(out), recipe.index(recipe.corpus(data), tokenizer))
 
 
-def _prepare(corpus: Corpus, recipe: Recipe, index: dict[str, Any], out: Path, workers: int) -> None:
+def _is_ready(out: Path, target: dict[str, Any]) -> bool:
+    index = read_index(out)
+    return index is not None and index["complete"] and not _changes(index, target)
+
+
+def _prepare(
+    corpus: Corpus, recipe: Recipe, index: dict[str, Any], out: Path, tokenizer: Tokenizer, workers: int
+) -> None:
     """Make the parts that are not in the index yet, and the finished index."""
-    begin, report = time.monotonic(), corpus.report
-    finished = len(index["parts"])
+    begin, report, finished = time.monotonic(), corpus.report, len(index["parts"])
     done = index["parts"][-1]["read"] if finished else 0
-    _write_json(out / INDEX, index)
+    _write_index(out, index)
     if finished:
         print(f"{out}: continuing after {finished} finished parts, {done:,} documents")
     seen = SeenHashes(out)
-    bar = tqdm(total=corpus.size or None, unit="B", unit_scale=True, desc="tokenise", **_bar_pace())
+    cleaner = Cleaner(report, seen, recipe.min_chars)
+    # In a log file each refresh is a line.
+    pace = {"mininterval": 0.2 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
+    bar = tqdm(total=corpus.size or None, unit="B", unit_scale=True, desc="tokenise", **pace)
     try:
-        with EncoderPool(out / "tokenizer", workers) as pool:
-            documents = _kept_documents(corpus, Cleaner(report, seen, recipe.min_chars), done, bar, out / INDEX)
-            for number, part in enumerate(parts(pool.map(batches(documents)), recipe.shard_tokens), finished):
-                has = {split: any(made[split] for made in index["parts"]) for split in SPLITS}
-                index["parts"].append(part.write(out, number, recipe.val_fraction, has["train"], has["val"]))
-                _write_json(out / INDEX, index)
-            index["workers"], pool_memory = pool.workers, pool.peak_memory
+        documents = encode(_kept_documents(corpus, cleaner, done, bar, out / INDEX), tokenizer, workers)
+        for number, part in enumerate(parts(documents, recipe.shard_tokens), finished):
+            index["parts"].append(_write_part(out, number, part, recipe.val_fraction, index["parts"]))
+            _write_index(out, index)
+        index["workers"] = workers
     finally:
         bar.close()
         seen.close()
     if not index["parts"]:
-        reasons = "; ".join(report.summary())
-        raise UserError(report.first_problem or f"{corpus.data}: no document is left after cleaning ({reasons})")
+        reasons = "; ".join(line.strip() for line in report.problem_lines())
+        raise UserError(report.first_error or f"{corpus.data}: no document is left after cleaning ({reasons})")
+    counts = dict(report.problems + report.files)
     index["complete"] = True
-    index["report"] = {
-        "kept": report.kept,
-        "characters": report.characters,
-        "counts": report.counts,
-        "examples": report.examples,
-    }
-    _write_json(out / INDEX, index)
-    _print_table(index, finished, report, time.monotonic() - begin, peak_memory() + pool_memory)
+    index["report"] = {"kept": report.kept, "characters": cleaner.characters, "counts": counts}
+    index["report"]["examples"] = report.examples
+    _write_index(out, index)
+    _print_table(index, finished, corpus, time.monotonic() - begin)
 
 
 def _kept_documents(
     corpus: Corpus, cleaner: Cleaner, done: int, bar: tqdm, index_file: Path
 ) -> Iterator[tuple[int, int, bytes]]:
-    """(number in the corpus from 1, hash, UTF-8 bytes) of each kept document after the first `done` of the corpus."""
+    """Yield (number in the corpus from 1, hash, UTF-8 bytes) of each kept document after the first `done`."""
     heartbeat = time.monotonic()
     for number, document in enumerate(corpus, 1):
         kept = cleaner.accept(*document)
         if kept and number > done:
             yield number, *kept
         if number % 256 == 0:
-            bar.update(corpus.position - bar.n)
+            bar.update(corpus.report.bytes_read - bar.n)
             if time.monotonic() - heartbeat > HEARTBEAT_SECONDS:
                 heartbeat = time.monotonic()
                 os.utime(index_file)
-    bar.update(corpus.position - bar.n)
+    bar.update(corpus.report.bytes_read - bar.n)
 
 
-def _new_index(corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "layout": LAYOUT,
-        "complete": False,
-        "fingerprint": tokenizer.fingerprint,
-        "eos_id": tokenizer.eos_id,
-        "sources": corpus.identity(),
-        "recipe": asdict(recipe),
-        "parts": [],
-    }
+def _write_part(
+    out: Path, number: int, part: list[Encoded], val_fraction: float, earlier: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write one part as a train and a val shard; return its part of the index."""
+    has_train, has_val = (any(made[split] for made in earlier) for split in SPLITS)
+    hashes = np.array([document.digest for document in part], np.uint64)
+    held_out = _hold_out(hashes, val_fraction, has_train, has_val)
+    shards = {}
+    for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
+        documents = [document for document, is_chosen in zip(part, chosen, strict=True) if is_chosen]
+        tokens = (np.frombuffer(document.tokens, np.uint16) for document in documents)
+        lengths = np.array([len(each.tokens) for each in documents], np.uint32)
+        sizes = np.array([each.size for each in documents], np.uint32)
+        shards[split] = write_shard(out, f"{split}-{number:05d}", tokens, lengths, sizes) if documents else None
+    return {"read": part[-1].number, **shards}
 
 
-def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """In which ways the work of one index is not that of another, in words."""
+def _hold_out(hashes: np.ndarray, fraction: float, has_train: bool, has_val: bool) -> np.ndarray:
+    """Return which documents are for validation, (documents,) bool: a share by hash, at least one of two documents.
+
+    has_...: whether earlier parts have such documents.
+    """
+    held_out = hashes < np.uint64(int(fraction * 2**64))
+    if fraction and not has_val and not held_out.any():
+        held_out[hashes.argmin()] = True
+    if not has_train and held_out.all():
+        held_out[hashes.argmax()] = False
+    return held_out
+
+
+def _changes(found: dict[str, Any], target: dict[str, Any]) -> list[str]:
+    """Return in which ways the work of one index is not that of another, in words."""
     changes = []
-    if found["fingerprint"] != wanted["fingerprint"]:
-        changes.append(f"the tokenizer changed ({found['fingerprint']} to {wanted['fingerprint']})")
-    if found["sources"] != wanted["sources"]:
+    if found["fingerprint"] != target["fingerprint"]:
+        changes.append(f"the tokenizer changed ({found['fingerprint']} to {target['fingerprint']})")
+    if found["sources"] != target["sources"]:
         changes.append("the data changed")
-    if options := [name for name in wanted["recipe"] if found["recipe"].get(name) != wanted["recipe"][name]]:
+    if options := [name for name in target["recipe"] if found["recipe"].get(name) != target["recipe"][name]]:
         changes.append(f"other options ({', '.join(options)})")
     return changes
 
 
-def _finished_parts(out: Path, wanted: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """The parts of an earlier run that can be used again, and whether they are all; says why others cannot."""
+def _finished_parts(out: Path, target: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """Return the reusable parts of an earlier run, and whether they are all; print why others are not."""
     found = read_index(out)
     if found is None:
         return [], False
-    if changes := _changes(found, wanted):
+    if changes := _changes(found, target):
         print(f"{out}: {' and '.join(changes)}; tokenising again")
         (out / INDEX).unlink()
         for shard in filter(None, (part[split] for part in found["parts"] for split in SPLITS)):
@@ -253,8 +263,9 @@ def _finished_parts(out: Path, wanted: dict[str, Any]) -> tuple[list[dict[str, A
     return found["parts"], found["complete"]
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    write_safely(file, [np.frombuffer(json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8"), np.uint8)])
+def _write_index(out: Path, index: dict[str, Any]) -> None:
+    with replacing(out / INDEX) as stream:
+        stream.write(json_text(index, indent=1).encode())
 
 
 def _remove(out: Path, made: Sequence[Path]) -> None:
@@ -275,9 +286,8 @@ def _only_one(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{out}: another process is preparing these shards; wait for it or choose another folder"
-                ) from error
+                message = f"{out}: another process is preparing these shards; wait for it or choose another folder"
+                raise UserError(message) from error
             print(f"notice: {out / LOCK}: this file system has no locks ({error.strerror})", file=sys.stderr)
         yield
 
@@ -289,32 +299,23 @@ def _stamp(file: Path) -> int:
         return 0
 
 
-def _bar_pace() -> dict[str, Any]:
-    # In a log file each refresh is a line.
-    return {"mininterval": 0.2 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
+def _print_table(index: dict[str, Any], done: int, corpus: Corpus, seconds: float) -> None:
+    """Print what became of the documents. Speed is that of the parts from number `done` on."""
 
+    def total(what: str, splits: Sequence[str] = SPLITS, first: int = 0) -> int:
+        return sum(part[split][what] for part in index["parts"][first:] for split in splits if part[split])
 
-def _print_table(index: dict[str, Any], done: int, report: Report, seconds: float, memory: int) -> None:
-    """What became of the documents. Speed is that of the parts from number `done` on, memory that of all processes."""
-    shards = [part[split] for part in index["parts"] for split in SPLITS if part[split]]
-    tokens, size = sum(shard["tokens"] for shard in shards), sum(shard["bytes"] for shard in shards)
-    val = sum(part["val"]["tokens"] for part in index["parts"] if part["val"])
-    fresh = sum(part[split]["bytes"] for part in index["parts"][done:] for split in SPLITS if part[split])
-    train, held = (sum(part[split]["documents"] for part in index["parts"] if part[split]) for split in SPLITS)
-    unused = report.unused
+    tokens, size, report = total("tokens"), total("bytes"), corpus.report
+    fates = {"to train on": total("documents", ["train"]), "held out": total("documents", ["val"])}
+    speed = f"{total('bytes', first=done) / 1e6 / seconds:.1f} MB/s on {index['workers']} cores, {seconds:.1f} s"
     rows = [
         ("documents kept", f"{report.kept:,}"),
-        (
-            "of the corpus",
-            balance(
-                train + held + sum(unused.values()), "documents", {"to train on": train, "held out": held, **unused}
-            ),
-        ),
-        *(("not kept", line) for line in report.summary()),
-        ("tokens", f"{tokens:,}, {val:,} of them for validation"),
+        ("of the corpus", balance(report.rows, "documents", {**fates, **report.unused_by_kind})),
+        *(("", line.strip()) for line in [*report.unread, *report.problem_lines()]),
+        ("tokens", f"{tokens:,}, {total('tokens', ['val']):,} of them for validation"),
         ("bytes of text", f"{size:,}, {size / tokens:.2f} a token"),
-        ("characters", f"{report.characters:,}, {report.characters / tokens:.2f} a token"),
-        ("speed", f"{fresh / 1e6 / seconds:.1f} MB/s, {index['workers']} processes, {seconds:.1f} s"),
-        ("peak memory", f"{memory / 1e6:,.0f} MB, all processes together"),
+        ("characters", f"{index['report']['characters']:,}, {index['report']['characters'] / tokens:.2f} a token"),
+        ("speed", speed),
+        ("peak memory", f"{peak_memory() / 1e6:,.0f} MB"),
     ]
     print("\n".join(f"  {name:<16}{value}" for name, value in rows))

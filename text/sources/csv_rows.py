@@ -1,4 +1,4 @@
-"""Rows and documents of CSV files, with line numbers, where one broken row costs only itself."""
+"""How a CSV file becomes rows: a column name -> text each, with its line; one broken row costs only itself."""
 
 from __future__ import annotations
 
@@ -7,57 +7,41 @@ import re
 from collections import deque
 from collections.abc import Iterator
 
-from text.sources.data_file import DataFile, FileProblem, Row, conversion
+from text.sources.data_file import DataFile, FileProblem
 
 # The line that Excel reads, and writes no more, before the header.
 SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?\s*', re.IGNORECASE)
 
 
-def read_csv(file: DataFile) -> Iterator[Row]:
-    """The wanted column of a CSV file. Raises `FileProblem` when the header is broken or has no such column."""
-    place = None
-    for header, fields, line in _rows(file):
-        if place is None:
-            place = header.index(file.column)
-        if file.usable(fields[place], line):
-            yield fields[place], line
-
-
-def csv_rows(file: DataFile) -> Iterator[tuple[dict[str, str], int]]:
-    """Whole rows of a CSV file by column, each with the line it begins at. Raises `FileProblem` on a broken header."""
-    for header, fields, line in _rows(file):
-        if all(file.usable(field, line) for field in fields):
-            yield dict(zip(header, fields, strict=True)), line
-
-
-def _rows(file: DataFile) -> Iterator[tuple[list[str], list[str], int]]:
-    """(header, fields, line) of each row of a CSV file with a header line, quoted as RFC 4180 says.
+def csv_rows(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the line at which each row begins, and the row, of a file with a header line, quoted as RFC 4180 says.
 
     Before the header, a line such as `sep=;` may name the separator, as Excel has it.
     A quote that is not closed would make one row of all that follows. Strict parsing notices it at the next quote, at
-    the row limit or at the end of the file; then only the row's first line is given up and reading goes on with the
-    second. Raises `FileProblem` when the header is broken or has no such column.
+    the row limit or at the end of the file; then only the row's first line is given up and reading resumes with the
+    second. Raises `FileProblem` when the header is broken or lacks the column.
     """
     csv.field_size_limit(file.row_limit)  # the module's own limit, 131,072, is less than an honest long document
     with file.open() as stream:
         feed = _RowFeed(file.lines(stream))
         try:
-            named = SEPARATOR.fullmatch(next(feed))
-            if not named:
+            separator = SEPARATOR.fullmatch(next(feed))
+            if not separator:
                 feed.give_back(0)
-            rows = csv.reader(feed, strict=True, delimiter=named[1] if named else ",")
+            rows = csv.reader(feed, strict=True, delimiter=separator[1] if separator else ",")
             feed.start_row()
             header = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            if "\0" in feed.row[-1][1]:
-                raise _no_bytes() from error
-            raise FileProblem(
-                "broken header", feed.row[0][0], f"no CSV header ({error})", "begin with column names"
-            ) from error
+            if "\0" not in feed.row[-1][1]:
+                problem, remedy = f"no CSV header ({error})", "begin with column names"
+                raise FileProblem("broken header", feed.row[0][0], problem, remedy) from error
+            header = ["\0"]
         if any("\0" in name for name in header):
-            raise _no_bytes()
+            raise FileProblem(
+                "undecodable", 1, "NUL bytes, as UTF-16 has them", file.conversion("UTF-16LE", "utf-16-le")
+            )
         if file.column is not None and file.column not in header:
             raise file.no_column(header, feed.row[0][0])
         while True:
@@ -67,22 +51,24 @@ def _rows(file: DataFile) -> Iterator[tuple[list[str], list[str], int]]:
             except StopIteration:
                 return
             except csv.Error as error:
-                _count_broken_row(file, feed, error)
+                _count_broken(file, feed, error)
                 feed.give_back()
                 continue
             line = feed.row[0][0]
-            if len(fields) == len(header):
-                yield header, fields, line
-            elif not fields:
-                file.report.drop("empty", file.path, line)
-            else:
+            if not fields:  # a blank line
+                continue
+            if len(fields) != len(header):
                 problem = f"{len(fields)} fields where the header has {len(header)}"
                 file.bad("field count", line, problem, "put text with commas or quotes in quotes")
                 feed.give_back()
+                continue
+            row = dict(zip(header, fields, strict=True))
+            if file.column is not None or file.usable(line, *fields):
+                yield line, row
 
 
 class _RowFeed:
-    """The lines that csv.reader asks for; remembers those of the row at hand, to give them back."""
+    """The lines that csv.reader asks for; remembers those of the current row, to give them back."""
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
@@ -105,15 +91,11 @@ class _RowFeed:
         return numbered[1]
 
 
-def _count_broken_row(file: DataFile, feed: _RowFeed, error: csv.Error) -> None:
+def _count_broken(file: DataFile, feed: _RowFeed, error: csv.Error) -> None:
     line = feed.row[0][0]
     if "\0" in feed.row[-1][1]:  # refused by the csv module itself before Python 3.11
-        file.usable("\0", line)
+        file.usable(line, "\0")
     elif "new-line" in str(error):
         file.bad("stray carriage return", line, "a carriage return in the row", "quote the text or end lines with \\n")
     else:
         file.bad("broken quote", line, "a quote that is not closed or not doubled", 'write " inside quotes as ""')
-
-
-def _no_bytes() -> FileProblem:
-    return FileProblem("undecodable", 1, "NUL bytes, as UTF-16 has them", conversion("UTF-16LE", "utf-16-le"))

@@ -1,4 +1,4 @@
-"""One file of a corpus: its characters, its numbered lines, and where its unreadable rows are counted."""
+"""One file of a source: its characters, its numbered lines, and what is done with rows that cannot be read."""
 
 from __future__ import annotations
 
@@ -8,125 +8,139 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from text.corpus.cleaning import Report
+from errors import UserError
+from text.sources.row_report import RowError, RowReport
 
 # The longest row in characters, and so the most that a broken quote can swallow before it is noticed.
 ROW_LIMIT = 4 << 20
-# After so many rows without the wanted column, no later one is expected to have it.
+# After so many rows without text in the column, no later one is expected to have it.
 COLUMN_TRIES = 100
 # Formats that may be packed with gzip, .gz behind their own suffix.
 ZIPPED = (".csv", ".json", ".jsonl", ".ndjson", ".txt")
-# What `save_to_disk` and the Hub write beside the data, and LLaMA-Factory's registry.
-METADATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
-
-Row = tuple[str, int]
-"""A document's text and the number, counted from 1, of the line or table row at which it begins."""
 
 
 def suffix_of(path: Path) -> str:
-    """In lower case, and without .gz where the format may be packed: what says how a file is read."""
+    """Return what says how a file is read: its suffix in lower case, without .gz where the format may be packed."""
     suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
     return inner if suffix == ".gz" and inner in ZIPPED else suffix
 
 
-class FileProblem(Exception):
+class FileProblem(RowError):
     """Why a file cannot be read any further: the kind it is counted under, the line, the problem and the remedy."""
 
     def __init__(self, kind: str, line: int | None, problem: str, remedy: str) -> None:
-        super().__init__(problem)
-        self.kind, self.line, self.problem, self.remedy = kind, line, problem, remedy
+        super().__init__(kind, f"{problem}; {remedy}")
+        self.line = line
 
 
 @dataclass
 class DataFile:
     """A file, or a data set on the Hub by its name, and how to read it.
 
-    `column` is the one that documents are taken from, None where whole rows are read; `position`: bytes read so far;
-    `element`: the number of the row in a list, 0 where there is none.
+    `column`: the one that holds the text, None where whole rows are read; `on_error`: "skip" counts rows that cannot be
+    read in `report`, "stop" raises `UserError` at the first. `position`: bytes read so far; `element`: the number of
+    the current row in a list, 0 where there is none.
     """
 
     path: Path | str
-    column: str | None
-    encoding: str
-    report: Report
+    report: RowReport
+    column: str | None = None
+    on_error: str = "skip"
+    encoding: str = "utf-8"
     row_limit: int = ROW_LIMIT
     position: int = field(default=0, init=False)
     element: int = field(default=0, init=False)
     _tries: int = field(default=0, init=False)
 
-    def bad(self, kind: str, line: int, problem: str, remedy: str) -> None:
-        """Count a row that cannot be read. Raises `UserError` with `on_error="stop"`."""
-        self.report.bad(kind, self.path, line, problem, remedy)
+    def place(self, line: int | None) -> str:
+        """Return where the current row begins, as it is printed in errors."""
+        return f"{self.path}{f':{line}' if line else ''}{f': element {self.element}' if self.element else ''}"
 
-    def usable(self, text: str, line: int) -> bool:
-        """Whether the text is characters; if not, it is counted."""
-        if "\0" in text:
+    def bad(self, kind: str, line: int, problem: str, remedy: str) -> None:
+        """Count a row that cannot be read, or stop at it."""
+        if self.on_error == "stop":
+            raise UserError(f"{self.path}:{line}: {problem}; {remedy}, or pass --on_error skip")
+        self.report.rows += 1
+        self.report.add_problem(f"{self.path}:{line}", RowError(kind, f"{problem}; {remedy}"))
+
+    def usable(self, line: int, *texts: str) -> bool:
+        """Return whether all texts are characters; if not, the row is counted."""
+        if any("\0" in text for text in texts):
             self.bad("NUL byte", line, "the text holds a NUL byte", "delete such bytes with tr -d '\\000'")
             return False
         try:
-            text.encode("utf-8")
+            for text in texts:
+                text.encode("utf-8")
         except UnicodeEncodeError:
-            self.bad("undecodable", line, f"not {self.encoding.upper()}", conversion("GBK", "gb18030"))
+            self.bad("undecodable", line, f"not {self.encoding.upper()}", self.conversion("GBK", "gb18030"))
             return False
         return True
 
-    def text_of(self, row: Any, line: int) -> Iterator[Row]:
-        """The wanted field of a JSON object or a row of the Hub; nothing, counted, when it has no text.
+    def text_of(self, row: Any, line: int) -> str | None:
+        """Return the text in the column, "" for null; None, counted, where there is none.
 
-        Raises `FileProblem` when none of the first `COLUMN_TRIES` rows has the column.
+        Raises `FileProblem` when none of the first `COLUMN_TRIES` rows has text there.
         """
         if not isinstance(row, dict):
-            self.bad("not an object", line, f"{type(row).__name__} where an object is expected", "mend the row")
-        elif self.column not in row:
-            problem = self.no_column(list(row), line)
-            self._tries += 1
-            if self._tries == COLUMN_TRIES:
-                raise problem
-            self.bad(problem.kind, line, problem.problem, problem.remedy)
-        else:
+            self.bad("not an object", line, f"{type(row).__name__} where an object is expected", "fix the row")
+            return None
+        value = row.get(self.column, self)
+        if value is None or (isinstance(value, str) and self.usable(line, value)):
             self._tries = COLUMN_TRIES
-            text = "" if row[self.column] is None else row[self.column]
-            if not isinstance(text, str):
-                problem = self.not_text(type(text).__name__, line)
-                self.bad(problem.kind, line, problem.problem, problem.remedy)
-            elif self.usable(text, line):
-                yield text, line
+            return value or ""
+        if isinstance(value, str):
+            return None
+        problem = self.no_column(list(row), line) if value is self else self._not_text(type(value).__name__, line)
+        self._tries += 1
+        if self._tries == COLUMN_TRIES:
+            raise problem
+        if self.on_error == "stop":
+            raise UserError(f"{self.path}:{line}: {problem}, or pass --on_error skip")
+        self.report.rows += 1
+        self.report.add_problem(f"{self.path}:{line}", problem)
+        return None
 
     def no_column(self, columns: list[str], line: int | None) -> FileProblem:
-        """The problem of a file or row that has other columns."""
+        """Return the problem of a file or row that has other columns."""
         names = ", ".join(repr(name) for name in columns) or "none"
         problem = f"no column {self.column!r}, the columns are: {names}"
         return FileProblem("no such column", line, problem, "name one of them as column")
 
-    def not_text(self, kind: str, line: int | None) -> FileProblem:
-        """The problem of a column or field that holds something else."""
+    def _not_text(self, kind: str, line: int) -> FileProblem:
         return FileProblem("not text", line, f"column {self.column!r} holds {kind}", "name a column of text")
+
+    def conversion(self, source: str, codec: str) -> str:
+        """Return the remedy for a file in another encoding than UTF-8; only text to train on can be given one."""
+        option = f", or pass encoding {codec}" if self.column else ""
+        return f"convert it with iconv -f {source} -t UTF-8{option}"
 
     @contextmanager
     def open(self) -> Iterator[TextIOWrapper]:
-        """The file's characters, unzipped; a byte that cannot be decoded becomes a lone surrogate.
+        """Open the file's characters, unzipped; a byte that cannot be decoded becomes a lone surrogate.
 
         Lines end at \\n alone, so that their numbers are an editor's.
         """
-        with open(self.path, "rb") as raw:
-            stream: Any = gzip.GzipFile(fileobj=raw) if str(self.path).lower().endswith(".gz") else raw
+        with open(self.path, "rb") as self._disk:
+            stream: Any = gzip.GzipFile(fileobj=self._disk) if str(self.path).lower().endswith(".gz") else self._disk
             head = stream.peek(4)[:4]
-            encoding = self.encoding
-            if encoding == "utf-8":
-                encoding = "utf-8-sig"
-                if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise FileProblem("undecodable", 1, "UTF-16, not UTF-8", conversion("UTF-16", "utf-16"))
+            encoding = "utf-8-sig" if self.encoding == "utf-8" else self.encoding
+            if self.encoding == "utf-8" and head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise FileProblem("undecodable", 1, "UTF-16, not UTF-8", self.conversion("UTF-16", "utf-16"))
             text = TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline="\n")
             try:
                 yield text
             finally:
                 text.detach()
 
+    def mark(self) -> None:
+        """Take down how far the file was read."""
+        self.position = self._disk.tell()
+
     def lines(self, stream: TextIOWrapper) -> Iterator[tuple[int, str]]:
-        """Numbered lines, each with its line end. A line above the limit is counted and passed over."""
-        limit, raw, number = self.row_limit, disk_file(stream), 0
+        """Yield numbered lines, each with its line end. A line above the limit is counted and passed over."""
+        limit, number = self.row_limit, 0
         while line := stream.readline(limit):
             number += 1
             if len(line) == limit and line[-1] != "\n":
@@ -135,16 +149,5 @@ class DataFile:
                 self.bad("too long", number, f"a line of {limit:,} characters or more", "break it into rows")
                 continue
             if number % 256 == 0:
-                self.position = raw.tell()
+                self.mark()
             yield number, line
-
-
-def conversion(source: str, codec: str) -> str:
-    """The remedy for a file in another encoding than UTF-8."""
-    return f"convert it with iconv -f {source} -t UTF-8, or pass encoding {codec}"
-
-
-def disk_file(stream: TextIOWrapper) -> BinaryIO:
-    """The file below the decoding and unzipping layers, whose position is in bytes of the disk."""
-    buffer: Any = stream.buffer
-    return buffer.fileobj if isinstance(buffer, gzip.GzipFile) else buffer

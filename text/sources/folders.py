@@ -1,8 +1,8 @@
 """The data files in a folder: all of them or, where the folder has splits, those of one.
 
-Splits are seen as `datasets` sees them. What `save_to_disk` wrote has them in dataset_dict.json, and the files of each
-in its state.json: what else lies there (`cache-*`) are results of `map` and `filter`. In other folders, as those that
-the Hub gives, they are in the names: train-00000-of-00001.parquet, test.jsonl, validation/0001.csv, chats_train.csv.
+Splits are recognised as `datasets` does it. What `save_to_disk` wrote has them in dataset_dict.json, and the files of
+each in its state.json: what else lies there (`cache-*`) are results of `map` and `filter`. In other folders, as those
+from the Hub, they are in the names: train-00000-of-00001.parquet, test.jsonl, validation/0001.csv, chats_train.csv.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from text.sources.data_file import METADATA, suffix_of
+from text.sources.data_file import suffix_of
 
 TRAIN = "train"
+# What `save_to_disk` and the Hub write beside the data, and LLaMA-Factory's registry.
+METADATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 SPLITS = {
     TRAIN: (TRAIN, "training"),
     "validation": ("validation", "valid", "val"),
@@ -33,7 +35,7 @@ SHARD = re.compile(r"[-_.]\d{5,}-of-\d{5,}.*")
 
 @dataclass
 class Folder:
-    """What a folder holds.
+    """What a folder and those below it hold, of the files of one split where it has several.
 
     `files`: of data, sorted; `strangers`: of other formats; `splits`: those there are; `others`: those left out.
     """
@@ -47,26 +49,27 @@ class Folder:
 
     @classmethod
     def read(cls, path: str | Path, suffixes: Collection[str], split: str = TRAIN) -> Folder:
-        """The folder and those below it; `split` is taken where there are several.
+        """Open a folder. Raises `UserError` where one cannot be read, or where there are splits but not this one.
 
-        Raises `UserError` where a folder cannot be read, or has splits but not this one. Names that tell of other
-        splits than train alone, as those of a test set, do not keep a folder from being trained on.
+        Names that indicate other splits alone, as those of a test set, do not keep a folder from being trained on.
         """
         folder = cls(Path(path), split)
         try:
             folder._walk(suffixes)
         except OSError as error:
-            raise UserError(
-                f"{error.filename or path}: {error.strerror}; check the path and its permissions"
-            ) from error
+            message = f"{error.filename or path}: {error.strerror}; check the path and its permissions"
+            raise UserError(message) from error
         folder.files.sort()
         folder._choose()
         return folder
 
-    def notice(self) -> str:
-        """One line about what was left out; nothing where nothing was."""
-        others = ", ".join(sorted(self.others))
-        return f"{self.path}: only the split {self.split} is read, not {others}" if others else ""
+    def notices(self) -> list[str]:
+        """Return one line each about splits and files that are left out."""
+        others, strangers = ", ".join(sorted(self.others)), sorted(file.name for file in self.strangers)
+        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        return [f"{self.path}: only the split {self.split} is read, not {others}"] * bool(others) + [
+            f"{self.path}: {len(strangers)} of other formats not read: {shown}"
+        ] * bool(strangers)
 
     def _walk(self, suffixes: Collection[str]) -> None:
         def fail(error: OSError) -> None:
@@ -86,13 +89,11 @@ class Folder:
                 names = [Path(str(file.get("filename"))).name for file in saved if isinstance(file, dict)]
                 folders.clear()
             for name in names:
-                if suffix_of(Path(name)) in suffixes and name not in METADATA and not name.startswith("."):
-                    self.files.append(place / name)
-                elif not name.startswith("."):
-                    self.strangers.append(place / name)
+                if name not in METADATA and not name.startswith("."):
+                    (self.files if suffix_of(Path(name)) in suffixes else self.strangers).append(place / name)
 
     def _saved_split(self, place: Path, splits: list[Any]) -> str:
-        """The folder in which `save_to_disk` put the split of a DatasetDict."""
+        """Return the folder in which `save_to_disk` put the split of a DatasetDict."""
         found = [name for name in splits if name == self.split] or [
             name for name in splits if isinstance(name, str) and SPLIT_OF.get(name) == SPLIT_OF.get(self.split, "")
         ]
@@ -130,7 +131,7 @@ class Folder:
 
 
 def _listed(place: Path, names: list[str], name: str) -> list[Any]:
-    """The list in a file of `save_to_disk`; empty where there is none."""
+    """Return the list in a file of `save_to_disk`; empty where there is none."""
     if name not in names:
         return []
     try:
@@ -142,7 +143,7 @@ def _listed(place: Path, names: list[str], name: str) -> list[Any]:
 
 
 def _names(file: Path) -> list[str]:
-    """What may name a file's split, the likeliest first: its name, the words at its ends, the folders it is in."""
+    """Return what may name a file's split, the likeliest first: its name, the words at its ends, its folders."""
     name = file.name.lower()
     stem = SHARD.sub("", name)
     if stem == name:

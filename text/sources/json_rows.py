@@ -1,4 +1,4 @@
-"""Rows and documents of JSON files of any size, with line numbers, in bounded memory.
+"""Rows of JSON files of any size, with line numbers, in bounded memory.
 
 A file has one value a line (JSON lines), a list of values, an object with such a list in it, or values that go over
 several lines: pretty-printed rows, or a single object. Which of these is seen from its content, not from its name.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from typing import Any
 
-from text.sources.data_file import DataFile, FileProblem, Row, disk_file
+from text.sources.data_file import DataFile, FileProblem
 
 CHUNK = 1 << 20
 # What an object calls the list of its rows: SQuAD and many exports, and LMFlow.
@@ -24,55 +24,45 @@ DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" els
 WORD = 9
 
 
-def read_json(file: DataFile) -> Iterator[Row]:
-    """The text column of each row of a JSON file."""
-    for row, line in json_rows(file):
-        yield from file.text_of(row, line)
+def json_rows(file: DataFile) -> Iterator[tuple[int, Any]]:
+    """Yield the line at which each value begins, and the value; `file.element` is its number in a list.
 
-
-def json_rows(file: DataFile) -> Iterator[tuple[Any, int]]:
-    """The values of a JSON file, each with the line it begins at; `file.element` is its number in a list.
-
-    Raises `FileProblem` where anything but JSON lines breaks: nothing tells where the next value would begin.
+    Raises `FileProblem` where anything but JSON lines breaks: nothing shows where the next value would begin.
     """
-    begin = _begin(file)
+    with file.open() as stream:
+        begin = _first_value(stream.read(file.row_limit))
     with file.open() as stream:
         values = _lines(file, stream) if begin is None else _values(file, stream, *begin)
-        for value, text, line in values:
-            # A document's other columns may be what they like.
-            if file.column is not None or file.usable(text, line):
-                yield value, line
+        for line, value, text in values:
+            # The other columns of a text to train on may be what they like.
+            if file.column is not None or file.usable(line, text):
+                yield line, value
 
 
-def _begin(file: DataFile) -> tuple[int, str] | None:
-    """Where the values begin, in characters, and what closes them, "" where it is the end; None for JSON lines."""
-    with file.open() as stream:
-        blank = 0
-        while (first := stream.readline(file.row_limit)).isspace():
-            blank += len(first)
-        following = first
-        while following and (following is first or following.isspace()):
-            following = stream.readline(file.row_limit)
-    if len(first) == file.row_limit and first[-1] != "\n":  # what follows is the same line
-        following = ""
-    text = first.strip()
-    start = blank + first.find(text)
-    if text.startswith("["):
-        return None if _is_conversation(text) else (start + 1, "]")
-    spans = _goes_on(text, following.lstrip())
-    if not text.startswith("{") or (following and not spans):
+def _first_value(head: str) -> tuple[int, str] | None:
+    """Return where the values begin, in characters, and what closes them, "" for the end; None for JSON lines.
+
+    head: the beginning of the file.
+    """
+    text = head.lstrip()
+    start = len(head) - len(text)
+    first, _, following = text.partition("\n")
+    first, following = first.rstrip(), following.lstrip()
+    if first.startswith("["):
+        return None if _is_conversation(first) else (start + 1, "]")
+    spans = _goes_on(first, following)
+    if not first.startswith("{") or (following and not spans):
         return None
-    with file.open() as stream:
-        place = _list_within(stream.read(start + file.row_limit), start)
+    place = _list_within(head, start)
     if place is not None:
         return place, "]}"
     return (start, "") if spans else None
 
 
-def _is_conversation(text: str) -> bool:
-    """Whether a line that begins with [ is a row, a list of messages, and not the beginning of a list of rows."""
+def _is_conversation(line: str) -> bool:
+    """Return whether a line that begins with [ is a row, a list of messages, and not the start of a list of rows."""
     try:
-        first, _ = DECODER.raw_decode(text, BETWEEN.match(text, 1).end())
+        first, _ = DECODER.raw_decode(line, BETWEEN.match(line, 1).end())
     except (ValueError, RecursionError):
         return False
     return _is_message(first)
@@ -82,19 +72,19 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
-def _goes_on(text: str, following: str) -> bool:
-    """Whether the value that a line begins goes on in the following one: a line of JSON lines may be cut short too."""
+def _goes_on(line: str, following: str) -> bool:
+    """Return whether a line's value continues in what follows: a line of JSON lines may be cut short too."""
     try:
-        DECODER.decode(text)
+        DECODER.decode(line)
     except json.JSONDecodeError as error:
-        return bool(following) and error.pos >= len(text) - 1 and (text[-1] in "[:" or following[0] != "{")
+        return bool(following) and error.pos >= len(line) - 1 and (line[-1] in "[:" or following[0] != "{")
     except (ValueError, RecursionError):
         pass
     return False
 
 
 def _list_within(text: str, place: int) -> int | None:
-    """Where, in an object, the list of its rows begins; None where it has none within the text."""
+    """Return where, in an object, the list of its rows begins; None where it has none within the text."""
     try:
         while True:
             name, place = DECODER.raw_decode(text, BETWEEN.match(text, place + 1).end())
@@ -109,25 +99,24 @@ def _list_within(text: str, place: int) -> int | None:
         return None
 
 
-def _lines(file: DataFile, stream: TextIOWrapper) -> Iterator[tuple[Any, str, int]]:
-    """(value, its text, line) of each line that is not blank. One that is no JSON is counted."""
+def _lines(file: DataFile, stream: TextIOWrapper) -> Iterator[tuple[int, Any, str]]:
+    """Yield (line, value, its text) of each line that is not blank. One that is not JSON is counted."""
     for line, text in file.lines(stream):
         if text.isspace():
             continue
         try:
             value = DECODER.decode(text.rstrip())
         except (ValueError, RecursionError) as error:
-            if file.usable(text, line):
-                file.bad("broken JSON", line, f"broken JSON ({error})", "mend or delete the line")
+            if file.usable(line, text):
+                file.bad("broken JSON", line, f"broken JSON ({error})", "fix or delete the line")
             continue
-        yield value, text, line
+        yield line, value, text
 
 
-def _values(file: DataFile, stream: TextIOWrapper, place: int, closed: str) -> Iterator[tuple[Any, str, int]]:
-    """The same of each value from a place on, one at a time, up to what closes them."""
-    raw, line = disk_file(stream), 1
+def _values(file: DataFile, stream: TextIOWrapper, place: int, closed: str) -> Iterator[tuple[int, Any, str]]:
+    """Yield the same of each value from a place on, one at a time, up to what closes them."""
     text = stream.read(max(CHUNK, place + 1))
-    line += text.count("\n", 0, place)
+    line = 1 + text.count("\n", 0, place)
     while True:
         start = BETWEEN.match(text, place).end()
         line += text.count("\n", place, start)
@@ -142,8 +131,8 @@ def _values(file: DataFile, stream: TextIOWrapper, place: int, closed: str) -> I
                 problem, broken = str(error).split(": line")[0], getattr(error, "pos", place)
                 cut = broken >= len(text) - WORD or "Unterminated" in problem
             else:
-                file.element = file.element + 1 if closed else 0
-                yield value, text[place:end], line
+                file.element += bool(closed)
+                yield line, value, text[place:end]
                 line += text.count("\n", place, end)
                 place = end
                 continue
@@ -153,13 +142,13 @@ def _values(file: DataFile, stream: TextIOWrapper, place: int, closed: str) -> I
             what = f"an object of more than {file.row_limit:,} characters"
             raise FileProblem("too long", line, what, "write it as rows, one a line (.jsonl)")
         more = stream.read(max(CHUNK, len(rest))) if cut else ""
-        file.position = raw.tell()
+        file.mark()
         if not more and not rest and not closed:
             return
         if not more:
             line += text.count("\n", place, broken)
             where = f"the JSON array breaks off in element {file.element + 1}" if closed else "broken JSON"
-            remedy = "mend it, or write one row a line (.jsonl), where a broken line costs only itself"
+            remedy = "fix it, or write one row a line (.jsonl), where a broken line costs only itself"
             raise FileProblem("broken JSON", line, f"{where} ({problem})", remedy)
         text, place = rest + more, 0
     if closed == "]" and (text[place + 1 :] + stream.read(CHUNK)).strip():

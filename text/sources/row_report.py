@@ -23,9 +23,9 @@ class UnwantedRow(RowError):
 
 
 def balance(total: int, what: str, fates: Mapping[str, int]) -> str:
-    """`7473 rows = 7234 to train on + 149 held out + 90 too long`: what became of each, once.
+    """Return `7473 rows = 7234 to train on + 149 held out + 90 too long`: what became of each, once.
 
-    fates: counts by name, which add up to the total. The first is always said, others where there are any.
+    fates: counts by name, which add up to the total. The first is always shown, others where they are not 0.
     """
     first, *others = (f"{count} {name}" for name, count in fates.items() if count or name == next(iter(fates)))
     return f"{total} {what} = {' + '.join([first, *others])}"
@@ -33,11 +33,11 @@ def balance(total: int, what: str, fates: Mapping[str, int]) -> str:
 
 @dataclass
 class RowReport:
-    """What was read. `rows` = `kept` + `left_out` (more than the samples wanted) + all `problems`.
+    """What was read. `rows` = `kept` + `left_out` (more than the requested samples) + all `problems`.
 
-    `examples` holds the first few places of each kind of problem. `notices`: what was found in rows that are used all
-    the same, with the number of such rows and the place of the first; `pending`: those of the row at hand. `unread`:
-    lines that say which files of a folder were not read.
+    `files`: whole files that could not be read, by kind; `examples`: the first places of each kind. `notices`: what was
+    found in rows that are used all the same, with the number of such rows and the place of the first; `pending`: those
+    of the current row. `unread`: lines that say which files of a folder were not read.
     """
 
     rows: int = 0
@@ -45,16 +45,26 @@ class RowReport:
     bytes_read: int = 0
     left_out: int = 0
     problems: Counter[str] = field(default_factory=Counter)
+    files: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    first_error: str = ""
     notices: dict[str, tuple[int, str]] = field(default_factory=dict)
     pending: set[str] = field(default_factory=set)
     unread: list[str] = field(default_factory=list)
 
     def add_problem(self, place: str, error: RowError) -> None:
-        self.problems[error.kind] += 1
-        examples = self.examples.setdefault(error.kind, [])
-        if len(examples) < EXAMPLES_SHOWN:
-            examples.append(f"{place}: {error}")
+        """Count a row that cannot be used."""
+        self._count(self.problems, error.kind, f"{place}: {error}")
+        self.first_error = self.first_error or f"{place}: {error}"
+
+    def drop(self, kind: str, place: str) -> None:
+        """Count a row that reads well and is not wanted."""
+        self._count(self.problems, kind, place)
+
+    def add_file(self, kind: str, place: str, what: str = "") -> None:
+        """Count a file that cannot be read, or not from `place` on."""
+        self._count(self.files, kind, f"{place}: {what}" if what else place)
+        self.first_error = self.first_error or (f"{place}: {what}" if what else "")
 
     def settle_notices(self, place: str) -> None:
         """Count the notices of the row at `place`; of kinds beyond the first `MOST_NOTICES` none is remembered."""
@@ -65,17 +75,29 @@ class RowReport:
         self.pending.clear()
 
     def lines(self) -> list[str]:
-        """The report for people: one line of totals, then each kind of problem with its first examples."""
+        """Return the report for people: one line of totals, then each kind of problem with its first examples."""
         lines = [*self.unread, f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
         if self.left_out:
             lines.append(f"  {self.left_out} good rows left out: more than the samples that were asked for")
+        return lines + self.problem_lines() + self.notice_lines()
+
+    def problem_lines(self) -> list[str]:
+        """Return each kind of problem with its first examples, the most frequent first."""
+        lines = []
         for kind, count in self.problems.most_common():
-            lines.append(f"  {count} x {kind}")
-            lines += [f"    {example}" for example in self.examples[kind]]
-        return lines + self.notice_lines()
+            lines += [f"  {count} x {kind}", *(f"    {example}" for example in self.examples[kind])]
+        return lines + self.file_lines()
+
+    def file_lines(self) -> list[str]:
+        """Return each kind of problem of whole files with its first examples."""
+        lines = []
+        for kind, count in self.files.most_common():
+            found = f"  {count} x file not read to its end: {kind}"
+            lines += [found, *(f"    {example}" for example in self.examples[kind])]
+        return lines
 
     def notice_lines(self) -> list[str]:
-        """One line for each kind of notice, the most frequent first."""
+        """Return one line for each kind of notice, the most frequent first."""
         counted = sorted(self.notices.items(), key=lambda item: -item[1][0])
         return [f"  notice: {count} x {notice}; the first: {first}" for notice, (count, first) in counted]
 
@@ -84,14 +106,25 @@ class RowReport:
         """What became of the rows that were not kept, for `balance`."""
         return {"more than were asked for": self.left_out, "skipped": self.problems.total()}
 
+    @property
+    def unused_by_kind(self) -> dict[str, int]:
+        """The same, with the problems by kind."""
+        return {"more than were asked for": self.left_out, **self.problems}
+
     def why_empty(self) -> str:
-        """One line of reasons why no row was kept."""
-        counts = ", ".join(f"{count} x {kind}" for kind, count in self.problems.most_common())
+        """Return one line of reasons why no row was kept."""
+        counts = ", ".join(f"{count} x {kind}" for kind, count in (self.problems + self.files).most_common())
         first = next((examples[0] for examples in self.examples.values()), "name a file")
         return f"{self.rows} rows, all skipped: {counts}; the first: {first}"
 
+    def _count(self, counts: Counter[str], kind: str, example: str) -> None:
+        counts[kind] += 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES_SHOWN:
+            examples.append(example)
+
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words for an error message."""
+    """Return what a JSON value is, in words for an error message."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
     return "missing" if value is None else names.get(type(value), type(value).__name__)

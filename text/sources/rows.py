@@ -1,83 +1,69 @@
-"""The rows of a source, whatever holds them, each with its place: for data sets of small records such as conversations.
+"""The one way in: (place, row) of every row of a source, whatever holds it; the place is the one printed in errors.
 
-JSON, JSON lines, CSV, Parquet and Arrow files (the text formats also with .gz), folders of them, and the Hub. A row
-that cannot be read or used is counted and shown; a file that cannot be read to its end stops the reading always, since
-nothing tells how much is lost.
+JSON, JSON lines, CSV, Parquet and Arrow files, folders of them, and the Hub give whole rows (`read_rows`), which
+`placed_rows` converts; with a column, and from plain text too, they give that column's text (`text_rows`). Local files
+are not read with `datasets`: there one broken quote or byte ends a whole file, and no row has a line.
 """
 
 from __future__ import annotations
 
+import heapq
+import re
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from errors import UserError
+from text.order import scramble
 from text.sources.csv_rows import csv_rows
 from text.sources.data_file import DataFile, FileProblem, suffix_of
-from text.sources.folders import Folder
-from text.sources.hub import hub_rows
+from text.sources.folders import METADATA, Folder
 from text.sources.json_rows import json_rows
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow
-from text.sources.sampling import sample_by_count
-from text.sources.table_rows import arrow_rows, parquet_rows, without_nulls
+from text.sources.table_rows import table_rows, without_nulls
 
-READERS: dict[str, Callable[[DataFile], Iterator[tuple[Any, int]]]] = {
-    ".json": json_rows,
-    ".jsonl": json_rows,
-    ".ndjson": json_rows,
-    ".csv": csv_rows,
-    ".parquet": parquet_rows,
-    ".arrow": arrow_rows,
-}
-SUFFIXES = tuple(READERS)
+# Plain text has no rows: a document ends at a blank line, or with the line that makes it this many characters long.
+TEXT_DOCUMENT = 8192
 
 Item = TypeVar("Item")
 
 
-def row_files(source: Source, report: RowReport | None = None) -> list[Path]:
-    """The file itself, or the files of rows in and below a folder, sorted. Raises `UserError` when there is none.
+def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tuple[str, object]]:
+    """Yield (place, row) of each row; those that cannot be read are counted, or with "stop" raise `UserError`.
 
-    What is left out for being of another split is a notice of the report.
+    Raises `UserError` for a file that cannot be read to its end, since nothing shows how much is lost.
     """
-    path = Path(source.path)
-    if path.is_dir():
-        folder = Folder.read(path, SUFFIXES, source.split)
-        if not folder.files:
-            raise UserError(f"{path}: the folder has no {', '.join(SUFFIXES)} file; name a file or another folder")
-        if report and (notice := folder.notice()):
-            report.unread.append(notice)
-        return folder.files
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check the path")
-    if suffix_of(path) not in SUFFIXES:
-        raise UserError(f"{path}: rows are read from {', '.join(SUFFIXES)} files; convert it")
-    return [path]
+    for path in row_files(source, SUFFIXES, report):
+        file = DataFile(path, report, on_error=on_error)
+        try:
+            yield from _rows_of_file(file, source)
+        except FileProblem as problem:
+            raise _refusal(file, problem) from problem
 
 
-def source_bytes(source: Source) -> int:
-    """The bytes of a source's files; 0 for the Hub."""
-    return 0 if source.is_hub else sum(file.stat().st_size for file in row_files(source))
+def text_rows(file: DataFile, source: Source) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) of each row of a file; one that cannot be read to its end is counted, or with "stop" refused.
 
-
-def converted_rows(
-    source: Source | str | Path, convert: Callable[[object], Item], on_error: str, report: RowReport
-) -> Iterator[Item]:
-    """What `convert` makes of each row of a source, in order; with `samples`, of so many of those that it can use.
-
-    A row for which `convert` raises `RowError` is counted in `report` (`on_error="skip"`) or raises `UserError`
-    (`on_error="stop"`).
+    Raises `UserError` with `on_error="stop"` at the first row that cannot be read.
     """
-    for _, item in placed_rows(source, convert, on_error, report):
-        yield item
+    try:
+        yield from _rows_of_file(file, source)
+    except FileProblem as problem:
+        if file.on_error == "stop":
+            raise _refusal(file, problem, ", or skip and count it with --on_error skip") from problem
+        file.report.add_file(problem.kind, _place_of(file, problem), str(problem))
 
 
 def placed_rows(
     source: Source | str | Path, convert: Callable[[object], Item], on_error: str, report: RowReport
 ) -> Iterator[tuple[str, Item]]:
-    """`converted_rows`, each with the place of its row."""
+    """Yield the place of each row and what `convert` makes of it; with `samples`, of so many of those it can use.
+
+    A row for which `convert` raises `RowError` is counted in `report` (`on_error="skip"`) or raises `UserError`
+    (`on_error="stop"`).
+    """
     if on_error not in ("skip", "stop"):
         raise UserError(f"--on_error {on_error}: must be 'skip' or 'stop'")
     source = Source.of(source)
@@ -92,23 +78,59 @@ def placed_rows(
     yield from chosen
 
 
-def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tuple[str, object]]:
-    """(place, row) of each row of a source; those that cannot be read are counted, or with "stop" raise `UserError`.
+def converted_rows(
+    source: Source | str | Path, convert: Callable[[object], Item], on_error: str, report: RowReport
+) -> Iterator[Item]:
+    """Yield what `placed_rows` does, without the places."""
+    for _, item in placed_rows(source, convert, on_error, report):
+        yield item
 
-    Raises `UserError` for a file that cannot be read to its end.
+
+def row_files(source: Source, suffixes: Iterable[str], report: RowReport) -> list[Path | str]:
+    """Return the file itself, those in and below a folder, sorted, or the name of a data set on the Hub.
+
+    What is left out for being of another split goes into the report. Raises `UserError` when there is none.
     """
     if source.is_hub:
-        try:
-            for number, row in enumerate(hub_rows(source), start=1):
-                yield f"{source.path}:{number}", without_nulls(row)
-        except FileProblem as problem:
-            raise UserError(f"{source.path}: {problem}; {problem.remedy}") from problem
-        return
-    for file in row_files(source, report):
-        try:
-            yield from _rows_of_file(file, on_error, report)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{file}: cannot be read ({error}); fetch or mend it") from error
+        return [source.path]
+    path, formats = Path(source.path), ", ".join(suffixes)
+    try:
+        if path.is_dir():
+            folder = Folder.read(path, suffixes, source.split)
+            if not folder.files:
+                raise UserError(f"{path}: the folder has no data; put files of {formats} there")
+            report.unread += folder.notices()
+            return list(folder.files)
+        if path.is_file():
+            if suffix_of(path) not in suffixes or path.name in METADATA:
+                raise UserError(f"{path}: a format that is not read; give one of {formats}")
+            with open(path, "rb"):
+                return [path]
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}; check the path and its permissions") from error
+    raise UserError(f"{path}: no such file or folder; check the path")
+
+
+def source_bytes(source: Source) -> int:
+    """Return the bytes of a source's files of rows; 0 for the Hub."""
+    files = row_files(source, SUFFIXES, RowReport())
+    return sum(file.stat().st_size for file in files if isinstance(file, Path))
+
+
+def sample_by_count(items: Iterable[Item], count: int, seed: int = 0) -> list[Item]:
+    """Return `count` of the items, or all when there are fewer, in their order; each has the same chance.
+
+    Taken are those whose seed and number scramble to the lowest values, so that what is added at the end of the data
+    replaces few of them. In memory is the sample alone.
+    """
+    kept: list[tuple[int, int, Item]] = []  # a heap with the highest draw first
+    for number, item in enumerate(items):
+        entry = (-scramble(seed, number), number, item)
+        if len(kept) < count:
+            heapq.heappush(kept, entry)
+        elif entry > kept[0]:
+            heapq.heapreplace(kept, entry)
+    return [item for _, _, item in sorted(kept, key=lambda entry: entry[1])]
 
 
 def _converted(
@@ -121,7 +143,7 @@ def _converted(
             item = convert(row)
         except RowError as error:
             if on_error == "stop" and not isinstance(error, UnwantedRow):
-                raise UserError(f"{place}: {error}; mend or drop the row or pass --on_error skip") from error
+                raise UserError(f"{place}: {error}; fix or drop the row or pass --on_error skip") from error
             report.add_problem(place, error)
             continue
         report.kept += 1
@@ -129,38 +151,76 @@ def _converted(
         yield place, item
 
 
-def _rows_of_file(path: Path, on_error: str, report: RowReport) -> Iterator[tuple[str, object]]:
-    before, problems, is_empty = report.bytes_read, report.problems.total(), True
-    file = DataFile(path, None, "utf-8", _Counted(report, on_error))
+def _rows_of_file(file: DataFile, source: Source) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row), or with a column (place, text). Raises `FileProblem` for what ends the reading early."""
+    report, before, is_empty = file.report, file.report.bytes_read, True
+    problems = report.problems.total()
+    rows = _hub_rows(file, source) if source.is_hub else READERS[suffix_of(Path(file.path))](file)
     try:
-        for row, line in READERS[suffix_of(path)](file):
+        for line, row in rows:
             is_empty = False
-            yield f"{path}:{line}" + (f": element {file.element}" if file.element else ""), row
+            if file.column is None or (row := file.text_of(row, line)) is not None:
+                yield file.place(line), row
             report.bytes_read = before + file.position
-    except FileProblem as problem:
-        place = f"{path}:{problem.line}" if problem.line else str(path)
-        raise UserError(f"{place}: {problem}; {_possible(problem.remedy)}") from problem
+    except UnicodeError as error:
+        raise FileProblem("undecodable", None, str(error), "name the encoding it has") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise FileProblem("unreadable file", None, f"cannot be read ({error})", "fetch or fix it") from error
     if is_empty and report.problems.total() == problems:
-        raise UserError(f"{path}: is empty; name a file that has rows")
+        raise FileProblem("empty file", None, "is empty", "name a file that has rows")
 
 
-@dataclass
-class _Counted:
-    """What the readers that pretraining's corpora share cannot read, counted in a `RowReport`."""
-
-    report: RowReport
-    on_error: str
-
-    def bad(self, kind: str, file: Path, line: int, problem: str, remedy: str) -> None:
-        if self.on_error == "stop":
-            raise UserError(f"{file}:{line}: {problem}; {_possible(remedy)}, or pass --on_error skip")
-        self.report.rows += 1
-        self.report.add_problem(f"{file}:{line}", RowError(kind, f"{problem}; {_possible(remedy)}"))
-
-    def drop(self, kind: str, file: Path, line: int) -> None:
-        """Blank lines are no rows."""
+def _place_of(file: DataFile, problem: FileProblem) -> str:
+    return f"{file.path}:{problem.line}" if problem.line else str(file.path)
 
 
-def _possible(remedy: str) -> str:
-    """The remedy without the encoding that only text can be given."""
-    return remedy.partition(", or pass encoding")[0]
+def _refusal(file: DataFile, problem: FileProblem, hint: str = "") -> UserError:
+    return UserError(f"{_place_of(file, problem)}: {problem}{hint}")
+
+
+def _text_documents(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield plain text: a blank line ends a document, and so does the line that brings it to `TEXT_DOCUMENT`."""
+    with file.open() as stream:
+        document: list[str] = []
+        size, first, line = 0, 1, 1
+        while True:
+            piece = stream.readline(TEXT_DOCUMENT)  # a line longer than a document comes in pieces
+            blank = not piece or piece.isspace()
+            if not blank and file.usable(line, piece):
+                first = first if document else line
+                document.append(piece)
+                size += len(piece)
+            if document and (blank or size >= TEXT_DOCUMENT):
+                file.mark()
+                yield first, {file.column: "".join(document).rstrip("\r\n")}
+                document, size = [], 0
+            if not piece:
+                return
+            line += piece[-1] == "\n"
+
+
+def _hub_rows(file: DataFile, source: Source) -> Iterator[tuple[int, Any]]:
+    """Stream the rows of a data set on the Hub. Raises `FileProblem` when the Hub does not give it."""
+    import datasets
+
+    more = {"data_dir": source.folder} if source.folder else {}
+    try:
+        rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True, **more)
+        for number, row in enumerate(rows, 1):
+            yield number, without_nulls(row) if file.column is None else row
+    except (OSError, ValueError, RuntimeError) as error:
+        line = re.split(r"[\r\n]", str(error), maxsplit=1)[0] or type(error).__name__
+        problem = f"no such path here, and the Hub does not give it ({line})"
+        raise FileProblem("unreadable file", None, problem, "check the path or the name and the network") from error
+
+
+READERS: dict[str, Callable[[DataFile], Iterator[tuple[int, Any]]]] = {
+    ".csv": csv_rows,
+    ".jsonl": json_rows,
+    ".ndjson": json_rows,
+    ".json": json_rows,
+    ".parquet": table_rows,
+    ".arrow": table_rows,
+    ".txt": _text_documents,
+}
+SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")

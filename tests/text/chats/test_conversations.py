@@ -184,7 +184,7 @@ def test_a_broken_row_is_counted_and_shown_or_stops(tmp_path: Path, line: bytes,
     with pytest.raises(UserError) as error:
         list(read_conversations(path, on_error="stop"))
     is_read = kind not in ("broken JSON", "undecodable", "NUL byte")
-    assert str(error.value) == f"{first}{'; mend or drop the row' if is_read else ','} or pass --on_error skip"
+    assert str(error.value) == f"{first}{'; fix or drop the row' if is_read else ','} or pass --on_error skip"
 
 
 def test_elements_of_an_array_are_named_by_line_and_number(tmp_path: Path) -> None:
@@ -234,8 +234,8 @@ def test_paths_without_rows_are_named(tmp_path: Path) -> None:
     write(tmp_path, b"q,a\n1,2\n", "data.docx")
     for name, what in [
         ("nowhere.json", "no such file"),
-        ("folder", r"the folder has no \.json, \.jsonl"),
-        ("data.docx", r"rows are read from \.json"),
+        ("folder", "the folder has no data; put files of .csv"),
+        ("data.docx", "a format that is not read; give one of .csv"),
     ]:
         with pytest.raises(UserError, match=f"{name}: {what}"):
             list(read_conversations(tmp_path / name))

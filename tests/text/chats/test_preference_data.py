@@ -187,7 +187,7 @@ def test_bad_rows_are_counted_with_their_places(tmp_path):
     assert len(list(read_preferences(path, "skip", report))) == 2
     assert (report.rows, report.kept, report.problems) == (5, 2, {"nothing to prefer": 3})
     assert f"{path}:2: 'chosen' and 'rejected' are identical" in "\n".join(report.lines())
-    with pytest.raises(UserError, match=rf"{path}:2: .*identical; mend or drop the row"):
+    with pytest.raises(UserError, match=rf"{path}:2: .*identical; fix or drop the row"):
         list(read_preferences(path, "stop"))
 
 

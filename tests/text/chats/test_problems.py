@@ -73,7 +73,7 @@ def test_bad_rows_are_counted_with_their_places_or_stop_the_reading(tmp_path):
     assert len(problems) == 2 and (report.rows, report.kept) == (5, 2)
     assert dict(report.problems) == {"no answer": 1, "question asked before": 1, "unparsable answer": 1}
     assert report.examples["no answer"][0].startswith(f"{path}:2: ")
-    with pytest.raises(UserError, match=r"p.jsonl:2: .*mend or drop the row or pass --on_error skip"):
+    with pytest.raises(UserError, match=r"p.jsonl:2: .*fix or drop the row or pass --on_error skip"):
         open_problems(path, on_error="stop")
     with pytest.raises(UserError, match=r"no problem to train on; .*has 'question'"):
         open_problems(write(tmp_path / "empty.jsonl", [{"question": "Q"}]))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import text.corpus.encoders
+import text.corpus.encoding
 import text.corpus.shards
-import text.sources.parts
 from errors import UserError
+from text.corpus.encoding import Encoded, parts
 from text.corpus.shard_set import ShardSet, read_index, write_safely
-from text.corpus.shards import open_or_wait, prepare_shards
-from text.sources.parts import Documents, _hold_out
+from text.corpus.shards import _hold_out, open_or_wait, prepare_shards
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
@@ -46,7 +46,7 @@ def other_tokenizer() -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text.sources.parts, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(text.corpus.encoding, "BATCH_BYTES", 1000)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def made(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFa
     """The shards of an uninterrupted run, for comparison."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text.sources.parts, "BATCH_BYTES", 1000)
+        patch.setattr(text.corpus.encoding, "BATCH_BYTES", 1000)
         prepare_shards(str(corpus), tokenizer, folder, **OPTIONS)
     return folder
 
@@ -90,13 +90,13 @@ def write_jsonl(file: Path, texts: list[str]) -> str:
 def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by the size of each batch that is tokenised from now on."""
     sizes: list[int] = []
-    encode = text.corpus.encoders.EncoderPool._encode
+    encode = text.corpus.encoding._encode
 
-    def counted(self: text.corpus.encoders.EncoderPool, batch: list[bytes]) -> text.corpus.encoders.Encoded:
+    def counted(batch: list, tokenizer: Tokenizer) -> list[Encoded]:
         sizes.append(len(batch))
-        return encode(self, batch)
+        return encode(batch, tokenizer)
 
-    monkeypatch.setattr(text.corpus.encoders.EncoderPool, "_encode", counted)
+    monkeypatch.setattr(text.corpus.encoding, "_encode", counted)
     return sizes
 
 
@@ -141,7 +141,7 @@ def test_what_was_not_kept_is_in_the_index(made: Path) -> None:
 def test_the_shards_do_not_depend_on_workers_or_batches(
     corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text.sources.parts, "BATCH_BYTES", 3333)
+    monkeypatch.setattr(text.corpus.encoding, "BATCH_BYTES", 3333)
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS | {"workers": 3})
     assert content(tmp_path) == content(made)
 
@@ -159,18 +159,18 @@ def test_finished_work_is_used_again(
 def test_interrupted_work_goes_on_to_the_same_bytes(
     corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = text.sources.parts.Part.write
+    write = text.corpus.shards._write_part
 
-    def interrupted(self: text.sources.parts.Part, folder: Path, number: int, *rest: object) -> dict:
+    def interrupted(folder: Path, number: int, *rest: object) -> dict:
         if number == 2:
             raise KeyboardInterrupt
-        return write(self, folder, number, *rest)
+        return write(folder, number, *rest)
 
-    monkeypatch.setattr(text.sources.parts.Part, "write", interrupted)
+    monkeypatch.setattr(text.corpus.shards, "_write_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert len(read_index(tmp_path)["parts"]) == 2
-    monkeypatch.setattr(text.sources.parts.Part, "write", write)
+    monkeypatch.setattr(text.corpus.shards, "_write_part", write)
     encoded = count_encoded(monkeypatch)
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert 0 < sum(encoded) < len(TEXTS)
@@ -181,10 +181,10 @@ def test_interrupted_work_goes_on_to_the_same_bytes(
 def test_a_killed_run_goes_on_to_the_same_bytes(corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
     program = f"""
-import os, signal, text.sources.parts, text.corpus.shard_set
+import os, signal, text.corpus.encoding
 from text.corpus.shards import prepare_shards
 from text.tokenizer import Tokenizer
-text.sources.parts.BATCH_BYTES = 1000
+text.corpus.encoding.BATCH_BYTES = 1000
 replace = os.replace
 def killed(source, target):
     if str(target).endswith("train-00001.npy"):
@@ -322,7 +322,7 @@ def test_stop_names_the_row(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) 
 
 def test_a_corpus_of_which_nothing_is_left_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", ["", " "])
-    with pytest.raises(UserError, match=r"no document is left after cleaning \(empty: 2 \(first: .*a.jsonl:1"):
+    with pytest.raises(UserError, match=r"no document is left after cleaning \(2 x empty; .*a.jsonl:1"):
         prepare_shards(data, tokenizer, tmp_path / "out", workers=1)
 
 
@@ -330,20 +330,6 @@ def test_a_corpus_of_which_nothing_is_left_is_named(tokenizer: Tokenizer, tmp_pa
 def test_impossible_options_are_named(corpus: Path, tokenizer: Tokenizer, tmp_path: Path, options: dict) -> None:
     with pytest.raises(UserError, match=f"{next(iter(options))} .*: give"):
         prepare_shards(str(corpus), tokenizer, tmp_path, **options)
-
-
-def test_a_process_that_dies_is_one_line(
-    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encode = text.corpus.encoders.EncoderPool._encode
-
-    def kill_first(self: text.corpus.encoders.EncoderPool, batch: list[bytes]) -> text.corpus.encoders.Encoded:
-        self._processes[0].kill()
-        return encode(self, batch)
-
-    monkeypatch.setattr(text.corpus.encoders.EncoderPool, "_encode", kill_first)
-    with pytest.raises(UserError, match="a tokenising process ended by itself"):
-        prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
 
 
 def test_two_processes_do_not_prepare_the_same_folder(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -450,27 +436,13 @@ def test_the_held_out_documents_are_a_share_by_hash(hashes: list[int], fraction:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 40), st.integers(1, 7))
-def test_parts_end_with_the_document_that_fills_them(lengths: list[int], shard_tokens: int, batch: int) -> None:
-    def encoded():
-        for begin in range(0, len(lengths), batch):
-            some = lengths[begin : begin + batch]
-            numbers = list(range(begin + 1, begin + len(some) + 1))
-            tokens = np.repeat(np.array(numbers, np.uint16), some)
-            yield (
-                Documents.of(numbers, numbers, [b"x"] * len(some)),
-                text.corpus.encoders.Encoded(tokens, np.array(some, np.uint32)),
-            )
-
-    found = [
-        (part.tokens, np.concatenate([encoded.tokens for _, encoded in part._pieces]))
-        for part in text.sources.parts.parts(encoded(), shard_tokens)
-    ]
-    assert np.array_equal(
-        np.concatenate([tokens for _, tokens in found]), np.repeat(np.arange(len(lengths)) + 1, lengths)
-    )
-    for size, tokens in found[:-1]:
-        assert size == len(tokens) >= shard_tokens > size - lengths[tokens[-1] - 1]
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 40))
+def test_parts_end_with_the_document_that_fills_them(lengths: list[int], shard_tokens: int) -> None:
+    documents = (Encoded(n, n, 1, array("H", [n] * size)) for n, size in enumerate(lengths, 1))
+    found = [np.concatenate([each.tokens for each in part]) for part in parts(documents, shard_tokens)]
+    assert np.array_equal(np.concatenate(found), np.repeat(np.arange(len(lengths)) + 1, lengths))
+    for tokens in found[:-1]:
+        assert len(tokens) >= shard_tokens > len(tokens) - lengths[tokens[-1] - 1]
 
 
 def test_a_long_part_gives_signs_of_life(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import datasets
 import pytest
 
 from errors import UserError
+from text.corpus.corpus import Corpus
 from text.sources.folders import Folder
-from text.sources.readers import Corpus
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
 from text.sources.rows import SUFFIXES, read_rows
@@ -21,8 +21,8 @@ def texts(path: Path, split: str = "train") -> tuple[list[str], list[str]]:
     report, source = RowReport(), Source(str(path), split=split)
     rows = [row["text"] for _, row in read_rows(source, "stop", report)]
     corpus = Corpus([source])
-    assert [document.text for document in corpus] == rows and corpus.report.notices == report.unread
-    assert report.lines()[: len(report.unread)] == report.unread == corpus.report.summary()[: len(report.unread)]
+    assert [document.text for document in corpus] == rows and corpus.report.unread == report.unread
+    assert report.lines()[: len(report.unread)] == report.unread
     return rows, report.unread
 
 
@@ -79,7 +79,10 @@ def test_only_the_train_files_of_a_folder_with_splits_are_read(layout: str, tmp_
     train, other = write(tmp_path, *LAYOUTS[layout])
     folder = Folder.read(tmp_path, SUFFIXES)
     assert folder.files == [train] and folder.splits == {"train", *folder.others} and len(folder.others) == 1
-    assert folder.notice() == f"{tmp_path}: only the split train is read, not {folder.others.pop()}"
+    assert folder.notices() == [
+        f"{tmp_path}: only the split train is read, not {folder.others.pop()}",
+        f"{tmp_path}: 1 of other formats not read: README.md",
+    ]
     for name in ("test", "validation", "dev"):
         if name in folder.splits:
             assert Folder.read(tmp_path, SUFFIXES, name).files == [other]

@@ -182,7 +182,7 @@ def test_a_row_that_its_format_cannot_use_is_counted_with_its_line(format, row, 
     assert report.problems == {kind: 1} and (report.rows, report.kept) == (3, 2)
     (example,) = report.examples[kind]
     assert example.startswith(f"{path}:2: ") and what in example
-    with pytest.raises(UserError, match=r"a.jsonl:2: .*mend or drop the row"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: .*fix or drop the row"):
         list(read_conversations(source, "stop"))
 
 

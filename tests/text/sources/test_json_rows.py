@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
+from text.corpus.corpus import Corpus
 from text.sources import json_rows
 from text.sources.data_file import DataFile
-from text.sources.readers import Corpus
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
 from text.sources.rows import read_rows
@@ -78,13 +78,13 @@ def test_a_broken_first_line_costs_only_itself(tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(f'{broken}\n{{"text": "one"}}\n{{"text": "two"}}\n')
         corpus = Corpus(str(tmp_path / "a.jsonl"))
         assert [document.text for document in corpus] == ["one", "two"]
-        assert corpus.report.counts == {"broken JSON": 1}
+        assert corpus.report.problems == {"broken JSON": 1}
 
 
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ('{\n"text": "x"\n}\n{\n"text": y\n}', r":5: broken JSON \(Expecting value\); mend it"),
+        ('{\n"text": "x"\n}\n{\n"text": y\n}', r":5: broken JSON \(Expecting value\); fix it"),
         ('{"data": [\n{"text": "x"},\n{"text": y}]}', r":3: the JSON array breaks off in element 2 \(Expecting value"),
         ('{\n"text": "' + "x" * 2000 + '"\n}', r":1: an object of more than 1,000 characters; write it as rows"),
         ('[{"text": "' + "x" * 2000 + '"}]', r":1: an object of more than 1,000 characters; write it as rows"),
@@ -110,7 +110,6 @@ def test_no_more_of_a_file_is_read_than_its_first_rows_need(layout: str, tmp_pat
         "lines": "\n".join(map(json.dumps, rows)),
     }[layout]
     (tmp_path / "a.json").write_text(whole)
-    report = Corpus(str(tmp_path / "a.json")).report
-    file = DataFile(tmp_path / "a.json", "text", "utf-8", report, row_limit=2000)
-    next(json_rows.read_json(file))
+    file = DataFile(tmp_path / "a.json", RowReport(), "text", row_limit=2000)
+    next(json_rows.json_rows(file))
     assert file.position < 20_000 < len(whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -16,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from text.corpus.cleaning import Cleaner, Report, SeenHashes
-from text.sources.readers import TEXT_DOCUMENT, Corpus
+from text.corpus.cleaning import Cleaner, SeenHashes
+from text.corpus.corpus import Corpus
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
-from text.sources.rows import read_rows
+from text.sources.rows import TEXT_DOCUMENT, read_rows
 
 CHINESE = "今天天气很好，我们去公园散步。"
 
@@ -33,7 +34,8 @@ def write_csv(file: Path, texts: list[str], column: str = "text") -> Path:
 
 def read(data: Path | str, **options) -> tuple[list[tuple[str, int]], dict[str, int]]:
     corpus = Corpus(str(data), **options)
-    return [(text, line) for text, _, line in corpus], corpus.report.counts
+    rows = [(text, int(re.search(r":(\d+)(: element \d+)?$", place)[1])) for place, text in corpus]
+    return rows, dict(corpus.report.problems + corpus.report.files)
 
 
 def stop(data: Path | str, **options) -> str:
@@ -165,7 +167,9 @@ def test_a_folder_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path)
     rows, counts = read(tmp_path)
     assert [text for text, _ in rows] == ["from a", "from b", "from c"]
-    assert counts == {"file of another format": 1}
+    assert counts == {} and Corpus(str(tmp_path)).report.unread == [
+        f"{tmp_path}: 1 of other formats not read: README.md"
+    ]
 
 
 def test_several_paths_are_read_in_the_order_given(tmp_path: Path) -> None:
@@ -191,7 +195,7 @@ def test_a_wrong_column_ends_a_long_file_early(tmp_path: Path) -> None:
     corpus = Corpus(str(file), "content")
     with pytest.raises(UserError, match="no column 'content'"):
         list(corpus)
-    assert corpus.report.counts["no such column"] == 100
+    assert corpus.report.problems["no such column"] == 99 and corpus.report.files["no such column"] == 1
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
@@ -352,14 +356,14 @@ def test_a_line_above_the_limit_is_counted_and_passed_over(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt", "a.csv.gz"])
 def test_an_empty_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match="the file has no rows"):
+    with pytest.raises(UserError, match="is empty; name a file that has rows"):
         read(tmp_path / name)
     write_csv(tmp_path / "good.csv", ["x"])
     assert read(tmp_path)[1] == {"empty file": 1}
 
 
 def test_a_header_without_rows_is_an_empty_file(tmp_path: Path) -> None:
-    assert "the file has no rows" in stop(write_csv(tmp_path / "a.csv", []))
+    assert "is empty; name a file" in stop(write_csv(tmp_path / "a.csv", []))
 
 
 def test_a_folder_without_data_is_named(tmp_path: Path) -> None:
@@ -376,7 +380,7 @@ def test_an_unknown_suffix_and_a_missing_path_are_named(tmp_path: Path) -> None:
         Corpus(str(tmp_path / "none.csv"))
     with pytest.raises(UserError, match="names nothing"):
         Corpus(" , ")
-    with pytest.raises(UserError, match="neither 'skip' nor 'stop'"):
+    with pytest.raises(UserError, match="must be 'skip' or 'stop'"):
         Corpus(str(tmp_path), on_error="ignore")
 
 
@@ -405,7 +409,7 @@ def test_a_truncated_file_is_counted_and_the_others_are_read(tmp_path: Path, nam
 
 def test_a_table_column_of_numbers_is_named(tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    assert "a.parquet: column 'text' holds int64; name a column of text" in stop(tmp_path / "a.parquet")
+    assert "a.parquet:1: column 'text' holds int; name a column of text" in stop(tmp_path / "a.parquet")
 
 
 def test_a_table_row_that_is_not_utf8_costs_only_itself(tmp_path: Path) -> None:
@@ -439,19 +443,19 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_position_grows_to_the_size(tmp_path: Path) -> None:
     corpus = Corpus(str(write_csv(tmp_path / "a.csv", ["a", "b"] * 2000)))
-    positions = [corpus.position for _ in corpus]
-    assert positions == sorted(positions) and 0 < positions[-1] <= corpus.position == corpus.size
+    positions = [corpus.report.bytes_read for _ in corpus]
+    assert positions == sorted(positions) and 0 < positions[-1] <= corpus.report.bytes_read == corpus.size
 
 
 def test_cleaning_keeps_each_text_once_and_counts_the_rest(tmp_path: Path) -> None:
-    report = Report()
+    report = RowReport()
     seen = SeenHashes(tmp_path)
     cleaner = Cleaner(report, seen, min_chars=3)
     texts = ["good", "", " \n", "no", "good", CHINESE]
-    kept = [cleaner.accept(text, "a.csv", line) for line, text in enumerate(texts, 2)]
+    kept = [cleaner.accept(f"a.csv:{line}", text) for line, text in enumerate(texts, 2)]
     seen.close()
     assert [item and item[1].decode() for item in kept] == ["good", None, None, None, None, CHINESE]
-    assert report.counts == {"empty": 2, "shorter than 3 characters": 1, "exact duplicate": 1}
+    assert report.problems == {"empty": 2, "shorter than 3 characters": 1, "exact duplicate": 1}
     assert report.examples["exact duplicate"] == ["a.csv:6"]
     assert report.kept == 2
     assert list(tmp_path.iterdir()) == []

@@ -12,8 +12,8 @@ from errors import UserError
 from text.chats.conversations import read_conversations
 from text.chats.preferences import Preference, read_preferences
 from text.chats.problems import to_problem
+from text.corpus.corpus import Corpus
 from text.sources.formats import FORMATS
-from text.sources.readers import Corpus
 from text.sources.registry import REGISTRY, Registry, Source, find_sources, weights
 
 ROOT = Path(__file__).parents[3]

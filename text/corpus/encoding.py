@@ -1,0 +1,95 @@
+"""Documents become tokens on several cores, in order, and gather in the parts that are written to disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from text.tokenizer import Tokenizer
+
+# A thread gets this many bytes of text at once, and so many batches wait for each, so that it never does.
+BATCH_BYTES, QUEUED = 1 << 18, 3
+
+
+class Encoded(NamedTuple):
+    """A document: its number in the corpus from 1, its hash, its UTF-8 bytes, and its tokens with `</s>`, uint16."""
+
+    number: int
+    digest: int
+    size: int
+    tokens: array
+
+
+def encode(documents: Iterable[tuple[int, int, bytes]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+    """Encode (number, hash, UTF-8 bytes) of documents on `workers` threads, in order; 0 uses all cores.
+
+    `tokenizers` holds no GIL while it encodes a batch, so threads are as fast as processes, in less memory.
+    """
+    workers = workers or cores()
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads of its own below these
+    waiting: deque[Future[list[Encoded]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for batch in _batches(documents):
+            waiting.append(pool.submit(_encode, batch, tokenizer))
+            if len(waiting) >= QUEUED * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if parallelism is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+
+
+def parts(documents: Iterable[Encoded], shard_tokens: int) -> Iterator[list[Encoded]]:
+    """Gather documents; a part ends with the document that brings it to `shard_tokens`."""
+    part: list[Encoded] = []
+    tokens = 0
+    for document in documents:
+        part.append(document)
+        tokens += len(document.tokens)
+        if tokens >= shard_tokens:
+            yield part
+            part, tokens = [], 0
+    if part:
+        yield part
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Return the most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _batches(documents: Iterable[tuple[int, int, bytes]]) -> Iterator[list[tuple[int, int, bytes]]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[2])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[tuple[int, int, bytes]], tokenizer: Tokenizer) -> list[Encoded]:
+    encoded = tokenizer.encode_batch([data.decode("utf-8") for _, _, data in batch])
+    return [
+        Encoded(number, digest, len(data), array("H", [*ids, tokenizer.eos_id]))
+        for (number, digest, data), ids in zip(batch, encoded, strict=True)
+    ]
