@@ -52,6 +52,7 @@ check-gguf: $(VENV)/installed-dev
 
 check-lm-eval: $(VENV)/installed-dev
 	@$(RUN) -c 'import lm_eval' 2>/dev/null || $(RUN) -m pip install lm-eval==0.4.13
+	$(RUN) -m pytest tests/check_harness.py
 	$(RUN) tests/check_lm_eval.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
 
 # vLLM pins other versions, so it has an environment of its own. What it installs for images and sound does not import beside its torch.
@@ -164,7 +165,8 @@ $(R1)/reasoning/final/config.json: $(R1)/cold_start/final/config.json
 	$(WHOLE)
 
 $(R1)/collected.jsonl: $(R1)/reasoning/final/config.json
-	$(RUN) collect.py --config configs/r1/collect.yaml --ckpt $(R1)/reasoning/final --data $(SUMS) --mix $(WORLD)/sft.jsonl --out $@
+	$(RUN) distill.py --config configs/r1/collect.yaml --teacher $(R1)/reasoning/final --data $(SUMS) --mix $(WORLD)/sft.jsonl \
+	    --out $@ --resume true
 
 $(R1)/sft/final/config.json: $(R1)/collected.jsonl
 	$(call TUNE,sft) --ckpt $(BASE) --data $(R1)/collected.jsonl

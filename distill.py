@@ -3,6 +3,8 @@
 python distill.py --ckpt out/small/final --teacher out/sft/final --data chats.jsonl --out out/distilled
 python distill.py --method answers --teacher http://localhost:8000/v1 --teacher_model NAME --data prompts.jsonl \\
     --out out/answers [--ckpt out/small/final]       without --ckpt only the file of answers, out/answers/sft.jsonl
+python distill.py --method answers --teacher out/grpo/final --data arithmetic:1-3 --prompts 1000 --samples 8 \\
+    --mix chats.jsonl --out kept.jsonl               rejection sampling (DeepSeek-R1 section 2.3.3), into a file
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from training.alignment.sampler import Sampler
 from training.batch import fit_batch
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.datasets import Dataset
-from training.distill.curation import AnswerSettings, gather_answers, is_endpoint, open_answering
+from training.distill.curation import FILE, AnswerSettings, gather_answers, is_endpoint, open_answering
 from training.distill.distillation import DistillationLoss, DistillationSettings
-from training.distill.own_answers import OnPolicySettings, OwnAnswers
+from training.distill.on_policy import OnPolicyChats, OnPolicySettings
 from training.distill.teacher import identity, is_ours, open_teacher
-from training.distill.top_k import FOLDER, KeptTeacher, TaughtChats, fingerprint, keep_top_k
+from training.distill.top_k import FOLDER, CachedTeacher, CachedTopKChats, cache_top_k, fingerprint
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
@@ -41,7 +43,8 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
     """Settings of distillation.
 
     Args:
-        method: logits, to learn from the teacher's distributions, or answers, to learn from what it says.
+        out: run folder: checkpoints, metrics.jsonl, resolved config; for answers alone also a file, FILE.jsonl.
+        method: logits, to learn from the teacher's distributions, or answers, to learn from its answers.
         teacher: checkpoint folder, a causal language model that transformers opens, or for answers an
             OpenAI-compatible endpoint, such as http://host:port/v1.
         data: conversations to learn from, separated by commas; for answers: prompts, which may also be problems.
@@ -76,11 +79,13 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
             raise UserError(f"--student: the teacher {self.teacher} is none of this project; give --ckpt instead")
         check_least(0, precompute_top_k=self.precompute_top_k)
         if self.precompute_top_k and self.on_policy:
-            raise UserError("--precompute_top_k: nobody knows yet what the student will answer; leave out --on_policy")
+            raise UserError("--precompute_top_k: the student's answers are not known before; leave out --on_policy")
         if self.method == "logits" and is_endpoint(self.teacher):
             raise UserError(f"--teacher {self.teacher}: an endpoint tells no distributions; pass --method answers")
         if self.method == "logits" and not self.has_student:
             raise UserError("distill.py: give the student, --ckpt DIR or --student '{preset: demo}'")
+        if self.out.endswith(FILE) and (self.method == "logits" or self.has_student):
+            raise UserError(f"--out {self.out}: a file holds answers alone; name a folder to train a student")
 
     @property
     def has_student(self) -> bool:
@@ -107,7 +112,7 @@ def main() -> None:
 
 
 def ask_for_answers(settings: DistillSettings, ranks: Ranks) -> Path:
-    """The file of the teacher's answers that are fit to learn from."""
+    """Return the file of the teacher's answers that are fit to learn from."""
     if ranks.world > 1:
         raise UserError("--method answers: one process asks; make the file without torchrun, then use full_sft.py")
     dtype, sampling = choose_dtype(settings.dtype, ranks.device), (settings.sample_temperature, settings.max_new_tokens)
@@ -116,9 +121,10 @@ def ask_for_answers(settings: DistillSettings, ranks: Ranks) -> Path:
     own = (settings.teacher_model,) if is_endpoint(settings.teacher) else (identity(settings.teacher), settings.seed)
     facts = (settings.teacher, *own, *sampling)
     sources = find_sources(settings.data, settings.datasets, kind=None)
+    mix = find_sources(settings.mix, settings.datasets, "chat") if settings.mix else []
     return gather_answers(
         Path(settings.out), sources, settings.resume, settings.on_error, settings, teacher, settings.seed, facts,
-        settings.max_new_tokens,
+        settings.max_new_tokens, mix,
     )  # fmt: skip
 
 
@@ -136,7 +142,7 @@ def open_student(settings: DistillSettings) -> tuple[MiniDeepSeek, Tokenizer]:
 def with_teacher(
     settings: DistillSettings, ranks: Ranks, model: MiniDeepSeek, tokenizer: Tokenizer, chats: ChatDataset
 ) -> tuple[Dataset, DistillationLoss]:
-    """What the student learns from: the conversations, or its own answers, with the teacher's word on every token."""
+    """Return what the student is trained on, the conversations or its own answers, and the loss to the teacher."""
     dataset: Dataset = chats
     dtype, vocab_size = choose_dtype(settings.dtype, ranks.device), model.config.vocab_size
     ask = partial(open_teacher, settings.teacher, tokenizer, vocab_size, dtype, ranks.device)
@@ -144,14 +150,14 @@ def with_teacher(
         k, temperature = settings.precompute_top_k, settings.temperature
         mark = fingerprint(chats.chats, identity(settings.teacher), vocab_size, k, temperature, str(dtype))
         folder = Path(settings.out) / FOLDER
-        kept = keep_top_k(folder, chats, k, temperature, mark, ask, settings.micro_rows, dtype, ranks)
-        dataset, teacher = TaughtChats(chats, kept), KeptTeacher()
+        cache = cache_top_k(folder, chats, k, temperature, mark, ask, settings.micro_rows, dtype, ranks)
+        dataset, teacher = CachedTopKChats(chats, cache), CachedTeacher()
     else:
         teacher = ask()
     if settings.on_policy:
         fit_batch(settings, ranks, len(chats))  # its answers are made for whole steps
         sampler = Sampler(model.to(ranks.device), dtype)
-        dataset = OwnAnswers(chats, sampler, settings, settings.rows, tokenizer.eos_id, ranks)
+        dataset = OnPolicyChats(chats, sampler, settings, settings.rows, tokenizer.eos_id, ranks)
     loss = DistillationLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps, settings=settings, teacher=teacher)
     return dataset, loss
 

@@ -17,7 +17,7 @@ from training.alignment.batches import Experience
 from training.alignment.policy_loss import GRPOLoss
 from training.alignment.reference import frozen_reference
 from training.alignment.rewards import Rewards
-from training.alignment.rollouts import RolloutSettings
+from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
 from training.held_out import problems_name
 from training.machine import choose_dtype
@@ -99,21 +99,12 @@ def main() -> None:
         prompts.print_summary()
     dtype = choose_dtype(settings.dtype, ranks.device)
     sampler = Sampler(model, dtype)
-    experience = Experience(
-        prompts, rewards, sampler, settings, settings.sequence_length, settings.micro_rows, ranks, dtype, reference
-    )
-    loss = GRPOLoss(
-        settings.loss,
-        settings.max_new_tokens,
-        settings.clip_low,
-        settings.clip_high,
-        settings.beta,
-        settings.temperature,
-    )
-    accuracy = None
-    if prompts.validation:
-        name, lengths = problems_name(sources, prompts.validation), (settings.max_new_tokens, settings.temperature)
-        accuracy = Accuracy(prompts, sampler, *lengths, settings.rollout_rows, name)
+    rollouts = Rollouts(prompts, rewards, sampler, settings, ranks)
+    experience = Experience(rollouts, settings.sequence_length, settings.micro_rows, dtype, reference)
+    limits = settings.max_new_tokens, settings.temperature
+    loss = GRPOLoss(settings.loss, limits[0], settings.clip_low, settings.clip_high, settings.beta, limits[1])
+    name = problems_name(sources, prompts.validation) if prompts.validation else ""
+    accuracy = Accuracy(prompts, sampler, *limits, settings.rollout_rows, name) if prompts.validation else None
     Trainer(settings, ranks, model, tokenizer, experience, loss, accuracy).run()
     ranks.stop()
 

@@ -30,6 +30,7 @@ from text.tokenizer_training import train_bpe
 from training.alignment.batches import Experience
 from training.alignment.policy_loss import GRPOLoss
 from training.alignment.rewards import Rewards, Sample, reward
+from training.alignment.rollouts import Rollouts
 from training.alignment.sampler import Sampler
 from training.machine import DTYPES
 from training.optim.build import OptimSettings
@@ -114,7 +115,8 @@ def ours(options: argparse.Namespace) -> None:
     model.to(ranks.device)  # before the sampler copies it
     prompts = PromptDataset([(options.data, 1.0)], tokenizer, options.longest)
     rewards = Rewards({"variety": variety}, {"variety": 1.0})
-    experience = Experience(prompts, rewards, Sampler(model, dtype), settings, length, rows, ranks, dtype)
+    rollouts = Rollouts(prompts, rewards, Sampler(model, dtype), settings, ranks)
+    experience = Experience(rollouts, length, rows, dtype)
     trainer = Trainer(settings, ranks, model, tokenizer, experience, GRPOLoss("grpo", options.new))
     trainer.module = model
     trainer._set_rates(0.5)

@@ -67,7 +67,7 @@ def main() -> None:
     products.gradient_in_c = watched(products.gradient_in_c, lambda to, grad, x: (len(to), *x.shape))
     for name in ("product", "product_back"):
         setattr(grouped, name, watched(getattr(grouped, name), lambda x, weight, _: (len(x), *weight.shape[1:])))
-    grouped.gradient_into = watched(grouped.gradient_into, lambda to, grad, x, _: (len(x), *to.shape[1:]))
+    grouped.all_gradients_into = watched(grouped.all_gradients_into, lambda to, grad, x, _: (len(x), *to.shape[1:]))
     for _ in range(2):
         step()
     plain = sorted(step() for _ in range(options.steps))[options.steps // 2]

@@ -83,7 +83,7 @@ class Answerer:
         room = self.model.config.max_position_embeddings - len(ids)
         if room < 1:
             raise UserError(
-                f"the conversation has {len(ids)} tokens, the model reads {len(ids) + room}; start anew with /reset"
+                f"the conversation has {len(ids)} tokens, the model reads {len(ids) + room}; begin again with /reset"
             )
         limit = min(max_new_tokens, room)
         if speculative:
@@ -125,10 +125,21 @@ class Answerer:
             slots: conversations at a time.
         """
         encoded = [ids for ids, _ in encode_chats(self.tokenizer, conversations, add_generation_prompt=True)]
-        drawn = torch.rand(len(encoded), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        return self.completions(encoded, max_new_tokens, sampling, seed, slots)
+
+    def completions(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int = 64,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        slots: int = 64,
+    ) -> Iterator[str]:
+        """Continue many prompts, given as ids; see `replies`."""
+        drawn = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
         stop = (self.tokenizer.eos_id,)
-        requests = [Request(ids, max_new_tokens, sampling, stop, row) for ids, row in zip(encoded, drawn, strict=True)]
-        longest = max(map(len, encoded), default=0) + max_new_tokens
-        for made in Engine(self.model, min(slots, len(encoded)), longest).run(requests):
+        requests = [Request(ids, max_new_tokens, sampling, stop, row) for ids, row in zip(prompts, drawn, strict=True)]
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        for made in Engine(self.model, min(slots, len(prompts)), longest).run(requests):
             ids = made.tokens[:-1] if made.finish == "stop" else made.tokens
             yield self.tokenizer.decode(ids, skip_special_tokens=False)

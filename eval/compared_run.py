@@ -10,11 +10,10 @@ from typing import Any
 
 from errors import UserError, one_line
 from eval.score_files import SCORES, read_scores
-from eval.suites.suite import Score
+from eval.scores import WHOLE, Score
 from training.held_out import MEASURED_ON
 from training.run.log import read_metrics, shown
 
-WHOLE = ("all", "mean of subjects")
 # What tells a stage by its entries; the losses of different stages are different things.
 STAGES = {"reward": "rewards", "margin": "preferences", "divergence": "distillation"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.compared_run import ComparedRun
-from eval.suites.score_table import shown, table
-from eval.suites.suite import Score
+from eval.score_files import shown, table
+from eval.scores import Score
 from training.held_out import MEASURED_ON
 from training.run.console import ROUNDING
 from training.run.plots import PANELS, load_pyplot, plain

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from errors import UserError
 from eval.answering import Answerer
-from eval.opened_model import AT_ONCE, padded
-from eval.suites.score_table import table
+from eval.likelihood import AT_ONCE, padded
+from eval.score_files import table
 from training.metrics import max_violation
 from training.run.plots import load_pyplot, plain
 

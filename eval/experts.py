@@ -13,7 +13,7 @@ from errors import check_least, command_line, naming
 from eval.answering import Answerer
 from eval.expert_loads import draw, loads, markdown, relative, specialisation
 from eval.score_files import out_folder
-from eval.suites.text_likelihood import TextLikelihood
+from eval.tasks.texts import Text
 from training.metrics import max_violation
 from training.run.log import read_metrics
 
@@ -40,8 +40,8 @@ def experts(
     """
     check_least(1, tokens=tokens)
     texts: dict[str, list[str]] = {}
-    for document in TextLikelihood(data=file, column=column).items(0):
-        texts.setdefault(document.source, []).append(document.text)
+    for document in Text(data=file, column=column).docs():
+        texts.setdefault(document["group"], []).append(document["text"])
     names = {source: Path(source).stem for source in texts}
     answerer = Answerer.open(ckpt, device, dtype)
     domains = {

@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
 from cli import call
 from errors import UserError, check_least, command_line
 from eval.answering import Answerer
+from eval.likelihood import CacheScorer
 from text.files import json_text
-from training.losses import IGNORE, token_losses
 
 BLOCK = 2**20  # characters tokenised at a time
 
@@ -34,7 +33,6 @@ class Score:
     perplexity: float
 
 
-@torch.inference_mode()
 def score_text(answerer: Answerer, blocks: Iterator[str], window: int = 0, batch: int = 8) -> Score:
     """Score every token once, with at least half a window of context (all there is at the beginning).
 
@@ -42,7 +40,8 @@ def score_text(answerer: Answerer, blocks: Iterator[str], window: int = 0, batch
         blocks: the text in pieces. window: tokens a pass; 0 means the model's context, at most 1024.
     """
     window = min(window or 1024, answerer.model.config.max_position_embeddings)
-    nll, tokens, size, rows = 0.0, 0, 0, []
+    scorer = CacheScorer(answerer)
+    nats, tokens, size, pairs = 0.0, 0, 0, []
     # The text follows the end of another document, as in pretraining.
     line, scored = [answerer.tokenizer.eos_id], 1
     for block in [*blocks, None]:
@@ -51,32 +50,16 @@ def score_text(answerer: Answerer, blocks: Iterator[str], window: int = 0, batch
             line += answerer.tokenizer.encode(block)
         while len(line) > window or (block is None and scored < len(line)):
             piece = line[: window + 1]
-            rows.append((piece, scored))
+            pairs.append((piece[:scored], piece[scored:]))
+            tokens += len(piece) - scored
             # The next window starts half a window on and scores what this one has not.
             step = max(len(piece) - 1 - window // 2, 1)
             scored = len(piece) - step
             line = line[step:]
-            if len(rows) == batch:
-                nll, tokens, rows = nll + _score(answerer, rows), tokens + _counted(rows), []
-    if rows:
-        nll, tokens = nll + _score(answerer, rows), tokens + _counted(rows)
-    return Score(nll, tokens, size, nll / math.log(2) / max(size, 1), math.exp(min(nll / max(tokens, 1), 700)))
-
-
-def _counted(rows: list[tuple[list[int], int]]) -> int:
-    return sum(len(piece) - scored for piece, scored in rows)
-
-
-def _score(answerer: Answerer, rows: list[tuple[list[int], int]]) -> float:
-    """Nats of the tokens from `scored` on in each row; shorter rows are padded on the right, where nobody looks."""
-    longest = max(len(piece) for piece, _ in rows) - 1
-    ids = torch.full((len(rows), longest), answerer.tokenizer.pad_id)
-    labels = torch.full((len(rows), longest), IGNORE)
-    for row, (piece, scored) in enumerate(rows):
-        ids[row, : len(piece) - 1] = torch.tensor(piece[:-1])
-        labels[row, scored - 1 : len(piece) - 1] = torch.tensor(piece[scored:])
-    out = answerer.model(ids.to(answerer.device))
-    return token_losses(out.hidden, out.head, labels.to(answerer.device)).double().sum().item()
+            if len(pairs) == batch:
+                nats, pairs = nats - sum(scorer.score_windows(pairs)), []
+    nats -= sum(scorer.score_windows(pairs))
+    return Score(nats, tokens, size, nats / math.log(2) / max(size, 1), math.exp(min(nats / max(tokens, 1), 700)))
 
 
 def read_blocks(path: Path) -> Iterator[str]:
@@ -124,18 +107,13 @@ def perplexity(
     score = score_text(answerer, iter(blocks), window)
     if not score.tokens:
         raise UserError(f"{path}: empty; give a file with text")
-    print(as_json(score) if json else as_sentence(score))
-
-
-def as_json(score: Score) -> str:
-    return json_text(asdict(score))
-
-
-def as_sentence(score: Score) -> str:
-    return (
-        f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.2f} a token "
-        f"({score.tokens:,} tokens, {score.bytes:,} bytes, {score.nll:,.1f} nats)"
-    )
+    if json:
+        print(json_text(asdict(score)))
+    else:
+        print(
+            f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.2f} a token "
+            f"({score.tokens:,} tokens, {score.bytes:,} bytes, {score.nll:,.1f} nats)"
+        )
 
 
 if __name__ == "__main__":

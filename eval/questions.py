@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +22,8 @@ from eval.answering import Answerer
 from model.decoding.sampling import GREEDY, Sampling
 from text.files import json_text
 from world.columns import conclusion
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Result:
-    """A question with what the model said."""
+    """A question with the model's reply."""
 
     question: Question
     reply: str
@@ -45,23 +49,31 @@ class Result:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """JSONL with `question`, `answer` and optionally `kind`."""
-    questions = []
+    """Read JSONL with `question`, `answer` and optionally `kind`."""
+    return read_lines(
+        path,
+        lambda row: Question(str(row["question"]), str(row["answer"]), str(row.get("kind", "all"))),
+        "question and answer",
+    )
+
+
+def read_lines(path: Path, make: Callable[[Any], Row], columns: str) -> list[Row]:
+    """Make something of each object of a JSONL file. Raises `UserError` for a line that is none, and for no line."""
+    rows = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give JSONL with question and answer") from None
+        raise UserError(f"{path}: cannot be read ({error}); give JSONL with {columns}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            questions.append(Question(str(row["question"]), str(row["answer"]), str(row.get("kind", "all"))))
+            rows.append(make(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{path}:{number}: not an object with 'question' and 'answer'; correct the line") from None
-    if not questions:
-        raise UserError(f"{path}: no questions in it; give JSONL with question and answer")
-    return questions
+            raise UserError(f"{path}:{number}: not an object with {columns}; correct the line") from None
+    if not rows:
+        raise UserError(f"{path}: no questions in it; give JSONL with {columns}")
+    return rows
 
 
 def ask(
@@ -71,7 +83,7 @@ def ask(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[Result]:
-    """Answers in the order of the questions; see `Answerer.replies`."""
+    """Ask the questions; see `Answerer.replies`."""
     asked = [[{"role": "user", "content": question.question}] for question in questions]
     replies, bar = answerer.replies(asked, max_new_tokens, sampling, seed), Console(stderr=True)
     shown = track(replies, "asking", len(asked), console=bar, transient=True, disable=not bar.is_terminal)
@@ -79,12 +91,11 @@ def ask(
 
 
 def accuracy(results: list[Result]) -> dict[str, float]:
-    """Share of right answers for each kind, and under `all` for the whole."""
+    """The share of right answers for each kind, and under `all` for the whole."""
     kinds: dict[str, list[bool]] = defaultdict(list)
     for result in results:
-        kinds[result.question.kind].append(result.correct)
-        if result.question.kind != "all":
-            kinds["all"].append(result.correct)
+        for kind in {result.question.kind, "all"}:
+            kinds[kind].append(result.correct)
     return {kind: sum(right) / len(right) for kind, right in sorted(kinds.items())}
 
 
@@ -106,22 +117,15 @@ def questions(
     results = ask(Answerer.open(ckpt, device, dtype, lora), asked)
     scores = accuracy(results)
     if json:
-        print(as_json(scores))
+        print(json_text(scores))
         return
-    table = Table("kind", "questions", "exact answers")
+    table, console = Table("kind", "questions", "exact answers"), Console()
     for kind, share in scores.items():
-        count = sum(kind in (result.question.kind, "all") for result in results)
-        table.add_row(kind, str(count), f"{share:.1%}")
-    console = Console()
+        table.add_row(kind, str(sum(kind in (one.kind, "all") for one in asked)), f"{share:.1%}")
     console.print(table)
     for result in [result for result in results if not result.correct][:show]:
-        console.print(
-            f"{result.question.question}\n  wanted {result.question.answer}\n  got    {result.reply}", markup=False
-        )
-
-
-def as_json(scores: dict[str, float]) -> str:
-    return json_text(scores)
+        question = result.question
+        console.print(f"{question.question}\n  expected {question.answer}\n  got      {result.reply}", markup=False)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from errors import UserError, command_line
 from eval.answering import Answerer
 from eval.held_out import open_corpus, pretraining_settings
 from eval.questions import Result, accuracy, ask, read_questions
-from eval.style import read_favours, score_style
+from eval.style import read_polite_requests, score_style
 from model import MiniDeepSeek
 from text.chats.problems import split_problems
 from training.alignment.accuracy import Accuracy
@@ -83,7 +83,7 @@ def report(
 
     batches = _held_out(runs[0], first)
     asked = read_questions(Path(questions)) if questions else []
-    styled = read_favours(Path(favours)) if favours else []
+    styled = read_polite_requests(Path(favours)) if favours else []
     ranks = Ranks(0, 1, first.device)
     rows, results = [], []
     for name, answerer in answerers.items():

@@ -1,14 +1,15 @@
-"""What a checkpoint knows: suites of questions and texts, measured on any model.
+"""What a checkpoint knows: lm-evaluation-harness's tasks and this project's own, measured on any model.
 
-python eval/run.py --ckpt out/demo/sft/final --suite demo-questions,demo-text
-python eval/run.py --ckpt out/demo/sft/final --suite ceval=data/ceval,mmlu-5-shot=data/mmlu
-python eval/run.py --ckpt SmolLM2-135M-Instruct.Q4_1.gguf --suite my.yaml --limit 100
+python eval/run.py --ckpt out/demo/sft/final --tasks demo-questions,demo-text
+python eval/run.py --ckpt out/demo/sft/final --tasks ceval=data/ceval,mmlu-5-shot=data/mmlu,arc_easy
+python eval/run.py --ckpt SmolLM2-135M-Instruct.Q4_1.gguf --tasks my.yaml --limit 100
 
-Built-in suites are the files of configs/eval; docs/evaluation.md tells of them. A run that was stopped goes on.
+This project's tasks are the files of eval/tasks; docs/evaluation.md describes them. A run that was stopped goes on.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -16,36 +17,61 @@ from rich.table import Table
 
 from cli import call
 from errors import UserError, command_line
-from eval.opened_model import open_model
-from eval.score_files import out_folder, weights_of, write_scores
-from eval.suites.kinds import KINDS
-from eval.suites.measuring import measure
-from eval.suites.score_table import HEADER, cells
-from eval.suites.suite import open_suites
+from eval.model_path import ModelPath
+from eval.score_files import HEADER, cells, out_folder, weights_of, write_scores
+from eval.tasks.docs import Docs
+from eval.tasks.opened import open_tasks
+from training.machine import choose_dtype
+from training.parallel.ranks import Ranks
+
+INSTALL = "pip install lm-eval==0.4.13"
 
 
-def run(ckpt: str, suite: str, out: str = "", limit: int = 0, device: str = "auto", dtype: str = "auto") -> None:
-    """Measure a checkpoint on suites, and write scores.json, scores.md and scores.png.
+def run(
+    ckpt: str,
+    tasks: str = "",
+    suite: str = "",
+    out: str = "",
+    limit: int = 0,
+    shots: int | None = None,
+    chat: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Measure a checkpoint on tasks, and write scores.json, scores.md and scores.png.
 
     Args:
         ckpt: checkpoint folder, of this project or any that transformers opens, or a .gguf file
-        suite: names or .yaml files separated by commas; NAME=DATA measures on other data
+        tasks: names or .yaml files separated by commas; NAME=DATA measures on other data
+        suite: the same; a name that lm-eval has too, such as mmlu, is that of this project on the data in its file
         out: folder for the results; left out: eval/ beside the checkpoint, or out/eval/NAME
-        limit: most items of each suite, evenly spread; 0: all
+        limit: most items of each task, evenly spread; of lm-eval's own tasks the first; 0: all
+        shots: worked questions before each of lm-eval's own tasks; left out: as many as the task says
+        chat: ask lm-eval's own tasks in the model's chat template
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """
     if limit < 0:
         raise UserError(f"--limit {limit}: give 0 for all items, or a number of them")
-    suites = open_suites(suite, KINDS)
-    items = {name: one.items(limit) for name, one in suites.items()}
-    for name, found in items.items():
-        if not found:
-            raise UserError(f"--suite {name}: {suites[name].data} has nothing to measure in it; give other data")
-    model = open_model(ckpt, device, dtype)
-    folder, weights = Path(out) if out else out_folder(ckpt), weights_of(ckpt, model.dtype)
-    measured = [measure(name, one, items[name], model, weights, folder) for name, one in suites.items()]
-    written = write_scores(folder, ckpt, weights, measured)
+    found = [*(open_tasks(suite, theirs_first=False) if suite else []), *(open_tasks(tasks) if tasks else [])]
+    if not found:
+        raise UserError("--tasks: names nothing; give a name or a .yaml file")
+    docs = [task.settings.docs(limit) if task.settings else Docs() for task in found]
+    for task, own in zip(found, docs, strict=True):
+        if task.settings and not own:
+            raise UserError(f"--tasks {task.name}: {task.settings.data} has nothing to measure in it; give other data")
+    place, model_path = Ranks.start(device).device, ModelPath.find(ckpt)
+    if find_spec("lm_eval") is None:
+        raise UserError(f"eval/run.py: lm-evaluation-harness is not installed; {INSTALL}")
+    from eval.harness import TheirOptions, measure, name_of, open_lm  # needs lm-eval
+
+    number_type = choose_dtype(dtype, place)
+    lm = open_lm(model_path, place, number_type)
+    folder, weights = Path(out) if out else out_folder(ckpt), weights_of(ckpt, name_of(number_type))
+    measured, written = [], []
+    for task, own in zip(found, docs, strict=True):
+        measured.append(measure(task, own, lm, weights, folder, TheirOptions(limit, shots, chat)))
+        written = write_scores(folder, ckpt, weights, measured)
     table = Table(*HEADER, title=ckpt)
     for one in measured:
         for score in one.scores:

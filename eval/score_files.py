@@ -1,4 +1,4 @@
-"""Where scores are written, and what they are read from: scores.json with a page and a picture beside it."""
+"""Scores on disk: scores.json, a Markdown page for people and a picture."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, naming
-from eval.suites.measuring import Measured
-from eval.suites.score_table import draw, markdown
-from eval.suites.suite import Score
+from eval.scores import WHOLE, Measured, Score
+from training.run.plots import load_pyplot, plain
 
 SCORES = "scores.json"
+HEADER = ("suite", "group", "metric", "value", "95% interval", "chance", "items")
 
 
 def out_folder(ckpt: str) -> Path:
@@ -39,6 +39,8 @@ def write_scores(out: Path, ckpt: str, weights: dict[str, Any], measured: Sequen
     suites = found.get("suites", {}) if found.get("weights") == weights else {}
     suites.update({one.name: one.to_dict() for one in measured})
     all_of_them = [_measured(one) for one in suites.values()]
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     written = [out / SCORES, out / "scores.md", out / "scores.png"]
     _replace(
         written[0],
@@ -87,3 +89,67 @@ def _replace(path: Path, text: str) -> None:
         # Half a surrogate pair, as a broken escape leaves, is no UTF-8: it is written as that escape.
         partial.write_text(text, encoding="utf8", errors="backslashreplace")
         os.replace(partial, path)
+
+
+def cells(name: str, score: Score) -> list[str]:
+    """One line of the table: value, interval and chance side by side."""
+    interval = "" if score.low is None else f"{shown(score.low, score)} to {shown(score.high, score)}"
+    chance = "" if score.chance is None else shown(score.chance, score)
+    return [name, score.group, score.metric, shown(score.value, score), interval, chance, str(score.items)]
+
+
+def shown(value: float, score: Score) -> str:
+    if score.share:
+        return f"{value:.1%}"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def markdown(model: str, measured: Sequence[Measured]) -> str:
+    """The page of all suites; the whole of each first, then its groups."""
+    lines = [f"# {model}", ""]
+    lines += table([cells(one.name, score) for one in measured for score in one.scores if score.group in WHOLE])
+    for one in measured:
+        groups = [score for score in one.scores if score.group not in WHOLE]
+        if groups:
+            lines += ["", f"## {one.name}", "", *table([cells(one.name, score) for score in groups])]
+    cut = [
+        f"{one.name}: {one.cut} of {one.items} questions had no room in the context and lost their beginning"
+        for one in measured
+        if one.cut
+    ]
+    return "\n".join([*lines, "", *cut, *([""] if cut else [])])
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> list[str]:
+    """Lines of Markdown; a | in a cell stays in it."""
+    inside = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
+    lines = [f"| {' | '.join(row)} |" for row in inside]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
+def draw(model: str, measured: Sequence[Measured], path: Path) -> None:
+    """Shares of each suite with their intervals and the chance level; other numbers have no common scale."""
+    pyplot = load_pyplot()
+    drawn = [(one.name, score) for one in measured for score in one.scores if score.share and _is_drawn(one, score)]
+    if not drawn:
+        path.unlink(missing_ok=True)
+        return
+    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.32 * len(drawn)), layout="constrained")
+    for place, (_, score) in enumerate(drawn):
+        axis.barh(place, score.value, color="#4c72b0", height=0.6)
+        if score.low is not None:
+            axis.plot([score.low, score.high], [place, place], color="black", linewidth=1.2)
+        if score.chance is not None:
+            axis.plot([score.chance] * 2, [place - 0.4, place + 0.4], color="#c44e52", linewidth=2)
+    labels = [plain(f"{name}  {score.group}  {score.metric}".replace("  all", "")) for name, score in drawn]
+    axis.set_yticks(range(len(drawn)), labels)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), xlabel="share (black: 95% interval, red: chance)", title=plain(model))
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _is_drawn(one: Measured, score: Score) -> bool:
+    """All groups where they are few, the whole where they are many."""
+    return score.group in WHOLE or len({other.group for other in one.scores}) <= 8

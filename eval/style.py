@@ -5,20 +5,19 @@ python eval/style.py --ckpt out/demo/dpo/final --file data/demo/heldout_favours.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cli import call
 from errors import UserError, check_seed, command_line
 from eval.answering import Answerer
-from eval.questions import Question, ask
+from eval.questions import Question, ask, read_lines
 from model.decoding.sampling import Sampling
 from text.files import json_text
 
 
 @dataclass(frozen=True)
-class Favour:
+class PoliteRequest:
     """One line of the file: `question`, the preferred `answer`, and what answers of its style begin and end with."""
 
     question: str
@@ -36,43 +35,27 @@ class StyleScore:
     answers: int
 
 
-def in_style(reply: str, favour: Favour) -> bool:
+def in_style(reply: str, request: PoliteRequest) -> bool:
     """Whether a reply has both ends of the style, white space aside; something must stand between them."""
-    reply, opening, closing = reply.strip(), favour.opening.strip(), favour.closing.strip()
+    reply, opening, closing = reply.strip(), request.opening.strip(), request.closing.strip()
     middle = reply[len(opening) : len(reply) - len(closing)]
     return reply.startswith(opening) and reply.endswith(closing) and bool(middle.strip())
 
 
-def read_favours(path: Path) -> list[Favour]:
-    """JSONL with `question`, `answer`, `opening` and `closing`."""
-    favours = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); give JSONL with question, answer, opening, closing"
-        ) from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            favours.append(Favour(*(str(row[name]) for name in ("question", "answer", "opening", "closing"))))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"{path}:{number}: not an object with 'question', 'answer', 'opening', 'closing'; correct the line"
-            ) from None
-    if not favours:
-        raise UserError(f"{path}: no favours in it; give JSONL with question, answer, opening, closing")
-    return favours
+def read_polite_requests(path: Path) -> list[PoliteRequest]:
+    """Read JSONL with `question`, `answer`, `opening` and `closing`."""
+    names = ("question", "answer", "opening", "closing")
+    return read_lines(path, lambda row: PoliteRequest(*(str(row[name]) for name in names)), ", ".join(names))
 
 
-def score_style(answerer: Answerer, favours: list[Favour], temperature: float = 0.7, seed: int = 0) -> StyleScore:
+def score_style(
+    answerer: Answerer, requests: list[PoliteRequest], temperature: float = 0.7, seed: int = 0
+) -> StyleScore:
     """Answers sampled as in a chat: greedy ones would show which style is likelier, not how likely it is."""
-    asked = [Question(favour.question, favour.answer, "favour") for favour in favours]
+    asked = [Question(request.question, request.answer, "request") for request in requests]
     results = ask(answerer, asked, sampling=Sampling(temperature=temperature), seed=seed)
-    styled = sum(in_style(result.reply, favour) for result, favour in zip(results, favours, strict=True))
-    return StyleScore(styled / len(favours), sum(result.correct for result in results) / len(favours), len(favours))
+    styled = sum(in_style(result.reply, request) for result, request in zip(results, requests, strict=True))
+    return StyleScore(styled / len(requests), sum(result.correct for result in results) / len(requests), len(requests))
 
 
 def style(
@@ -100,16 +83,11 @@ def style(
     check_seed(seed)
     if temperature < 0:
         raise UserError(f"--temperature {temperature}: must be at least 0")
-    score = score_style(Answerer.open(ckpt, device, dtype, lora), read_favours(Path(file)), temperature, seed)
-    print(
-        as_json(score)
-        if json
-        else f"{score.preferred:.1%} of {score.answers} answers in the preferred style, {score.exact:.1%} to the letter"
-    )
-
-
-def as_json(score: StyleScore) -> str:
-    return json_text(asdict(score))
+    score = score_style(Answerer.open(ckpt, device, dtype, lora), read_polite_requests(Path(file)), temperature, seed)
+    if json:
+        print(json_text(asdict(score)))
+        return
+    print(f"{score.preferred:.1%} of {score.answers} answers in the preferred style, {score.exact:.1%} to the letter")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""The experts of an MoE layer as few large products: dropless, and without a host round trip on CUDA."""
+"""The routed experts (DeepSeek-V3 section 2.1.2): plan, dispatch, products, combine. No token is dropped.
+
+A token meets K of E experts. The N * K choices are sorted by expert, so that each expert's tokens are rows that follow
+each other, and its products are large; what it made of them is summed again for each token. On CUDA no step waits for
+the host.
+
+Shapes: N tokens, K experts a token, E experts, D hidden, I intermediate, R rows sorted by expert, padding included.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.dispatch import Combine, Dispatch, Permute, Plan, gather_sum
-from model.grouped_linear import Cast, GradBuffer, grouped_linear, spans_of
-from model.kernels import fused, grouped, products
-from model.quantized import QuantizedWeight
+from model import ops
+from model.kernels.grouped import GradBuffer
 
-FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
 
 
@@ -31,10 +35,7 @@ class LowRank(NamedTuple):
 
 
 class Experts(nn.Module):
-    """SwiGLU experts, stored stacked: gate_up_proj (E, 2 * I, D) and down_proj (E, D, I).
-
-    Shapes: N tokens, K experts a token, E experts, D hidden, I intermediate, R padded rows.
-    """
+    """SwiGLU experts, stored stacked: gate_up_proj (E, 2 * I, D) and down_proj (E, D, I)."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -54,97 +55,109 @@ class Experts(nn.Module):
 
         corrections: of the matrices, by the name of the parameter.
         """
-        if torch.is_autocast_enabled(x_ND.device.type):
-            x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
-        plain = not corrections and not isinstance(self.gate_up_proj, QuantizedWeight)
-        if plain and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
-            few = indices_NK.numel() <= FEW_CHOICES
-            return (self._few if few else self._in_turn)(x_ND, weights_NK.to(x_ND.dtype), indices_NK)
-        return (self._grouped if x_ND.is_cuda else self._looped)(x_ND, weights_NK, indices_NK, corrections)
+        return ops.experts(self, ops.autocast(x_ND), weights_NK, indices_NK, corrections)
 
-    @torch._disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported at the first call
-    def _looped(self, *inputs: Tensor | Mapping[str, LowRank]) -> Tensor:
-        """On CPU the number of rows is read from the data: a compiled graph would hold for one step."""
-        return self._grouped(*inputs)
-
-    def _grouped(
+    def dispatched(
         self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping[str, LowRank]
     ) -> Tensor:
-        own = grouped.suits(x_ND, self.gate_up_proj, self.down_proj)
-        plan = Plan.of(indices_NK, self.gate_up_proj.shape[0], grouped.TILE if own else None)
-        x_RD = Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
+        """Plan, products, combine."""
+        plan = Plan.of(indices_NK, self.gate_up_proj.shape[0], ops.row_tile(self, x_ND, corrections))
         weights_R = Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
-        # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
-        gate_up_R2I = self._product("gate_up_proj", x_RD, plan, corrections)
-        inner_RI = _weighted_swiglu(gate_up_R2I, weights_R.to(x_RD.dtype))
-        out_RD = self._product("down_proj", inner_RI, plan, corrections)
+        out_RD = ops.expert_rows(self, x_ND, weights_R.to(x_ND.dtype), plan, corrections)
         return Combine.apply(out_RD, plan.token_of_row, plan.row_of_choice)
 
+    def rows(self, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
+        """weight * W_down (silu(W_gate x) * (W_up x)) of each row by its own expert, (R, D)."""
+        x_RD = Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
+        gate_up_R2I = self._product("gate_up_proj", x_RD, plan, corrections)
+        # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
+        inner_RI = ops.weighted_swiglu(gate_up_R2I, weights_R)
+        return self._product("down_proj", inner_RI, plan, corrections)
+
     def _product(self, name: str, x_RF: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
-        out = grouped_linear(x_RF, getattr(self, name), plan, self.grad_buffers[name])
+        out = ops.grouped_linear(x_RF, getattr(self, name), plan.ends, self.grad_buffers[name])
         if name not in corrections:
             return out
         a, b, scale = corrections[name]
-        return out + scale * grouped_linear(grouped_linear(x_RF, a, plan), b, plan)
-
-    @torch._disable_dynamo
-    def _in_turn(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
-        """The same bits as `_grouped` without a gradient: the rows of one expert stay in the processor's cache from the
-        first product to the last, in the place of those of the expert before.
-        """
-        plan = Plan.of(indices_NK, self.gate_up_proj.shape[0])
-        weights_R = Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
-        spans = spans_of(plan.ends.tolist())
-        most = max(rows.stop - rows.start for _, rows in spans)
-        rows_of = x_ND.new_empty(most, x_ND.shape[1])
-        gate_up_of = x_ND.new_empty(most, self.gate_up_proj.shape[1])
-        out_RD = x_ND.new_empty(len(weights_R), x_ND.shape[1])
-        gate_up_weight, down_weight = Cast(self.gate_up_proj, x_ND.dtype), Cast(self.down_proj, x_ND.dtype)
-        for expert, rows in spans:
-            x, gate_up = rows_of[: rows.stop - rows.start], gate_up_of[: rows.stop - rows.start]
-            torch.index_select(x_ND, 0, plan.token_of_row[rows], out=x)
-            products.product_into(gate_up, x, gate_up_weight(expert))
-            products.product_into(out_RD[rows], _weighted_swiglu(gate_up, weights_R[rows]), down_weight(expert))
-        return gather_sum(out_RD, plan.row_of_choice)
-
-    def _few(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor) -> Tensor:
-        """The same for a token or two while decoding: no sorting, and only the chosen experts' weights are read."""
-        out = []
-        for x_1D, weights, experts in zip(x_ND.split(1), weights_NK, indices_NK.tolist(), strict=True):
-            hidden = []
-            for expert in experts:
-                gate, up = F.linear(x_1D, self.gate_up_proj[expert].to(x_1D.dtype)).chunk(2, dim=-1)
-                hidden.append(F.linear(F.silu(gate).mul_(up), self.down_proj[expert].to(x_1D.dtype)))
-            out.append(weights.unsqueeze(0) @ torch.cat(hidden))
-        return torch.cat(out)
+        return out + scale * ops.grouped_linear(ops.grouped_linear(x_RF, a, plan.ends), b, plan.ends)
 
 
-def _weighted_swiglu(gate_up_R2I: Tensor, weights_R: Tensor) -> Tensor:
-    """silu(gate) * up * weight for gate_up = [gate | up]; weights are of its type."""
-    gate, up = gate_up_R2I.chunk(2, dim=-1)
-    if fused.fits(gate, up):
-        return fused.FusedSwiGLU.apply(weights_R, gate_up_R2I)
-    return _WeightedSwiGLU.apply(gate_up_R2I, weights_R)
+@dataclass(frozen=True)
+class Plan:
+    """Where each (token, choice) goes among the rows sorted by expert. Padding rows hold token 0 and are never read.
 
+    Attributes:
+        counts: (E,) tokens of each expert; ends: (E,) int32, one past the last row of each expert, padding included.
+        token_of_row, choice_of_row: (R,) the token, and the flat (token, choice), that a row holds.
+        row_of_choice: (N, K) the row that holds it.
+    """
 
-class _WeightedSwiGLU(torch.autograd.Function):
-    """silu(gate) * up * weight for gate_up (R, 2 * I) = [gate | up] and weight (R,), keeping only its inputs."""
+    counts: Tensor
+    ends: Tensor
+    token_of_row: Tensor
+    choice_of_row: Tensor
+    row_of_choice: Tensor
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up, weight)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up).mul_(weight.unsqueeze(1))
+    def of(indices_NK: Tensor, experts: int, block: int | None = None) -> Plan:
+        """Sort the choices by expert and pad each expert's rows to a whole number of blocks, or of those that suit."""
+        tokens, top_k = indices_NK.shape
+        expert_of_choice = indices_NK.flatten()
+        sorted_experts, order = expert_of_choice.sort(stable=True)
+        counts = count_choices(expert_of_choice, experts)
+        padded, rows = ops.padded_rows(counts, tokens * top_k, block or ops.row_block(indices_NK, experts))
+        ends = padded.cumsum(0)
+        first_row, first_sorted = ends - padded, counts.cumsum(0) - counts
+        row_of_sorted = torch.arange(tokens * top_k, device=order.device) + (first_row - first_sorted)[sorted_experts]
+        row_of_choice = torch.empty_like(expert_of_choice).scatter_(0, order, row_of_sorted)
+        choice_of_row = torch.zeros(rows, dtype=order.dtype, device=order.device).scatter_(0, row_of_sorted, order)
+        return Plan(counts, ends.int(), choice_of_row // top_k, choice_of_row, row_of_choice.view(tokens, top_k))
+
+
+def count_choices(indices: Tensor, experts: int) -> Tensor:
+    """Count how often each expert was chosen, (E,) int64; unlike bincount, without a host round trip."""
+    flat = indices.flatten()
+    return torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+class Dispatch(torch.autograd.Function):
+    """Copy each token to its rows. Its gradient is a gather and a sum over k, where autograd's own would scatter."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up, weight = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        scaled = grad * weight.unsqueeze(1)
-        torch.mul(scaled, activated, out=grad_up)
-        grad_weight = activated.mul_(up).mul_(grad).sum(-1)
-        grad_gate.copy_(torch.ops.aten.silu_backward(scaled.mul_(up), gate))
-        return grad_gate_up, grad_weight
+    def forward(ctx, x_ND: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_choice)
+        return x_ND.index_select(0, token_of_row)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (row_of_choice,) = ctx.saved_tensors
+        return ops.gather_sum(grad_RD, row_of_choice), None, None
+
+
+class Combine(torch.autograd.Function):
+    """Sum each token's rows: the transpose of `Dispatch`."""
+
+    @staticmethod
+    def forward(ctx, y_RD: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of_row)
+        return ops.gather_sum(y_RD, row_of_choice)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (token_of_row,) = ctx.saved_tensors
+        # Padding rows get token 0's gradient here; it ends where their weight, which is 0, multiplies it.
+        return grad_ND.index_select(0, token_of_row), None, None
+
+
+class Permute(torch.autograd.Function):
+    """Put the weight of each choice into its row, 0 into padding rows; the gradient goes the way back."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, choice_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_choice)
+        return weights.new_zeros(choice_of_row.shape[0]).scatter_(0, row_of_choice, weights)
+
+    @staticmethod
+    def backward(ctx, grad_R: Tensor) -> tuple[Tensor, None, None]:
+        (row_of_choice,) = ctx.saved_tensors
+        return grad_R.index_select(0, row_of_choice), None, None

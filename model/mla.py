@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.attention import AttentionMask, attend, select_positions
+from model import ops
+from model.attention import AttentionMask, select_positions
 from model.cache import Cache
-from model.kernels import causal, fused_attention
-from model.kernels.products import Linear
 from model.norm import RMSNorm
+from model.ops import Linear
 from model.rope import rotate, softmax_scale
 
 # Up to this many new positions the absorbed form reads the latents as they are; beyond, expanding them once is cheaper.
@@ -62,37 +62,24 @@ class MultiHeadLatentAttention(nn.Module):
         if last_positions_B is not None:
             attention_mask = attention_mask.at(last_positions_B, x.shape[1], latent_BSC.shape[1])
             x, rope = select_positions(x, last_positions_B), select_positions(rope, last_positions_B)
-        q_BTHQ = self._queries(x)
-        decoding = cache is not None and cache.decoding
-        if decoding and x.shape[1] > ABSORB_UP_TO and fused_attention.fits(q_BTHQ, attention_mask):
-            return self.o_proj(self.attend_fused(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), attention_mask).flatten(2))
-        if decoding and x.shape[1] <= ABSORB_UP_TO:
-            if latent_BSC.device.type == "cpu" and latent_BSC.dtype == torch.bfloat16:
-                latent_BSC = latent_BSC.float()  # products so small cost bfloat16's kernels on CPU more than they save
+        q_BTHQ, decodes = self._queries(x), cache is not None and cache.decoding
+        if decodes and x.shape[1] <= ABSORB_UP_TO:
+            latent_BSC = ops.small_products(latent_BSC)
             out = self.attend_absorbed(*self._rotated(q_BTHQ, rope), latent_BSC, attention_mask)
         else:
-            out = self.attend_naive(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), attention_mask)
+            out = self.attend_naive(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), attention_mask, prefill=decodes)
         return self.o_proj(out.flatten(2))
 
-    def attend_naive(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, attention_mask: AttentionMask) -> Tensor:
+    def attend_naive(
+        self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, attention_mask: AttentionMask, prefill: bool = False
+    ) -> Tensor:
         """Expand the latents to keys and values of every head (Eq. 2, 4 and 5), then attend: for training and prefill.
 
         q: (B, T, H, nope + rope), not yet rotated. Returns (B, T, H, value).
         """
         c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
-        kv = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1))
-        if attention_mask.plain and causal.fits(q_BTHQ, kv, k_rope):
-            return causal.CausalAttention.apply(q_BTHQ, kv, k_rope, rope, self.scale)
-        q_BTHQ = torch.cat(self._rotated(q_BTHQ, rope), dim=-1)
-        k_nope, v = kv.split((self.nope, self.value), dim=-1)
-        k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotated key for all heads
-        return attend(q_BTHQ, torch.cat((k_nope, k_rope), dim=-1), v, self.scale, attention_mask)
-
-    def attend_fused(self, q_BTHQ: Tensor, rope: Tensor, latent_BSC: Tensor, attention_mask: AttentionMask) -> Tensor:
-        """The same in one pass, for prefill on CPU: q not rotated; neither keys nor scores are ever written out."""
-        c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
         kv_BSHE = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1))
-        return fused_attention.attend(q_BTHQ, kv_BSHE, k_rope, rope, self.scale, attention_mask.padding)
+        return ops.causal_attention(q_BTHQ, kv_BSHE, k_rope, rope, self.scale, attention_mask, prefill)
 
     def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W^UK (H, nope, rank) and W^UV (H, rank, value) of every head, as views where the weight is plain."""

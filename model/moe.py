@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model import ops
 from model.experts import Experts
-from model.kernels import fused
-from model.kernels.products import Linear
-from model.norm import Float32Buffers, float32_only
+from model.float32 import Float32Buffers, float32_only
+from model.ops import Linear
 
 
 class SwiGLU(nn.Module):
@@ -26,10 +26,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden) -> (..., hidden)."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if fused.fits(gate, up):
-            return self.down_proj(fused.FusedSwiGLU.apply(None, gate, up))
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Routing(NamedTuple):
@@ -65,19 +62,6 @@ class Router(Float32Buffers):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
         return weights * self.config.routed_scaling_factor, indices, scores
 
-    def select(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights and indices of `forward`, where nobody asks for gradients or scores."""
-        config, watched = self.config, self._forward_hooks or self._forward_pre_hooks
-        fast = x_ND.is_contiguous() and type(self.weight) is nn.Parameter and fused.fits(x_ND)
-        fast = fast and self.e_score_correction_bias.dtype == torch.float32
-        if torch.is_grad_enabled() or watched or not fast:
-            return self(x_ND)[:2]
-        groups = (config.n_group, config.topk_group)
-        top_k, bias_E = config.num_experts_per_tok, self.e_score_correction_bias
-        return fused.route(
-            x_ND, self.weight.float(), bias_E, top_k, groups, config.norm_topk_prob, config.routed_scaling_factor
-        )
-
     @torch.no_grad()
     def choose(self, scores_NE: Tensor) -> Tensor:
         """The K experts with the highest s + b within the best groups (Eq. 16 and node-limited routing). (N, K)."""
@@ -111,16 +95,14 @@ class DeepseekMoE(nn.Module):
         token_mask: (batch, time) bool, False where a position is padding and is not counted.
         """
         x_ND = x_BTD.flatten(0, 1)
-        if count:
-            weights, indices, scores = self.gate(x_ND)
-        else:
-            weights, indices = self.gate.select(x_ND)
+        weights, indices, *scores = self.gate(x_ND) if count else ops.route(self.gate, x_ND)
         out = self.experts(x_ND, weights, indices).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)
         if not count:
             return out, None
-        return out, routing(scores.unflatten(0, x_BTD.shape[:2]), indices.unflatten(0, x_BTD.shape[:2]), token_mask_BT)
+        scores_BTE, indices_BTK = (each.unflatten(0, x_BTD.shape[:2]) for each in (*scores, indices))
+        return out, routing(scores_BTE, indices_BTK, token_mask_BT)
 
 
 def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | None) -> Routing:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from LMConfig import LMConfig
 from model.attention import AttentionMask
 from model.cache import Cache
-from model.kernels.products import Linear
 from model.layer import DecoderLayer
 from model.moe import Routing
 from model.norm import RMSNorm
+from model.ops import Linear
 
 
 class SharedHead(nn.Module):

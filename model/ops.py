@@ -1,15 +1,288 @@
-"""The one door to fast kernels: each operation is the plain PyTorch line, and the kernel where it applies."""
+"""The one door to the kernels: each operation as PyTorch writes it, and by a kernel where that is faster.
+
+Which kernel applies is asked of tensors alone: their device, type and layout, and whether gradients are recorded. What
+a GPU or a compiled graph computes is the plain line; the kernels are in model/kernels/.
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from model.kernels import decode
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from LMConfig import LMConfig
+from model.attention import AttentionMask
+from model.kernels import attention, causal, decode, fused, grouped, products
+from model.kernels.attention import FLASH_ATTN, SDPA
+from model.kernels.grouped import GradBuffer
+from model.rope import rotate
+
+if TYPE_CHECKING:
+    from model.experts import Plan
+    from model.quantized import QuantizedWeight
+
+# CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work): each expert's
+# rows are padded to a multiple of the largest of these blocks of which its share fills four.
+ROW_BLOCKS = (128, 64, 32, 16)
+SMALL_ROW_BLOCK = 8  # under that, and on CUDA, whose grouped products want groups aligned to 16 bytes
+FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32; in the type of x."""
+    if type(weight) is nn.Parameter and fused.fits(x):
+        return fused.RMSNorm.apply(x, weight.float(), eps)
+    if x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)  # goes through float32 by itself
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020)."""
+    if not fused.fits(gate, up):
+        return F.silu(gate) * up
+    return fused.SwiGLU.apply(None, gate, up)
+
+
+def weighted_swiglu(gate_up_R2I: Tensor, weight_R: Tensor) -> Tensor:
+    """silu(gate) * up * weight for [gate | up] = gate_up, keeping nothing else for the backward pass."""
+    return fused.weighted_swiglu(gate_up_R2I, weight_R)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., in) -> (..., out)."""
+    if not products.fits(x, weight, bias):
+        return F.linear(x, weight, bias)
+    out = products.LinearProduct.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` computed by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
 
 
 def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden (..., hidden) after a norm, head (vocab, hidden) -> (..., vocab) float32."""
-    if decode.projects(hidden, head):
-        return decode.project(hidden, head, head.dtype)
-    return F.linear(hidden, head.to(hidden.dtype)).float()
+    if not decode.projects(hidden, head):
+        return F.linear(hidden, head.to(hidden.dtype)).float()
+    return decode.project(hidden, head, head.dtype)
+
+
+def causal_attention(
+    q_BTHQ: Tensor,
+    kv_BSHE: Tensor,
+    k_rope_BSR: Tensor,
+    rope: Tensor,
+    scale: float,
+    mask: AttentionMask,
+    prefill: bool = False,
+) -> Tensor:
+    """softmax(q k^T * scale) v of the last T of S positions (Eq. 10), (B, T, H, value).
+
+    Args:
+        q_BTHQ: [q^C | q^R] of each head, not rotated yet; kv_BSHE: [k^C | v]; k_rope_BSR: k^R, rotated, for all heads.
+        rope: from `RotaryEmbedding`, of the T positions.
+        prefill: for a cache: without gradients, so that what is computed need not have the bits of training.
+    """
+    if prefill and causal.prefill_fits(q_BTHQ) and (mask.plain or mask.padding is not None):
+        return causal.prefill(q_BTHQ, kv_BSHE, k_rope_BSR, rope, scale, mask.padding)
+    if mask.plain and causal.fits(q_BTHQ, kv_BSHE, k_rope_BSR):
+        return causal.CausalAttention.apply(q_BTHQ, kv_BSHE, k_rope_BSR, rope, scale)
+    rope_size, heads = k_rope_BSR.shape[-1], q_BTHQ.shape[2]
+    nope = q_BTHQ.shape[-1] - rope_size
+    q_nope, q_rope = q_BTHQ.split((nope, rope_size), dim=-1)
+    k_nope, v = kv_BSHE.split((nope, kv_BSHE.shape[-1] - nope), dim=-1)
+    q = torch.cat((q_nope, rotate(q_rope, rope)), dim=-1)
+    k = torch.cat((k_nope, k_rope_BSR.unsqueeze(2).expand(-1, -1, heads, -1)), dim=-1)
+    return attend(q, k, v, scale, mask)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> Tensor:
+    """softmax(q k^T * scale) v.
+
+    Args:
+        q, k: (batch, time, heads, qk); v: (batch, time, heads, value).
+    Returns:
+        (batch, time, heads, value)
+    """
+    value_size, sizes = v.shape[-1], (q.shape[1], k.shape[1], q.device)
+    if q.device.type == "cpu" and q.shape[1] <= attention.LONGEST_CHUNKED:
+        # Causality alone needs no mask where the softmax knows of it.
+        causal_only = mask.allowed is None and fused.available(q)
+        allowed = None if causal_only else mask.as_bool(*sizes)
+        added = None if allowed is None else torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+        # Autocast would carry each softmax through memory in float32; the kernel computes in float32 anyway.
+        with torch.autocast("cpu", enabled=False):
+            return attention.ChunkedAttention.apply(q, k, v, added, causal_only, scale)
+    # The fused kernels want one head size for q, k and v: zeros added to v change nothing and are cut off again.
+    if value_size < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - value_size))
+    plain = mask.plain and q.shape[1] == k.shape[1]
+    kernel = attention.cuda_kernel(q, value_size, plain, mask.segment_ids is not None)
+    flash = attention.flash_attention() if kernel == FLASH_ATTN else None
+    if flash is not None and plain:
+        return flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)[..., :value_size]
+    if kernel != SDPA:
+        return attention.segments(flash, q, k, v, scale, mask.segment_ends)[..., :value_size]
+    q, k, v, allowed = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None if plain else mask.as_bool(*sizes)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=plain, scale=scale)
+    return out.transpose(1, 2)[..., :value_size]
+
+
+def small_products(x: Tensor) -> Tensor:
+    """x in the type of products with a few rows: on a CPU bfloat16's kernels cost more than they save."""
+    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+
+
+def route(router: nn.Module, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (N, K) float32 and indices (N, K) of a `model.moe.Router`, where nobody asks for gradients or scores."""
+    watched = router._forward_hooks or router._forward_pre_hooks
+    fits = x_ND.is_contiguous() and type(router.weight) is nn.Parameter and fused.fits(x_ND)
+    if torch.is_grad_enabled() or watched or not fits or router.e_score_correction_bias.dtype != torch.float32:
+        return router(x_ND)[:2]
+    c, weight, bias = router.config, router.weight.float(), router.e_score_correction_bias
+    groups = (c.n_group, c.topk_group)
+    return fused.route(x_ND, weight, bias, c.num_experts_per_tok, groups, c.norm_topk_prob, c.routed_scaling_factor)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the type of autocast where that is on, so that what follows is."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def experts(module: nn.Module, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping) -> Tensor:
+    """`dispatched` of a `model.experts.Experts`; for a token or two without gradients on a CPU expert by expert."""
+    if x_ND.is_cuda:
+        return module.dispatched(x_ND, weights_NK, indices_NK, corrections)
+    return _experts_on_cpu(module, x_ND, weights_NK, indices_NK, corrections)
+
+
+@torch._disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported at the first call
+def _experts_on_cpu(
+    module: nn.Module, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping
+) -> Tensor:
+    """The number of rows is read from the data: a compiled graph would hold for one step."""
+    if indices_NK.numel() <= FEW_CHOICES and _in_turn(module, x_ND, corrections):
+        weights = weights_NK.to(x_ND.dtype)
+        return grouped.few_experts(x_ND, weights, indices_NK, module.gate_up_proj, module.down_proj)
+    return module.dispatched(x_ND, weights_NK, indices_NK, corrections)
+
+
+def expert_rows(module: nn.Module, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping) -> Tensor:
+    """`rows` of a `model.experts.Experts`; without gradients on a CPU one expert after the other, the same bits."""
+    if not _in_turn(module, x_ND, corrections):
+        return module.rows(x_ND, weights_R, plan, corrections)
+    weights = (module.gate_up_proj, module.down_proj)
+    return grouped.experts_in_turn(x_ND, weights_R, plan.token_of_row, plan.ends.tolist(), *weights)
+
+
+def _in_turn(module: nn.Module, x_ND: Tensor, corrections: Mapping) -> bool:
+    plain = not corrections and isinstance(module.gate_up_proj, Tensor)
+    return plain and x_ND.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def row_block(indices_NK: Tensor, experts: int) -> int:
+    """What each expert's rows are padded to a multiple of: little of its share is wasted, and few shapes occur."""
+    if indices_NK.is_cuda:
+        return SMALL_ROW_BLOCK
+    mean_rows, smallest = indices_NK.numel() / experts, SMALL_ROW_BLOCK if len(indices_NK) > 1 else 1
+    return next((block for block in ROW_BLOCKS if mean_rows >= 4 * block), smallest)
+
+
+def row_tile(module: nn.Module, x_ND: Tensor, corrections: Mapping) -> int | None:
+    """The same where all experts' products are one call, which takes any number of tiles; else None."""
+    suits = grouped.suits(x_ND, module.gate_up_proj, module.down_proj)
+    return grouped.TILE if suits and not _in_turn(module, x_ND, corrections) else None
+
+
+def padded_rows(counts_E: Tensor, choices: int, block: int) -> tuple[Tensor, int]:
+    """The rows of each expert, whole blocks, and how many there are of all or, on CUDA, can be at most."""
+    blocks, experts = (counts_E + block - 1) // block, len(counts_E)
+    if not counts_E.is_cuda:
+        return blocks * block, int(blocks.sum()) * block
+    # On sm100 the weight gradient of a group without rows is garbage (pytorch/pytorch#172439): where gradients are
+    # recorded each expert has a block, of padding whose weight is 0. Decoding reads the chosen experts only.
+    fill = torch.is_grad_enabled()
+    # The number of rows is not known to the host: take the most there can be, one block an expert begun.
+    begun = experts if fill else min(experts, choices)
+    return (blocks.clamp(min=1) if fill else blocks) * block, (choices // block + begun) * block
+
+
+def grouped_linear(
+    x_RD: Tensor, weight_EOD: Tensor | QuantizedWeight, ends_E: Tensor, buffer: GradBuffer | None = None
+) -> Tensor:
+    """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O).
+
+    Args:
+        weight_EOD: a tensor or a `QuantizedWeight`; ends_E: one past the last row of each expert.
+        buffer: memory for the weight's gradient.
+    """
+    if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
+        return grouped.grouped_mm(x_RD, weight_EOD, ends_E)
+    return grouped.GroupedLinear.apply(x_RD, weight_EOD, ends_E.tolist(), buffer or GradBuffer())
+
+
+def gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
+    """(R, D), (N, K) -> (N, D): the sum of each token's K rows."""
+    if rows_RD.is_cuda:
+        rows_NKD = rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape)
+        return rows_NKD.sum(1, dtype=rows_RD.dtype)  # autocast would make it float32, and the residual stream with it
+    if fused.fits(rows_RD) and rows_RD.is_contiguous():
+        return fused.gather_sum(rows_RD, row_of_choice)
+    # K additions of contiguous rows are several times faster than a sum over a middle axis.
+    first, *others = row_of_choice.unbind(1)
+    total = rows_RD.index_select(0, first)
+    for rows in others:
+        total += rows_RD.index_select(0, rows)
+    return total
+
+
+def cross_entropy_(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p_y, (N,) float32, and its gradient by the logits, p - onehot(y), in their type and perhaps their memory.
+
+    Both are 0 where a label is negative, and computed in float32: rounded to bfloat16 first, a p of 0.999 would be 1,
+    without loss and gradient.
+    """
+    if fused.available(logits_NV):
+        return fused.cross_entropy_(logits_NV, labels_N.contiguous()), logits_NV
+    counted, target = labels_N >= 0, labels_N.clamp(min=0)
+    log_p = logits_NV.log_softmax(-1, dtype=torch.float32)
+    nll_N = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
+    error_NV = log_p.exp_()
+    error_NV[torch.arange(len(target), device=target.device), target] -= 1  # scatter_add_ would copy all of it
+    return nll_N.masked_fill(~counted, 0), error_NV.mul_(counted.unsqueeze(1)).to(logits_NV.dtype)
+
+
+def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, time: int, compiled: bool = False) -> str:
+    """Say in one line which kernels a model's attention and experts take in training on this machine.
+
+    dtype: of the products; time: positions of a row; compiled: by torch.compile.
+    """
+    heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    q = torch.empty(1, 16, heads, nope + rope, dtype=dtype, device=device)  # no rule depends on how many positions
+    if device.type == "cpu":
+        kv, k_rope = q.new_empty(1, 16, heads, nope + config.v_head_dim), q.new_empty(1, 16, rope)
+        isolated = "chunks of queries" if time <= attention.LONGEST_CHUNKED else SDPA
+        whole = "causal.c" if not compiled and causal.fits(q, kv, k_rope) else isolated
+    else:
+        whole, isolated = (_cuda_attention(q, config.v_head_dim, segments) for segments in (False, True))
+    report = f"attention by {whole}" + ("" if isolated == whole else f", of isolated samples by {isolated}")
+    if device.type == "cpu" or not config.is_moe_layer(config.num_hidden_layers - 1):
+        return report
+    if grouped.without_host(dtype, device):
+        return f"{report}; experts by grouped_mm"
+    return f"{report}; experts one by one, waiting for the device (in one launch: bf16 on sm90 and sm100)"
+
+
+def _cuda_attention(q_BTHQ: Tensor, value_size: int, isolated: bool) -> str:
+    kernel = attention.cuda_kernel(q_BTHQ, value_size, plain=not isolated, isolated=isolated)
+    if kernel == FLASH_ATTN:
+        return f"{FLASH_ATTN} {attention.flash_attention().__version__}"
+    return f"{SDPA} ({attention.sdpa_backend(q_BTHQ, value_size, isolated)})" if kernel == SDPA else kernel

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.norm import Float32Buffers
+from model import ops
+from model.float32 import Float32Buffers
 from training.run.quiet import quiet_imports
 
 BLOCK = 64  # elements that share a scale in 4 bits
@@ -100,9 +101,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = _QuantizedProduct.apply(x, self.quantized)
+        out = _QuantizedProduct.apply(ops.autocast(x), self.quantized)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -128,8 +127,3 @@ def quantize_weights(root: nn.Module, name: str, quantize: Callable[[nn.Paramete
         quantized = quantize(weight)
         delattr(module, matrix)
         setattr(module, matrix, quantized)
-
-
-def dense(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight as a plain tensor of that type."""
-    return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from LMConfig import LMConfig
-from model.norm import Float32Buffers
+from model.float32 import Float32Buffers
 
 
 class RotaryEmbedding(Float32Buffers):

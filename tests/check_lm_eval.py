@@ -2,8 +2,8 @@
 
 python tests/check_lm_eval.py --ckpt out/demo/grpo/final [--questions data/demo/heldout_questions.jsonl]
 
-Needs lm-eval: `make check-lm-eval` installs it. Nothing is fetched: questions and texts are made here. Ends with code 1
-where anything differs.
+lm-eval's own command reads the same questions from JSON lines with templates written here, and the checkpoint through
+transformers. Needs lm-eval: `make check-lm-eval` installs it. Nothing is fetched. Ends with code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 
+import eval.harness
 from cli import call
 from errors import UserError, command_line
-from eval.opened_model import OpenedModel, open_model
-from eval.suites.choice_rows import ChoiceItem
-from eval.suites.measuring import measure
-from eval.suites.multiple_choice import MultipleChoice
-from eval.suites.suite import Score, Suite
-from eval.suites.text_likelihood import TextLikelihood
+from eval.harness import TheirOptions, measure, open_lm
+from eval.model_path import ModelPath
+from eval.tasks.choices import ChoiceItem
+from eval.tasks.opened import open_task
 from text.chats.arithmetic import arithmetic_problem
 
 DIGITS = 4  # that lm-eval prints
@@ -41,29 +41,31 @@ WINDOW = 1024  # tokens that texts are scored in
 
 
 def check(ckpt: str, questions: str = "", count: int = 100) -> None:
-    """Compare a checkpoint's scores with lm-eval's, each from its own reading of the same files.
+    """Compare a checkpoint's scores with those of lm-eval's own model, each from its own reading of the same files.
 
     Args:
         ckpt: checkpoint folder, of this project or any that transformers opens.
         questions: JSONL with question, answer and kind; wrong choices are other answers of the kind.
         count: questions of a subject.
     """
-    if find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed; run make check-lm-eval")
-    model = open_model(ckpt, "cpu", "fp32")
+    lm = open_lm(ModelPath.find(ckpt), torch.device("cpu"), torch.float32)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subjects = {"whole_numbers": sums(count + SHOTS)}
         if questions:
             subjects["a small world"] = from_questions(Path(questions), count + SHOTS)
-        suites: dict[str, Suite] = {}
-        for subject, items in subjects.items():
-            suites |= write_choices(folder, subject, items)
-        suites["texts"] = write_texts(folder, subjects)
-        theirs = run_lm_eval(ckpt, min(WINDOW, model.context), folder, list(suites))
-        failed = False
-        for task, suite in suites.items():
-            failed |= differs(task, suite, model, folder, theirs[task])
+        names = [task for subject, items in subjects.items() for task in write_choices(folder, subject, items)]
+        names += [write_texts(folder, subjects)]
+        theirs = run_lm_eval(ckpt, min(WINDOW, lm.max_length), folder, names)
+        failed, found = False, []
+        evaluate = eval.harness.simple_evaluate
+        eval.harness.simple_evaluate = lambda *given, **more: found.append(evaluate(*given, **more)) or found[0]
+        for task in (open_task(str(folder / "ours" / f"{name}.yaml")) for name in names):
+            ours = measure(task, task.settings.docs(), lm, {}, folder / "answers" / task.name, TheirOptions())
+            samples = found.pop()["samples"][task.name]
+            nats = [_nats(answer) for sample in samples for answer in sample["filtered_resps"]]
+            values = {score.metric: score.value for score in ours.scores if score.group == "all"}
+            failed |= differs(task.name, values, nats, theirs[task.name])
     print("differs" if failed else "lm-eval and this project agree")
     sys.exit(failed)
 
@@ -85,14 +87,10 @@ def sums(count: int) -> list[ChoiceItem]:
 def from_questions(path: Path, count: int) -> list[ChoiceItem]:
     """Questions of the demo world, the wrong choices being right answers to others of their kind."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    kind = lambda row: (row["kind"], row.get("language"))  # noqa: E731
     rng, items = random.Random(0), []
     for row in rng.sample(rows, len(rows)):
-        same = {
-            other["answer"]
-            for other in rows
-            if (other["kind"], other.get("language")) == (row["kind"], row.get("language"))
-        }
-        wrong = sorted(same - {row["answer"]})
+        wrong = sorted({other["answer"] for other in rows if kind(other) == kind(row)} - {row["answer"]})
         if len(wrong) >= 3:
             choices = [row["answer"], *rng.sample(wrong, 3)]
             rng.shuffle(choices)
@@ -100,57 +98,57 @@ def from_questions(path: Path, count: int) -> list[ChoiceItem]:
     return items[:count]
 
 
-def write_choices(folder: Path, subject: str, items: Sequence[ChoiceItem]) -> dict[str, Suite]:
+def write_choices(folder: Path, subject: str, items: Sequence[ChoiceItem]) -> list[str]:
     """The questions in MMLU's layout for us and as JSON lines for lm-eval, with a task file for each way to ask."""
-    parts = {"dev": items[:SHOTS], "test": items[SHOTS:]}
-    place = folder / subject.replace(" ", "_")
+    parts, name = {"dev": items[:SHOTS], "test": items[SHOTS:]}, subject.replace(" ", "_")
     for split, part in parts.items():
-        (place / split).mkdir(parents=True)
-        with open(place / split / f"{subject.replace(' ', '_')}_{split}.csv", "w", encoding="utf8", newline="") as file:
+        (folder / name / split).mkdir(parents=True)
+        with open(folder / name / split / f"{name}_{split}.csv", "w", encoding="utf8", newline="") as file:
             csv.writer(file).writerows([item.question, *item.choices, "ABCD"[item.answer]] for item in part)
-        rows = [{"question": item.question, "choices": item.choices, "answer": item.answer} for item in part]
-        write_lines(place / f"{split}.jsonl", rows)
-    suites: dict[str, Suite] = {}
+        write_lines(folder / name / f"{split}.jsonl", [item._asdict() for item in part])
+    names = []
     for form, shots in (("letters", 0), ("letters", SHOTS), ("text", 0)):
-        name = f"{place.name}_{form}_{shots}"
-        suites[name] = MultipleChoice(data=str(place), shots=shots, form=form, intro=INTRO)
+        names.append(f"{name}_{form}_{shots}")
+        settings = {"data": str(folder / name), "shots": shots, "form": form, "intro": INTRO}
         task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {split: str(place / f"{split}.jsonl") for split in parts}},
-            "test_split": "test",
+            "dataset_kwargs": {"data_files": {split: str(folder / name / f"{split}.jsonl") for split in parts}},
             "fewshot_split": "dev",
             "fewshot_config": {"sampler": "first_n"},
             "num_fewshot": shots,
             "output_type": "multiple_choice",
-            "description": INTRO.replace("{subject}", place.name.replace("_", " ")),
+            "description": INTRO.replace("{subject}", name.replace("_", " ")),
             "doc_to_text": LETTERS if form == "letters" else "{{question.strip()}}\nAnswer:",
             "doc_to_choice": ["A", "B", "C", "D"] if form == "letters" else "choices",
             "doc_to_target": "answer",
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, allow_unicode=True), encoding="utf8")
-    return suites
+        write_task(folder, names[-1], {"multiple_choice": settings}, task)
+    return names
 
 
-def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> Suite:
+def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> str:
     """Documents of several lengths, the last one longer than a window."""
     lines = [f"{item.question} {item.choices[item.answer]}" for items in subjects.values() for item in items]
     texts = [*lines[:20], "\n".join(lines[20:60]), "\n".join(lines * 3)]
     write_lines(folder / "texts.jsonl", [{"text": text} for text in texts if text])
     task = {
-        "task": "texts",
-        "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
-        "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
-    (folder / "texts.yaml").write_text(yaml.safe_dump(task), encoding="utf8")
     # lm-eval lets a text follow <s>, and scores windows that share one token.
-    return TextLikelihood(data=str(folder / "texts.jsonl"), window=WINDOW, stride=WINDOW, start="bos")
+    settings = {"data": str(folder / "texts.jsonl"), "window": WINDOW, "stride": WINDOW, "start": "bos"}
+    write_task(folder, "texts", {"text": settings}, task)
+    return "texts"
+
+
+def write_task(folder: Path, name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    theirs = {"task": name, "dataset_path": "json", "test_split": "test", **theirs}
+    for maker, content in (("ours", ours), ("theirs", theirs)):
+        (folder / maker).mkdir(exist_ok=True)
+        (folder / maker / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf8")
 
 
 def write_lines(path: Path, rows: Sequence[dict]) -> None:
@@ -158,47 +156,40 @@ def write_lines(path: Path, rows: Sequence[dict]) -> None:
 
 
 def run_lm_eval(ckpt: str, context: int, folder: Path, tasks: Sequence[str]) -> dict[str, dict]:
-    """Its metrics by task, and under `nats` the log-likelihoods of each item."""
+    """Its metrics by task, and under `nats` the log-likelihoods of all items."""
     out = folder / "lm-eval"
     arguments = f"pretrained={Path(ckpt).absolute()},dtype=float32,max_length={context}"
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks)]
-    command += ["--include_path", str(folder), "--device", "cpu", "--batch_size", "8", "--log_samples"]
+    command += ["--include_path", str(folder / "theirs"), "--device", "cpu", "--batch_size", "8", "--log_samples"]
     command += ["--output_path", str(out)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"lm-eval ended with code {done.returncode}: {done.stderr[-2000:]}")
-    print("\n".join(line for line in done.stdout.splitlines() if line.startswith("|")))
     (results,) = out.rglob("results_*.json")
     found = json.loads(results.read_text(encoding="utf8"))["results"]
     for task in tasks:
         (samples,) = out.rglob(f"samples_{task}_*.jsonl")
         rows = [json.loads(line) for line in samples.read_text(encoding="utf8").splitlines()]
         rows.sort(key=lambda row: row["doc_id"])
-        found[task]["nats"] = [[_nats(answer) for answer in row["filtered_resps"]] for row in rows]
+        found[task]["nats"] = [_nats(answer) for row in rows for answer in row["filtered_resps"]]
     return found
 
 
 def _nats(answer: float | Sequence) -> float:
-    return float(answer[0] if isinstance(answer, list) else answer)
+    return float(answer[0] if isinstance(answer, list | tuple) else answer)
 
 
-def differs(task: str, suite: Suite, model: OpenedModel, folder: Path, theirs: dict) -> bool:
+def differs(task: str, ours: dict[str, float], nats: list[float], theirs: dict) -> bool:
     """Whether a metric differs in a digit that lm-eval prints, or a log-likelihood by more than rounding."""
-    measured = measure(task, suite, suite.items(0), model, {}, folder / "ours")
-    ours = {score.metric: score for score in measured.scores if score.group == "all"}
-    rows = [json.loads(line) for line in (folder / "ours" / f"{task}.jsonl").read_text().splitlines()[1:]]
-    nats = [row["nats"] if isinstance(row["nats"], list) else [-row["nats"]] for row in rows]
-    pairs = [(a, b) for own, given in zip(nats, theirs["nats"], strict=True) for a, b in zip(own, given, strict=True)]
+    pairs = list(zip(nats, theirs["nats"], strict=True))
     most = max(abs(a - b) for a, b in pairs)
-    relative = max(abs(a - b) / max(abs(b), 1) for a, b in pairs)
-    failed, shown = relative > RELATIVE, []
-    equal: Callable[[Score, float], bool] = lambda score, value: round(score.value, DIGITS) == round(value, DIGITS)  # noqa: E731
+    failed, shown = max(abs(a - b) / max(abs(b), 1) for a, b in pairs) > RELATIVE, []
     for metric in ("acc", "acc_norm", "bits_per_byte"):
         if f"{metric},none" in theirs:
             value = theirs[f"{metric},none"]
-            failed |= not equal(ours[metric], value)
-            shown.append(f"{metric} {ours[metric].value:.{DIGITS}f} (lm-eval {value:.{DIGITS}f})")
+            failed |= round(ours[metric], DIGITS) != round(value, DIGITS)
+            shown.append(f"{metric} {ours[metric]:.{DIGITS}f} (lm-eval {value:.{DIGITS}f})")
     print(f"{task}: {', '.join(shown)}; {len(pairs)} log-likelihoods differ by at most {most:.2g} nats")
     return failed
 

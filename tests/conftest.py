@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ import pretrain
 import training.machine
 import training.trainer
 from errors import command_line
-from eval.opened_model import OpenedModel, open_model
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.kernels import compiled, decode
@@ -187,28 +185,6 @@ def pretrained(pretrain_arguments: list[str], tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("stages") / "pretrain"
     assert call_main(pretrain.main, *pretrain_arguments, "--out", out, "--max_steps", 40) == 0
     return out
-
-
-@pytest.fixture(scope="session")
-def own(pretrained: Path) -> OpenedModel:
-    """The model of `pretrained`, to be measured."""
-    return open_model(str(pretrained / "final"), "cpu", "fp32")
-
-
-@pytest.fixture(scope="session")
-def peer(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> OpenedModel:
-    """A Llama with random weights from a folder as transformers writes it, with `tokenizer` and no chat template."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # slow to import
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=600)
-    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=256)).save_pretrained(folder)
-    tokenizer.save(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf8"))
-    del config["chat_template"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf8")
-    return open_model(str(folder), "cpu", "fp32")
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from training.adapters.lora import LoraSettings
 from training.alignment.policy_loss import GRPOLoss
 from training.alignment.preference import PreferenceLoss, PreferenceSettings
 from training.distill.distillation import DistillationLoss, DistillationSettings
-from training.distill.teacher import OwnTeacher
+from training.distill.teacher import CheckpointTeacher
 from training.losses import NextTokenLoss
 from training.parallel.ranks import Ranks
 from training.settings import NextTokenSettings
@@ -152,7 +152,7 @@ def preference_loss() -> None:
 
 
 def distillation_loss() -> None:
-    student, teacher = model(), OwnTeacher(model(), VOCAB)
+    student, teacher = model(), CheckpointTeacher(model(), VOCAB)
     loss = DistillationLoss(mtp=True, settings=DistillationSettings(loss="jsd"), teacher=teacher)
     with bf16():
         total, _, _ = loss(student, {"input_ids": ids(ROWS, TIME), "labels": ids(ROWS, TIME)})

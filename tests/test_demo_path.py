@@ -18,7 +18,7 @@ import torch
 
 import full_sft
 from cli import call, parse
-from collect import CollectSettings
+from distill import DistillSettings
 from dpo_train import DPOSettings
 from eval.questions import questions
 from eval.report import report
@@ -236,16 +236,16 @@ def test_make_r1_walks_the_path_from_config_to_config(tmp_path):
     made = commands(f"WORLD={world}", f"OUT={out}", target="r1")[3:]
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
     assert scripts == [
-        "world.reasoning", "full_sft.py", "grpo_train.py", "full_sft.py", "grpo_train.py", "collect.py",
+        "world.reasoning", "full_sft.py", "grpo_train.py", "full_sft.py", "grpo_train.py", "distill.py",
         "full_sft.py", "grpo_train.py", "eval/reasoning.py",
     ]  # fmt: skip
-    kinds = {"full_sft.py": SFTSettings, "grpo_train.py": GRPOSettings, "collect.py": CollectSettings}
+    kinds = {"full_sft.py": SFTSettings, "grpo_train.py": GRPOSettings, "distill.py": DistillSettings}
     steps = [
         parse(kinds[script], "", command[1:]) for script, command in zip(scripts, made, strict=True) if script in kinds
     ]
     made_before = {f"{out}/pretrain/final"}
     for step in steps:
-        assert step.ckpt in made_before
+        assert (step.ckpt or step.teacher) in made_before
         made_before.add(f"{step.out}/final")
     assert len({step.out for step in steps}) == 7 and steps[5].data == steps[4].out
     assert made[-1][made[-1].index("--ckpt") + 1].split(",") == [f"{s.out}/final" for s in steps if s is not steps[4]]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels import fused
+from model import ops
 from model.kernels.products import add_gradient, product
 from model.transformer import Output
 from training.chunks import chunks
@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
         for part in chunks(len(hidden_ND), len(weight)):
             logits_NV = product(hidden_ND[part], weight)
-            nll_N, error_NV = (fused_loss if fused.available(logits_NV) else plain_loss)(logits_NV, labels_N[part])
+            nll_N, error_NV = ops.cross_entropy_(logits_NV, labels_N[part])
             total += nll_N.sum()
             if with_grad:
                 grad_hidden[part] = product(error_NV, weight.t())
@@ -63,24 +63,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_head is not None:
             grad_head = (grad_head * grad).to(ctx.head_dtype)
         return grad_hidden * grad.to(grad_hidden.dtype), grad_head, None, None
-
-
-def plain_loss(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p_y, (N,) float32, and its gradient by the logits, p - onehot(y), in their type; 0 where nothing counts.
-
-    Both are computed in float32: rounded to bfloat16 first, a p of 0.999 would be 1, without loss and gradient.
-    """
-    counted, target = labels_N != IGNORE, labels_N.clamp(min=0)
-    log_p = logits_NV.log_softmax(-1, dtype=torch.float32)
-    nll_N = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-    error_NV = log_p.exp_()
-    error_NV[torch.arange(len(target), device=target.device), target] -= 1  # scatter_add_ would copy all of it
-    return nll_N.masked_fill(~counted, 0), error_NV.mul_(counted.unsqueeze(1)).to(logits_NV.dtype)
-
-
-def fused_loss(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in one pass on a CPU; the logits' memory then holds the gradient."""
-    return fused.cross_entropy_(logits_NV, labels_N.contiguous()), logits_NV
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from errors import UserError
 from model import MiniDeepSeek
 from model.costs import count as count_costs
-from model.kernels.report import kernel_report
 from model.moe import update_bias
+from model.ops import kernel_report
 from text.order import scramble
 from text.tokenizer import Tokenizer
 from training.batch import fit_batch, warn_of_few_steps

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.cache import LatentCache, StaticCache
 from model.decoding.eager import EagerRunner, Step
-from model.grouped_linear import without_host
+from model.kernels.grouped import without_host
 
 if TYPE_CHECKING:
     from model.transformer import MiniDeepSeek

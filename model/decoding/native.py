@@ -31,13 +31,12 @@ from model.kernels.decode import (
     scratch_for,
     shape_of,
 )
-from model.kernels.products import Linear
 from model.layer import DecoderLayer
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
 from model.mtp import MTPLayer, SharedHead
 from model.norm import RMSNorm
-from model.ops import head_logits
+from model.ops import Linear, head_logits
 from model.quantized import Int8Weight, QuantizedLinear, quantize_weights
 
 if TYPE_CHECKING:

@@ -1,22 +1,22 @@
-"""MLA's causal attention on CPU over whole heads, forward and backward: `causal.c`, compiled here.
+"""MLA's causal attention over whole heads on a CPU: `causal.c` for training, `fused_attention.c` for prefill.
 
-Weights are computed again in the backward pass, so they take no memory; queries, keys and values are read where their
-projections wrote them, and gradients written where they are wanted. Everywhere else `model.attention` does it.
+Queries, keys and values are read where their projections wrote them. No key is copied and no score kept: the backward
+pass computes the softmax's weights again.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.kernels.compiled import floats, multiplies, opened
-from model.kernels.fused import LANES, TYPES, address, stride_of
+from model.kernels import compiled
+from model.kernels.compiled import floats, multiplies, readable, scratch
+from model.kernels.fused import LANES, stride_of
 
-SOURCE = Path(__file__).with_name("causal.c")
+PREFILL_KEYS, PREFILL_PAIRS = 16, 32  # fused_attention.c pads keys and values to these
 
 
 class Sizes(ctypes.Structure):
@@ -29,14 +29,26 @@ class Sizes(ctypes.Structure):
     ]
 
 
+@lru_cache(maxsize=2)
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Open causal.c for numbers of this type; None where that cannot be."""
+    signatures = {"attend": "tttttttpi", "attend_back": "ttttttttttpi", "scratch": "pi>"}
+    return compiled.library("causal.c", dtype, **signatures)
+
+
+@lru_cache(maxsize=1)
+def prefill_library() -> ctypes.CDLL | None:
+    """Open fused_attention.c; None where that cannot be, or the processor has no dot products of bfloat16."""
+    return compiled.library("fused_attention.c", torch.float32, attend="tttttttlllllllllfi")
+
+
 def fits(q: Tensor, kv: Tensor, k_rope: Tensor) -> bool:
-    """Whether `CausalAttention` takes these, and is the quicker way."""
-    if q.device.type != "cpu" or q.dtype not in TYPES or torch.compiler.is_compiling() or not q.numel():
+    """Return whether `CausalAttention` takes these, and is the fastest way."""
+    if not readable(q, kv, k_rope) or not q.dtype == kv.dtype == k_rope.dtype or not q.numel():
         return False
-    same = all(type(x) is Tensor and x.dtype == q.dtype for x in (q, kv, k_rope))
     rope = k_rope.shape[-1]
     sizes = (rope, q.shape[-1] - rope, kv.shape[-1] - q.shape[-1] + rope)
-    return same and not any(size % LANES for size in sizes) and multiplies(q.dtype) and library(q.dtype) is not None
+    return not any(size % LANES for size in sizes) and multiplies(q.dtype) and library(q.dtype) is not None
 
 
 class CausalAttention(torch.autograd.Function):
@@ -68,29 +80,43 @@ class CausalAttention(torch.autograd.Function):
         q, kv, k_rope, angles, log_sum = ctx.saved_tensors
         to_q, to_kv = torch.empty_like(q), torch.empty_like(kv)
         to_k_rope = kv.new_empty(*kv.shape[:3], k_rope.shape[-1])
-        _call(
-            "attend_back", q.dtype, ctx.sizes, to_q, to_kv, to_k_rope, grad.contiguous(), log_sum, q, kv, k_rope, angles
-        )
+        gradients, inputs = (to_q, to_kv, to_k_rope), (grad.contiguous(), log_sum, q, kv, k_rope, angles)
+        _call("attend_back", q.dtype, ctx.sizes, *gradients, *inputs)
         return to_q, to_kv, to_k_rope.sum(2), None, None
 
 
 def _call(name: str, dtype: torch.dtype, sizes: Sizes, *tensors: Tensor) -> None:
-    """A function of causal.c, with the scratch memory that it wants."""
+    """Call a function of causal.c with the scratch memory that it needs."""
     built, threads = library(dtype), torch.get_num_threads()
-    memory = floats(threads * built.scratch(ctypes.byref(sizes), name == "attend_back") + LANES)
-    ahead = -memory.data_ptr() % 64  # rows begin with a line of the cache
-    getattr(built, name)(*map(address, tensors), memory.data_ptr() + ahead, ctypes.byref(sizes), threads)
+    memory = scratch(threads * built.scratch(ctypes.byref(sizes), name == "attend_back"))
+    getattr(built, name)(*tensors, memory, ctypes.byref(sizes), threads)
 
 
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """causal.c compiled for numbers of this type; None where that cannot be."""
-    built = opened(SOURCE, dtype)
-    if built is None:
-        return None
-    place, sizes, whole = ctypes.c_void_p, ctypes.POINTER(Sizes), ctypes.c_int
-    built.attend.argtypes = [place] * 7 + [sizes, whole]
-    built.attend_back.argtypes = [place] * 10 + [sizes, whole]
-    built.attend.restype = built.attend_back.restype = None
-    built.scratch.argtypes, built.scratch.restype = [sizes, whole], ctypes.c_int64
-    return built
+def prefill_fits(q: Tensor) -> bool:
+    """Return whether `prefill` computes with these queries: bfloat16, no gradient."""
+    return q.dtype == torch.bfloat16 and not torch.is_grad_enabled() and readable(q) and prefill_library() is not None
+
+
+def prefill(
+    q_BTHQ: Tensor, kv_BSHE: Tensor, k_rope_BSR: Tensor, rope: Tensor, scale: float, padding: Tensor | None
+) -> Tensor:
+    """softmax(q k^T * scale) v of the last T of S positions, causal, as in `CausalAttention`. All bfloat16.
+
+    padding: (B,) int64 positions on the left that nobody but themselves sees, or None. Returns (B, T, H, value).
+    """
+    batch, time, heads, query = q_BTHQ.shape
+    held, rope_size = k_rope_BSR.shape[1:]
+    nope = query - rope_size
+    value = kv_BSHE.shape[-1] - nope
+    angles = torch.view_as_real(rope).contiguous()
+    q, kv, k_rope = q_BTHQ.contiguous(), kv_BSHE.contiguous(), k_rope_BSR
+    if k_rope.stride(2) != 1 or k_rope.stride(0) != held * k_rope.stride(1):
+        k_rope = k_rope.contiguous()
+    padding = None if padding is None else padding.contiguous()
+    threads, out = torch.get_num_threads(), q.new_empty(batch, time, heads, value)
+    key_size, value_size = -(-query // PREFILL_PAIRS) * PREFILL_PAIRS, -(-value // PREFILL_KEYS) * PREFILL_KEYS
+    memory = q.new_empty(threads * -(-held // PREFILL_KEYS) * PREFILL_KEYS * (key_size + value_size))
+    angle_rows = angles[0].numel() if len(angles) > 1 else 0
+    sizes = (batch, time, held, heads, nope, rope_size, value, k_rope.stride(1), angle_rows)
+    prefill_library().attend(out, q, kv, k_rope, angles, padding, memory, *sizes, scale, threads)
+    return out

@@ -1,4 +1,4 @@
-"""C compiled on the machine at hand, once, into the user's cache folder."""
+"""C compiled on the machine at hand, once, into the user's cache folder, and called with tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import waiting
+
+ALIGNMENT = 64  # bytes of a cache line
+TYPES = (torch.float32, torch.bfloat16)
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
@@ -51,28 +54,69 @@ def compiled(source: Path, *flags: str) -> Path:
     return file
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Return whether C can read these: float32 or bfloat16 in a CPU's memory, outside of compiled graphs.
+
+    Tensors of other classes (fake, distributed) have no memory of their own.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in TYPES for x in tensors)
+
+
 def floats(*shape: int) -> Tensor:
-    """Room for float32 numbers in main memory, whatever torch's default type and device are: C writes there."""
+    """Allocate float32 numbers in main memory, whatever torch's default type and device are: C writes there."""
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 def integers(*shape: int) -> Tensor:
-    """The same for int64."""
+    """Allocate int64 numbers likewise."""
     return torch.empty(*shape, dtype=torch.int64, device="cpu")
 
 
-@lru_cache
-def opened(source: Path, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """A C file compiled for numbers of this type, float32 or bfloat16; None where that cannot be."""
+def scratch(count: int) -> Tensor:
+    """Allocate so many float32 numbers from the start of a cache line on."""
+    memory = floats(count + ALIGNMENT // 4)
+    return memory[-memory.data_ptr() % ALIGNMENT // 4 :]
+
+
+class _Address:
+    """The type of an argument that is a tensor, or None."""
+
+    @staticmethod
+    def from_param(tensor: Tensor | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+ARGUMENTS = {"t": _Address, "p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+def library(source: str, dtype: torch.dtype, **signatures: str) -> ctypes.CDLL | None:
+    """Open a C file of this folder, compiled for numbers of a type, float32 or bfloat16.
+
+    Args:
+        signatures: of each function, a letter an argument (t: tensor or None, p: array or struct, l: int64, i: int,
+            f: float); one that returns an int64 ends in `>`.
+    Returns:
+        None where it cannot be compiled, or leaves these functions out on this processor.
+    """
+    flags = ["-DBF16"] if dtype == torch.bfloat16 else []
     try:
-        return ctypes.CDLL(str(compiled(source, *(["-DBF16"] if dtype == torch.bfloat16 else []))))
+        built = ctypes.CDLL(str(compiled(Path(__file__).with_name(source), *flags)))
     except (OSError, subprocess.CalledProcessError):
         return None
+    for name, signature in signatures.items():
+        if not hasattr(built, name):
+            return None
+        function = getattr(built, name)
+        function.argtypes = [ARGUMENTS[letter] for letter in signature.rstrip(">")]
+        function.restype = ctypes.c_int64 if signature.endswith(">") else None
+    return built
 
 
 @lru_cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether products in C are the quick way: AVX-512, for bfloat16 with its products, unless there is AMX.
+    """Return whether products in C are the fastest: AVX-512, for bfloat16 with its products, unless there is AMX.
 
     AMX multiplies several times faster, and only libraries use it.
     """

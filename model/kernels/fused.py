@@ -1,42 +1,45 @@
-"""SwiGLU, RMSNorm, causal softmax, cross entropy, sums of rows and AdamW on CPU, each in one pass: `fused.c`, compiled.
-
-Everywhere else, and without a C compiler, PyTorch computes the same in more passes: callers ask `fits` first.
-"""
+"""SwiGLU, RMSNorm, softmax, cross entropy, sums of rows, routing and AdamW in one pass each on a CPU: `fused.c`."""
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.compiled import compiled, floats, integers
+from model.kernels import compiled
+from model.kernels.compiled import floats, integers, readable
 
-SOURCE = Path(__file__).with_name("fused.c")
 LANES = 16  # rows are whole numbers of so many
-TYPES = (torch.float32, torch.bfloat16)
+
+
+@lru_cache(maxsize=2)
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Open fused.c for numbers of this type; None where that cannot be."""
+    return compiled.library(
+        *("fused.c", dtype),
+        swiglu="ttttllli", swiglu_back="tttttttlllli", rms_norm="ttttlllfi", rms_norm_back="ttttttllli",
+        gather_sum="tttllli", causal_softmax="tllllfi", softmax_back="ttllfi", cross_entropy="tttlli",
+        adamw="ttttlffffffi", route="tttttllllllllfi",
+    )  # fmt: skip
 
 
 def available(x: Tensor) -> bool:
-    """Whether `fused.c` computes on this device and in this type."""
-    if x.device.type != "cpu" or x.dtype not in TYPES or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return False
-    return library(x.dtype) is not None
+    """Return whether `fused.c` computes on this device and in this type."""
+    return readable(x) and library(x.dtype) is not None
 
 
 def fits(x: Tensor, *others: Tensor) -> bool:
-    """Whether it computes with x (..., n) and others like it: rows of whole lanes, evenly apart."""
+    """Return whether it computes with x (..., n) and others like it: rows of whole lanes, evenly apart."""
     if not available(x) or x.shape[-1] % LANES or not x.numel() or stride_of(x) is None:
         return False
-    return all(type(y) is Tensor and y.dtype == x.dtype and stride_of(y) == stride_of(x) for y in others)
+    return all(readable(y) and y.dtype == x.dtype and stride_of(y) == stride_of(x) for y in others)
 
 
 def stride_of(x: Tensor) -> int | None:
-    """How far apart the rows (last axis) of x are, if one number says it for all of them."""
+    """Return how far apart the rows (last axis) of x are, if one number says it for all of them."""
     if x.dim() < 2 or x.stride(-1) != 1:
         return None
     stride, rows = None, 1
@@ -50,7 +53,7 @@ def stride_of(x: Tensor) -> int | None:
     return x.shape[-1] if stride is None else stride
 
 
-class FusedSwiGLU(torch.autograd.Function):
+class SwiGLU(torch.autograd.Function):
     """silu(gate) * up * weight, keeping only its inputs.
 
     weight: (...) or None; parts: gate_up (..., 2 * n) = [gate | up], or gate and up, (..., n) each.
@@ -63,35 +66,63 @@ class FusedSwiGLU(torch.autograd.Function):
         out = gate.new_empty(gate.shape)
         weight = None if weight is None else weight.contiguous()
         rows, inner = gate.numel() // gate.shape[-1], gate.shape[-1]
-        places = (address(tensor) for tensor in (out, gate, up, weight))
-        library(gate.dtype).swiglu(*places, rows, inner, stride_of(gate), torch.get_num_threads())
+        library(gate.dtype).swiglu(out, gate, up, weight, rows, inner, stride_of(gate), torch.get_num_threads())
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *parts = ctx.saved_tensors
         gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
-        inner = gate.shape[-1]
+        rows, inner = gate.numel() // gate.shape[-1], gate.shape[-1]
         both = gate.new_empty(*gate.shape[:-1], 2 * inner)
         to_gate, to_up = both.split(inner, dim=-1)
         to_weight = None if weight is None else weight.new_empty(weight.shape)
-        grad, weight = grad.contiguous(), None if weight is None else weight.contiguous()
-        places = (address(tensor) for tensor in (to_gate, to_up, to_weight, grad, gate, up, weight))
-        library(gate.dtype).swiglu_back(
-            *places, gate.numel() // inner, inner, stride_of(gate), 2 * inner, torch.get_num_threads()
-        )
+        weight = None if weight is None else weight.contiguous()
+        tensors = (to_gate, to_up, to_weight, grad.contiguous(), gate, up, weight)
+        strides = (stride_of(gate), 2 * inner)
+        library(gate.dtype).swiglu_back(*tensors, rows, inner, *strides, torch.get_num_threads())
         return to_weight, *((to_gate, to_up) if len(parts) == 2 else (both,))
 
 
-class FusedRMSNorm(torch.autograd.Function):
+class WeightedSwiGLU(torch.autograd.Function):
+    """The same in PyTorch, for gate_up (R, 2 * I) = [gate | up] and weight (R,): autograd would keep every product."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).mul_(weight.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        scaled = grad * weight.unsqueeze(1)
+        torch.mul(scaled, activated, out=grad_up)
+        grad_weight = activated.mul_(up).mul_(grad).sum(-1)
+        grad_gate.copy_(torch.ops.aten.silu_backward(scaled.mul_(up), gate))
+        return grad_gate_up, grad_weight
+
+
+def weighted_swiglu(gate_up_R2I: Tensor, weight_R: Tensor) -> Tensor:
+    """silu(gate) * up * weight by `SwiGLU` where it fits, else in PyTorch."""
+    if fits(*gate_up_R2I.chunk(2, dim=-1)):
+        return SwiGLU.apply(weight_R, gate_up_R2I)
+    return WeightedSwiGLU.apply(gate_up_R2I, weight_R)
+
+
+class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., n); weight: (n,) float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]
         out, inverse = x.new_empty(x.shape), floats(x.numel() // size)
-        places = (address(tensor) for tensor in (out, inverse, x, weight))
-        library(x.dtype).rms_norm(*places, len(inverse), size, stride_of(x), eps, torch.get_num_threads())
+        sizes = (len(inverse), size, stride_of(x))
+        library(x.dtype).rms_norm(out, inverse, x, weight, *sizes, eps, torch.get_num_threads())
         ctx.save_for_backward(x, weight, inverse)
         return out
 
@@ -99,17 +130,16 @@ class FusedRMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         size, threads = x.shape[-1], torch.get_num_threads()
-        to_x, to_weight, grad = x.new_empty(x.shape), floats(threads, size), grad.contiguous()
-        places = (address(tensor) for tensor in (to_x, to_weight, grad, x, weight, inverse))
-        library(x.dtype).rms_norm_back(*places, len(inverse), size, stride_of(x), threads)
+        to_x, to_weight = x.new_empty(x.shape), floats(threads, size)
+        tensors = (to_x, to_weight, grad.contiguous(), x, weight, inverse)
+        library(x.dtype).rms_norm_back(*tensors, len(inverse), size, stride_of(x), threads)
         return to_x, to_weight.sum(0), None
 
 
 def gather_sum(rows_RD: Tensor, places_NK: Tensor) -> Tensor:
     """(R, D), (N, K) int64 -> (N, D): the sum of the K rows that are named for each. Rows are contiguous."""
     out, places = rows_RD.new_empty(len(places_NK), rows_RD.shape[1]), places_NK.contiguous()
-    addresses = (address(tensor) for tensor in (out, rows_RD, places))
-    library(rows_RD.dtype).gather_sum(*addresses, *places.shape, rows_RD.shape[1], torch.get_num_threads())
+    library(rows_RD.dtype).gather_sum(out, rows_RD, places, *places.shape, rows_RD.shape[1], torch.get_num_threads())
     return out
 
 
@@ -130,9 +160,8 @@ def route(
     experts = len(centroids_ED)
     wide = F.pad(centroids_ED.t(), (0, -experts % LANES)).contiguous()
     weights, choices = floats(count, top_k), integers(count, top_k)
-    places = (address(tensor) for tensor in (weights, choices, x_ND, wide, bias_E))
     sizes = (count, size, experts, wide.shape[1], top_k, *groups, normalise)
-    library(x_ND.dtype).route(*places, *sizes, scale, torch.get_num_threads())
+    library(x_ND.dtype).route(weights, choices, x_ND, wide, bias_E, *sizes, scale, torch.get_num_threads())
     return weights, choices
 
 
@@ -141,14 +170,14 @@ def causal_softmax_(scores: Tensor, first: int, scale: float) -> Tensor:
 
     scores: (blocks, queries, keys), contiguous.
     """
-    library(scores.dtype).causal_softmax(address(scores), *scores.shape, first, scale, torch.get_num_threads())
+    library(scores.dtype).causal_softmax(scores, *scores.shape, first, scale, torch.get_num_threads())
     return scores
 
 
 def softmax_back_(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
     """The gradient of scores, in place of that of softmax(scale * scores) = weights. All contiguous, (..., keys)."""
     rows, keys = grad.numel() // grad.shape[-1], grad.shape[-1]
-    library(grad.dtype).softmax_back(address(grad), address(weights), rows, keys, scale, torch.get_num_threads())
+    library(grad.dtype).softmax_back(grad, weights, rows, keys, scale, torch.get_num_threads())
     return grad
 
 
@@ -160,8 +189,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     if len(labels) and labels.max() >= logits.shape[1]:
         raise IndexError(f"label {labels.max()} of {logits.shape[1]}")
     nll = floats(len(labels))
-    places = (address(tensor) for tensor in (logits, nll, labels))
-    library(logits.dtype).cross_entropy(*places, *logits.shape, torch.get_num_threads())
+    library(logits.dtype).cross_entropy(logits, nll, labels, *logits.shape, torch.get_num_threads())
     return nll
 
 
@@ -170,34 +198,4 @@ def adamw_(p: Tensor, grad: Tensor, first: Tensor, second: Tensor, *numbers: flo
 
     numbers: beta1, beta2, epsilon; what p keeps, 1 - lr * weight decay; lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t).
     """
-    places = (address(tensor) for tensor in (p, grad, first, second))
-    library(first.dtype).adamw(*places, p.numel(), *numbers, torch.get_num_threads())
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """fused.c compiled for numbers of this type; None where that cannot be."""
-    try:
-        built = ctypes.CDLL(str(compiled(SOURCE, *(["-DBF16"] if dtype == torch.bfloat16 else []))))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    place, whole, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    built.swiglu.argtypes = [place] * 4 + [whole] * 3 + [threads]
-    built.swiglu_back.argtypes = [place] * 7 + [whole] * 4 + [threads]
-    built.rms_norm.argtypes = [place] * 4 + [whole] * 3 + [real, threads]
-    built.rms_norm_back.argtypes = [place] * 6 + [whole] * 3 + [threads]
-    built.gather_sum.argtypes = [place] * 3 + [whole] * 3 + [threads]
-    built.causal_softmax.argtypes = [place] + [whole] * 4 + [real, threads]
-    built.softmax_back.argtypes = [place] * 2 + [whole] * 2 + [real, threads]
-    for function in (built.swiglu, built.swiglu_back, built.rms_norm, built.rms_norm_back, built.gather_sum):
-        function.restype = None
-    built.cross_entropy.argtypes, built.cross_entropy.restype = [place] * 3 + [whole] * 2 + [threads], None
-    built.adamw.argtypes = [place] * 4 + [whole] + [real] * 6 + [threads]
-    built.adamw.restype = None
-    built.route.argtypes = [place] * 5 + [whole] * 8 + [real, threads]
-    built.route.restype = built.causal_softmax.restype = built.softmax_back.restype = None
-    return built
+    library(first.dtype).adamw(p, grad, first, second, p.numel(), *numbers, torch.get_num_threads())

@@ -1,7 +1,8 @@
-"""The products of all experts in one call, for training in bfloat16 on CPU: `grouped.c`, where that is the quick way.
+"""Products of stacked experts' matrices with the rows of each, forward and backward.
 
-A library is called for each expert by itself and arranges each matrix anew; with hundreds of experts and some dozens of
-rows for each, that takes as long as the products do.
+On CUDA torch's grouped_mm; on a CPU one expert after the other, or, in bfloat16 without AMX, all in one call of
+`grouped.c`: a library that is called for each expert arranges each matrix again, which with hundreds of experts and
+some dozens of rows for each takes as long as the products do.
 """
 
 from __future__ import annotations
@@ -9,31 +10,204 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.compiled import floats, multiplies, opened
+from model.kernels import compiled
+from model.kernels.compiled import multiplies, readable, scratch
+from model.kernels.fused import weighted_swiglu
+from model.kernels.products import gradient_into, product_into
 
-SOURCE = Path(__file__).with_name("grouped.c")
 TILE, PANEL = 8, 32  # as in grouped.c: rows, and features, come in multiples of these
+ALIGNED = 8  # numbers of 16 bytes, which grouped_mm wants rows to be aligned to
+MIN_BUFFER_BYTES = 2**25  # glibc gives a larger block back to the system as soon as it is freed
 
 
-def suits(x_RF: Tensor, *weights_EOI: Tensor) -> bool:
-    """Whether rows like these, in bfloat16, meet weights, in float32, as it wants them, in multiples of TILE."""
-    if x_RF.device.type != "cpu" or x_RF.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+class GradBuffer:
+    """The memory of a gradient, used again in the next step once nobody else holds it.
+
+    The system finds and clears the pages of a new block one by one, which for the gradients of a hundred small experts
+    takes as long as their products.
+    """
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict) -> GradBuffer:
+        return GradBuffer()
+
+    def __reduce__(self) -> tuple:
+        return GradBuffer, ()
+
+    def like(self, x: Tensor) -> Tensor:
+        """Return a tensor like x of any content; x is of one shape all along."""
+        if x.device.type != "cpu" or x.nbytes < MIN_BUFFER_BYTES:
+            return torch.empty_like(x)
+        if self.tensor is None or self._holders() > 2:  # this one, and the storage's face to Python
+            self.tensor = torch.empty_like(x)
+        return self.tensor.detach()
+
+    def _holders(self) -> int:
+        return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
+
+
+class GroupedLinear(torch.autograd.Function):
+    """(R, D) x (E, O, D) -> (R, O): a loop over the experts that writes into one buffer, forward and backward.
+
+    A weight of another type is cast expert by expert, in the cache, in both passes: a copy of all would be written to
+    memory, read again twice, and kept. A frozen weight costs no product, nor are rows kept for its gradient; a
+    `QuantizedWeight` is made dense for each pass and never kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x_RD: Tensor, weight_EOD, ends: list[int], buffer: GradBuffer) -> Tensor:
+        is_dense = isinstance(weight_EOD, Tensor)
+        ctx.save_for_backward(x_RD if ctx.needs_input_grad[1] else None, weight_EOD if is_dense else None)
+        ctx.quantized, ctx.dtype, ctx.ends, ctx.buffer = None if is_dense else weight_EOD, x_RD.dtype, ends, buffer
+        if fits(x_RD, weight_EOD, ends):
+            return product(x_RD, weight_EOD, ends)
+        weight_EOD = weight_EOD if is_dense else weight_EOD.dense(x_RD.dtype)
+        # Where the number of rows is only bounded (CUDA in float32), those past the last expert must still be numbers.
+        make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
+        out, weight_of = make(x_RD.shape[0], weight_EOD.shape[1]), Cast(weight_EOD, x_RD.dtype)
+        for expert, rows in spans(ends):
+            product_into(out[rows], x_RD[rows], weight_of(expert))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x_RD, weight_EOD = ctx.saved_tensors
+        weight_EOD = ctx.quantized.dense(ctx.dtype) if weight_EOD is None else weight_EOD
+        ends, grad_RO, grad_x, grad_weight = ctx.ends, grad_RO.contiguous(), None, None
+        if ctx.quantized is None and fits(grad_RO, weight_EOD, ends):
+            if ctx.needs_input_grad[0]:
+                grad_x = product_back(grad_RO, weight_EOD, ends)
+            if ctx.needs_input_grad[1]:
+                grad_weight = all_gradients_into(ctx.buffer.like(weight_EOD), grad_RO, x_RD.contiguous(), ends)
+            return grad_x, grad_weight, None, None
+        weight_of = Cast(weight_EOD, ctx.dtype)
+        if ctx.needs_input_grad[0]:
+            make = grad_RO.new_empty if ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
+            grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
+        if ctx.needs_input_grad[1]:
+            grad_weight = ctx.buffer.like(weight_EOD)
+            for expert in set(range(len(ends))).difference(expert for expert, _ in spans(ends)):
+                grad_weight[expert].zero_()
+        for expert, rows in spans(ends):
+            if grad_x is not None:
+                product_into(grad_x[rows], grad_RO[rows], weight_of(expert).t())
+            if grad_weight is not None:
+                gradient_into(grad_weight[expert], grad_RO[rows], x_RD[rows])
+        return grad_x, grad_weight, None, None
+
+
+class Cast:
+    """One expert's matrix after the other in another type, all in the same place."""
+
+    def __init__(self, weight_EOD: Tensor, dtype: torch.dtype) -> None:
+        self.weight_EOD = weight_EOD
+        self.place = None if weight_EOD.dtype == dtype else weight_EOD.new_empty(weight_EOD.shape[1:], dtype=dtype)
+
+    def __call__(self, expert: int) -> Tensor:
+        weight = self.weight_EOD[expert]
+        return weight if self.place is None else self.place.copy_(weight)
+
+
+def spans(ends: Sequence[int]) -> list[tuple[int, slice]]:
+    """List the experts that have rows, each with its rows."""
+    starts = [0, *ends[:-1]]
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
+
+
+def experts_in_turn(
+    x_ND: Tensor, weights_R: Tensor, token_of_row: Tensor, ends: list[int], gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """weight * down(silu(gate) * up) of every row, (R, D), without a gradient, with the bits of the three steps apart.
+
+    The rows of one expert stay in the processor's cache from the first product to the last, in the place of those of
+    the expert before.
+    """
+    most = max(rows.stop - rows.start for _, rows in spans(ends))
+    x_of, gate_up_of = x_ND.new_empty(most, x_ND.shape[1]), x_ND.new_empty(most, gate_up.shape[1])
+    out_RD = x_ND.new_empty(len(weights_R), x_ND.shape[1])
+    gate_up_weight, down_weight = Cast(gate_up, x_ND.dtype), Cast(down, x_ND.dtype)
+    for expert, rows in spans(ends):
+        x, inner = x_of[: rows.stop - rows.start], gate_up_of[: rows.stop - rows.start]
+        torch.index_select(x_ND, 0, token_of_row[rows], out=x)
+        product_into(inner, x, gate_up_weight(expert))
+        product_into(out_RD[rows], weighted_swiglu(inner, weights_R[rows]), down_weight(expert))
+    return out_RD
+
+
+def few_experts(x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """sum_k weight_k * expert_k(x) for a token or two, (N, D): no sorting, and only the chosen experts are read."""
+    out = []
+    for x_1D, weights, experts in zip(x_ND.split(1), weights_NK, indices_NK.tolist(), strict=True):
+        hidden = []
+        for expert in experts:
+            gate, up = F.linear(x_1D, gate_up[expert].to(x_1D.dtype)).chunk(2, dim=-1)
+            hidden.append(F.linear(F.silu(gate).mul_(up), down[expert].to(x_1D.dtype)))
+        out.append(weights.unsqueeze(0) @ torch.cat(hidden))
+    return torch.cat(out)
+
+
+def grouped_mm(x_RD: Tensor, weight_EOD, ends_E: Tensor) -> Tensor:
+    """The product of `GroupedLinear` in bfloat16 on CUDA.
+
+    In one launch on sm90 and sm100 (`without_host`); elsewhere, on sm80, 86, 89 and 120, torch loops over the groups on
+    the host, which waits for the device to read their ends.
+    """
+    out, inner = (-size % ALIGNED for size in weight_EOD.shape[1:])
+    if inner:  # adapters of a low rank
+        x_RD = F.pad(x_RD, (0, inner))
+    if isinstance(weight_EOD, Tensor):
+        result = F.grouped_mm(x_RD, aligned(weight_EOD.to(x_RD.dtype)).transpose(-2, -1), offs=ends_E)
+    else:
+        result = QuantizedGroupedMM.apply(x_RD, weight_EOD, ends_E)
+    return result[:, : weight_EOD.shape[1]] if out else result
+
+
+class QuantizedGroupedMM(torch.autograd.Function):
+    """grouped_mm with a `QuantizedWeight`, dense for the moment of each product and never kept dense."""
+
+    @staticmethod
+    def forward(ctx, x_RD: Tensor, quantized, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        ctx.quantized = quantized
+        return F.grouped_mm(x_RD, aligned(quantized.dense(x_RD.dtype)).transpose(-2, -1), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, None, None]:
+        (ends_E,) = ctx.saved_tensors
+        return F.grouped_mm(grad_RO, aligned(ctx.quantized.dense(grad_RO.dtype)), offs=ends_E), None, None
+
+
+def aligned(weight_EOD: Tensor) -> Tensor:
+    """Pad both sizes with zeros to a multiple of `ALIGNED`."""
+    out, inner = (-size % ALIGNED for size in weight_EOD.shape[1:])
+    return F.pad(weight_EOD, (0, inner, 0, out)) if out or inner else weight_EOD
+
+
+def without_host(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether experts' products in this type never wait for the device (see torch's grouped_mm)."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def suits(x_RF: Tensor, *weights_EOI) -> bool:
+    """Return whether grouped.c takes rows like these, in bfloat16 and multiples of TILE, with weights in float32."""
+    if not all(isinstance(weight, Tensor) and readable(weight) for weight in weights_EOI):
         return False
-    for weight in weights_EOI:
-        if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or not weight.is_contiguous():
-            return False
-        if any(size % PANEL for size in weight.shape[1:]):
-            return False
-    return type(x_RF) is Tensor and library() is not None
+    if not all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights_EOI):
+        return False
+    whole = not any(size % PANEL for weight in weights_EOI for size in weight.shape[1:])
+    return whole and x_RF.dtype == torch.bfloat16 and readable(x_RF) and library() is not None
 
 
-def fits(x_RF: Tensor, weight_EOI: Tensor, ends: Sequence[int]) -> bool:
-    """Whether it computes with just these; ends as in `product`."""
+def fits(x_RF: Tensor, weight_EOI, ends: Sequence[int]) -> bool:
+    """Return whether grouped.c computes with just these; ends as in `product`."""
     whole = x_RF.is_contiguous() and ends[-1] == len(x_RF) and not any(end % TILE for end in ends)
     return whole and suits(x_RF, weight_EOI)
 
@@ -48,46 +222,27 @@ def product_back(grad_RO: Tensor, weight_EOI: Tensor, ends: Sequence[int]) -> Te
     return _product(grad_RO, weight_EOI, ends, back=True)
 
 
-def gradient_into(to_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, ends: Sequence[int]) -> Tensor:
-    """to = grad^T x over each expert's rows, zeros where it has none, summed in float32; returns `to`."""
-    threads, count, out, inner = torch.get_num_threads(), *to_EOI.shape
-    places = (to_EOI.data_ptr(), grad_RO.data_ptr(), x_RI.data_ptr(), _numbers(ends))
-    memory = _memory(threads, out, inner)
-    library().grouped_gradient(*places, count, out, inner, _aligned(memory), threads)
-    return to_EOI
-
-
 def _product(x_RF: Tensor, weight_EOI: Tensor, ends: Sequence[int], back: bool) -> Tensor:
-    threads, count, out, inner = torch.get_num_threads(), *weight_EOI.shape
-    result = x_RF.new_empty(len(x_RF), inner if back else out)
-    places = (result.data_ptr(), x_RF.data_ptr(), weight_EOI.data_ptr(), _numbers(ends))
-    memory = _memory(threads, out, inner)
-    library().grouped_product(*places, count, out, inner, back, _aligned(memory), threads)
+    threads, (count, out, inner) = torch.get_num_threads(), weight_EOI.shape
+    result, memory = x_RF.new_empty(len(x_RF), inner if back else out), scratch(threads * library().scratch(out, inner))
+    library().grouped_product(result, x_RF, weight_EOI, _array(ends), count, out, inner, back, memory, threads)
     return result
 
 
-def _numbers(ends: Sequence[int]) -> ctypes.Array:
+def all_gradients_into(to_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, ends: Sequence[int]) -> Tensor:
+    """to = grad^T x over each expert's rows, zeros where it has none, summed in float32; returns `to`."""
+    threads, (count, out, inner) = torch.get_num_threads(), to_EOI.shape
+    memory = scratch(threads * library().scratch(out, inner))
+    library().grouped_gradient(to_EOI, grad_RO, x_RI, _array(ends), count, out, inner, memory, threads)
+    return to_EOI
+
+
+def _array(ends: Sequence[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(ends))(*ends)
-
-
-def _memory(threads: int, out: int, inner: int) -> Tensor:
-    return floats(threads * library().scratch(out, inner) + PANEL)
-
-
-def _aligned(memory: Tensor) -> int:
-    """Rows begin with a line of the cache."""
-    return memory.data_ptr() + -memory.data_ptr() % 64
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """grouped.c compiled; None where that cannot be, or other products are faster."""
-    built = opened(SOURCE, torch.bfloat16) if multiplies(torch.bfloat16) else None
-    if built is None or not hasattr(built, "grouped_product"):
-        return None
-    place, whole, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    built.grouped_product.argtypes = [place] * 4 + [whole] * 3 + [flag, place, flag]
-    built.grouped_gradient.argtypes = [place] * 4 + [whole] * 3 + [place, flag]
-    built.grouped_product.restype = built.grouped_gradient.restype = None
-    built.scratch.argtypes, built.scratch.restype = [whole, whole], whole
-    return built
+    """Open grouped.c; None where that cannot be, or other products are faster."""
+    signatures = {"grouped_product": "tttpllliti", "grouped_gradient": "tttplllti", "scratch": "ll>"}
+    return compiled.library("grouped.c", torch.bfloat16, **signatures) if multiplies(torch.bfloat16) else None

@@ -12,7 +12,7 @@ from errors import UserError
 from eval.compare import main
 from eval.compared_run import open_runs
 from eval.comparison import draw, markdown
-from eval.suites.suite import Score
+from eval.scores import Score
 from training.run.log import read_metrics
 
 

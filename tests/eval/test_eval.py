@@ -21,10 +21,11 @@ from cli import call
 from errors import UserError
 from eval.answering import Answerer
 from eval.chat import chat
+from eval.likelihood import CacheScorer
 from eval.perplexity import perplexity, read_blocks, score_text
 from eval.questions import Question, Result, accuracy, questions, read_questions
 from eval.report import report
-from eval.style import Favour, in_style, read_favours, score_style, style
+from eval.style import PoliteRequest, in_style, read_polite_requests, score_style, style
 from model.decoding.sampling import Sampling
 from model.experts import Experts
 from model.quantized import Int8Weight, QuantizedLinear
@@ -91,18 +92,18 @@ def test_every_token_is_scored_once_with_half_a_window_before_it(sizes, window, 
     )
     scored: list[int] = []
 
-    def score(_: object, rows: list[tuple[list[int], int]]) -> float:
+    def score(_: object, rows: list[tuple[list[int], list[int]]]) -> list[float]:
         assert len(rows) <= batch
-        for piece, first in rows:
-            assert len(piece) <= window + 1
-            for place in range(first, len(piece)):
-                known = piece[place] - 1000 + 1  # the end of the document before, and all letters before this one
+        for context, ids in rows:
+            assert len(context) + len(ids) <= window + 1
+            for place, token in enumerate(ids, start=len(context)):
+                known = token - 1000 + 1  # the end of the document before, and all letters before this one
                 assert place >= min(known, window // 2)
-            scored.extend(piece[first:])
-        return 0.0
+            scored.extend(ids)
+        return [0.0] * len(rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval.perplexity, "_score", score)
+        patch.setattr(CacheScorer, "score_windows", score)
         result = score_text(reader, iter(blocks), window, batch)
     assert scored == [ord(letter) for letter in "".join(blocks)]
     assert (result.tokens, result.bytes) == (len(scored), len("".join(blocks).encode()))
@@ -176,7 +177,7 @@ def test_questions_are_asked_and_counted(answerer, pretrained, tmp_path, run):
     done = run(script(questions), *options, "--json")
     assert json.loads(done.out) == {"talk": 0.5, "all": pytest.approx(2 / 3)}
     shown = run(script(questions), *options).out
-    assert "50.0%" in shown and "66.7%" in shown and "wanted never" in shown and texts[2] in shown
+    assert "50.0%" in shown and "66.7%" in shown and "expected never" in shown and texts[2] in shown
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_questions_that_cannot_be_read_are_named(content, what, tmp_path):
 # Report
 
 
-FAVOUR = Favour("请把书交给阿橘。", "你好！我把书交给阿橘。很高兴帮到你。", "你好！", "很高兴帮到你。")
+REQUEST = PoliteRequest("请把书交给阿橘。", "你好！我把书交给阿橘。很高兴帮到你。", "你好！", "很高兴帮到你。")
 
 
 @pytest.mark.parametrize(
@@ -217,20 +218,20 @@ FAVOUR = Favour("请把书交给阿橘。", "你好！我把书交给阿橘。�
     ],
 )
 def test_a_style_is_its_two_ends_with_something_between(reply, counts):
-    assert in_style(reply, FAVOUR) == counts
+    assert in_style(reply, REQUEST) == counts
 
 
 def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_path, run, monkeypatch):
     """Half of the replies are in style, a quarter the preferred answer."""
-    favours, asked = [FAVOUR] * 4, []
-    replies = [FAVOUR.answer, "你好！很久。很高兴帮到你。", "我把书交给阿橘。", ""]
+    requests, asked = [REQUEST] * 4, []
+    replies = [REQUEST.answer, "你好！很久。很高兴帮到你。", "我把书交给阿橘。", ""]
     monkeypatch.setattr(Answerer, "replies", lambda *given: asked.append(given[-2:]) or replies)
-    score = score_style(answerer, favours)
+    score = score_style(answerer, requests)
     assert (score.preferred, score.exact, score.answers) == (0.5, 0.25, 4)
     assert asked == [(Sampling(temperature=0.7), 0)]
     monkeypatch.undo()
-    path = tmp_path / "favours.jsonl"
-    path.write_text(json.dumps(vars(FAVOUR), ensure_ascii=False) + "\n\n", encoding="utf8")
+    path = tmp_path / "requests.jsonl"
+    path.write_text(json.dumps(vars(REQUEST), ensure_ascii=False) + "\n\n", encoding="utf8")
     printed = [run(script(style), "--ckpt", pretrained / "final", "--file", path, "--json").out for _ in range(2)]
     assert printed[0] == printed[1] and json.loads(printed[0])["answers"] == 1
 
@@ -238,17 +239,17 @@ def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_pa
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ("", "no favours in it"),
+        ("", "no questions in it"),
         ('{"question": "Q", "answer": "A"}\n', ":1: not an object with"),
         (None, "cannot be read"),
     ],
 )
-def test_favours_that_cannot_be_read_are_named(content, what, tmp_path):
-    path = tmp_path / "favours.jsonl"
+def test_polite_requests_that_cannot_be_read_are_named(content, what, tmp_path):
+    path = tmp_path / "requests.jsonl"
     if content is not None:
         path.write_text(content, encoding="utf8")
     with pytest.raises(UserError, match=f"{path}.*{what}"):
-        read_favours(path)
+        read_polite_requests(path)
 
 
 def test_the_report_compares_the_stages_on_held_out_text(pretrained, world, tmp_path, run):

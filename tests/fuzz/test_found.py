@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +18,13 @@ from cli import parse
 from eval.compared_run import ComparedRun
 from eval.comparison import draw as draw_runs
 from eval.held_out import pretraining_settings
-from eval.score_files import read_scores
+from eval.score_files import draw, read_scores
+from eval.scores import Measured, Score
 from eval.style import style
-from eval.suites.measured_rows import MeasuredRows
-from eval.suites.measuring import Measured
-from eval.suites.score_table import draw
-from eval.suites.suite import Score
 from fuzz.hostile import Outcome, Thrower
 from fuzz.test_fuzz_comparisons import SCORED, documents_of
 from fuzz.test_fuzz_settings import LAUGHS, sources_of
-from fuzz.test_fuzz_suites import Letters, laid_out, measured
+from fuzz.test_fuzz_suites import laid_out, measured
 from fuzz.test_fuzz_talk import REPLY, Misbehaving
 from LMConfig import LMConfig
 from model.checkpoint.gguf_tokenizer import GGUFTokenizer
@@ -133,31 +129,11 @@ def test_names_that_would_be_formulas(throw: Thrower, tmp_path: Path) -> None:
     assert throw(draw_run, tmp_path / r"$\x$").value.is_file()
 
 
-def test_a_number_changed_in_what_was_measured_before(throw: Thrower, tmp_path: Path) -> None:
-    """It was believed: the line is JSON, and of the right keys. Its checksum tells."""
-    suite = laid_out(tmp_path, "text")
-    whole = measured(suite, tmp_path / "out")[0]
-    file = tmp_path / "out" / "text.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    lines[2] = re.sub(r'"nats": [\d.]+', '"nats": 1.5', lines[2])
-    file.write_text("".join(lines))
-    assert throw(measured, suite, tmp_path / "out").value[0].scores == whole.scores
-
-
-@pytest.mark.parametrize("name", ["questions", "style", "quality", "text", "ceval", "gsm8k"])
-def test_a_chunk_of_nothing(name: str, throw: Thrower, tmp_path: Path) -> None:
-    suite = laid_out(tmp_path, name)
-    ((kind, settings),) = yaml.safe_load(suite.read_text()).items()
-    suite.write_text(yaml.safe_dump({kind: {**settings, "chunk": 0}}))
-    assert throw(measured, suite, tmp_path / "out").code == 2
-
-
 @pytest.mark.parametrize(
     ("row", "what"),
     [
         ({"choices": ["a"], "answer": 0}, "1 choices; give 2 to 26"),
         ({"choices": [f"c{n}" for n in range(30)], "answer": 28}, "30 choices"),
-        ({"choices": ["a", "b" * 500], "answer": 0}, "has a choice of 501 tokens, the model reads 200"),
     ],
 )
 def test_choices_that_cannot_be_asked(row: dict, what: str, throw: Thrower, tmp_path: Path) -> None:
@@ -166,15 +142,6 @@ def test_choices_that_cannot_be_asked(row: dict, what: str, throw: Thrower, tmp_
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"multiple_choice": settings}))
     done = throw(measured, tmp_path / "s.yaml", tmp_path / "out")
     assert done.code == 2 and what in done.err
-
-
-@pytest.mark.parametrize("name", ["gsm8k", "questions", "style", "quality"])
-def test_answers_as_long_as_the_context(name: str, throw: Thrower, tmp_path: Path) -> None:
-    """Every question was left unasked, and the score was 0%."""
-    suite = laid_out(tmp_path, name)
-    suite.write_text(re.sub(r"max_new_tokens: \d+", f"max_new_tokens: {Letters.context}", suite.read_text()))
-    done = throw(measured, suite, tmp_path / "out")
-    assert done.code == 2 and "max_new_tokens 200: the model reads 200 tokens" in done.err
 
 
 def test_worked_problems_from_two_places(throw: Thrower, tmp_path: Path) -> None:
@@ -262,17 +229,6 @@ def test_a_seed_of_more_than_64_bits_is_refused(throw: Thrower) -> None:
     done = throw(style, "no checkpoint", "no file", seed=10**30)
     assert done.code == 2
     assert "give a number from 0 to 2^64 - 1" in done.err
-
-
-def test_rows_that_changed_places_are_measured_again(tmp_path: Path) -> None:
-    """The scores' intervals depend on their order."""
-    file, facts = tmp_path / "rows.jsonl", {"items": 2}
-    with MeasuredRows(file, facts, 1) as rows:
-        rows.add([{"a": 1}, {"a": 2}])
-    assert MeasuredRows(file, facts, 1).rows == [{"a": 1}, {"a": 2}]
-    head, first, second = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(head + second + first)
-    assert MeasuredRows(file, facts, 1).rows == []
 
 
 @pytest.mark.parametrize("content", [None, 5, ["x"], "\ud800"])

@@ -19,8 +19,7 @@ from eval.compared_run import open_runs
 from eval.comparison import markdown
 from eval.expert_loads import draw as draw_loads
 from eval.held_out import held_out_documents
-from eval.suites.measuring import Measured
-from eval.suites.suite import Score
+from eval.scores import Measured, Score
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import PLACES, damaged, put, strange_json
 from fuzz.test_fuzz_settings import strange_yaml

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dataset import PretrainDataset
 from eval.perplexity import read_blocks
 from eval.questions import read_questions
-from eval.style import read_favours
+from eval.style import read_polite_requests
 from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import PLACES, damaged, put, strange_json, strange_safetensors
 from model import MiniDeepSeek
@@ -181,7 +181,7 @@ def test_metrics_and_log_probs(throw: Thrower, data: st.DataObject) -> None:
 
 
 QUESTIONS = b'{"question": "1+1?", "answer": "2", "kind": "sum", "opening": "a", "closing": "b"}\n' * 3
-INPUTS = {"questions": read_questions, "favours": read_favours, "text": lambda path: list(read_blocks(path))}
+INPUTS = {"questions": read_questions, "requests": read_polite_requests, "text": lambda path: list(read_blocks(path))}
 
 
 @pytest.mark.parametrize("name", INPUTS)

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import collect
+import distill
 import train_tokenizer
 from cli import call
 from eval.answering import Answerer
@@ -199,10 +199,11 @@ def test_collecting(throw: Thrower, folder: Path, data: st.DataObject) -> None:
         recipe = written({"rewards": rewards}).replace(f'"{DEEP}"'.encode(), b"[]")
         Path(place, "recipe.yaml").write_bytes(recipe)
         out = Path(place, "out.jsonl")
-        options = {"config": Path(place, "recipe.yaml"), "ckpt": folder, "data": Path(place, "problems.jsonl"),
+        options = {"config": Path(place, "recipe.yaml"), "method": "answers", "teacher": folder,
+                   "data": Path(place, "problems.jsonl"),
                    "mix": Path(place, "chats.jsonl"), "out": out, "at_least": -1, "prompts": 2, "samples": 2,
                    "max_new_tokens": data.draw(st.sampled_from((1, 3, 63, 64, 10**6))), "device": "cpu"}  # fmt: skip
-        done = throw(as_script, collect.main, *(f"--{name}={value}" for name, value in options.items()))
+        done = throw(as_script, distill.main, *(f"--{name}={value}" for name, value in options.items()))
         assert out.is_file() == (done.code == 0)
         assert done.code or list(read_conversations(out, on_error="stop"))
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import attention
-from model.attention import AttentionMask, _attend_segments, attend, causal
+from model.attention import AttentionMask, causal
+from model.kernels import attention
+from model.ops import attend
 
 
 def reference(q, k, v, scale, mask) -> torch.Tensor:
@@ -134,7 +135,7 @@ def test_segments_for_flash_attn_equal_the_masked_reference():
     q, k, v = torch.randn(3, 2, 11, 3, 6).unbind()
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, -1, -1], [2, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]])
     attention_mask = AttentionMask.within_segments(segments)
-    out = _attend_segments(fake_flash_attn([]), q, k, v, 0.3, attention_mask.segment_ends)
+    out = attention.segments(fake_flash_attn([]), q, k, v, 0.3, attention_mask.segment_ends)
     assert "allowed" not in vars(attention_mask)  # no mask of time x time
     mask = causal(11, 11, q.device) & (segments[:, None, :, None] == segments[:, None, None, :])
     torch.testing.assert_close(out, reference(q, k, v, 0.3, mask), atol=1e-5, rtol=1e-5)

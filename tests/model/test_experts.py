@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from model.dispatch import ROW_BLOCKS, SMALL_ROW_BLOCK, Plan, count_choices
-from model.experts import FEW_CHOICES, Experts
-from model.grouped_linear import grouped_linear
+from model.experts import Experts, Plan, count_choices
 from model.moe import DeepseekMoE
+from model.ops import FEW_CHOICES, ROW_BLOCKS, SMALL_ROW_BLOCK, grouped_linear
 
 EXPERTS, CHOSEN, HIDDEN = 8, 3, 32
 
@@ -140,7 +139,7 @@ def test_no_other_copy_of_all_weights_is_made_or_kept_for_the_backward_pass(expe
 @pytest.fixture
 def large_experts(experts, monkeypatch) -> Experts:
     """Large enough for the memory of their gradients to be kept."""
-    monkeypatch.setattr("model.grouped_linear.MIN_BUFFER_BYTES", 0)
+    monkeypatch.setattr("model.kernels.grouped.MIN_BUFFER_BYTES", 0)
     return experts
 
 
@@ -275,7 +274,7 @@ def test_low_ranks_are_padded_for_cudas_alignment_with_the_same_numbers(on_cuda,
     x = torch.randn(len(plan.token_of_row), 32).bfloat16()
     a, b = torch.randn(EXPERTS, 4, 32, requires_grad=True), torch.randn(EXPERTS, 20, 4, requires_grad=True)
     used = int(plan.ends[-1])  # what is in the rows after that is never read
-    out = grouped_linear(grouped_linear(x, a, plan), b, plan)[:used]
+    out = grouped_linear(grouped_linear(x, a, plan.ends), b, plan.ends)[:used]
     expert = torch.searchsorted(plan.ends, torch.arange(used), right=True)
     inner = torch.einsum("rd,rkd->rk", x[:used].float(), a[expert])
     expected = torch.einsum("rk,rok->ro", inner, b[expert])

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from LMConfig import LMConfig
-from model import attention
-from model.attention import AttentionMask, attend
-from model.kernels import causal
-from model.kernels import report as kernel_report
+from model.attention import AttentionMask
+from model.kernels import attention, causal
+from model.ops import attend, kernel_report
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SYMBOL = "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa"
@@ -85,7 +84,7 @@ def on_gpu(config: LMConfig, dtype: torch.dtype, monkeypatch) -> str:
     """The report for a GPU. Its few empty tensors are made on the CPU."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, dtype, device: empty(*sizes, dtype=dtype))
-    return kernel_report.kernel_report(config, dtype, torch.device("cuda", 0), 512)
+    return kernel_report(config, dtype, torch.device("cuda", 0), 512)
 
 
 @pytest.mark.parametrize("preset", ["64m", "deepseek-v3"])
@@ -122,14 +121,14 @@ def test_a_dense_model_has_no_experts_to_speak_of(on_cuda, monkeypatch):
 def test_what_is_said_of_a_cpu_is_what_attention_does_there(time, dtype, monkeypatch):
     config, used = LMConfig.preset("demo"), []
     heads, nope, rope, value = 2, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    said = kernel_report.kernel_report(config, dtype, torch.device("cpu"), time)
-    compiled = kernel_report.kernel_report(config, dtype, torch.device("cpu"), time, compiled=True)
+    said = kernel_report(config, dtype, torch.device("cpu"), time)
+    compiled = kernel_report(config, dtype, torch.device("cpu"), time, compiled=True)
     q, kv = (
         torch.zeros(1, time, heads, nope + rope, dtype=dtype),
         torch.zeros(1, time, heads, nope + value, dtype=dtype),
     )
     assert said.startswith("attention by causal.c, of") == causal.fits(q, kv, q[:, :, 0, :rope])
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda q, *_, **__: used.append(1) or q)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: used.append(1) or q)
     attend(q, q, q, 1.0, AttentionMask())
     plain = "scaled_dot_product_attention" if used else "chunks of queries"
     assert compiled == f"attention by {plain}" and said.endswith(f" by {plain}")

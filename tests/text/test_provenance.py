@@ -14,7 +14,7 @@ from text.corpus.shards import prepare_shards
 from text.tokenizer import Tokenizer
 from training.alignment.batches import Experience
 from training.alignment.rewards import Rewards
-from training.alignment.rollouts import RolloutSettings
+from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
 from training.parallel.ranks import Ranks
 from training.skipping import NamingDataset
@@ -76,10 +76,8 @@ def test_completions_name_their_prompt(tokenizer: Tokenizer, tiny_model) -> None
         PromptDataset([("arithmetic:1", 1.0)], tokenizer, 40),
         RolloutSettings(prompts=4, group=2, max_new_tokens=4),
     )
-    data = Experience(
-        prompts, Rewards.of({"correct": 1.0}), Sampler(model, torch.float32), settings, 48, 8, Ranks(0, 1, cpu),
-        torch.float32,
-    )  # fmt: skip
+    sampler, ranks = Sampler(model, torch.float32), Ranks(0, 1, cpu)
+    data = Experience(Rollouts(prompts, Rewards.of({"correct": 1.0}), sampler, settings, ranks), 48, 8, torch.float32)
     data.prepare(0, model)
     asked = {problem.question for problem in map(data.prompts.problem, range(4), [0] * 4)}
     assert isinstance(data, NamingDataset)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import collect
 import dataset
+import distill
 import grpo_train
 from dataset import ChatDataset, PreferenceDataset, PromptDataset
 from text.chats.prompts import read_prompts
@@ -204,9 +204,11 @@ def test_reinforcement_and_collecting_through_their_scripts(run, pretrained, tmp
     done = run(grpo_train.main, *given, *few, "--val_fraction", 0.1, "--out", tmp_path / "run", "--device", "cpu")
     assert done.code == 0 and sum(fates(done.out).values()) == len(PROBLEMS), done.err
     mixed = ["--mix", write(tmp_path / "b.jsonl", CHATS), "--rewards", '{"overlong": 1}', "--at_least", -1]
-    done = run(collect.main, *given, "--prompts", 20, "--samples", 4, *mixed, "--out", tmp_path / "kept.jsonl")
+    given = ["--method", "answers", "--teacher", *given[1:], "--samples", 4, "--keep_answers", 4]
+    done = run(distill.main, *given, *mixed, "--out", tmp_path / "kept.jsonl")
     assert done.code == 0, done.err
-    read, chats, samples = (fates(line) for line in done.out.splitlines() if LINE.match(line))
-    assert sum(read.values()) == len(PROBLEMS) and "to ask" in read
-    assert sum(chats.values()) == len(CHATS) and sum(samples.values()) == 80
-    assert samples["kept"] == int(re.search(r"^(\d+) kept", done.out, re.MULTILINE)[1])
+    read, chats = (fates(line) for line in done.out.splitlines() if LINE.match(line))
+    assert sum(read.values()) == len(PROBLEMS) and "prompts to ask" in read
+    assert sum(chats.values()) == len(CHATS)
+    kept, dropped = map(int, re.search(r"(\d+) kept.*, (\d+) dropped", done.out).groups())
+    assert kept + dropped == 4 * read["prompts to ask"]

@@ -16,7 +16,6 @@ import dpo_train
 import full_sft
 import pretrain
 from cli import parse
-from collect import CollectSettings
 from distill import DistillSettings
 from dpo_train import DPOSettings
 from errors import UserError
@@ -69,7 +68,7 @@ SCRIPTS = {
     "model": PretrainSettings,
     "preference": DPOSettings,
     "lora": LoraSFTSettings,
-    "samples": CollectSettings,
+    "samples": DistillSettings,
     "rewards": GRPOSettings,
 }
 
@@ -81,14 +80,14 @@ RECIPES = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.par
 def test_every_recipe_is_valid_for_its_script(file):
     said = yaml.safe_load(file.read_text(encoding="utf8"))
     kind = next((kind for name, kind in SCRIPTS.items() if name in said), SFTSettings)
-    rest = ["--tokenizer", "t"] if kind is PretrainSettings else ["--ckpt", "c"]
+    rest = {PretrainSettings: ["--tokenizer", "t"], DistillSettings: ["--teacher", "t"]}.get(kind, ["--ckpt", "c"])
     settings = parse(kind, "", ["--config", str(file), "--data", "d", "--out", "o", *rest])
     if kind is PretrainSettings:
         config = model_config(settings.model)
         assert settings.sequence_length <= config.max_position_embeddings
     if kind is GRPOSettings:
         assert settings.rows == settings.prompts * settings.group
-    elif kind is not CollectSettings:
+    else:
         assert settings.rows >= 1 and settings.batch_tokens >= settings.row_tokens
 
 

@@ -18,8 +18,8 @@ import training.machine
 import training.trainer
 from errors import UserError
 from model import MiniDeepSeek
-from model.kernels.report import kernel_report
 from model.moe import update_bias
+from model.ops import kernel_report
 from training.losses import Batch, NextTokenLoss
 from training.machine import Peak, machine_peak, measured_peak
 from training.metrics import max_violation

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from errors import UserError
@@ -28,6 +27,7 @@ from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of
 from text.sources.rows import placed_rows
 from text.tokenizer import characters
 
+TRIES = 10  # problems made for each one asked for, where a generator repeats some by chance
 QUESTIONS = ("instruction", "prompt", "question", "problem", "question_zh-cn", "query")
 
 
@@ -60,8 +60,8 @@ def read_prompts(
             found = placed_rows(source, partial(to_prompt, layout=source.layout), on_error, report)
         else:
             found = _made(source, most, seed, report)
-        others = report.kept
-        for place, prompt in islice(found, most or None):
+        before = others = report.kept
+        for place, prompt in found:
             prompt = prompt if not system else with_system_prompt(prompt, system)
             key = json.dumps(prompt.messages, ensure_ascii=False)
             if key in seen:
@@ -71,6 +71,8 @@ def read_prompts(
             seen.add(key)
             others += 1
             yield prompt
+            if others - before == most:
+                break
         report.left_out += report.kept - others  # of the samples of a source, those beyond `most`
         report.kept = others
     if not seen:
@@ -81,7 +83,7 @@ def read_prompts(
 def _made(source: Source, most: int, seed: int, report: RowReport) -> Iterator[tuple[str, Prompt]]:
     """The first problems of a generator, each with its place."""
     problems = open_problems(source)
-    for number in range(most or len(problems)):
+    for number in range(TRIES * most or len(problems)):
         report.rows, report.kept = report.rows + 1, report.kept + 1
         yield f"{source} #{number + 1}", _of_problem(problems.problem(number, seed))
 

@@ -8,7 +8,7 @@ from torch import nn
 from errors import UserError
 from model import MiniDeepSeek
 from model.experts import Experts
-from model.kernels.products import Linear
+from model.ops import Linear
 from model.quantized import Int8Weight, NF4Weight, QuantizedWeight, quantize_weights
 
 BASES = ("auto", "int8", "nf4")

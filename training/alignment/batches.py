@@ -8,25 +8,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dataset import PromptDataset
-from errors import UserError
 from model import MiniDeepSeek
 from text.files import json_text
 from training.alignment.policy_loss import completion_hidden
-from training.alignment.rewards import Rewards
-from training.alignment.rollouts import Group, Rollouts, RolloutSettings
-from training.alignment.sampler import Sampler
+from training.alignment.rollouts import Group, Rollouts
 from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch
 from training.machine import autocast
-from training.parallel.ranks import Ranks
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
@@ -79,13 +74,13 @@ class Rows:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their names without the suffix, as checkpoints keep them."""
-        named = {field.name.rpartition("_")[0]: getattr(self, field.name) for field in fields(self)}
+        named = {each.name.rpartition("_")[0]: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> Rows:
         """The inverse of `tensors`."""
-        return cls(*(tensors.get(field.name.rpartition("_")[0]) for field in fields(cls)))
+        return cls(*(tensors.get(each.name.rpartition("_")[0]) for each in fields(cls)))
 
     @property
     def new_R(self) -> Tensor:
@@ -93,37 +88,29 @@ class Rows:
         return self.lengths_R - self.prompt_lengths_R
 
 
+@dataclass
 class Experience:
     """A `PolicyDataset`: each batch of completions is trained on for `mu` steps, the same on every rank.
 
     The rollouts of a step are a function of (seed, step) and the weights. So nothing needs to be saved between batches
     of completions; between the `mu` steps on one, the batch is.
 
-    Args:
+    Attributes:
+        sequence_length: most tokens of a prompt and its completion. micro_rows: rows of a forward pass.
         reference: frozen model for the KL term, or None.
     """
 
-    def __init__(
-        self,
-        prompts: PromptDataset,
-        rewards: Rewards,
-        sampler: Sampler,
-        settings: RolloutSettings,
-        sequence_length: int,
-        micro_rows: int,
-        ranks: Ranks,
-        dtype: torch.dtype,
-        reference: MiniDeepSeek | None = None,
-    ) -> None:
-        settings.check()
-        if settings.prompts % ranks.world:
-            raise UserError(f"--prompts {settings.prompts}: does not divide among {ranks.world} ranks")
-        self.rollouts = Rollouts(prompts, rewards, sampler, settings, ranks)
-        self.prompts, self.settings, self.ranks, self.tokenizer = prompts, settings, ranks, prompts.tokenizer
-        self.sequence_length, self.micro_rows = sequence_length, micro_rows
-        self.dtype, self.reference = dtype, reference
-        self.rows: Rows | None = None
-        self.entry: dict[str, Any] = {}
+    rollouts: Rollouts
+    sequence_length: int
+    micro_rows: int
+    dtype: torch.dtype
+    reference: MiniDeepSeek | None = None
+    rows: Rows | None = None
+    entry: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompts, self.settings, self.ranks = self.rollouts.prompts, self.rollouts.settings, self.rollouts.ranks
+        self.tokenizer = self.prompts.tokenizer
 
     def __len__(self) -> int:
         """Rows of an epoch: each prompt's group, `mu` times."""

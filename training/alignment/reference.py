@@ -1,4 +1,4 @@
-"""The reference of preference learning: a frozen model, or what it says of every token, computed once."""
+"""The reference policy: a frozen model, or its log-probabilities of every token, computed once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from dataset import PreferenceDataset
-from errors import UserError, naming
+from errors import UserError
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.alignment.preference import answer_log_probs
+from training.fingerprinted import open_arrays, save_arrays
 from training.machine import autocast
 from training.parallel.ranks import Ranks
 from training.startup import open_checkpoint
@@ -32,11 +31,11 @@ def frozen_reference(model: MiniDeepSeek, tokenizer: Tokenizer, folder: str) -> 
         reference, theirs = open_checkpoint(folder)
         if theirs.fingerprint != tokenizer.fingerprint:
             raise UserError(f"--reference {folder}: has another tokenizer than --ckpt; both must read the same tokens")
-        wanted = asdict(model.config)
+        ours = asdict(model.config)
         for name, value in asdict(reference.config).items():
-            if value != wanted[name]:
+            if value != ours[name]:
                 raise UserError(
-                    f"--reference {folder}: its {name} is {value}, that of --ckpt {wanted[name]}; "
+                    f"--reference {folder}: its {name} is {value}, that of --ckpt {ours[name]}; "
                     "name a checkpoint of the same shape, or leave it out"
                 )
     return reference.requires_grad_(False).eval()
@@ -68,19 +67,10 @@ def reference_log_probs(
 
 def save_log_probs(path: Path, log_probs: np.ndarray, fingerprint: str) -> None:
     """Keep them beside the run, so that a resumed one has the very same numbers."""
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        save_file({"log_probs": log_probs}, temporary, {"fingerprint": fingerprint})
-        temporary.replace(path)
+    save_arrays(path, {"log_probs": log_probs}, fingerprint)
 
 
 def load_log_probs(path: Path, fingerprint: str) -> np.ndarray | None:
-    """What `save_log_probs` kept under this fingerprint, of pairs and reference; None where there is nothing of use."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.get_tensor("log_probs") if (file.metadata() or {}).get("fingerprint") == fingerprint else None
-    except (SafetensorError, OSError):
-        return None
+    """Return what `save_log_probs` kept under this fingerprint, of pairs and reference; None where nothing fits."""
+    opened = open_arrays(path, fingerprint)
+    return None if opened is None else opened.get_tensor("log_probs")

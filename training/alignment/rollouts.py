@@ -82,6 +82,11 @@ class Rollouts:
     settings: RolloutSettings
     ranks: Ranks
 
+    def __post_init__(self) -> None:
+        self.settings.check()
+        if self.settings.prompts % self.ranks.world:
+            raise UserError(f"--prompts {self.settings.prompts}: does not divide among {self.ranks.world} ranks")
+
     def collect(self, number: int) -> tuple[list[Group], dict[str, float]]:
         """Make this rank's groups of rollout `number`. Returns also sums over them for the log.
 

@@ -25,7 +25,7 @@ MOST_REASONS = 10  # shown; a provider may put an id or a time into each
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher said. `finish`: stop, length where it was cut, or content_filter; `tokens`: 0 where unknown."""
+    """An answer. `finish`: stop, length where it was cut, or content_filter; `tokens`: 0 where unknown."""
 
     text: str
     finish: str
@@ -61,7 +61,7 @@ class AnsweringTeacher(Protocol):
 
 
 class Journal:
-    """JSONL of answers, one flushed line each: what was answered before a run was killed is known to the next.
+    """JSONL of answers, one flushed line each, so that a killed run loses none.
 
     Attributes: known: answers by the key of their question.
     """
@@ -99,16 +99,15 @@ class Journal:
     def add(self, ask: Ask, answer: Answer) -> None:
         """Write an answer down before anything else is done with it."""
         row = {"key": ask.key, "messages": ask.messages, "sample": ask.sample}
-        text = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
-        data = json_text({**row, **text}).encode()
+        row |= {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
         with naming(self.path):
-            self._file.write(data + b"\n")
+            self._file.write(json_text(row).encode() + b"\n")
             self._file.flush()
         self.known[ask.key] = answer
 
 
 @dataclass
-class Asked:
+class AskReport:
     """What came of the questions. `before`: answered in an earlier run; `failures`: why others have no answer."""
 
     questions: int = 0
@@ -125,13 +124,13 @@ class Asked:
         return lines + [f"  {rest} without an answer for other reasons"] * bool(rest)
 
 
-def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) -> Asked:
+def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) -> AskReport:
     """Put to the teacher what the journal does not know.
 
     Raises `UserError` when many questions in a row get no answer; what was answered is kept.
     """
     left = [ask for ask in asks if ask.key not in journal.known]
-    told, in_a_row = Asked(len(asks), len(asks) - len(left)), 0
+    report, in_a_row = AskReport(len(asks), len(asks) - len(left)), 0
     bar = Console(stderr=True)
     # Closed at once when something is wrong: a teacher far away must not be waited for.
     with journal, closing(teacher.answers(left)) as replies:
@@ -139,19 +138,19 @@ def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) ->
         for ask, answer in shown:
             if isinstance(answer, Answer):
                 journal.add(ask, answer)
-                told.answered, in_a_row = told.answered + 1, 0
+                report.answered, in_a_row = report.answered + 1, 0
                 continue
-            told.failures[answer.reason] += 1
+            report.failures[answer.reason] += 1
             in_a_row += 1
             if in_a_row >= MOST_FAILURES:
                 raise UserError(
                     f"--teacher: {in_a_row} questions in a row without an answer, the last: {answer.reason}; "
                     f"{journal.path} keeps {len(journal.known)} answers, --resume goes on from there"
                 )
-    return told
+    return report
 
 
 def questions(prompts: Sequence[Prompt], samples: int, *facts: object) -> list[list[Ask]]:
-    """`samples` questions of each prompt. What training does with a turn is no matter of the teacher's."""
+    """`samples` questions of each prompt, without the marks of turns that only training reads."""
     asked = [[{"role": turn["role"], "content": turn["content"]} for turn in prompt.messages] for prompt in prompts]
     return [[Ask.of(messages, sample, *facts) for sample in range(samples)] for messages in asked]

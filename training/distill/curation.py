@@ -1,8 +1,12 @@
-"""Black-box distillation: a teacher's answers, asked for, cleaned, verified and filtered, as conversations to learn."""
+"""Answers of a teacher, cleaned, verified and filtered, as conversations to fine-tune on.
+
+From another model this is black-box distillation, from the policy itself rejection sampling (DeepSeek-R1, 2.3.3).
+"""
 
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +16,7 @@ import torch
 
 from errors import UserError, check_least
 from text.chats.chat_template import Message
-from text.chats.conversations import write_chats
+from text.chats.conversations import read_conversations, write_chats
 from text.chats.prompts import Prompt, read_prompts
 from text.judging.answer_filter import AnswerFilter, clean, shortest_different
 from text.sources.registry import Source
@@ -20,9 +24,9 @@ from text.sources.row_report import RowReport, balance
 from training.alignment.rewards import Rewards, Sample
 from training.distill.answers import Answer, AnsweringTeacher, Ask, Journal, ask_all, questions
 from training.distill.endpoint import Endpoint
-from training.distill.local_teacher import open_local
+from training.distill.local_answers import open_local
 
-JOURNAL, CHATS = "answers.jsonl", "sft.jsonl"
+JOURNAL, CHATS, FILE = "answers.jsonl", "sft.jsonl", ".jsonl"
 
 
 @dataclass(kw_only=True)
@@ -36,6 +40,8 @@ class AnswerSettings(AnswerFilter):
         keep_answers: most answers kept to each prompt, the shortest first.
         rewards: names and weights that judge answers to prompts whose right answer is known.
         at_least: the weighted sum from which such an answer is kept.
+        mix: general conversations to mix in, named as for full_sft.py.
+        mix_share: their share of what is written.
         system: system prompt for prompts that have none.
         concurrency: questions put to an endpoint at a time.
         timeout: seconds without a byte before a question to an endpoint is put again.
@@ -47,6 +53,8 @@ class AnswerSettings(AnswerFilter):
     keep_answers: int = 1
     rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
     at_least: float = 1.0
+    mix: str = ""
+    mix_share: float = 0.5
     system: str = ""
     concurrency: int = 8
     timeout: float = 120.0
@@ -57,10 +65,12 @@ class AnswerSettings(AnswerFilter):
         check_least(1, samples=self.samples, keep_answers=self.keep_answers, concurrency=self.concurrency)
         if self.prompts < 0 or self.timeout <= 0:
             raise UserError(f"--prompts {self.prompts}, --timeout {self.timeout:g}: must be at least 0 and above 0")
+        if not 0 <= self.mix_share < 1:
+            raise UserError(f"--mix_share {self.mix_share:g}: must be at least 0 and below 1")
 
 
 @dataclass
-class Curated:
+class Curation:
     """What became of the answers. `dropped`: why not kept; `unverified`: kept without a known right answer."""
 
     prompts: int = 0
@@ -72,9 +82,9 @@ class Curated:
 
     def lines(self) -> list[str]:
         """For people."""
-        told = f", {self.unverified} of them unverified" if self.unverified else ""
+        unverified = f", {self.unverified} of them unverified" if self.unverified else ""
         lines = [
-            f"{self.answers} answers to {self.prompts} prompts: {self.kept} kept{told}, "
+            f"{self.answers} answers to {self.prompts} prompts: {self.kept} kept{unverified}, "
             f"{self.dropped.total()} dropped; {self.prompts - self.with_answer} prompts without an answer"
         ]
         return lines + [f"  {count} x {reason}" for reason, count in self.dropped.most_common()]
@@ -104,73 +114,82 @@ def open_answering(
 
 def gather_answers(
     out: Path, sources: Sequence[Source], resume: bool, on_error: str, settings: AnswerSettings,
-    teacher: AnsweringTeacher, seed: int, facts: Sequence[object], max_new_tokens: int,
+    teacher: AnsweringTeacher, seed: int, facts: Sequence[object], max_new_tokens: int, mix: Sequence[Source] = (),
 ) -> Path:  # fmt: skip
     """Ask the teacher all that is not known yet, and write what is fit to learn from. Returns that file.
 
-    facts: of the teacher and its sampling; answers under other facts are other answers.
+    Args:
+        out: a folder, for answers.jsonl and sft.jsonl, or a file FILE.jsonl, beside which its FILE.answers.jsonl lies.
+        facts: of the teacher and its sampling; answers under other facts are other answers.
+        mix: general conversations for a share `mix_share` of the file.
     """
-    judge, report = Rewards.of(settings.rewards), RowReport()
+    is_file = out.suffix == FILE
+    path, file = (out.with_suffix(f".{JOURNAL}"), out) if is_file else (out / JOURNAL, out / CHATS)
+    rewards, report, mix_report = Rewards.of(settings.rewards), RowReport(), RowReport()
+    general = [chat for source in mix for chat in read_conversations(source, report=mix_report)]
     prompts = list(read_prompts(sources, settings.system, settings.prompts, seed, on_error, report))
     print("\n".join([*report.lines(), balance(report.rows, "rows", {"prompts to ask": len(prompts), **report.unused})]))
-    path = out / JOURNAL
     if not resume and path.exists() and path.stat().st_size:  # empty where an earlier run had no answer
         raise UserError(f"{path}: holds answers already; add --resume to go on, or choose another --out")
     journal, asks = Journal(path), questions(prompts, settings.samples, *facts)
-    told = ask_all(teacher, [ask for some in asks for ask in some], journal)
-    print("\n".join(told.lines()))
-    conversations, curated = curate(prompts, asks, journal.known, settings, judge, max_new_tokens)
-    print("\n".join(curated.lines()))
-    if told.failures and not curated.answers:
-        (reason, _), *_ = told.failures.most_common(1)
+    asked = ask_all(teacher, [ask for some in asks for ask in some], journal)
+    print("\n".join(asked.lines()))
+    conversations, curation = curate(prompts, asks, journal.known, settings, rewards, max_new_tokens)
+    print("\n".join(curation.lines()))
+    if asked.failures and not curation.answers:
+        (reason, _), *_ = asked.failures.most_common(1)
         raise UserError(
-            f"--teacher: not one of {told.questions} questions has an answer, mostly {reason}; "
+            f"--teacher: not one of {asked.questions} questions has an answer, mostly {reason}; "
             "remove the cause and run the same command again"
         )
     if not conversations:
-        raise UserError(f"{path}: none of {curated.answers} answers is fit to learn from; see what was dropped and why")
-    write_chats(out / CHATS, conversations)
-    print(f"{out / CHATS}: {len(conversations)} conversations")
-    return out / CHATS
+        raise UserError(
+            f"{path}: none of {curation.answers} answers is fit to learn from; see what was dropped and why"
+        )
+    if mix:
+        count = round(len(conversations) * settings.mix_share / (1 - settings.mix_share))
+        chosen = random.Random(seed).sample(general, min(count, len(general)))
+        fates = {"mixed in": len(chosen), "more than were needed": len(general) - len(chosen), **mix_report.unused}
+        print("\n".join([*mix_report.lines(), balance(mix_report.rows, "rows of --mix", fates)]))
+        conversations += chosen
+        random.Random(seed).shuffle(conversations)
+    write_chats(file, conversations)
+    print(f"{file}: {len(conversations)} conversations")
+    return file
 
 
 def curate(
     prompts: Sequence[Prompt], asks: Sequence[Sequence[Ask]], known: dict[str, Answer], settings: AnswerSettings,
-    judge: Rewards, limit: int,
-) -> tuple[list[list[Message]], Curated]:  # fmt: skip
+    rewards: Rewards, limit: int,
+) -> tuple[list[list[Message]], Curation]:  # fmt: skip
     """Conversations out of the answers that are complete, clean and, where the right answer is known, right."""
-    told, conversations = Curated(prompts=len(prompts)), []
+    curation, conversations = Curation(prompts=len(prompts)), []
     for prompt, own in zip(prompts, asks, strict=True):
         answers = [known[ask.key] for ask in own if ask.key in known]
-        told.answers += len(answers)
-        cleaned = [(fit(answer, settings, told.dropped), answer.tokens) for answer in answers]
-        good = [text for text, _ in cleaned if text is not None]
-        if prompt.problem is not None and good:
-            samples = [Sample(prompt.problem, text, tokens, limit) for text, tokens in cleaned if text is not None]
-            totals, _ = judge(samples)
-            good = [sample.text for sample, total in zip(samples, totals, strict=True) if total >= settings.at_least]
-            told.dropped["wrong"] += len(samples) - len(good)
+        curation.answers += len(answers)
+        cleaned = [(fit(answer, settings, curation.dropped), answer.tokens) for answer in answers]
+        samples = [Sample(prompt.problem, text, tokens, limit) for text, tokens in cleaned if text is not None]
+        good = [sample.text for sample in samples]
+        if prompt.problem is not None and samples:
+            totals, _ = rewards(samples)
+            good = [text for text, total in zip(good, totals, strict=True) if total >= settings.at_least]
+            curation.dropped["wrong"] += len(samples) - len(good)
         different = len(set(good))
         chosen = shortest_different(good, settings.keep_answers)
-        told.dropped["duplicate"] += len(good) - different
-        told.dropped["more than were wanted"] += different - len(chosen)
-        told.kept += len(chosen)
-        told.with_answer += bool(chosen)
-        told.unverified += len(chosen) if prompt.problem is None else 0
+        curation.dropped["duplicate"] += len(good) - different
+        curation.dropped["more than were wanted"] += different - len(chosen)
+        curation.kept += len(chosen)
+        curation.with_answer += bool(chosen)
+        curation.unverified += len(chosen) if prompt.problem is None else 0
         conversations += [[*prompt.messages, {"role": "assistant", "content": text}] for text in chosen]
-    told.dropped = +told.dropped  # those that were met
-    return conversations, told
+    curation.dropped = +curation.dropped  # those that were met
+    return conversations, curation
 
 
 def fit(answer: Answer, wanted: AnswerFilter, dropped: Counter[str]) -> str | None:
     """The cleaned text of an answer; None, with the reason counted, when it is not fit to learn from."""
     text = clean(answer.text)
-    if answer.finish == "length":
-        fault: str | None = "cut at the limit"
-    elif answer.finish == "content_filter":
-        fault = "refusal"
-    else:
-        fault = wanted.fault(text)
+    fault = {"length": "cut at the limit", "content_filter": "refusal"}.get(answer.finish) or wanted.fault(text)
     if fault is None:
         return text
     dropped[fault] += 1

@@ -1,4 +1,4 @@
-"""Learning from a teacher's distributions: a divergence at every label, mixed with cross entropy."""
+"""Distillation loss: a divergence from the teacher's distribution at every label, mixed with cross entropy."""
 
 from __future__ import annotations
 
@@ -74,22 +74,20 @@ LOSSES: dict[str, Callable[[DistillationSettings], Divergence]] = {
 }
 
 
-class Said(Protocol):
-    """What a teacher says at N labelled positions."""
+class TeacherOutput(Protocol):
+    """A teacher's distributions at N labelled positions."""
 
     def compare(
         self, part: slice, log_q_RV: Tensor, divergence: Divergence, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Value (rows,) and flow (rows, vocab) of the divergence at the positions `part`, where the student says q."""
+        """Value (rows,) and flow (rows, vocab) of the divergence at the positions `part`, where the student has q."""
         ...
 
 
 class Teacher(Protocol):
-    """Knows what to say in the student's vocabulary."""
+    """Gives its distributions, in the student's vocabulary, at the labels that count, in their order."""
 
-    def says(self, batch: Batch) -> Said:
-        """Its distributions at the labels that count, in the order of `batch["labels"]`."""
-        ...
+    def __call__(self, batch: Batch) -> TeacherOutput: ...
 
 
 @dataclass(frozen=True)
@@ -130,21 +128,21 @@ class _Distilled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, count: int, said: Said, divergence: Divergence,
-        temperature: float, ce_weight: float, with_grad: bool,
+        ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, count: int, teacher: TeacherOutput,
+        divergence: Divergence, temperature: float, ce_weight: float, with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weight = head_VD.to(hidden_ND.dtype)
         distance, cross_entropy = torch.zeros(2, device=hidden_ND.device).unbind()
         grad_hidden = torch.empty_like(hidden_ND) if with_grad else None
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
         for part in chunks(len(hidden_ND), len(weight)):
-            real = slice(part.start, min(part.stop, count))  # the positions behind `count` are padding
-            z = (hidden_ND[part] @ weight.t())[: real.stop - real.start].float()
+            tokens = slice(part.start, min(part.stop, count))  # the positions behind `count` are padding
+            z = (hidden_ND[part] @ weight.t())[: tokens.stop - tokens.start].float()
             log_q = (z / temperature).log_softmax(-1)
-            value, flow = said.compare(real, log_q, divergence, temperature)
+            value, flow = teacher.compare(tokens, log_q, divergence, temperature)
             distance += value.sum()
             hard = log_q if temperature == 1 else z.log_softmax(-1)
-            target = labels_N[real].unsqueeze(1)
+            target = labels_N[tokens].unsqueeze(1)
             cross_entropy -= hard.gather(1, target).sum()
             if with_grad:
                 # d/dz of T^2 D is T dD/d(z/T): gradients of D shrink as 1/T^2, and the mixture should not.
@@ -169,7 +167,7 @@ class _Distilled(torch.autograd.Function):
 
 
 def distillation_sum(
-    hidden: Tensor, head: Tensor, labels: Tensor, said: Said, divergence: Divergence,
+    hidden: Tensor, head: Tensor, labels: Tensor, teacher: TeacherOutput, divergence: Divergence,
     temperature: float = 1.0, ce_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(1 - ce_weight) T^2 D + ce_weight cross entropy, D alone and cross entropy alone: sums in nats, float32.
@@ -178,16 +176,16 @@ def distillation_sum(
 
     Args:
         hidden: (..., hidden) of the student; head: (vocab, hidden); labels: (...) token ids, -100 where nothing counts.
-        said: of the teacher, at the labels that count.
+        teacher: its output at the labels that count.
     """
-    wanted = labels.flatten()
-    places = (wanted != IGNORE).nonzero().squeeze(1)
+    targets = labels.flatten()
+    places = (targets != IGNORE).nonzero().squeeze(1)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     # The types are chosen here, as in `training.losses`.
     with torch.autocast(hidden.device.type, enabled=False):
         chosen, count = hidden.flatten(0, -2).index_select(0, padded(places)), len(places)
         return _Distilled.apply(
-            chosen, head, wanted[places], count, said, divergence, temperature, ce_weight, with_grad
+            chosen, head, targets[places], count, teacher, divergence, temperature, ce_weight, with_grad
         )
 
 
@@ -195,12 +193,12 @@ def distillation_sum(
 class DistillationLoss(NextTokenLoss):
     """A `NextTokenLoss` whose main part is the mixture of divergence and cross entropy.
 
-    The MTP chain goes on learning from the labels: its depths have no counterpart in most teachers. Where the student
-    answered itself its own words teach nothing: there the divergence stands alone.
+    The MTP chain is still trained on the labels: its depths have no counterpart in most teachers. Where the student
+    answered itself the divergence stands alone, without cross entropy with its own words.
 
     Attributes:
         settings: which divergence, and how it is mixed.
-        teacher: asked about each batch, or one that reads in the batch what was asked before (`top_k.py`).
+        teacher: computes its distributions, or reads those that were computed before from the batch (`top_k.py`).
     """
 
     settings: DistillationSettings
@@ -208,11 +206,11 @@ class DistillationLoss(NextTokenLoss):
 
     def main(self, out: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            said = self.teacher.says(batch)
+            teacher = self.teacher(batch)
         settings = self.settings
         ce_weight = 0.0 if self.is_sampled(batch) else settings.ce_weight
         total, distance, cross_entropy = distillation_sum(
-            out.hidden, out.head, batch["labels"], said, settings.divergence, settings.temperature, ce_weight
+            out.hidden, out.head, batch["labels"], teacher, settings.divergence, settings.temperature, ce_weight
         )
         return total, {"divergence": distance, "cross_entropy": cross_entropy}
 

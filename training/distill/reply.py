@@ -17,7 +17,7 @@ from training.distill.answers import Answer
 
 NAMES = (*THOUGHTS, "reasoning_details")  # of thoughts; often the same under two of them
 WORDS = ("text", "thinking", "summary")  # keys of a part's text; encrypted parts have none
-ERRORS = ("error", "detail", "message")  # where servers put what is wrong, the first of them that says something
+ERRORS = ("error", "detail", "message")  # where servers put what is wrong
 BROKEN_OFF = ("error", "abort")  # reasons to finish that leave half an answer
 LONGEST_REASON = 200  # characters
 
@@ -31,45 +31,43 @@ class NoAnswer(Exception):
 
 
 def read_reply(status: int, content: bytes) -> Answer:
-    """The answer of a reply, its thoughts between <think> and </think>. Raises `NoAnswer`."""
+    """Return the answer of a reply, its thoughts between <think> and </think>. Raises `NoAnswer`."""
+    reply = None
     try:
         reply = json.loads(content)
-    except (ValueError, RecursionError):
-        reply = None
-    if status != 200:
-        raise NoAnswer(status, f"status {status} ({_reason(reply, content)})")
-    try:
-        choice = reply["choices"][0]
-        finish = choice.get("finish_reason") or "stop"
-        if reply.get("error") or choice.get("error") or finish in BROKEN_OFF:
-            raise ValueError("an error")
-        text = _with_thoughts(choice["message"])
-        tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
-        if not isinstance(finish, str):
-            raise TypeError("finish_reason is no text")
+        if status == 200:
+            return _answer(reply)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        code = _named_status(reply)
-        named = f"error {code}" if code else "no answer"
-        raise NoAnswer(code or status, f"status 200 with {named} ({_reason(reply, content)})") from None
-    return Answer(text, finish, tokens)
+        pass  # it has another shape: what it says of an error is looked for below
+    error = _error_of(reply)
+    reason, code = _reason(error, content), _status_of(error if isinstance(error, dict) else reply)
+    if status != 200:
+        raise NoAnswer(status, f"status {status} ({reason})")
+    raise NoAnswer(code or status, f"status 200 with {f'error {code}' if code else 'no answer'} ({reason})")
+
+
+def _answer(reply: dict) -> Answer:
+    choice = reply["choices"][0]
+    finish = choice.get("finish_reason") or "stop"
+    if reply.get("error") or choice.get("error") or finish in BROKEN_OFF or not isinstance(finish, str):
+        raise ValueError("no answer, or half of one")
+    tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
+    return Answer(_with_thoughts(choice["message"]), finish, tokens)
 
 
 def _with_thoughts(message: dict) -> str:
     content = message.get("content") or ""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     text = "".join(_words(part) for part in parts if not _is_thought(part))
-    inside = [part for part in parts if _is_thought(part)]
-    found = (_blocks(value) for value in (*map(message.get, NAMES), inside))
-    thoughts = next((thoughts for thoughts in found if thoughts), "")
-    if "<think>" in text:  # the endpoint has put them there, or in both places
-        return text
-    if thoughts:
+    found = (_paragraphs(value) for value in (*map(message.get, NAMES), [part for part in parts if _is_thought(part)]))
+    thoughts = next(filter(None, found), "")
+    if thoughts and "<think>" not in text:  # some endpoints have put them there, or in both places
         return thought_and_answer(thoughts, text)
     # <think> may have ended the prompt: it does in the chat templates of many models that always think.
-    return f"<think>\n{text.lstrip()}" if "</think>" in text else text
+    return f"<think>\n{text.lstrip()}" if "</think>" in text and "<think>" not in text else text
 
 
-def _blocks(value: object) -> str:
+def _paragraphs(value: object) -> str:
     """The text of thoughts, each part a paragraph."""
     parts = value if isinstance(value, list) else [value]
     return "\n\n".join(words for words in (_words(part).strip() for part in parts) if words)
@@ -100,28 +98,22 @@ def _error_of(reply: object) -> object:
     return next((error for error in found if isinstance(error, str | dict | list) and error), None)
 
 
-def _named_status(reply: object) -> int:
-    """The HTTP status that a body names, 0 where it names none."""
-    error = _error_of(reply)
-    place = error if isinstance(error, dict) else reply
-    code = str(place.get("code")) if isinstance(place, dict) else ""
+def _status_of(error: object) -> int:
+    """The HTTP status that an error names, 0 where it names none."""
+    code = str(error.get("code")) if isinstance(error, dict) else ""
     return int(code) if re.fullmatch("[45][0-9]{2}", code) else 0
 
 
-def _reason(reply: object, content: bytes) -> str:
+def _reason(error: object, content: bytes) -> str:
     """What the provider says is wrong, in one short line; all that it sent where it names no error."""
-    try:
-        words = ": ".join(dict.fromkeys(_texts(_error_of(reply))))
-    except RecursionError:
-        words = ""
-    shown = " ".join((words or content.decode("utf8", "replace")).split())
-    return one_line(shown[:LONGEST_REASON]) or "an empty reply"
+    words = ": ".join(dict.fromkeys(_texts(error))) or content.decode("utf8", "replace")
+    return one_line(" ".join(words.split())[:LONGEST_REASON]) or "an empty reply"
 
 
-def _texts(value: object) -> Iterator[str]:
+def _texts(value: object, depth: int = 8) -> Iterator[str]:
     """The texts in an error: its message, and often a type or what a provider further behind has said."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list) and depth:
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+            yield from _texts(part, depth - 1)

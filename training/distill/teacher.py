@@ -23,13 +23,13 @@ CLOSE = 1e-2  # of logits of order 1 to 10, from one product in two ways
 
 
 @dataclass(frozen=True)
-class OwnTeacher:
+class CheckpointTeacher:
     """A frozen checkpoint of this project. Attributes: vocab_size: the student's, which its head is cut to."""
 
     model: MiniDeepSeek
     vocab_size: int
 
-    def says(self, batch: Batch) -> Logits:
+    def __call__(self, batch: Batch) -> Logits:
         out = self.model(**{name: batch[name] for name in INPUTS if name in batch})
         places = (batch["labels"] != IGNORE).flatten().nonzero().squeeze(1)
         return Logits(out.hidden.flatten(0, 1).index_select(0, places), out.head[: self.vocab_size])
@@ -51,7 +51,7 @@ class TransformersTeacher:
     vocab_size: int
     plain: bool
 
-    def says(self, batch: Batch) -> Logits:
+    def __call__(self, batch: Batch) -> Logits:
         ids, row, column = unpacked(batch)
         if not self.plain:
             logits = self.model(input_ids=ids, use_cache=False).logits
@@ -72,12 +72,12 @@ def unpacked(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     segments = batch["segment_ids"]
     most = int(segments.max()) + 1
     number = torch.arange(len(inputs), device=inputs.device)[:, None] * most + segments
-    real = segments >= 0
-    names, row = number[real].unique(return_inverse=True)
-    position = batch["position_ids"][real]
+    is_token = segments >= 0
+    names, row = number[is_token].unique(return_inverse=True)
+    position = batch["position_ids"][is_token]
     ids = inputs.new_zeros(max(len(names), 1), int(position.max()) + 1 if len(position) else 1)
-    ids[row, position] = inputs[real]
-    counted = (labels != IGNORE)[real]
+    ids[row, position] = inputs[is_token]
+    counted = (labels != IGNORE)[is_token]
     return ids, row[counted], position[counted]
 
 
@@ -92,7 +92,7 @@ def open_teacher(name: str, tokenizer: Tokenizer, vocab_size: int, dtype: torch.
     if is_ours(name):
         model, theirs = open_checkpoint(name)
         check_tokens(name, theirs.raw.get_vocab(), model.config.vocab_size, tokenizer, vocab_size)
-        return OwnTeacher(frozen(model, dtype, device), vocab_size)
+        return CheckpointTeacher(frozen(model, dtype, device), vocab_size)
     model, theirs = open_transformers(name, dtype)
     head = model.get_output_embeddings()
     if head is None:
@@ -130,15 +130,15 @@ def open_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:  # transformers raises what it likes for a name or a folder that it cannot open
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--teacher {name}: cannot be opened ({type(error).__name__}: {said}); check the name"
+            f"--teacher {name}: cannot be opened ({type(error).__name__}: {reason}); check the name"
         ) from None
     return model, tokenizer
 
 
 def frozen(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model in the type that it computes in; nothing of it moves any more."""
+    """The model in the type that it computes in, without gradients."""
     return model.to(device, dtype).requires_grad_(False).eval()
 
 

@@ -1,6 +1,6 @@
-"""What a teacher says of every learnt token, asked once and kept on disk: its K most probable tokens and the rest.
+"""A teacher's distributions at every trained token, computed once and cached on disk: its top K tokens and the rest.
 
-All other tokens together are one event, whose probability is kept too. So the loss is a divergence between
+All other tokens together are one event, whose probability is stored too. So the loss is a divergence between
 distributions over K + 1 events. It is never larger than the one over all tokens (the data-processing inequality) and
 equal to it where K is the vocabulary. It says how much probability belongs to the rest, but not how to share it out.
 """
@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from dataset import ChatDataset
-from errors import naming
 from text.chats.encoded import EncodedChats
 from text.chats.packing import write_row
 from training.distill.distillation import Logits, Teacher
 from training.distill.divergences import Divergence
+from training.fingerprinted import open_arrays, save_arrays
 from training.losses import Batch
 from training.machine import autocast
 from training.parallel.ranks import Ranks
@@ -38,7 +37,7 @@ IDS, LOG_PROBS, REST = "teacher_ids", "teacher_log_probs", "rest"
 
 @dataclass(frozen=True)
 class TopK:
-    """What was kept of N labels.
+    """The stored distributions at N labels.
 
     Attributes:
         ids: (N, K) int64. log_probs: (N, K + 1) float32, at the temperature of the run, the last that of all other
@@ -65,21 +64,21 @@ class TopK:
         return value, spread.scatter_(1, ids, flow[:, :-1])
 
 
-class KeptTeacher:
-    """Stands for the teacher where batches bring what it said."""
+class CachedTeacher:
+    """Reads the teacher's distributions from the batch."""
 
-    def says(self, batch: Batch) -> TopK:
+    def __call__(self, batch: Batch) -> TopK:
         return TopK(batch[IDS], batch[LOG_PROBS])
 
 
-class TaughtChats:
-    """A `ChatDataset` whose batches have what the teacher says of their labels: `teacher_ids`, `teacher_log_probs`.
+class CachedTopKChats:
+    """A `ChatDataset` whose batches have the teacher's distributions: `teacher_ids`, `teacher_log_probs`.
 
     These are (N, K) and (N, K + 1), one row for each label that counts, in the order of `labels`.
     """
 
-    def __init__(self, chats: ChatDataset, kept: KeptTopK) -> None:
-        self.chats, self.kept = chats, kept
+    def __init__(self, chats: ChatDataset, cache: TopKCache) -> None:
+        self.chats, self.cache = chats, cache
 
     @property
     def identity(self) -> str:
@@ -94,26 +93,26 @@ class TaughtChats:
         return self.chats.describe(index)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """`ChatDataset.batch`, and what the teacher says of it."""
-        ids, log_probs = self.kept.read(member for index in indices for member in self.chats.members(index))
+        """`ChatDataset.batch`, and the teacher's distributions."""
+        ids, log_probs = self.cache.read(member for index in indices for member in self.chats.members(index))
         return {**self.chats.batch(indices), IDS: ids, LOG_PROBS: log_probs}
 
 
-class KeptTopK:
+class TopKCache:
     """The files of a folder, read where they are needed and never whole."""
 
     def __init__(self, files: Sequence[Path], chats: EncodedChats) -> None:
         self._files = [safe_open(file, "numpy") for file in files]
-        # learnt[t]: how many of the tokens before t are learnt, so where the rows of a conversation begin
-        learnt = np.concatenate([[0], np.cumsum(chats.mask, dtype=np.int64)])
-        self._rows = learnt[chats.begins]
+        # trained[t]: how many of the tokens before t are trained, so where the rows of a conversation begin
+        trained = np.concatenate([[0], np.cumsum(chats.mask, dtype=np.int64)])
+        self._rows = trained[chats.begins]
         self._begins = self._rows[np.arange(0, len(chats), CONVERSATIONS)].tolist()
 
     def read(self, members: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """(N, K) ids and (N, K + 1) log-probabilities of the learnt tokens of conversations, in turn."""
+        """(N, K) ids and (N, K + 1) log-probabilities of the trained tokens of conversations."""
         parts = [self._read(int(self._rows[member]), int(self._rows[member + 1])) for member in members]
         ids, log_probs = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
-        # 16 bits rounded them: made to add up to 1 again.
+        # 16 bits rounded them: normalised again.
         return ids, log_probs - log_probs.logsumexp(1, keepdim=True)
 
     def _read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +124,7 @@ class KeptTopK:
         return file.get_slice(IDS)[span].astype(np.int64), top
 
 
-def keep_top_k(
+def cache_top_k(
     folder: Path,
     chats: ChatDataset,
     k: int,
@@ -135,7 +134,7 @@ def keep_top_k(
     micro_rows: int,
     dtype: torch.dtype,
     ranks: Ranks,
-) -> KeptTopK:
+) -> TopKCache:
     """Ask the teacher about all conversations, unless files of the same fingerprint are there. Ranks share the work.
 
     Args:
@@ -146,7 +145,9 @@ def keep_top_k(
     count = -(-len(encoded) // CONVERSATIONS)
     files = [folder / f"part-{number:05d}.safetensors" for number in range(count)]
     ranks.check_writes_shared(folder)  # each rank reads what all have written
-    missing = ranks.on_main(lambda: [number for number, file in enumerate(files) if not is_kept(file, fingerprint)])
+    missing = ranks.on_main(
+        lambda: [number for number, file in enumerate(files) if open_arrays(file, fingerprint) is None]
+    )
     if missing:
         ranks.say(f"asking the teacher about {len(encoded)} conversations, once, into {folder}")
     if mine := missing[ranks.rank :: ranks.world]:
@@ -155,10 +156,10 @@ def keep_top_k(
             members = range(number * CONVERSATIONS, min((number + 1) * CONVERSATIONS, len(encoded)))
             rows = in_order(encoded, members, chats.sequence_length, chats.pad_id)
             arrays = score(teacher, rows, k, temperature, micro_rows, dtype, ranks.device)
-            save(files[number], arrays, fingerprint)
+            save_arrays(files[number], arrays, fingerprint)
     ranks.barrier()
-    ranks.check_shared(folder, lambda: all(is_kept(file, fingerprint) for file in files))
-    return KeptTopK(files, encoded)
+    ranks.check_shared(folder, lambda: all(open_arrays(file, fingerprint) is not None for file in files))
+    return TopKCache(files, encoded)
 
 
 @torch.no_grad()
@@ -176,17 +177,17 @@ def score(
     while some := [row for _, row in zip(range(micro_rows), rows, strict=False)]:
         batch = {name: torch.from_numpy(np.stack([row[name] for row in some])).to(device) for name in some[0]}
         with autocast(dtype, device):
-            said = teacher.says(batch)
-        for name, values in top_k(said, k, temperature).items():
+            output = teacher(batch)
+        for name, values in top_k(output, k, temperature).items():
             parts.setdefault(name, []).append(values)
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def top_k(said: Logits, k: int, temperature: float, at_once: int = 512) -> dict[str, np.ndarray]:
+def top_k(output: Logits, k: int, temperature: float, at_once: int = 512) -> dict[str, np.ndarray]:
     """The K most probable tokens of each position, the most probable first."""
     parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, max(len(said.hidden), 1), at_once):
-        log_p = said.log_probs(slice(start, start + at_once), temperature)
+    for start in range(0, max(len(output.hidden), 1), at_once):
+        log_p = output.log_probs(slice(start, start + at_once), temperature)
         top, ids = log_p.topk(min(k, log_p.shape[1]))
         kind = np.uint16 if log_p.shape[1] <= 1 << 16 else np.uint32
         arrays = {IDS: ids.cpu().numpy().astype(kind), LOG_PROBS: top.cpu().numpy().astype(np.float16)}
@@ -215,26 +216,8 @@ def in_order(
 
 
 def fingerprint(chats: EncodedChats, *facts: object) -> str:
-    """16 hex digits of conversations and what is learnt of them, and of the facts about teacher and run."""
+    """16 hex digits of conversations and what is trained of them, and of the facts about teacher and run."""
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=8)
     for array in (chats.ids, chats.mask, chats.begins):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def save(file: Path, arrays: dict[str, np.ndarray], fingerprint: str) -> None:
-    """Complete or not there."""
-    with naming(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".partial")
-        save_file(arrays, temporary, {"fingerprint": fingerprint})
-        temporary.replace(file)
-
-
-def is_kept(file: Path, fingerprint: str) -> bool:
-    """Whether the file is whole and of this teacher and data."""
-    try:
-        with safe_open(file, "numpy") as opened:
-            return (opened.metadata() or {}).get("fingerprint") == fingerprint
-    except (SafetensorError, OSError):
-        return False

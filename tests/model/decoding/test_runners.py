@@ -13,7 +13,7 @@ import torch
 from decoding_steps import NARROW, SHAPES, distance, in_pytorch, same_bits_however_many, shaken, steps
 from torch import Tensor, nn
 
-from model import MiniDeepSeek
+from model import MiniDeepSeek, ops
 from model.cache import LatentCache, SlotCache
 from model.decoding import cuda_graph, eager, native
 from model.decoding.cuda_graph import GraphRunner, fits_graph
@@ -212,6 +212,8 @@ def test_layers_that_are_not_plain_run_in_pytorch(change, tiny_model):
     model = tiny_model()
     change(model)
     assert NativeRunner(model, cache_of(model, 1, 8)).program(0, torch.zeros(1, 1)) is None
+    gate, x = model.model.layers[1].mlp.gate, torch.randn(3, 32)
+    assert torch.equal(ops.route(gate, x)[1], gate(x)[1])
 
 
 @in_c

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.attention import AttentionMask, attend
+from model.attention import AttentionMask
 from model.kernels import fused
+from model.ops import attend
 from training.losses import NextTokenLoss
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -45,7 +46,7 @@ def test_swiglu_and_its_gradients_are_those_of_float64(dtype: torch.dtype, weigh
     grad = numbers(37, 48, dtype=dtype, seed=2)
     gate, up = both.chunk(2, dim=-1)  # rows that do not follow each other at once
     assert fused.fits(gate, up)
-    out = fused.FusedSwiGLU.apply(weight, *((both,) if whole else (gate, up)))
+    out = fused.SwiGLU.apply(weight, *((both,) if whole else (gate, up)))
     out.backward(grad)
 
     exact = both.detach().double().requires_grad_()
@@ -63,9 +64,9 @@ def test_the_exponential_is_right_at_the_ends_of_its_range() -> None:
     gate = torch.tensor([-200.0, -90.0, -87.5, -50.0, -1e-4, 0.0, 1e-4, 20.0, 87.0, 100.0, 3e38, -3e38] + [0.5] * 4)[
         None
     ]
-    out = fused.FusedSwiGLU.apply(None, gate, torch.ones_like(gate))
+    out = fused.SwiGLU.apply(None, gate, torch.ones_like(gate))
     torch.testing.assert_close(out, F.silu(gate), rtol=1e-6, atol=1e-36)
-    assert fused.FusedSwiGLU.apply(None, gate * torch.nan, gate).isnan().all()
+    assert fused.SwiGLU.apply(None, gate * torch.nan, gate).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -74,7 +75,7 @@ def test_rms_norm_and_its_gradients_are_those_of_float64(dtype: torch.dtype) -> 
     x, weight = wide[..., :64], numbers(64, seed=1).requires_grad_()
     grad = numbers(3, 11, 64, dtype=dtype, seed=2)
     assert fused.fits(x)
-    out = fused.FusedRMSNorm.apply(x, weight, 1e-3)
+    out = fused.RMSNorm.apply(x, weight, 1e-3)
     out.backward(grad)
 
     exact, by = wide.detach().double().requires_grad_(), weight.detach().double().requires_grad_()

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from LMConfig import LMConfig
-from model import MiniDeepSeek
+from model import MiniDeepSeek, ops
 from model.attention import AttentionMask
 from model.cache import LatentCache
 from model.decoding.runner import runner_for
 from model.experts import Experts
-from model.kernels import fused, fused_attention
-from model.mla import MultiHeadLatentAttention
+from model.kernels import causal, fused
 from model.moe import Router
 from model.norm import RMSNorm
 from model.rope import RotaryEmbedding, rotate
@@ -34,13 +33,13 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-needs_dots = pytest.mark.skipif(fused_attention.library() is None, reason="no dot products of bfloat16 here")
+needs_dots = pytest.mark.skipif(causal.prefill_library() is None, reason="no dot products of bfloat16 here")
 
 
 def test_it_is_compiled_where_the_processor_multiplies_bfloat16() -> None:
     facts = Path("/proc/cpuinfo")
     has = facts.exists() and "avx512_bf16" in facts.read_text()
-    assert (fused_attention.library() is not None) == has
+    assert (causal.prefill_library() is not None) == has
 
 
 @needs_dots
@@ -55,7 +54,7 @@ def test_attention_in_one_pass_is_that_of_float64(sizes: str, span: str, padded:
     q, kv = (torch.randn(3, t, heads, size).bfloat16() for t, size in ((time, nope + rope), (held, nope + value)))
     shared = torch.randn(3, held, rope + 16).bfloat16()[..., 16:]  # part of a wider row, as in the cache
     angles = RotaryEmbedding(config)(torch.arange(held - time, held).expand(3 if padded else 1, -1))
-    out = fused_attention.attend(q, kv, shared, angles, scale, padding)
+    out = causal.prefill(q, kv, shared, angles, scale, padding)
 
     turned = torch.cat((q[..., :nope], rotate(q[..., nope:], angles)), -1).double()
     keys = torch.cat((kv[..., :nope], shared.unsqueeze(2).expand(-1, -1, heads, -1)), -1).double()
@@ -73,10 +72,10 @@ def test_a_row_of_attention_does_not_depend_on_the_rows_and_threads_beside_it() 
     config, threads = LMConfig(), torch.get_num_threads()
     q, kv, shared = (torch.randn(*size).bfloat16() for size in ((3, 90, 2, 96), (3, 90, 2, 128), (3, 90, 32)))
     angles = RotaryEmbedding(config)(torch.arange(90)[None])
-    together = fused_attention.attend(q, kv, shared, angles, 0.1, None)
+    together = causal.prefill(q, kv, shared, angles, 0.1, None)
     try:
         torch.set_num_threads(3)
-        alone = fused_attention.attend(q[1:2], kv[1:2], shared[1:2], angles, 0.1, None)
+        alone = causal.prefill(q[1:2], kv[1:2], shared[1:2], angles, 0.1, None)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, together[1:2])
@@ -96,7 +95,7 @@ def test_the_router_in_c_chooses_and_weighs_as_pytorch(dtype: torch.dtype, group
     router.e_score_correction_bias.normal_(std=0.5)  # negative sums too, in groups that are kept
     x = torch.randn(203, 64).to(dtype)
     weights, indices, scores = router(x)
-    fast_weights, fast_indices = router.select(x)
+    fast_weights, fast_indices = ops.route(router, x)
     assert torch.equal(fast_indices.sort().values, indices.sort().values)
     spread, wanted = (
         torch.zeros_like(scores).scatter_(1, *w) for w in ((fast_indices, fast_weights), (indices, weights))
@@ -108,10 +107,10 @@ def test_a_router_that_is_watched_or_trained_goes_through_pytorch(monkeypatch: p
     router, x, seen = Router(LMConfig(hidden_size=32)), torch.randn(9, 32), []
     torch.nn.init.normal_(router.weight)
     monkeypatch.setattr(fused, "route", lambda *_: pytest.fail("computed in C"))
-    assert router.select(x)[0].requires_grad
+    assert ops.route(router, x)[0].requires_grad
     router.register_forward_hook(lambda *_: seen.append(1))
     with torch.no_grad():
-        router.select(x)
+        ops.route(router, x)
     assert seen == [1]
 
 
@@ -134,7 +133,7 @@ def test_a_norm_with_bfloat16_weights_is_the_same_in_one_pass() -> None:
     torch.nn.init.normal_(norm.weight)
     exact = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double(), norm.eps)
     fast = norm(x)
-    assert type(fast.grad_fn).__name__ == "FusedRMSNormBackward"
+    assert type(fast.grad_fn).__name__ == "RMSNormBackward"
     assert far(fast.detach(), exact.detach()) < 3e-3
 
 
@@ -147,22 +146,22 @@ def test_a_prefill_in_bfloat16_stays_near_float32_with_and_without_it(padded: bo
     config = LMConfig.preset("demo", vocab_size=300, num_experts_per_tok=8, topk_group=4)
     model = MiniDeepSeek(config).eval()
     ids, padding = torch.randint(0, 300, (3, 150)), torch.tensor([0, 40, 149]) if padded else None
-    calls, attend_fused = [], MultiHeadLatentAttention.attend_fused
+    calls, original = [], causal.prefill
 
     def counted(*args) -> Tensor:
         calls.append(1)
-        return attend_fused(*args)
+        return original(*args)
 
     def read() -> Tensor:
         cache = LatentCache(model.config, 3, 150, torch.float32, "cpu", padding)
         return runner_for(model, cache).prefill(ids).double()
 
     exact = read()
-    monkeypatch.setattr(MultiHeadLatentAttention, "attend_fused", counted)
+    monkeypatch.setattr(causal, "prefill", counted)
     model.bfloat16()
     fast = read()
     assert len(calls) == model.config.num_hidden_layers - 1  # of the last layer one position is asked for
-    monkeypatch.setattr(fused_attention, "library", lambda: None)
+    monkeypatch.setattr(causal, "prefill_library", lambda: None)
     plain = read()
     assert len(calls) == model.config.num_hidden_layers - 1
     assert far(fast, exact) < 1.1 * far(plain, exact) + 1e-3

@@ -12,8 +12,8 @@ from torch import Tensor
 from LMConfig import LMConfig
 from model import experts as experts_module
 from model.experts import Experts
-from model.grouped_linear import grouped_linear
 from model.kernels import grouped
+from model.ops import grouped_linear
 
 DOTS = torch.cpu._is_avx512_bf16_supported()
 needs_dots = pytest.mark.skipif(not DOTS, reason="no dot products of bfloat16 here")
@@ -54,7 +54,7 @@ def given(rows: list[int], out: int, inner: int) -> tuple[Tensor, Tensor, Tensor
 def computed(x: Tensor, grad: Tensor, weight: Tensor, ends: list[int]) -> list[Tensor]:
     to = torch.full_like(weight, torch.nan)
     products = grouped.product(x, weight, ends), grouped.product_back(grad, weight, ends)
-    return [*products, grouped.gradient_into(to, grad, x, ends)]
+    return [*products, grouped.all_gradients_into(to, grad, x, ends)]
 
 
 @needs_dots
@@ -109,11 +109,11 @@ def trained(made: Experts, tokens: int) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", [1, 30, 700])
 def test_training_through_it_is_training_expert_by_expert(tokens, monkeypatch):
     used, made = [], module()
-    for name in ("product", "product_back", "gradient_into"):
+    for name in ("product", "product_back", "all_gradients_into"):
         original = getattr(grouped, name)
         monkeypatch.setattr(grouped, name, lambda *a, n=name, f=original: used.append(n) or f(*a))
     ours = trained(made, tokens)
-    assert sorted(used) == sorted(["product", "product_back", "gradient_into"] * 2)
+    assert sorted(used) == sorted(["product", "product_back", "all_gradients_into"] * 2)
     monkeypatch.setattr(grouped, "suits", lambda *a: False)
     used.clear()
     for mine, theirs in zip(ours, trained(made, tokens), strict=True):
@@ -150,10 +150,9 @@ def test_it_is_compiled_where_the_processor_multiplies_bfloat16_and_no_more():
 @needs_dots
 def test_rows_that_lie_apart_have_the_same_gradients():
     x, grad, weight, ends = given([64, 8, 0, 32], 64, 96)
-    plan = type("Ends", (), {"ends": torch.tensor(ends)})
     wide, found = torch.cat((x, x), dim=1), []
     for rows in (x, wide[:, : x.shape[1]]):
         made = torch.nn.Parameter(weight.clone())
-        grouped_linear(rows, made, plan).backward(grad)
+        grouped_linear(rows, made, torch.tensor(ends)).backward(grad)
         found.append(made.grad)
     assert far(found[1], found[0].double()) < 0.01

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.kernels import products
+from model.ops import Linear
 from training.losses import NextTokenLoss
 
 
@@ -17,7 +18,7 @@ def on(monkeypatch: pytest.MonkeyPatch):
     """`on(True)`: as on a processor that is not Intel's and has AVX-512; `on(False)`: as on one of Intel's."""
 
     def change(here: bool) -> None:
-        monkeypatch.setattr(products, "_not_intel", lambda: here)
+        monkeypatch.setattr(products, "not_intel", lambda: here)
         monkeypatch.setattr(products, "multiplies", lambda dtype: here)
 
     return change
@@ -30,7 +31,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_and_its_gradients_are_those_of_float64(bias: bool, on) -> None:
     on(True)
-    layer = products.Linear(48, 80, bias=bias)
+    layer = Linear(48, 80, bias=bias)
     x, grad = numbers(3, 50, 48).requires_grad_(), numbers(3, 50, 80, seed=1)
     assert products.faster(x)
     out = layer(x)
@@ -94,7 +95,7 @@ def test_gradients_of_weights_are_those_of_float64(
     grad = numbers(tokens, out + 16).to(dtype)[:, :out]  # rows further apart than they are long
     x = numbers(tokens, features + 8, seed=1).to(dtype)[:, 8:]
     wanted = grad.double().t() @ x.double()
-    assert products._suits(torch.empty(out, features), grad, x)
+    assert products.gradient_fits(torch.empty(out, features), grad, x)
     got = products.gradient_into(torch.full((out, features), torch.nan), grad, x)
     assert (got - wanted).norm() < 1e-6 * wanted.norm()
     products.add_gradient(got, grad, x)
@@ -124,13 +125,13 @@ def test_gradients_of_weights_where_they_are_no_whole_lanes_are_right_too(on) ->
     on(True)
     grad, x = numbers(100, 20), numbers(100, 48, seed=1)
     to = torch.zeros(20, 48)
-    assert not products._suits(to, grad, x)
+    assert not products.gradient_fits(to, grad, x)
     torch.testing.assert_close(products.add_gradient(products.gradient_into(to, grad, x), grad, x), 2 * grad.t() @ x)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_under_autocast_is_torchs_own(bias: bool, on, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, calls = products.Linear(48, 80, bias=bias), []
+    layer, calls = Linear(48, 80, bias=bias), []
     real = products.gradient_in_c
     monkeypatch.setattr(products, "gradient_in_c", lambda *given, **how: calls.append(1) or real(*given, **how))
     x, grad = numbers(3, 50, 48).bfloat16().requires_grad_(), numbers(3, 50, 80, seed=1).bfloat16()

@@ -24,7 +24,7 @@ from training.alignment.accuracy import Accuracy
 from training.alignment.batches import Experience
 from training.alignment.policy_loss import GRPOLoss
 from training.alignment.rewards import Rewards, Sample, reward
-from training.alignment.rollouts import RolloutSettings
+from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
@@ -85,7 +85,7 @@ def make(tokenizer: Tokenizer):
         prompts = PromptDataset([("arithmetic:1-2", 1.0)], tokenizer, 40)
         ranks = Ranks(rank, world, CPU)
         sampler = Sampler(model, torch.float32)
-        return Experience(prompts, Rewards.of(rewards), sampler, settings, 48, 8, ranks, torch.float32)
+        return Experience(Rollouts(prompts, Rewards.of(rewards), sampler, settings, ranks), 48, 8, torch.float32)
 
     return make
 

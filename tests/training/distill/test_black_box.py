@@ -20,7 +20,7 @@ from training.alignment.rewards import Rewards
 from training.alignment.sampler import completion_texts, sample_groups, uniforms
 from training.distill.answers import Answer, Ask, Failure
 from training.distill.curation import AnswerSettings, curate, fit
-from training.distill.local_teacher import TOO_LONG, CheckpointTeacher, open_local
+from training.distill.local_answers import TOO_LONG, CheckpointAnswers, open_local
 
 CPU = torch.device("cpu")
 QUESTION, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -237,7 +237,7 @@ def ask(question: str, sample: int = 0) -> Ask:
 
 def test_a_checkpoint_answers_as_it_would_alone(pretrained, tokenizer):
     teacher = open_local(str(pretrained / "final"), 1.0, 8, 5, torch.float32, CPU)
-    assert isinstance(teacher, CheckpointTeacher)
+    assert isinstance(teacher, CheckpointAnswers)
     asks = [ask("春天来了吗？"), ask("hello"), ask("hello", 1)]
     got = dict(teacher.answers(asks))
     assert set(got) == set(asks)
@@ -261,14 +261,14 @@ def test_transformers_and_we_give_the_same_greedy_answers(pretrained, monkeypatc
     folder = str(pretrained / "final")
     asks = [ask(question) for question in ("春天来了吗？", "hello", "1加1等于几？")]
     ours = dict(open_local(folder, 0.0, 8, 0, torch.float32, CPU).answers(asks))
-    monkeypatch.setattr("training.distill.local_teacher.is_ours", lambda name: False)
+    monkeypatch.setattr("training.distill.local_answers.is_ours", lambda name: False)
     theirs = dict(open_local(folder, 0.0, 8, 0, torch.float32, CPU).answers(asks))
     assert {a: answer.text for a, answer in ours.items()} == {a: answer.text for a, answer in theirs.items()}
     assert {a: answer.finish for a, answer in ours.items()} == {a: answer.finish for a, answer in theirs.items()}
 
 
 def test_transformers_samples_where_it_is_warm(pretrained, monkeypatch):
-    monkeypatch.setattr("training.distill.local_teacher.is_ours", lambda name: False)
+    monkeypatch.setattr("training.distill.local_answers.is_ours", lambda name: False)
     asks = [ask("hello", sample) for sample in range(4)]
     teacher = open_local(str(pretrained / "final"), 1.0, 8, 0, torch.float32, CPU)
     got, again = (dict(teacher.answers(asks)) for _ in range(2))

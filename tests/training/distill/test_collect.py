@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 import collect
+import distill
 from cli import call
-from dataset import PromptDataset
 from eval.reasoning import reasoning
 from text.chats.arithmetic import arithmetic_problem
 from text.chats.conversations import read_conversations
 from text.chats.problems import Problem, open_problems, to_problem
-from training.alignment.rewards import Rewards, Sample, find
+from text.chats.prompts import read_prompts
+from text.sources.row_report import RowReport
+from training.alignment.rewards import Sample, find
 from world.columns import conclusion, explained, worked
 from world.numbers import states_held_out
 from world.reasoning import generate
@@ -71,47 +73,52 @@ def test_problems_of_other_kinds_have_their_answer_and_nothing_held_out(files):
         assert not states_held_out(f"{row['question']} {row['answer']}")
 
 
-def test_the_shortest_different_right_answers_are_kept():
-    problem, told = Problem("?", "7", "sums"), collect.Statistics()
-    texts = ["it is 7", "7", "7", "8", "so 7", "7 but cut"]
-    for nothing in (" \n", "7\0"):
-        sample = [Sample(problem, nothing, 1, 9)]
-        assert collect.verified(sample, Rewards.of({"overlong": 1.0}), -1, 2, collect.Statistics()) == []
-    samples = [Sample(problem, text, 4, 9, ended=text != "7 but cut") for text in texts]
-    kept = collect.verified(samples, Rewards.of({"correct": 1.0}), 1.0, 2, told)
-    assert kept == ["7", "so 7"]
-    assert (told.samples, told.right, told.repeated, told.kept, told.solved) == (6, 4, 1, 2, 1)
+def collecting(pretrained: Path, data: object, *more: object) -> list[object]:
+    given = ["--method", "answers", "--teacher", pretrained / "final", "--data", data, "--max_new_tokens", 6]
+    return [*given, "--dtype", "fp32", "--rewards", '{"overlong": 1}', *more]
 
 
-def test_what_is_collected_can_be_fine_tuned_on(files, pretrained, tmp_path, run):
-    arguments = ["--ckpt", pretrained / "final", "--data", "arithmetic:1", "--out", tmp_path / "kept.jsonl"]
-    arguments += ["--prompts", 8, "--samples", 4, "--max_new_tokens", 6, "--dtype", "fp32"]
-    arguments += ["--rewards", '{"overlong": 1}']
-    done = run(collect.main, *arguments, "--at_least", -1, "--mix", files / "cold_start.jsonl", "--mix_share", 0.5)
+def test_what_is_collected_goes_into_a_file_with_other_conversations(files, pretrained, tmp_path, run):
+    out, few = tmp_path / "kept.jsonl", ["--prompts", 8, "--samples", 8]
+    mixed = [*few, "--out", out, "--mix", files / "cold_start.jsonl", "--mix_share", 0.5]
+    done = run(distill.main, *collecting(pretrained, "arithmetic:1", *mixed, "--at_least", -1))
     assert done.code == 0, done.err
-    written = list(read_conversations(tmp_path / "kept.jsonl"))
+    written, answered = list(read_conversations(out)), {chat[0]["content"] for chat in read_conversations(out)}
     kept = int(re.search(r"(\d+) kept", done.out)[1])
-    assert "8 prompts, 32 samples" in done.out and f"{kept} chats mixed in" in done.out and len(written) == 2 * kept > 0
-    again = run(collect.main, *arguments, "--at_least", 2)
-    assert again.code == 2 and "none of 32 answers is worth 2; lower --at_least" in again.err
+    assert "64 answers to 8 prompts" in done.out and f"{kept} mixed in" in done.out and len(written) == 2 * kept > 0
+    others = {chat[0]["content"] for chat in read_conversations(files / "cold_start.jsonl")}
+    assert len(answered & others) == kept and {path.name for path in tmp_path.iterdir()} == {
+        "kept.jsonl", "kept.answers.jsonl"
+    }  # fmt: skip
+    again = run(distill.main, *collecting(pretrained, "arithmetic:1", *few, "--out", out, "--at_least", 2, "--resume"))
+    assert again.code == 2 and "64 answered before" in again.out and "none of 64 answers is fit" in again.err
 
 
-def test_a_small_file_is_asked_once(pretrained, tmp_path, run, monkeypatch):
-    questions = [f"What is {number} plus 1?" for number in range(5)]
-    problems = [json.dumps({"question": question, "answer": "9"}) for question in questions]
-    (tmp_path / "few.jsonl").write_text("\n".join(problems), encoding="utf8")
-    monkeypatch.setattr(collect, "judged_samples", lambda problem, *_: [Sample(problem, "9", 1, 9)] * 2)
-    arguments = ["--ckpt", pretrained / "final", "--data", tmp_path / "few.jsonl", "--out", tmp_path / "kept.jsonl"]
-    done = run(collect.main, *arguments, "--prompts", 12, "--samples", 2, "--max_new_tokens", 4, "--dtype", "fp32")
-    assert done.code == 0, done.err
-    assert "no more than 5 different problems" in done.out and "5 prompts, 10 samples" in done.out
-    assert sorted(chat[0]["content"] for chat in read_conversations(tmp_path / "kept.jsonl")) == questions
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--mix_share", 1], "--mix_share 1: must be at least 0 and below 1"),
+        (["--mix", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--ckpt", "x"], "a file holds answers alone; name a folder to train a student"),
+    ],
+)
+def test_what_a_file_cannot_be_is_one_line(options, what, pretrained, tmp_path, run):
+    done = run(distill.main, *collecting(pretrained, "arithmetic:1", "--out", tmp_path / "kept.jsonl", *options))
+    assert done.code == 2 and what in done.err and done.err.count("\n") == 1
 
 
-def test_generated_problems_that_come_again_are_not_asked_again(tokenizer):
-    asked = PromptDataset(["arithmetic:1"], tokenizer, 64)
-    found = collect.distinct(asked, 150)
-    assert len({problem.question for problem in found.values()}) == len(found) == 150 < max(found)
+def test_a_generator_is_asked_until_enough_different_problems_came():
+    report = RowReport()
+    found = list(read_prompts(["arithmetic:1"], most=150, report=report))
+    assert len({prompt.problem.question for prompt in found}) == len(found) == report.kept == 150 < report.rows
+
+
+def test_the_old_command_prints_the_new_one(run):
+    done = run(collect.main, "--ckpt", "a b", "--keep=2", "--data", "arithmetic:1", "--out", "kept.jsonl")
+    assert done.code == 2 and done.err == (
+        "error: collect.py has moved; run: python distill.py --method answers --teacher 'a b' --keep_answers 2 "
+        "--data arithmetic:1 --out kept.jsonl\n"
+    )
 
 
 def test_the_table_shows_each_checkpoint(pretrained, tmp_path, run):

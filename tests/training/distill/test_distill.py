@@ -23,7 +23,7 @@ from text.order import scramble
 from training.alignment.sampler import Sampler, sample_groups, uniforms
 from training.datasets import PolicyDataset
 from training.distill.distillation import SAMPLED, DistillationLoss, DistillationSettings
-from training.distill.own_answers import CHANCES, CHOICE, OnPolicySettings, OwnAnswers, prompt_of, rows_that_fit
+from training.distill.on_policy import CHOICE, SAMPLING, OnPolicyChats, OnPolicySettings, prompt_of, rows_that_fit
 from training.distill.teacher import open_teacher
 from training.losses import IGNORE
 from training.parallel.ranks import Ranks
@@ -116,10 +116,10 @@ def chat_data(world, tokenizer, length: int = 96) -> ChatDataset:
     return ChatDataset([world / "sft.jsonl"], tokenizer, length, seed=5, progress=False)
 
 
-def own(chats, student, ranks=None, share: float = 1.0, rows: int = 4, new: int = 12) -> OwnAnswers:
+def own(chats, student, ranks=None, share: float = 1.0, rows: int = 4, new: int = 12) -> OnPolicyChats:
     model = MiniDeepSeek.from_pretrained(student)
     settings = OnPolicySettings(on_policy=share, max_new_tokens=new, rollout_rows=16)
-    return OwnAnswers(chats, Sampler(model, torch.float32), settings, rows, 2, ranks or Ranks(0, 1, CPU))
+    return OnPolicyChats(chats, Sampler(model, torch.float32), settings, rows, 2, ranks or Ranks(0, 1, CPU))
 
 
 def test_the_share_of_steps_is_the_one_asked_for_and_a_function_of_the_seed(world, tokenizer, student):
@@ -127,9 +127,9 @@ def test_the_share_of_steps_is_the_one_asked_for_and_a_function_of_the_seed(worl
     for share in (0.0, 0.3, 1.0):
         data, other = (own(chats, student, share=share) for _ in range(2))
         assert isinstance(data, PolicyDataset)
-        chosen = [data.is_own(step) for step in range(2000)]
+        chosen = [data.is_on_policy(step) for step in range(2000)]
         assert np.mean(chosen) == pytest.approx(share, abs=0.04)
-        assert chosen == [other.is_own(step) for step in range(2000)]
+        assert chosen == [other.is_on_policy(step) for step in range(2000)]
 
 
 def test_answers_are_the_students_samples_after_the_datas_prompts(world, tokenizer, student):
@@ -148,7 +148,7 @@ def test_answers_are_the_students_samples_after_the_datas_prompts(world, tokeniz
             begin = int((labels != IGNORE).nonzero()[0]) + 1
             assert (labels[begin - 1 :] != IGNORE).all() and ids[begin:] == labels[begin - 1 : -1].tolist()
             place = prompts.index(ids[:begin])
-            drawn = uniforms([(5, CHANCES, 7, place)], 1, 12)
+            drawn = uniforms([(5, SAMPLING, 7, place)], 1, 12)
             (made,) = sample_groups(data.sampler.source, [prompts[place]], drawn, 2)
             length = int(made.lengths[0])
             same = prompts.count(prompts[place]) > 1  # of equal prompts each has chances of its own

@@ -84,7 +84,7 @@ def llama(tokenizer, tmp_path_factory) -> Path:
 def test_a_checkpoint_says_what_its_logits_say(pretrained, tokenizer):
     batch, teacher = packed(), open_teacher(str(pretrained / "final"), tokenizer, 600, torch.float32, CPU)
     with torch.no_grad():
-        got = teacher.says(batch).log_probs(EVERYTHING, 1.0)
+        got = teacher(batch).log_probs(EVERYTHING, 1.0)
         want = one_by_one(lambda ids: teacher.model(ids).logits, batch)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not any(p.requires_grad for p in teacher.model.parameters())
@@ -94,7 +94,7 @@ def test_a_model_of_transformers_says_what_its_logits_say_of_each_conversation_a
     batch, teacher = packed(), open_teacher(str(llama), tokenizer, 600, torch.float32, CPU)
     assert isinstance(teacher, TransformersTeacher) and teacher.plain
     with torch.no_grad():
-        got = teacher.says(batch).log_probs(EVERYTHING, 1.0)
+        got = teacher(batch).log_probs(EVERYTHING, 1.0)
         want = one_by_one(lambda ids: teacher.model(ids).logits[..., :600], batch)
     assert len(got) == (batch["labels"] != IGNORE).sum()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -120,7 +120,7 @@ def test_logits_that_are_no_plain_product_are_taken_whole(llama, tokenizer):
     capped, batch = Capped(inner), packed()
     assert is_plain(inner, CPU) and not is_plain(capped, CPU)
     with torch.no_grad():
-        got = TransformersTeacher(capped, 600, False).says(batch).log_probs(EVERYTHING, 1.0)
+        got = TransformersTeacher(capped, 600, False)(batch).log_probs(EVERYTHING, 1.0)
         want = one_by_one(lambda ids: capped(input_ids=ids).logits[..., :600], batch)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -133,7 +133,7 @@ def test_our_own_checkpoint_is_the_same_teacher_by_transformers(pretrained, toke
     theirs = open_teacher(folder, tokenizer, 600, torch.float32, CPU)
     assert isinstance(theirs, TransformersTeacher)
     with torch.no_grad():
-        one, other = (teacher.says(batch).log_probs(EVERYTHING, 2.0) for teacher in (ours, theirs))
+        one, other = (teacher(batch).log_probs(EVERYTHING, 2.0) for teacher in (ours, theirs))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
@@ -148,7 +148,7 @@ def test_a_batch_of_padding_alone_asks_nothing(llama, tokenizer):
     batch = packed()
     batch["labels"], batch["segment_ids"] = (torch.full_like(batch["labels"], value) for value in (IGNORE, -1))
     for folder in (llama,):
-        said = open_teacher(str(folder), tokenizer, 600, torch.float32, CPU).says(batch)
+        said = open_teacher(str(folder), tokenizer, 600, torch.float32, CPU)(batch)
         assert len(said.hidden) == 0
 
 
@@ -156,7 +156,7 @@ def test_more_tokens_are_cut_and_the_rest_made_whole(pretrained, tokenizer, tmp_
     larger = more_tokens(pretrained / "final", 650, tmp_path / "larger")
     batch, teacher = packed(), open_teacher(str(larger), tokenizer, 600, torch.float32, CPU)
     with torch.no_grad():
-        got = teacher.says(batch).log_probs(EVERYTHING, 1.0)
+        got = teacher(batch).log_probs(EVERYTHING, 1.0)
         whole = one_by_one(lambda ids: teacher.model(ids).logits, batch).exp()[:, :600]
     assert (whole.sum(-1) < 0.999).any()
     torch.testing.assert_close(got.exp(), whole / whole.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)

@@ -11,8 +11,18 @@ import training.distill.top_k
 from dataset import ChatDataset
 from training.distill.distillation import DistillationSettings, Logits, distillation_sum
 from training.distill.divergences import logit_gradient
-from training.distill.teacher import OwnTeacher, open_teacher
-from training.distill.top_k import IDS, LOG_PROBS, REST, KeptTeacher, TaughtChats, TopK, fingerprint, keep_top_k, top_k
+from training.distill.teacher import CheckpointTeacher, open_teacher
+from training.distill.top_k import (
+    IDS,
+    LOG_PROBS,
+    REST,
+    CachedTeacher,
+    CachedTopKChats,
+    TopK,
+    cache_top_k,
+    fingerprint,
+    top_k,
+)
 from training.losses import IGNORE
 from training.parallel.ranks import Ranks
 
@@ -99,7 +109,7 @@ def chats(world, tokenizer, monkeypatch) -> ChatDataset:
 
 
 @pytest.fixture
-def teacher(pretrained, tokenizer) -> OwnTeacher:
+def teacher(pretrained, tokenizer) -> CheckpointTeacher:
     return open_teacher(str(pretrained / "final"), tokenizer, 600, torch.float32, CPU)
 
 
@@ -107,25 +117,25 @@ def keep(folder, chats, teacher, k=8, mark="one", temperature=1.0, ranks=None):
     """What is kept, and how often the teacher was opened."""
     asked = []
 
-    def ask() -> OwnTeacher:
+    def ask() -> CheckpointTeacher:
         asked.append(1)
         return teacher
 
     ranks = ranks or Ranks(0, 1, CPU)
-    return keep_top_k(folder, chats, k, temperature, mark, ask, 4, torch.float32, ranks), len(asked)
+    return cache_top_k(folder, chats, k, temperature, mark, ask, 4, torch.float32, ranks), len(asked)
 
 
 def test_a_batch_has_what_the_teacher_says_of_its_labels(chats, teacher, tmp_path):
     """Other rows, other order, other files: it is still the same conversation's."""
     found, _ = keep(tmp_path, chats, teacher)
     assert len(list(tmp_path.glob("part-*.safetensors"))) > 2
-    taught = TaughtChats(chats, found)
+    taught = CachedTopKChats(chats, found)
     assert len(taught) == len(chats)
     for indices in ([0, 1, 2], [len(chats) - 1, len(chats), 2 * len(chats) + 1]):
         batch = taught.batch(indices)
         with torch.no_grad():
-            want = kept(teacher.says(batch).log_probs(slice(None), 1.0), 8)
-        said = KeptTeacher().says(batch)
+            want = kept(teacher(batch).log_probs(slice(None), 1.0), 8)
+        said = CachedTeacher()(batch)
         assert len(said.ids) == (batch["labels"] != IGNORE).sum()
         torch.testing.assert_close(said.log_probs, want.log_probs, rtol=3e-3, atol=3e-3)
         assert (said.ids == want.ids).float().mean() > 0.99  # equally probable ones may change places
@@ -138,14 +148,14 @@ def test_with_the_whole_vocabulary_the_loss_is_the_teachers_own(name, world, tok
     (tmp_path / "few.jsonl").write_text("".join(few), encoding="utf8")
     chats = ChatDataset([tmp_path / "few.jsonl"], tokenizer, 128, progress=False)
     found, _ = keep(tmp_path, chats, teacher, k=600, temperature=2.0)
-    batch = TaughtChats(chats, found).batch([0])
+    batch = CachedTopKChats(chats, found).batch([0])
     hidden = torch.randn(1, 128, WIDTH, requires_grad=True)
     head = (0.3 * torch.randn(600, WIDTH)).requires_grad_()
     with torch.no_grad():
-        whole = teacher.says(batch)
+        whole = teacher(batch)
     losses = [
         distillation_sum(hidden, head, batch["labels"], said, divergence(name), 2.0, 0.1)[0]
-        for said in (KeptTeacher().says(batch), whole)
+        for said in (CachedTeacher()(batch), whole)
     ]
     torch.testing.assert_close(*losses, rtol=2e-3, atol=2e-3)
     ours, theirs = (torch.autograd.grad(loss, (hidden, head)) for loss in losses)

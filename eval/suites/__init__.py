@@ -1,1 +1,0 @@
-"""Suites: what eval/run.py measures checkpoints on."""

@@ -1,0 +1,292 @@
+"""Multiple-choice questions of C-Eval, CMMLU, MMLU and ARC, from their folders or the Hub, and of files like them.
+
+C-Eval   val/law_val.csv        id,question,A,B,C,D,answer[,explanation]
+CMMLU    test/agronomy.csv      ,Question,A,B,C,D,Answer
+MMLU     test/anatomy_test.csv  question,A,B,C,D,answer without a header
+Hub      the same columns, or question, choices and answer, a number counted from 0; a subset a subject
+ARC      question, choices {"text": [...], "label": [...]} and answerKey, one of the labels
+one file of any of these, or of JSON lines, with `subject` where it has several
+"""
+
+from __future__ import annotations
+
+import csv
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from errors import UserError
+from eval.tasks.docs import Docs, rows_of, spread
+from text.sources.folders import SAVED, SPLIT_OF, Folder
+from text.sources.registry import Source, find_sources
+from text.sources.rows import SUFFIXES
+
+LETTERS = string.ascii_uppercase
+ALSO = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}
+
+
+class ChoiceItem(NamedTuple):
+    """A question, its choices, and the place of the right one among them."""
+
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(kw_only=True)
+class MultipleChoice:
+    """Questions with one right choice each, the likeliest of which is the model's answer.
+
+    Args:
+        data: folder, file, Hub data set or name in datasets.yaml, in one of the layouts above.
+        split: that is measured. shots: worked questions before each, the first ones of `shots_split` in its subject.
+        shots_split: where they are taken from. shots_data: other data than `data` to take them from.
+        subjects: only these; empty for all.
+        form: letters (the choices are listed, and a letter is scored) or text (the choice itself is scored).
+        intro: what stands before everything; {subject} becomes the subject. cue: what stands before the answer.
+        separator: between cue and answer.
+        chat: ask as a person in the model's chat template, and score the assistant's answer.
+    """
+
+    data: str
+    split: str = "test"
+    shots: int = 0
+    shots_split: str = "dev"
+    shots_data: str = ""
+    subjects: list[str] = field(default_factory=list)
+    form: str = "letters"
+    intro: str = ""
+    cue: str = "Answer:"
+    separator: str = " "
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.form not in ("letters", "text"):
+            raise UserError(f"form {self.form!r}: one of letters, text")
+        if self.shots < 0:
+            raise UserError("shots must be 0 or more")
+
+    def docs(self, limit: int = 0) -> Docs:
+        """The questions: `prompt` is all that stands before the answer, `turns` the same as a conversation."""
+        asked = read_choices(self.data, self.split, self.subjects)
+        shots = self._shots(list(asked))
+        items = spread([item for own in asked.values() for item in own], limit)
+        return Docs(self._doc(item, shots[item.subject]) for item in items)
+
+    def keys(self) -> dict[str, Any]:
+        """The keys of lm-evaluation-harness's task file that follow from the settings."""
+        return {"target_delimiter": "" if self.chat else self.separator}
+
+    def _shots(self, subjects: list[str]) -> dict[str, tuple[ChoiceItem, ...]]:
+        """The worked questions of each subject; where there is one list of them, they serve all subjects."""
+        if not self.shots:
+            return dict.fromkeys(subjects, ())
+        place = self.shots_data or self.data
+        worked = read_choices(place, self.shots_split, [])
+        if len(worked) == 1:
+            worked = dict.fromkeys(subjects, next(iter(worked.values())))
+        for subject in subjects:
+            count = len(worked.get(subject, ()))
+            if count < self.shots:
+                remedy = f"set shots to {count} or less" if count else "add some"
+                raise UserError(f"{place}: {subject} has {count} questions in split {self.shots_split!r}; {remedy}")
+        return {subject: tuple(worked[subject][: self.shots]) for subject in subjects}
+
+    def _doc(self, item: ChoiceItem, shots: tuple[ChoiceItem, ...]) -> dict[str, Any]:
+        intro = self.intro.replace("{subject}", item.subject.replace("_", " "))
+        pairs = [(self._asked(shot), self._choices(shot)[shot.answer]) for shot in shots]
+        question = self._asked(item)
+        turns = [turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer))]
+        turns = [{"role": role, "content": content} for role, content in [*turns, ("user", question)]]
+        turns[0]["content"] = intro + turns[0]["content"]
+        doc = {"group": item.subject, "choices": self._choices(item), "answer": item.answer, "shots": len(shots)}
+        doc["prompt"] = intro + "".join(f"{asked}{self.separator}{answer}\n\n" for asked, answer in pairs) + question
+        return {**doc, "turns": turns} if self.chat else doc
+
+    def _choices(self, item: ChoiceItem) -> list[str]:
+        return list(LETTERS[: len(item.choices)] if self.form == "letters" else item.choices)
+
+    def _asked(self, item: ChoiceItem) -> str:
+        lines = [item.question]
+        if self.form == "letters":
+            lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)]
+        return "\n".join([*lines, self.cue] if self.cue else lines)
+
+
+def read_choices(data: str, split: str, subjects: list[str]) -> dict[str, list[ChoiceItem]]:
+    """The questions of a split by subject, all of them or the given ones.
+
+    Raises `UserError` for data that is not there or has no such split, and for the first row that is no question.
+    """
+    sources = find_sources(data, kind=None)
+    if len(sources) != 1:
+        raise UserError(f"--suite data {data}: one place is wanted; make a suite of each")
+    found: dict[str, list[ChoiceItem]] = {}
+    for subject, source in _by_subject(sources[0], split, subjects):
+        for place, row in _rows(source):
+            item = to_item(place, row, subject)
+            found.setdefault(item.subject, []).append(item)
+    if subjects and Path(sources[0].path).is_file():
+        found = {subject: items for subject, items in found.items() if subject in subjects}
+    missing = [subject for subject in subjects if subject not in found]
+    if missing or not found:
+        what = f"subject {missing[0]!r}" if missing else "question"
+        raise UserError(f"{data}: no {what} in split {split!r}; it has {', '.join(found) or 'nothing'}")
+    return found
+
+
+def to_item(place: str, row: object, subject: str) -> ChoiceItem:
+    """One row. Raises `UserError` that names its place."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: not an object with question, choices and answer; correct the row")
+    columns = {str(name).strip().lower() if len(str(name)) > 1 else str(name): value for name, value in row.items()}
+    if columns.get("answer") is None:
+        columns["answer"] = columns.get("answerkey")
+    for name in ["question", "answer"] + ([] if "choices" in columns else ["A", "B"]):
+        if columns.get(name) is None:
+            shown = ", ".join(map(repr, row)) or "none"
+            raise UserError(
+                f"{place}: no column {name!r}, the columns are {shown}; rename one, or take a split with answers"
+            )
+    labels, given, are_named = _given_choices(place, columns)
+    # A null, as in tables whose rows have three choices or four, is no choice.
+    choices = {label: str(choice).strip() for label, choice in zip(labels, given, strict=True) if choice is not None}
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(f"{place}: {len(choices)} choices; give 2 to {len(LETTERS)}")
+    question = str(columns["question"]).strip()
+    for name, text in [("question", question), *choices.items()]:
+        if not text:
+            raise UserError(f"{place}: {name} is empty; correct the row")
+    answer = columns["answer"]
+    # A number is a label where labels are numbers; beside letters it counts the choices.
+    is_label = isinstance(answer, str) or (are_named and any(label.isdigit() for label in labels))
+    label = _label(answer) if is_label else _at(answer, labels)
+    if label not in choices:
+        raise UserError(f"{place}: the answer is {answer!r}, not one of {', '.join(choices)}; correct the row")
+    return ChoiceItem(
+        str(columns.get("subject") or subject), question, tuple(choices.values()), list(choices).index(label)
+    )
+
+
+def _given_choices(place: str, columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]:
+    """What the answer calls each choice, the choices, and whether the row names them itself; else it is by letters."""
+    if "choices" not in columns:
+        letters = [letter for letter in LETTERS if columns.get(letter) is not None]
+        while len(letters) > 2 and columns[letters[-1]] == "":  # how CSV has a null
+            letters.pop()
+        if letters != list(LETTERS[: len(letters)]):
+            raise UserError(f"{place}: choices {', '.join(letters)} with one missing in between; correct the row")
+        return letters, [columns[letter] for letter in letters], False
+    given, labels = columns["choices"], None
+    if isinstance(given, dict):
+        given, labels = given.get("text"), given.get("label")
+    if not isinstance(given, list) or not all(isinstance(choice, str | int | float | None) for choice in given):
+        raise UserError(f"{place}: 'choices' is no list of texts; correct the row")
+    if len(given) > len(LETTERS):
+        raise UserError(f"{place}: {len(given)} choices; give 2 to {len(LETTERS)}")
+    if labels is None:
+        return list(LETTERS[: len(given)]), given, False
+    labels = [_label(label) for label in labels] if isinstance(labels, list) else []
+    if len(set(labels)) != len(given) or len(labels) != len(given):
+        raise UserError(f"{place}: {len(given)} choices and not as many different labels; correct the row")
+    return labels, given, True
+
+
+def _label(label: Any) -> str:
+    """A label as text, however it was written: `b`, 2 and 2.0 are B, 2 and 2."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label).strip().upper()
+
+
+def _at(number: Any, labels: list[str]) -> str | None:
+    """The label of a choice that is meant by its number, counted from 0; pandas makes 1.0 of 1 beside a null."""
+    is_number = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
+    return labels[int(number)] if is_number and 0 <= number < len(labels) else None
+
+
+def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tuple[str, Source]]:
+    """(subject, what to read) for each subject of a split."""
+    if source.is_hub:
+        for subject in [source.subset] if source.subset else subjects or _subsets(source):
+            yield subject, Source(source.path, is_hub=True, subset=subject, split=split)
+        return
+    path = Path(source.path)
+    if not path.is_dir():
+        yield path.stem, source
+        return
+    if any((path / name).is_file() for name in SAVED):
+        yield path.name, replace(source, split=split)
+        return
+    names = ALSO.get(split, (split,))
+    files = [
+        (file.stem.removesuffix(f"_{name}"), file)
+        for name in names
+        for file in [*sorted((path / name).glob("*")), *sorted(path.glob(f"*_{name}.*"))]
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if not files and (folder := Folder.read(path, SUFFIXES, split)).splits:  # as the Hub and `save_to_disk` have it
+        inner = {file: [part for part in file.relative_to(path).parts[:-1] if part != "data"] for file in folder.files}
+        files = [
+            (next((part for part in reversed(parts) if part not in SPLIT_OF), path.name), file)
+            for file, parts in inner.items()
+        ]
+    if not files:
+        raise UserError(
+            f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files and no *_{split} files; check path and split"
+        )
+    for subject, file in files:
+        if not subjects or subject in subjects:
+            yield subject, Source(str(file))
+
+
+def _subsets(source: Source) -> list[str]:
+    import datasets  # slow to import, and wanted for the Hub alone
+
+    try:
+        return sorted(datasets.get_dataset_config_names(source.path))
+    except Exception as error:  # the Hub's client raises of every kind
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{source.path}: no such path here, and the Hub does not give it ({what}); check the path or the network"
+        ) from None
+
+
+def _rows(source: Source) -> Iterator[tuple[str, object]]:
+    if not source.is_hub and source.path.lower().endswith(".csv") and _is_headerless(Path(source.path)):
+        yield from _headerless_rows(Path(source.path))
+        return
+    yield from rows_of(source)
+
+
+def _is_headerless(file: Path) -> bool:
+    """Whether the first row is a question already, as in MMLU's files: its last field is the letter of a choice."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            first = next(csv.reader(stream), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False  # the reader of rows says what is wrong
+    if any(field.strip().lower() == "question" for field in first):
+        return False
+    return len(first) >= 4 and first[-1].strip() in tuple(string.ascii_uppercase[: len(first) - 2])
+
+
+def _headerless_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            reader, line = csv.reader(stream, strict=True), 1
+            for fields in reader:
+                if not 4 <= len(fields) <= len(string.ascii_uppercase) + 2:
+                    raise UserError(
+                        f"{file}:{line}: {len(fields)} fields; write question, choices and the answer's letter"
+                    )
+                choices = zip(string.ascii_uppercase, fields[1:-1], strict=False)
+                yield f"{file}:{line}", {"question": fields[0], **dict(choices), "answer": fields[-1]}
+                line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error.reason}); convert it with iconv -f GB18030 -t UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{file}:{line}: not CSV ({error}); mend the row") from None

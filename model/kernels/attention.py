@@ -1,0 +1,142 @@
+"""Attention over full-size heads: chunks of queries on a CPU, flash-attn's kernels or torch's on CUDA."""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from errors import one_line
+from model.kernels.fused import causal_softmax_, softmax_back_
+
+CHUNK = 128  # query rows at a time on a CPU
+LONGEST_CHUNKED = 2048  # beyond, the weights that the chunks keep would take more memory than their speed is worth
+LARGEST_HEAD = 256  # of the flash kernels, flash-attn's and torch's
+FLASH_ATTN, VARLEN, SDPA = "flash-attn", "varlen_attn", "scaled_dot_product_attention"
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """softmax(q k^T * scale) v on a CPU: rows of queries at a time, each against the keys that causality leaves it.
+
+    The plain products of a chunk run three times as fast, forward and backward, as torch's fused CPU kernel
+    (docs/lab-log.md), for the price of keeping the weights, time^2 / 2 numbers a head.
+
+    q, k, v: (batch, time, heads, size); mask: numbers to be added to the scores, or None; causal_only: the softmax
+    knows of causality, which is all that hides keys.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal_only: bool, scale: float) -> Tensor:
+        batch, queries, heads, _ = q.shape
+        past = k.shape[1] - queries
+        q, k, v = (rearrange(x, "b t h d -> (b h) t d") for x in (q, k, v))
+        out, weights = v.new_empty(batch * heads, queries, v.shape[-1]), []
+        for rows, end in _chunks(queries, past):
+            scores = torch.bmm(q[:, rows], k[:, :end].transpose(1, 2))
+            if causal_only:
+                weights.append(causal_softmax_(scores, past + rows.start, scale))
+            else:
+                scores.mul_(scale)
+                if mask is not None:
+                    scores.view(batch, heads, -1, end).add_(mask[..., rows, :end])
+                weights.append(scores.softmax(-1))
+            out[:, rows] = torch.bmm(weights[-1], v[:, :end])
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.causal_only, ctx.scale, ctx.heads = causal_only, scale, heads
+        return rearrange(out, "(b h) t d -> b t h d", h=heads)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *weights = ctx.saved_tensors
+        queries = grad.shape[1]
+        grad = rearrange(grad, "b t h d -> (b h) t d")
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (rows, end), weight in zip(_chunks(queries, k.shape[1] - queries), weights, strict=True):
+            grad_v[:, :end] += torch.bmm(weight.transpose(1, 2), grad[:, rows])
+            grad_weight = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2))
+            if ctx.causal_only:
+                grad_scores = softmax_back_(grad_weight, weight, ctx.scale)
+            else:
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+                grad_scores.mul_(ctx.scale)
+            grad_q[:, rows] = torch.bmm(grad_scores, k[:, :end])
+            grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
+        gradients = (rearrange(x, "(b h) t d -> b t h d", h=ctx.heads) for x in (grad_q, grad_k, grad_v))
+        return *gradients, None, None, None
+
+
+def _chunks(queries: int, past: int) -> list[tuple[slice, int]]:
+    """Chunks of query rows, each with the number of keys that causality lets it see."""
+    starts = range(0, queries, CHUNK)
+    return [(slice(start, min(start + CHUNK, queries)), past + min(start + CHUNK, queries)) for start in starts]
+
+
+def segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """Isolated packing by kernels for sequences of varying length: flash-attn's, or the ones that torch has on CUDA.
+
+    ends: (runs + 1,) int32, see `AttentionMask.segment_ends`.
+    """
+    time, (q_flat, k_flat, v_flat) = q.shape[1], (x.flatten(0, 1) for x in (q, k, v))
+    if flash is None:
+        from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo: seconds, and only CUDA comes here
+
+        out = varlen_attn(q_flat, k_flat, v_flat, ends, ends, time, time, scale=scale, window_size=(-1, 0))
+    else:
+        out = flash.flash_attn_varlen_func(
+            q_flat, k_flat, v_flat, ends, ends, time, time, softmax_scale=scale, causal=True
+        )
+    return out.view_as(q)
+
+
+def has_flash_attention() -> bool:
+    """Whether `flash_attention` is there; torch.compile asks once, where an import that fails would break its graph."""
+    return flash_attention() is not None
+
+
+# torch.compiler.assume_constant_result sets this after importing torch._dynamo, which takes as long as torch itself.
+has_flash_attention._dynamo_marked_constant = True
+
+
+@lru_cache(maxsize=1)
+def flash_attention() -> ModuleType | None:
+    """The flash-attn package (requirements-cuda.txt); None where it is not installed, or broken, which is reported."""
+    try:
+        import flash_attn
+    except (
+        Exception
+    ) as error:  # ImportError or OSError where it was compiled for another torch, or what its imports raise
+        if getattr(error, "name", None) != "flash_attn":
+            print(
+                f"notice: flash-attn is installed but not used, as it cannot be imported ({one_line(str(error))}); "
+                f"{SDPA} takes its place: compile flash-attn again for torch {torch.__version__}, or uninstall it",
+                file=sys.stderr,
+            )
+        return None
+    return flash_attn
+
+
+def cuda_kernel(q: Tensor, value_size: int, plain: bool, isolated: bool) -> str:
+    """The kernel of `attend` for q (batch, time, heads, qk) that sees all before it or its own segment; else SDPA."""
+    fits = q.is_cuda and q.dtype == torch.bfloat16 and value_size <= q.shape[-1] <= LARGEST_HEAD
+    if not fits or not (plain or isolated):
+        return SDPA
+    if has_flash_attention():
+        return FLASH_ATTN
+    return VARLEN if isolated and q.shape[-1] % 8 == 0 else SDPA
+
+
+def sdpa_backend(q_BTHQ: Tensor, value_size: int, isolated: bool) -> str:
+    """Name what `scaled_dot_product_attention` takes in training, by torch's own choice: flash, efficient, cudnn, math.
+
+    v comes padded to the size of q and k, and isolated segments as a mask.
+    """
+    q = q_BTHQ.transpose(1, 2).requires_grad_()
+    v = q if value_size <= q.shape[-1] else q.new_empty(*q.shape[:-1], value_size)
+    mask = torch.ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device) if isolated else None
+    choice = torch._fused_sdp_choice(q, q, v, attn_mask=mask, is_causal=mask is None)
+    return SDPBackend(choice).name.lower().removesuffix("_attention")

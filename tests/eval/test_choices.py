@@ -1,0 +1,238 @@
+"""C-Eval, CMMLU and MMLU are read from their folders and from the Hub, and a bad row is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from errors import UserError
+from eval.tasks.choices import ChoiceItem, read_choices
+
+ITEM = ChoiceItem("law", "宪法，是什么？", ("法律", "a, b", "书", "花"), 1)
+QUOTED = '宪法，是什么？,法律,"a, b",书,花'
+
+
+def ceval(folder: Path) -> Path:
+    for split in ("dev", "val", "test"):
+        (folder / split).mkdir(parents=True)
+    text = f"id,question,A,B,C,D,answer,explanation\n0,{QUOTED},B,因为\n"
+    (folder / "val" / "law_val.csv").write_text(text, encoding="utf-8-sig")
+    (folder / "dev" / "law_dev.csv").write_text(text.replace("宪法", "民法"), encoding="utf8")
+    (folder / "test" / "law_test.csv").write_text(f"id,question,A,B,C,D\n0,{QUOTED}\n", encoding="utf8")
+    return folder
+
+
+def test_the_layout_of_ceval(tmp_path):
+    assert read_choices(str(ceval(tmp_path)), "val", []) == {"law": [ITEM]}
+    assert read_choices(str(tmp_path), "dev", [])["law"][0].question == "民法，是什么？"
+
+
+def test_the_layout_of_cmmlu(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "law.csv").write_text(f",Question,A,B,C,D,Answer\n0,{QUOTED},B\n", encoding="utf8")
+    assert read_choices(str(tmp_path), "test", []) == {"law": [ITEM]}
+
+
+def test_the_layout_of_mmlu_has_no_header(tmp_path):
+    (tmp_path / "test").mkdir()
+    text = f'{QUOTED},B\n"lines\nin quotes",1,2,3,4,d\n'
+    (tmp_path / "test" / "law_test.csv").write_text(text, encoding="utf8")
+    first, second = read_choices(str(tmp_path), "test", [])["law"]
+    assert first == ITEM
+    assert second == ChoiceItem("law", "lines\nin quotes", ("1", "2", "3", "4"), 3)
+
+
+def test_files_beside_each_other_are_told_apart_by_their_split(tmp_path):
+    (tmp_path / "law_test.csv").write_text(f"{QUOTED},B\n", encoding="utf8")
+    (tmp_path / "law_dev.csv").write_text("Q,1,2,3,4,A\n", encoding="utf8")
+    assert read_choices(str(tmp_path), "test", []) == {"law": [ITEM]}
+
+
+def test_one_file_has_its_subjects_in_a_column(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"question": "Q", "choices": ["x", "y", "z"], "answer": 2, "subject": "art"},
+        {"question": "R", "A": "x", "B": "y", "answer": "a"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    found = {
+        "art": [ChoiceItem("art", "Q", ("x", "y", "z"), 2)],
+        "mine": [ChoiceItem("mine", "R", ("x", "y"), 0)],
+    }
+    assert read_choices(str(path), "test", []) == found
+    assert read_choices(str(path), "test", ["art"]) == {"art": found["art"]}
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list:
+    """What is asked of a Hub that has the data set some/exam with two subjects."""
+    asked: list = []
+
+    def load(name: str, subset: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
+        asked.append((name, subset, split, streaming))
+        row = {"question": f"{subset}?", "choices": ["x", "y", "z", "w"], "answer": 3, "subject": ""}
+        return datasets.IterableDataset.from_generator(lambda: iter([row]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["law", "art"])
+    return asked
+
+
+def test_the_hub_gives_a_subset_for_each_subject(hub):
+    found = read_choices("some/exam", "test", [])
+    assert found == {s: [ChoiceItem(s, f"{s}?", ("x", "y", "z", "w"), 3)] for s in ("art", "law")}
+    assert hub == [("some/exam", "art", "test", True), ("some/exam", "law", "test", True)]
+    hub.clear()
+    assert list(read_choices("some/exam:law", "val", [])) == ["law"]
+    assert hub == [("some/exam", "law", "val", True)]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    def fail(name: str) -> None:
+        raise ConnectionError("Couldn't reach it\nwith details")
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", fail)
+    with pytest.raises(UserError, match=r"^some/exam: no such path here, and the Hub does not give it \(Couldn't"):
+        read_choices("some/exam", "test", [])
+
+
+def arc(*texts: str | None, labels: str, **answer: object) -> dict:
+    """A row in ARC's layout."""
+    return {"question": "Q", "choices": {"text": list(texts), "label": list(labels)}, **answer}
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [
+        (arc("x", "y", "z", labels="ABC", answerKey="B"), "y"),
+        (arc("x", "y", labels="BA", answer="B"), "x"),
+        (arc("x", "y", "z", labels="123", answer=1), "x"),
+        (arc("x", "y", "z", labels="123", answerKey="3"), "z"),
+        (arc("x", "y", "z", labels="012", answer=1.0), "y"),
+        (arc("x", None, "z", labels="ABC", answerKey="C"), "z"),
+        (arc("x", "y", labels="AB", answer=1), "y"),
+    ],
+)
+def test_the_labels_decide_which_choice_is_right(row, right, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf8")
+    ((item,),) = read_choices(str(tmp_path / "a.jsonl"), "test", []).values()
+    assert item.choices[item.answer] == right and item.choices == tuple(filter(None, row["choices"]["text"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('{"question": "Q", "A": "x", "B": "y", "C": null, "answer": "B"}', [("x", "y"), 1]),
+        ('{"question": "Q", "A": "x", "B": "y", "C": NaN, "answer": "B"}', [("x", "y"), 1]),
+        ('{"question": "Q", "choices": ["x", null, "z"], "answer": 2}', [("x", "z"), 1]),
+        ('{"question": "Q", "choices": ["x", null, "z"], "answer": "C"}', [("x", "z"), 1]),
+        ('{"question": "Q", "choices": ["x", "z"], "answer": 1.0}', [("x", "z"), 1]),
+        ("question,A,B,C,answer\nQ,x,y,,B\n", [("x", "y"), 1]),
+    ],
+)
+def test_a_null_choice_is_no_choice(content, found, tmp_path):
+    path = tmp_path / ("a.jsonl" if content.startswith("{") else "a.csv")
+    path.write_text(content, encoding="utf8")
+    ((item,),) = read_choices(str(path), "test", []).values()
+    assert [item.choices, item.answer] == found
+
+
+def test_a_snapshot_of_the_hub_has_its_subjects_in_folders(tmp_path):
+    for name, question in (("law/test", "L"), ("law/dev", "no"), ("data/test", "D")):
+        file = tmp_path / "exam" / f"{name}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([arc("x", "y", labels="AB", answerKey="A") | {"question": question}]), file)
+    found = read_choices(str(tmp_path / "exam"), "test", [])
+    assert {subject: [item.question for item in items] for subject, items in found.items()} == {
+        "exam": ["D"], "law": ["L"],
+    }  # fmt: skip
+
+
+def test_what_save_to_disk_wrote_has_its_splits(tmp_path):
+    rows = {name: datasets.Dataset.from_list([arc("x", "y", labels="AB", answer=name)]) for name in ("A", "B")}
+    datasets.DatasetDict(train=rows["A"], test=rows["B"]).save_to_disk(tmp_path / "exam")
+    for folder, subject in (("exam", "exam"), ("exam/test", "test")):
+        assert read_choices(str(tmp_path / folder), "test", []) == {subject: [ChoiceItem(subject, "Q", ("x", "y"), 1)]}
+
+
+HEADER = "id,question,A,B,C,D,answer\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (HEADER + "0,Q,1,2,3,4,A\n1,Q,1,2,3,4,E\n", r":3: the answer is 'E', not one of A, B, C, D"),
+        (HEADER + "0,Q,1,2,3,4,\n", r":2: the answer is '', not one of"),
+        (HEADER + "0,Q,1,2,3,4,AB\n", r":2: the answer is 'AB'"),
+        ("id,question,A,B,C,D\n0,Q,1,2,3,4\n", r":2: no column 'answer', the columns are 'id', 'question', 'A'.*split"),
+        ("id,qestion,A,B,C,D,answer\n0,Q,1,2,3,4,A\n", r":2: no column 'question', the columns are 'id', 'qestion'"),
+        ("question,A,answer\nQ,1,A\n", r":2: no column 'B'"),
+        ("question,A,B,D,answer\nQ,1,2,4,A\n", r":2: choices A, B, D with one missing"),
+        (HEADER + "0,,1,2,3,4,A\n", r":2: question is empty"),
+        (HEADER + "0,Q,1,,3,4,A\n", r":2: B is empty"),
+        (HEADER + "0,Q,1,2,3,,D\n", r":2: the answer is 'D', not one of A, B, C;"),
+        (HEADER + "0,Q,1,2,3,4\n", r":2: 6 fields where the header has 7"),
+        (HEADER + '0,"Q,1,2,3,4,A\n', r":2: a quote that is not closed"),
+        ("Q,1,2,3,4,A\nQ,1\n", r":2: 2 fields; write question, choices"),
+        ("", r": is empty"),
+        (HEADER, r": is empty"),
+    ],
+)
+def test_a_bad_row_is_named_with_file_and_line(content, what, tmp_path):
+    (tmp_path / "val").mkdir()
+    path = tmp_path / "val" / "law_val.csv"
+    path.write_text(content, encoding="utf8")
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}{what}") as error:
+        read_choices(str(tmp_path), "val", [])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"question": "Q", "choices": "xyz", "answer": 0}, "'choices' is no list"),
+        ({"question": "Q", "choices": [{"text": "x"}, "y"], "answer": 0}, "'choices' is no list of texts"),
+        ({"question": "Q", "choices": ["x", None, "z"], "answer": 1}, "the answer is 1, not one of A, C"),
+        ({"question": "Q", "choices": ["x", "y"], "answer": 0.5}, "the answer is 0.5, not one of A, B"),
+        (arc("x", "y", labels="AB", answer=2), "the answer is 2, not one of A, B"),
+        (arc("x", "y", labels="12", answer=0), "the answer is 0, not one of 1, 2"),
+        (arc("x", "y", labels="A", answer="A"), "2 choices and not as many different labels"),
+        (arc("x", "y", labels="AA", answer="A"), "2 choices and not as many different labels"),
+        ({"question": "Q", "choices": ["x", "y"], "answer": 2}, "the answer is 2, not one of A, B"),
+        ({"question": "Q", "choices": ["x", "y"], "answer": True}, "the answer is True"),
+        ([1], "not an object with question, choices and answer"),
+    ],
+)
+def test_a_bad_json_row_is_named(row, what, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf8")
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}:1: .*{what}"):
+        read_choices(str(path), "test", [])
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(f"Q,1,2,3,4,A\n{QUOTED},B\n".encode("gbk"))
+    with pytest.raises(UserError, match=r"a\.csv.*(UTF-8|utf-8).*"):
+        read_choices(str(tmp_path / "a.csv"), "test", [])
+
+
+def test_a_folder_without_the_split_and_a_subject_that_is_not_there_are_named(tmp_path):
+    ceval(tmp_path / "exam")
+    with pytest.raises(UserError, match=r"exam: no split 'validate', there are: dev, test, validation; name"):
+        read_choices(str(tmp_path / "exam"), "validate", [])
+    (tmp_path / "exam" / "dev" / "law_dev.csv").unlink()
+    with pytest.raises(UserError, match=r"exam: no split 'dev', there are: test, validation; name one of them"):
+        read_choices(str(tmp_path / "exam"), "dev", [])
+    with pytest.raises(UserError, match="exam: no subject 'art' in split 'val'; it has nothing"):
+        read_choices(str(tmp_path / "exam"), "val", ["art"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no val/ folder"):
+        read_choices(str(tmp_path / "empty"), "val", [])
+    with pytest.raises(UserError, match="nowhere: no such path"):
+        read_choices("nowhere", "val", [])
