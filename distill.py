@@ -21,7 +21,6 @@ from model import MiniDeepSeek
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.sampler import Sampler
-from training.batch import fit_batch
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.datasets import Dataset
 from training.distill.curation import FILE, AnswerSettings, gather_answers, is_endpoint, open_answering
@@ -32,6 +31,7 @@ from training.distill.top_k import FOLDER, CachedTeacher, CachedTopKChats, cache
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
+from training.run.estimate import fit_batch
 from training.run.resume import check_unused
 from training.settings import NextTokenSettings, model_config
 from training.startup import begin, check_vocabulary, open_checkpoint

@@ -17,13 +17,12 @@ from text.corpus.mixture import open_sources, sources_ready
 from text.corpus.pretrain_dataset import PretrainDataset
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
-from training.held_out import labels_name
 from training.losses import NextTokenLoss
-from training.run.samples import SampleSettings, open_samples
+from training.run.samples import SampleSettings, open_samples, text_prompts
 from training.settings import NextTokenSettings, model_config
 from training.startup import begin, check_vocabulary, continue_checkpoint
 from training.trainer import Trainer
-from training.validation import BitsPerByte, held_out_batches
+from training.validation import BitsPerByte, held_out_batches, labels_name
 
 
 @dataclass(kw_only=True)
@@ -110,7 +109,7 @@ def main() -> None:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
         batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
         validation = BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(data, batches, tokenizer)})
-    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, chat=False)
+    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, text_prompts)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
     ranks.stop()

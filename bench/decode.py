@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import replace
 
 import torch
@@ -22,10 +23,21 @@ from model.costs import count
 from model.decoding.generate import stream
 from model.decoding.sampling import Sampling
 from training.adapters.frozen import shrink_frozen
-from training.machine import DTYPES, measured_bandwidth
+from training.machine import DTYPES
 
 PEERS = ("eager", "batched_mm", "grouped_mm")
 CACHED = "cached"
+
+
+def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int = 5) -> float:
+    """Return bytes a second that the GPU, or all threads, read from memory, best of several."""
+    numbers = torch.ones(megabytes * 2**20 // 4, device=device)
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        numbers.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return numbers.numel() * 4 / best
 
 
 def main() -> None:

@@ -126,14 +126,3 @@ def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | Non
     f_BE = counts_BE * experts / (top_k * length_B1.clamp(min=1))
     p_BE = probability_BTE.sum(1) / length_B1.clamp(min=1)
     return Routing(counts_BE.sum(0), (f_BE * p_BE).sum(1) * length_B1.squeeze(1))
-
-
-@torch.no_grad()
-def update_bias(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
-    """b_i += gamma * sign(mean load - load_i), in place, once an optimiser step (section 2.1.2, gamma is `speed`).
-
-    Args:
-        bias_E: the router's buffer; counts_E: loads of the whole step, summed over micro-batches and ranks.
-    """
-    counts = counts_E.to(bias_E)
-    bias_E += speed * torch.sign(counts.mean() - counts)

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from errors import UserError
 from text.chats.encoded import fit
-from text.inspection import encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
+from text.inspection import encode_items, kind_of_source, lengths, no_usable, placed_items, trained
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
 from text.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ class Findings:
     kind: str
     report: RowReport = field(default_factory=RowReport)
     sizes: list[int] = field(default_factory=list)
-    learnt: int = 0
+    trained: int = 0
     whole: int = 0
     longer: int = 0
     cut: int = 0
@@ -43,7 +43,7 @@ class Findings:
         if self.sizes:
             middle, high = np.percentile(self.sizes, (50, 90), method="higher")
             tokens = sum(self.sizes) + len(self.sizes)
-            lines.append(f"{tokens:,} tokens, {self.learnt:,} of them learnt")
+            lines.append(f"{tokens:,} tokens, {self.trained:,} of them trained on")
             lines.append(
                 f"tokens of one: median {middle + 1:,}, 90 % up to {high + 1:,}, longest {max(self.sizes) + 1:,}"
             )
@@ -91,7 +91,7 @@ def _look(found: Findings, tokenizer: Tokenizer, items: list[Any], sequence_leng
     for sequences in encode_items(tokenizer, found.kind, items):
         sizes = lengths(sequences)
         found.sizes += sizes
-        found.learnt += learnt(sequences)
+        found.trained += trained(sequences)
         is_longer = max(sizes) > sequence_length
         found.longer += is_longer
         fate = "dropped" if is_longer and found.kind != "text" else "whole"

@@ -14,9 +14,9 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.machine import choose_dtype, machine_peak
 from training.parallel.ranks import Ranks
-from training.run.carried import check_carried
 from training.run.checkpoint import newest
 from training.run.lock import restarted
+from training.run.resume import check_carried
 from training.settings import StageSettings
 
 

@@ -18,13 +18,13 @@ import training.machine
 import training.trainer
 from errors import UserError
 from model import MiniDeepSeek
-from model.moe import update_bias
 from model.ops import kernel_report
 from training.losses import Batch, NextTokenLoss
 from training.machine import Peak, machine_peak, measured_peak
 from training.metrics import max_violation
 from training.optim.build import OptimSettings, build_optimizer
 from training.parallel.ranks import Ranks
+from training.router_bias import update_bias
 from training.run.log import read_metrics
 from training.settings import StageSettings
 from training.startup import begin

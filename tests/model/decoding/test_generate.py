@@ -187,7 +187,7 @@ def test_an_answer_stops_where_the_context_ends(says, tiny_model, tokenizer: Tok
     prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert says([99] * 1000, 1000)[-1][1] == 256 - len(prompt)
     answerer = Answerer(tiny_model(vocab_size=tokenizer.vocab_size), tokenizer)
-    with pytest.raises(UserError, match=r"the model reads 64; start anew with /reset"):
+    with pytest.raises(UserError, match=r"the model reads 64; begin again with /reset"):
         next(answerer.stream_reply([{"role": "user", "content": "嗯🙂" * 80}], GREEDY, 10))
 
 

@@ -212,8 +212,9 @@ def test_layers_that_are_not_plain_run_in_pytorch(change, tiny_model):
     model = tiny_model()
     change(model)
     assert NativeRunner(model, cache_of(model, 1, 8)).program(0, torch.zeros(1, 1)) is None
-    gate, x = model.model.layers[1].mlp.gate, torch.randn(3, 32)
-    assert torch.equal(ops.route(gate, x)[1], gate(x)[1])
+    if change is other_bias:
+        gate, x = model.model.layers[1].mlp.gate, torch.randn(3, 32)
+        assert torch.equal(ops.route(gate, x)[1], gate(x)[1])
 
 
 @in_c

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import far, numbers
 from torch import Tensor
 
 from LMConfig import LMConfig
@@ -34,14 +35,6 @@ def on_beside_faster_products(request, monkeypatch) -> Iterator[None]:
         grouped.library.cache_clear()
     yield
     grouped.library.cache_clear()
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def far(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
 
 
 def given(rows: list[int], out: int, inner: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
