@@ -73,7 +73,7 @@ figure:
 	$(PYTHON) docs/figure.py
 
 chaos: $(VENV)/installed-dev
-	$(RUN) bench/chaos.py --kills 100 --jobs 2
+	$(RUN) tests/chaos.py --kills 100 --jobs 2
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from model.costs import count
-from training.flops import Work
 from training.losses import NextTokenLoss
+from training.metrics import FlopsCounter
 
 TIME = 32
 
@@ -24,22 +24,22 @@ def of(model, passes: int):
 
 def test_the_mtp_layer_counts_while_it_runs_and_as_often(model):
     loss = NextTokenLoss()
-    work = Work(model, loss)
+    work = FlopsCounter(model, loss)
     assert work.flops(TIME) == of(model, 1).flops
     loss.mtp_weight = 0.0
     assert work.flops(TIME) == of(model, 0).flops
-    assert Work(model, NextTokenLoss(mtp_steps=3)).flops(TIME) == of(model, 3).flops
-    assert Work(model, NextTokenLoss(mtp=False)).flops(TIME) == of(model, 0).flops
+    assert FlopsCounter(model, NextTokenLoss(mtp_steps=3)).flops(TIME) == of(model, 3).flops
+    assert FlopsCounter(model, NextTokenLoss(mtp=False)).flops(TIME) == of(model, 0).flops
 
 
 def test_a_loss_without_mtp_and_a_model_without_it_count_none(model):
-    assert Work(model, lambda model, batch: None).flops(TIME) == of(model, 0).flops
+    assert FlopsCounter(model, lambda model, batch: None).flops(TIME) == of(model, 0).flops
     loss = NextTokenLoss()
     del model.mtp[0]
-    assert Work(model, loss).flops(TIME) == of(model, 0).flops
+    assert FlopsCounter(model, loss).flops(TIME) == of(model, 0).flops
 
 
 def test_frozen_weights_have_no_gradients_to_compute(model):
     model.requires_grad_(False)
     costs = of(model, 1)
-    assert Work(model, NextTokenLoss()).flops(TIME) == round(costs.flops - costs.products / 3)
+    assert FlopsCounter(model, NextTokenLoss()).flops(TIME) == round(costs.flops - costs.products / 3)

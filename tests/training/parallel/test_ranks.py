@@ -18,6 +18,7 @@ from toy_stage import TIME
 import pretrain
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
+from training.parallel.replication import replicate
 from training.run.log import read_metrics
 from training.schedule import value_at
 
@@ -87,7 +88,7 @@ def test_one_process_needs_no_torchrun():
     ranks = Ranks.start("cpu")
     assert (ranks.rank, ranks.world, ranks.device.type, ranks.main) == (0, 1, "cpu", True)
     model = torch.nn.Linear(2, 2)
-    assert ranks.wrap(model) is model and ranks.sum(torch.ones(2)).tolist() == [1, 1]
+    assert replicate(model, ranks) is model and ranks.sum(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_an_error_of_ones_own_is_not_blamed_on_a_peer():
@@ -135,13 +136,13 @@ def test_wrapping_again_leaves_no_wrapper_behind(make, tmp_path):
 
     def train(rank: int) -> None:
         trainer = make(ranks=Ranks.start("cpu", timeout=30.0), mtp_weight={"0": 0.0, "0.5": 0.3})
-        wrap, wrapped = trainer._wrap, []
+        wrap, wrapped = trainer._replicate, []
 
         def spy() -> None:
             wrap()
             wrapped.append(weakref.ref(trainer.module))
 
-        trainer._wrap = spy
+        trainer._replicate = spy
         trainer.run()
         assert len({id(one()) for one in wrapped}) == 2 and wrapped[0]() is None and wrapped[-1]() is not None
 

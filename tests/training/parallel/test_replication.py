@@ -13,9 +13,9 @@ from toy_stage import ROWS, Rows
 
 from errors import command_line
 from model import MiniDeepSeek
-from training.parallel import rank_checks as agreement
-from training.parallel.rank_checks import checksums, code_version, flat
+from training.parallel import replication
 from training.parallel.ranks import DistSettings, Ranks
+from training.parallel.replication import checksums, code_version, flat
 from training.trainer import Trainer
 
 
@@ -48,14 +48,14 @@ def error(ranks: list[Forked]) -> str:
 
 def test_a_checksum_depends_on_the_place_of_each_number():
     numbers = torch.arange(2**19 + 3, dtype=torch.float32)
-    sums = {agreement.checksum(numbers).item()}
+    sums = {replication.checksum(numbers).item()}
     for one, other in ((0, 1), (2, 2**18 + 2), (5, 2**19 + 1)):
         swapped = numbers.clone()
         swapped[one], swapped[other] = numbers[other], numbers[one]
-        sums.add(agreement.checksum(swapped).item())
-    sums.add(agreement.checksum(numbers.roll(2**18)).item())
+        sums.add(replication.checksum(swapped).item())
+    sums.add(replication.checksum(numbers.roll(2**18)).item())
     assert len(sums) == 5
-    assert agreement.checksum(numbers.bfloat16()) != agreement.checksum(numbers.bfloat16().flip(0))
+    assert replication.checksum(numbers.bfloat16()) != replication.checksum(numbers.bfloat16().flip(0))
 
 
 def test_two_ranks_that_agree_train(together, tmp_path):
@@ -79,7 +79,7 @@ def test_other_settings_on_a_rank_stop_the_run_before_it_begins(change, what, to
 
 def test_other_code_or_weights_on_a_rank_stop_the_run_before_it_begins(together, monkeypatch):
     def older(trainer: Trainer, rank: int) -> None:
-        monkeypatch.setattr("training.parallel.rank_checks.code_version", lambda: f"code of rank {rank}")
+        monkeypatch.setattr("training.parallel.replication.code_version", lambda: f"code of rank {rank}")
 
     assert "code = 'code of rank 1', not 'code of rank 0'" in error(together(older))
 
@@ -147,7 +147,7 @@ def test_any_change_of_the_sources_is_another_version(tmp_path, monkeypatch):
     (tmp_path / "model" / "kernels").mkdir(parents=True)
     for name in ("pretrain.py", "model/moe.py"):
         (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr(agreement, "ROOT", tmp_path)
+    monkeypatch.setattr(replication, "ROOT", tmp_path)
     versions = [code_version()]
     (tmp_path / "model" / "moe.py").write_text("x = 2\n")
     versions.append(code_version())
