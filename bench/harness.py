@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
+from errors import quiet_imports
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from training.machine import DTYPES, peak_memory
 from training.parallel.ranks import Ranks
-from training.run.quiet import quiet_imports
 
 SPEED, MEMORY = "tokens/s", "memory_mb"
 

@@ -32,7 +32,7 @@ KINDS = {
     "casts and copies": r"aten::(copy_|_to_copy|to|clone|contiguous|fill_)$",
     "adding, concatenating": r"aten::(add_?|cat|sum|sub_?)$",
 }
-IN_C = {products: ("product_in_c", "gradient_in_c"), grouped: ("product", "product_back", "all_gradients_into")}
+IN_C = {products: ("product_in_c", "gradient_in_c"), grouped: ("product", "all_gradients_into")}
 
 
 def main() -> None:
