@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ops
 from model.float32 import Float32Buffers
+from model.ops import autocast
 
 BLOCK = 64  # elements that share a scale in 4 bits
 
@@ -74,7 +74,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        out = _QuantizedProduct.apply(ops.autocast(x), self.quantized)
+        out = _QuantizedProduct.apply(autocast(x), self.quantized)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 

@@ -7,12 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, quiet_imports
 from model import MiniDeepSeek
 from model.experts import Experts
 from model.ops import Linear
 from model.quantized import BLOCK, Int8Weight, NF4Weight, QuantizedWeight, quantize_weights
-from training.run.quiet import quiet_imports
 
 SCALES = 256  # scales in 4 bits that share a scale of their own: double quantisation
 BASES = ("auto", "int8", "nf4")

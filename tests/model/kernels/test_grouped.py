@@ -46,7 +46,7 @@ def given(rows: list[int], out: int, inner: int) -> tuple[Tensor, Tensor, Tensor
 
 def computed(x: Tensor, grad: Tensor, weight: Tensor, ends: list[int]) -> list[Tensor]:
     to = torch.full_like(weight, torch.nan)
-    products = grouped.product(x, weight, ends), grouped.product_back(grad, weight, ends)
+    products = grouped.product(x, weight, ends), grouped.product(grad, weight, ends, back=True)
     return [*products, grouped.all_gradients_into(to, grad, x, ends)]
 
 
@@ -102,11 +102,11 @@ def trained(made: Experts, tokens: int) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", [1, 30, 700])
 def test_training_through_it_is_training_expert_by_expert(tokens, monkeypatch):
     used, made = [], module()
-    for name in ("product", "product_back", "all_gradients_into"):
+    for name in ("product", "all_gradients_into"):
         original = getattr(grouped, name)
-        monkeypatch.setattr(grouped, name, lambda *a, n=name, f=original: used.append(n) or f(*a))
+        monkeypatch.setattr(grouped, name, lambda *a, n=name, f=original, **how: used.append((n, *how)) or f(*a, **how))
     ours = trained(made, tokens)
-    assert sorted(used) == sorted(["product", "product_back", "all_gradients_into"] * 2)
+    assert sorted(used) == sorted([("product",), ("product", "back"), ("all_gradients_into",)] * 2)
     monkeypatch.setattr(grouped, "suits", lambda *a: False)
     used.clear()
     for mine, theirs in zip(ours, trained(made, tokens), strict=True):
