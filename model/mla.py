@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import ops
 from model.attention import AttentionMask, select_positions
 from model.cache import Cache, LatentCache
 from model.norm import RMSNorm
-from model.ops import Linear
+from model.ops import Linear, causal_attention, small_products
 from model.rope import rotate, softmax_scale
 
 # Up to this many new positions the absorbed form reads the latents as they are; beyond, expanding them once is cheaper.
@@ -64,7 +63,7 @@ class MultiHeadLatentAttention(nn.Module):
             x, rope = select_positions(x, last_positions_B), select_positions(rope, last_positions_B)
         q_BTHQ, decodes = self._queries(x), isinstance(cache, LatentCache)
         if decodes and x.shape[1] <= ABSORB_UP_TO:
-            latent_BSC = ops.small_products(latent_BSC)
+            latent_BSC = small_products(latent_BSC)
             if self.layer not in cache.absorbed:
                 cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)
             queries = self._rotated(q_BTHQ, rope)
@@ -82,7 +81,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         c_kv, k_rope = latent_BSC.split((self.rank, self.rope), dim=-1)
         kv_BSHE = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1))
-        return ops.causal_attention(q_BTHQ, kv_BSHE, k_rope, rope, self.scale, attention_mask, prefill)
+        return causal_attention(q_BTHQ, kv_BSHE, k_rope, rope, self.scale, attention_mask, prefill)
 
     def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W^UK (H, nope, rank) and W^UV (H, rank, value) of every head, laid out for `attend_absorbed`.

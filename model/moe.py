@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import ops
 from model.experts import Experts
 from model.float32 import Float32Buffers, float32_only
-from model.ops import Linear
+from model.ops import Linear, route, swiglu
 
 
 class SwiGLU(nn.Module):
@@ -26,7 +25,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden) -> (..., hidden)."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Routing(NamedTuple):
@@ -95,7 +94,7 @@ class DeepseekMoE(nn.Module):
         token_mask: (batch, time) bool, False where a position is padding and is not counted.
         """
         x_ND = x_BTD.flatten(0, 1)
-        weights, indices, *scores = self.gate(x_ND) if count else ops.route(self.gate, x_ND)
+        weights, indices, *scores = self.gate(x_ND) if count else route(self.gate, x_ND)
         out = self.experts(x_ND, weights, indices).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
+from tqdm import tqdm
 
 from errors import UserError
 from text.chats.encoded import fit
@@ -38,7 +38,7 @@ class Findings:
     trouble: str = ""
 
     def lines(self, sequence_length: int) -> list[str]:
-        """For people."""
+        """Return the findings for people."""
         lines = self.report.lines()
         if self.sizes:
             middle, high = np.percentile(self.sizes, (50, 90), method="higher")
@@ -66,21 +66,17 @@ class Findings:
 def check_source(source: Source, tokenizer: Tokenizer, sequence_length: int) -> Findings:
     """Read and encode everything; in memory is no more than the lengths."""
     found = Findings(kind_of_source(source))
-    console = Console(stderr=True)
-    with Progress(transient=True, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"reading {source}", total=None)
-        items = (item for _, item in placed_items(source, found.kind, found.report))
-        some: list[Any] = []
-        try:
-            for item in items:
-                some.append(item)
-                if len(some) == ROWS_AT_ONCE:
-                    _look(found, tokenizer, some, sequence_length)
-                    bar.update(task, advance=len(some))
-                    some = []
-        except UserError as error:  # a file that breaks off: what was found before it is worth seeing
-            found.trouble = str(error)
-        _look(found, tokenizer, some, sequence_length)
+    items = (item for _, item in placed_items(source, found.kind, found.report))
+    some: list[Any] = []
+    try:
+        for item in tqdm(items, f"reading {source}", leave=False, disable=not sys.stderr.isatty()):
+            some.append(item)
+            if len(some) == ROWS_AT_ONCE:
+                _look(found, tokenizer, some, sequence_length)
+                some = []
+    except UserError as error:  # a file that breaks off: what was found before it is worth seeing
+        found.trouble = str(error)
+    _look(found, tokenizer, some, sequence_length)
     if not found.sizes and not found.trouble:
         found.trouble = str(no_usable(source, found.report))
     return found

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ops
 from model.kernels.products import add_gradient, product
+from model.ops import cross_entropy_
 from model.transformer import Output
 
 IGNORE = -100  # a label that does not count
@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
         for part in chunks(len(hidden_ND), len(weight)):
             logits_NV = product(hidden_ND[part], weight)
-            nll_N, error_NV = ops.cross_entropy_(logits_NV, labels_N[part])
+            nll_N, error_NV = cross_entropy_(logits_NV, labels_N[part])
             total += nll_N.sum()
             if with_grad:
                 grad_hidden[part] = product(error_NV, weight.t())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from errors import UserError
+from errors import UserError, quiet_compiler
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.datasets import Dataset
@@ -28,7 +28,6 @@ from training.run.interrupt import Stopped, aftermath
 from training.run.lock import RunLock
 from training.run.log import RunLog
 from training.run.plots import draw_run
-from training.run.quiet import quiet_compiler
 from training.run.resume import BEST, WholeModel, carry_optimizer, identity
 from training.run.samples import Samples
 from training.run.saver import RunCheckpoints
@@ -115,9 +114,9 @@ class Trainer:
             quiet_compiler()
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
-        warn_of_few_steps(self.settings, self.ranks, len(self.dataset))
         flops = partial(FlopsCounter(self.model, self.loss).flops, self.settings.sequence_length)
         if self.ranks.main:
+            warn_of_few_steps(self.settings, self.ranks, len(self.dataset))
             self.pace.announce(self.model, self.dataset, flops(), self.peak.rate, self.dtype)
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")

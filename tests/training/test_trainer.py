@@ -470,3 +470,10 @@ def test_a_run_says_at_its_start_which_kernels_compute(make, capsys):
     trainer.run()
     kernels = kernel_report(trainer.model.config, torch.float32, torch.device("cpu"), trainer.settings.row_tokens)
     assert f"\nkernels    {kernels}\n" in capsys.readouterr().out
+
+
+def test_a_schedule_that_the_loss_does_not_name_is_refused(make, monkeypatch):
+    """Misspelt, it would change nothing and say nothing."""
+    monkeypatch.setattr(NextTokenLoss, "schedules", ("mtp_wieght", "balance_weight", "bias_speed"))
+    with pytest.raises(UserError, match="NextTokenLoss has no schedule named mtp_weight"):
+        make()

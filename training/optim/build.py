@@ -9,10 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UserError, quiet_compiler, quiet_imports
 from training.optim.adamw import AdamWBF16
 from training.optim.muon import Muon
-from training.run.quiet import quiet_compiler, quiet_imports
 
 KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
 # Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.

@@ -34,46 +34,34 @@ class Column(NamedTuple):
 
 
 # The most telling first: what does not fit into a line is in metrics.jsonl.
-COLUMNS = (
-    Column("reward", "reward {:.3f}", "mean over the completions of the step"),
-    Column(
-        "zero_variance",
-        "zero-variance {:.0%}",
-        "groups whose completions all have one reward: they have no advantage and teach nothing",
-    ),
-    Column("completion_length", "length {:.0f}", "tokens of a completion, on average"),
-    Column("clip_share", "clipped {:.1%}", "tokens whose probability ratio left the clip range"),
-    Column("accuracy", "preferred {:.1%}", "pairs whose chosen answer the model prefers"),
-    Column("margin", "reward margin {:.3f}", "how much it prefers them"),
-    Column("kl", "kl {:.4f}", "distance to the reference model, or to the teacher, in nats per token"),
-    Column(
-        "loss",
-        "loss {:.4f}",
-        "in nats of a token (DPO: of a pair), mean of the steps since the line before; without MTP and balance",
-    ),
-    Column("divergence", "divergence {:.4f}", "from the teacher, in nats per token"),
-    Column("cross_entropy", "cross entropy {:.4f}", "with the labels, in nats per token"),
-    Column("grad_norm", "norm {:.2f}", "of the gradient before clipping; far above the usual is a bad step"),
-    Column("lr", "lr {:.1e}", "learning rate"),
-    Column("tokens_per_second", "{:,.0f} tok/s", "tokens per second, all ranks together"),
-    Column(
-        "max_vio_worst",
-        "MaxVio {:.2f}",
-        "load of the busiest expert over the mean, minus 1, in the worst layer: 0 is perfect balance",
-    ),
-    Column("memory_gb", "{:.1f} GB", "most memory so far, of the GPU or of this process"),
-    Column("mfu", "mfu {:.0%}", "share of the measured matrix-product peak that training reaches"),
-    Column("mtp_loss", "mtp {:.3f}", "loss of multi-token prediction, in nats per token"),
-    Column("entropy", "entropy {:.2f}", "of the sampled distributions, in nats; near 0 the samples are all alike"),
-)
-HELD_OUT = (
-    Column("val_bits_per_byte", "{:.4f} bits/byte", "held-out loss per byte of text: comparable between tokenizers"),
-    Column("val_loss", "loss {:.4f} nats", "held-out loss of a token (DPO: of a pair)"),
-    Column("val_accuracy", "accuracy {:.1%}", "held-out problems that come out right"),
-    Column("val_preferred", "preferred {:.1%}", "held-out pairs whose chosen answer the model prefers"),
-    Column("val_pass_1", "pass@1 {:.1%}", "the same of sampled answers"),
-    Column("val_margin", "reward margin {:.3f}", "as above, on held-out pairs"),
-)
+COLUMNS = tuple(Column(*row) for row in (
+    ("reward", "reward {:.3f}", "mean over the completions of the step"),
+    ("zero_variance", "zero-variance {:.0%}", "groups whose completions all have one reward: they teach nothing"),
+    ("completion_length", "length {:.0f}", "tokens of a completion, on average"),
+    ("clip_share", "clipped {:.1%}", "tokens whose probability ratio left the clip range"),
+    ("accuracy", "preferred {:.1%}", "pairs whose chosen answer the model prefers"),
+    ("margin", "reward margin {:.3f}", "how much it prefers them"),
+    ("kl", "kl {:.4f}", "distance to the reference model, or to the teacher, in nats per token"),
+    ("loss", "loss {:.4f}", "nats of a token (DPO: of a pair), mean since the line before; without MTP and balance"),
+    ("divergence", "divergence {:.4f}", "from the teacher, in nats per token"),
+    ("cross_entropy", "cross entropy {:.4f}", "with the labels, in nats per token"),
+    ("grad_norm", "norm {:.2f}", "of the gradient before clipping; far above the usual is a bad step"),
+    ("lr", "lr {:.1e}", "learning rate"),
+    ("tokens_per_second", "{:,.0f} tok/s", "tokens per second, all ranks together"),
+    ("max_vio_worst", "MaxVio {:.2f}", "load of the busiest expert over the mean, minus 1, in the worst layer"),
+    ("memory_gb", "{:.1f} GB", "most memory so far, of the GPU or of this process"),
+    ("mfu", "mfu {:.0%}", "share of the measured matrix-product peak that training reaches"),
+    ("mtp_loss", "mtp {:.3f}", "loss of multi-token prediction, in nats per token"),
+    ("entropy", "entropy {:.2f}", "of the sampled distributions, in nats; near 0 the samples are all alike"),
+))  # fmt: skip
+HELD_OUT = tuple(Column(*row) for row in (
+    ("val_bits_per_byte", "{:.4f} bits/byte", "held-out loss per byte of text: comparable between tokenizers"),
+    ("val_loss", "loss {:.4f} nats", "held-out loss of a token (DPO: of a pair)"),
+    ("val_accuracy", "accuracy {:.1%}", "held-out problems that come out right"),
+    ("val_preferred", "preferred {:.1%}", "held-out pairs whose chosen answer the model prefers"),
+    ("val_pass_1", "pass@1 {:.1%}", "the same of sampled answers"),
+    ("val_margin", "reward margin {:.3f}", "as above, on held-out pairs"),
+))  # fmt: skip
 
 
 class RunLog:

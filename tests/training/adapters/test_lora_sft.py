@@ -25,7 +25,7 @@ from training.adapters.adapter import CONFIG, WEIGHTS
 from training.adapters.merging import open_adapted
 from training.run.log import read_metrics
 from training.startup import open_checkpoint
-from world import blessings
+from world import greeting_messages
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = ["--sequence_length", "128", "--batch_tokens", "512", "--micro_tokens", "256", "--dtype", "fp32",
@@ -34,14 +34,14 @@ SHAPE = ["--sequence_length", "128", "--batch_tokens", "512", "--micro_tokens", 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("blessings")
-    blessings.generate(folder)
+    folder = tmp_path_factory.mktemp("messages")
+    greeting_messages.generate(folder)
     return folder
 
 
 @pytest.fixture
 def tune(run, pretrained, data):
-    """`tune(out, *options)`: lora_sft.py on the blessings from the small pretrained model."""
+    """`tune(out, *options)`: lora_sft.py on the greeting messages from the small pretrained model."""
 
     def tune(out: Path, *options: object):
         given = ["--ckpt", pretrained / "final", "--data", data / "train.json", "--out", out, *SHAPE]
@@ -211,13 +211,13 @@ def test_bad_settings_end_in_one_line(tune, tmp_path, options, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_held_out_blessings_are_new_and_in_a_style_of_their_own(data):
+def test_held_out_messages_are_new_and_in_a_style_of_their_own(data):
     train = json.loads((data / "train.json").read_text(encoding="utf8"))
     held_out = [json.loads(line) for line in (data / "heldout.jsonl").read_text(encoding="utf8").splitlines()]
     taught = {row["output"] for row in train}
     assert len(held_out) > 100 and not taught & {row["answer"] for row in held_out}
     ends = {(row["opening"], row["closing"]) for row in held_out}
-    assert len(ends) == len(blessings.STYLES)
+    assert len(ends) == len(greeting_messages.STYLES)
     for row in held_out:
         assert row["answer"].startswith(row["opening"]) and row["answer"].endswith(row["closing"])
         # Each part of what is asked has been seen, with other parts.

@@ -1,4 +1,4 @@
-"""What bench/chaos.py attacks: tiny runs of the real scripts as processes, and whether two run folders are equal."""
+"""What tests/chaos.py attacks: tiny runs of the real scripts as processes, and whether two run folders are equal."""
 
 from __future__ import annotations
 
