@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -142,3 +142,13 @@ def on_ranks(
         for rank in ranks:
             rank.kill()
     return ranks
+
+
+def script_on_ranks(world: int, main: Callable[[], None], arguments: Sequence[object], folder: Path) -> str:
+    """Run a script's `main` on each of `world` ranks to its end. Returns what the ranks printed."""
+    from conftest import call_main
+
+    ranks = on_ranks(world, lambda rank: call_main(main, *arguments), folder, 200)
+    shown = "\n".join(rank.output() for rank in ranks)
+    assert [rank.code for rank in ranks] == [0] * world, shown[-4000:]
+    return shown
