@@ -67,7 +67,7 @@ def check(ckpt: str, questions: str = "", count: int = 100) -> None:
             values = {score.metric: score.value for score in ours.scores if score.group == "all"}
             failed |= differs(task.name, values, nats, theirs[task.name])
     print("differs" if failed else "lm-eval and this project agree")
-    sys.exit(failed)
+    sys.exit(int(failed))
 
 
 def sums(count: int) -> list[ChoiceItem]:
