@@ -95,7 +95,7 @@ def test_what_was_asked_once_trains_like_what_is_asked_at_every_step(arguments, 
     assert done.code == 0 and "asking the teacher about" in done.out, done.err
     assert run(distill.main, *arguments, "--out", tmp_path / "few", *options, "--precompute_top_k", 16).code == 0
     live, kept, few = ([e["divergence"] for e in entries(tmp_path / name)] for name in ("live", "kept", "few"))
-    assert kept == pytest.approx(live, rel=2e-3) and 0.3 * live[0] < few[0] < live[0]
+    assert kept == pytest.approx(live, rel=2e-3) and 0.2 * live[0] < few[0] < live[0]
     # What is there is not asked again, not even by another run of the folder.
     more = [*options, "--precompute_top_k", 600, "--max_steps", 4, "--resume"]
     done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more)
