@@ -227,7 +227,8 @@ class LMConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json, complete or not at all."""
-        partial, text = Path(folder) / ".config.json.partial", json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        partial = Path(folder) / ".config.json.partial"
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf8")
         partial.replace(Path(folder) / "config.json")
 

@@ -1,7 +1,7 @@
 # make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, sums with rewards, report  (DATA=my.csv: your own text)
 # make chat   talk to the result
 # make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL
-# make lora   an adapter on the demo's fine-tuned model: blessings in five styles, measured before and after
+# make lora   an adapter on the demo's fine-tuned model: greeting messages in five styles, measured before and after
 # make test   every test, the demo path at a tiny size among them
 # make fuzz   thousands of damaged files at every entry point; each is read or refused in one line
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
@@ -73,7 +73,7 @@ figure:
 	$(PYTHON) docs/figure.py
 
 chaos: $(VENV)/installed-dev
-	$(RUN) bench/chaos.py --kills 100 --jobs 2
+	$(RUN) tests/chaos.py --kills 100 --jobs 2
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -176,20 +176,20 @@ $(R1)/last/final/config.json: $(R1)/sft/final/config.json
 	$(call REINFORCE,last) --ckpt $(R1)/sft/final --data $(SUMS)=2,$(WORLD)/r1/problems.jsonl=1
 	$(WHOLE)
 
-# An adapter: the fine-tuned model learns to bless in five styles; a quarter of the rows are its old conversations, lest it answer all
-# questions with blessings.
+# An adapter: the fine-tuned model learns greeting messages in five styles; a quarter of the rows are its old conversations, lest it answer all
+# questions with greetings.
 BLESSINGS := $(WORLD)/blessings
 ADAPTED = --ckpt $(OUT)/sft/final --lora $(OUT)/lora/final
 
 lora: $(OUT)/lora/final/adapter_config.json
-	@echo "held-out blessings before and after, then the questions about the world:"
+	@echo "held-out greeting messages before and after, then the questions about the world:"
 	@$(RUN) eval/style.py --ckpt $(OUT)/sft/final --file $(BLESSINGS)/heldout.jsonl
 	@$(RUN) eval/style.py $(ADAPTED) --file $(BLESSINGS)/heldout.jsonl
 	@$(RUN) eval/questions.py $(ADAPTED) --file $(WORLD)/heldout_questions.jsonl --show 0
 	@echo "talk to it: $(RUN) eval/chat.py $(ADAPTED)"
 
 $(BLESSINGS)/train.json: | $(VENV)/installed
-	$(RUN) -m world.blessings --out $(BLESSINGS)
+	$(RUN) -m world.greeting_messages --out $(BLESSINGS)
 
 $(OUT)/lora/final/adapter_config.json: $(OUT)/sft/final/config.json $(BLESSINGS)/train.json
 	$(RUN) lora_sft.py --config configs/demo/lora.yaml --ckpt $(OUT)/sft/final --data $(BLESSINGS)/train.json=3,$(WORLD)/sft.jsonl=1 \

@@ -21,7 +21,6 @@ from model import MiniDeepSeek
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.sampler import Sampler
-from training.batch import fit_batch
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.datasets import Dataset
 from training.distill.curation import FILE, AnswerSettings, gather_answers, is_endpoint, open_answering
@@ -32,9 +31,10 @@ from training.distill.top_k import FOLDER, CachedTeacher, CachedTopKChats, cache
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
+from training.run.estimate import fit_batch
 from training.run.resume import check_unused
-from training.settings import NextTokenSettings, model_config
-from training.startup import begin, check_vocabulary, open_checkpoint
+from training.settings import NextTokenSettings
+from training.startup import begin, new_model, open_checkpoint
 from training.trainer import Trainer
 
 
@@ -132,11 +132,7 @@ def open_student(settings: DistillSettings) -> tuple[MiniDeepSeek, Tokenizer]:
     """The checkpoint, or fresh weights that read the teacher's tokens."""
     if settings.ckpt:
         return open_checkpoint(settings.ckpt)
-    tokenizer = Tokenizer.from_folder(settings.teacher)
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-    config = model_config(settings.student, vocab_size=tokenizer.vocab_size, **tokens)
-    check_vocabulary(config, tokenizer, settings.teacher)
-    return MiniDeepSeek(config), tokenizer
+    return new_model(settings.student, settings.teacher)
 
 
 def with_teacher(

@@ -19,7 +19,6 @@ from text.tokenizer import Tokenizer
 from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings
 from training.alignment.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
 from training.distill.teacher import identity
-from training.held_out import labels_name
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
@@ -27,7 +26,7 @@ from training.run.resume import check_unused, saved_run
 from training.settings import StageSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
-from training.validation import held_out_batches, text_batches
+from training.validation import held_out_batches, labels_name, text_batches
 
 
 @dataclass(kw_only=True)

@@ -1,12 +1,14 @@
-"""What a person sees when something is wrong, one line, an exit code, no traceback; and when it takes long."""
+"""What a person sees when something is wrong: one line, an exit code, no traceback; and when it takes long."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -14,11 +16,23 @@ from pathlib import Path
 from unicodedata import category
 
 LONGEST = 1000  # characters of a message; data may be quoted in it
-ENDS = {"\n": " ", "\r": " ", "\t": " ", "\u2028": " ", "\u2029": " "}
+PATIENCE = 3.0  # seconds
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
+    **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "check the path"),
+    **dict.fromkeys((errno.ELOOP, errno.ENAMETOOLONG), "check the path"),
+}
+# What torch's errors say when the memory of a GPU, or of the machine, is full.
+MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+MORE_MEMORY = (
+    "in training lower --micro_tokens or pass --gradient_checkpointing (and --resume, if something was saved); "
+    "elsewhere read less at once"
+)
 
 
 class UserError(Exception):
-    """Something the person can mend. The message names the file, the place in it and the remedy. Exit code 2.
+    """Something the person can fix. The message names the file, the place in it and the remedy. Exit code 2.
 
     Whatever the message quotes, of a file or another program, it is one line that a terminal only shows.
     """
@@ -36,48 +50,30 @@ class DamagedCheckpoint(UserError):
 
 
 def check_least(least: int, **values: int) -> None:
-    """Raises `UserError` for an option that is below."""
+    """Raise `UserError` for an option that is below."""
     for name, value in values.items():
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
 
 
 def is_broken(text: str) -> bool:
-    """Whether it has a NUL or half of a character: no name of a file, and no text that can be written."""
+    """Return whether it has a NUL or half of a character, and so is no name of a file."""
     return "\0" in text or any("\ud800" <= letter < "\udc80" for letter in text)
 
 
 def check_seed(seed: int | None) -> None:
-    """Raises `UserError` for a number that not all generators take."""
+    """Raise `UserError` for a number that not all generators take."""
     if seed is not None and not 0 <= seed < 2**64:
         raise UserError(f"--seed {seed}: give a number from 0 to 2^64 - 1")
 
 
 def one_line(text: str) -> str:
-    """The text without line ends, with controls and halves of characters spelled out; its middle left out if long."""
+    """Return the text without line ends, with what a terminal would obey spelled out; its middle left out if long."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    shown = "".join(ENDS.get(letter) or (ascii(letter)[1:-1] if _moves(letter) else letter) for letter in text)
-    return shown.strip()
-
-
-def _moves(letter: str) -> bool:
-    """Whether a terminal would obey it, or cannot show it: controls, directions of writing, surrogates."""
-    return category(letter) in ("Cc", "Cf", "Cs")
-
-
-# What is wrong with a path rather than with the disk.
-PATHS = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-
-
-PATIENCE = 3.0
-
-# What torch's errors say when the memory of a GPU, or of the machine, is full.
-MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
-MORE_MEMORY = (
-    "in training lower --micro_tokens or pass --gradient_checkpointing (and --resume, if something was saved); "
-    "elsewhere read less at once"
-)
+    text = re.sub("[\n\r\t\u2028\u2029]", " ", text)
+    # Controls, directions of writing, halves of characters.
+    return "".join(ascii(c)[1:-1] if category(c) in ("Cc", "Cf", "Cs") else c for c in text).strip()
 
 
 @contextmanager
@@ -103,8 +99,34 @@ def waiting(what: str, speaks: bool = True) -> Iterator[None]:
         timer.cancel()
 
 
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Import or open torchao, transformers, or what imports them, without remarks on versions and missing kernels.
+
+    Errors still come through. Later remarks of transformers are quieted too, unless TRANSFORMERS_VERBOSITY is set.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # which it reads when it is imported
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def quiet_compiler() -> None:
+    """Have torch compile without remarks on parts of this project and of torchao that it compiles well enough."""
+    for message in ("Torchinductor does not support code generation for complex", ".*_stable_hash_for_caching"):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+
+
 def with_home(text: str) -> str:
-    """The text with the home folder for a `~` that begins it, or one of several paths in it: `a.csv=2,~/b.csv`.
+    """Return the text with the home folder for a `~` that begins it, or one of several paths: `a.csv=2,~/b.csv`.
 
     A shell does so only at the beginning of a word, and not in `--out=~/run` or in a file.
     """
@@ -117,7 +139,7 @@ def command_line(main: Callable[[], None]) -> None:
     `main` finds the home folder in the place of every `~` that begins a path.
     """
     sys.argv[1:] = map(with_home, sys.argv[1:])
-    if isinstance(sys.stdout, TextIOWrapper):  # else a path that is no UTF-8 could not be printed, as it can on stderr
+    if isinstance(sys.stdout, TextIOWrapper):  # else a path that is not UTF-8 could not be printed
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # lines arrive in a file at once too
     try:
         main()
@@ -128,15 +150,10 @@ def command_line(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        remedies = {
-            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
-            **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
-            **dict.fromkeys(PATHS, "check the path"),
-        }
-        if error.errno not in remedies:
+        if error.errno not in REMEDIES:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {one_line(f'{place}{error.strerror}')}; {remedies[error.errno]}", file=sys.stderr)
+        print(f"error: {one_line(f'{place}{error.strerror}')}; {REMEDIES[error.errno]}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not any(sign in str(error) for sign in MEMORY):

@@ -19,12 +19,12 @@ from training.alignment.reference import frozen_reference
 from training.alignment.rewards import Rewards
 from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
-from training.held_out import problems_name
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
 from training.settings import StageSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
+from training.validation import problems_name
 
 
 @dataclass(kw_only=True)

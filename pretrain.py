@@ -12,18 +12,16 @@ from typing import Any
 
 from cli import parse
 from errors import UserError, check_least, command_line
-from model import MiniDeepSeek
 from text.corpus.mixture import open_sources, sources_ready
 from text.corpus.pretrain_dataset import PretrainDataset
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
-from training.held_out import labels_name
 from training.losses import NextTokenLoss
-from training.run.samples import SampleSettings, open_samples
-from training.settings import NextTokenSettings, model_config
-from training.startup import begin, check_vocabulary, continue_checkpoint
+from training.run.samples import SampleSettings, open_samples, text_prompts
+from training.settings import NextTokenSettings
+from training.startup import begin, continue_checkpoint, new_model
 from training.trainer import Trainer
-from training.validation import BitsPerByte, held_out_batches
+from training.validation import BitsPerByte, held_out_batches, labels_name
 
 
 @dataclass(kw_only=True)
@@ -81,16 +79,7 @@ def main() -> None:
                 f"{settings.tokenizer}: not the tokenizer that {settings.ckpt} was trained with; leave --tokenizer out"
             )
     elif settings.tokenizer:
-        tokenizer = Tokenizer.from_folder(settings.tokenizer)
-        config = model_config(
-            settings.model,
-            vocab_size=tokenizer.vocab_size,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
-            pad_token_id=tokenizer.pad_id,
-        )
-        model = MiniDeepSeek(config)
-        check_vocabulary(config, tokenizer, settings.tokenizer)
+        model, tokenizer = new_model(settings.model, settings.tokenizer)
     else:
         raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
 
@@ -99,7 +88,7 @@ def main() -> None:
     corpus = (data, tokenizer, settings.shards)
     given = {name: getattr(settings, name) for name in options}
     if ranks.world > 1:
-        ranks.on_main(lambda: sources_ready(*corpus, **given))  # so that data which are not there are told of once
+        ranks.on_main(lambda: sources_ready(*corpus, **given))  # so that data which are not there are reported once
         if not all(ranks.gather(sources_ready(*corpus, **given))):
             ranks.check_writes_shared(Path(settings.shards))  # or the others would wait in vain for what rank 0 makes
     with ranks.led() as check:
@@ -110,7 +99,7 @@ def main() -> None:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
         batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
         validation = BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(data, batches, tokenizer)})
-    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, chat=False)
+    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, text_prompts)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
     ranks.stop()

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from tqdm import tqdm
 
 from cli import call
 from errors import UserError, command_line, waiting
 from text.corpus.compression import Compression, measure_compression
 from text.corpus.corpus import Corpus
-from text.corpus.encoding import peak_memory
+from text.files import peak_memory
 from text.sources.registry import REGISTRY, find_sources
 from text.sources.row_report import balance
 from text.tokenizer_training import Sample, check_vocab_size, sample_by_size, train_bpe
@@ -91,22 +92,20 @@ def train_tokenizer(
 
 
 def read_sample(corpus: Corpus, size: int, seed: int) -> Sample:
-    """Texts of at most `size` bytes from the whole corpus, with a progress bar over its files."""
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=corpus.size or None)
+    """Return texts of at most `size` bytes from the whole corpus, with a progress bar over its files."""
+    total, shown = corpus.size or None, sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False, disable=not shown) as bar:
 
-        def texts():
+        def texts() -> Iterator[str]:
             for document in corpus:
-                bar.update(task, completed=corpus.report.bytes_read)
+                bar.update(corpus.report.bytes_read - bar.n)
                 yield document.text
 
         return sample_by_size(texts(), size, seed)
 
 
 def print_table(rows: list[Compression]) -> None:
-    """Characters and bytes a token, by kind of text."""
+    """Print characters and bytes a token, by kind of text."""
     table = Table("text", "source", "characters", "characters/token", "bytes/token")
     for column in table.columns[2:]:
         column.justify = "right"

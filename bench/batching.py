@@ -9,39 +9,38 @@ python bench/batching.py [--preset demo] [--requests 128] [--slots 32] [--prompt
 from __future__ import annotations
 
 import argparse
-import sys
 
+import harness
 import torch
-from device import device_of, now
-from side_by_side import against_transformers, findings, open_peer, options_of, serve, verdict
+from harness import MEMORY, SPEED, Verdict
 
+from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.decoding.engine import Engine
 from model.decoding.scheduler import Request
 from training.machine import DTYPES
 
 LOCK_STEP = "lock step"
-PEERS = (LOCK_STEP, "eager")
 
 
 def main() -> None:
-    options = options_of(__doc__, PEERS, requests=128, slots=32, prompt=32, new=128)
+    parser = harness.parser_of(__doc__, requests=128, slots=32, prompt=32, new=128)
+    harness.add_peers(parser, LOCK_STEP, "eager")
+    options = parser.parse_args()
     if options.worker:
         work(options)
         return
-    _, ours, peers = against_transformers(__file__, options)
-    wanted = lengths(options)
-    for peer in peers:
-        peer.name = f"ours in {LOCK_STEP}" if peer.name.endswith(LOCK_STEP) else f"{peer.name} in {LOCK_STEP}"
+    names = {
+        f"{'ours' if peer == LOCK_STEP else f'transformers {peer}'} in {LOCK_STEP}": peer for peer in options.peers
+    }
+    with harness.checkpoint(LMConfig.preset(options.preset, num_nextn_predict_layers=0)) as folder:
+        ours, *peers = harness.measured({"ours": "ours", **names}, options.rounds, folder)
+    new = lengths(options)
     shape = f"{options.requests} prompts of {options.prompt} tokens, {options.slots} at a time"
-    answers = f"completions of {sum(wanted) / len(wanted):.0f} tokens on average, {max(wanted)} at most"
-    found = findings(
-        f"continuous batching, {options.preset}, {options.dtype}; {shape}; {answers}; medians of {options.rounds}",
-        [ours, *peers],
-    )
-    found.verdicts = [verdict(ours, peer, "tokens/s") for peer in peers]
-    found.show({"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"})
-    found.save(options.json)
+    answers = f"completions of {sum(new) / len(new):.0f} tokens on average, {max(new)} at most"
+    title = f"continuous batching, {options.preset}, {options.dtype}; {shape}; {answers}; medians of {options.rounds}"
+    verdicts = [Verdict.between(ours, peer, SPEED) for peer in peers]
+    harness.report(title, [ours, *peers], {SPEED: "{:,.0f}", MEMORY: "{:,.0f}"}, verdicts, {}, options.json)
 
 
 def lengths(options: argparse.Namespace) -> list[int]:
@@ -52,40 +51,35 @@ def lengths(options: argparse.Namespace) -> list[int]:
 
 def work(options: argparse.Namespace) -> None:
     """Complete all requests in this process, once for each line on stdin; only tokens that were asked for count."""
-    device, generator = device_of(options.device), torch.Generator().manual_seed(0)
+    device, generator = harness.device_of(options.device), torch.Generator().manual_seed(0)
     prompts = torch.randint(0, 6400, (options.requests, options.prompt), generator=generator).to(device)
-    wanted, slots = lengths(options), options.slots
-    if options.worker == "eager":
-        model = open_peer(options.folder, options.worker, DTYPES[options.dtype])
-        model.generation_config.eos_token_id = None
-    else:
+    new, slots = lengths(options), options.slots
+    if options.worker in ("ours", LOCK_STEP):
         model = MiniDeepSeek.from_pretrained(options.folder, dtype=DTYPES[options.dtype])
+    else:
+        model = harness.open_peer(options.folder, options.worker, DTYPES[options.dtype])
+        model.generation_config.eos_token_id = None
     model = model.to(device).eval()
 
     def waiting() -> None:
         for start in range(0, options.requests, slots):
-            part, longest = prompts[start : start + slots], max(wanted[start : start + slots])
-            if options.worker == "eager":
-                mask = torch.ones_like(part)
-                model.generate(
-                    part, attention_mask=mask, max_new_tokens=longest, min_new_tokens=longest, do_sample=False
-                )
-            else:
-                model.generate(part, max_new_tokens=longest)
+            part, longest = prompts[start : start + slots], max(new[start : start + slots])
+            shape = {"attention_mask": torch.ones_like(part), "min_new_tokens": longest, "do_sample": False}
+            model.generate(part, max_new_tokens=longest, **({} if options.worker == LOCK_STEP else shape))
 
     def continuous() -> None:
-        requests = [Request(ids, new) for ids, new in zip(prompts.tolist(), wanted, strict=True)]
+        requests = [Request(ids, most) for ids, most in zip(prompts.tolist(), new, strict=True)]
         for _ in Engine(model, slots, options.prompt + options.new).run(requests):
             pass
 
     def measure() -> dict[str, float]:
-        start = now(device)
+        start = harness.now(device)
         with torch.inference_mode():
             (continuous if options.worker == "ours" else waiting)()
-        return {"tokens/s": sum(wanted) / (now(device) - start)}
+        return {SPEED: sum(new) / (harness.now(device) - start)}
 
-    serve(measure, device, warm_up=1)
+    harness.serve(measure, device, warm_up=1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""One GRPO step, rollout and update, against trl's GRPOTrainer: same checkpoint, prompts and group size, in turn.
+"""One GRPO step, rollout and update, against trl's GRPOTrainer: same checkpoint, prompts and group size, interleaved.
 
 python bench/grpo.py [--preset demo] [--dtype fp32] [--prompts 8] [--group 8] [--new 64] [--rounds 5]
 python bench/grpo.py --dtype bf16 --data gsm8k_train.jsonl --longest 256        prompts of a real length
@@ -9,16 +9,14 @@ trl is no requirement of the project: pip install trl accelerate, or give the fo
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import harness
 import torch
-from device import add_device, device_of, memory_mb
-from side_by_side import Contender, compare, findings, serve, verdict
+from harness import MEMORY, Turns, Verdict
 
 from dataset import PromptDataset
 from errors import UserError, command_line
@@ -39,9 +37,8 @@ from training.trainer import Trainer
 from world.cast import World
 from world.corpus import documents
 
-COLUMNS = {"samples/s": "{:,.2f}", "memory_mb": "{:,.0f}"}
-
-SHAPE = ("dtype", "prompts", "group", "new", "data", "longest", "device")
+SPEED = "samples/s"
+COLUMNS = {SPEED: "{:,.2f}", MEMORY: "{:,.0f}"}
 
 
 @reward
@@ -55,46 +52,26 @@ def distinct(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument(
-        "--new", type=int, default=64, help="tokens of a completion; random weights hardly ever end one"
-    )
+    parser = harness.parser_of(__doc__, preset="demo", dtype="fp32", prompts=8, group=8, new=64, longest=64)
     parser.add_argument("--data", default="arithmetic:1-3", help="problems, as for grpo_train.py")
-    parser.add_argument("--longest", type=int, default=64, help="tokens of a prompt; longer ones are left out")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the measurements to this file")
-    parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    add_device(parser)
     options = parser.parse_args()
     if options.worker:
-        (ours if options.worker == "ours" else trl)(options)
+        {"ours": ours, "trl": trl}[options.worker](options)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(options.preset, Path(folder))
-        shape = [f"--{name}={getattr(options, name)}" for name in SHAPE]
-        contenders = [
-            Contender(name, [__file__, "--folder", folder, *shape, "--worker", name]) for name in ("ours", "trl")
-        ]
-        compare(contenders, options.rounds)
-    found = findings(
+        contenders = harness.measured({"ours": "ours", "trl": "trl"}, options.rounds, folder)
+    title = (
         f"GRPO step, {options.preset} without MTP, {options.prompts} prompts of {options.data} x {options.group} "
-        f"completions of up to {options.new} tokens, {options.dtype}; medians of {options.rounds}",
-        contenders,
+        f"completions of up to {options.new} tokens, {options.dtype}; medians of {options.rounds}"
     )
-    found.verdicts = [verdict(*contenders, key) for key in COLUMNS]
-    found.show(COLUMNS)
-    found.save(options.json)
+    verdicts = [Verdict.between(*contenders, key) for key in COLUMNS]
+    harness.report(title, contenders, COLUMNS, verdicts, {}, options.json)
 
 
 def write_checkpoint(preset: str, folder: Path) -> None:
     """Random weights, and a tokenizer of the made-up world."""
-    texts = list(documents(World.build(1), "pretrain", 200_000))
-    tokenizer = train_bpe(texts, 2000)
+    tokenizer = train_bpe(list(documents(World.build(1), "pretrain", 200_000)), 2000)
     tokenizer.save(folder)
     torch.manual_seed(0)
     ids = dict(vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
@@ -125,13 +102,13 @@ def ours(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         trainer._step()
         trainer.progress.step += 1
-        return {"samples/s": rows / (time.perf_counter() - start)}
+        return {SPEED: rows / (time.perf_counter() - start)}
 
-    serve(measure, ranks.device)
+    harness.serve(measure, ranks.device)
 
 
 def trl(options: argparse.Namespace) -> None:
-    """A step of trl's trainer for each line on stdin: its own loop, which waits at the beginning of each step."""
+    """A step of trl's own loop for each line on stdin."""
     try:
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
@@ -139,38 +116,28 @@ def trl(options: argparse.Namespace) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    rows = options.prompts * options.group
+    rows, device, start = options.prompts * options.group, harness.device_of(options.device), 0.0
     prompts = PromptDataset([(options.data, 1.0)], Tokenizer.from_folder(options.folder), options.longest)
     chats = [{"prompt": [{"role": "user", "content": prompts.problem(i).question}]} for i in range(4000)]
+    turns = Turns(lambda: {SPEED: rows / (time.perf_counter() - start), MEMORY: harness.memory_mb(device)}, warm_up=2)
 
-    class Turns(TrainerCallback):
-        """Answers each line on stdin with the speed of one step; two steps warm up."""
+    class Callback(TrainerCallback):
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            nonlocal start
+            turns.begin()
+            start = time.perf_counter()
 
-        done = 0
-
-        def on_step_begin(self, args, state, control, **_) -> None:
-            if self.done >= 2 and not sys.stdin.readline():
-                sys.exit(0)
-            self.start = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **_) -> None:
-            self.done += 1
-            if self.done > 2:
-                memory = memory_mb(device_of(options.device))
-                speed = rows / (time.perf_counter() - self.start)
-                print(json.dumps({"samples/s": speed, "memory_mb": memory}), flush=True)
-            elif self.done == 2:
-                print("{}", flush=True)
+        def on_step_end(self, *_: object, **__: object) -> None:
+            turns.end()
 
     def reward_funcs(completions: Sequence[list[dict[str, str]]], **_: object) -> list[float]:
         return [distinct(completion[0]["content"]) for completion in completions]
 
-    on_cpu = device_of(options.device).type == "cpu"
     config = GRPOConfig(
         output_dir=options.folder + "/trl", per_device_train_batch_size=rows, num_generations=options.group,
         max_completion_length=options.new, learning_rate=1e-6, max_steps=1000, report_to=[], save_strategy="no",
-        logging_strategy="no", use_cpu=on_cpu, bf16=options.dtype == "bf16", disable_tqdm=True, loss_type="grpo",
-        beta=0.0, gradient_checkpointing=False, temperature=1.0,
+        logging_strategy="no", use_cpu=device.type == "cpu", bf16=options.dtype == "bf16", disable_tqdm=True,
+        loss_type="grpo", beta=0.0, gradient_checkpointing=False, temperature=1.0,
     )  # fmt: skip
     GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32),
@@ -178,7 +145,7 @@ def trl(options: argparse.Namespace) -> None:
         args=config,
         train_dataset=Dataset.from_list(chats),
         processing_class=AutoTokenizer.from_pretrained(options.folder, padding_side="left"),
-        callbacks=[Turns()],
+        callbacks=[Callback()],
     ).train()
 
 

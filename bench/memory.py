@@ -1,4 +1,4 @@
-"""Memory and speed of fine-tuning against transformers + peft + trl: same checkpoint, rows and adapter, in turn.
+"""Memory and speed of fine-tuning against transformers + peft + trl: same checkpoint, rows and adapter, interleaved.
 
 python bench/memory.py [--preset 64m] [--rows 8] [--length 512] [--targets attention] [--rounds 3]
 
@@ -12,17 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import sys
-import tempfile
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import harness
 import psutil
 import torch
-from device import add_device, device_of, memory_mb, now
-from side_by_side import Contender, compare, findings, verdict
+from harness import MEMORY, SPEED, Contender, Turns, Verdict
 
 from errors import UserError, command_line
 from LMConfig import LMConfig
@@ -35,61 +30,61 @@ from training.losses import NextTokenLoss
 from training.machine import DTYPES, autocast
 from training.optim.build import OptimSettings, build_optimizer
 
-# What is measured in turn: ours, and the peer's.
-GROUPS = {
-    "full": (("full",), ("full",)),
-    "lora": (("lora",), ("lora",)),
-    "lora-recompute": (("lora-recompute",), ("lora-recompute",)),
-    "qlora": (("qlora-int8", "qlora-nf4", "qlora-nf4-recompute"), ("qlora-nf4",)),
-}
-COLUMNS = {"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"}
+# What is measured interleaved; one group after the other, since all at once would need tens of GB.
+GROUPS = (
+    ("ours full", "trl full"),
+    ("ours lora", "trl lora"),
+    ("ours lora-recompute", "trl lora-recompute"),
+    ("ours qlora-int8", "ours qlora-nf4", "ours qlora-nf4-recompute", "trl qlora-nf4"),
+)
+COLUMNS = {SPEED: "{:,.0f}", MEMORY: "{:,.0f}"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="64m")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
+    parser = harness.parser_of(__doc__, rows=8, length=512)
+    parser.set_defaults(rounds=3)
     parser.add_argument("--targets", default="attention", help="what the adapter adapts: attention or all")
     parser.add_argument("--experts", default="eager", help="experts_implementation of transformers")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", help="write the measurements to this file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    add_device(parser)
     options = parser.parse_args()
     if options.worker:
         who, way = options.worker.split(" ")
         (ours if who == "ours" else peer)(way, options)
         return
-    given = [
-        f"--{name}={getattr(options, name)}" for name in ("dtype", "rows", "length", "targets", "experts", "device")
-    ]
-    contenders: dict[str, Contender] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        MiniDeepSeek(LMConfig.preset(options.preset, num_nextn_predict_layers=0)).save_pretrained(folder)
+    found: dict[str, Contender] = {}
+    without = set() if importlib.util.find_spec("bitsandbytes") else {"trl qlora-nf4"}
+    with harness.checkpoint(LMConfig.preset(options.preset, num_nextn_predict_layers=0)) as folder:
         train_bpe(["trl asks for a tokenizer"], 280, min_frequency=1).save(Path(folder))
-        for way, (own, others) in GROUPS.items():  # one after the other: all at once would need tens of GB
-            if way == "qlora" and not importlib.util.find_spec("bitsandbytes"):
-                others = ()
-            names = [*(f"ours {name}" for name in own), *(f"trl {name}" for name in others)]
-            group = [Contender(name, [__file__, "--folder", folder, *given, "--worker", name]) for name in names]
-            compare(group, options.rounds)
-            contenders |= {contender.name: contender for contender in group}
-    found = findings(
+        for group in GROUPS:
+            names = {name: name for name in group if name not in without}
+            found |= {one.name: one for one in harness.measured(names, options.rounds, folder)}
+    pairs = [(way, way) for way in ("full", "lora", "lora-recompute", "qlora-nf4")] + [("lora-recompute", "lora")]
+    verdicts = [
+        Verdict.between(found[f"ours {way}"], found[f"trl {other}"], key, f"{way} {key}")
+        for way, other in pairs
+        for key in COLUMNS
+        if f"trl {other}" in found
+    ]
+    title = (
         f"fine-tuning, {options.preset} without MTP, {options.rows} x {options.length} tokens, {options.dtype}, "
-        f"adapters of r 8 on {options.targets}; medians of {options.rounds}",
-        list(contenders.values()),
+        f"adapters of r 8 on {options.targets}; medians of {options.rounds}"
     )
-    pairs = [("full", "full"), ("lora", "lora"), ("lora-recompute", "lora-recompute"), ("qlora-nf4", "qlora-nf4")]
-    for mine, theirs in [*pairs, ("lora-recompute", "lora")]:
-        if f"trl {theirs}" in contenders:
-            pair = contenders[f"ours {mine}"], contenders[f"trl {theirs}"]
-            found.verdicts += [replace(verdict(*pair, key), quantity=f"{mine} {key}") for key in COLUMNS]
-    found.show(COLUMNS)
-    found.save(options.json)
+    harness.report(title, list(found.values()), COLUMNS, verdicts, {}, options.json)
+
+
+class Meter:
+    """Speed of a step, and the peak of the process beyond what it held when this was made."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.tokens, self.device = options.rows * options.length, harness.device_of(options.device)
+        self.held = psutil.Process().memory_info().rss / 2**20 if self.device.type == "cpu" else 0.0
+        self.start = 0.0
+
+    def begin(self) -> None:
+        self.start = harness.now(self.device)
+
+    def end(self) -> dict[str, float]:
+        seconds = harness.now(self.device) - self.start
+        return {SPEED: self.tokens / seconds, MEMORY: harness.memory_mb(self.device) - self.held}
 
 
 def token_rows(options: argparse.Namespace, rows: int) -> torch.Tensor:
@@ -97,42 +92,24 @@ def token_rows(options: argparse.Namespace, rows: int) -> torch.Tensor:
     return torch.randint(0, 6400, (rows, options.length), generator=torch.Generator().manual_seed(0))
 
 
-class Meter:
-    """Speed of a step, and the peak of the process beyond what it held when this was made."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.tokens, self.device = options.rows * options.length, device_of(options.device)
-        self.held = psutil.Process().memory_info().rss / 2**20 if self.device.type == "cpu" else 0.0
-        self.start = 0.0
-
-    def begin(self) -> None:
-        self.start = now(self.device)
-
-    def end(self) -> dict[str, float]:
-        seconds = now(self.device) - self.start
-        return {"tokens/s": self.tokens / seconds, "memory_mb": memory_mb(self.device) - self.held}
-
-
 def ours(way: str, options: argparse.Namespace) -> None:
-    """A step for each line on stdin; three warm up."""
-    dtype, device = DTYPES[options.dtype], device_of(options.device)
-    meter = Meter(options)
+    """A step for each line on stdin."""
+    dtype, meter = DTYPES[options.dtype], Meter(options)
     model = MiniDeepSeek.from_pretrained(options.folder)
     model.gradient_checkpointing = way.endswith("recompute")
     if way != "full":
         dropout = 0.1 if options.targets == "attention" else 0.0
         Adapter.add(model, LoraSettings(targets=options.targets, dropout=dropout), options.folder)
-        base = next((base for base in ("int8", "nf4") if base in way), "auto")
-        shrink_frozen(model, base, dtype)
-    model.to(device).train()
+        shrink_frozen(model, next((base for base in ("int8", "nf4") if base in way), "auto"), dtype)
+    model.to(meter.device).train()
     loss = NextTokenLoss(mtp=False, balance_weight=0.0)
     optimizer = build_optimizer(model, OptimSettings(lr=1e-4, weight_decay=0.0))
-    ids = token_rows(options, options.rows).to(device)
+    ids = token_rows(options, options.rows).to(meter.device)
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
     def step() -> dict[str, float]:
         meter.begin()
-        with autocast(dtype, device):
+        with autocast(dtype, meter.device):
             total, count, _ = loss(model, batch)
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,15 +117,11 @@ def ours(way: str, options: argparse.Namespace) -> None:
         optimizer.zero_grad()
         return meter.end()
 
-    for _ in range(3):
-        step()
-    print("{}", flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(step()), flush=True)
+    harness.serve(step, meter.device, warm_up=3)
 
 
 def peer(way: str, options: argparse.Namespace) -> None:
-    """A step of trl's own loop for each line on stdin: it waits at the beginning of each; three warm up."""
+    """A step of trl's own loop for each line on stdin."""
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
@@ -159,24 +132,18 @@ def peer(way: str, options: argparse.Namespace) -> None:
     from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: F401 (an import counts for nobody)
 
     meter = Meter(options)
+    turns = Turns(meter.end, warm_up=3)
 
-    class Turns(TrainerCallback):
-        done = 0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.done >= 3 and not sys.stdin.readline():
-                sys.exit(0)
+    class Callback(TrainerCallback):
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            turns.begin()
             meter.begin()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.done += 1
-            result = meter.end()
-            if self.done >= 3:
-                print("{}" if self.done == 3 else json.dumps(result), flush=True)
+        def on_step_end(self, *_: object, **__: object) -> None:
+            turns.end()
 
-    lora = None
+    lora, everywhere = None, options.targets == "all"
     if way != "full":
-        everywhere = options.targets == "all"
         lora = LoraConfig(
             r=8,
             lora_alpha=32,
@@ -187,19 +154,19 @@ def peer(way: str, options: argparse.Namespace) -> None:
     config = SFTConfig(
         output_dir=f"{options.folder}/{way}", per_device_train_batch_size=options.rows, max_length=options.length,
         learning_rate=1e-4, max_steps=10**6, report_to=[], save_strategy="no", logging_strategy="no",
-        use_cpu=meter.device.type == "cpu",
-        bf16=options.dtype == "bf16", disable_tqdm=True, gradient_checkpointing=way.endswith("recompute"),
+        use_cpu=meter.device.type == "cpu", bf16=options.dtype == "bf16", disable_tqdm=True,
+        gradient_checkpointing=way.endswith("recompute"),
     )  # fmt: skip
     # What its users do: train all weights in float32 under autocast, adapters on a base in bfloat16.
     dtype = torch.float32 if way == "full" else DTYPES[options.dtype]
-    rows = token_rows(options, 64 * options.rows)
+    rows = token_rows(options, 64 * options.rows).tolist()
     SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype, experts_implementation=options.experts),
         args=config,
-        train_dataset=Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()}),
+        train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
         processing_class=PreTrainedTokenizerFast.from_pretrained(options.folder),
         peft_config=lora,
-        callbacks=[Turns()],
+        callbacks=[Callback()],
     ).train()
 
 

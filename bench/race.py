@@ -28,7 +28,7 @@ from text.corpus.corpus import Corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the time
-TENTH = 0.1
+SHOWN = (0.1, 0.2, 0.5, 1.0)
 PEER_LENGTH = 340  # minimind's --max_seq_len, its default
 NEVER = 10**9
 
@@ -56,7 +56,8 @@ def main() -> None:
         contenders += [peer(Path(options.peer).resolve(), size, out, options) for size in options.sizes]
     out.mkdir(parents=True, exist_ok=True)
     print(split_text(options.data, out, options.held_out_kb * 1000), flush=True)
-    train_tokenizer(out, options.vocab_size)
+    tokenizer = ["--data", out / "train.jsonl", "--out", out / "tokenizer", "--vocab_size", options.vocab_size]
+    run(out / "tokenizer.log", ROOT, os.cpu_count(), ROOT / "train_tokenizer.py", *tokenizer)
     results = {}
     for contender in contenders:
         results[contender["name"]] = race(contender, out, options)
@@ -83,12 +84,19 @@ def split_text(data: str, out: Path, held_out_bytes: int) -> str:
     return f"{len(texts):,} texts, {train / 1e6:.2f} MB; held out {len(held_out):,} texts, {size:,} bytes"
 
 
-def train_tokenizer(out: Path, vocab_size: int) -> None:
-    """OUT/tokenizer, from the training text alone."""
-    command = [ROOT / "train_tokenizer.py", "--data", out / "train.jsonl", "--out", out / "tokenizer"]
-    with open(out / "tokenizer.log", "w", encoding="utf8") as log:
-        command = [sys.executable, *map(str, command), "--vocab_size", str(vocab_size)]
-        subprocess.run(command, check=True, env=environment(ROOT, os.cpu_count()), stdout=log, stderr=log)
+def run(log: Path, modules: str | Path, threads: int, *command: object) -> None:
+    """A Python program to its end, alone with so many threads. modules: where it finds its own."""
+    with open(log, "w", encoding="utf8") as file:
+        arguments = [sys.executable, *map(str, command)]
+        done = subprocess.run(arguments, env=environment(modules, threads), stdout=file, stderr=file)
+    if done.returncode:
+        raise UserError(f"{command[0]}: ended with code {done.returncode}; see {log}")
+
+
+def environment(modules: str | Path, threads: int) -> dict[str, str]:
+    """Where a contender finds its modules, and how many threads it may use; nothing is written beside its sources."""
+    own = {"PYTHONPATH": str(modules), "OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, **own}
 
 
 def ours(config: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -102,16 +110,10 @@ def ours(config: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]
         "val_fraction": 0, "save_every": 0,
     }  # fmt: skip
     return {
-        "name": f"ours, {name}",
-        "program": str(ROOT / "pretrain.py"),
-        "arguments": [part for key, value in given.items() for part in (f"--{key}", str(value))],
-        "folder": str(ROOT),
-        "modules": str(ROOT),
-        "out": str(out / name),
-        "tokenizer": str(out / "tokenizer"),
-        "begin": "eos",
-        "window": recipe.get("sequence_length", 512),
-    }
+        "name": f"ours, {name}", "program": str(ROOT / "pretrain.py"), "arguments": as_options(given),
+        "folder": str(ROOT), "modules": str(ROOT), "out": str(out / name), "tokenizer": str(out / "tokenizer"),
+        "begin": "eos", "window": recipe.get("sequence_length", 512),
+    }  # fmt: skip
 
 
 def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -127,17 +129,15 @@ def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dic
         "save_dir": out / f"minimind-{size}" / "run", "save_interval": NEVER, "max_seq_len": PEER_LENGTH,
     }  # fmt: skip
     return {
-        "name": f"minimind {size}{', --peer_options' if options.peer_options else ''}",
-        "program": str(program),
-        "arguments": [part for key, value in given.items() for part in (f"--{key}", str(value))]
-        + options.peer_options.split(),
-        "folder": str(program.parent),
-        "modules": str(folder),
-        "out": str(out / f"minimind-{size}"),
-        "tokenizer": str(folder / "model"),
-        "begin": "bos",
-        "window": PEER_LENGTH - 1,
-    }
+        "name": f"minimind {size}{', --peer_options' if options.peer_options else ''}", "program": str(program),
+        "arguments": as_options(given) + options.peer_options.split(), "folder": str(program.parent),
+        "modules": str(folder), "out": str(out / f"minimind-{size}"), "tokenizer": str(folder / "model"),
+        "begin": "bos", "window": PEER_LENGTH - 1,
+    }  # fmt: skip
+
+
+def as_options(given: dict[str, object]) -> list[str]:
+    return [part for key, value in given.items() for part in (f"--{key}", str(value))]
 
 
 def race(contender: dict[str, Any], out: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -145,21 +145,11 @@ def race(contender: dict[str, Any], out: Path, options: argparse.Namespace) -> d
     folder = Path(contender["out"])
     folder.mkdir()
     moments = [60 * options.minutes * share for share in MOMENTS]
-    held_out = str(out / "heldout.jsonl")
-    described = {**contender, "moments": moments, "threads": options.threads, "held_out": held_out}
+    described = {**contender, "moments": moments, "threads": options.threads, "held_out": str(out / "heldout.jsonl")}
     (folder / "contender.json").write_text(json.dumps(described, ensure_ascii=False, indent=2), encoding="utf8")
-    command = [sys.executable, str(ROOT / "bench" / "watched.py"), str(folder / "contender.json")]
-    with open(folder / "log.txt", "w", encoding="utf8") as log:
-        done = subprocess.run(command, env=environment(contender["modules"], options.threads), stdout=log, stderr=log)
-    if done.returncode:
-        raise UserError(f"{contender['name']}: ended with code {done.returncode}; see {folder / 'log.txt'}")
+    watched = ROOT / "bench" / "watched.py", folder / "contender.json"
+    run(folder / "log.txt", contender["modules"], options.threads, *watched)
     return json.loads((folder / "result.json").read_text(encoding="utf8"))
-
-
-def environment(modules: str | Path, threads: int) -> dict[str, str]:
-    """Where a contender finds its modules, and how many threads it may use; nothing is written beside its sources."""
-    own = {"PYTHONPATH": str(modules), "OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
-    return {**os.environ, **own}
 
 
 def seconds_to(points: list[dict[str, float]], target: float) -> float | None:
@@ -175,21 +165,19 @@ def seconds_to(points: list[dict[str, float]], target: float) -> float | None:
 
 def table(results: dict[str, Any], seconds: float) -> str:
     """Bits per byte at some moments, and when ours reach the end of the best peer."""
-    shares = (TENTH, 0.2, 0.5, 1.0)
-    lines = [f"{'':40}{'parameters':>12}" + "".join(f"{share * seconds / 60:>8.3g} min" for share in shares)]
+    lines = [f"{'':40}{'parameters':>12}" + "".join(f"{share * seconds / 60:>8.3g} min" for share in SHOWN)]
     for name, result in results.items():
         points = result["points"]
-        bits = [min(points, key=lambda p: abs(p["seconds"] - share * seconds))["bits_per_byte"] for share in shares]
+        bits = [min(points, key=lambda p: abs(p["seconds"] - share * seconds))["bits_per_byte"] for share in SHOWN]
         lines.append(f"{name:40}{result['parameters']:>12,}" + "".join(f"{value:>12.3f}" for value in bits))
     ends = {name: result["points"][-1]["bits_per_byte"] for name, result in results.items()}
-    peers = {name: end for name, end in ends.items() if not name.startswith("ours")}
-    for name, end in ends.items() if peers else ():
-        best = min(peers, key=peers.get)
-        if name not in peers:
-            when = seconds_to(results[name]["points"], peers[best])
-            reached = "never" if when is None else f"after {when:.0f} s, {when / seconds:.1%} of the time"
-            lines.append(f"{name} reaches the {peers[best]:.3f} of {best} {reached}")
-            lines.append(f"  and ends with {1 - end / peers[best]:.1%} fewer bits")
+    peers = [name for name in ends if not name.startswith("ours")]
+    for name in (ends.keys() - peers) if peers else ():
+        best = min(peers, key=ends.get)
+        when = seconds_to(results[name]["points"], ends[best])
+        reached = "never" if when is None else f"after {when:.0f} s, {when / seconds:.1%} of the time"
+        lines.append(f"{name} reaches the {ends[best]:.3f} of {best} {reached}")
+        lines.append(f"  and ends with {1 - ends[name] / ends[best]:.1%} fewer bits")
     return "\n".join(lines)
 
 

@@ -9,8 +9,8 @@ FLOPs / (attained share x peak) and bytes / (attained share x bandwidth), which 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
+from itertools import product
 from math import ceil
 
 from LMConfig import LMConfig
@@ -42,9 +42,8 @@ class Machine:
 
     def seconds(self, flops: float, moved: float) -> float:
         """Of work that is spread evenly over all of them; `moved`: bytes."""
-        return max(
-            flops / (self.compute_share * self.flops), moved / (self.memory_share * self.bandwidth)
-        ) / self.count  # fmt: skip
+        seconds = flops / (self.compute_share * self.flops), moved / (self.memory_share * self.bandwidth)
+        return max(seconds) / self.count
 
     def all_reduce(self, size: float) -> float:
         """Seconds of a ring: each sends and receives 2 (n - 1) / n of `size` bytes."""
@@ -74,6 +73,11 @@ class Network:
         return 3 * self.config.hidden_size * self.config.moe_intermediate_size
 
     @property
+    def lookup(self) -> int:
+        """The embedding, of which a token reads one row, where the head is another matrix."""
+        return 0 if self.config.tie_word_embeddings else self.config.vocab_size * self.config.hidden_size
+
+    @property
     def moe_layers(self) -> int:
         return self.config.num_hidden_layers - self.config.first_k_dense_replace
 
@@ -84,18 +88,15 @@ class Network:
 
     def read_weights(self, batch: int) -> float:
         """That one step of decoding reads: all but the embedding, of the experts only those chosen."""
-        config = self.config
-        lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        always = self.costs.activated - lookup - self.moe_layers * config.num_experts_per_tok * self.expert
+        always = self.costs.activated - self.lookup - self.moe_layers * self.config.num_experts_per_tok * self.expert
         return always + self.moe_layers * self.distinct_experts(batch) * self.expert
 
     def decoding_flops(self, past: int) -> float:
         """One token after `past` others, absorbed: 2 a weight, and each head's product with the latents, twice."""
         config = self.config
-        lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         latent = 2 * config.kv_lora_rank + config.qk_rope_head_dim
         attention = 2 * config.num_hidden_layers * config.num_attention_heads * past * latent
-        return 2 * (self.costs.activated - lookup) + attention
+        return 2 * (self.costs.activated - self.lookup) + attention
 
     def decoding_bytes(self, batch: int, past: int) -> float:
         """Weights once for all rows, the latents of each row, all in bf16."""
@@ -115,53 +116,37 @@ class Network:
 
 def training(networks: dict[str, Network], machines: list[Machine], tokens: int) -> list[list[str]]:
     """A step of `tokens` on each accelerator, weights and optimiser replicated, gradients summed as they are made."""
-    rows = [["preset", "GPUs", "FLOPs/token", "bytes/token", "step", "of it update", "sum of gradients",
-             "tokens/s", "state"]]  # fmt: skip
-    for name, network in networks.items():
-        for machine in machines:
-            one, weights = replace(machine, count=1), network.weights
-            # The weights are read in each pass, and cast from float32 once.
-            moved = tokens * network.activation_bytes() + weights * (PASSES * BF16 + FP32 + BF16 + FP32)
-            work = one.seconds(tokens * network.costs.flops, moved)
-            update, exchange = one.seconds(0, UPDATE_BYTES * weights), machine.all_reduce(FP32 * weights)
-            # Two thirds of the work are the backward pass, under which the sum of the gradients hides.
-            step = work + update + max(0.0, exchange - work * 2 / 3)
-            rows.append(
-                [name, str(machine.count), human(network.costs.flops), human(network.activation_bytes(), "B"),
-                 milliseconds(step), milliseconds(update), milliseconds(exchange),
-                 human(machine.count * tokens / step), fits(STATE_BYTES * weights, one)]
-            )  # fmt: skip
+    rows = [["preset", "GPUs", "FLOPs/token", "bytes/token", "step", "of it update", "tokens/s", "state"]]
+    for (name, network), machine in product(networks.items(), machines):
+        one, weights = replace(machine, count=1), network.weights
+        # The weights are read in each pass, and cast from float32 once.
+        moved = tokens * network.activation_bytes() + weights * (PASSES * BF16 + FP32 + BF16 + FP32)
+        work = one.seconds(tokens * network.costs.flops, moved)
+        update = one.seconds(0, UPDATE_BYTES * weights)
+        # Two thirds of the work are the backward pass, under which the sum of the gradients hides.
+        step = work + update + max(0.0, machine.all_reduce(FP32 * weights) - work * 2 / 3)
+        rows.append(
+            [name, str(machine.count), human(network.costs.flops), human(network.activation_bytes(), "B"),
+             milliseconds(step), milliseconds(update), human(machine.count * tokens / step),
+             fits(STATE_BYTES * weights, one)]
+        )  # fmt: skip
     return rows
 
 
 def decoding(networks: dict[str, Network], machines: list[Machine], past: int, batches: list[int]) -> list[list[str]]:
     """A step of decoding with `past` tokens in the cache, weights spread over the accelerators."""
-    rows = [["preset", "GPUs", "batch", "experts read a layer", "weights", "cache", "FLOPs", "step", "tokens/s",
-             "bound by", "weights in bf16"]]  # fmt: skip
-    for name, network in networks.items():
-        for machine in machines:
-            for batch in batches:
-                moved, flops = network.decoding_bytes(batch, past), batch * network.decoding_flops(past)
-                step = machine.seconds(flops, moved)
-                bound = "bandwidth" if step == machine.seconds(0, moved) else "FLOPs"
-                rows.append(
-                    [name, str(machine.count), str(batch), f"{network.distinct_experts(batch):.1f}",
-                     human(BF16 * network.read_weights(batch), "B"),
-                     human(batch * past * network.costs.cache_bytes, "B"), human(flops), milliseconds(step),
-                     human(batch / step), bound, fits(BF16 * network.costs.total, machine, machine.count)]
-                )  # fmt: skip
-    return rows
-
-
-def prefill(networks: dict[str, Network], machines: list[Machine], prompt: int) -> list[list[str]]:
-    """A prompt of `prompt` tokens: FLOPs of the forward pass against reading every weight once."""
-    rows = [["preset", "GPUs", "FLOPs/token", "weights", "prompt", "tokens/s"]]
-    for name, network in networks.items():
-        for machine in machines:
-            moved = BF16 * network.read_weights(prompt)
-            time = machine.seconds(prompt * network.prefill_flops(), moved)
-            rows.append([name, str(machine.count), human(network.prefill_flops()), human(moved, "B"),
-                         milliseconds(time), human(prompt / time)])  # fmt: skip
+    rows = [["preset", "GPUs", "batch", "experts read a layer", "weights", "cache", "step", "tokens/s", "bound by",
+             "weights in bf16"]]  # fmt: skip
+    for (name, network), machine, batch in product(networks.items(), machines, batches):
+        moved, flops = network.decoding_bytes(batch, past), batch * network.decoding_flops(past)
+        step = machine.seconds(flops, moved)
+        bound = "bandwidth" if step == machine.seconds(0, moved) else "FLOPs"
+        rows.append(
+            [name, str(machine.count), str(batch), f"{network.distinct_experts(batch):.1f}",
+             human(BF16 * network.read_weights(batch), "B"), human(batch * past * network.costs.cache_bytes, "B"),
+             milliseconds(step), human(batch / step), bound,
+             fits(BF16 * network.costs.total, machine, machine.count)]
+        )  # fmt: skip
     return rows
 
 
@@ -198,11 +183,9 @@ def main() -> None:
     )
     print(f"Training, {options.tokens:,} tokens a GPU and step in sequences of {options.length:,}:\n")
     print(markdown(training(networks, machines, options.tokens)))
-    print(f"\nPrefill of {options.prompt:,} tokens, batch 1:\n")
-    print(markdown(prefill(networks, machines, options.prompt)))
     print(f"\nDecoding after {options.prompt:,} tokens:\n")
     print(markdown(decoding(networks, machines, options.prompt, options.batches)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,96 +2,123 @@
 
     python bench/shard_corpus.py --megabytes 2000 --folder out/bench-shards
 
-writes a CSV of that size with varied Chinese and English rows, tokenises it to shards in a process of its own, and
-then, in turn, runs `tokenizers`' encode_batch on the same text in memory. Both use all cores. Memory is the sum of the
-resident memory of the sharding process and its children, sampled 20 times a second; libraries that they share are
-counted once for each, so the true figure is lower.
+writes a CSV of that size with varied Chinese and English rows, then, interleaved, tokenises it to shards and runs
+`tokenizers`' encode_batch on the same text in memory, each on all cores. Memory is the sum of the resident memory of
+the process, sampled 20 times a second; libraries that they share are counted once for each.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-import multiprocessing
 import shutil
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+import harness
 import numpy as np
 import psutil
-from findings import Findings, Verdict
-from tqdm import tqdm
+import torch
+from harness import MEMORY, Verdict
 
-from cli import call
-from errors import command_line
 from text.corpus.corpus import Corpus
 from text.corpus.shards import prepare_shards
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
+SPEED = "MB/s of text"
 CHINESE_SHARE = 0.7
 RAW_BATCH = 1000
-SPEED = "MB/s of text"
 
 
-def shard_corpus(
-    megabytes: int = 2000,
-    folder: str = "out/bench-shards",
-    tokenizer: str = "",
-    workers: int = 0,
-    raw_megabytes: int = 200,
-    repeats: int = 3,
-    json: str | None = None,
-) -> None:
-    """Measure sharding against encode_batch.
-
-    Args:
-        megabytes: size of the CSV, which is made once and used again
-        folder: where the CSV and the shards go
-        tokenizer: a tokenizer folder; by default one of 6400 tokens is trained on the CSV's beginning
-        workers: tokenising threads; 0: all cores
-        raw_megabytes: how much of the CSV encode_batch gets
-        repeats: measure both so often, in turn
-        json: write what was found to this file
-    """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    file = place / f"corpus-{megabytes}.csv"
+def main() -> None:
+    parser = harness.parser_of(__doc__, megabytes=2000, workers=0, raw_megabytes=200)
+    parser.set_defaults(rounds=3, folder="out/bench-shards")
+    parser.add_argument("--tokenizer", help="a folder; by default one of 6400 tokens is trained on the beginning")
+    options = parser.parse_args()
+    folder = Path(options.folder)
+    file = folder / f"corpus-{options.megabytes}.csv"
+    if options.worker:
+        work(options, folder, file)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        write_corpus(file, megabytes * 1_000_000)
-    model = Tokenizer.from_folder(tokenizer) if tokenizer else train_bpe(list(beginning(file, 10_000_000)), 6400)
-    model.save(place / "tokenizer")
-    shards, alone = [], []
-    for _ in range(repeats):
-        shutil.rmtree(place / "shards", ignore_errors=True)
-        seconds, size, peak = measured(make_shards, str(file), str(place / "tokenizer"), str(place / "shards"), workers)
-        shards.append({SPEED: size / 1e6 / seconds, "memory_mb": peak / 2**20})
-        raw = measured(encode_raw, str(file), str(place / "tokenizer"), min(raw_megabytes, megabytes) * 1_000_000)
-        alone.append({SPEED: raw[1] / 1e6 / raw[0], "memory_mb": raw[2] / 2**20})
-    title = f"{megabytes:,} MB of CSV to shards against encode_batch on {raw_megabytes:,} MB in memory"
-    found = Findings(f"{title}; medians of {repeats}", {"shards": shards, "encode_batch": alone})
-    speeds = ([result[SPEED] for result in results] for results in (shards, alone))
-    found.verdicts = [Verdict.of(SPEED, "encode_batch alone", *speeds)]
-    found.show({SPEED: "{:.2f}", "memory_mb": "{:,.0f}"})
-    found.save(json)
+        write_corpus(file, options.megabytes * 1_000_000)
+    tokenizer = Tokenizer.from_folder(options.tokenizer) if options.tokenizer else None
+    (tokenizer or train_bpe(list(beginning(file, 10_000_000)), 6400)).save(folder / "tokenizer")
+    shards, alone = harness.measured({"shards": "shards", "encode_batch alone": "raw"}, options.rounds)
+    title = f"{options.megabytes:,} MB of CSV to shards against encode_batch on {options.raw_megabytes:,} MB in memory"
+    columns = {SPEED: "{:.2f}", MEMORY: "{:,.0f}"}
+    verdicts = [Verdict.between(shards, alone, SPEED)]
+    harness.report(f"{title}; medians of {options.rounds}", [shards, alone], columns, verdicts, {}, options.json)
 
 
-def write_corpus(file: Path, size: int, seed: int = 0) -> None:
+def work(options: argparse.Namespace, folder: Path, file: Path) -> None:
+    """Shard or encode, once for each line on stdin."""
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+
+    def shard() -> int:
+        shards = prepare_shards(str(file), tokenizer, folder / "shards", workers=options.workers)
+        return sum(shards.split(name).bytes for name in ("train", "val"))
+
+    if options.worker == "raw":
+        texts = list(beginning(file, min(options.raw_megabytes, options.megabytes) * 1_000_000))
+
+    def encode() -> int:
+        for start in range(0, len(texts), RAW_BATCH):
+            tokenizer.raw.encode_batch(texts[start : start + RAW_BATCH], add_special_tokens=False)
+        return sum(len(text.encode()) for text in texts)
+
+    def measure() -> dict[str, float]:
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        start = time.perf_counter()
+        size, peak = watching(encode if options.worker == "raw" else shard)
+        return {SPEED: size / 1e6 / (time.perf_counter() - start), MEMORY: peak / 2**20}
+
+    harness.serve(measure, torch.device("cpu"), warm_up=0)
+
+
+def watching(work: Callable[[], int]) -> tuple[int, int]:
+    """What `work` returns, and the peak memory of this process and its children meanwhile, in bytes."""
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        own = psutil.Process()
+        while not done.wait(0.05):
+            with suppress(psutil.NoSuchProcess):
+                peak = max(peak, sum(one.memory_info().rss for one in [own, *own.children(recursive=True)]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        return work(), peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def beginning(file: Path, size: int) -> Iterator[str]:
+    """The first texts of the corpus."""
+    for document in Corpus(str(file)):
+        size -= len(document.text.encode())
+        yield document.text
+        if size < 0:
+            return
+
+
+def write_corpus(file: Path, size: int) -> None:
     """Rows of 20 to 500 characters of words in a Zipf distribution, seven in ten Chinese, with digits and quotes."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     chinese, english = chinese_words(generator, 40_000), english_words(generator, 20_000)
     temporary = file.with_suffix(".tmp")
-    with (
-        open(temporary, "w", encoding="utf-8", newline="") as stream,
-        tqdm(total=size, unit="B", unit_scale=True) as bar,
-    ):
+    with open(temporary, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["text"])
         while stream.buffer.tell() < size:
-            bar.update(stream.buffer.tell() - bar.n)
             writer.writerows([row] for row in rows(generator, chinese, english, 2000))
     temporary.rename(file)
 
@@ -124,49 +151,5 @@ def english_words(generator: np.random.Generator, count: int) -> list[str]:
     return ["".join(syllables[number] for number in row[: 1 + place % 4]) for place, row in enumerate(chosen)]
 
 
-def beginning(file: Path, size: int) -> Iterator[str]:
-    """The first texts of the corpus."""
-    for document in Corpus(str(file)):
-        size -= len(document.text.encode())
-        yield document.text
-        if size < 0:
-            return
-
-
-def make_shards(answer: Connection, file: str, tokenizer: str, out: str, workers: int) -> None:
-    """Shard the corpus; answers (seconds, bytes)."""
-    model = Tokenizer.from_folder(tokenizer)
-    begin = time.perf_counter()
-    shards = prepare_shards(file, model, Path(out), workers=workers)
-    answer.send((time.perf_counter() - begin, sum(shards.split(name).bytes for name in ("train", "val"))))
-
-
-def encode_raw(answer: Connection, file: str, tokenizer: str, size: int) -> None:
-    """Encode texts that are in memory already; answers (seconds, bytes)."""
-    raw = Tokenizer.from_folder(tokenizer).raw
-    texts = list(beginning(Path(file), size))
-    begin = time.perf_counter()
-    for start in range(0, len(texts), RAW_BATCH):
-        raw.encode_batch(texts[start : start + RAW_BATCH], add_special_tokens=False)
-    answer.send((time.perf_counter() - begin, sum(len(text.encode()) for text in texts)))
-
-
-def measured(work: Callable[..., None], *arguments: object) -> tuple[float, int, int]:
-    """Run `work` in a fresh process; (seconds, bytes, peak memory of it and its children in bytes)."""
-    context = multiprocessing.get_context("spawn")
-    answer, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(sender, *arguments))
-    process.start()
-    sender.close()
-    watched, peak = psutil.Process(process.pid), 0
-    while process.is_alive():
-        with suppress(psutil.NoSuchProcess):
-            peak = max(peak, sum(member.memory_info().rss for member in [watched, *watched.children(recursive=True)]))
-        process.join(0.05)
-    if process.exitcode:
-        sys.exit(process.exitcode)
-    return *answer.recv(), peak
-
-
 if __name__ == "__main__":
-    command_line(lambda: call(shard_corpus, __doc__ or ""))
+    main()

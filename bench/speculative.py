@@ -1,4 +1,4 @@
-"""Our speculative decoding against our own plain decoding, greedy, in turn, on a trained checkpoint with an MTP layer.
+"""Our speculative decoding against our own plain decoding, greedy, interleaved, on a trained checkpoint with MTP.
 
 python bench/speculative.py --ckpt out/pretrain/final --file heldout.txt [--drafts 1 2 3] [--new 96] [--rounds 5]
 
@@ -9,100 +9,82 @@ of plain decoding.
 from __future__ import annotations
 
 import argparse
-import sys
-from dataclasses import replace
 from pathlib import Path
 
+import harness
 import torch
-from device import add_device, device_of, now
-from side_by_side import Contender, compare, findings, serve, verdict
+from harness import SPEED, Verdict
 
 from errors import UserError, command_line
 from model import MiniDeepSeek
 from model.decoding.generate import stream
-from model.decoding.sampling import Sampling
+from model.decoding.native import Drafter
+from model.decoding.sampling import GREEDY
 from model.decoding.speculative import stream_speculative
 from text.tokenizer import Tokenizer
 from training.machine import DTYPES
 
-GREEDY = Sampling(temperature=0.0)
+PER_PASS, ACCEPTED = "tokens a pass", "drafts accepted"
 
 
 def main() -> None:
-    options = parse()
-    if options.worker is not None:
-        work(options)
-        return
-    own = {"drafts", "json", "worker", "rounds"}
-    command = [__file__, *(f"--{name}={value}" for name, value in vars(options).items() if name not in own)]
-    plain = Contender("plain", [*command, "--worker=0"])
-    ours = [Contender(f"drafts: at most {most}", [*command, f"--worker={most}"]) for most in options.drafts]
-    compare([plain, *ours], options.rounds)
-    found = findings(
-        f"speculative decoding of {options.ckpt}, {options.dtype}, {options.prompts} prompts, {options.new} new tokens "
-        f"each, greedy, one row, the same tokens; medians of {options.rounds}",
-        [plain, *ours],
-    )
-    found.verdicts = [replace(verdict(one, plain, "tokens/s"), quantity=f"tokens/s, {one.name}") for one in ours]
-    found.show({"tokens/s": "{:,.0f}", "tokens a pass": "{:.2f}", "drafts kept": "{:.0%}"})
-    for most, one in zip(options.drafts, ours, strict=True):
-        kept = ", ".join(f"{one.median(f'draft {place}'):.0%}" for place in range(1, most + 1))
-        found.facts[f"kept of the drafts in each place, {one.name}"] = kept
-    found.save(options.json)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser_of(__doc__, prompts=8, prompt=24, new=96)
     parser.add_argument("--ckpt", required=True, help="checkpoint folder with an MTP layer")
     parser.add_argument("--file", required=True, help="UTF-8 text like that of its training")
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3], help="the most drafts a pass")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    for name, default in {"prompts": 8, "prompt": 24, "new": 96, "rounds": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    add_device(parser)
-    parser.add_argument("--json", help="write the measurements to this file")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.worker is not None:
+        work(options)
+        return
+    workers = {"plain": "0", **{f"drafts: at most {most}": str(most) for most in options.drafts}}
+    plain, *ours = harness.measured(workers, options.rounds)
+    title = (
+        f"speculative decoding of {options.ckpt}, {options.dtype}, {options.prompts} prompts, {options.new} new tokens "
+        f"each, greedy, one row, the same tokens; medians of {options.rounds}"
+    )
+    facts = {}
+    for most, one in zip(options.drafts, ours, strict=True):
+        shares = ", ".join(f"{one.median(f'draft {place}'):.0%}" for place in range(1, most + 1))
+        facts[f"accepted of the drafts in each place, {one.name}"] = shares
+    verdicts = [Verdict.between(one, plain, SPEED, f"{SPEED}, {one.name}") for one in ours]
+    columns = {SPEED: "{:,.0f}", PER_PASS: "{:.2f}", ACCEPTED: "{:.0%}"}
+    harness.report(title, [plain, *ours], columns, verdicts, facts, options.json)
 
 
 def work(options: argparse.Namespace) -> None:
     """Decode all prompts in this process, once for each line on stdin."""
-    device = device_of(options.device)
+    device, most = harness.device_of(options.device), int(options.worker)
     model = MiniDeepSeek.from_pretrained(options.ckpt, dtype=DTYPES[options.dtype]).to(device).eval()
     starts = prompts(Tokenizer.from_folder(options.ckpt), Path(options.file), options.prompts, options.prompt)
     starts = [prompt.to(device) for prompt in starts]
 
-    def plain(prompt: torch.Tensor) -> list[int]:
-        return [int(token) for token in stream(model, prompt, options.new, GREEDY)]
+    drafter = Drafter(model) if device.type == "cpu" else None
 
-    def speculative(prompt: torch.Tensor, passes: list[tuple[int, int]]) -> list[int]:
-        return list(stream_speculative(model, prompt, options.new, accepted=passes, draft_tokens=options.worker))
+    def decode(prompt: torch.Tensor, passes: list[tuple[int, int]] | None) -> list[int]:
+        if passes is None:
+            return [int(token) for token in stream(model, prompt, options.new, GREEDY)]
+        made = dict(accepted=passes, draft_tokens=most, drafter=drafter)
+        return list(stream_speculative(model, prompt, options.new, **made))
 
-    if options.worker:
-        for prompt in starts:
-            if speculative(prompt, []) != plain(prompt):
-                raise SystemExit("error: speculative decoding gave other tokens than plain decoding")
+    if most and any(decode(prompt, []) != decode(prompt, None) for prompt in starts):
+        raise SystemExit("error: speculative decoding gave other tokens than plain decoding")
 
     def measure() -> dict[str, float]:
         passes: list[tuple[int, int]] = []
-        start = now(device)
-        count = sum(len(speculative(prompt, passes) if options.worker else plain(prompt)) for prompt in starts)
-        speed = {"tokens/s": count / (now(device) - start)}
-        return speed | (acceptance(passes, options.worker) if passes else {"tokens a pass": 1.0, "drafts kept": 0.0})
+        start = harness.now(device)
+        count = sum(len(decode(prompt, passes if most else None)) for prompt in starts)
+        return {SPEED: count / (harness.now(device) - start), **acceptance(passes, most)}
 
-    serve(measure, device)
+    harness.serve(measure, device)
 
 
 def acceptance(passes: list[tuple[int, int]], most: int) -> dict[str, float]:
-    """Tokens a pass, the share of all drafts that was kept, and that share for each place in the chain.
+    """Tokens a pass, the accepted share of all drafts, and that share for each place in the chain.
 
-    A draft counts wherever it was made, also behind one that was wrong.
-
-    Args:
-        passes: of each the drafts kept, and the drafts made.
+    A draft counts wherever it was made, also behind one that was wrong. passes: of each (drafts accepted, drafts made).
     """
-    kept, drafted = (sum(numbers) for numbers in zip(*passes, strict=True))
-    result = {"tokens a pass": 1 + kept / len(passes), "drafts kept": kept / max(drafted, 1)}
+    accepted, drafted = sum(right for right, _ in passes), sum(made for _, made in passes)
+    result = {PER_PASS: 1 + accepted / max(len(passes), 1), ACCEPTED: accepted / max(drafted, 1)}
     for place in range(1, most + 1):
         made = sum(drafts >= place for _, drafts in passes)
         result[f"draft {place}"] = sum(right >= place for right, _ in passes) / max(made, 1)
@@ -122,4 +104,4 @@ def prompts(tokenizer: Tokenizer, file: Path, count: int, length: int) -> list[t
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    command_line(main)

@@ -1,4 +1,4 @@
-"""One training step against transformers' DeepseekV3: same weights, batch, type and optimiser, in turn.
+"""One training step against transformers' DeepseekV3: same weights, batch, type and optimiser, interleaved.
 
 python bench/train_step.py [--preset 64m] [--dtype bf16] [--rows 8] [--length 512] [--rounds 5]
 """
@@ -6,12 +6,14 @@ python bench/train_step.py [--preset 64m] [--dtype bf16] [--rows 8] [--length 51
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
 
+import harness
 import torch
-from device import device_of, now
-from side_by_side import against_transformers, findings, open_peer, options_of, serve, verdict
+from harness import MEMORY, SPEED, Verdict
+from torch import Tensor, nn
 
+from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.costs import count
 from training.losses import NextTokenLoss
@@ -19,62 +21,85 @@ from training.machine import DTYPES, autocast, measured_peak
 from training.optim.build import OptimSettings, build_optimizer
 
 PEERS = ("eager", "grouped_mm")  # batched_mm copies an expert for each token: out of memory at 4096 tokens
-COLUMNS = {"tokens/s": "{:,.0f}", "memory_mb": "{:,.0f}"}
+COLUMNS = {SPEED: "{:,.0f}", MEMORY: "{:,.0f}"}
+Step = Callable[[], dict[str, float]]
+PASSES, UPDATE = "forward+backward s", "optimiser s"
 
 
 def main() -> None:
-    options = options_of(__doc__, PEERS, rows=8, length=512)
+    parser = harness.parser_of(__doc__, rows=8, length=512)
+    harness.add_peers(parser, *PEERS)
+    options = parser.parse_args()
     if options.worker:
         work(options)
         return
-    peak = measured_peak(DTYPES[options.dtype], device_of(options.device))
-    config, ours, peers = against_transformers(__file__, options)
-    shape = f"{options.rows} x {options.length} tokens, {options.dtype}"
-    found = findings(
-        f"training step, {options.preset} without MTP, {shape}, AdamW; medians of {options.rounds}", [ours, *peers]
-    )
-    best = max(peers, key=lambda peer: peer.median("tokens/s"))
-    found.verdicts = [verdict(ours, best, key) for key in COLUMNS]
-    peak = max(peak, measured_peak(DTYPES[options.dtype], device_of(options.device)))  # one may have been disturbed
+    config = LMConfig.preset(options.preset, num_nextn_predict_layers=0)
+    matrices = DTYPES[options.dtype], harness.device_of(options.device)
+    peak = measured_peak(*matrices)
+    with harness.checkpoint(config) as folder:
+        workers = {"ours": "ours", **{f"transformers {peer}": peer for peer in options.peers}}
+        ours, *peers = harness.measured(workers, options.rounds, folder)
+    peak = max(peak, measured_peak(*matrices))  # one may have been disturbed
+    best = max(peers, key=lambda peer: peer.median(SPEED))
+    facts = {}
     for contender in (ours, best):
-        share = contender.median("tokens/s") * count(config, options.length).flops / peak
-        found.facts[f"share of the matrix peak, {contender.name}"] = f"{share:.0%} of {peak / 1e9:,.0f} GFLOP/s"
-    found.show(COLUMNS)
-    found.save(options.json)
+        share = contender.median(SPEED) * count(config, options.length).flops / peak
+        facts[f"share of the matrix peak, {contender.name}"] = f"{share:.0%} of {peak / 1e9:,.0f} GFLOP/s"
+    shape = f"{options.rows} x {options.length} tokens, {options.dtype}"
+    title = f"training step, {options.preset} without MTP, {shape}, AdamW; medians of {options.rounds}"
+    verdicts = [Verdict.between(ours, best, key) for key in COLUMNS]
+    harness.report(title, [ours, *peers], COLUMNS, verdicts, facts, options.json)
 
 
 def work(options: argparse.Namespace) -> None:
     """Train in this process, a step for each line on stdin."""
-    dtype, device = DTYPES[options.dtype], device_of(options.device)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 6400, (options.rows, options.length + 1), generator=generator).to(device)
+    device = harness.device_of(options.device)
     if options.worker == "ours":
-        model = MiniDeepSeek.from_pretrained(options.folder)
-        loss_of = NextTokenLoss(mtp=False)
-
-        def loss() -> torch.Tensor:
-            total, labels, _ = loss_of(model, {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]})
-            return total / labels
+        step = own_step(MiniDeepSeek.from_pretrained(options.folder).to(device), options)
     else:
-        model = open_peer(options.folder, options.worker, torch.float32).train()
+        model, tokens = harness.open_peer(options.folder, options.worker, torch.float32), tokens_of(options)
+        inputs = tokens[:, :-1]
+        model.train().to(device)
+        step = step_of(lambda: model(input_ids=inputs, labels=inputs, use_cache=False).loss, model, options)
+    harness.serve(step, device, warm_up=3)
 
-        def loss() -> torch.Tensor:
-            return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
 
-    optimizer = build_optimizer(model.to(device), OptimSettings(lr=1e-4))
+def tokens_of(options: argparse.Namespace) -> Tensor:
+    """(rows, length + 1) random ids on the device."""
+    shape, generator = (options.rows, options.length + 1), torch.Generator().manual_seed(0)
+    return torch.randint(0, 6400, shape, generator=generator).to(harness.device_of(options.device))
 
-    def measure() -> dict[str, float]:
-        start = now(device)
-        with autocast(dtype, device):
+
+def own_step(model: MiniDeepSeek, options: argparse.Namespace) -> Step:
+    """A training step of our model, which returns its speed and its times."""
+    tokens, loss_of = tokens_of(options), NextTokenLoss(mtp=False)
+
+    def loss() -> Tensor:
+        total, labels, _ = loss_of(model, {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]})
+        return total / labels
+
+    return step_of(loss, model, options)
+
+
+def step_of(loss: Callable[[], Tensor], model: nn.Module, options: argparse.Namespace) -> Step:
+    """The same for any model and loss."""
+    device, kind = harness.device_of(options.device), getattr(options, "optim", "adamw")
+    optimizer = build_optimizer(model, OptimSettings(lr=1e-4, kind=kind))
+
+    def step() -> dict[str, float]:
+        start = harness.now(device)
+        with autocast(DTYPES[options.dtype], device):
             value = loss()
         value.backward()
+        middle = harness.now(device)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return {"tokens/s": options.rows * options.length / (now(device) - start)}
+        end = harness.now(device)
+        return {SPEED: options.rows * options.length / (end - start), PASSES: middle - start, UPDATE: end - middle}
 
-    serve(measure, device, warm_up=3)
+    return step
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,8 +11,8 @@ from typing import Any
 from errors import UserError, one_line
 from eval.score_files import SCORES, read_scores
 from eval.scores import WHOLE, Score
-from training.held_out import MEASURED_ON
 from training.run.log import read_metrics, shown
+from training.validation import MEASURED_ON
 
 # What tells a stage by its entries; the losses of different stages are different things.
 STAGES = {"reward": "rewards", "margin": "preferences", "divergence": "distillation"}

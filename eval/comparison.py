@@ -9,9 +9,9 @@ from typing import Any
 from eval.compared_run import ComparedRun
 from eval.score_files import shown, table
 from eval.scores import Score
-from training.held_out import MEASURED_ON
-from training.run.console import ROUNDING
+from training.run.log import ROUNDING
 from training.run.plots import PANELS, load_pyplot, plain
+from training.validation import MEASURED_ON
 
 COLUMNS = 3
 AXES = {"tokens": "tokens", "step": "steps", "seconds": "seconds of training"}

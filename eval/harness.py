@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, quiet_imports
 from eval.answering import Answerer
 from eval.likelihood import CacheScorer, Pair, Scored, rolling
 from eval.model_path import ModelPath
@@ -34,7 +34,6 @@ from eval.tasks.replies import as_text, first_answer, replies_of
 from model.decoding.sampling import GREEDY, Sampling
 from text.chats.chat_template import Message
 from training.machine import DTYPES
-from training.run.quiet import quiet_imports
 
 LOGITS = 2**28  # numbers at once, of other models
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from cli import call
 from dataset import PromptDataset
 from errors import UserError, check_least, command_line
-from text.chats.problems import split_problems
+from text.sources.registry import find_sources
 from training.alignment.rewards import Rewards
 from training.alignment.sampler import sample_groups, to_samples
 from training.machine import choose_dtype
@@ -87,7 +87,12 @@ def measure(
     model = model.to(place, choose_dtype(dtype, place)).eval()
     longest = model.config.max_position_embeddings - new
     prompts = PromptDataset(
-        split_problems(data), tokenizer, longest, system=system, val_fraction=val_fraction, val_problems=problems
+        find_sources(data, kind="prompt"),
+        tokenizer,
+        longest,
+        system=system,
+        val_fraction=val_fraction,
+        val_problems=problems,
     )
     if not prompts.validation:
         raise UserError(f"--data {data}: nothing is held out; raise --val_fraction")

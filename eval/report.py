@@ -23,7 +23,7 @@ from eval.held_out import open_corpus, pretraining_settings
 from eval.questions import Result, accuracy, ask, read_questions
 from eval.style import read_polite_requests, score_style
 from model import MiniDeepSeek
-from text.chats.problems import split_problems
+from text.sources.registry import find_sources
 from training.alignment.accuracy import Accuracy
 from training.alignment.sampler import Sampler
 from training.losses import Batch
@@ -110,7 +110,7 @@ def _solved(answerer: Answerer, sums: str, val_fraction: float) -> tuple[float, 
     """The shares of held-out problems that are solved by greedy and by sampled answers."""
     longest = answerer.model.config.max_position_embeddings - SUM_TOKENS
     prompts = PromptDataset(
-        split_problems(sums), answerer.tokenizer, longest, val_fraction=val_fraction, val_problems=SUMS
+        find_sources(sums, kind="prompt"), answerer.tokenizer, longest, val_fraction=val_fraction, val_problems=SUMS
     )
     if not prompts.validation:
         raise UserError(f"--sums {sums}: nothing is held out; raise --val_fraction")

@@ -17,8 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import ops
 from model.kernels.grouped import GradBuffer
+from model.ops import (
+    autocast,
+    expert_rows,
+    gather_sum,
+    grouped_linear,
+    padded_rows,
+    row_block,
+    row_tile,
+    run_experts,
+    weighted_swiglu,
+)
 
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
 
@@ -55,15 +65,15 @@ class Experts(nn.Module):
 
         corrections: of the matrices, by the name of the parameter.
         """
-        return ops.experts(self, ops.autocast(x_ND), weights_NK, indices_NK, corrections)
+        return run_experts(self, autocast(x_ND), weights_NK, indices_NK, corrections)
 
     def dispatched(
         self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping[str, LowRank]
     ) -> Tensor:
         """Plan, products, combine."""
-        plan = Plan.of(indices_NK, self.gate_up_proj.shape[0], ops.row_tile(self, x_ND, corrections))
+        plan = Plan.of(indices_NK, self.gate_up_proj.shape[0], row_tile(self, x_ND, corrections))
         weights_R = Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
-        out_RD = ops.expert_rows(self, x_ND, weights_R.to(x_ND.dtype), plan, corrections)
+        out_RD = expert_rows(self, x_ND, weights_R.to(x_ND.dtype), plan, corrections)
         return Combine.apply(out_RD, plan.token_of_row, plan.row_of_choice)
 
     def rows(self, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
@@ -71,15 +81,15 @@ class Experts(nn.Module):
         x_RD = Dispatch.apply(x_ND, plan.token_of_row, plan.row_of_choice)
         gate_up_R2I = self._product("gate_up_proj", x_RD, plan, corrections)
         # Scaling the inner activation equals scaling the output, since down_proj is linear, and is narrower.
-        inner_RI = ops.weighted_swiglu(gate_up_R2I, weights_R)
+        inner_RI = weighted_swiglu(gate_up_R2I, weights_R)
         return self._product("down_proj", inner_RI, plan, corrections)
 
     def _product(self, name: str, x_RF: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
-        out = ops.grouped_linear(x_RF, getattr(self, name), plan.ends, self.grad_buffers[name])
+        out = grouped_linear(x_RF, getattr(self, name), plan.ends, self.grad_buffers[name])
         if name not in corrections:
             return out
         a, b, scale = corrections[name]
-        return out + scale * ops.grouped_linear(ops.grouped_linear(x_RF, a, plan.ends), b, plan.ends)
+        return out + scale * grouped_linear(grouped_linear(x_RF, a, plan.ends), b, plan.ends)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Plan:
         expert_of_choice = indices_NK.flatten()
         sorted_experts, order = expert_of_choice.sort(stable=True)
         counts = count_choices(expert_of_choice, experts)
-        padded, rows = ops.padded_rows(counts, tokens * top_k, block or ops.row_block(indices_NK, experts))
+        padded, rows = padded_rows(counts, tokens * top_k, block or row_block(indices_NK, experts))
         ends = padded.cumsum(0)
         first_row, first_sorted = ends - padded, counts.cumsum(0) - counts
         row_of_sorted = torch.arange(tokens * top_k, device=order.device) + (first_row - first_sorted)[sorted_experts]
@@ -131,7 +141,7 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (row_of_choice,) = ctx.saved_tensors
-        return ops.gather_sum(grad_RD, row_of_choice), None, None
+        return gather_sum(grad_RD, row_of_choice), None, None
 
 
 class Combine(torch.autograd.Function):
@@ -140,7 +150,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RD: Tensor, token_of_row: Tensor, row_of_choice: Tensor) -> Tensor:
         ctx.save_for_backward(token_of_row)
-        return ops.gather_sum(y_RD, row_of_choice)
+        return gather_sum(y_RD, row_of_choice)
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import ops
 from model.experts import Experts
 from model.float32 import Float32Buffers, float32_only
-from model.ops import Linear
+from model.ops import Linear, route, swiglu
 
 
 class SwiGLU(nn.Module):
@@ -26,7 +25,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., hidden) -> (..., hidden)."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Routing(NamedTuple):
@@ -95,7 +94,7 @@ class DeepseekMoE(nn.Module):
         token_mask: (batch, time) bool, False where a position is padding and is not counted.
         """
         x_ND = x_BTD.flatten(0, 1)
-        weights, indices, *scores = self.gate(x_ND) if count else ops.route(self.gate, x_ND)
+        weights, indices, *scores = self.gate(x_ND) if count else route(self.gate, x_ND)
         out = self.experts(x_ND, weights, indices).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)
@@ -126,14 +125,3 @@ def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | Non
     f_BE = counts_BE * experts / (top_k * length_B1.clamp(min=1))
     p_BE = probability_BTE.sum(1) / length_B1.clamp(min=1)
     return Routing(counts_BE.sum(0), (f_BE * p_BE).sum(1) * length_B1.squeeze(1))
-
-
-@torch.no_grad()
-def update_bias(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
-    """b_i += gamma * sign(mean load - load_i), in place, once an optimiser step (section 2.1.2, gamma is `speed`).
-
-    Args:
-        bias_E: the router's buffer; counts_E: loads of the whole step, summed over micro-batches and ranks.
-    """
-    counts = counts_E.to(bias_E)
-    bias_E += speed * torch.sign(counts.mean() - counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model import ops
+from model.ops import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -18,4 +18,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., size). The mean square is taken in float32; the result has the type of x."""
-        return ops.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)

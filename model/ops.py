@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import AttentionMask
-from model.kernels import attention, causal, fused, grouped, products
+from model.kernels import attention, causal, decode, fused, grouped, products
 from model.kernels.attention import FLASH_ATTN, SDPA
 from model.kernels.grouped import GradBuffer
 from model.rope import rotate
 
 if TYPE_CHECKING:
-    from model.experts import Plan
+    from model.experts import Experts, Plan
+    from model.moe import Router
     from model.quantized import QuantizedWeight
 
 # CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work): each expert's
@@ -66,6 +67,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
         return linear(x, self.weight, self.bias)
+
+
+def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden (..., hidden) after a norm, head (vocab, hidden) -> (..., vocab) float32."""
+    if not decode.projects(hidden, head):
+        return F.linear(hidden, head.to(hidden.dtype)).float()
+    return decode.project(hidden, head, head.dtype)
 
 
 def causal_attention(
@@ -134,8 +142,8 @@ def small_products(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
 
-def route(router: nn.Module, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (N, K) float32 and indices (N, K) of a `model.moe.Router`, where nobody asks for gradients or scores."""
+def route(router: Router, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (N, K) float32 and indices (N, K) of the router, where nobody asks for gradients or scores."""
     watched = router._forward_hooks or router._forward_pre_hooks
     fits = x_ND.is_contiguous() and type(router.weight) is nn.Parameter and fused.fits(x_ND)
     if torch.is_grad_enabled() or watched or not fits or router.e_score_correction_bias.dtype != torch.float32:
@@ -150,16 +158,17 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
-def experts(module: nn.Module, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping) -> Tensor:
-    """`dispatched` of a `model.experts.Experts`; for a token or two without gradients on a CPU expert by expert."""
-    if x_ND.is_cuda:
-        return module.dispatched(x_ND, weights_NK, indices_NK, corrections)
-    return _experts_on_cpu(module, x_ND, weights_NK, indices_NK, corrections)
+def run_experts(module: Experts, x_ND: Tensor, *routed: Tensor | Mapping) -> Tensor:
+    """`dispatched` of the experts; for a token or two without gradients on a CPU one expert after the other.
+
+    routed: weights_NK, indices_NK, corrections.
+    """
+    return module.dispatched(x_ND, *routed) if x_ND.is_cuda else _experts_on_cpu(module, x_ND, *routed)
 
 
 @torch._disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported at the first call
 def _experts_on_cpu(
-    module: nn.Module, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping
+    module: Experts, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping
 ) -> Tensor:
     """The number of rows is read from the data: a compiled graph would hold for one step."""
     if indices_NK.numel() <= FEW_CHOICES and _in_turn(module, x_ND, corrections):
@@ -168,15 +177,15 @@ def _experts_on_cpu(
     return module.dispatched(x_ND, weights_NK, indices_NK, corrections)
 
 
-def expert_rows(module: nn.Module, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping) -> Tensor:
-    """`rows` of a `model.experts.Experts`; without gradients on a CPU one expert after the other, the same bits."""
+def expert_rows(module: Experts, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping) -> Tensor:
+    """`rows` of the experts; without gradients on a CPU one expert after the other, the same bits."""
     if not _in_turn(module, x_ND, corrections):
         return module.rows(x_ND, weights_R, plan, corrections)
     weights = (module.gate_up_proj, module.down_proj)
     return grouped.experts_in_turn(x_ND, weights_R, plan.token_of_row, plan.ends.tolist(), *weights)
 
 
-def _in_turn(module: nn.Module, x_ND: Tensor, corrections: Mapping) -> bool:
+def _in_turn(module: Experts, x_ND: Tensor, corrections: Mapping) -> bool:
     plain = not corrections and isinstance(module.gate_up_proj, Tensor)
     return plain and x_ND.device.type == "cpu" and not torch.is_grad_enabled()
 
@@ -189,7 +198,7 @@ def row_block(indices_NK: Tensor, experts: int) -> int:
     return next((block for block in ROW_BLOCKS if mean_rows >= 4 * block), smallest)
 
 
-def row_tile(module: nn.Module, x_ND: Tensor, corrections: Mapping) -> int | None:
+def row_tile(module: Experts, x_ND: Tensor, corrections: Mapping) -> int | None:
     """The same where all experts' products are one call, which takes any number of tiles; else None."""
     suits = grouped.suits(x_ND, module.gate_up_proj, module.down_proj)
     return grouped.TILE if suits and not _in_turn(module, x_ND, corrections) else None

@@ -1,8 +1,7 @@
-"""Frozen weights in 8 or 4 bits (QLoRA, Dettmers et al. 2023): quantised by torchao, unfolded for the moment of use."""
+"""Frozen weights in 8 or 4 bits (QLoRA, Dettmers et al. 2023), made dense for the moment of use."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -10,75 +9,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ops
 from model.float32 import Float32Buffers
-from training.run.quiet import quiet_imports
+from model.ops import autocast
 
 BLOCK = 64  # elements that share a scale in 4 bits
-SCALES = 256  # scales that share a scale of their own: double quantisation
 
 
 class QuantizedWeight(nn.Module, ABC):
     """A matrix, or a stack of them, that can be read but not trained. `shape` is that of the weight it stands for."""
 
-    def __init__(self, shape: torch.Size) -> None:
+    def __init__(self, shape: torch.Size, **buffers: Tensor) -> None:
         super().__init__()
         self.shape = shape
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight in a type of products, made anew."""
+        """Compute the weight in a type of products."""
 
 
 class Int8Weight(QuantizedWeight, Float32Buffers):
-    """A scale for each row, which is an output feature. decode.c reads the rows as they are."""
+    """codes: (..., out, in) int8; scales: (..., out, 1), one an output feature. decode.c reads them as they are."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight: (..., out, in)."""
-        super().__init__(weight.shape)
-        with quiet_imports():
-            from torchao.quantization import Int8Tensor, PerRow
-        quantized = Int8Tensor.from_hp(weight.detach().float(), granularity=PerRow())
-        self._store(quantized.qdata, quantized.scale)
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes.shape, codes=codes, scales=scales)
 
     @classmethod
     def rounded(cls, weight: Tensor) -> Int8Weight:
-        """Made without torchao, whose import takes a second: for a copy that serves while tokens are generated."""
+        """Round a weight without torchao, whose import takes a second: for a copy that serves while decoding."""
         weight = weight.detach().float()
         scales = (weight.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        quantized = cls.__new__(cls)
-        QuantizedWeight.__init__(quantized, weight.shape)
-        quantized._store((weight / scales).round().to(torch.int8), scales)
-        return quantized
-
-    def _store(self, codes: Tensor, scales: Tensor) -> None:
-        self.register_buffer("codes", codes)  # (..., out, in)
-        self.register_buffer("scales", scales)  # (..., out, 1)
+        return cls((weight / scales).round().to(torch.int8), scales)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.codes.to(dtype).mul_(self.scales.to(dtype))
 
 
 class NF4Weight(QuantizedWeight):
-    """NormalFloat: 16 levels at the quantiles of a normal distribution, a scale for 64 elements, itself in 8 bits."""
+    """NormalFloat: 16 levels at the quantiles of a normal distribution, a scale for 64 elements, itself in 8 bits.
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight: any shape whose elements `fits` in blocks."""
-        super().__init__(weight.shape)
-        with quiet_imports():
-            from torchao.quantization import to_nf4
-        blocks = weight.numel() // BLOCK
-        # As one row: torchao takes no stacks.
-        quantized = to_nf4(weight.detach().float().reshape(1, -1), BLOCK, math.gcd(blocks, SCALES))
-        self.register_buffer("codes", quantized.quantized_data)
-        self.register_buffer("scales", quantized.quantized_scalers.view(len(quantized.quantization_factor), -1))
-        self.register_buffer("factors", quantized.quantization_factor)
-        self.register_buffer("mean", quantized.scaler_mean)
-        self.register_buffer("levels", quantized.nf4)
-
-    @staticmethod
-    def fits(weight: Tensor) -> bool:
-        return weight.numel() % BLOCK == 0
+    Buffers: codes, two a byte; scales (groups, blocks of a group) int8, factors (groups,) and mean, so that the scale
+    of a block is scale / factor + mean; levels (16,).
+    """
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         # A byte holds two levels, the first in its high half: a table of all 256 pairs is read once a byte, as one
@@ -101,7 +74,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
-        out = _QuantizedProduct.apply(ops.autocast(x), self.quantized)
+        out = _QuantizedProduct.apply(autocast(x), self.quantized)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 

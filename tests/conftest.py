@@ -21,8 +21,7 @@ import training.trainer
 from errors import command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.decoding import native
-from model.kernels import compiled
+from model.kernels import compiled, decode
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
@@ -75,9 +74,9 @@ def portable(monkeypatch: pytest.MonkeyPatch, other_libraries: Path) -> Iterator
     """decode.c compiled without any instructions of this processor's own."""
     monkeypatch.setattr(compiled, "FLAGS", tuple(flag for flag in compiled.FLAGS if flag != "-march=native"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(other_libraries))
-    native.library.cache_clear()
+    decode.library.cache_clear()
     yield
-    native.library.cache_clear()
+    decode.library.cache_clear()
 
 
 @pytest.fixture

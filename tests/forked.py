@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ GRACE = 5.0  # seconds
 
 
 class Forked:
-    """A call in a process of its own. It is what bench/victim.py calls a victim."""
+    """A call in a process of its own. It is what tests/victim.py calls a victim."""
 
     def __init__(self, call: Callable[[], object], said: Path) -> None:
         """said: file for what the call prints."""
@@ -142,3 +142,13 @@ def on_ranks(
         for rank in ranks:
             rank.kill()
     return ranks
+
+
+def script_on_ranks(world: int, main: Callable[[], None], arguments: Sequence[object], folder: Path) -> str:
+    """Run a script's `main` on each of `world` ranks to its end. Returns what the ranks printed."""
+    from conftest import call_main
+
+    ranks = on_ranks(world, lambda rank: call_main(main, *arguments), folder, 200)
+    shown = "\n".join(rank.output() for rank in ranks)
+    assert [rank.code for rank in ranks] == [0] * world, shown[-4000:]
+    return shown

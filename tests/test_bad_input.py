@@ -106,89 +106,51 @@ def test_a_plain_message_stays_as_it_is() -> None:
         assert one_line(message) == message == str(UserError(message))
 
 
-# Data
+# Data: what each reader refuses is in tests/text/sources; here it arrives through the scripts
 
 
-def test_a_missing_column(train, tmp_path):
-    path = write(tmp_path / "a.csv", csv_of(ROWS, "body"))
-    refused(train(path), 2, f"{path}:1: no column 'text', the columns are: 'body'", "column")
-    assert train(path, "--column", "body").code == 0
+TEXT, HALF = "".join(json.dumps({"text": row}) + "\n" for row in ROWS), '{"messages": [{"role": "us'
+QUESTION = json.dumps({"messages": CHATS[0]["messages"][:1]}) + "\n"
+STOP = ("--on_error", "stop")
+REFUSED = {  # stage, name, content, options, what the error says behind the path
+    "column": ("train", "a.csv", csv_of(ROWS, "body"), (), ":1: no column 'text', the columns are: 'body'; name one"),
+    "name": ("train", "a.jsonl", TEXT, ("--column", "content"), ":1: no column 'content', the columns are: 'text'"),
+    "GBK": ("train", "a.csv", csv_of(ROWS).encode() + "镇\n".encode("gbk"), STOP, ":122: not UTF-8; convert it with"),
+    "all GBK": ("train", "a.csv", csv_of(["早晨很安静。"] * 3).encode("gbk"), (), ":2: not UTF-8; convert it"),
+    "NUL": ("train", "a.csv", csv_of([*ROWS, "a\0b"]), STOP, ":122: the text holds a NUL byte; delete such bytes"),
+    "quote": ("train", "a.csv", csv_of([*ROWS, '"open']), STOP, ":122: a quote that is not closed"),
+    "half a line": ("train", "a.jsonl", TEXT + '{"text": "ha', STOP, ":121: broken JSON"),
+    "half a chat": ("tune", "a.jsonl", chats_of(HALF), STOP, ":21: broken JSON"),
+    "nothing": ("train", "a.csv", "", (), ": is empty; name a file that has rows"),
+    "no chat": ("tune", "a.jsonl", "", (), ": is empty; name a file that has rows"),
+    "no answer": ("tune", "a.jsonl", QUESTION, STOP, ":1: 'messages' has no assistant turn"),
+    "no answers": ("tune", "a.jsonl", QUESTION, (), ": no conversations to train on"),
+    "folder": ("train", "folder/read.me", "nothing", (), ": the folder has no data; put files of .csv"),
+    "folder of chats": ("tune", "folder/read.me", "nothing", (), ": the folder has no data; put files of .csv"),
+    "absent": ("train", "a.csv", None, (), ": no such file or folder; check the path"),
+    "absent chats": ("tune", "a.jsonl", None, (), ": no such file or folder; check the path"),
+}  # fmt: skip
 
 
-def test_a_wrong_column(train, tmp_path):
-    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in ROWS))
-    refused(train(path, "--column", "content"), 2, f"{path}:1: no column 'content'", "'text'")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_data_that_are_refused(kind, train, tune, tmp_path):
+    stage, name, content, options, what = REFUSED[kind]
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        write(path, content)
+    path = path.parent if name == "folder/read.me" else path
+    refused({"train": train, "tune": tune}[stage](path, *options), 2, path, what)
 
 
-def test_a_byte_order_mark_is_no_problem(train, tune, tmp_path):
-    assert train(write(tmp_path / "a.csv", b"\xef\xbb\xbf" + csv_of(ROWS).encode())).code == 0
-    shutil.rmtree(tmp_path / "run")
-    assert tune(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + chats_of().encode())).code == 0
-
-
-@pytest.mark.parametrize(
-    ("broken", "what"),
-    [
-        ("月牙镇".encode("gbk"), "iconv -f GBK -t UTF-8"),
-        (b"a\0b", "NUL byte; delete such bytes"),
-        (b'"a quote that is not closed', "a quote that is not closed"),
-    ],
-    ids=["GBK", "NUL", "broken quote"],
-)
-def test_a_row_that_cannot_be_read(broken, what, train, tmp_path):
-    """on_error stop names it; skip counts it and goes on."""
-    path = write(tmp_path / "a.csv", csv_of(ROWS).encode() + broken + b"\n")
-    refused(train(path, "--on_error", "stop"), 2, f"{path}:{len(ROWS) + 2}: ", what)
-    done = train(path)
+def test_what_can_be_skipped_is_counted(train, tune, tmp_path):
+    """A byte order mark is no problem, another column can be named, a broken row costs only itself."""
+    path = write(tmp_path / "a.csv", b"\xef\xbb\xbf" + csv_of([*ROWS, '"open'], "body").encode())
+    done = train(path, "--column", "body")
     assert done.code == 0 and f"{path}:{len(ROWS) + 2}: " in done.out
-
-
-def test_a_file_in_gbk_throughout(train, tmp_path):
-    path = write(tmp_path / "a.csv", csv_of(["月牙镇的早晨很安静。"] * 3).encode("gbk"))
-    refused(train(path), 2, f"{path}:2: ", "iconv -f GBK -t UTF-8")
-
-
-def test_half_a_json_line(train, tune, tmp_path):
-    lines = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in ROWS)
-    path = write(tmp_path / "a.jsonl", lines + '{"text": "ha')
-    refused(train(path, "--on_error", "stop"), 2, f"{path}:{len(ROWS) + 1}: broken JSON")
-    path = write(tmp_path / "chat.jsonl", chats_of('{"messages": [{"role": "us'))
-    refused(tune(path, "--on_error", "stop"), 2, f"{path}:21: broken JSON")
-    done = tune(path)
+    shutil.rmtree(tmp_path / "run")
+    done = tune(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + chats_of(HALF).encode()))
     assert done.code == 0 and "20 of 21 rows read, 1 skipped" in done.out
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\xef\xbb\xbf", b"text\n", b"\n\n"], ids=["empty", "mark", "header", "blank"]
-)
-def test_an_empty_file(content, train, tmp_path):
-    path = write(tmp_path / "a.csv", content)
-    refused(train(path), 2, path)
-
-
-def test_an_empty_file_of_conversations(tune, tmp_path):
-    path = write(tmp_path / "a.jsonl", b"")
-    refused(tune(path), 2, f"{path}: is empty; name a file that has rows")
-
-
-def test_a_folder_without_data(train, tune, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write(folder / "read.me", "nothing")
-    refused(train(folder), 2, f"{folder}: the folder has no data; put files of .csv")
-    refused(tune(folder), 2, f"{folder}: the folder has no data; put files of .csv")
-
-
-def test_data_that_is_not_there(train, tune, tmp_path):
-    path = tmp_path / "nowhere.csv"
-    refused(train(path), 2, f"{path}: no such file or folder; check the path")
-    refused(tune(tmp_path / "nowhere.jsonl"), 2, "nowhere.jsonl: no such file or folder; check the path")
-
-
-def test_conversations_without_an_answer(tune, tmp_path):
-    path = write(tmp_path / "a.jsonl", json.dumps({"messages": CHATS[0]["messages"][:1]}) + "\n")
-    refused(tune(path, "--on_error", "stop"), 2, f"{path}:1: 'messages' has no assistant turn")
-    refused(tune(path), 2, path, "no conversations to train on", "no assistant turn")
 
 
 # Checkpoints and tokenizers
@@ -266,27 +228,25 @@ def test_neither_tokenizer_nor_checkpoint(run, world, tmp_path):
 
 def test_special_tokens_at_other_places(tune, checkpoint, world):
     change_config(checkpoint, eos_token_id=9)
-    refused(
-        tune(world / "sft.jsonl", "--ckpt", checkpoint), 2, "eos_token_id is 9 in config.json and 2 in the tokenizer"
-    )
+    done = tune(world / "sft.jsonl", "--ckpt", checkpoint)
+    refused(done, 2, "eos_token_id is 9 in config.json and 2 in the tokenizer")
 
 
-def test_a_misspelled_field_of_the_model(train, world, tmp_path):
-    done = train(world / "pretrain.csv", "--model.hiden_size", 64)
-    refused(done, 2, "model.hiden_size: no such field, did you mean 'hidden_size'")
-    path = write(tmp_path / "run.yaml", yaml.safe_dump({"model": {"preset": "demo", "n_grup": 2}}))
-    refused(train(world / "pretrain.csv", "--config", path), 2, "model.n_grup: no such field, did you mean 'n_group'")
-    refused(train(world / "pretrain.csv", "--model.preset", "demos"), 2, "no preset 'demos'", "demo, 26m")
-
-
-def test_a_misspelled_setting(train, world, tmp_path):
-    path = write(tmp_path / "run.yaml", "batch_tokns: 4096\n")
-    refused(train(world / "pretrain.csv", "--config", path), 2, "batch_tokns")
-    refused(train(world / "pretrain.csv", "--optim.lrr", 1), 2, "lrr")
-
-
-def test_a_field_that_contradicts_another(train, world):
-    refused(train(world / "pretrain.csv", "--model.n_group", 3), 2, "n_group = 3", "choose a divisor")
+@pytest.mark.parametrize(
+    ("options", "recipe", "parts"),
+    [
+        (["--model.hiden_size", 64], {}, ["model.hiden_size: no such field, did you mean 'hidden_size'"]),
+        ([], {"model": {"preset": "demo", "n_grup": 2}}, ["model.n_grup: no such field, did you mean 'n_group'"]),
+        (["--model.preset", "demos"], {}, ["no preset 'demos'", "demo, 26m"]),
+        ([], {"batch_tokns": 4096}, ["batch_tokns"]),
+        (["--optim.lrr", 1], {}, ["lrr"]),
+        (["--model.n_group", 3], {}, ["n_group = 3", "choose a divisor"]),
+    ],
+)
+def test_a_setting_that_is_misspelled_or_contradicts_another(options, recipe, parts, train, world, tmp_path):
+    if recipe:
+        options = ["--config", write(tmp_path / "run.yaml", yaml.safe_dump(recipe))]
+    refused(train(world / "pretrain.csv", *options), 2, *parts)
 
 
 def test_a_vocabulary_above_65535(run, train, world, tmp_path, tokenizer):

@@ -256,7 +256,7 @@ def test_make_lora_trains_on_the_fine_tuned_model_and_measures_before_and_after(
     made = commands(f"WORLD={world}", f"OUT={out}", target="lora")
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
     assert scripts[-5:] == [
-        "world.blessings", "lora_sft.py", "eval/style.py", "eval/style.py", "eval/questions.py",
+        "world.greeting_messages", "lora_sft.py", "eval/style.py", "eval/style.py", "eval/questions.py",
     ]  # fmt: skip
     generated, tuned, before, after, kept = made[-5:]
     settings = parse(LoraSFTSettings, "", tuned[1:])

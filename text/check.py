@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
+from tqdm import tqdm
 
 from errors import UserError
 from text.chats.encoded import fit
-from text.inspection import encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
+from text.inspection import encode_items, kind_of_source, lengths, no_usable, placed_items, trained
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
 from text.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ class Findings:
     kind: str
     report: RowReport = field(default_factory=RowReport)
     sizes: list[int] = field(default_factory=list)
-    learnt: int = 0
+    trained: int = 0
     whole: int = 0
     longer: int = 0
     cut: int = 0
@@ -38,12 +38,12 @@ class Findings:
     trouble: str = ""
 
     def lines(self, sequence_length: int) -> list[str]:
-        """For people."""
+        """Return the findings for people."""
         lines = self.report.lines()
         if self.sizes:
             middle, high = np.percentile(self.sizes, (50, 90), method="higher")
             tokens = sum(self.sizes) + len(self.sizes)
-            lines.append(f"{tokens:,} tokens, {self.learnt:,} of them learnt")
+            lines.append(f"{tokens:,} tokens, {self.trained:,} of them trained on")
             lines.append(
                 f"tokens of one: median {middle + 1:,}, 90 % up to {high + 1:,}, longest {max(self.sizes) + 1:,}"
             )
@@ -66,21 +66,17 @@ class Findings:
 def check_source(source: Source, tokenizer: Tokenizer, sequence_length: int) -> Findings:
     """Read and encode everything; in memory is no more than the lengths."""
     found = Findings(kind_of_source(source))
-    console = Console(stderr=True)
-    with Progress(transient=True, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"reading {source}", total=None)
-        items = (item for _, item in placed_items(source, found.kind, found.report))
-        some: list[Any] = []
-        try:
-            for item in items:
-                some.append(item)
-                if len(some) == ROWS_AT_ONCE:
-                    _look(found, tokenizer, some, sequence_length)
-                    bar.update(task, advance=len(some))
-                    some = []
-        except UserError as error:  # a file that breaks off: what was found before it is worth seeing
-            found.trouble = str(error)
-        _look(found, tokenizer, some, sequence_length)
+    items = (item for _, item in placed_items(source, found.kind, found.report))
+    some: list[Any] = []
+    try:
+        for item in tqdm(items, f"reading {source}", leave=False, disable=not sys.stderr.isatty()):
+            some.append(item)
+            if len(some) == ROWS_AT_ONCE:
+                _look(found, tokenizer, some, sequence_length)
+                some = []
+    except UserError as error:  # a file that breaks off: what was found before it is worth seeing
+        found.trouble = str(error)
+    _look(found, tokenizer, some, sequence_length)
     if not found.sizes and not found.trouble:
         found.trouble = str(no_usable(source, found.report))
     return found
@@ -91,7 +87,7 @@ def _look(found: Findings, tokenizer: Tokenizer, items: list[Any], sequence_leng
     for sequences in encode_items(tokenizer, found.kind, items):
         sizes = lengths(sequences)
         found.sizes += sizes
-        found.learnt += learnt(sequences)
+        found.trained += trained(sequences)
         is_longer = max(sizes) > sequence_length
         found.longer += is_longer
         fate = "dropped" if is_longer and found.kind != "text" else "whole"

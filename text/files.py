@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +63,11 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = error.filename or str(file)  # a failed write does not say where
         raise
+
+
+def peak_memory() -> int:
+    """Return the most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _at_home(value: Any, values: Iterator[int]) -> Any:

@@ -17,12 +17,12 @@ from text.chats.chat_template import encode_chats
 from text.chats.conversations import to_messages
 from text.chats.encoded import last_answer
 from text.chats.preferences import to_preference
-from text.chats.problems import COLUMNS, open_problems, problem_reader
+from text.chats.problems import COLUMNS, is_generated, open_problems, problem_reader
 from text.corpus.cleaning import Cleaner, SeenHashes
 from text.corpus.corpus import Corpus
 from text.sources.folders import Folder
 from text.sources.formats import FORMATS
-from text.sources.registry import GENERATORS, Source
+from text.sources.registry import Source
 from text.sources.row_report import RowReport
 from text.sources.rows import SUFFIXES, placed_rows, read_rows
 from text.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def placed_items(source: Source, kind: str, report: RowReport) -> Iterator[tuple
 
 
 def encode_items(tokenizer: Tokenizer, kind: str, items: Sequence[Any]) -> list[Sequences]:
-    """The token sequences of each item and what is learnt of them: of a problem only its prompt, which is not."""
+    """The token sequences of each item and what is trained on of them: of a problem only its prompt, which is not."""
     if kind == "text":
         encoded = tokenizer.encode_batch(list(items))
         return [[([*ids, tokenizer.eos_id], [1] * (len(ids) + 1))] for ids in encoded]
@@ -85,18 +85,13 @@ def encode_items(tokenizer: Tokenizer, kind: str, items: Sequence[Any]) -> list[
 
 
 def lengths(sequences: Sequences) -> list[int]:
-    """How many positions of a row each sequence fills: its last token is only ever predicted."""
+    """Return how many positions of a row each sequence fills: its last token is only ever predicted."""
     return [len(ids) - 1 for ids, _ in sequences]
 
 
-def learnt(sequences: Sequences) -> int:
-    """How many tokens of a row of data are learnt."""
+def trained(sequences: Sequences) -> int:
+    """Return how many tokens of a row of data are trained on."""
     return int(sum(np.sum(mask) for _, mask in sequences))
-
-
-def is_generated(source: Source) -> bool:
-    """Whether there is no file: the problems are made up as they are asked for."""
-    return source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
 
 
 def _documents(source: Source, report: RowReport) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Rows of data as the tokens they become, with what is learnt in colour and behind a `+`."""
+"""Rows of data as the tokens they become, with what is trained on in colour and behind a `+`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.text import Text
 
 from text.chats.packing import cut_at_turn
-from text.inspection import Sequences, encode_items, kind_of_source, learnt, lengths, no_usable, placed_items
+from text.inspection import Sequences, encode_items, kind_of_source, lengths, no_usable, placed_items, trained
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
 from text.stream_decoder import StreamDecoder
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-LEARNT, CONTEXT, MARK = ("bold green", "bold cyan"), ("white", "bright_black"), "magenta"
+TRAINED, CONTEXT, MARK = ("bold green", "bold cyan"), ("white", "bright_black"), "magenta"
 BETWEEN = "┊"
 SHOWN = {"\n": "↵", "\t": "⇥"}
 # Controls, directions of writing and line ends other than \n.
@@ -32,13 +32,15 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
         raise no_usable(source, report)
     encoded = encode_items(tokenizer, kind, [item for _, item in found])
     console.print(
-        Text(f"{source}: {source.layout.format or kind + ', layout seen row by row'}; + is learnt"), soft_wrap=True
+        Text(f"{source}: {source.layout.format or kind + ', layout seen row by row'}; + is trained on"), soft_wrap=True
     )
     for notice in report.unread:
         console.print(Text(notice), soft_wrap=True)
     for (place, item), sequences in zip(found, encoded, strict=True):
         sizes = " and ".join(str(size + 1) for size in lengths(sequences))
-        console.print(Text(f"\n{place}   {sizes} tokens, {learnt(sequences)} learnt", style="bold"), soft_wrap=True)
+        console.print(
+            Text(f"\n{place}   {sizes} tokens, {trained(sequences)} trained on", style="bold"), soft_wrap=True
+        )
         names = ("chosen", "rejected") if kind == "preference" else ("",)
         for name, (ids, mask) in zip(names, sequences, strict=True):
             if name:
@@ -63,31 +65,31 @@ def _remark(kind: str, sequences: Sequences, sequence_length: int) -> str:
 
 def _print_tokens(console: Console, tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> None:
     """One turn and one fate a line, broken between tokens where it is too long."""
-    line, line_learnt = Text(), False
-    for number, (piece, is_special, is_learnt) in enumerate(_pieces(tokenizer, ids, mask)):
+    line, line_trained = Text(), False
+    for number, (piece, is_special, is_trained) in enumerate(_pieces(tokenizer, ids, mask)):
         opens_turn = is_special and piece.startswith("<|")
         too_long = line.cell_len + cell_len(piece) > console.width - 3
-        if line and (is_learnt != line_learnt or opens_turn or too_long):
-            _print_line(console, line, line_learnt)
+        if line and (is_trained != line_trained or opens_turn or too_long):
+            _print_line(console, line, line_trained)
             line = Text()
         if line:
             line.append(BETWEEN, style="dim")
-        line_learnt = is_learnt
-        line.append(piece, style=MARK if is_special else (LEARNT if is_learnt else CONTEXT)[number % 2])
-    _print_line(console, line, line_learnt)
+        line_trained = is_trained
+        line.append(piece, style=MARK if is_special else (TRAINED if is_trained else CONTEXT)[number % 2])
+    _print_line(console, line, line_trained)
 
 
-def _print_line(console: Console, line: Text, is_learnt: bool) -> None:
-    console.print(Text("+ " if is_learnt else "  ", style="green") + line, soft_wrap=True)
+def _print_line(console: Console, line: Text, is_trained: bool) -> None:
+    console.print(Text("+ " if is_trained else "  ", style="green") + line, soft_wrap=True)
 
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> Iterator[tuple[str, bool, bool]]:
-    """(text, whether a special token, whether learnt) of each token; tokens that share a character come as one."""
+    """(text, whether a special token, whether trained on) of each token; tokens that share a character come as one."""
     decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
-    for token, is_learnt in zip(ids, mask, strict=True):
+    for token, is_trained in zip(ids, mask, strict=True):
         text = decoder.push(int(token))
         if text:
-            yield _printable(text), token < len(SPECIAL_TOKENS), bool(is_learnt)
+            yield _printable(text), token < len(SPECIAL_TOKENS), bool(is_trained)
     if rest := decoder.flush():
         yield _printable(rest), False, bool(mask[-1])
 

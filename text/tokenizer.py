@@ -23,6 +23,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     "<think>", "</think>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
 )  # fmt: skip
 
+OURS = "use a tokenizer made by train_tokenizer.py"
 STRIPPED = ("lstrip", "normalized", "rstrip", "single_word")
 # Token shards are uint16, and 65,535 is left free as a mark.
 MAX_VOCAB_SIZE = 65_535
@@ -39,18 +40,15 @@ class Tokenizer:
         """Raises `UserError` unless the special tokens are the project's at the lowest ids, and all text comes back."""
         for number, token in enumerate(SPECIAL_TOKENS):
             if raw.token_to_id(token) != number:
-                raise UserError(
-                    f"special token {token!r} has id {raw.token_to_id(token)}, not {number}; "
-                    "use a tokenizer made by train_tokenizer.py"
-                )
-        # This flag is not part of tokenizer.json: it is lost by every copy, file or pickle, and is set anew here.
+                raise UserError(f"special token {token!r} has id {raw.token_to_id(token)}, not {number}; {OURS}")
+        # This flag is not part of tokenizer.json: it is lost by every copy, file or pickle, and is set again here.
         raw.encode_special_tokens = True
         raw.no_truncation()
         raw.no_padding()
         self.raw = raw
         self.vocab_size = raw.get_vocab_size()
         if problem := _problem_with(raw):
-            raise UserError(f"{problem}; use a tokenizer made by train_tokenizer.py")
+            raise UserError(f"{problem}; {OURS}")
         self.special_ids: dict[str, int] = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
         self.unk_id, self.bos_id, self.eos_id, self.pad_id = range(4)
         self.token_bytes = self._count_bytes()
@@ -62,21 +60,15 @@ class Tokenizer:
         file = Path(folder) / "tokenizer.json"
         try:
             text = file.read_bytes().decode("utf-8")
-        except OSError as error:
-            raise UserError(
-                f"{file}: {error.strerror}; name a folder written by train_tokenizer.py or a checkpoint folder"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8; make it anew with train_tokenizer.py") from error
-        try:
             _check_small(text)
-            raw = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{file}: not a tokenizer ({error}); make it anew with train_tokenizer.py") from error
-        try:
-            return cls(raw)
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except OSError as error:
+            hint = "name a folder written by train_tokenizer.py or a checkpoint folder"
+            raise UserError(f"{file}: {error.strerror}; {hint}") from error
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{file}: not a tokenizer ({error}); make it again with train_tokenizer.py") from error
 
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         return _from_json, (self.raw.to_str(),)
@@ -107,20 +99,20 @@ class Tokenizer:
         _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text alone. Half a surrogate pair, which is no character, becomes U+FFFD."""
+        """Return the token ids of the text alone. Half a surrogate pair, which is no character, becomes U+FFFD."""
         return self.raw.encode(characters(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts on all cores."""
+        """Do as `encode` of many texts, on all cores."""
         encodings = self.raw.encode_batch_fast([characters(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of the ids. Bytes that form no character become U+FFFD."""
+        """Return the text of the ids. Bytes that form no character become U+FFFD."""
         return self.raw.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
     def _count_bytes(self) -> np.ndarray:
-        """How many bytes of text each id stands for, (vocab,) int32; 0 for special tokens."""
+        """Return how many bytes of text each id stands for, (vocab,) int32; 0 for special tokens."""
         count = np.zeros(self.vocab_size, dtype=np.int32)
         for token, number in self.raw.get_vocab(with_added_tokens=False).items():
             count[number] = len(token)  # the byte-level alphabet has one letter a byte
@@ -128,7 +120,7 @@ class Tokenizer:
         return count
 
     def _fingerprint(self) -> str:
-        """16 hex digits of all that decides how text becomes ids; the same after being saved by other tools."""
+        """Return 16 hex digits of all that decides how text becomes ids; the same after being saved by other tools."""
         content = json.loads(self.raw.to_str())
         added = [(token["id"], token["content"]) for token in content["added_tokens"]]
         model = content["model"]
@@ -137,7 +129,7 @@ class Tokenizer:
 
 
 def _check_small(text: str) -> None:
-    """Raises `ValueError` for what tokenizers might open only with more memory than there is, which ends the process.
+    """Raise `ValueError` for what tokenizers might open only with more memory than there is, which ends the process.
 
     An added token becomes an automaton a hundred times as large, and a charsmap names the size of its own tables.
     """

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from text.chats.chat_template import encode_chats
 from text.chats.packed_dataset import ChatDataset
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
-from training.held_out import labels_name
+from training.losses import IGNORE, Batch
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
-from training.run.samples import Samples, SampleSettings, open_samples
+from training.run.samples import LONGEST, Samples, SampleSettings, first_different, open_samples
 from training.settings import StageSettings
-from training.validation import BitsPerByte, held_out_batches
+from training.validation import BitsPerByte, held_out_batches, labels_name
 
 
 @dataclass(kw_only=True)
@@ -45,7 +47,22 @@ class ChatSettings(StageSettings, SampleSettings):
 def chat_samples(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks, dataset: ChatDataset) -> Samples | None:
     """Answers to held-out questions, or to those of --sample_prompts, while the model is trained."""
     rows, validated = dataset.validation or dataset, dataset.validation is not None
-    return open_samples(settings, tokenizer, ranks, rows, validated, chat=True)
+    return open_samples(settings, tokenizer, ranks, rows, validated, chat_prompts)
+
+
+def chat_prompts(tokenizer: Tokenizer, lines: list[str], rows: Iterable[Batch]) -> list[list[int]]:
+    """Return questions up to where the answer begins: the lines, or the first of each row."""
+    if not lines:
+        return first_different(map(_question, rows))
+    questions = [[{"role": "user", "content": line}] for line in lines]
+    return [ids for ids, _ in encode_chats(tokenizer, questions, add_generation_prompt=True)]
+
+
+def _question(batch: Batch) -> list[int]:
+    """Return the first conversation of a row up to its first answer; nothing where that is too long."""
+    answered = (batch["labels"][0] != IGNORE).nonzero()
+    question = batch["input_ids"][0, : int(answered[0]) + 1].tolist() if len(answered) else []
+    return question if len(question) <= LONGEST else []
 
 
 def open_chats(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks) -> tuple[ChatDataset, BitsPerByte | None]:

@@ -19,6 +19,13 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
+class NamingDataset(Protocol):
+    """A data set that can say where sample `index` comes from."""
+
+    def describe(self, index: int) -> str: ...
+
+
+@runtime_checkable
 class PolicyDataset(Protocol):
     """A data set that the model in training makes, such as its own answers.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.chunks import chunks, padded
-from training.losses import IGNORE
+from training.losses import IGNORE, chunks, padded
 
 
 class _LabelLogProbs(torch.autograd.Function):

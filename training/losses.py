@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ops
 from model.kernels.products import add_gradient, product
+from model.ops import cross_entropy_
 from model.transformer import Output
-from training.chunks import chunks
-from training.tally import Metric
 
 IGNORE = -100  # a label that does not count
+CHUNK_ELEMENTS = 2**22  # logits held at a time: those of a batch never exist together
+# A CPU generates kernels for each row count that it has not seen, up to 10 ms and 10 MB: chunks are multiples.
+ROWS = 64
 
 Batch = dict[str, Tensor]
+Metric = Tensor | tuple[Tensor, Tensor]
 
 
 class Loss(Protocol):
@@ -27,6 +29,9 @@ class Loss(Protocol):
     how a batch is cut changes nothing. A metric is a sum to be logged over the same count, or a pair (sum, count) with
     a count of its own; each call brings the same names. Two names are special: `main` is logged as the loss, where a
     loss has parts, and `counts` are the experts' loads, (MoE layers, experts), that move the routers' biases.
+
+    A loss may name, in `schedules`, attributes of its own that change along the run; the trainer sets them before each
+    step and refuses a schedule of any other name. `bias_speed` among them is the routers' gamma.
     """
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]: ...
@@ -47,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
         for part in chunks(len(hidden_ND), len(weight)):
             logits_NV = product(hidden_ND[part], weight)
-            nll_N, error_NV = ops.cross_entropy_(logits_NV, labels_N[part])
+            nll_N, error_NV = cross_entropy_(logits_NV, labels_N[part])
             total += nll_N.sum()
             if with_grad:
                 grad_hidden[part] = product(error_NV, weight.t())
@@ -63,6 +68,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_head is not None:
             grad_head = (grad_head * grad).to(ctx.head_dtype)
         return grad_hidden * grad.to(grad_hidden.dtype), grad_head, None, None
+
+
+def chunks(rows: int, vocab: int) -> list[slice]:
+    """Return slices of rows whose products with the vocabulary have about `CHUNK_ELEMENTS` logits."""
+    size = max(ROWS, CHUNK_ELEMENTS // vocab // ROWS * ROWS)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def padded(places: Tensor) -> Tensor:
+    """Return (N,) indices, followed by zeros up to a multiple of `ROWS`."""
+    return F.pad(places, (0, -len(places) % ROWS))
+
+
+def padded_rows(x: Tensor, rows: int) -> Tensor:
+    """Return (N, ...) with rows of zeros behind, up to (rows, ...)."""
+    return F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +120,7 @@ def labels_ahead(batch: Batch, depth: int) -> Tensor:
     return ahead
 
 
-def labels_of_own_step(batch: Batch, depth: int, step: int) -> Tensor:
+def labels_of_unrolled_step(batch: Batch, depth: int, step: int) -> Tensor:
     """What step j of MTP depth D on its own state predicts at position t: the same as the depth itself, but only where
     the chain began, j-1 positions before, in the same segment."""
     labels, begun = labels_ahead(batch, depth), step - 1
@@ -123,25 +144,28 @@ class NextTokenLoss:
 
     Attributes:
         mtp: whether the MTP chain runs at all; mtp_steps: K.
-        mtp_weight: lambda; balance_weight: alpha. The trainer moves both along their schedules. While lambda is 0 the
-            chain is left out: its layers cost nothing and stay as they are.
+        mtp_weight: lambda; balance_weight: alpha; bias_speed: gamma of the routers' biases. All three follow their
+            schedules. While lambda is 0 the chain is left out: its layers cost nothing and stay as they are.
     """
+
+    schedules: ClassVar[tuple[str, ...]] = ("mtp_weight", "balance_weight", "bias_speed")
 
     mtp: bool = True
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4
     mtp_steps: int = 1
+    bias_speed: float = 0.0
 
     @property
     def runs_mtp(self) -> bool:
-        """Whether the MTP layers take part now."""
+        """Return whether the MTP layers take part now."""
         return self.mtp and self.mtp_weight > 0
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
+        """Return the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
-        out = model(**inputs, mtp=self.runs_mtp, mtp_steps=self.mtp_steps)
+        out = model(**inputs, mtp=self.mtp_steps if self.runs_mtp else 0)
         count = (labels != IGNORE).sum()
         main, parts = self.main(out, batch)
         total, metrics = main, {"main": main.detach(), **parts}
@@ -151,8 +175,8 @@ class NextTokenLoss:
                 for depth, hidden in enumerate(out.mtp_hidden, start=1)
             ]
             depths += [
-                cross_entropy_sum(hidden, out.head, labels_of_own_step(batch, len(out.mtp_hidden), step))
-                for step, hidden in enumerate(out.own_hidden, start=2)
+                cross_entropy_sum(hidden, out.head, labels_of_unrolled_step(batch, len(out.mtp_hidden), step))
+                for step, hidden in enumerate(out.mtp_unrolled, start=2)
             ]
             mtp = torch.stack(depths).mean()
             total = total + self.weight_of_mtp(batch) * mtp

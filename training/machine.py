@@ -1,23 +1,69 @@
-"""What the machine can do: number format, measured matrix-product peak, memory."""
+"""What the machine can do: device, number format, measured matrix-product peak, memory."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from errors import UserError
-from training.parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    from training.parallel.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def choose_device(name: str, local: int) -> tuple[torch.device, str]:
+    """Return the device of process number `local` of this machine, and why it is that one (nothing where it was given).
+
+    `auto` is CUDA where it can be used. Raises `UserError` for a device that cannot be used here.
+    """
+    if name == "mps":
+        raise UserError("--device mps: Apple's GPUs are not supported; use --device cpu")
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: one of auto, cpu, cuda")
+    if name == "cpu":
+        return torch.device("cpu"), ""
+    fault = _why_not_cuda(local)
+    if not fault:
+        return torch.device("cuda", local), torch.cuda.get_device_name(local)
+    if name == "cuda":
+        raise UserError(f"--device cuda: {fault}; use --device cpu")
+    return torch.device("cpu"), fault
+
+
+def _why_not_cuda(local: int) -> str:
+    """Compute something there. Returns why that failed, in words; nothing where it did not."""
+    if torch.version.hip:
+        return "this torch is built for AMD GPUs (ROCm), which are not supported"
+    if torch.version.cuda is None:
+        return "this torch is built for CPUs only"
+    try:
+        with warnings.catch_warnings():  # torch warns of a GPU that it has no code for, which then fails below
+            warnings.simplefilter("ignore")
+            torch.cuda.init()
+            if local >= (count := torch.cuda.device_count()):
+                raise UserError(
+                    f"LOCAL_RANK {local}: this machine has {count} CUDA devices; start one process for each "
+                    f"(torchrun --nproc_per_node {count}), or use --device cpu"
+                )
+            torch.zeros(1, device=torch.device("cuda", local)).add_(1).item()
+    except RuntimeError as error:  # no driver, one that is too old, no GPU; torch adds where to find another one
+        sentences = re.split(r"(?<=[.?!])\s+", str(error).partition("\n")[0])
+        return " ".join(sentence for sentence in sentences if "http" not in sentence).strip(" .")
+    return ""
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the products: bf16 or fp32; `auto` takes bf16 where hardware has it (elsewhere it is emulated)."""
+    """Return the type of the products; `auto` is bf16 where hardware has it (elsewhere it is emulated)."""
     if name == "auto":
         return torch.bfloat16 if has_bf16_units(device) else torch.float32
     if name not in DTYPES:
@@ -26,14 +72,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """CUDA since Ampere, and CPUs with AMX or AVX512-BF16."""
+    """Return True for CUDA since Ampere, and for CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """Products in `dtype`, weights and their updates in float32."""
+    """Compute products in `dtype`; weights and their updates stay in float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
@@ -45,18 +91,18 @@ def set_seed(seed: int, device: torch.device) -> None:
 
 
 def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 2.0) -> float:
-    """FLOP/s of a plain (size, size) matrix product on all threads, best of those that `seconds` have room for."""
+    """Return FLOP/s of a plain (size, size) matrix product on all threads, the best in `seconds`."""
     size = size * 4 if device.type == "cuda" else size
-    # Numbers of its own: a run must find the random state as it was left.
-    numbers = torch.Generator(device).manual_seed(0)
+    numbers = torch.Generator(device).manual_seed(0)  # a run must find the random state as it was left
     a, b = (torch.randn(size, size, generator=numbers, device=device, dtype=dtype) for _ in range(2))
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best, end = float("inf"), time.perf_counter() + seconds
     a @ b
     while best == float("inf") or time.perf_counter() < end:  # once at least, however slow the machine
-        _synchronise(device)
+        synchronise()
         start = time.perf_counter()
         a @ b
-        _synchronise(device)
+        synchronise()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -78,12 +124,12 @@ class Peak:
     """
 
     def __init__(self, dtype: torch.dtype, ranks: Ranks) -> None:
-        """As the main rank measured it; infinite on the others."""
+        """Take what the main rank measured; infinite on the others."""
         self._ranks = ranks
         self.rate = machine_peak(dtype, ranks.device) * ranks.world if ranks.main else float("inf")
 
     def share(self, rate: float) -> float:
-        """Of the peak, what a step reached at `rate` FLOP/s; at most 1."""
+        """Return the share of the peak that a step reached at `rate` FLOP/s; at most 1."""
         if rate > self.rate:
             self._ranks.say(
                 f"peak       a step at {rate / 1e9:,.0f} GFLOP/s was faster than the matrix products measured at the "
@@ -93,27 +139,9 @@ class Peak:
         return rate / self.rate
 
 
-def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int = 5) -> float:
-    """Bytes a second that the GPU, or all threads, read from memory, best of several: what decoding is measured by."""
-    numbers = torch.ones(megabytes * 2**20 // 4, device=device)
-    best = float("inf")
-    for _ in range(times):
-        _synchronise(device)
-        start = time.perf_counter()
-        numbers.sum()
-        _synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return numbers.numel() * 4 / best
-
-
 def peak_memory(device: torch.device) -> int:
-    """The most memory used so far, in bytes: allocated on the GPU, or resident in this process."""
+    """Return the most memory used so far, in bytes: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,20 +1,18 @@
-"""What a run says of itself: the announcement at its start, and the entry of a logged step."""
+"""What a run measures of itself: sums of a step, FLOPs of a token, the log's entries."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.costs import Costs, human
+from model import MiniDeepSeek
+from model.costs import count
+from training.losses import Loss, Metric
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import Progress
-from training.run.estimate import Estimate
-from training.schedule import Budget
-from training.settings import StageSettings
 
 # The measures whose name in a loss is a part of it; all others are logged as they are named.
 PARTS_OF_THE_LOSS = {"mtp": "mtp_loss", "balance": "balance_loss"}
@@ -27,7 +25,7 @@ class StepResult:
     Attributes:
         loss: normalised total; labels: how many it was divided by; positions: that went through the network.
         metrics: means by name; counts: (MoE layers, experts) loads, or None.
-        extra: entries of the data set, as they are.
+        extra: log entries of the data set.
     """
 
     loss: float
@@ -36,7 +34,69 @@ class StepResult:
     positions: int
     metrics: dict[str, float]
     counts: Tensor | None
-    extra: dict[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Tally:
+    """Sums of one optimiser step. Every call must bring the same names, on every rank.
+
+    A metric is a sum, logged over the count of the whole step, or a pair (sum, count), logged over its own.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, metric: Metric) -> None:
+        """Add what one micro-batch measured."""
+        total, count = metric if isinstance(metric, tuple) else (metric, None)
+        for sums, value in ((self.sums, total), (self.counts, count)):
+            if value is not None:
+                value = value.detach().to(torch.float64)
+                sums[name] = sums[name] + value if name in sums else value.clone()
+
+    def gather(self, ranks: Ranks) -> None:
+        """Make the sums those of all ranks."""
+        for value in (*self.sums.values(), *self.counts.values()):
+            ranks.sum(value)
+
+    def take(self, name: str) -> Tensor | None:
+        """Remove the sum of a name and return it; None if nobody added it."""
+        return self.sums.pop(name, None)
+
+    def means(self, count: float) -> dict[str, float]:
+        """Return each sum over its own count, or over `count`. A count of nothing gives 0."""
+        return {
+            name: value.item() / (max(self.counts[name].item(), 1) if name in self.counts else count)
+            for name, value in self.sums.items()
+        }
+
+
+class FlopsCounter:
+    """FLOPs of a token of training. Whether MTP runs, and how often, is the loss's to say; it may change in a run."""
+
+    def __init__(self, model: MiniDeepSeek, loss: Loss, time: int) -> None:
+        """time: positions of a sequence."""
+        self.model, self.loss, self.time = model, loss, time
+        main = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
+        self.trained = sum(p.numel() for p in main if p.requires_grad)
+        self._counted: dict[int, int] = {}
+
+    @property
+    def mtp_passes(self) -> int:
+        """MTP layers over a sequence: those of the model, and the unrolled steps of the last."""
+        if not (self.model.mtp and getattr(self.loss, "runs_mtp", False)):
+            return 0
+        return len(self.model.mtp) + getattr(self.loss, "mtp_steps", 1) - 1
+
+    def flops(self) -> int:
+        """Return those of forward and backward of a token now; weight gradients are a third of the products."""
+        passes = self.mtp_passes
+        if passes not in self._counted:
+            costs = count(replace(self.model.config, num_nextn_predict_layers=passes), self.time)
+            frozen = 1 - min(self.trained / costs.total, 1)
+            self._counted[passes] = round(costs.flops - costs.products * frozen / 3)
+        return self._counted[passes]
 
 
 def step_entry(
@@ -75,28 +135,3 @@ def max_violation(counts: Tensor) -> list[float]:
     """MaxVio of each layer: (largest load - mean load) / mean load (Wang et al. 2024, arXiv 2408.15664)."""
     mean = counts.mean(1).clamp(min=1e-9)
     return ((counts.max(1).values - mean) / mean).tolist()
-
-
-def announcement(
-    settings: StageSettings, ranks: Ranks, budget: Budget, costs: Costs, dtype: torch.dtype, peak: float, kernels: str,
-    takes: Estimate,
-) -> str:  # fmt: skip
-    """Model, machine, kernels, batch, end and duration of a run, in six lines."""
-    micro = min(settings.micro_rows, settings.rows // ranks.world)
-    accumulation = math.ceil(settings.rows / ranks.world / micro)
-    why = f" ({ranks.why})" if ranks.why else ""
-    by = "" if budget.steps_by.startswith("--max_steps") else f" ({budget.steps_by})"
-    ends = [f"{budget.max_steps} steps{by}"] if budget.max_steps else []
-    ends += [f"{budget.max_minutes:g} minutes"] if budget.max_minutes else []
-    ends += [f"{budget.max_tokens:,} tokens"] if budget.max_tokens else []
-    return (
-        f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
-        f"MTP adds {human(costs.mtp)}\n"
-        f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
-        f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
-        f"kernels    {kernels}\n"
-        f"batch      {settings.rows} rows of {settings.row_tokens} tokens = {ranks.world} ranks x "
-        f"{accumulation} accumulated x {micro} rows\n"
-        f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
-        f"takes      {takes}"
-    )

@@ -14,7 +14,7 @@ from LMConfig import LMConfig
 from text.sources.registry import REGISTRY
 from training.optim.build import OptimSettings
 from training.parallel.ranks import DistSettings
-from training.run.console import legend
+from training.run.log import legend
 from training.schedule import Budget, Schedule
 
 

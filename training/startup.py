@@ -14,10 +14,10 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.machine import choose_dtype, machine_peak
 from training.parallel.ranks import Ranks
-from training.run.carried import check_carried
 from training.run.checkpoint import newest
 from training.run.lock import restarted
-from training.settings import StageSettings
+from training.run.resume import check_carried
+from training.settings import StageSettings, model_config
 
 
 def begin(settings: StageSettings) -> Ranks:
@@ -73,6 +73,15 @@ def continue_checkpoint(
     if changed:
         ranks.say(f"model      {folder} continues with {', '.join(changed)}")
     return model, tokenizer
+
+
+def new_model(choice: dict[str, Any], folder: str) -> tuple[MiniDeepSeek, Tokenizer]:
+    """Make random weights for the tokenizer of a folder. choice: as in `model_config`."""
+    tokenizer = Tokenizer.from_folder(folder)
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    config = model_config(choice, vocab_size=tokenizer.vocab_size, **tokens)
+    check_vocabulary(config, tokenizer, folder)
+    return MiniDeepSeek(config), tokenizer
 
 
 def check_vocabulary(config: LMConfig, tokenizer: Tokenizer, place: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Held-out loss in bits per byte, which does not depend on the tokenizer."""
+"""Held-out loss in bits per byte, which does not depend on the tokenizer; names that tell on what it was measured."""
 
 from __future__ import annotations
 
@@ -6,26 +6,40 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from errors import UserError
 from model import MiniDeepSeek
-from text.tokenizer import Tokenizer
+from text.sources.registry import Source
+from text.tokenizer import SPECIAL_TOKENS, Tokenizer, characters
 from training.losses import IGNORE, Batch, token_losses
 from training.machine import autocast
 from training.parallel.ranks import Ranks
 
+if TYPE_CHECKING:
+    from text.chats.problems import Problem
+
+MOST_FILES = 3  # whose names are part of the name
+# What each measure of held-out data is measured on: a name of an entry's `held_out`.
+MEASURED_ON = {
+    "val_bits_per_byte": "text",
+    "val_preferred": "pairs",
+    "val_margin": "pairs",
+    "val_accuracy": "problems",
+    "val_pass_1": "problems",
+}
 CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
 
 class Validation(Protocol):
     """What a stage measures on held-out data: numbers for the log, by names that begin with `val_`.
 
-    `held_out` in it names the data: {"text" or "pairs" or "problems": see `training.held_out`}.
+    `held_out` in it names the data: {"text" or "pairs" or "problems": see `labels_name`}.
 
     Called on all ranks together, with the model in evaluation mode, which it must leave as it was. After a signal, at
     which `Watch.track` ends, what it returns is not used.
@@ -136,3 +150,36 @@ def evaluate(
             counts += out.counts
     nats, tokens, size = ranks.sum(sums).tolist()
     return HeldOut(nats / math.log(2) / max(size, 1), nats / max(tokens, 1), ranks.sum(counts) if moe_layers else None)
+
+
+def labels_name(sources: Sequence[Source | str | Path], batches: Iterable[Batch], tokenizer: Tokenizer) -> str:
+    """`book.csv 5f2c81d09a7be346`: the files and 16 hex digits of the text that the labels of the batches stand for.
+
+    Tokenizer, length and order of the rows do not enter: labels are joined and cut where documents or turns end.
+    """
+    ids = [label for batch in batches for label in batch["labels"].flatten().tolist() if label != IGNORE]
+    parts, begin = [], 0
+    for place, token in enumerate([*ids, 0]):
+        if token < len(SPECIAL_TOKENS):
+            parts.append(tokenizer.decode(ids[begin:place]))
+            begin = place + 1
+    return _name(sources, parts)
+
+
+def problems_name(sources: Sequence[Source | str | Path], problems: Iterable[Problem]) -> str:
+    """The same of problems: of their questions and answers."""
+    return _name(sources, (f"{problem.question}\0{problem.answer}" for problem in problems))
+
+
+def _name(sources: Sequence[Source | str | Path], parts: Iterable[str]) -> str:
+    digest = xxhash.xxh3_64()
+    for part in sorted(set(parts) - {""}):
+        digest.update(characters(part).encode() + b"\0")
+    files = [_file_name(source) for source in sources]
+    more = [f"and {len(files) - MOST_FILES} more"] if len(files) > MOST_FILES else []
+    return f"{', '.join([*files[:MOST_FILES], *more])} {digest.hexdigest()}"
+
+
+def _file_name(source: Source | str | Path) -> str:
+    is_elsewhere = isinstance(source, Source) and (source.name or source.is_hub)
+    return str(source) if is_elsewhere else Path(str(source)).name

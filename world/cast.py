@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from world.grammar import table
 
 ATTRIBUTES = ("species", "colour", "home", "food", "job", "friend", "hobby")
 ENGLISH = 12  # characters known in English
-
-
-def table(text: str) -> tuple[tuple[str, ...], ...]:
-    """The rows of `text`, parted by commas, each as its columns, parted by slashes."""
-    return tuple(tuple(row.strip().split("/")) for row in text.split(","))
 
 
 # Chinese, romanised. No name is a piece of another word that the sentences use.
@@ -75,21 +73,19 @@ def reserved(*parts: object) -> bool:
     return zlib.crc32("|".join(map(str, parts)).encode()) % 8 == 0
 
 
-@dataclass(frozen=True)
-class Thing:
-    """Something that can be found, bought or given: with measure word or article, and bare."""
+class Thing(NamedTuple):
+    """Something that can be found, bought or given, by language: with measure word or article, and bare."""
 
-    zh: str
-    zh_bare: str
-    en: str
-    en_bare: str
+    named: dict[str, str]
+    bare: dict[str, str]
 
     @classmethod
     def draw(cls, rng: random.Random) -> Thing:
-        """A thing of a random colour, such as 一把红色的雨伞 / a red umbrella."""
+        """Draw a thing of a random colour, such as 一把红色的雨伞 / a red umbrella."""
         measure, noun, english = rng.choice(THINGS)
         colour, colour_en = rng.choice(COLOURS)
-        return cls(f"一{measure}{colour}的{noun}", noun, article(f"{colour_en} {english}"), english)
+        named = {"zh": f"一{measure}{colour}的{noun}", "en": article(f"{colour_en} {english}")}
+        return cls(named, {"zh": noun, "en": english})
 
 
 @dataclass(frozen=True)

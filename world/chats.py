@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 
-from world import stories_en, stories_zh
 from world.cast import Character, World, companion
 from world.columns import explained
 from world.facts import Exchange, fact_questions, introduction
-from world.favours import courteous, either_way, favour
 from world.numbers import arithmetic, comparison, counting, sequence, states_held_out
 from world.reading import comprehension
+from world.requests import courteous, either_style, polite_request
+from world.stories import tell
 from world.verses import recitation
 from world.words import antonym_question, class_question, copy_question, length_question, weekday_question
 
@@ -90,26 +90,12 @@ FOLLOW_UPS_ZH = {
 }
 # Shares of the chats' turns; facts come first because the world is made of them.
 TURN_WEIGHTS = {
-    "fact": 28,
-    "comprehension": 22,
-    "arithmetic": 20,
-    "comparison": 8,
-    "sequence": 8,
-    "counting": 7,
-    "class": 6,
-    "antonym": 6,
-    "length": 4,
-    "copy": 5,
-    "weekday": 1,
-    "favour": 8,
-    "talk": 4,
-    "introduction": 1,
-    "story": 1,
-    "name": 1,
-    "verse": 1,
-}
-# Held-out questions: kind -> how many in Chinese, in English. Few sums: minutes do not teach them, and a later stage
-# with rewards is measured on sums of its own (`held_out_arithmetic_problem`).
+    "fact": 28, "comprehension": 22, "arithmetic": 20, "comparison": 8, "sequence": 8, "counting": 7, "class": 6,
+    "antonym": 6, "length": 4, "copy": 5, "weekday": 1, "favour": 8, "talk": 4, "introduction": 1, "story": 1,
+    "name": 1, "verse": 1,
+}  # fmt: skip
+# Held-out questions: kind -> how many in Chinese, in English. Little arithmetic: minutes do not teach it, and
+# a later stage with rewards is measured on its own held-out problems (`text.chats.arithmetic`).
 SUITE = {
     "fact": (120, 36),
     "comprehension": (40, 10),
@@ -121,11 +107,11 @@ SUITE = {
     "counting": (8, 3),
     "copy": (10, 2),
 }
-# Shares of the preference pairs: favours, where courtesy is preferred, and questions, where it is not.
+# Shares of the preference pairs: polite requests, where courtesy is preferred, and questions, where it is not.
 PAIR_WEIGHTS = {"favour": 60, "fact": 15, "arithmetic": 5, "comparison": 5, "class": 5, "sequence": 5, "copy": 5}
 ARITHMETIC_LEVELS = (1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 4)
-# So many of the sums that have columns show them first. Said straight away a result is mostly wrong, with its columns
-# mostly right: greedy answers follow the many, and only rewards make a habit of the few.
+# The share of the calculations with columns that show them first. Said straight away a result is mostly wrong, with its
+# columns mostly right: greedy answers follow the many, and only rewards make a habit of the few.
 EXPLAINED = 0.3
 
 
@@ -146,7 +132,7 @@ def preference(rng: random.Random, world: World) -> dict[str, str]:
     language = "zh" if rng.random() < 0.8 else "en"
     kind = rng.choices(list(PAIR_WEIGHTS), weights=PAIR_WEIGHTS.values())[0]
     if kind == "favour":
-        exchange = favour(rng, world, language)
+        exchange = polite_request(rng, world, language)
         prompt, plain = exchange.question, exchange.answer
     else:
         prompt, plain = _exchange(rng, world, kind, language)[0]
@@ -202,7 +188,7 @@ def _exchange(rng: random.Random, world: World, kind: str, language: str) -> lis
     elif kind == "comprehension":
         exchange = comprehension(rng, world, language)
     elif kind == "favour":
-        exchange = either_way(rng, favour(rng, world, language))
+        exchange = either_style(rng, polite_request(rng, world, language))
     elif kind == "length" and language == "zh":
         exchange = length_question(rng)
     elif kind in ("weekday", "length"):
@@ -266,8 +252,7 @@ def _about(rng: random.Random, world: World, kind: str, language: str) -> tuple[
         return _name(rng, rng.choice(world.characters), language)
     other = companion(rng, world, character, language)
     request = rng.choice(STORY_REQUESTS[language]).format(a=words["n"], b=other.words[language]["n"])
-    tell = (stories_zh if language == "zh" else stories_en).tell
-    return request, tell(random.Random(f"{world.seed}/{request}"), world, character, other, asides=0)
+    return request, tell(random.Random(f"{world.seed}/{request}"), world, character, other, language)
 
 
 def _name(rng: random.Random, character: Character, language: str) -> tuple[str, str]:

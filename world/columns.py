@@ -1,4 +1,4 @@
-"""Sums worked out in words: the ones, the tens, and the result."""
+"""Arithmetic worked out in words: the ones, the tens, and the result."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -20,11 +19,10 @@ from errors import UserError, naming
 from world.cast import World
 from world.chats import chat, held_out_questions, preference
 from world.facts import entry, roll_call
-from world.favours import held_out_favours
 from world.lessons import lesson
 from world.numbers import states_held_out
-from world.stories_en import story as story_en
-from world.stories_zh import story as story_zh
+from world.requests import held_out_requests
+from world.stories import story
 from world.talk import conversation, diary, gossip, letter, riddle, romanised_names, two_languages
 from world.verses import recital
 
@@ -40,31 +38,12 @@ FILES = (
 
 # Writers of documents with their weights, by language.
 WRITERS = {
-    "zh": (
-        (partial(entry, language="zh"), 34),
-        (story_zh, 16),
-        (partial(conversation, language="zh"), 6),
-        (partial(gossip, language="zh"), 6),
-        (partial(letter, language="zh"), 3),
-        (diary, 3),
-        (riddle, 3),
-        (partial(roll_call, language="zh"), 5),
-        (two_languages, 2),
-        (romanised_names, 1),
-        (partial(recital, language="zh"), 2),
-        (partial(lesson, language="zh"), 33),
-    ),
-    "en": (
-        (partial(entry, language="en"), 38),
-        (story_en, 10),
-        (partial(conversation, language="en"), 7),
-        (partial(gossip, language="en"), 7),
-        (partial(letter, language="en"), 4),
-        (partial(roll_call, language="en"), 5),
-        (partial(recital, language="en"), 2),
-        (partial(lesson, language="en"), 36),
-    ),
-}
+    "zh": {
+        entry: 34, story: 16, conversation: 6, gossip: 6, letter: 3, diary: 3, riddle: 3, roll_call: 5,
+        two_languages: 2, romanised_names: 1, recital: 2, lesson: 33,
+    },
+    "en": {entry: 38, story: 10, conversation: 7, gossip: 7, letter: 4, roll_call: 5, recital: 2, lesson: 36},
+}  # fmt: skip
 
 
 def documents(world: World, stream: str, characters: int) -> Iterator[str]:
@@ -77,8 +56,8 @@ def documents(world: World, stream: str, characters: int) -> Iterator[str]:
     written = {"zh": 0, "en": 0}
     while sum(written.values()) < characters:
         language = "en" if written["en"] < ENGLISH_SHARE * sum(written.values()) else "zh"
-        writers, weights = zip(*WRITERS[language], strict=True)
-        document = rng.choices(writers, weights=weights)[0](rng, world)
+        writers = WRITERS[language]
+        document = rng.choices(list(writers), weights=writers.values())[0](rng, world, language)
         if len(document) > ROW_CHARACTERS or states_held_out(document):
             continue
         written[language] += len(document)
@@ -101,8 +80,8 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     held_out = list(documents(world, "heldout", HELDOUT_CHARACTERS))
     with _writing(parts["heldout.txt"]) as file:
         file.write("\n\n".join(held_out) + "\n")
-    _write_rows(parts["heldout_questions.jsonl"], held_out_questions(world))
-    _write_rows(parts["heldout_favours.jsonl"], held_out_favours(world))
+    write_rows(parts["heldout_questions.jsonl"], held_out_questions(world))
+    write_rows(parts["heldout_favours.jsonl"], held_out_requests(world))
     with Progress(console=Console(stderr=True)) as progress:
         _write_pretrain(parts["pretrain.csv"], world, scale, frozenset(held_out), progress)
         for name, stream, draw, count in (
@@ -111,7 +90,7 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
         ):
             rng = random.Random(f"{world.seed}/{stream}")
             rows = (draw(rng, world) for _ in range(max(1, round(count * scale))))
-            _write_rows(parts[name], progress.track(rows, total=max(1, round(count * scale)), description=name))
+            write_rows(parts[name], progress.track(rows, total=max(1, round(count * scale)), description=name))
     for name, part in parts.items():
         os.replace(part, out / name)
 
@@ -135,6 +114,7 @@ def _write_pretrain(path: Path, world: World, scale: float, held_out: frozenset[
             progress.advance(task, len(document))
 
 
-def _write_rows(path: Path, rows: Iterable[dict]) -> None:
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Write JSONL, Chinese as it is."""
     with _writing(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -6,6 +6,7 @@ import random
 from typing import NamedTuple
 
 from world.cast import ATTRIBUTES, Character, World
+from world.grammar import joined, wordings
 
 
 class Exchange(NamedTuple):
@@ -20,137 +21,83 @@ class Exchange(NamedTuple):
 # The first statement of each attribute is the canonical one: the answer to every question about it.
 STATEMENTS = {
     "zh": {
-        "species": (
-            "{n}是一{m}{species}。",
-            "大家都知道，{n}是一{m}{species}。",
-            "{n}是一{m}可爱的{species}。",
-            "月牙镇有一{m}{species}，名字叫{n}。",
-            "有一{m}{species}叫{n}。",
-            "那{m}{species}就是{n}。",
-            "{n}呢，是一{m}{species}。",
+        "species": wordings(
+            "{n}是一{m}{species}。|大家都知道，{n}是一{m}{species}。|{n}是一{m}可爱的{species}。|"
+            "月牙镇有一{m}{species}，名字叫{n}。|有一{m}{species}叫{n}。|那{m}{species}就是{n}。|"
+            "{n}呢，是一{m}{species}。"
         ),
-        "colour": (
-            "{n}的颜色是{colour}。",
-            "{n}是{colour}的。",
-            "{n}从头到脚都是{colour}的。",
-            "{n}全身都是{colour}的。",
-            "远远看见一个{colour}的影子，那就是{n}。",
-            "{n}照照镜子，镜子里的自己是{colour}的。",
-            "{colour}是{n}身上的颜色。",
+        "colour": wordings(
+            "{n}的颜色是{colour}。|{n}是{colour}的。|{n}从头到脚都是{colour}的。|{n}全身都是{colour}的。|"
+            "远远看见一个{colour}的影子，那就是{n}。|{n}照照镜子，镜子里的自己是{colour}的。|"
+            "{colour}是{n}身上的颜色。"
         ),
-        "home": (
-            "{n}住在{home}。",
-            "{n}的家在{home}。",
-            "{n}在{home}有一座小房子。",
-            "走到{home}，就能看见{n}的家。",
-            "{home}有一座小屋，那是{n}的家。",
-            "{n}从小就住在{home}。",
-            "要找{n}，就去{home}。",
-            "{n}一直住在{home}，哪儿也不想搬。",
+        "home": wordings(
+            "{n}住在{home}。|{n}的家在{home}。|{n}在{home}有一座小房子。|走到{home}，就能看见{n}的家。|"
+            "{home}有一座小屋，那是{n}的家。|{n}从小就住在{home}。|要找{n}，就去{home}。|"
+            "{n}一直住在{home}，哪儿也不想搬。"
         ),
-        "food": (
-            "{n}最喜欢吃{food}。",
-            "{n}最爱吃的食物是{food}。",
-            "{n}最爱吃{food}。",
-            "一看到{food}，{n}就高兴得不得了。",
-            "{n}的桌上总是放着{food}，因为它最喜欢吃这个。",
-            "在所有好吃的东西里，{n}最喜欢{food}。",
-            "{food}是{n}最喜欢吃的东西。",
-            "肚子饿的时候，{n}最想吃{food}。",
+        "food": wordings(
+            "{n}最喜欢吃{food}。|{n}最爱吃的食物是{food}。|{n}最爱吃{food}。|一看到{food}，{n}就高兴得不得了。|"
+            "{n}的桌上总是放着{food}，因为它最喜欢吃这个。|在所有好吃的东西里，{n}最喜欢{food}。|"
+            "{food}是{n}最喜欢吃的东西。|肚子饿的时候，{n}最想吃{food}。"
         ),
-        "job": (
-            "{n}是一名{job}。",
-            "{n}的工作是{job}。",
-            "{n}在月牙镇当{job}。",
-            "{n}是镇上的{job}，每天{deed}。",
-            "作为一名{job}，{n}每天{deed}。",
-            "{n}当{job}已经好多年了。",
-            "提起{job}{n}，大家都说它很能干。",
+        "job": wordings(
+            "{n}是一名{job}。|{n}的工作是{job}。|{n}在月牙镇当{job}。|{n}是镇上的{job}，每天{deed}。|"
+            "作为一名{job}，{n}每天{deed}。|{n}当{job}已经好多年了。|提起{job}{n}，大家都说它很能干。"
         ),
-        "friend": (
-            "{n}最好的朋友是{friend}。",
-            "{friend}是{n}最好的朋友。",
-            "{n}和{friend}是最好的朋友。",
-            "{n}有什么心事，都会告诉最好的朋友{friend}。",
-            "{n}有很多朋友，最好的朋友是{friend}。",
-            "谁都看得出来，{n}和{friend}最要好。",
+        "friend": wordings(
+            "{n}最好的朋友是{friend}。|{friend}是{n}最好的朋友。|{n}和{friend}是最好的朋友。|"
+            "{n}有什么心事，都会告诉最好的朋友{friend}。|{n}有很多朋友，最好的朋友是{friend}。|"
+            "谁都看得出来，{n}和{friend}最要好。"
         ),
-        "hobby": (
-            "{n}的爱好是{hobby}。",
-            "{n}一有空就{hobby}。",
-            "{hobby}是{n}的爱好。",
-            "大家常常看见{n}在{hobby}。",
-            "{n}有一个爱好，就是{hobby}。",
-            "{n}的爱好很有趣，是{hobby}。",
-            "每到周末，{n}都要{hobby}。",
+        "hobby": wordings(
+            "{n}的爱好是{hobby}。|{n}一有空就{hobby}。|{hobby}是{n}的爱好。|大家常常看见{n}在{hobby}。|"
+            "{n}有一个爱好，就是{hobby}。|{n}的爱好很有趣，是{hobby}。|每到周末，{n}都要{hobby}。"
         ),
     },
     "en": {
-        "species": (
-            "{n} is {kind}.",
-            "Everyone knows that {n} is {kind}.",
-            "There is {kind} called {n}.",
-            "In Crescent Town lives {kind} whose name is {n}.",
+        "species": wordings(
+            "{n} is {kind}.|Everyone knows that {n} is {kind}.|There is {kind} called {n}.|"
+            "In Crescent Town lives {kind} whose name is {n}."
         ),
-        "colour": (
-            "{n}'s colour is {colour}.",
-            "{n} is {colour}.",
-            "{n} is {colour} from head to toe.",
-            "{Colour} is the colour of {n}.",
-            "You can see {n} from far away, because {he} is {colour}.",
+        "colour": wordings(
+            "{n}'s colour is {colour}.|{n} is {colour}.|{n} is {colour} from head to toe.|"
+            "{Colour} is the colour of {n}.|You can see {n} from far away, because {he} is {colour}."
         ),
-        "home": (
-            "{n} lives {home}.",
-            "{n}'s home is {home}.",
-            "{n} has a little house {home}.",
-            "There is a small house {home}, and it belongs to {n}.",
+        "home": wordings(
+            "{n} lives {home}.|{n}'s home is {home}.|{n} has a little house {home}.|"
+            "There is a small house {home}, and it belongs to {n}."
         ),
-        "food": (
-            "{n} likes {food} best.",
-            "{n}'s favourite food is {food}.",
-            "When {n} is hungry, {he} wants {food}.",
-            "Nothing makes {n} as happy as {food}.",
+        "food": wordings(
+            "{n} likes {food} best.|{n}'s favourite food is {food}.|When {n} is hungry, {he} wants {food}.|"
+            "Nothing makes {n} as happy as {food}."
         ),
-        "job": (
-            "{n} works as {a_job}.",
-            "{n}'s job is to be {a_job}.",
-            "{n} is happy to work as {a_job}.",
-            "As {a_job}, {n} {deed} every day.",
+        "job": wordings(
+            "{n} works as {a_job}.|{n}'s job is to be {a_job}.|{n} is happy to work as {a_job}.|"
+            "As {a_job}, {n} {deed} every day."
         ),
-        "friend": (
-            "{n}'s best friend is {friend}.",
-            "{friend} is {n}'s best friend.",
-            "{n} and {friend} are best friends.",
-            "{n} tells every secret to {his} best friend {friend}.",
+        "friend": wordings(
+            "{n}'s best friend is {friend}.|{friend} is {n}'s best friend.|{n} and {friend} are best friends.|"
+            "{n} tells every secret to {his} best friend {friend}."
         ),
-        "hobby": (
-            "{n}'s hobby is {hobby}.",
-            "{Hobby} is {n}'s hobby.",
-            "You can often see {n} {hobby}.",
-            "In {his} free time {n} enjoys {hobby}.",
+        "hobby": wordings(
+            "{n}'s hobby is {hobby}.|{Hobby} is {n}'s hobby.|You can often see {n} {hobby}.|"
+            "In {his} free time {n} enjoys {hobby}."
         ),
     },
 }
 # Sentences that state several facts at once.
 MIXED = {
-    "zh": (
-        "{n}是一{m}{colour}的{species}。",
-        "住在{home}的{n}最喜欢吃{food}。",
-        "{n}是一{m}{species}，住在{home}。",
-        "{n}是一名{job}，爱好是{hobby}。",
-        "{home}的{n}是一名{job}。",
-        "那{m}{colour}的{species}叫{n}，它住在{home}。",
-        "{n}常常带着{food}去找{friend}，它们是最好的朋友。",
-        "{n}住在{home}，是一名{job}，最喜欢吃{food}。",
-        "{n}是{colour}的{species}，爱好是{hobby}，最好的朋友是{friend}。",
-        "工作的时候，{n}是一名{job}；休息的时候，{n}的爱好是{hobby}。",
+    "zh": wordings(
+        "{n}是一{m}{colour}的{species}。|住在{home}的{n}最喜欢吃{food}。|{n}是一{m}{species}，住在{home}。|"
+        "{n}是一名{job}，爱好是{hobby}。|{home}的{n}是一名{job}。|那{m}{colour}的{species}叫{n}，它住在{home}。|"
+        "{n}常常带着{food}去找{friend}，它们是最好的朋友。|{n}住在{home}，是一名{job}，最喜欢吃{food}。|"
+        "{n}是{colour}的{species}，爱好是{hobby}，最好的朋友是{friend}。|"
+        "工作的时候，{n}是一名{job}；休息的时候，{n}的爱好是{hobby}。"
     ),
-    "en": (
-        "{n} is {look}.",
-        "{n} is {look} who lives {home}.",
-        "{n} works as {a_job}, and {his} hobby is {hobby}.",
-        "{n} lives {home} and likes {food} best.",
-        "{n}'s best friend is {friend}, and {his} hobby is {hobby}.",
+    "en": wordings(
+        "{n} is {look}.|{n} is {look} who lives {home}.|{n} works as {a_job}, and {his} hobby is {hobby}.|"
+        "{n} lives {home} and likes {food} best.|{n}'s best friend is {friend}, and {his} hobby is {hobby}."
     ),
 }
 QUESTIONS = {
@@ -184,8 +131,8 @@ CLAUSES_ZH = {
     "hobby": "爱好是{hobby}",
 }
 ENTRY_HEADS = {
-    "zh": ("", "", "", "认识一下{n}。", "月牙镇小百科：{n}。", "【{n}】", "说说{n}吧。", "下面介绍{n}。"),
-    "en": ("", "", "", "Meet {n}. ", "This page is about {n}. ", "Who lives in Crescent Town? One of them is {n}. "),
+    "zh": wordings("|||认识一下{n}。|月牙镇小百科：{n}。|【{n}】|说说{n}吧。|下面介绍{n}。"),
+    "en": wordings("|||Meet {n}. |This page is about {n}. |Who lives in Crescent Town? One of them is {n}. "),
 }
 
 
@@ -238,7 +185,7 @@ def entry(rng: random.Random, world: World, language: str) -> str:
             sentences[i] = _with_pronoun(sentences[i], character, language)
     if rng.random() < 0.4:
         return "\n".join([head.strip(), *sentences]).strip()
-    return head + ("" if language == "zh" else " ").join(sentences)
+    return head + joined(sentences, language)
 
 
 def roll_call(rng: random.Random, world: World, language: str) -> str:
@@ -252,7 +199,7 @@ def roll_call(rng: random.Random, world: World, language: str) -> str:
         rng.shuffle(names)
         template = ROLL_CALLS[language][attribute][-1 if len(names) > 1 else 0]
         sentences.append(template.format(names=_listed(names, language), **words))
-    return ("" if language == "zh" else " ").join(sentences)
+    return joined(sentences, language)
 
 
 # For one name and for several, where the two differ. A Chinese value always has several names.

@@ -1,4 +1,4 @@
-"""Pages of a school book: sums, comparisons, counting, classes, opposites and days, stated in many forms."""
+"""Pages of a school book: arithmetic, comparisons, counting, classes, opposites and days, stated in many forms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from text.chats.arithmetic import addends
 from world.cast import World
 from world.columns import explained
 from world.facts import Exchange
+from world.grammar import joined
 from world.numbers import COUNTED, arithmetic, comparison, counting, sequence, two_numbers
 from world.reading import questions_and_answers, reading_document
 from world.words import (
@@ -27,7 +28,7 @@ from world.words import (
 LEVELS = (1, 1, 1, 1, 1, 2, 2, 2, 2, 3)
 
 
-def sums_page(rng: random.Random, world: World, language: str) -> str:
+def arithmetic_page(rng: random.Random, world: World, language: str) -> str:
     """Several calculations in one of several forms, sums of one digit most of all: larger ones are made of them."""
     pages = (_table, _signs, _words, _families, _quiz, _word_problems, _columns)
     return rng.choices(pages, weights=(4, 1, 1, 1, 1, 1, 3))[0](rng, world, language)
@@ -37,7 +38,7 @@ def number_page(rng: random.Random, world: World, language: str) -> str:
     """Comparisons, sequences and counting."""
     draw = rng.choice((_compared, comparison, sequence, counting))
     drawn = [draw(rng, language) for _ in range(rng.randint(3, 4))]
-    return ("" if language == "zh" else " ").join(drawn) if draw is _compared else _asked(rng, world, drawn, language)
+    return joined(drawn, language) if draw is _compared else _asked(rng, world, drawn, language)
 
 
 def word_page(rng: random.Random, world: World, language: str) -> str:
@@ -48,7 +49,7 @@ def word_page(rng: random.Random, world: World, language: str) -> str:
 
 def lesson(rng: random.Random, world: World, language: str) -> str:
     """Any page of the book."""
-    pages = (sums_page, number_page, word_page, reading_document)
+    pages = (arithmetic_page, number_page, word_page, reading_document)
     return rng.choices(pages, weights=(32, 24, 21, 28))[0](rng, world, language)
 
 
@@ -86,7 +87,7 @@ def _signs(rng: random.Random, world: World, language: str) -> str:
 
 def _words(rng: random.Random, world: World, language: str) -> str:
     answers = [arithmetic(rng, rng.choice(LEVELS), language).answer for _ in range(rng.randint(4, 8))]
-    return ("" if language == "zh" else " ").join(answers)
+    return joined(answers, language)
 
 
 def _families(rng: random.Random, world: World, language: str) -> str:
@@ -98,7 +99,7 @@ def _families(rng: random.Random, world: World, language: str) -> str:
             sentences.append(f"{a}加{b}等于{c}，{b}加{a}也等于{c}；{c}减{a}等于{b}，{c}减{b}等于{a}。")
         else:
             sentences.append(f"{a} plus {b} is {c}, so {c} minus {a} is {b}.")
-    return ("" if language == "zh" else " ").join(sentences)
+    return joined(sentences, language)
 
 
 def _quiz(rng: random.Random, world: World, language: str) -> str:
@@ -113,7 +114,7 @@ def _columns(rng: random.Random, world: World, language: str) -> str:
     while len(shown) < 4:
         text = explained(arithmetic(rng, 2, language).question)
         shown += [text] if text else []
-    return ("" if language == "zh" else " ").join(shown)
+    return joined(shown, language)
 
 
 def _word_problems(rng: random.Random, world: World, language: str) -> str:
@@ -136,7 +137,7 @@ def _word_problems(rng: random.Random, world: World, language: str) -> str:
         else:
             told = f"{x} had {c} {noun_en}s and gave {a} of them to {y}, so {b} {noun_en}s were left."
         sentences.append(told)
-    return ("" if language == "zh" else " ").join(sentences)
+    return joined(sentences, language)
 
 
 def _compared(rng: random.Random, language: str) -> str:
@@ -171,7 +172,7 @@ def _antonym_page(rng: random.Random, world: World, language: str) -> str:
             f"“{word}”和“{opposite}”是一对反义词。" if language == "zh" else f"{word.capitalize()} is not {opposite}."
         )
         sentences.append(antonym_statement(word, opposite, language) if rng.random() < 0.75 else pair)
-    return ("" if language == "zh" else " ").join(sentences)
+    return joined(sentences, language)
 
 
 def _week_page(rng: random.Random, world: World, language: str) -> str:

@@ -10,8 +10,9 @@ import re
 from itertools import pairwise
 
 from text.chats.arithmetic import has_held_out_sum, worded_problem
-from world.cast import reserved, table
+from world.cast import reserved
 from world.facts import Exchange
+from world.grammar import table
 
 # word, measure word, English; the first seven can be given to a friend
 COUNTED = table(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from world.cast import PLACES, THINGS, World, article, reserved
 from world.facts import Exchange
+from world.grammar import joined
 
 WHEN = {
     "zh": ("", "早上，", "中午，", "下午，", "傍晚，", "昨天，", "放学以后，", "星期天，", "下雨天，"),
@@ -72,8 +73,7 @@ def comprehension(rng: random.Random, world: World, language: str, held_out: boo
     """A short story with one question about it, as one exchange."""
     story, exchanges = scene(rng, world, language, held_out)
     exchange = rng.choice(exchanges)
-    space = "" if language == "zh" else " "
-    return exchange._replace(question=f"{story}{space}{exchange.question}")
+    return exchange._replace(question=joined([story, exchange.question], language))
 
 
 def reading_document(rng: random.Random, world: World, language: str) -> str:

@@ -1,24 +1,24 @@
-"""Worked sums for the R1 path: thoughts between tags before the answer, and problems of other kinds to mix in.
+"""Worked arithmetic for the R1 path: thoughts between tags before the answer, and problems of other kinds to mix in.
 
 python -m world.reasoning --out data/demo/r1
 
 format.jsonl       a few short ones: what the tags look like
-cold_start.jsonl   sums worked out step by step (DeepSeek-R1 section 2.3.1)
+cold_start.jsonl   arithmetic worked out step by step (DeepSeek-R1 section 2.3.1)
 problems.jsonl     comparing, continuing and counting, with answers that are numbers
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import command_line, naming
+from errors import command_line
 from text.chats.arithmetic import arithmetic_problem
 from world.columns import worked
+from world.corpus import write_rows
 from world.numbers import comparison, counting, sequence
 
 
@@ -28,7 +28,7 @@ def written(thoughts: str, answer: str) -> str:
 
 
 def cold_start(rng: random.Random, levels: tuple[int, ...], brief: bool) -> dict[str, list[dict[str, str]]]:
-    """One conversation: a sum that is not held out, and its answer in the strict format."""
+    """Return a conversation: a problem that is not held out, and its answer in the strict format."""
     question, answer = arithmetic_problem(rng, rng.choice(levels))
     thoughts = answer if brief else worked(question)
     reply = written(thoughts, re.findall(r"\d+", answer)[-1])
@@ -56,9 +56,7 @@ def generate(out: Path, seed: int = 1, few: int = 400, many: int = 6000) -> None
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        with naming(out / name):
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (out / name).write_text(text, encoding="utf8")
+        write_rows(out / name, rows)
 
 
 def main() -> None:

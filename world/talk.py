@@ -117,11 +117,11 @@ def letter(rng: random.Random, world: World, language: str) -> str:
     return f"Dear {names[1]},\n{' '.join([opening, *parts, end])}\nYour friend {names[0]}"
 
 
-def diary(rng: random.Random, world: World) -> str:
+def diary(rng: random.Random, world: World, language: str) -> str:
     """A diary page in Chinese, signed."""
     a = rng.choice(world.characters)
     b = companion(rng, world, a)
-    (place, _), thing = rng.choice(PLACES), Thing.draw(rng).zh
+    (place, _), thing = rng.choice(PLACES), Thing.draw(rng).named["zh"]
     words = roles("zh", a=a, b=b) | {"place": place, "thing": thing}
     events = (
         "今天我去{place}，遇见了{b}。它是一{b_m}{b_species}，住在{b_home}。",
@@ -139,7 +139,7 @@ def diary(rng: random.Random, world: World) -> str:
     return head + "".join([*chosen, end]).format_map(words) + f"\n——{a.name}"
 
 
-def riddle(rng: random.Random, world: World) -> str:
+def riddle(rng: random.Random, world: World, language: str) -> str:
     """Three facts that fit one character only, then the name; held-out facts are left out."""
     while True:
         answer = rng.choice(world.characters)
@@ -152,7 +152,7 @@ def riddle(rng: random.Random, world: World) -> str:
     return f"月牙镇里有一个居民，它{clauses_zh(answer, clues)}。{ask}{tell}{answer.name}{clauses_zh(answer, others)}。"
 
 
-def two_languages(rng: random.Random, world: World) -> str:
+def two_languages(rng: random.Random, world: World, language: str) -> str:
     """The same facts in Chinese and in English, side by side."""
     character = rng.choice(world.english)
     words = character.words
@@ -166,7 +166,7 @@ def two_languages(rng: random.Random, world: World) -> str:
     return head + "\n" + "\n".join(pairs)
 
 
-def romanised_names(rng: random.Random, world: World) -> str:
+def romanised_names(rng: random.Random, world: World, language: str) -> str:
     """A few names in both writings, for characters who are otherwise met in Chinese only."""
     some = rng.sample(world.characters, 4)
     return "".join(f"{c.name}的英文名字是{c.words['zh']['romanised']}。" for c in some)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 
-from world.cast import article, reserved, table
+from world.cast import article, reserved
 from world.facts import Exchange
+from world.grammar import table
 
 CLASSES_ZH = {
     "水果": "桃子 梨 芒果 樱桃 橙子 柠檬 菠萝 荔枝",

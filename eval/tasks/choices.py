@@ -11,6 +11,7 @@ one file of any of these, or of JSON lines, with `subject` where it has several
 from __future__ import annotations
 
 import csv
+import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,11 @@ from typing import Any, NamedTuple
 
 from errors import UserError
 from eval.tasks.docs import Docs, rows_of, spread
-from text.sources.folders import SAVED, SPLIT_OF, Folder
+from text.sources.folders import SAVED, SHARD, SPLIT_OF, Folder
 from text.sources.registry import Source, find_sources
 from text.sources.rows import SUFFIXES
 
 LETTERS = string.ascii_uppercase
-ALSO = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}
 
 
 class ChoiceItem(NamedTuple):
@@ -123,14 +123,13 @@ def read_choices(data: str, split: str, subjects: list[str]) -> dict[str, list[C
     """
     sources = find_sources(data, kind=None)
     if len(sources) != 1:
-        raise UserError(f"--suite data {data}: one place is wanted; make a suite of each")
+        raise UserError(f"--tasks data {data}: one place is wanted; make a task of each")
     found: dict[str, list[ChoiceItem]] = {}
     for subject, source in _by_subject(sources[0], split, subjects):
-        for place, row in _rows(source):
+        for place, row in _headerless_rows(source) or rows_of(source):
             item = to_item(place, row, subject)
-            found.setdefault(item.subject, []).append(item)
-    if subjects and Path(sources[0].path).is_file():
-        found = {subject: items for subject, items in found.items() if subject in subjects}
+            if not subjects or item.subject in subjects:
+                found.setdefault(item.subject, []).append(item)
     missing = [subject for subject in subjects if subject not in found]
     if missing or not found:
         what = f"subject {missing[0]!r}" if missing else "question"
@@ -151,55 +150,54 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
             raise UserError(
                 f"{place}: no column {name!r}, the columns are {shown}; rename one, or take a split with answers"
             )
-    labels, given, are_named = _given_choices(place, columns)
-    # A null, as in tables whose rows have three choices or four, is no choice.
-    choices = {label: str(choice).strip() for label, choice in zip(labels, given, strict=True) if choice is not None}
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise UserError(f"{place}: {len(choices)} choices; give 2 to {len(LETTERS)}")
-    question = str(columns["question"]).strip()
-    for name, text in [("question", question), *choices.items()]:
-        if not text:
-            raise UserError(f"{place}: {name} is empty; correct the row")
-    answer = columns["answer"]
-    # A number is a label where labels are numbers; beside letters it counts the choices.
-    is_label = isinstance(answer, str) or (are_named and any(label.isdigit() for label in labels))
-    label = _label(answer) if is_label else _at(answer, labels)
-    if label not in choices:
-        raise UserError(f"{place}: the answer is {answer!r}, not one of {', '.join(choices)}; correct the row")
-    return ChoiceItem(
-        str(columns.get("subject") or subject), question, tuple(choices.values()), list(choices).index(label)
-    )
+    try:
+        labels, given, are_named = _given_choices(columns)
+        # A null, as in tables whose rows have three choices or four, is no choice.
+        choices = {label: str(text).strip() for label, text in zip(labels, given, strict=True) if text is not None}
+        question, answer = str(columns["question"]).strip(), columns["answer"]
+        empty = [name for name, text in [("question", question), *choices.items()] if not text]
+        if empty:
+            raise ValueError(f"{empty[0]} is empty")
+        if not 2 <= len(choices) <= len(LETTERS):
+            raise ValueError(f"{len(choices)} choices, not 2 to {len(LETTERS)}")
+        # A number is a label where labels are numbers; beside letters it counts the choices.
+        is_label = isinstance(answer, str) or (are_named and any(label.isdigit() for label in labels))
+        label = _label(answer) if is_label else _at(answer, labels)
+        if label not in choices:
+            raise ValueError(f"the answer is {answer!r}, not one of {', '.join(choices)}")
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; correct the row") from None
+    subject = str(columns.get("subject") or subject)
+    return ChoiceItem(subject, question, tuple(choices.values()), list(choices).index(label))
 
 
-def _given_choices(place: str, columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]:
+def _given_choices(columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]:
     """What the answer calls each choice, the choices, and whether the row names them itself; else it is by letters."""
     if "choices" not in columns:
         letters = [letter for letter in LETTERS if columns.get(letter) is not None]
         while len(letters) > 2 and columns[letters[-1]] == "":  # how CSV has a null
             letters.pop()
         if letters != list(LETTERS[: len(letters)]):
-            raise UserError(f"{place}: choices {', '.join(letters)} with one missing in between; correct the row")
+            raise ValueError(f"choices {', '.join(letters)} with one missing in between")
         return letters, [columns[letter] for letter in letters], False
     given, labels = columns["choices"], None
     if isinstance(given, dict):
         given, labels = given.get("text"), given.get("label")
     if not isinstance(given, list) or not all(isinstance(choice, str | int | float | None) for choice in given):
-        raise UserError(f"{place}: 'choices' is no list of texts; correct the row")
+        raise ValueError("'choices' is no list of texts")
     if len(given) > len(LETTERS):
-        raise UserError(f"{place}: {len(given)} choices; give 2 to {len(LETTERS)}")
+        raise ValueError(f"{len(given)} choices, not 2 to {len(LETTERS)}")
     if labels is None:
         return list(LETTERS[: len(given)]), given, False
     labels = [_label(label) for label in labels] if isinstance(labels, list) else []
-    if len(set(labels)) != len(given) or len(labels) != len(given):
-        raise UserError(f"{place}: {len(given)} choices and not as many different labels; correct the row")
+    if not len(set(labels)) == len(labels) == len(given):
+        raise ValueError(f"{len(given)} choices and not as many different labels")
     return labels, given, True
 
 
 def _label(label: Any) -> str:
     """A label as text, however it was written: `b`, 2 and 2.0 are B, 2 and 2."""
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    return str(label).strip().upper()
+    return str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().upper()
 
 
 def _at(number: Any, labels: list[str]) -> str | None:
@@ -210,41 +208,32 @@ def _at(number: Any, labels: list[str]) -> str | None:
 
 def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tuple[str, Source]]:
     """(subject, what to read) for each subject of a split."""
+    path = Path(source.path)
     if source.is_hub:
         for subject in [source.subset] if source.subset else subjects or _subsets(source):
             yield subject, Source(source.path, is_hub=True, subset=subject, split=split)
-        return
-    path = Path(source.path)
-    if not path.is_dir():
+    elif not path.is_dir():
         yield path.stem, source
-        return
-    if any((path / name).is_file() for name in SAVED):
+    elif any((path / name).is_file() for name in SAVED):
         yield path.name, replace(source, split=split)
-        return
-    names = ALSO.get(split, (split,))
-    files = [
-        (file.stem.removesuffix(f"_{name}"), file)
-        for name in names
-        for file in [*sorted((path / name).glob("*")), *sorted(path.glob(f"*_{name}.*"))]
-        if file.suffix.lower() in SUFFIXES
-    ]
-    if not files and (folder := Folder.read(path, SUFFIXES, split)).splits:  # as the Hub and `save_to_disk` have it
-        inner = {file: [part for part in file.relative_to(path).parts[:-1] if part != "data"] for file in folder.files}
-        files = [
-            (next((part for part in reversed(parts) if part not in SPLIT_OF), path.name), file)
-            for file, parts in inner.items()
-        ]
-    if not files:
-        raise UserError(
-            f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files and no *_{split} files; check path and split"
-        )
-    for subject, file in files:
-        if not subjects or subject in subjects:
-            yield subject, Source(str(file))
+    else:
+        folder = Folder.read(path, SUFFIXES, split)
+        if not folder.splits:
+            raise UserError(
+                f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files and no *_{split} files; "
+                "check path and split"
+            )
+        for file in folder.files:
+            name = re.sub(rf"_({'|'.join(SPLIT_OF)})$", "", SHARD.sub("", file.name).removesuffix(file.suffix))
+            # In a snapshot of the Hub files have the names of splits, and subjects are folders.
+            names = [name, *reversed(file.relative_to(path).parts[:-1]), path.name]
+            subject = next(name for name in names if name not in ("data", *SPLIT_OF))
+            if not subjects or subject in subjects:
+                yield subject, Source(str(file))
 
 
 def _subsets(source: Source) -> list[str]:
-    import datasets  # slow to import, and wanted for the Hub alone
+    import datasets  # slow to import, and needed for the Hub alone
 
     try:
         return sorted(datasets.get_dataset_config_names(source.path))
@@ -255,38 +244,33 @@ def _subsets(source: Source) -> list[str]:
         ) from None
 
 
-def _rows(source: Source) -> Iterator[tuple[str, object]]:
-    if not source.is_hub and source.path.lower().endswith(".csv") and _is_headerless(Path(source.path)):
-        yield from _headerless_rows(Path(source.path))
-        return
-    yield from rows_of(source)
-
-
-def _is_headerless(file: Path) -> bool:
-    """Whether the first row is a question already, as in MMLU's files: its last field is the letter of a choice."""
+def _headerless_rows(source: Source) -> Iterator[tuple[str, dict[str, str]]] | None:
+    """The rows of a CSV file whose first is a question already, as in MMLU's: its last field is a choice's letter."""
+    if source.is_hub or not source.path.lower().endswith(".csv"):
+        return None
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
+        with open(source.path, encoding="utf-8-sig", newline="") as stream:
             first = next(csv.reader(stream), [])
     except (OSError, UnicodeDecodeError, csv.Error):
-        return False  # the reader of rows says what is wrong
-    if any(field.strip().lower() == "question" for field in first):
-        return False
-    return len(first) >= 4 and first[-1].strip() in tuple(string.ascii_uppercase[: len(first) - 2])
+        return None  # the reader of rows says what is wrong
+    if len(first) < 4 or first[-1].strip() not in tuple(LETTERS[: len(first) - 2]):
+        return None
+    return None if "question" in (field.strip().lower() for field in first) else _rows_of_fields(source.path)
 
 
-def _headerless_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows_of_fields(file: str) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             reader, line = csv.reader(stream, strict=True), 1
             for fields in reader:
-                if not 4 <= len(fields) <= len(string.ascii_uppercase) + 2:
+                if not 4 <= len(fields) <= len(LETTERS) + 2:
                     raise UserError(
-                        f"{file}:{line}: {len(fields)} fields; write question, choices and the answer's letter"
+                        f"{file}:{line}: {len(fields)} fields; write question, choices, the answer's letter"
                     )
-                choices = zip(string.ascii_uppercase, fields[1:-1], strict=False)
-                yield f"{file}:{line}", {"question": fields[0], **dict(choices), "answer": fields[-1]}
+                choices = dict(zip(LETTERS, fields[1:-1], strict=False))
+                yield f"{file}:{line}", {"question": fields[0], **choices, "answer": fields[-1]}
                 line = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 ({error.reason}); convert it with iconv -f GB18030 -t UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{file}:{line}: not CSV ({error}); mend the row") from None
+        raise UserError(f"{file}:{line}: not CSV ({error}); correct the row") from None

@@ -83,7 +83,7 @@ class GroupedLinear(torch.autograd.Function):
         ends, grad_RO, grad_x, grad_weight = ctx.ends, grad_RO.contiguous(), None, None
         if ctx.quantized is None and fits(grad_RO, weight_EOD, ends):
             if ctx.needs_input_grad[0]:
-                grad_x = product_back(grad_RO, weight_EOD, ends)
+                grad_x = product(grad_RO, weight_EOD, ends, back=True)
             if ctx.needs_input_grad[1]:
                 grad_weight = all_gradients_into(ctx.buffer.like(weight_EOD), grad_RO, x_RD.contiguous(), ends)
             return grad_x, grad_weight, None, None
@@ -212,17 +212,11 @@ def fits(x_RF: Tensor, weight_EOI, ends: Sequence[int]) -> bool:
     return whole and suits(x_RF, weight_EOI)
 
 
-def product(x_RI: Tensor, weight_EOI: Tensor, ends: Sequence[int]) -> Tensor:
-    """Each expert's rows times its matrix transposed, (R, O). ends: one past the last row of each."""
-    return _product(x_RI, weight_EOI, ends, back=False)
+def product(x_RF: Tensor, weight_EOI: Tensor, ends: Sequence[int], back: bool = False) -> Tensor:
+    """Each expert's rows (R, I) times its matrix transposed, (R, O), or `back` again: (R, O) -> (R, I).
 
-
-def product_back(grad_RO: Tensor, weight_EOI: Tensor, ends: Sequence[int]) -> Tensor:
-    """Each expert's rows times its matrix, (R, I): the gradient of `product` for its rows."""
-    return _product(grad_RO, weight_EOI, ends, back=True)
-
-
-def _product(x_RF: Tensor, weight_EOI: Tensor, ends: Sequence[int], back: bool) -> Tensor:
+    ends: one past the last row of each expert.
+    """
     threads, (count, out, inner) = torch.get_num_threads(), weight_EOI.shape
     result, memory = x_RF.new_empty(len(x_RF), inner if back else out), scratch(threads * library().scratch(out, inner))
     library().grouped_product(result, x_RF, weight_EOI, _array(ends), count, out, inner, back, memory, threads)

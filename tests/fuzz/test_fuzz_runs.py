@@ -32,7 +32,7 @@ from training.distill.answers import Answer, Ask, Journal
 from training.optim.build import OptimSettings, build_optimizer
 from training.run.checkpoint import Progress, Snapshot, newest, read_progress
 from training.run.log import read_metrics
-from training.run.resume import WholeModel, left_off, take_up
+from training.run.resume import WholeModel, find_checkpoint, restore
 
 
 @contextlib.contextmanager
@@ -81,9 +81,9 @@ def a_run(model: MiniDeepSeek, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
 
 def resumed(out: Path, model: MiniDeepSeek) -> Progress:
     """As the loop takes a run up, and one step further."""
-    found = left_off(out, True, {"seed": 0})
+    found = find_checkpoint(out, True, {"seed": 0})
     optimizer = build_optimizer(model, OptimSettings())
-    take_up(found[0], WholeModel(model), optimizer)
+    restore(found[0], WholeModel(model), optimizer)
     optimizer.step()
     return found[1]
 

@@ -86,7 +86,7 @@ ENTRY_POINTS = {
     "eval/run.py": ("test_fuzz_suites", "test_the_data_of_a_suite"),
     "eval/style.py": ("test_fuzz_runs", "test_what_evaluations_read"),
     "world/__main__.py": ("test_fuzz_talk", "test_the_options_of_the_world"),
-    "world/blessings.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
+    "world/greeting_messages.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
     "world/reasoning.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
 }
 # Started by the others, never by a person.
@@ -102,7 +102,7 @@ def test_every_entry_point_is_thrown_at() -> None:
         assert f"\ndef {test}(" in (ROOT / "tests" / "fuzz" / f"{file}.py").read_text("utf8"), (file, test)
 
 
-@pytest.mark.parametrize("name", ["blessings", "reasoning"])
+@pytest.mark.parametrize("name", ["greeting_messages", "reasoning"])
 def test_a_world_into_a_file(name: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     refused(script("-m", f"world.{name}", "--out", tmp_path / "x"), 2, f"{tmp_path / 'x'}: ", "check the path")

@@ -77,7 +77,6 @@ def on_cuda(monkeypatch) -> None:
     one size for the heads of q, k and v.
     """
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
 
 
 def on_gpu(config: LMConfig, dtype: torch.dtype, monkeypatch) -> str:
@@ -87,33 +86,31 @@ def on_gpu(config: LMConfig, dtype: torch.dtype, monkeypatch) -> str:
     return kernel_report(config, dtype, torch.device("cuda", 0), 512)
 
 
-@pytest.mark.parametrize("preset", ["64m", "deepseek-v3"])
-def test_without_flash_attn_padded_heads_take_the_flash_kernel_of_torch(preset, on_cuda, monkeypatch):
-    monkeypatch.setattr(attention, "flash_attention", lambda: None)
-    said = on_gpu(LMConfig.preset(preset), BF16, monkeypatch)
-    assert said.startswith(
-        "attention by scaled_dot_product_attention (flash), of isolated samples by varlen_attn; experts one by one"
-    )
+PLAIN = "attention by scaled_dot_product_attention ("
+LARGE = {"qk_nope_head_dim": 200, "qk_rope_head_dim": 64, "v_head_dim": 64}
+DENSE = {"first_k_dense_replace": LMConfig.preset("64m").num_hidden_layers, "num_nextn_predict_layers": 0}
 
 
-def test_flash_attn_is_named_with_its_version_and_one_launch_for_all_experts(on_cuda, install, monkeypatch):
-    install("__version__ = '2.8.3'")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    said = on_gpu(LMConfig.preset("64m"), BF16, monkeypatch)
-    assert said == "attention by flash-attn 2.8.3; experts by grouped_mm"
-
-
-@pytest.mark.parametrize("changes", [{}, {"qk_nope_head_dim": 200, "qk_rope_head_dim": 64, "v_head_dim": 64}])
-def test_float32_and_large_heads_take_no_flash_attn(changes, on_cuda, install, monkeypatch):
-    install("__version__ = '2.8.3'")
-    said = on_gpu(LMConfig.preset("64m", **changes), BF16 if changes else FP32, monkeypatch)
-    assert said.startswith("attention by scaled_dot_product_attention (") and "flash-attn" not in said
-
-
-def test_a_dense_model_has_no_experts_to_speak_of(on_cuda, monkeypatch):
-    layers = LMConfig.preset("64m").num_hidden_layers
-    dense = LMConfig.preset("64m", first_k_dense_replace=layers, num_nextn_predict_layers=0)
-    assert "experts" not in on_gpu(dense, BF16, monkeypatch)
+@pytest.mark.parametrize(
+    ("preset", "changes", "dtype", "flash", "capability", "expected"),
+    [
+        ("64m", {}, BF16, None, (8, 9), f"{PLAIN}flash), of isolated samples by varlen_attn; experts one by one"),
+        ("deepseek-v3", {}, BF16, None, (8, 9), f"{PLAIN}flash), of isolated samples by varlen_attn; experts one by"),
+        ("64m", {}, BF16, "2.8.3", (9, 0), "attention by flash-attn 2.8.3; experts by grouped_mm"),
+        ("64m", {}, FP32, "2.8.3", (9, 0), PLAIN),
+        ("64m", LARGE, BF16, "2.8.3", (9, 0), PLAIN),
+        ("64m", DENSE, BF16, "2.8.3", (9, 0), "attention by flash-attn 2.8.3"),
+    ],
+)
+def test_kernels_of_a_gpu_are_named(preset, changes, dtype, flash, capability, expected, on_cuda, install, monkeypatch):
+    if flash:
+        install(f"__version__ = {flash!r}")
+    else:
+        monkeypatch.setattr(attention, "flash_attention", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said = on_gpu(LMConfig.preset(preset, **changes), dtype, monkeypatch)
+    assert said.startswith(expected) and ("flash-attn" in said) == ("flash-attn" in expected)
+    assert ("experts" in said) == (changes is not DENSE)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

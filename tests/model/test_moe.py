@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.moe import DeepseekMoE, Router, routing, update_bias
+from model.moe import DeepseekMoE, Router, routing
+from training.router_bias import update_bias
 
 EXPERTS, CHOSEN = 8, 3  # of the tiny configuration, in 4 groups of which 2 are kept
 

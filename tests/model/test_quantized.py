@@ -14,9 +14,9 @@ from torchao.quantization import to_nf4
 from errors import UserError
 from LMConfig import LMConfig
 from model.experts import Experts
-from model.quantized import BLOCK, SCALES, Int8Weight, NF4Weight, QuantizedLinear, QuantizedWeight
+from model.quantized import BLOCK, Int8Weight, NF4Weight, QuantizedLinear, QuantizedWeight
 from training.adapters.adapter import Adapter
-from training.adapters.frozen import check_base, nf4_or_int8, shrink_frozen
+from training.adapters.frozen import SCALES, check_base, int8, nf4, nf4_or_int8, shrink_frozen
 from training.adapters.lora import LoraSettings
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -29,9 +29,7 @@ def weight() -> nn.Parameter:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(
-    ("kind", "least", "most", "bits"), [(Int8Weight, 1e-3, 0.015, 8.5), (NF4Weight, 0.05, 0.1, 4.3)]
-)
+@pytest.mark.parametrize(("kind", "least", "most", "bits"), [(int8, 1e-3, 0.015, 8.5), (nf4, 0.05, 0.1, 4.3)])
 def test_a_quantized_weight_is_small_and_near(weight, kind, least, most, bits, dtype):
     quantized = kind(weight)
     near = quantized.dense(dtype)
@@ -44,11 +42,11 @@ def test_a_quantized_weight_is_small_and_near(weight, kind, least, most, bits, d
 
 def test_four_bits_are_unfolded_to_the_numbers_of_torchao(weight):
     theirs = to_nf4(weight.detach().reshape(1, -1), BLOCK, SCALES).get_original_weight().view_as(weight)
-    assert torch.equal(NF4Weight(weight).dense(torch.float32), theirs)
+    assert torch.equal(nf4(weight).dense(torch.float32), theirs)
 
 
 def test_eight_bits_are_half_a_step_from_the_weight(weight):
-    near, step = Int8Weight(weight).dense(torch.float32), weight.abs().amax(-1, keepdim=True) / 127
+    near, step = int8(weight).dense(torch.float32), weight.abs().amax(-1, keepdim=True) / 127
     assert ((near - weight).abs() <= 0.51 * step).all()
 
 
@@ -58,7 +56,7 @@ def test_a_weight_whose_size_has_no_blocks_gets_eight_bits():
     assert isinstance(nf4_or_int8(nn.Parameter(torch.randn(8, 8))), NF4Weight)
 
 
-@pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
+@pytest.mark.parametrize("kind", [int8, nf4])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_quantized_layer_equals_the_layer_with_the_unfolded_weight_and_its_gradient(kind, bias):
     torch.manual_seed(0)
@@ -79,7 +77,7 @@ def test_a_quantized_layer_equals_the_layer_with_the_unfolded_weight_and_its_gra
     torch.testing.assert_close(out.float(), linear(x), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
+@pytest.mark.parametrize("kind", [int8, nf4])
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_quantized_experts_equal_experts_with_the_unfolded_weights(tiny_config, kind, tokens):
     torch.manual_seed(0)
@@ -130,18 +128,19 @@ def device(request, monkeypatch) -> None:
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
 
 
-@pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
+@pytest.mark.parametrize("kind", [int8, nf4])
 @pytest.mark.parametrize(("build", "sizes"), [(linear, [96 * 64]), (experts, [8 * 72 * 64, 8 * 64 * 36])])
 def test_a_quantized_weight_is_not_kept_dense_for_the_backward_pass(kind, build, sizes, device, monkeypatch):
     unpacked: list[weakref.ref] = []
-    dense = kind.dense
+    made = {int8: Int8Weight, nf4: NF4Weight}[kind]
+    dense = made.dense
 
     def noted(self: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
         weight = dense(self, dtype)
         unpacked.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(kind, "dense", noted)
+    monkeypatch.setattr(made, "dense", noted)
     forward, saved = build(kind), []
     x = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
@@ -152,7 +151,7 @@ def test_a_quantized_weight_is_not_kept_dense_for_the_backward_pass(kind, build,
     assert len(unpacked) == 2 * len(sizes)
 
 
-@pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
+@pytest.mark.parametrize("kind", [int8, nf4])
 @pytest.mark.parametrize("build", [linear, experts])
 def test_gradients_through_a_quantized_weight_have_the_bits_of_those_through_the_unpacked_one(kind, build, device):
     found = []

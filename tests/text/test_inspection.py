@@ -45,19 +45,19 @@ CHAT = [
 
 
 def shown(out: str) -> list[tuple[bool, str]]:
-    """(whether learnt, text) of each line of tokens."""
+    """(whether trained on, text) of each line of tokens."""
     lines = [line for line in out.splitlines() if line.startswith(("+ ", "  "))]
     return [(line[0] == "+", line[2:].replace("┊", "").replace("↵", "\n")) for line in lines]
 
 
-def test_a_preview_marks_exactly_what_is_learnt(look, tokenizer, tmp_path):
+def test_a_preview_marks_exactly_what_is_trained(look, tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
     done = look("preview", path)
     ids, mask = encode_chat(tokenizer, CHAT)
-    assert f"{path}:1   {len(ids)} tokens, {sum(mask)} learnt" in done.out
+    assert f"{path}:1   {len(ids)} tokens, {sum(mask)} trained on" in done.out
     for wanted in (0, 1):
         text = tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m == wanted], skip_special_tokens=False)
-        assert "".join(line for learnt, line in shown(done.out) if learnt == wanted) == text.replace("\x1b", "\\x1b")
+        assert "".join(line for trained, line in shown(done.out) if trained == wanted) == text.replace("\x1b", "\\x1b")
     assert "\x1b" not in done.out  # neither colours in a pipe, nor a command to the terminal out of the data
 
 
@@ -65,7 +65,7 @@ def test_a_preview_shows_a_turn_that_is_marked_as_not_trained_on(look, tmp_path)
     first, last = {"role": "assistant", "content": "No.", "weight": 0.0}, {"role": "assistant", "content": "Yes."}
     row = {"messages": [CHAT[1], first, CHAT[1], last], "rationale": "it has more than four words"}
     done = look("preview", write(tmp_path / "a.jsonl", [row]))
-    assert [text for learnt, text in shown(done.out) if learnt] == ["Yes.</s>"] and "No.</s>" in done.out.replace(
+    assert [text for trained, text in shown(done.out) if trained] == ["Yes.</s>"] and "No.</s>" in done.out.replace(
         "┊", ""
     )
     assert "notice: 1 x the column 'rationale' is not read" in done.out
@@ -92,9 +92,9 @@ def test_a_preview_of_pairs_problems_text_and_sums(look, world, tmp_path):
     sides = done.out.partition("chosen\n")[2].split("rejected\n")
     assert len(sides) == 2 and all(re.search(r"^\+ .*</s>$", side, re.MULTILINE) for side in sides)
     done = look("preview", write(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "2"}]))
-    assert "the answer to find: 2" in done.out and not any(learnt for learnt, _ in shown(done.out))
+    assert "the answer to find: 2" in done.out and not any(trained for trained, _ in shown(done.out))
     done = look("preview", world / "pretrain.csv", "--rows", 1)
-    assert all(learnt for learnt, _ in shown(done.out)) and done.out.rstrip().endswith("</s>")
+    assert all(trained for trained, _ in shown(done.out)) and done.out.rstrip().endswith("</s>")
     assert "arithmetic:1 #3" in look("preview", "arithmetic:1").out
 
 

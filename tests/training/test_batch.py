@@ -12,8 +12,8 @@ import yaml
 from toy_stage import ROWS, TIME, Rows, files
 
 from cli import parse
-from training.batch import fit_batch, warn_of_few_steps
 from training.parallel.ranks import Ranks
+from training.run.estimate import fit_batch, warn_of_few_steps
 from training.settings import NextTokenSettings
 
 

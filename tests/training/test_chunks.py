@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import training.chunks
-from training.chunks import ROWS, chunks, padded, padded_rows
+import training.losses
 from training.distill.distillation import Logits, distillation_sum
 from training.distill.divergences import forward_kl
 from training.log_probs import log_probs_and_entropy
+from training.losses import ROWS, chunks, padded, padded_rows
 
 VOCAB, WIDTH = 50, 8
 
@@ -20,7 +20,7 @@ def test_chunks_cover_all_rows_in_whole_blocks(rows, vocab):
     parts = chunks(rows, vocab)
     assert [place for part in parts for place in range(part.start, part.stop)] == list(range(rows))
     assert all((part.stop - part.start) % ROWS == 0 for part in parts[:-1])
-    assert all((part.stop - part.start) * vocab <= max(training.chunks.CHUNK_ELEMENTS, ROWS * vocab) for part in parts)
+    assert all((part.stop - part.start) * vocab <= max(training.losses.CHUNK_ELEMENTS, ROWS * vocab) for part in parts)
 
 
 def test_padding_goes_up_to_a_whole_block():
@@ -36,7 +36,7 @@ def test_padding_goes_up_to_a_whole_block():
 @pytest.mark.parametrize("what", ["log-probabilities", "distillation"])
 def test_any_number_of_labels_meets_the_vocabulary_in_few_row_counts(what, monkeypatch):
     """Each new count would cost a CPU kernels: 10 ms and 10 MB."""
-    monkeypatch.setattr(training.chunks, "CHUNK_ELEMENTS", 2 * ROWS * VOCAB)
+    monkeypatch.setattr(training.losses, "CHUNK_ELEMENTS", 2 * ROWS * VOCAB)
     head, seen = torch.randn(VOCAB, WIDTH, requires_grad=True), set()
     products = torch.Tensor.__matmul__, torch.mm
 

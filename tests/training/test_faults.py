@@ -26,7 +26,7 @@ import training.run.checkpoint
 from errors import UserError, command_line
 from model import MiniDeepSeek
 from training.parallel.ranks import Ranks
-from training.run.manifest import verify
+from training.run.checkpoint import verify
 from training.run.saver import Saver
 
 

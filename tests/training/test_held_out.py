@@ -11,10 +11,9 @@ import torch
 from text.chats.problems import Problem
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from text.tokenizer_training import train_bpe
-from training.held_out import labels_name, problems_name
 from training.losses import IGNORE
 from training.run.log import read_metrics
-from training.validation import held_out_batches
+from training.validation import held_out_batches, labels_name, problems_name
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import training.chunks
+import training.losses
 from model.kernels import fused
 from training.losses import IGNORE, NextTokenLoss, cross_entropy_sum, labels_ahead, token_losses
 
@@ -15,7 +15,7 @@ ROWS, HIDDEN, VOCAB = 150, 24, 61
 
 @pytest.fixture(params=[64 * VOCAB, 100 * VOCAB, 2**22], ids=["chunks of 64", "chunks of 100", "one chunk"])
 def chunks(request, monkeypatch) -> None:
-    monkeypatch.setattr(training.chunks, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(training.losses, "CHUNK_ELEMENTS", request.param)
 
 
 def problem(counted: float = 0.7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

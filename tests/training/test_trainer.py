@@ -18,13 +18,12 @@ import training.machine
 import training.trainer
 from errors import UserError
 from model import MiniDeepSeek
-from model.moe import update_bias
 from model.ops import kernel_report
 from training.losses import Batch, NextTokenLoss
 from training.machine import Peak, machine_peak, measured_peak
-from training.metrics import max_violation
 from training.optim.build import OptimSettings, build_optimizer
 from training.parallel.ranks import Ranks
+from training.router_bias import update_bias
 from training.run.log import read_metrics
 from training.settings import StageSettings
 from training.startup import begin
@@ -165,10 +164,6 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_labels(make):
     size = sum(len(trainer.tokenizer.raw.id_to_token(token)) for token in batch["labels"].flatten().tolist())
     assert entry["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert entry["val_loss"] == pytest.approx(nats / batch["labels"].numel(), rel=1e-5)
-
-
-def test_max_violation_is_the_worst_load_over_the_mean():
-    assert max_violation(torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 2.0, 2.0, 4.0]])) == [0.0, 1.0]
 
 
 def test_the_weights_follow_their_schedules(make, monkeypatch):
@@ -470,3 +465,10 @@ def test_a_run_says_at_its_start_which_kernels_compute(make, capsys):
     trainer.run()
     kernels = kernel_report(trainer.model.config, torch.float32, torch.device("cpu"), trainer.settings.row_tokens)
     assert f"\nkernels    {kernels}\n" in capsys.readouterr().out
+
+
+def test_a_schedule_that_the_loss_does_not_name_is_refused(make, monkeypatch):
+    """Misspelt, it would change nothing and say nothing."""
+    monkeypatch.setattr(NextTokenLoss, "schedules", ("mtp_wieght", "balance_weight", "bias_speed"))
+    with pytest.raises(UserError, match="NextTokenLoss has no schedule named mtp_weight"):
+        make()

@@ -13,7 +13,7 @@ from text.chats.arithmetic import arithmetic_problem
 from text.chats.conversations import read_conversations
 from text.chats.problems import Problem, open_problems, to_problem
 from training.alignment.rewards import Sample, find
-from world import blessings
+from world import greeting_messages
 from world.columns import conclusion, explained, worked
 from world.numbers import states_held_out
 from world.reasoning import generate
@@ -68,15 +68,15 @@ def test_problems_of_other_kinds_have_their_answer_and_nothing_held_out(files):
         assert not states_held_out(f"{row['question']} {row['answer']}")
 
 
-def test_held_out_blessings_are_new_and_in_a_style_of_their_own(tmp_path):
+def test_held_out_messages_are_new_and_in_a_style_of_their_own(tmp_path):
     data = tmp_path
-    blessings.generate(data)
+    greeting_messages.generate(data)
     train = json.loads((data / "train.json").read_text(encoding="utf8"))
     held_out = [json.loads(line) for line in (data / "heldout.jsonl").read_text(encoding="utf8").splitlines()]
     taught = {row["output"] for row in train}
     assert len(held_out) > 100 and not taught & {row["answer"] for row in held_out}
     ends = {(row["opening"], row["closing"]) for row in held_out}
-    assert len(ends) == len(blessings.STYLES)
+    assert len(ends) == len(greeting_messages.STYLES)
     for row in held_out:
         assert row["answer"].startswith(row["opening"]) and row["answer"].endswith(row["closing"])
         # Each part of what is asked has been seen, with other parts.

@@ -19,8 +19,8 @@ from world.cast import ATTRIBUTES, NAMES, THINGS, World
 from world.columns import conclusion
 from world.corpus import FILES, generate
 from world.facts import fact_questions
-from world.favours import COURTESY, FAVOURS
 from world.reading import scene
+from world.requests import COURTESY, REQUESTS
 from world.talk import ASKED, FIRST_PERSON
 
 SEED = 3
@@ -234,11 +234,11 @@ def plain(answer: str) -> str:
     return answer
 
 
-def is_favour(prompt: str) -> bool:
+def is_request(prompt: str) -> bool:
     """Whether it asks for something to be done for somebody in the town."""
     return any(
         re.fullmatch(re.escape(asked).replace(r"\{thing\}", ".+").replace(r"\{n\}", "\\w+"), prompt)
-        for forms in FAVOURS.values()
+        for forms in REQUESTS.values()
         for asked, _ in forms
     )
 
@@ -255,24 +255,24 @@ def test_a_question_never_has_two_answers_but_for_their_courtesy_and_columns(cha
             assert answers.setdefault(asked, answer) == answer
 
 
-def test_favours_are_granted_either_way_as_often_and_nothing_else_is(chats):
+def test_requests_are_granted_either_way_as_often_and_nothing_else_is(chats):
     turns = [pair for chat in chats for pair in pairwise(chat) if pair[1]["role"] == "assistant"]
-    ways = Counter((is_favour(asked["content"]), plain(said["content"]) != said["content"]) for asked, said in turns)
+    ways = Counter((is_request(asked["content"]), plain(said["content"]) != said["content"]) for asked, said in turns)
     assert ways[False, True] == 0 and ways[True, True] > 200
     assert ways[True, True] / (ways[True, True] + ways[True, False]) == pytest.approx(0.5, abs=0.06)
 
 
-def test_pairs_say_the_same_and_prefer_courtesy_for_favours_alone(folder):
+def test_pairs_say_the_same_and_prefer_courtesy_for_requests_alone(folder):
     pairs = read_jsonl(folder / "preferences.jsonl")
     for pair in pairs:
         sides = (pair["chosen"], pair["rejected"])
-        courteous, bare = sides if is_favour(pair["prompt"]) else sides[::-1]
+        courteous, bare = sides if is_request(pair["prompt"]) else sides[::-1]
         assert plain(courteous) == bare != courteous
-    assert sum(is_favour(pair["prompt"]) for pair in pairs) / len(pairs) == pytest.approx(0.6, abs=0.05)
+    assert sum(is_request(pair["prompt"]) for pair in pairs) / len(pairs) == pytest.approx(0.6, abs=0.05)
     assert len(pairs) == 900
 
 
-def test_no_held_out_favour_is_asked_for_in_training(folder):
+def test_no_held_out_request_is_made_in_training(folder):
     favours = read_jsonl(folder / "heldout_favours.jsonl")
     assert len({row["question"] for row in favours}) == 200
     assert all(row["opening"] + plain(row["answer"]) + row["closing"] == row["answer"] for row in favours)

@@ -1,11 +1,11 @@
-"""How a conversation becomes tokens: DeepSeek's layout, and which of the tokens are learnt.
+"""How a conversation becomes tokens: DeepSeek's layout, and which of the tokens are trained on.
 
     <s>[<|system|>S]<|user|>Q<|assistant|>A</s><|user|>Q2<|assistant|>A2</s>
 
-Learnt are the assistant's words and the `</s>` that ends its turn, so the model learns to answer and to stop; a turn
-with `train` False is context only. Only the layout's own marks become special tokens, and `<think>`, `</think>` within
-an assistant's words. A person who types `</s>` or `<|assistant|>` has typed letters: `encode_chat` encodes each text on
-its own and never looks for marks in it.
+Trained on are the assistant's words and the `</s>` that ends its turn, so the model learns to answer and to stop; a
+turn with `train` False is context only. Only the layout's own marks become special tokens, and `<think>`, `</think>`
+within an assistant's words. A person who types `</s>` or `<|assistant|>` has typed letters: `encode_chat` encodes each
+text separately and never looks for marks in it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_messages(messages: Sequence[Message], add_generation_prompt: bool = Fa
 
 
 def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as one string, the same as `CHAT_TEMPLATE` gives. Raises `UserError` on wrong roles."""
+    """Return the conversation as one string, the same as `CHAT_TEMPLATE` gives. Raises `UserError` on wrong roles."""
     check_messages(messages, add_generation_prompt)
     turns = []
     for message in messages:
@@ -82,7 +82,7 @@ def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> 
 def encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the conversation and a mask of the same length: 1 where the token is learnt, 0 elsewhere.
+    """Return token ids of the conversation and a mask of the same length: 1 where the token is trained on, else 0.
 
     Raises `UserError` on wrong roles.
     """
@@ -92,7 +92,7 @@ def encode_chat(
 def encode_chats(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = False
 ) -> list[tuple[list[int], list[int]]]:
-    """`encode_chat` of many conversations, their texts encoded in one batch on all cores."""
+    """Return `encode_chat` of many conversations, their texts encoded in one batch on all cores."""
     layouts = []
     for messages in conversations:
         check_messages(messages, add_generation_prompt)
@@ -103,10 +103,10 @@ def encode_chats(
     for layout in layouts:
         ids: list[int] = []
         mask: list[int] = []
-        for piece, learnt in layout:
+        for piece, trained in layout:
             tokens = next(encoded) if isinstance(piece, str) else [piece]
             ids += tokens
-            mask += [learnt] * len(tokens)
+            mask += [trained] * len(tokens)
         results.append((ids, mask))
     return results
 
@@ -114,7 +114,7 @@ def encode_chats(
 def _layout(
     tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
 ) -> list[tuple[str | int, int]]:
-    """The conversation as pieces: a text or the id of a special token, each with its mask."""
+    """Return the conversation as pieces: a text or the id of a special token, each with its mask."""
     special = tokenizer.special_ids
     pieces: list[tuple[str | int, int]] = [(tokenizer.bos_id, 0)]
     for message in messages:

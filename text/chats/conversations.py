@@ -33,11 +33,11 @@ from text.sources.rows import converted_rows
 def read_conversations(
     source: Source | str | Path, on_error: str = "skip", report: RowReport | None = None
 ) -> Iterator[list[Message]]:
-    """Conversations of a source, or of a file or folder, in order. Contents are kept as they are.
+    """Yield the conversations of a source, or of a file or folder, in order. Contents are kept as they are.
 
     Roles become system, user, assistant and tool in an order that the chat template has, with at least one answer.
-    A row without that is counted in `report` (`on_error="skip"`) or raises `UserError` (`on_error="stop"`). A missing
-    or empty file and a JSON array that breaks off raise `UserError` always: what follows the break cannot be counted.
+    A row without that is counted in `report` (`on_error="skip"`) or raises `UserError` (`on_error="stop"`). A file that
+    cannot be read to its end raises `UserError` always: what follows the break cannot be counted.
     """
     source, report = Source.of(source), RowReport() if report is None else report
     convert = partial(to_messages, layout=source.layout, notices=report.pending)
@@ -56,9 +56,9 @@ def write_chats(path: Path, rows: Sequence[Sequence[Message]]) -> None:
 
 
 def to_messages(row: object, layout: Layout = SEEN, notices: set[str] | None = None) -> list[Message]:
-    """One row as messages: of the layout's format or, where it has none, of any. Raises `RowError`.
+    """Return one row of the layout's format or, where it has none, of any, as messages. Raises `RowError`.
 
-    notices: takes what is said about a row that is used all the same.
+    notices: collects what is reported of a row that is used all the same.
     """
     notices = set() if notices is None else notices
     given, row = row, layout.arrange(row)
@@ -80,10 +80,9 @@ def to_messages(row: object, layout: Layout = SEEN, notices: set[str] | None = N
     elif "Question" in row and "Response" in row:
         name, messages = "'Response'", _medical(row)
     else:
-        keys = ", ".join(map(repr, row)) or "no keys"
-        raise RowError(
-            "unknown layout", f"has {keys} but neither 'messages', 'conversations' nor 'instruction' and 'output'"
-        )
+        shown = ", ".join(map(repr, row)) or "no keys"
+        known = "neither 'messages', 'conversations' nor 'instruction' and 'output'"
+        raise RowError("unknown layout", f"has {shown} but {known}")
     messages = with_system(row, messages) if isinstance(row, dict) else messages
     check_conversation(name, messages)
     if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
@@ -94,7 +93,7 @@ def to_messages(row: object, layout: Layout = SEEN, notices: set[str] | None = N
 
 
 def note_unread(given: dict, row: dict, lists: Sequence[str], messages: Sequence[Message], notices: set[str]) -> None:
-    """Name the columns of a row that hold speech which is no part of the messages.
+    """Report the columns of a row that hold speech which is not a part of the messages.
 
     given: the row as the file has it; lists: the columns of the arranged `row` whose turns were read one by one.
     """
@@ -107,7 +106,7 @@ def note_unread(given: dict, row: dict, lists: Sequence[str], messages: Sequence
 def turns_to_messages(
     name: str, turns: object, layout: Layout = SEEN, notices: set[str] | None = None
 ) -> list[Message]:
-    """ShareGPT's from/value and role/content turns, or turns with the layout's tags."""
+    """Return ShareGPT's from/value and role/content turns, or turns with the layout's tags, as messages."""
     turns = list_of(name, turns)
     if not isinstance(turns, list | tuple):
         raise RowError("wrong type", f"{name} is {kind_of(turns)}; it must be a list of turns")
@@ -115,21 +114,21 @@ def turns_to_messages(
 
 
 def history_of(row: dict) -> list[Message]:
-    """The earlier exchanges in a row's 'history'."""
+    """Return the earlier exchanges in a row's 'history'."""
     history = list_of("'history'", row.get("history") or [])
-    if not isinstance(history, list | tuple) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
-    ):
+    is_list = isinstance(history, list | tuple)
+    if not is_list or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise RowError("wrong type", "'history' must be a list of [question, answer] pairs")
-    messages: list[Message] = []
-    for question, answer in history:
-        messages.append({"role": "user", "content": text_of("a question in 'history'", question)})
-        messages.append({"role": "assistant", "content": text_of("an answer in 'history'", answer)})
-    return messages
+    turns = (("user", "a question in 'history'"), ("assistant", "an answer in 'history'"))
+    return [
+        {"role": role, "content": text_of(name, text)}
+        for pair in history
+        for (role, name), text in zip(turns, pair, strict=True)
+    ]
 
 
 def question_of(row: dict, name: str) -> Message:
-    """The column `name` and what 'input' adds to it, as the user's turn."""
+    """Return the column `name` and what 'input' adds to it, as the user's turn."""
     more = row.get("input")
     parts = [text_of(repr(name), row.get(name)), "" if more is None else text_of("'input'", more)]
     return {"role": "user", "content": "\n".join(part for part in parts if part)}
@@ -141,10 +140,8 @@ def _alpaca(row: dict) -> list[Message]:
 
 
 def _exchange(row: dict, question: str, answer: str) -> list[Message]:
-    return [
-        {"role": "user", "content": text_of(repr(question), row[question])},
-        {"role": "assistant", "content": text_of(repr(answer), row[answer])},
-    ]
+    names = {"user": question, "assistant": answer}
+    return [{"role": role, "content": text_of(repr(name), row[name])} for role, name in names.items()]
 
 
 def _medical(row: dict) -> list[Message]:
@@ -157,7 +154,7 @@ def _medical(row: dict) -> list[Message]:
 
 
 def _thought_through(message: Message) -> Message:
-    """An assistant's turn with OpenThoughts' marks turned into ours; others as they are."""
+    """Return an assistant's turn with OpenThoughts' marks turned into ours; others as they are."""
     text, parts = message["content"], []
     if message["role"] != "assistant" or "<|begin_of_" not in text:
         return message
@@ -192,9 +189,14 @@ def check_conversation(name: str, messages: list[Message]) -> None:
         check_messages(messages)
     except UserError as error:
         raise RowError("wrong order of roles", str(error)) from error
+    check_texts(messages, ("user", "assistant"))
+
+
+def check_texts(messages: Sequence[Message], spoken: Sequence[str]) -> None:
+    """Raise `RowError` for a NUL character, and for an empty turn of one of the roles `spoken`."""
     for number, message in enumerate(messages, start=1):
         role, content = message["role"], message["content"]
         if "\0" in content:
             raise RowError("NUL character", f"message {number} ({role}) has a NUL character")
-        if role in ("user", "assistant") and not content.strip():
+        if role in spoken and not content.strip():
             raise RowError("empty text", f"message {number} ({role}) is empty")

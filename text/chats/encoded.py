@@ -169,26 +169,23 @@ class EncodedSamples:
             raise UserError(f"--val_fraction {fraction}: holds out all {what}; add data or pass --val_fraction 0")
         return everything[~held], everything[held]
 
-    def packed(self, members: np.ndarray, capacity: int, seed: int, packing: bool = True) -> PackedRows:
-        """Return rows of the samples `members`, mixed where the sources have weights.
+    def packed(self, members: np.ndarray, *shape: int, mix: bool = True) -> PackedRows:
+        """Return rows of the samples `members`, mixed where the sources have weights, or with each once an epoch.
 
-        Raises `UserError` for a source with a weight of which no sample is among them.
+        shape: capacity, seed and packing, as `PackedRows` takes them. Raises `UserError` for a source with a weight of
+        which no sample is among them.
         """
-        mixture, owners = weights(self.sources), self.owners[members]
+        mixture, owners = weights(self.sources) if mix else None, self.owners[members]
         for number, source in enumerate(self.sources if mixture else []):
             if not (owners == number).any():
                 raise UserError(f"{source}: nothing of it is left to train on; fix it or leave it out of the mixture")
-        return PackedRows(members, owners, mixture, self.positions, capacity, seed, packing)
-
-    def plain(self, members: np.ndarray, capacity: int, seed: int, packing: bool = True) -> PackedRows:
-        """Return rows of the samples `members`, each once an epoch, weights aside."""
-        return PackedRows(members, self.owners[members], None, self.positions, capacity, seed, packing)
+        return PackedRows(members, owners, mixture, self.positions, *shape)
 
     def describe(self, members: Iterable[int]) -> str:
         """Return where samples come from: the source, and which of its samples in use they are, counted from 1."""
-        owners = [(member, self.owners[member]) for member in members]
-        firsts = {owner: int(np.searchsorted(self.owners, owner)) for _, owner in owners}
-        return ", ".join(f"{self.sources[owner]} #{member - firsts[owner] + 1}" for member, owner in owners)
+        first = [int(np.searchsorted(self.owners, owner)) for owner in range(len(self.sources))]
+        owned = ((self.owners[member], member) for member in members)
+        return ", ".join(f"{self.sources[owner]} #{member - first[owner] + 1}" for owner, member in owned)
 
     def identity(self, rows: PackedRows) -> str:
         """Return what the order of training depends on beside the seed: the samples and their shares of a mixture."""

@@ -42,7 +42,7 @@ class PackedDataset:
     def _plain(self, members: np.ndarray) -> PackedDataset:
         """Return the data set of some of the samples, each once an epoch."""
         part = copy.copy(self)
-        part._rows = self.samples.plain(members, self.sequence_length, self.seed, self.packing)
+        part._rows = self.samples.packed(members, self.sequence_length, self.seed, self.packing, mix=False)
         part.validation = None
         return part
 

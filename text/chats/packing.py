@@ -16,19 +16,19 @@ from text.order import BLOCK, block_shares, mixed
 
 
 def cut_at_turn(mask: Sequence[int], sequence_length: int) -> int:
-    """How many leading tokens of a conversation to keep: all turns up to the last answer that fits whole; 0 for none.
+    """Return how many leading tokens to keep: all turns up to the last answer that fits whole; 0 for none.
 
-    mask: (tokens,), 1 where a token is learnt, so each run of ones is one answer with its end token. What follows the
-    last answer teaches nothing and is cut as well.
+    mask: (tokens,), 1 where a token is trained on, so each run of ones is one answer with its end token. What follows
+    the last answer teaches nothing and is cut as well.
     """
-    learnt = np.asarray(mask, dtype=np.int8)
-    ends = np.flatnonzero(np.diff(learnt, append=0) == -1) + 1
+    trained = np.asarray(mask, dtype=np.int8)
+    ends = np.flatnonzero(np.diff(trained, append=0) == -1) + 1
     fitting = ends[ends <= sequence_length + 1]
     return int(fitting[-1]) if len(fitting) else 0
 
 
 def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Rows of indices whose lengths add up to at most `capacity`: best-fit decreasing.
+    """Return rows of indices whose lengths add up to at most `capacity`: best-fit decreasing.
 
     The longest go first, each into the fullest row that has room. Which lengths share a row depends on the lengths
     alone; of equal lengths the earlier index comes first. So another order of the same conversations gives the same
@@ -117,7 +117,7 @@ class PackedRows:
 
 
 def write_row(conversations: Sequence[tuple[np.ndarray, np.ndarray]], sequence_length: int, pad_id: int) -> dict:
-    """One row of a batch: input_ids, labels, segment_ids and position_ids, each (sequence_length,) int64.
+    """Return a row of a batch: input_ids, labels, segment_ids and position_ids, each (sequence_length,) int64.
 
     conversations: (ids, mask) pairs. labels[t] is the token that position t must predict, or -100. Each conversation
     is a segment 0, 1, ... whose positions start at 0. The padding behind them is segment -1, which the routers do not

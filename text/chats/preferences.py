@@ -48,20 +48,16 @@ class Preference(NamedTuple):
 def read_preferences(
     source: Source | str | Path, on_error: str = "skip", report: RowReport | None = None
 ) -> Iterator[Preference]:
-    """Pairs of a source, or of a file or folder, in order.
-
-    A row without a pair in it is counted in `report` (`on_error="skip"`) or raises `UserError` (`on_error="stop"`). A
-    file that cannot be read raises `UserError` always.
-    """
+    """Yield the pairs of a source, or of a file or folder, in order; errors as in `read_conversations`."""
     source, report = Source.of(source), RowReport() if report is None else report
     convert = partial(to_preference, layout=source.layout, notices=report.pending)
     yield from converted_rows(source, convert, on_error, report)
 
 
 def to_preference(row: object, layout: Layout = SEEN, notices: set[str] | None = None) -> Preference:
-    """One row of any layout as a pair. Raises `RowError`.
+    """Return one row of any layout as a pair. Raises `RowError`.
 
-    notices: takes what is said about a row that is used all the same.
+    notices: collects what is reported of a row that is used all the same.
     """
     notices = set() if notices is None else notices
     given, row = row, layout.arrange(row)
@@ -84,7 +80,7 @@ def to_preference(row: object, layout: Layout = SEEN, notices: set[str] | None =
 
 
 def _given_prompt(row: dict, answers: dict[str, list[Message]], layout: Layout, notices: set[str]) -> list[Message]:
-    """The turns that the row names beside the answers; none where the answers are whole conversations."""
+    """Return the turns that the row names beside the answers; none where the answers are whole conversations."""
     for name in ("conversations", "messages"):
         if row.get(name) is not None:
             turns = turns_to_messages(repr(name), row[name], layout, notices)
@@ -103,7 +99,7 @@ def _given_prompt(row: dict, answers: dict[str, list[Message]], layout: Layout, 
 
 
 def _answer(row: dict, name: str, layout: Layout, notices: set[str]) -> list[Message]:
-    """The answer `name`, after the conversation that it ends if it is a whole one."""
+    """Return the answer `name`, after the conversation that it ends if it is a whole one."""
     answer = turns_of(repr(name), row[name], layout.tags.values())
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
@@ -114,7 +110,7 @@ def _answer(row: dict, name: str, layout: Layout, notices: set[str]) -> list[Mes
 
 
 def _conversation(row: dict, name: str, prompt: list[Message], turns: list[Message]) -> list[Message]:
-    """The prompt and the answer `name`, as they stand in `turns` or beside them."""
+    """Return the prompt and the answer `name`, as they stand in `turns` or beside them."""
     *before, last = turns
     if before and prompt and not _stands_in(prompt, before):
         raise RowError("prompts differ", f"'prompt' is not what {name!r} answers")
@@ -126,6 +122,6 @@ def _conversation(row: dict, name: str, prompt: list[Message], turns: list[Messa
 
 
 def _stands_in(prompt: list[Message], before: list[Message]) -> bool:
-    """Whether the turns of the prompt come one after the other in what an answer follows: all, the first, the last."""
+    """Return whether the turns of the prompt come one after the other in what an answer follows, anywhere in it."""
     asked, said = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, before))
     return any(said[start : start + len(asked)] == asked for start in range(len(said) - len(asked) + 1))

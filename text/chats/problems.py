@@ -3,7 +3,7 @@
 GSM8K          {"question": Q, "answer": "... #### 42"}
 its Chinese    {"question_zh-cn": Q, "answer_only": "42"}
 generic        {"question": Q, "answer": A}, {"problem": Q, "answer": A} or {"prompt": Q, "answer": A}
-arithmetic:1-3       sums of the made-up world, level 1 to 4 (text.chats.arithmetic); held-out sums are for measuring
+arithmetic:1-3       generated, level 1 to 4 (`text.chats.arithmetic`)
 reasoning_gym:NAME   a task of the reasoning_gym package, when it is installed
 """
 
@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from text.chats.turns import question_text
 from text.judging.answers import final_answer, kind_of_answer, problem_with
 from text.order import shuffled
 from text.sources.formats import Layout
-from text.sources.registry import Source, find_sources
+from text.sources.registry import GENERATORS, Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of
 from text.sources.rows import converted_rows
 from text.tokenizer import characters
@@ -64,13 +65,14 @@ class Problem:
 
 
 class Problems(Protocol):
-    """A source: `len` problems an epoch; problem `index`, counted from the start, is a function of (seed, index)."""
+    """A source: `len` problems an epoch; problem `index`, counted from the start, is a function of (seed, index).
+
+    `content` is the same for the same problems; `problem` never gives those of `held_out`.
+    """
+
+    content: str
 
     def __len__(self) -> int: ...
-
-    @property
-    def content(self) -> str:
-        """The same for the same problems, those held out too."""
 
     def problem(self, index: int, seed: int) -> Problem: ...
 
@@ -89,79 +91,41 @@ class ListedProblems:
 
     @property
     def content(self) -> str:
-        """Of the rows themselves."""
-        parts = (self.train, self.held)
-        return content_hash((one.question, one.answer, one.kind) for part in parts for one in part)
+        """The hash of the rows themselves, those held out too."""
+        return content_hash((one.question, one.answer, one.kind) for one in [*self.train, *self.held])
 
     def problem(self, index: int, seed: int) -> Problem:
+        """Return a problem to train on."""
         epoch, place = divmod(index, len(self.train))
         return self.train[shuffled(place, len(self.train), seed, epoch)]
 
     def held_out(self, count: int) -> list[Problem]:
-        """Problems that `problem` never gives, `count` of them or as many as there are."""
+        """Return `count` held-out problems, or as many as there are."""
         return self.held[:count]
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """Generated sums; the levels take turns. What is held out is the same for every seed."""
+class GeneratedProblems:
+    """Problems made up as they are asked for. draw: (index, seed) to a problem; seed None: a held-out one."""
 
-    levels: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return EPOCH
-
-    @property
-    def content(self) -> str:
-        """Of the levels, which all else follows from."""
-        return f"arithmetic {self.levels}"
-
-    def problem(self, index: int, seed: int) -> Problem:
-        level = self.levels[index % len(self.levels)]
-        return _arithmetic(arithmetic_problem(random.Random(f"{seed}/{index}"), level), level)
-
-    def held_out(self, count: int) -> list[Problem]:
-        """`count` problems around held-out sums; the levels take turns."""
-        levels = [self.levels[index % len(self.levels)] for index in range(count)]
-        return [
-            _arithmetic(arithmetic_problem(random.Random(f"held out/{index}"), level, held_out=True), level)
-            for index, level in enumerate(levels)
-        ]
-
-
-@dataclass(frozen=True)
-class ReasoningGym:
-    """A task of reasoning_gym; its own scoring decides."""
-
-    task: str
-    make: Callable[[int], Any]
+    content: str
+    draw: Callable[[int, int | None], Problem]
 
     def __len__(self) -> int:
         return EPOCH
 
-    @property
-    def content(self) -> str:
-        """Of the task, which all else follows from."""
-        return f"reasoning_gym {self.task}"
-
     def problem(self, index: int, seed: int) -> Problem:
-        return self._problem(self.make(seed), index)
+        """Return a problem to train on."""
+        return self.draw(index, seed)
 
     def held_out(self, count: int) -> list[Problem]:
-        """`count` problems of a seed that training does not use."""
-        data = self.make(-1)
-        return [self._problem(data, index) for index in range(count)]
-
-    def _problem(self, data: Any, index: int) -> Problem:
-        entry = data[index % len(data)]
-        return Problem(
-            entry["question"], str(entry["answer"]), self.task, lambda given: data.score_answer(given, entry)
-        )
+        """Return `count` problems for measuring, the same for every seed."""
+        return [self.draw(index, None) for index in range(count)]
 
 
-def split_problems(data: str) -> list[Source]:
-    """`a.jsonl=2,arithmetic:1-2` as sources with their weights."""
-    return find_sources(data, kind="prompt")
+def is_generated(source: Source) -> bool:
+    """Return whether there is no file: the problems are made up as they are asked for."""
+    return source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
 
 
 def open_problems(
@@ -170,33 +134,27 @@ def open_problems(
     report: RowReport | None = None,
     val_fraction: float = 0.0,
 ) -> Problems:
-    """A source of rows, `arithmetic:LEVELS` or `reasoning_gym:TASK`.
+    """Open a source of rows, `arithmetic:LEVELS` or `reasoning_gym:TASK`.
 
     Rows without a question, or with an answer that no verifier can parse, are counted in `report` or, with
     `on_error="stop"`, raise `UserError`. So does a source without any problem.
     """
     source = Source.of(source)
-    name = source.path
-    kind, _, which = name.partition(":")
-    if kind == "arithmetic" and not Path(name).exists():
-        levels = re.fullmatch(r"([1-4])(?:-([1-4]))?", which or "1-3")
-        if not levels or int(levels[2] or levels[1]) < int(levels[1]):
-            raise UserError(f"--data {name}: write arithmetic:LEVEL or arithmetic:FIRST-LAST, levels 1 to 4")
-        return Arithmetic(tuple(range(int(levels[1]), int(levels[2] or levels[1]) + 1)))
-    if kind == "reasoning_gym" and not Path(name).exists():
-        return _reasoning_gym(name, which)
+    if is_generated(source):
+        kind, _, which = source.path.partition(":")
+        return {"arithmetic": _arithmetic, "reasoning_gym": _reasoning_gym}[kind](source.path, which)
     report = RowReport() if report is None else report
     problems = list(converted_rows(source, problem_reader(source), on_error, report))
     held = [problem for problem in problems if _place(problem) < val_fraction]
     train = [problem for problem in problems if _place(problem) >= val_fraction]
     if not train:
         first = next((examples[0] for examples in report.examples.values()), "all of it is held out")
-        raise UserError(f"{name}: no problem to train on; {first}")
+        raise UserError(f"{source.path}: no problem to train on; {first}")
     return ListedProblems(train, sorted(held, key=_place))
 
 
 def problem_reader(source: Source) -> Callable[[object], Problem]:
-    """Turns the rows of a source into problems, each question once. Raises `RowError` for a row that is not used."""
+    """Return what turns the rows of a source into problems, each question once; it raises `RowError` for the others."""
     asked: set[str] = set()
 
     def fresh(row: object) -> Problem:
@@ -210,7 +168,7 @@ def problem_reader(source: Source) -> Callable[[object], Problem]:
 
 
 def to_problem(row: object, layout: Layout | None = None) -> Problem:
-    """One row of any layout, or of the one that the source names. Raises `RowError`."""
+    """Return one row of any layout, or of the one that its source names, as a problem. Raises `RowError`."""
     row = layout.arrange(row) if layout else row
     if not isinstance(row, dict):
         raise RowError("not a problem", f"the row is {kind_of(row)}; it must be an object with question and answer")
@@ -220,10 +178,8 @@ def to_problem(row: object, layout: Layout | None = None) -> Problem:
         shown = ", ".join(map(repr, row)) or "no keys"
         what = "no answer" if asked else "unknown layout"
         raise RowError(what, f"has {shown}, but not 'question' and 'answer' with something in both")
-    question, answer = (row[column] for column in columns)
-    question = question_text(repr(columns[0]), question)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = written_number(answer)
+    question = question_text(repr(columns[0]), row[columns[0]])
+    answer = written_number(row[columns[1]])
     for column, value in zip(columns, (question, answer), strict=True):
         if not isinstance(value, str):
             raise RowError("wrong type", f"{column!r} is {kind_of(value)}; it must be text")
@@ -241,7 +197,7 @@ def to_problem(row: object, layout: Layout | None = None) -> Problem:
 
 
 def bare_answer(answer: str) -> str:
-    """The reference itself: what follows GSM8K's `####`, where there is one; "" where that is not one answer."""
+    """Return the reference itself: what follows GSM8K's `####`, where there is one; "" where that is not one answer."""
     _, mark, result = (part.strip() for part in answer.rpartition("####"))
     if not mark:
         return result
@@ -250,40 +206,56 @@ def bare_answer(answer: str) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a field holds nothing: null, or the NaN that pandas writes for it."""
+    """Return whether a field holds nothing: null, or the NaN that pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def written_number(value: int | float) -> str:
-    """A number of JSON in digits: 1e20 and 0.00001 too."""
+def written_number(value: object) -> object:
+    """Return a number of JSON in digits, 1e20 and 0.00001 too; any other value as it is."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return value
     return format(Decimal(repr(value)), "f") if math.isfinite(value) else repr(value)
 
 
-def _arithmetic(drawn: tuple[str, str], level: int) -> Problem:
-    question, answer = drawn
-    return Problem(question, re.findall(r"\d+", answer)[-1], f"level {level}")
+def _arithmetic(name: str, which: str) -> GeneratedProblems:
+    """Generated arithmetic, its levels in turn."""
+    found = re.fullmatch(r"([1-4])(?:-([1-4]))?", which or "1-3")
+    if not found or int(found[2] or found[1]) < int(found[1]):
+        raise UserError(f"--data {name}: write arithmetic:LEVEL or arithmetic:FIRST-LAST, levels 1 to 4")
+    levels = tuple(range(int(found[1]), int(found[2] or found[1]) + 1))
+
+    def draw(index: int, seed: int | None) -> Problem:
+        level, key = levels[index % len(levels)], "held out" if seed is None else seed
+        question, answer = arithmetic_problem(random.Random(f"{key}/{index}"), level, held_out=seed is None)
+        return Problem(question, re.findall(r"\d+", answer)[-1], f"level {level}")
+
+    return GeneratedProblems(f"arithmetic {levels}", draw)
 
 
-def _reasoning_gym(name: str, task: str) -> ReasoningGym:
+def _reasoning_gym(name: str, task: str) -> GeneratedProblems:
+    """A task of reasoning_gym; its own scoring decides."""
     try:
         import reasoning_gym
     except ImportError:
         raise UserError(f"--data {name}: needs the package; pip install reasoning-gym") from None
-    opened: dict[int, Any] = {}
 
-    def make(seed: int) -> Any:
-        if seed not in opened:
-            opened[seed] = reasoning_gym.create_dataset(task, size=EPOCH, seed=seed % 2**31)
-        return opened[seed]
+    @cache
+    def opened(seed: int) -> Any:
+        return reasoning_gym.create_dataset(task, size=EPOCH, seed=seed % 2**31)
+
+    def draw(index: int, seed: int | None) -> Problem:
+        data = opened(-1 if seed is None else seed)  # training uses no negative seed
+        entry = data[index % len(data)]
+        return Problem(entry["question"], str(entry["answer"]), task, lambda given: data.score_answer(given, entry))
 
     try:
-        make(0)
+        opened(0)
     except Exception as error:  # the package raises what it likes for a name that it does not know
         raise UserError(f"--data {name}: reasoning_gym does not make it ({error}); see its list of tasks") from None
-    return ReasoningGym(task, make)
+    return GeneratedProblems(f"reasoning_gym {task}", draw)
 
 
 def _place(problem: Problem) -> float:
-    """From 0 to 1 by a hash of the question: it stays on its side of the split when other rows come or go."""
+    """Return a hash of the question, from 0 to 1: it stays on its side of the split when other rows come or go."""
     digest = hashlib.blake2b(problem.question.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64

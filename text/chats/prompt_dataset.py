@@ -15,7 +15,7 @@ from text.tokenizer import Tokenizer
 
 
 class PromptDataset:
-    """Problems as prompts for a model that answers them itself: `prompt(i)` is a function of (seed, i) alone.
+    """Problems as prompts for a model that answers them itself: `problem(i)` is a function of (seed, i) alone.
 
     Several sources are mixed by weight, each going through its own epochs. `validation` are problems held out;
     `report` counts the rows that were read and skipped.
@@ -71,13 +71,13 @@ class PromptDataset:
         return content_hash(source.content for source in self._sources)
 
     def problem(self, index: int, turn: int = 0) -> Problem:
-        """Problem `index`, counted from the start of training; another `turn` is another order of the same data."""
+        """Return problem `index`, counted from the start of training; another `turn` is another order of the data."""
         seed = scramble(self.seed, turn) if turn else self.seed
         source, number = (0, index) if len(self._sources) == 1 else mixed(index, self._shares, seed)
         return self._sources[source].problem(number, seed)
 
     def encode(self, problems: Sequence[Problem]) -> list[list[int]]:
-        """The token ids of each prompt, up to where the answer begins."""
+        """Return the token ids of each prompt, up to where the answer begins. Raises `UserError` for a long one."""
         conversations = [self._messages(problem) for problem in problems]
         encoded = [ids for ids, _ in encode_chats(self.tokenizer, conversations, add_generation_prompt=True)]
         for ids, problem in zip(encoded, problems, strict=True):
@@ -89,7 +89,7 @@ class PromptDataset:
         return encoded
 
     def print_summary(self, use: str = "to train on") -> None:
-        """What was read, on one screen. use: what the problems are for."""
+        """Print what was read, on one screen. use: what the problems are for."""
         lines = self.report.lines() if self.report.rows else []
         if self.too_long:
             lines.append(f"  {self.too_long} left out: longer than {self.longest} tokens; raise --sequence_length")

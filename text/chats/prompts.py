@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from errors import UserError
 from text.chats.chat_template import Message, check_messages
-from text.chats.conversations import to_messages, turns_to_messages, with_system
+from text.chats.conversations import check_texts, question_of, to_messages, turns_to_messages, with_system
 from text.chats.literals import turns_of
-from text.chats.problems import Problem, open_problems, to_problem
-from text.chats.turns import SEEN, text_of
+from text.chats.problems import Problem, is_generated, open_problems, to_problem
+from text.chats.turns import SEEN
 from text.sources.formats import Layout
-from text.sources.registry import GENERATORS, Source
+from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of
 from text.sources.rows import placed_rows
 from text.tokenizer import characters
@@ -47,7 +48,7 @@ def read_prompts(
     on_error: str = "skip",
     report: RowReport | None = None,
 ) -> Iterator[Prompt]:
-    """The prompts of sources and generators in turn, each once; of each source at most `most`, or all (0).
+    """Yield the prompts of sources and generators in turn, each once; of each source at most `most`, or all (0).
 
     system: a system prompt for those that have none. Rows that are no prompt are counted in `report`, or raise
     `UserError` with `on_error="stop"`; those that were asked before are counted. A generator's problems are rows too.
@@ -56,13 +57,14 @@ def read_prompts(
     report = RowReport() if report is None else report
     seen: set[str] = set()
     for source in map(Source.of, sources):
-        if Path(source.path).exists() or source.path.partition(":")[0] not in GENERATORS:
-            found = placed_rows(source, partial(to_prompt, layout=source.layout), on_error, report)
+        if is_generated(source):
+            found = _generated(source, most, seed, report)
         else:
-            found = _made(source, most, seed, report)
+            found = placed_rows(source, partial(to_prompt, layout=source.layout), on_error, report)
         before = others = report.kept
         for place, prompt in found:
-            prompt = prompt if not system else with_system_prompt(prompt, system)
+            if system and prompt.messages[0]["role"] != "system":
+                prompt = Prompt(({"role": "system", "content": system}, *prompt.messages), prompt.problem)
             key = json.dumps(prompt.messages, ensure_ascii=False)
             if key in seen:
                 report.kept -= 1
@@ -80,16 +82,8 @@ def read_prompts(
         raise UserError(f"{names or 'no file'}: no prompt to ask; {report.why_empty()}")
 
 
-def _made(source: Source, most: int, seed: int, report: RowReport) -> Iterator[tuple[str, Prompt]]:
-    """The first problems of a generator, each with its place."""
-    problems = open_problems(source)
-    for number in range(TRIES * most or len(problems)):
-        report.rows, report.kept = report.rows + 1, report.kept + 1
-        yield f"{source} #{number + 1}", _of_problem(problems.problem(number, seed))
-
-
 def to_prompt(row: object, layout: Layout = SEEN) -> Prompt:
-    """One row of any layout, or of the one that its source names. Raises `RowError`."""
+    """Return one row of any layout, or of the one that its source names, as a prompt. Raises `RowError`."""
     if not isinstance(row, dict | list):
         raise RowError("not a prompt", f"the row is {kind_of(row)}; it must be an object or a list of messages")
     try:
@@ -98,15 +92,16 @@ def to_prompt(row: object, layout: Layout = SEEN) -> Prompt:
         return _bare(layout.rename(row))
 
 
-def with_system_prompt(prompt: Prompt, system: str) -> Prompt:
-    """The prompt after a system prompt, unless it has its own."""
-    if prompt.messages[0]["role"] == "system":
-        return prompt
-    return Prompt(({"role": "system", "content": system}, *prompt.messages), prompt.problem)
+def _generated(source: Source, most: int, seed: int, report: RowReport) -> Iterator[tuple[str, Prompt]]:
+    """Yield the first problems of a generator, each with its place."""
+    problems = open_problems(source)
+    for number in range(TRIES * most or len(problems)):
+        report.rows, report.kept = report.rows + 1, report.kept + 1
+        yield f"{source} #{number + 1}", _of_problem(problems.problem(number, seed))
 
 
 def _bare(row: dict | list) -> Prompt:
-    """A question that nobody has answered, or whose answer is the bare result."""
+    """Return a question that nobody has answered, or whose answer is the bare result."""
     if isinstance(row, list):
         return _of_turns("the list", turns_to_messages("the list", row))
     for name in ("messages", "conversations"):
@@ -116,18 +111,15 @@ def _bare(row: dict | list) -> Prompt:
     if name is None:
         shown = ", ".join(map(repr, row)) or "no keys"
         raise RowError("unknown layout", f"has {shown}, but no 'messages', 'conversations', 'instruction' or 'prompt'")
-    try:
+    # A question whose answer is missing, or an essay, is a prompt all the same; its answer cannot be verified.
+    with suppress(RowError):
         return _of_problem(to_problem(row))
-    except RowError:
-        # A question whose answer is missing, or an essay, is a prompt all the same; its answer cannot be verified.
-        turns = turns_of(repr(name), row[name])
-        if isinstance(turns, list | tuple | dict):
-            turns = [turns] if isinstance(turns, dict) else turns
-            return _of_turns(repr(name), with_system(row, turns_to_messages(repr(name), turns)))
-        more = row.get("input") if name == "instruction" else None
-        parts = [text_of(repr(name), row[name]), "" if more is None else text_of("'input'", more)]
-        question: list[Message] = [{"role": "user", "content": "\n".join(part for part in parts if part)}]
-        return _of_turns(repr(name), with_system(row, question))
+    turns = turns_of(repr(name), row[name])
+    if isinstance(turns, list | tuple | dict):
+        messages = turns_to_messages(repr(name), [turns] if isinstance(turns, dict) else turns)
+    else:
+        messages = [question_of(row if name == "instruction" else {name: row[name]}, name)]
+    return _of_turns(repr(name), with_system(row, messages))
 
 
 def _of_problem(problem: Problem) -> Prompt:
@@ -141,9 +133,5 @@ def _of_turns(name: str, messages: list[Message]) -> Prompt:
         check_messages(messages, add_generation_prompt=True)
     except UserError as error:
         raise RowError("no question", f"{name}: {error}") from error
-    for number, message in enumerate(messages, start=1):
-        if "\0" in message["content"]:
-            raise RowError("NUL character", f"message {number} ({message['role']}) has a NUL character")
-        if message["role"] == "user" and not message["content"].strip():
-            raise RowError("empty text", f"message {number} (user) is empty")
+    check_texts(messages, ("user",))
     return Prompt(tuple({**message, "content": characters(message["content"])} for message in messages))

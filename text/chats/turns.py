@@ -28,9 +28,9 @@ OFF, ON, UNSET = ("0", "0.0", "false"), ("1", "1.0", "true"), ("none", "nan", ""
 
 
 def read_turn(number: int, turn: object, layout: Layout = SEEN, notices: set[str] | None = None) -> Message:
-    """Turn `number`, from 1, as a message. Raises `RowError`.
+    """Return turn `number`, from 1, as a message. Raises `RowError`.
 
-    notices: takes what is said about a turn that is used all the same.
+    notices: collects what is reported of a turn that is used all the same.
     """
     if not isinstance(turn, dict):
         raise RowError("wrong type", f"turn {number} is {kind_of(turn)}; it must be an object")
@@ -65,7 +65,7 @@ def read_turn(number: int, turn: object, layout: Layout = SEEN, notices: set[str
 
 
 def question_text(name: str, value: object) -> object:
-    """The text of a question that is given as one turn, alone or in a list, also spelled out; other values as they are.
+    """Return the text of a question given as one turn, alone, in a list or spelled out; other values as they are.
 
     name: what to call it in the `RowError` of turns that cannot be read.
     """
@@ -76,12 +76,12 @@ def question_text(name: str, value: object) -> object:
 
 
 def thought_and_answer(thought: str, answer: str) -> str:
-    """Both in the form that R1 answers in."""
+    """Return both in the form that R1 answers in."""
     return f"<think>\n{thought.strip()}\n</think>\n\n{answer.strip()}"
 
 
 def tools_text(tools: object) -> str:
-    """Descriptions of tools, given as objects or spelled as text, as they stand in a system prompt.
+    """Return descriptions of tools, given as objects or spelled as text, as they stand in a system prompt.
 
     JSON is written as transformers' `tojson` writes it, so that a chat template gives a model what it was trained on.
     """
@@ -97,14 +97,14 @@ def tools_text(tools: object) -> str:
 
 
 def text_of(name: str, value: object) -> str:
-    """The value, which must be text. `name`: what to call it in the `RowError`."""
+    """Return the value, which must be text. `name`: what to call it in the `RowError`."""
     if not isinstance(value, str):
         raise RowError("wrong type", f"{name} is {kind_of(value)}; it must be text")
     return value
 
 
 def _joined(name: str, value: object) -> str:
-    """Text, or a list of parts all of which are text."""
+    """Return a text, or a list of parts all of which are text, as one text."""
     if not isinstance(value, list) or not value:
         return text_of(name, value)
     for number, part in enumerate(value, start=1):
@@ -116,7 +116,7 @@ def _joined(name: str, value: object) -> str:
 
 
 def _optional(value: object) -> str:
-    """The text of a field that may be missing or of another kind, without the space around it."""
+    """Return the text of a field that may be of another kind, without the space around it."""
     try:
         return _joined("", value).strip()
     except RowError:
@@ -124,7 +124,7 @@ def _optional(value: object) -> str:
 
 
 def _calls(number: int, fields: dict) -> list[str]:
-    """The tool calls, taken out of the fields of a turn, each as ShareGPT's function_call has it."""
+    """Take the tool calls out of the fields of a turn, each as ShareGPT's function_call has it."""
     calls = [fields.pop(key, None) for key in ("tool_calls", "function_call")]
     try:
         calls = [list_of("'tool_calls'", call) for call in calls]
@@ -145,7 +145,7 @@ def _call(call: dict) -> str:
 
 
 def _is_trained(role: str, fields: dict, notices: set[str]) -> bool:
-    """Whether the marks of a turn, taken out of its fields, let it be trained on, as only an assistant's turn is."""
+    """Take the marks of a turn out of its fields; return whether it is trained on, as only an assistant's turn is."""
     trained = True
     for key in MARKS:
         mark = str(fields.pop(key, None)).strip().lower()
@@ -161,7 +161,7 @@ def _is_trained(role: str, fields: dict, notices: set[str]) -> bool:
 
 
 def _unread_fields(fields: dict, text: str) -> list[str]:
-    """The fields that hold speech, or tools, which are no part of the text that was read."""
+    """Return the fields that hold speech, or tools, which are not a part of the text that was read."""
     if tools_text(fields.pop("tools", None)).strip():
         return ["tools", *_unread_fields(fields, text)]
     thoughts = [key for key in THOUGHTS if key in fields and _optional(fields[key]) not in text]

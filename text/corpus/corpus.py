@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError
-from text.sources.data_file import ROW_LIMIT, DataFile, suffix_of
-from text.sources.registry import HUB_NAME, Source
+from text.sources.data_file import ROW_LIMIT, DataFile
+from text.sources.registry import Source, find_sources
 from text.sources.row_report import RowReport
 from text.sources.rows import READERS, row_files, sample_by_count, text_rows
 
@@ -26,10 +25,8 @@ class Document(NamedTuple):
 class Corpus:
     """All documents of `data`, in an order that depends on names alone.
 
-    `data` is one or several, separated by commas, of: a file (.csv .jsonl .ndjson .json .parquet .arrow .txt, the text
-    formats also with .gz), a folder (read recursively, sorted), or a Hub name `owner/name` or `owner/name:config` (its
-    train split); or sources as `registry` finds them. `column` names the text where the source does not, "text" if
-    None. `size` is the files' bytes; `report` counts what could not be read, and the bytes read so far.
+    `data`: sources, or what `find_sources` makes into some. `column` names the text where the source does not, "text"
+    if None. `size` is the files' bytes; `report` counts what could not be read, and the bytes read so far.
 
     Raises `UserError` for a path that is not there or of an unknown format and for a folder without data; while
     reading, when nothing could be read or, with `on_error="stop"`, at the first row that cannot be.
@@ -52,26 +49,23 @@ class Corpus:
             raise UserError(f"encoding: {encoding!r} is not known; use utf-8, gb18030 or another codec") from error
         self.report = RowReport() if report is None else report
         self._column, self._settings = column or "text", (on_error, encoding, row_limit)
-        if isinstance(data, str):
-            parts = [data] if os.path.exists(data) else [part.strip() for part in data.split(",") if part.strip()]
-            data = [_source(part) for part in parts]
+        data = find_sources(data, kind="text") if isinstance(data, str) else data
         self.sources = [(path, source) for source in data for path in row_files(source, READERS, self.report)]
         self.data = ", ".join(map(str, data))
-        if not self.sources:
-            raise UserError(f"data: {self.data!r} names nothing; give a file, a folder or a Hub name")
         self.size = sum(path.stat().st_size for path, _ in self.sources if isinstance(path, Path))
 
     def identity(self) -> list[list]:
         """Return what distinguishes this corpus from a changed one: path, size and modification time of each file."""
         found: list[list] = []
         for path, source in self.sources:
-            special = _special(source)
             if isinstance(path, Path):
                 status = path.stat()
-                found.append([str(path.absolute()), status.st_size, status.st_mtime_ns, *special])
+                found.append([str(path.absolute()), status.st_size, status.st_mtime_ns])
             else:
-                name = path if source.subset is None else f"{path}:{source.subset}"
-                found.append([name, None, None, *special])
+                found.append([path if source.subset is None else f"{path}:{source.subset}", None, None])
+            columns = dict(source.layout.columns)
+            if (columns, source.samples, source.split, source.folder) != ({}, None, "train", ""):
+                found[-1] += [columns, source.samples, source.seed, source.split, source.folder]
         return found
 
     def __iter__(self) -> Iterator[Document]:
@@ -97,18 +91,3 @@ class Corpus:
                 self.report.rows += 1
                 yield Document(place, text)
             self.report.bytes_read = before + (path.stat().st_size if isinstance(path, Path) else 0)
-
-
-def _source(part: str) -> Source:
-    """Return a path or, where it is not one, `owner/name` or `owner/name:config` on the Hub."""
-    hub = HUB_NAME.fullmatch(part)
-    if not hub or os.path.exists(part) or suffix_of(Path(part)) in READERS:
-        return Source(part)
-    return Source(hub["name"], is_hub=True, subset=hub["config"])
-
-
-def _special(source: Source) -> list:
-    """Return what is chosen of a source beside its path; nothing where it is read whole, in the recipe's column."""
-    if (source.layout.columns, source.samples, source.split, source.folder) == ({}, None, "train", ""):
-        return []
-    return [dict(source.layout.columns), source.samples, source.seed, source.split, source.folder]

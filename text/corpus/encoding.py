@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,11 +25,10 @@ class Encoded(NamedTuple):
 
 
 def encode(documents: Iterable[tuple[int, int, bytes]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Encode (number, hash, UTF-8 bytes) of documents on `workers` threads, in order; 0 uses all cores.
+    """Encode (number, hash, UTF-8 bytes) of documents on `workers` threads, in order.
 
     `tokenizers` holds no GIL while it encodes a batch, so threads are as fast as processes, in less memory.
     """
-    workers = workers or cores()
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads of its own below these
     waiting: deque[Future[list[Encoded]]] = deque()
@@ -63,16 +60,6 @@ def parts(documents: Iterable[Encoded], shard_tokens: int) -> Iterator[list[Enco
             part, tokens = [], 0
     if part:
         yield part
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def peak_memory() -> int:
-    """Return the most memory this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _batches(documents: Iterable[tuple[int, int, bytes]]) -> Iterator[list[tuple[int, int, bytes]]]:

@@ -30,6 +30,7 @@ from text.tokenizer import Tokenizer
 INDEX = "index.json"
 LAYOUT = 1
 SPLITS = ("train", "val")
+KINDS = {"complete": bool, "fingerprint": str, "eos_id": int, "sources": list, "recipe": dict, "parts": list}
 CHECK_CHUNK = 1 << 24
 
 
@@ -41,50 +42,50 @@ class TokenStream:
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
         self.folder = folder
-        self.tokens = sum(shard["tokens"] for shard in shards)
-        self.documents = sum(shard["documents"] for shard in shards)
-        self.bytes = sum(shard["bytes"] for shard in shards)
+        self.tokens, self.documents, self.bytes = (
+            sum(shard[what] for shard in shards) for what in ("tokens", "documents", "bytes")
+        )
         self._shards = [shard for shard in shards if shard["tokens"]]
         self._token_starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
         self._document_starts = np.cumsum([0, *(shard["documents"] for shard in self._shards)])
         self._maps: dict[str, np.ndarray] = {}
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop of the split, (stop - start,) uint16. Raises `IndexError` outside the stream."""
+        """Return tokens start to stop of the split, (stop - start,) uint16. Raises `IndexError` outside the stream."""
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
         parts = []
         shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
         while start < stop:
             first, last = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
-            parts.append(self._map(f"{self._shards[shard]['name']}.bin")[start - first : min(stop, last) - first])
+            parts.append(self._map(shard, "bin")[start - first : min(stop, last) - first])
             start, shard = min(stop, last), shard + 1
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
     def document(self, number: int) -> tuple[int, int, int]:
-        """(start, stop, bytes) of a document: its place in the stream, `</s>` included, and its UTF-8 bytes."""
+        """Return (start, stop, bytes) of a document: its place in the stream, `</s>` included, and its UTF-8 bytes."""
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} of {self.documents}")
         shard = int(np.searchsorted(self._document_starts, number, side="right")) - 1
-        bounds = self._map(f"{self._shards[shard]['name']}.npy")
+        bounds = self._map(shard, "npy")
         place, first = number - int(self._document_starts[shard]), int(self._token_starts[shard])
         begin = int(bounds[place - 1, 0]) if place else 0
         return first + begin, first + int(bounds[place, 0]), int(bounds[place, 1])
 
     def document_at(self, token: int) -> int:
-        """The number of the document that a token of the stream belongs to. Raises `IndexError` outside the stream."""
+        """Return the number of the document that a token belongs to. Raises `IndexError` outside the stream."""
         if not 0 <= token < self.tokens:
             raise IndexError(f"token {token} of {self.tokens}")
         shard = int(np.searchsorted(self._token_starts, token, side="right")) - 1
-        ends = self._map(f"{self._shards[shard]['name']}.npy")[:, 0]
+        ends = self._map(shard, "npy")[:, 0]
         place = int(np.searchsorted(ends, token - int(self._token_starts[shard]), side="right"))
         return int(self._document_starts[shard]) + place
 
-    def _map(self, name: str) -> np.ndarray:
+    def _map(self, shard: int, suffix: str) -> np.ndarray:
+        name = f"{self._shards[shard]['name']}.{suffix}"
         if name not in self._maps:
             file = self.folder / name
-            made = np.load(file, mmap_mode="r") if name.endswith(".npy") else np.memmap(file, "<u2", "r")
-            self._maps[name] = made
+            self._maps[name] = np.load(file, mmap_mode="r") if suffix == "npy" else np.memmap(file, "<u2", "r")
         return self._maps[name]
 
 
@@ -92,8 +93,7 @@ class ShardSet:
     """A finished folder of shards. `index` is its index.json; `fingerprint` and `eos_id` are its tokenizer's."""
 
     def __init__(self, folder: Path, index: dict[str, Any]) -> None:
-        self.folder = folder
-        self.index = index
+        self.folder, self.index = folder, index
         self.fingerprint: str = index["fingerprint"]
         self.eos_id: int = index["eos_id"]
         self._streams = {
@@ -123,24 +123,33 @@ class ShardSet:
 
     @property
     def content(self) -> str:
-        """The same for the same tokens and documents; of the checksums in the index, without a look at the shards."""
+        """The same for the same tokens and documents: of the checksums in the index, without reading the shards."""
         shards = [part[split] for part in self.index["parts"] for split in SPLITS if part[split]]
         return content_hash((shard["name"], shard["bin_checksum"], shard["npy_checksum"]) for shard in shards)
 
     def split(self, name: str) -> TokenStream:
-        """The stream of "train" or "val"."""
+        """Return the stream of "train" or "val"."""
         return self._streams[name]
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """index.json, of a finished folder or of one at work; None when there is none. Raises `UserError` if broken."""
+    """Read index.json, of a finished folder or of one in work; None when there is none.
+
+    Raises `UserError` if it is broken, or names a file that is not a shard.
+    """
     file = folder / INDEX
     try:
         index = json.loads(file.read_bytes())
         if index["layout"] != LAYOUT:
             raise UserError(f"{file}: layout {index['layout']}, this program reads {LAYOUT}; delete the folder")
-        if problem := _problem_with(index):
-            raise ValueError(problem)
+        for name, kind in KINDS.items():
+            if not isinstance(index[name], kind):
+                raise ValueError(f"{name} is {index[name]!r}")
+        if not 0 <= index["eos_id"] < 1 << 16:
+            raise ValueError(f"eos_id is {index['eos_id']}")
+        for part in index["parts"]:
+            for split in SPLITS:
+                _check_entry(split, part["read"], part[split])
         return index
     except FileNotFoundError:
         return None
@@ -148,40 +157,32 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{file}: damaged ({error}); delete the folder and prepare the shards again") from error
 
 
-def _problem_with(index: dict[str, Any]) -> str:
-    """Where an index is not as this program writes it; nothing where it is. Its names become those of files."""
-    kinds = {"complete": bool, "fingerprint": str, "eos_id": int, "sources": list, "recipe": dict, "parts": list}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(index[name], kind)]:
-        return f"{wrong[0]} is {index[wrong[0]]!r}"
-    if not 0 <= index["eos_id"] < 1 << 16:
-        return f"eos_id is {index['eos_id']}"
-    for part in index["parts"]:
-        if type(part["read"]) is not int or part["read"] < 1:
-            return "a part without its last document"
-        for split, shard in ((split, part[split]) for split in SPLITS if part[split] is not None):
-            counts = [shard[name] for name in ("tokens", "documents", "bytes", "bin_size", "npy_size")]
-            if not all(type(count) is int and count >= 0 for count in counts):
-                return f"counts of {shard['name']!r}"
-            if not re.fullmatch(rf"{split}-\d{{5,9}}", shard["name"], re.ASCII):
-                return f"a shard {shard['name']!r}"
-            tokens, documents, _, size, bounds = counts
-            if size != 2 * tokens or not 8 * documents < bounds < 8 * documents + 512:  # .npy has a header
-                return f"counts of {shard['name']}"
-            if not all(isinstance(shard[name], str) for name in ("bin_checksum", "npy_checksum")):
-                return f"checksums of {shard['name']}"
-    return ""
+def _check_entry(split: str, read: Any, shard: dict[str, Any] | None) -> None:
+    """Raise `ValueError` where the entry of a shard is not as this program writes it. Its name becomes a file's."""
+    if type(read) is not int or read < 1:
+        raise ValueError("a part without its last document")
+    if shard is None:
+        return
+    if not re.fullmatch(rf"{split}-\d{{5,9}}", shard["name"], re.ASCII):
+        raise ValueError(f"a shard {shard['name']!r}")
+    tokens, documents, *more = (shard[name] for name in ("tokens", "documents", "bytes", "bin_size", "npy_size"))
+    if not all(type(count) is int and count >= 0 for count in (tokens, documents, *more)):
+        raise ValueError(f"counts of {shard['name']!r}")
+    if more[1] != 2 * tokens or not 8 * documents < more[2] < 8 * documents + 512:  # .npy has a header
+        raise ValueError(f"counts of {shard['name']}")
+    if not isinstance(shard["bin_checksum"], str) or not isinstance(shard["npy_checksum"], str):
+        raise ValueError(f"checksums of {shard['name']}")
 
 
 def find_damage(folder: Path, part: dict[str, Any], checksums: bool = True) -> str | None:
-    """What is wrong with the files of one part of the index, in words; None when nothing is."""
+    """Return what is wrong with the files of one part of the index, in words; None when nothing is."""
     for shard in filter(None, (part[split] for split in SPLITS)):
-        for suffix, size, checksum in (("bin", "bin_size", "bin_checksum"), ("npy", "npy_size", "npy_checksum")):
-            file = folder / f"{shard['name']}.{suffix}"
+        for suffix in ("bin", "npy"):
+            file, size = folder / f"{shard['name']}.{suffix}", shard[f"{suffix}_size"]
             try:
-                found = file.stat().st_size
-                if found != shard[size]:
-                    return f"{file}: damaged shard, {found:,} bytes where {shard[size]:,} were written"
-                if checksums and _checksum(file) != shard[checksum]:
+                if (found := file.stat().st_size) != size:
+                    return f"{file}: damaged shard, {found:,} bytes where {size:,} were written"
+                if checksums and _checksum(file) != shard[f"{suffix}_checksum"]:
                     return f"{file}: damaged shard, its content is not what was written (checksum)"
             except OSError as error:
                 return f"{file}: shard cannot be read ({error.strerror})"
@@ -189,24 +190,20 @@ def find_damage(folder: Path, part: dict[str, Any], checksums: bool = True) -> s
 
 
 def write_shard(
-    folder: Path, name: str, tokens: Iterable[np.ndarray], lengths: np.ndarray, document_bytes: np.ndarray
+    folder: Path, name: str, tokens: Iterable[np.ndarray], lengths: np.ndarray, sizes: np.ndarray
 ) -> dict[str, Any]:
-    """Write one shard and its bounds; returns its entry in the index. On an error the files are as they were before."""
+    """Write one shard and its bounds; return its entry in the index. On an error the files are as they were before.
+
+    lengths, sizes: (documents,) uint32, tokens and UTF-8 bytes of each.
+    """
     ends = np.cumsum(lengths, dtype=np.uint32)
     bounds = io.BytesIO()
-    np.save(bounds, np.stack([ends, document_bytes.astype(np.uint32)], axis=1))
+    np.save(bounds, np.stack([ends, sizes], axis=1))
     bin_size, bin_checksum = write_safely(folder / f"{name}.bin", (part.astype("<u2", copy=False) for part in tokens))
     npy_size, npy_checksum = write_safely(folder / f"{name}.npy", [np.frombuffer(bounds.getbuffer(), np.uint8)])
-    return {
-        "name": name,
-        "tokens": int(ends[-1]),
-        "documents": len(lengths),
-        "bytes": int(document_bytes.sum(dtype=np.int64)),
-        "bin_size": bin_size,
-        "bin_checksum": bin_checksum,
-        "npy_size": npy_size,
-        "npy_checksum": npy_checksum,
-    }
+    counts = {"tokens": int(ends[-1]), "documents": len(lengths), "bytes": int(sizes.sum(dtype=np.int64))}
+    files = {"bin_size": bin_size, "bin_checksum": bin_checksum, "npy_size": npy_size, "npy_checksum": npy_checksum}
+    return {"name": name, **counts, **files}
 
 
 def write_safely(file: Path, pieces: Iterable[np.ndarray]) -> tuple[int, str]:

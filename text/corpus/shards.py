@@ -26,9 +26,9 @@ from tqdm import tqdm
 from errors import UserError
 from text.corpus.cleaning import Cleaner, SeenHashes
 from text.corpus.corpus import Corpus
-from text.corpus.encoding import Encoded, cores, encode, parts, peak_memory
+from text.corpus.encoding import Encoded, encode, parts
 from text.corpus.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_shard
-from text.files import json_text, replacing
+from text.files import json_text, peak_memory, replacing
 from text.sources.registry import Source
 from text.sources.row_report import balance
 from text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
@@ -99,7 +99,8 @@ def prepare_shards(
             return found
         tokenizer.save(out / "tokenizer")
         try:
-            _prepare(corpus, recipe, index, out, tokenizer, workers or cores())
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            _prepare(corpus, recipe, index, out, tokenizer, workers or cores)
         except UserError:
             if not index["parts"]:  # nothing that could be continued
                 _remove(out, made)
@@ -127,7 +128,7 @@ def open_or_wait(
     last_sign, signs = time.monotonic(), None
     while not _is_ready(out, target):
         check()
-        if signs != (signs := _stamp(out / INDEX)):
+        if signs != (signs := (out / INDEX).stat().st_mtime_ns if (out / INDEX).exists() else 0):
             last_sign = time.monotonic()
         elif time.monotonic() - last_sign >= timeout:
             raise UserError(f"{out}: no process has prepared shards for {timeout:.0f} s; look at rank 0's output")
@@ -290,13 +291,6 @@ def _only_one(out: Path) -> Iterator[None]:
                 raise UserError(message) from error
             print(f"notice: {out / LOCK}: this file system has no locks ({error.strerror})", file=sys.stderr)
         yield
-
-
-def _stamp(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
 
 
 def _print_table(index: dict[str, Any], done: int, corpus: Corpus, seconds: float) -> None:

@@ -56,12 +56,9 @@ def _to_row(place: str, row: object) -> JudgedRow:
         value = row.get(name)
         if is_missing(value) or (name == "answer" and not str(value).strip()):
             raise UserError(f"{place}: has no {name!r}; add it or drop the row")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = written_number(value)
+        value = written_number(value)
         if not isinstance(value, str):
             raise UserError(f"{place}: {name!r} is {kind_of(value)}; it must be text or a number")
         texts.append(value)
-    right = row.get("right")
-    if isinstance(right, str) and right.strip().casefold() in ("true", "false"):  # of a CSV
-        right = right.strip().casefold() == "true"
-    return JudgedRow(*texts, right if isinstance(right, bool) else None)
+    right = {"true": True, "false": False}.get(str(row.get("right")).strip().casefold())  # a CSV has text
+    return JudgedRow(*texts, right)

@@ -137,11 +137,7 @@ def plain(text: str) -> str:
     if _UNUSUAL.search(text):
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: "^" + unicodedata.normalize("NFKC", found[0]), text)
         text = re.sub("[¼-¾⅐-⅞]", lambda found: f" {unicodedata.normalize('NFKC', found[0])}", text)
-        text = re.sub(
-            "[\u3380-\u33df]",
-            lambda found: re.sub("(?<=m)([23])$", r"^\1", unicodedata.normalize("NFKC", found[0])),
-            text,
-        )
+        text = re.sub("[\u3380-\u33df]", _squared, text)
         text = re.sub("(?<=\\d)[\u00a0\u2007\u2009\u202f](?=\\d{3})", ",", text)
         text = re.sub("[−–﹣]", "-", unicodedata.normalize("NFKC", text)).replace("⁄", "/").replace("∶", ":")
     if "<<" in text:  # GSM8K's working for a calculator, before its result

@@ -1,4 +1,4 @@
-"""math-verify in a process of its own.
+"""math-verify in a separate process.
 
 Its own time limits are signals, which only the main thread of a process may use and which cannot stop a product of huge
 integers. Here the caller waits, and a process that does not answer in time is killed: from any thread, never a hang.
@@ -25,7 +25,7 @@ MEMORY = 2 << 30  # bytes; 9**9**9 asks for more
 
 
 class Verifier:
-    """Asks whether two mathematical texts are equal. May be shared by threads; the process starts when first needed.
+    """Compare two mathematical texts. May be shared by threads; the process starts when first needed.
 
     Attributes: timeouts: how many questions were given up.
     """
@@ -35,17 +35,16 @@ class Verifier:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def equal(self, wanted: str, given: str) -> bool | None:
-        """Whether math-verify takes `given` for `wanted`; None when it can read one of them not at all, or not in time.
+    def equal(self, expected: str, given: str) -> bool | None:
+        """Return whether math-verify takes `given` for `expected`; None when it cannot read one of them in time.
 
-        Raises `UserError` when math-verify cannot be started.
-
-        wanted, given: the bare answers, such as `1/2`, `\\frac{1}{2}`, `x=3`.
+        expected, given: the bare answers, such as `1/2`, `\\frac{1}{2}`, `x=3`. Raises `UserError` when math-verify
+        cannot be started.
         """
         with self._lock:
             try:
                 self._start()
-                self._process.stdin.write(json.dumps([wanted, given]) + "\n")
+                self._process.stdin.write(json.dumps([expected, given]) + "\n")
                 self._process.stdin.flush()
                 return json.loads(self._answers.get(timeout=self.seconds))
             except (Empty, OSError, ValueError):
@@ -65,11 +64,9 @@ class Verifier:
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        root = Path(__file__).resolve().parents[2]
-        command = [sys.executable, "-m", "text.judging.verifier"]
-        self._process = subprocess.Popen(
-            command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        command, root = [sys.executable, "-m", "text.judging.verifier"], Path(__file__).resolve().parents[2]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, cwd=root, text=True, **pipes)
         self._answers: Queue[str] = Queue()
         threading.Thread(target=_forward, args=(self._process.stdout, self._answers), daemon=True).start()
         atexit.register(self.stop)
@@ -83,12 +80,12 @@ class Verifier:
 
 @lru_cache(maxsize=1)
 def shared_verifier() -> Verifier:
-    """The one verifier of this process."""
+    """Return the one verifier of this process."""
     return Verifier()
 
 
 def _forward(stream: IO[str], answers: Queue[str]) -> None:
-    """Lines into a queue, which can be waited on for a limited time where a pipe cannot (Windows)."""
+    """Put lines into a queue, which can be waited on for a limited time where a pipe cannot (Windows)."""
     with stream:
         for line in stream:
             answers.put(line)
@@ -96,7 +93,7 @@ def _forward(stream: IO[str], answers: Queue[str]) -> None:
 
 
 def serve() -> None:
-    """The other side: one JSON answer a line, after a first line that says it is ready."""
+    """Be the other side: answer one JSON value a line, after a first line that says it is ready."""
     from math_verify import parse, verify
 
     if sys.platform != "win32":
@@ -106,18 +103,11 @@ def serve() -> None:
     print("null", flush=True)
     for line in sys.stdin:
         equal = None
-        try:
-            wanted, given = (parse(_as_formula(text), parsing_timeout=None) for text in json.loads(line))
-            if wanted and given:
-                equal = bool(verify(wanted, given, timeout_seconds=None))
-        except Exception:  # whatever sympy cannot do is unreadable, no more
-            equal = None
+        with suppress(Exception):  # whatever sympy cannot do is unreadable, no more
+            # LaTeX is only read between dollar signs.
+            expected, given = (parse(f"${text}$", parsing_timeout=None) for text in json.loads(line))
+            equal = bool(verify(expected, given, timeout_seconds=None)) if expected and given else None
         print(json.dumps(equal), flush=True)
-
-
-def _as_formula(text: str) -> str:
-    """LaTeX is only read between marks."""
-    return f"${text}$"
 
 
 if __name__ == "__main__":

@@ -28,22 +28,16 @@ KINDS = {
     "prompt": "problems with answers",
 }
 
+_TURNS = {"system": "system", "tools": "tools"}
 FORMATS = {
     "text": Format("text", {"text": "text"}),
     "alpaca": Format(
         "chat",
-        {
-            "prompt": "instruction",
-            "query": "input",
-            "response": "output",
-            "history": "history",
-            "system": "system",
-            "tools": "tools",
-        },
+        {"prompt": "instruction", "query": "input", "response": "output", "history": "history", **_TURNS},
         ("prompt", "response"),
     ),
-    "sharegpt": Format("chat", {"messages": "conversations", "system": "system", "tools": "tools"}, ("messages",)),
-    "messages": Format("chat", {"messages": "messages", "system": "system", "tools": "tools"}, ("messages",)),
+    "sharegpt": Format("chat", {"messages": "conversations", **_TURNS}, ("messages",)),
+    "messages": Format("chat", {"messages": "messages", **_TURNS}, ("messages",)),
     "history_qa": Format(
         "chat", {"history": "history", "prompt": "q", "response": "a", "system": "system"}, ("prompt", "response")
     ),
@@ -55,41 +49,23 @@ FORMATS = {
     ),
     "preference": Format(
         "preference",
-        {
-            "prompt": "prompt",
-            "query": "input",
-            "messages": "conversations",
-            "history": "history",
-            "chosen": "chosen",
-            "rejected": "rejected",
-            "system": "system",
-            "tools": "tools",
-        },
+        {"prompt": "prompt", "query": "input", "messages": "conversations", "history": "history", "chosen": "chosen",
+         "rejected": "rejected", **_TURNS},
         ("chosen", "rejected"),
     ),
     "prompt": Format("prompt", {"prompt": "question", "response": "answer", "kind": "kind"}, ("prompt", "response")),
-}
+}  # fmt: skip
 
 # What the roles of a turn are called in the data people have.
 ROLE_NAMES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
+    **{name: name for name in ("system", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool"},
 }
 # The tags that name a role, and the role.
 ROLE_TAGS = {
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
-    "function_tag": "assistant",
+    "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "assistant",
     "system_tag": "system",
-}
+}  # fmt: skip
 TAGS = ("role_tag", "content_tag", *ROLE_TAGS)
 
 
@@ -97,7 +73,7 @@ TAGS = ("role_tag", "content_tag", *ROLE_TAGS)
 class Layout:
     """How the rows of a source are laid out.
 
-    `format`: one of `FORMATS`; "" sees it row by row. `columns`: role -> column, for those that are called otherwise.
+    `format`: one of `FORMATS`; "" recognises it row by row. `columns`: role -> column, for those called otherwise.
     `tags`: how turns name their role, their text and the roles.
     """
 
@@ -106,11 +82,12 @@ class Layout:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def arrange(self, row: Any) -> Any:
-        """The row with its columns under the names that the format knows; as it is where nothing says otherwise.
+        """Return the row with its columns under the names that the format knows; as it is where nothing says otherwise.
 
         Raises `RowError` for a row without a column that the format needs.
         """
-        if not self.format or (self._seen and not self.columns):
+        # preference and prompt have several layouts, recognised row by row.
+        if not self.format or (self.format in ("preference", "prompt") and not self.columns):
             return row
         if not isinstance(row, dict):
             raise RowError("not an object", f"the row is {kind_of(row)}; {self.format} needs an object")
@@ -123,7 +100,7 @@ class Layout:
         return self.rename(row)
 
     def rename(self, row: Any) -> Any:
-        """`arrange` for whom no column is needed, such as a question that nobody has answered."""
+        """Do as `arrange` where no column is needed, such as for a question that nobody has answered."""
         if not self.format or not isinstance(row, dict):
             return row
         known, taken = FORMATS[self.format], set(self.columns.values())
@@ -138,8 +115,3 @@ class Layout:
     def roles(self) -> dict[str, str]:
         """What the data calls a role -> the role."""
         return {**ROLE_NAMES, **{self.tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in self.tags}}
-
-    @property
-    def _seen(self) -> bool:
-        """Whether the format has several layouts, seen row by row."""
-        return self.format in ("preference", "prompt")

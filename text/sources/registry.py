@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ LLAMA_FACTORY_KEYS = (
     "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking",
     "subset", "split", "folder", "num_samples", "columns", "tags",
 )  # fmt: skip
-# What LLaMA-Factory calls a format, and the columns it takes where the entry names none.
+# What LLaMA-Factory calls a format.
 LLAMA_FACTORY_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 
 
@@ -37,7 +37,7 @@ LLAMA_FACTORY_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "
 class Source:
     """One source of data.
 
-    `path`: a file, a folder, a Hub data set or a generator. `weight`: its share of a mixture, None where none is said.
+    `path`: a file, a folder, a Hub data set or a generator. `weight`: its share of a mixture, None where none is given.
     `samples`: how many rows to take, chosen by `seed` and their number alone; None takes all.
     """
 
@@ -57,14 +57,14 @@ class Source:
 
     @classmethod
     def of(cls, source: Source | str | Path | tuple[str, float]) -> Source:
-        """A source, a path, or a path with its weight, as a source."""
+        """Return a source, a path, or a path with its weight, as a source."""
         if isinstance(source, tuple):
             return cls(str(source[0]), weight=source[1])
         return source if isinstance(source, Source) else cls(str(source))
 
 
 def find_sources(data: str, registry: str | Path = REGISTRY, kind: str | None = "chat") -> list[Source]:
-    """`a.jsonl=2,general` as sources: each entry a path, a name in the registry or `owner/name` on the Hub, =WEIGHT.
+    """Return `a.jsonl=2,general` as sources: each entry a path, a name in the registry or `owner/name` on the Hub.
 
     A path that exists is not cut at a '=' in it. kind: what the stage reads, one of `KINDS`; None for anything. Raises
     `UserError` for a name that is nowhere, for one that is a path here as well, and for data of another kind.
@@ -72,7 +72,11 @@ def find_sources(data: str, registry: str | Path = REGISTRY, kind: str | None = 
     entries = [data] if Path(data).exists() else [part.strip() for part in data.split(",") if part.strip()]
     if not entries:
         raise UserError(f"--data {data!r}: names nothing; give a file, a folder, a name in {registry} or a Hub name")
-    sources = [_find(entry, Path(registry), kind) for entry in entries]
+    sources = []
+    for entry in entries:
+        path, weight = _split_weight(entry)
+        source = _find(path, Path(registry), kind)
+        sources.append(source if weight is None else replace(source, weight=weight))
     for source in sources:
         known = FORMATS.get(source.layout.format)
         if known and kind and known.kind != kind:
@@ -85,17 +89,9 @@ def find_sources(data: str, registry: str | Path = REGISTRY, kind: str | None = 
 
 
 def weights(sources: Iterable[Source]) -> list[float] | None:
-    """The weights of a mixture, 1 where none is said; None where no source has one: then all of the data is one."""
-    said = [source.weight for source in sources]
-    return None if all(weight is None for weight in said) else [1.0 if weight is None else weight for weight in said]
-
-
-def _find(entry: str, registry: Path, kind: str | None) -> Source:
-    path, weight = _split_weight(entry)
-    source = _named(path, registry, kind)
-    if weight is None:
-        return source
-    return Source(**{**vars(source), "weight": weight})
+    """Return the weights of a mixture, 1 where none is given; None where no source has one: all of the data is one."""
+    given = [source.weight for source in sources]
+    return None if all(weight is None for weight in given) else [1.0 if weight is None else weight for weight in given]
 
 
 def _split_weight(entry: str) -> tuple[str, float | None]:
@@ -111,29 +107,23 @@ def _split_weight(entry: str) -> tuple[str, float | None]:
     return path, share
 
 
-def _named(entry: str, registry: Path, kind: str | None) -> Source:
-    is_word = not Path(entry).suffix and "/" not in entry
-    if Path(entry).exists() and not is_word:
-        return Source(entry)
-    names = Registry.read(registry) if registry.is_file() else None
+def _find(entry: str, registry: Path, kind: str | None) -> Source:
+    exists, is_word = Path(entry).exists(), not Path(entry).suffix and "/" not in entry
+    names = Registry.read(registry) if registry.is_file() and (is_word or not exists) else None
     is_name = names is not None and entry in names.entries
-    if Path(entry).exists():
-        if is_name:  # a downloaded folder gsm8k, an entry called text beside a folder text: each would be a surprise
-            raise UserError(
-                f"--data {entry}: is a path here and a name in {registry}; write ./{entry} for the path, or give the "
-                "entry another name"
-            )
-        return Source(entry)
+    if exists and is_name:  # a downloaded folder gsm8k, an entry text beside a folder text: each would be a surprise
+        hint = f"write ./{entry} for the path, or give the entry another name"
+        raise UserError(f"--data {entry}: is a path here and a name in {registry}; {hint}")
     if is_name:
         return names.source(entry)
-    if kind in ("prompt", None) and entry.partition(":")[0] in GENERATORS:
-        return Source(entry)
     has_suffix = Path(entry).suffix.lower() in (*SUFFIXES, ".gz")
+    if exists or has_suffix or (kind in ("prompt", None) and entry.partition(":")[0] in GENERATORS):
+        return Source(entry)  # a reader raises an error for a path that is not there
     # With a folder data here, data/chatz is a slip of the pen; asking the Hub for it would take half a minute.
-    if not has_suffix and not Path(entry).parent.is_dir() and (hub := HUB_NAME.fullmatch(entry)):
+    if not Path(entry).parent.is_dir() and (hub := HUB_NAME.fullmatch(entry)):
         return Source(hub["name"], name=entry, is_hub=True, subset=hub["config"])
-    if has_suffix or "/" in entry:
-        return Source(entry)  # its reader says that it is not there
+    if "/" in entry:
+        return Source(entry)
     if names is None:
         raise UserError(f"--data {entry}: no such path, and {registry}, where names are looked up, is not there")
     raise UserError(f"--data {entry}: no such path, and no name in {registry}{_hint(entry, names.entries)}")
@@ -148,7 +138,7 @@ class Registry:
 
     @classmethod
     def read(cls, file: str | Path) -> Registry:
-        """Raises `UserError` for a file that is not there, or not a table of names."""
+        """Open a registry. Raises `UserError` for a file that is not there, or is not a table of names."""
         file = Path(file)
         if not file.is_file():
             raise UserError(f"{file}: no such file; name the registry with --datasets")
@@ -158,14 +148,13 @@ class Registry:
             raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg}); fix it") from error
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: cannot be read ({error}); write it in UTF-8") from error
-        if entries is None:
-            entries = {}
+        entries = {} if entries is None else entries
         if not isinstance(entries, dict):
             raise UserError(f"{file}: is a {type(entries).__name__}; it must be a table of names, each with its entry")
         return cls(file, {str(name): entry for name, entry in entries.items()})
 
     def source(self, name: str) -> Source:
-        """The entry of a name. Raises `UserError` where the name is unknown or the entry says what nobody knows."""
+        """Return the entry of a name. Raises `UserError` where the name, or something in the entry, is unknown."""
         if name not in self.entries:
             raise UserError(f"{self.file}: no entry {name}{_hint(name, self.entries)}")
         place, entry = f"{self.file}: {name}", self.entries[name]
@@ -176,27 +165,22 @@ class Registry:
         _check_known(place, "key", entry, KEYS)
         if ("path" in entry) == ("hub" in entry):
             raise UserError(f"{place}: give either path, a file or folder, or hub, a data set's owner/name")
-        is_hub = "hub" in entry
         for key in ("path", "hub", "format", "subset", "split", "folder"):
             if key in entry and not (isinstance(entry[key], str) and entry[key]):
                 raise UserError(f"{place}: {key} must be text")
+        is_hub = "hub" in entry
         path = entry["hub"] if is_hub else str(self.file.parent / with_home(entry["path"]))
         if not is_hub and ("subset" in entry or "folder" in entry):
             raise UserError(f"{place}: subset and folder are for data on the Hub; name the file or folder you want")
         if not is_hub and Path(path).is_file() and entry.get("split", TRAIN) != TRAIN:
             raise UserError(f"{place}: a file has no split; leave it out, or name a folder")
-        return Source(
-            path=path,
-            name=name,
-            layout=_layout(place, entry),
-            weight=_number(place, entry, "weight", None, (int, float), 0),
-            samples=_number(place, entry, "samples", None, int, 0),
-            seed=_number(place, entry, "seed", 0, int, -1),
-            is_hub=is_hub,
-            subset=entry.get("subset"),
-            split=entry.get("split", TRAIN),
-            folder=entry.get("folder", ""),
-        )
+        numbers = {
+            "weight": _number(place, entry, "weight", (int, float), 0),
+            "samples": _number(place, entry, "samples", int, 0),
+            "seed": _number(place, entry, "seed", int, -1) or 0,
+        }
+        chosen = {key: entry[key] for key in ("subset", "split", "folder") if key in entry}
+        return Source(path, name, _layout(place, entry), is_hub=is_hub, **numbers, **chosen)
 
 
 def _layout(place: str, entry: Mapping[str, Any]) -> Layout:
@@ -217,17 +201,15 @@ def _check_names(place: str, columns: Any, tags: Any) -> None:
             raise UserError(f"{place}: {key} must name one thing each, as in {{prompt: question, response: reply}}")
 
 
-def _number(place: str, entry: Mapping[str, Any], key: str, default: Any, kind: Any, above: int) -> Any:
+def _number(place: str, entry: Mapping[str, Any], key: str, kind: Any, above: int) -> Any:
     value = entry.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, kind) or not above < value < float("inf"):
-        raise UserError(f"{place}: {key} {value!r}; give a {'whole ' if kind is int else ''}number above {above}")
-    return value
+    if value is None or (isinstance(value, kind) and not isinstance(value, bool) and above < value < float("inf")):
+        return value
+    raise UserError(f"{place}: {key} {value!r}; give a {'whole ' if kind is int else ''}number above {above}")
 
 
 def _from_llama_factory(place: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of LLaMA-Factory's dataset_info.json in the keys of this project."""
+    """Return an entry of LLaMA-Factory's dataset_info.json in the keys of this project."""
     _check_known(place, "key", entry, LLAMA_FACTORY_KEYS)
     if not entry.get("hf_hub_url") and not entry.get("file_name"):
         raise UserError(f"{place}: has neither hf_hub_url nor file_name; download the data and give its file_name")
@@ -240,11 +222,8 @@ def _from_llama_factory(place: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     _check_known(place, "formatting", [layout], LLAMA_FACTORY_FORMATS)
     name = LLAMA_FACTORY_FORMATS[layout]
     if entry.get("ranking"):
-        name = "preference"
-        if layout == "alpaca":
-            columns = {"prompt": "instruction", "query": "input", **columns}
-        elif layout == "openai":
-            columns = {"messages": "messages", **columns}
+        given = {"alpaca": {"prompt": "instruction", "query": "input"}, "openai": {"messages": "messages"}}
+        name, columns = "preference", {**given.get(layout, {}), **columns}
     elif layout == "alpaca" and list(columns) == ["prompt"]:  # how its entries for pretraining look
         name, columns = "text", {"text": columns["prompt"]}
     made = {"hub": entry["hf_hub_url"]} if entry.get("hf_hub_url") else {"path": entry["file_name"]}
@@ -254,17 +233,15 @@ def _from_llama_factory(place: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_known(place: str, what: str, names: Iterable[Any], known: Iterable[str]) -> None:
-    known = list(known)
     for name in names:
         if name not in known:
             raise UserError(f"{place}: {what} {name!r} is not known{_hint(str(name), known)}")
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    """What may have been meant, or what there is."""
+    """Return what may have been meant, or what there is."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
+    if near := difflib.get_close_matches(name, known, n=1):
         return f"; did you mean {near[0]}?"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"; known are {shown}" if known else "; it is empty"

@@ -11,14 +11,13 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import DamagedCheckpoint, UserError
+from errors import DamagedCheckpoint, UserError, quiet_imports
 from model import MiniDeepSeek
 from model.checkpoint.tensor_file import save_file
 from model.experts import Experts
 from training.adapters.dropout import Dropout
 from training.adapters.experts_lora import ExpertsLora
 from training.adapters.lora import LoraSettings
-from training.run.quiet import quiet_imports
 
 with quiet_imports():
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from errors import quiet_imports
 from model.experts import NO_CORRECTIONS, LowRank
-from training.run.quiet import quiet_imports
 
 with quiet_imports():
     from peft.tuners.lora.layer import ParamWrapper

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import math
 
-from errors import UserError
+import torch
+from torch import Tensor, nn
+
+from errors import UserError, quiet_imports
 from model import MiniDeepSeek
 from model.experts import Experts
 from model.ops import Linear
-from model.quantized import Int8Weight, NF4Weight, QuantizedWeight, quantize_weights
+from model.quantized import BLOCK, Int8Weight, NF4Weight, QuantizedWeight, quantize_weights
 
+SCALES = 256  # scales in 4 bits that share a scale of their own: double quantisation
 BASES = ("auto", "int8", "nf4")
 
 
@@ -33,9 +36,32 @@ def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:
             if base == "auto" or not name.startswith("model.layers."):
                 module.to(dtype)
             else:
-                quantize_weights(model, name, nf4_or_int8 if base == "nf4" else Int8Weight)
+                quantize_weights(model, name, nf4_or_int8 if base == "nf4" else int8)
 
 
-def nf4_or_int8(weight: nn.Parameter) -> QuantizedWeight:
-    """In 4 bits where the size allows it, else in 8."""
-    return NF4Weight(weight) if NF4Weight.fits(weight) else Int8Weight(weight)
+def int8(weight: Tensor) -> Int8Weight:
+    """Quantize (..., out, in) to 8 bits with torchao, a scale for each output feature."""
+    with quiet_imports():
+        from torchao.quantization import Int8Tensor, PerRow
+    made = Int8Tensor.from_hp(weight.detach().float(), granularity=PerRow())
+    return Int8Weight(made.qdata, made.scale)
+
+
+def nf4(weight: Tensor) -> NF4Weight:
+    """Quantize to 4 bits with torchao; any shape of whole blocks, taken as one row, since torchao takes no stacks."""
+    with quiet_imports():
+        from torchao.quantization import to_nf4
+    made = to_nf4(weight.detach().float().reshape(1, -1), BLOCK, math.gcd(weight.numel() // BLOCK, SCALES))
+    return NF4Weight(
+        weight.shape,
+        codes=made.quantized_data,
+        scales=made.quantized_scalers.view(len(made.quantization_factor), -1),
+        factors=made.quantization_factor,
+        mean=made.scaler_mean,
+        levels=made.nf4,
+    )
+
+
+def nf4_or_int8(weight: Tensor) -> QuantizedWeight:
+    """Quantize to 4 bits where the size allows it, else to 8."""
+    return int8(weight) if weight.numel() % BLOCK else nf4(weight)

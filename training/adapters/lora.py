@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from errors import UserError
+from errors import UserError, quiet_imports
 from model import MiniDeepSeek
-from training.run.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from peft import LoraConfig

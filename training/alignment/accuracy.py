@@ -14,7 +14,7 @@ from text.chats.problems import Problem
 from training.alignment.rewards import is_correct
 from training.alignment.sampler import Sampler, completion_texts, sample_groups, uniforms
 from training.parallel.ranks import Ranks
-from training.run.watch import Watch
+from training.run.interrupt import Watch
 
 SAMPLES = 4
 KEY = 0x76616C  # keeps the random numbers of measuring apart from those of training

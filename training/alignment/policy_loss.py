@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from errors import UserError
 from model.cache import PromptLatents
 from training.log_probs import log_probs_and_entropy
-from training.losses import IGNORE, Batch
-from training.tally import Metric
+from training.losses import IGNORE, Batch, Metric
 
 LOSSES = ("grpo", "dapo", "dr_grpo")
 

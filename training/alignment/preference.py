@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from errors import UserError
 from model import MiniDeepSeek
 from training.log_probs import label_log_probs
-from training.losses import IGNORE, Batch
+from training.losses import IGNORE, Batch, Metric
 from training.machine import autocast
+from training.metrics import Tally
 from training.parallel.ranks import Ranks
-from training.tally import Metric, Tally
 from training.validation import evaluate
 
 

@@ -15,7 +15,7 @@ from training.alignment.advantages import advantages
 from training.alignment.rewards import Rewards, Sample
 from training.alignment.sampler import Completions, Sampler, sample_groups, to_samples, uniforms
 from training.parallel.ranks import Ranks
-from training.run.watch import Stopped
+from training.run.interrupt import Stopped
 
 KEY = 0x6772706F  # keeps the random numbers of sampling apart from those of the data order
 

@@ -23,7 +23,7 @@ from text.chats.problems import Problem
 from text.order import scramble
 from text.tokenizer import Tokenizer
 from training.alignment.rewards import Sample
-from training.run.watch import Watch
+from training.run.interrupt import Watch
 
 SLOTS = 128  # completions at a time where no setting says: as many rows as decode.c takes
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from errors import UserError
 from model.transformer import Output
-from training.chunks import ROWS, chunks, padded, padded_rows
 from training.distill.divergences import (
     Divergence,
     forward_kl,
@@ -22,7 +21,7 @@ from training.distill.divergences import (
     skewed_forward_kl,
     skewed_reverse_kl,
 )
-from training.losses import IGNORE, Batch, NextTokenLoss
+from training.losses import IGNORE, ROWS, Batch, NextTokenLoss, chunks, padded, padded_rows
 
 SAMPLED = "sampled"  # names in a batch: 1 where the student answered itself
 

@@ -24,7 +24,7 @@ from training.alignment.sampler import Sampler, sample_groups, uniforms
 from training.distill.distillation import SAMPLED
 from training.losses import Batch
 from training.parallel.ranks import Ranks
-from training.run.watch import Stopped
+from training.run.interrupt import Stopped
 
 CHOICE, SAMPLING = 0x6F6E706F, 0x6F776E61  # keep these random numbers apart from those of the data order
 

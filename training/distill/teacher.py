@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, quiet_imports
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.distill.distillation import Logits, Teacher
 from training.losses import IGNORE, Batch
-from training.run.quiet import quiet_imports
 from training.startup import open_checkpoint
 
 INPUTS = ("input_ids", "position_ids", "segment_ids")

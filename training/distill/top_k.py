@@ -157,7 +157,7 @@ def cache_top_k(
             rows = in_order(encoded, members, chats.sequence_length, chats.pad_id)
             arrays = score(teacher, rows, k, temperature, micro_rows, dtype, ranks.device)
             save_arrays(files[number], arrays, fingerprint)
-    ranks.barrier()
+    ranks.gather(None)
     ranks.check_shared(folder, lambda: all(open_arrays(file, fingerprint) is not None for file in files))
     return TopKCache(files, encoded)
 

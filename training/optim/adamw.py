@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,17 +34,12 @@ class AdamWBF16(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of all weights that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
+        """Update all weights that have a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, group)
-        return loss
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -65,17 +60,9 @@ class AdamWBF16(torch.optim.Optimizer):
 
 
 def plain_adamw_(
-    p: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    keep: float,
-    lr: float,
-    correction: float,
-) -> None:
+    p: Tensor, grad: Tensor, first: Tensor, second: Tensor, beta1: float, beta2: float, eps: float,
+    keep: float, lr: float, correction: float,
+) -> None:  # fmt: skip
     """What `model.kernels.fused.adamw_` does, as PyTorch operations."""
     m, v = first.float(), second.float()
     m.lerp_(grad.float(), 1 - beta1)

@@ -9,24 +9,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UserError, quiet_compiler, quiet_imports
 from training.optim.adamw import AdamWBF16
 from training.optim.muon import Muon
-from training.run.quiet import quiet_compiler, quiet_imports
 
 KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
 # Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
 LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
 SLOWEST = 0.99  # rate of decay with which a moment in bfloat16 still follows: one unit in its last place is 0.8 %
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-_DECAY = (lambda rate: 0 <= rate < 1), "a number from 0 to below 1"
-_SHARE = (lambda share: 0 <= share <= 1), "a share of the run, from 0 to 1"
-_ABOVE = (lambda number: number > 0), "a number above 0"
-_NOT_BELOW = (lambda number: number >= 0), "0 or more"
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "lr": _ABOVE, "eps": _ABOVE, "clip": _ABOVE, "final_lr_ratio": _NOT_BELOW, "weight_decay": _NOT_BELOW,
-    "warmup": _SHARE, "decay_from": _SHARE, "betas": _DECAY, "momentum": _DECAY,
-}  # fmt: skip
 NO_RATIOS: Mapping[str, float] = {}
 
 
@@ -64,21 +55,29 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"--optim.kind {self.kind}: one of {', '.join(KINDS)}")
-        for name, (fits, wanted) in RANGES.items():
-            value = getattr(self, name)
-            if not all(fits(number) for number in (value if isinstance(value, (tuple, list)) else [value])):
-                raise UserError(f"--optim.{name} {value}: give {wanted}")
+        for name in ("lr", "eps", "clip"):
+            self._check(name, getattr(self, name) > 0, "a number above 0")
+        for name in ("final_lr_ratio", "weight_decay"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("warmup", "decay_from"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "a share of the run, from 0 to 1")
+        self._check("betas", all(0 <= rate < 1 for rate in self.betas), "a number from 0 to below 1")
+        self._check("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
         if self.kind == "adamw_bf16" and max(self.betas) > SLOWEST:
             raise UserError(
                 f"--optim.betas {list(self.betas)}: adamw_bf16 would round the steps of its moments away; "
                 f"give {SLOWEST} at most, or take adamw"
             )
 
+    def _check(self, name: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise UserError(f"--optim.{name} {getattr(self, name)}: give {wanted}")
+
 
 def build_optimizer(
     model: nn.Module, settings: OptimSettings, lr_ratios: Mapping[str, float] = NO_RATIOS
 ) -> torch.optim.Optimizer:
-    """The optimiser of `settings.kind`; weight decay on matrices (two axes and more) only; fused where it can be.
+    """Build the optimiser of `settings.kind`; weight decay on matrices (two axes and more) only; fused where it can be.
 
     lr_ratios: learning rates over that of the settings, of parameters with these words in their names.
     Raises `UserError` for a kind whose package is not there.
@@ -98,14 +97,14 @@ def build_optimizer(
 
 
 def _matrices_in(name: str, parameter: nn.Parameter) -> int:
-    """How many matrices stand one above the other in each of a parameter's; 0 where Muon has no part in it."""
+    """Return how many matrices stand one above the other in each of a parameter's; 0 where Muon has no part in it."""
     if parameter.dim() < 2 or any(word in name for word in LOOKED_UP):
         return 0
     return 2 if name.endswith("gate_up_proj") else 1
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Of every group, by its ratio."""
+    """Set that of every group, by its ratio."""
     for group in optimizer.param_groups:
         value = lr * group.get("lr_ratio", 1.0)
         if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step, and a number would be part of it
@@ -115,28 +114,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def _class_of(kind: str, momentum: float) -> Callable[..., torch.optim.Optimizer]:
-    if kind == "adamw":
-        return partial(torch.optim.AdamW, fused=True)
-    if kind == "adamw_bf16":
-        return AdamWBF16
-    if kind == "muon":
-        return partial(Muon, momentum=momentum)
     if kind == "adamw8bit":
         with quiet_imports():
             from torchao.optim import AdamW8bit
         quiet_compiler()
         return AdamW8bit
-    try:
-        from bitsandbytes.optim import PagedAdamW8bit
-    except ImportError:
-        raise UserError(f"--optim.kind {kind}: needs the package; pip install bitsandbytes") from None
-    return PagedAdamW8bit
+    if kind == "paged_adamw8bit":
+        try:
+            from bitsandbytes.optim import PagedAdamW8bit
+        except ImportError:
+            raise UserError(f"--optim.kind {kind}: needs the package; pip install bitsandbytes") from None
+        return PagedAdamW8bit
+    plain = partial(torch.optim.AdamW, fused=True)
+    return {"adamw": plain, "adamw_bf16": AdamWBF16, "muon": partial(Muon, momentum=momentum)}[kind]
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimiser's state as flat tensors named `<parameter>|<quantity>`, or `...|<part>` of quantities in 8 bits.
+    """Return the optimiser's state itself, not copies, as flat tensors named `<parameter>|<quantity>`.
 
-    They are the state itself, not copies.
+    Quantities in 8 bits have several: `...|<part>`.
     """
     names = {p: name for name, p in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
@@ -151,7 +147,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_tensors`. Raises `KeyError` or `ValueError` for what is no state of these parameters."""
+    """The inverse of `state_tensors`. Raises `KeyError` or `ValueError` for what is not a state of these parameters."""
     parameters = dict(model.named_parameters())
     parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
@@ -159,15 +155,14 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         p = parameters[parameter]
         if part:
             parts.setdefault((parameter, key), {})[part[0]] = value.to(p.device)
-        else:
-            # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
-            counter = value.dim() == 0 and not value.is_floating_point()
-            moment = key in (*MOMENTS, "momentum_buffer")
-            kept = getattr(optimizer, "moment_dtype", p.dtype)
-            wanted = (p.shape, kept) if moment else (value.shape, value.dtype)
-            if (value.shape, value.dtype) != wanted or (key == "step" and value.numel() != 1):
-                raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
-            optimizer.state[p][key] = int(value) if counter else value.to(p.device)
+            continue
+        dtype = getattr(optimizer, "moment_dtype", p.dtype)
+        is_moment = key in (*MOMENTS, "momentum_buffer")
+        if (is_moment and (value.shape, value.dtype) != (p.shape, dtype)) or (key == "step" and value.numel() != 1):
+            raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
+        # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
+        counter = value.dim() == 0 and not value.is_floating_point()
+        optimizer.state[p][key] = int(value) if counter else value.to(p.device)
     for (parameter, key), held in parts.items():
         from torchao.optim.subclass_8bit import OptimState8bit
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,12 +47,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__([*own, *(self._adamw.param_groups if self._adamw else [])], defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of all weights that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
+        """Update all weights that have a gradient."""
         for group in self.param_groups:
             if group["parts"]:
                 self._update(group)
@@ -61,7 +57,6 @@ class Muon(torch.optim.Optimizer):
             self._adamw.state = self.state
             self._adamw.param_groups = [group for group in self.param_groups if not group["parts"]]
             self._adamw.step()
-        return loss
 
     def _update(self, group: dict[str, Any]) -> None:
         """Matrices of one size, of whatever layers, go through Newton-Schulz together: few products, and large ones."""

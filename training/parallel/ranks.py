@@ -16,14 +16,13 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError, naming
-from training.device import choose_device
-from training.run.watch import Watch
+from errors import UserError, check_least, naming
+from training.machine import choose_device
+from training.run.interrupt import Watch
 
 Result = TypeVar("Result")
-# What gloo and NCCL say when a peer is silent, and when it is gone.
+# What gloo and NCCL say when another rank is silent, and when it is gone.
 SILENT = ("timed out", "timeout")
 GONE = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process has exited")
 ROLL_CALL = 2.0  # seconds in which those who waited in vain must have said so
@@ -46,13 +45,12 @@ class DistSettings:
     def __post_init__(self) -> None:
         if self.timeout <= 0:
             raise UserError(f"--dist.timeout {self.timeout:g}: must be positive")
-        if self.check_every < 0:
-            raise UserError(f"--dist.check_every {self.check_every}: must be at least 0")
+        check_least(0, **{"dist.check_every": self.check_every})
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers.
+    """This process among the ranks of a run.
 
     Attributes: rank 0 .. world - 1; the device it computes on, and why that one; timeout: see `DistSettings`; watch:
         what it is busy with, and whether a signal asked it to stop.
@@ -67,8 +65,8 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str, timeout: float = DistSettings.timeout) -> Ranks:
-        """Join the peers that torchrun started, if any. `device`: auto, cpu or cuda."""
-        rank, world = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        """Join the ranks that torchrun started, if any. `device`: auto, cpu or cuda."""
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         place, why = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
         if place.type == "cuda":
             torch.cuda.set_device(place)
@@ -87,7 +85,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Return whether this process writes files and prints."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
@@ -103,13 +101,13 @@ class Ranks:
         return tensor
 
     def asked_to_stop(self) -> bool:
-        """Whether a signal came to any rank; called by all together. It waits for no GPU."""
+        """Return whether a signal came to any rank; called by all together. It waits for no GPU."""
         if self.world == 1:
             return self.watch.asked
         return self.sum(torch.tensor(float(self.watch.asked))).item() > 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank holds, in the order of the ranks, on all of them. Tensors must be on the CPU."""
+        """Return what every rank holds, in the order of the ranks, on all of them. Tensors must be on the CPU."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -118,15 +116,14 @@ class Ranks:
         return values
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Call `work` on the main rank and give its result to all. A `UserError` there ends all, and is told once."""
+        """Call `work` on the main rank and give its result to all. A `UserError` there ends all, reported once."""
         if self.world == 1:
             return work()
         result, error = None, None
-        if self.main:
-            try:
-                result = work()
-            except UserError as caught:
-                error = caught
+        try:
+            result = work() if self.main else None
+        except UserError as caught:
+            error = caught
         box = [(result, error.exit_code if error else 0)]
         with self.explained():
             dist.broadcast_object_list(box)
@@ -139,10 +136,7 @@ class Ranks:
 
     @contextmanager
     def led(self) -> Iterator[Callable[[], None]]:
-        """While the main rank does what may take hours: what the others call now and then, to end when it has failed.
-
-        What went wrong there is told once.
-        """
+        """Yield what other ranks call now and then to end too, should the main rank fail at what may take hours."""
         store = dist.distributed_c10d._get_default_store() if self.world > 1 else None
 
         def check() -> None:
@@ -161,13 +155,11 @@ class Ranks:
             raise
 
     def fail(self, message: str) -> NoReturn:
-        """End the run with a `UserError`; called by all ranks, and told once."""
-        if self.main:
-            raise UserError(message)
-        raise SystemExit(UserError.exit_code)
+        """End the run with a `UserError`; called by all ranks, reported once."""
+        raise UserError(message) if self.main else SystemExit(UserError.exit_code)
 
     def check_shared(self, path: Path, look: Callable[[], object]) -> None:
-        """Raises `UserError` on all ranks unless each of them sees at `path` what the main rank sees.
+        """Raise `UserError` on all ranks unless each of them sees at `path` what the main rank sees.
 
         look: what this process sees there, to be compared. A network file system has `LAG` seconds to show it.
         """
@@ -184,10 +176,9 @@ class Ranks:
             )
 
     def check_writes_shared(self, folder: Path) -> None:
-        """Raises `UserError` on all ranks unless each of them sees what the main rank writes into a folder."""
+        """Raise `UserError` on all ranks unless each of them sees what the main rank writes into a folder."""
         if self.world == 1:
             return
-
         made = [path for path in (folder, *folder.parents) if not path.exists()]
 
         def write() -> Path:
@@ -209,7 +200,7 @@ class Ranks:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn what a collective raises when a peer is silent until the timeout, or gone, into a `UserError`."""
+        """Turn what a collective raises when another rank is silent until the timeout, or gone, into a `UserError`."""
         try:
             yield
         except RuntimeError as error:
@@ -225,36 +216,13 @@ class Ranks:
             raise UserError(f"rank {self.rank}: another rank has ended; its own message says why") from None
 
     def _absent(self) -> list[int]:
-        """The ranks that do not say at once that they have waited in vain too."""
+        """Return the ranks that do not say at once that they have waited in vain too."""
         with suppress(RuntimeError):
             store = dist.distributed_c10d._get_default_store()
             store.set(f"waited/{self.rank}", "1")
             time.sleep(ROLL_CALL)
             return [rank for rank in range(self.world) if not store.check([f"waited/{rank}"])]
         return []
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            with self.explained():
-                dist.barrier()
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in training: DistributedDataParallel among several ranks.
-
-        Every parameter that requires a gradient must get one in each step. `find_unused_parameters` is no way around:
-        it looks at what `forward` returns, and the output head is used after it, by the loss.
-        """
-        if self.world == 1:
-            return model
-        # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model,
-            device_ids=ids,
-            forward_sync_buffers=False,
-            gradient_as_bucket_view=True,
-        )
 
     def no_sync(self, module: nn.Module, when: bool) -> AbstractContextManager:
         """Keep gradients local while accumulating."""
@@ -266,16 +234,11 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _store(world: int, timeout: timedelta) -> dist.Store:
-    """Where ranks leave their addresses for one another, in a room of its own for each attempt of torchrun.
+    """Return where ranks leave their addresses for one another, under a prefix of its own for each attempt of torchrun.
 
     torchrun --max-restarts keeps one store for all attempts: a rank that looks up another before that one has come
-    back would call at the address of the process that died. The number of the attempt is common to the ranks of one
-    node only, so that several nodes share the one room as torch has it.
+    back would call at the address of the process that died. The number of the attempt is common to one node only.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
@@ -285,16 +248,12 @@ def _store(world: int, timeout: timedelta) -> dist.Store:
 
 
 def _check_devices(store: dist.Store, rank: int, world: int, device: str) -> None:
-    """Raises `UserError` on all ranks where `--device auto` is not the same on all: they could not join one another."""
+    """Raise `UserError` on all ranks where `--device auto` is not the same on all: they could not join one another."""
     store.set(f"device/{rank}", device)
-    if rank == 0:
-        kinds = [store.get(f"device/{other}").decode().partition(" ")[0] for other in range(world)]
-        store.set("device/odd", str(next((other for other, kind in enumerate(kinds) if kind != kinds[0]), 0)))
-    odd = int(store.get("device/odd"))
-    if odd == 0:
-        return
-    first, theirs = (store.get(f"device/{number}").decode() for number in (0, odd))
+    devices = [store.get(f"device/{other}").decode() for other in range(world)]
+    odd = next((other for other, kind in enumerate(devices) if kind.split()[0] != devices[0].split()[0]), 0)
     store.set(f"device/read/{rank}", "")
     if rank == 0:  # with which the store may end
         store.wait([f"device/read/{other}" for other in range(world)])
-    raise UserError(f"rank {odd} computes on {theirs}, rank 0 on {first}; give all the same --device")
+    if odd:
+        raise UserError(f"rank {odd} computes on {devices[odd]}, rank 0 on {devices[0]}; give all the same --device")

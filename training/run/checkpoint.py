@@ -1,4 +1,4 @@
-"""A run's checkpoints: ordinary Hugging Face folders with the training state in a sub-folder."""
+"""A run's checkpoints: ordinary Hugging Face folders with the training state and checksums in a sub-folder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
-from model.checkpoint.tensor_file import save_file
+from model.checkpoint.tensor_file import read_parts, save_file
 from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors
-from training.run.manifest import write_manifest
 
+MANIFEST = "training/manifest.json"  # size and checksum of every file of a checkpoint
+STATE_FILE, PROGRESS_FILE = "training/state.safetensors", "training/progress.json"
 STEP = re.compile(r"step-(\d+)$")
 WEIGHT, STATE = "weight|", "state|"  # before the names of a snapshot's tensors
 DATA = "data|"  # before the names of a data set's tensors; the optimiser's begin with a parameter's name
+# A stage is judged by the first of these that its validation has; 1 where more is better, -1 where less is.
+MEASURES = {"val_accuracy": 1, "val_bits_per_byte": -1, "val_loss": -1}
+REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable and use --resume"),
+    errno.ENOENT: "bring the folder back and use --resume",
+}
 
 
 @dataclass
@@ -54,17 +62,24 @@ class Progress:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
-        numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in (self.tokens, self.seconds))
-        counts = all(type(value) is int and value >= 0 for value in (self.step, self.skipped, self.stale))
-        if not counts or not numbers or not isinstance(self.run, dict) or not _is_best(self.best):
+        numbers = (self.step, self.skipped, self.stale, self.tokens, self.seconds, abs(self.best.get("value", 0)))
+        fits = all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers)
+        if not fits or not isinstance(self.run, dict) or self.best.keys() not in (set(), {"measure", "value", "step"}):
             raise ValueError("not the progress of a run")
 
+    def judge(self, held_out: dict[str, Any]) -> bool:
+        """Note a validation after `step` in `best` and `stale`. Returns whether it is better than all before.
 
-def _is_best(best: object) -> bool:
-    """Whether a run may have noted it as its best validation; empty before there is any."""
-    if not isinstance(best, dict) or (best and best.keys() != {"measure", "value", "step"}):
-        return False
-    return not best or (type(best["value"]) in (int, float) and math.isfinite(best["value"]))
+        A number that is not finite is never better.
+        """
+        name = next((name for name in MEASURES if name in held_out), None)
+        value = math.nan if name is None else float(held_out[name])
+        before = self.best.get("value") if self.best.get("measure") == name else None
+        better = math.isfinite(value) and (before is None or MEASURES[name] * (value - before) > 0)
+        if better:
+            self.best = {"measure": name, "value": value, "step": self.step}
+        self.stale = 0 if better else self.stale + 1
+        return better
 
 
 class Weights(Protocol):
@@ -73,7 +88,7 @@ class Weights(Protocol):
     model: MiniDeepSeek
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """They themselves, not copies."""
+        """Return them themselves, not copies."""
 
     def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
         """Write a copy of `tensors()`, and what else belongs to it, into a folder. Called while training goes on."""
@@ -102,23 +117,20 @@ class Snapshot:
         self.tensors |= {f"{STATE}{DATA}{name}": value for name, value in (data or {}).items()}
 
     def write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """Write it with a copy of its tensors under a temporary name, flush it, and give it its name.
+        """Write it with a copy of its tensors under a temporary name, flush it, and rename it.
 
         So it is complete or not there. Raises `UserError` when it cannot be written.
         """
         temporary, before = folder.with_name(f".{folder.name}.partial"), _before(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            if not folder.parent.is_dir():
-                # Made anew, it might lie on another disk than the one that is gone.
-                raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(folder.parent))
+            _check_there(folder.parent)
             (temporary / "training").mkdir(parents=True)
             self._weights.write(_part(tensors, WEIGHT), temporary)
             self._tokenizer.save(temporary)
             state = {name: tensor.cpu().contiguous() for name, tensor in _part(tensors, STATE).items()}
-            save_file(state, temporary / "training" / "state.safetensors")
-            text = json_text(self._progress, indent=2)
-            (temporary / "training" / "progress.json").write_text(text, encoding="utf8")
+            save_file(state, temporary / STATE_FILE)
+            (temporary / PROGRESS_FILE).write_text(json_text(self._progress, indent=2), encoding="utf8")
             write_manifest(temporary)
             for path in [*temporary.rglob("*"), temporary]:
                 _flush(path)
@@ -130,18 +142,27 @@ class Snapshot:
             shutil.rmtree(before, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             cause: Exception = error
-            if not folder.parent.is_dir():  # it vanished while this was written
-                cause = FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(folder.parent))
+            try:
+                _check_there(folder.parent)  # it may have vanished while this was written
+            except OSError as vanished:
+                cause = vanished
             shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):
                 give_back(folder)
             kept = newest(folder.parent)
             safe = f"the checkpoint before it is intact: {kept}" if kept else "no checkpoint was there before"
-            raise UserError(f"{folder}: could not be saved ({cause}); {safe}; {_remedy(cause)}") from None
+            remedy = REMEDIES.get(getattr(cause, "errno", None), "free some space and use --resume")
+            raise UserError(f"{folder}: could not be saved ({cause}); {safe}; {remedy}") from None
+
+
+def _check_there(out: Path) -> None:
+    """A run folder made again might lie on another disk than the one that is gone."""
+    if not out.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(out))
 
 
 def give_back(folder: Path) -> None:
-    """Its name to the checkpoint that made room for another, which then never came: the save failed or was killed."""
+    """Return its name to the checkpoint that made room for another, which then never came: its save failed."""
     before = _before(folder)
     if before.is_dir() and not folder.exists():
         os.replace(before, folder)
@@ -152,64 +173,100 @@ def _before(folder: Path) -> Path:
 
 
 def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimiser state of `folder`, into objects that already hold its weights. Returns the data set's.
+    """Put the optimiser state of `folder` into objects that already hold its weights. Returns the data set's.
 
     Raises `DamagedCheckpoint`. What passed its checksums and does not fit was saved under other settings, and so were
     the checkpoints before it: `--resume last-good` would end here again, so it is not offered.
     """
-    aside = f"or move {folder} elsewhere and use --resume"
-    path = folder / "training" / "state.safetensors"
+    aside, path = f"or move {folder} elsewhere and use --resume", folder / STATE_FILE
+    state = read_state(folder, aside)
+    data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
     try:
-        state = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); restore the file, {aside}") from None
-    settings = "give the settings that the run began with"
-    try:
-        for name in ("rng", "rng_cuda"):  # of older checkpoints: now a function of seed, step, micro-batch and rank
-            state.pop(name, None)
-        data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
         load_state_tensors(optimizer, model, state)
-    except KeyError as error:
-        raise DamagedCheckpoint(f"{path}: state of an unknown parameter {error}; {settings}, {aside}") from None
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); {settings}, {aside}") from None
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        settings = f"give the settings that the run began with, {aside}"
+        raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); {settings}") from None
     return data
 
 
+def read_state(folder: Path, remedy: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of optimiser and data set. Raises `DamagedCheckpoint`."""
+    try:
+        state = load_file(folder / STATE_FILE)
+    except (SafetensorError, OSError, ValueError) as error:
+        what = f"damaged or cut short ({error}); restore the file, {remedy}"
+        raise DamagedCheckpoint(f"{folder / STATE_FILE}: {what}") from None
+    # `rng` is of older checkpoints: now a function of seed, step, micro-batch and rank.
+    return {name: value for name, value in state.items() if not name.startswith("rng")}
+
+
 def read_progress(folder: Path) -> Progress:
-    """How far the run was at this checkpoint. Raises `DamagedCheckpoint`, for `left_off` to add the remedy."""
-    path = folder / "training" / "progress.json"
+    """Return how far the run was at this checkpoint. Raises `DamagedCheckpoint`, without a remedy."""
+    path = folder / PROGRESS_FILE
     try:
         return Progress(**json.loads(path.read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
 
 
-def steps(out: Path) -> list[Path]:
-    """The step checkpoints of a run, oldest first."""
-    return sorted((path for path in out.glob("step-*") if STEP.match(path.name)), key=_step)
-
-
 def checkpoints(out: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first: its end is the newest, unless a larger budget took it further."""
-    found, final = steps(out), out / "final"
-    return sorted([*found, final], key=_step) if final.is_dir() else found
+    """Return all checkpoints of a run, oldest first: its end is the newest, unless a larger budget took it further."""
+    found, final = [path for path in out.glob("step-*") if STEP.match(path.name)], out / "final"
+    return sorted([*found, final] if final.is_dir() else found, key=_step)
 
 
 def newest(out: Path) -> Path | None:
-    """`out`/final when the run is complete, else the last step checkpoint, else None."""
+    """Return `out`/final when the run is complete, else the last step checkpoint, else None."""
     found = checkpoints(out)
     return found[-1] if found else None
 
 
 def keep_last(out: Path, count: int) -> None:
     """Delete all but the last `count` step checkpoints."""
-    for path in steps(out)[: -count or None]:
+    for path in [path for path in checkpoints(out) if path.name != "final"][: -count or None]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def write_manifest(folder: Path) -> None:
+    """Note size and checksum of every file of a checkpoint folder. XXH3, which reads a GB in less than 0.1 s."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
+        for path in paths
+    }
+    (folder / MANIFEST).write_text(json.dumps(files, ensure_ascii=False, indent=2), encoding="utf8")
+
+
+def verify(folder: Path) -> None:
+    """Read all that the manifest of a checkpoint names. A folder without one, from before there were any, passes.
+
+    Raises `DamagedCheckpoint`, which names the first file that is not what was saved.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        files = json.loads(path.read_text(encoding="utf8"))
+        saved = {str(name): (int(facts["bytes"]), str(facts["xxh3_128"])) for name, facts in files.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
+    for name, (size, checksum) in saved.items():
+        file, what = folder / name, ""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedCheckpoint(f"{path}: cannot be read ({name!r} is not in the folder)")
+        try:
+            if file.stat().st_size != size:
+                what = f"{file.stat().st_size:,} bytes, {size:,} were saved"
+            elif _checksum(file) != checksum:
+                what = "its checksum is not that of what was saved"
+        except OSError as error:
+            what = str(error.strerror)
+        if what:
+            raise DamagedCheckpoint(f"{file}: damaged or cut short ({what})")
+
+
 def _step(folder: Path) -> float:
-    """How many steps a checkpoint has behind it; a `final` that does not tell stays the newest."""
+    """Return how many steps a checkpoint has behind it; a `final` that does not tell stays the newest."""
     if match := STEP.match(folder.name):
         return int(match[1])
     try:
@@ -222,13 +279,11 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _remedy(error: Exception) -> str:
-    number = getattr(error, "errno", None)
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "make the folder writable and use --resume"
-    if number == errno.ENOENT:
-        return "bring the folder back and use --resume"
-    return "free some space and use --resume"
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    for part in read_parts(path):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -1,18 +1,27 @@
-"""What a run will take on this machine, told before its first step: time and memory, from what is known of both."""
+"""What a run will take on this machine: time and memory, reported before its first step; and how many rows a step."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from model import MiniDeepSeek
 from model.costs import activation_numbers, human
-from training.chunks import CHUNK_ELEMENTS
-from training.run.console import duration
+from model.costs import count as count_costs
+from model.ops import kernel_report
+from training.datasets import Dataset, PolicyDataset
+from training.losses import CHUNK_ELEMENTS
+from training.parallel.ranks import Ranks
+from training.run.log import duration
+from training.run.resume import saved_run
 from training.schedule import Budget
 from training.settings import StageSettings
 
+ENOUGH = 100  # steps that a run should have: schedules and Adam's moments need tens of them
+FEW = 20
 USUAL_SHARE = 0.3  # of the matrix peak; the runs in docs/performance.md are between a sixth and two thirds
 SLOW_STEP = 30.0  # seconds from which a step is worth a warning
 FP32 = 4  # bytes
@@ -72,3 +81,109 @@ def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, d
     if settings.gradient_checkpointing:  # what enters each layer, and all of the one that is recomputed
         numbers = numbers / layers + 2 * layers * config.hidden_size
     return held + LOGITS + numbers * dtype.itemsize * tokens
+
+
+class Pace:
+    """How long steps take: announced before the first, corrected by the first micro-batch, warned of when very long."""
+
+    def __init__(self, settings: StageSettings, ranks: Ranks, budget: Budget) -> None:
+        self._settings, self._ranks, self._budget = settings, ranks, budget
+        self.known = self._warned = False
+
+    def announce(self, model: MiniDeepSeek, dataset: Dataset, flops: int, peak: float, dtype: torch.dtype) -> None:
+        """Say in six lines what runs: model, machine, kernels, batch, end and duration. flops: of a token."""
+        settings, ranks, budget = self._settings, self._ranks, self._budget
+        warn_of_few_steps(settings, ranks, len(dataset))
+        costs = count_costs(model.config, settings.sequence_length)
+        takes = estimate(settings, budget, model, flops, peak, ranks.device, dtype)
+        micro = min(settings.micro_rows, settings.rows // ranks.world)
+        accumulation = math.ceil(settings.rows / ranks.world / micro)
+        why = f" ({ranks.why})" if ranks.why else ""
+        by = "" if budget.steps_by.startswith("--max_steps") else f" ({budget.steps_by})"
+        ends = [f"{budget.max_steps} steps{by}"] if budget.max_steps else []
+        ends += [f"{budget.max_minutes:g} minutes"] if budget.max_minutes else []
+        ends += [f"{budget.max_tokens:,} tokens"] if budget.max_tokens else []
+        ranks.say(
+            f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
+            f"MTP adds {human(costs.mtp)}\n"
+            f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
+            f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
+            f"kernels    {kernel_report(model.config, dtype, ranks.device, settings.row_tokens, settings.compile)}\n"
+            f"batch      {settings.rows} rows of {settings.row_tokens} tokens = {ranks.world} ranks x "
+            f"{accumulation} accumulated x {micro} rows\n"
+            f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
+            f"takes      {takes}{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
+        )
+        self._warn_of_slow_steps(takes.step)
+
+    def report(self, seconds: float, count: int) -> None:
+        """Say what the `seconds` of the first of `count` micro-batches make of a step, where it is long."""
+        self.known = True
+        step = seconds * count
+        if step > SLOW_STEP / 3:
+            _, whole = length(self._budget, step, self._settings.rows * self._settings.row_tokens)
+            pace = f"about {duration(step)} a step, {duration(whole)} for the whole run"
+            self._ranks.say(f"measured   micro-batch 1 of {count} took {duration(seconds)}: {pace}")
+            self._warn_of_slow_steps(step)
+
+    def _warn_of_slow_steps(self, seconds: float) -> None:
+        """Say once what helps where a step takes so long that nobody would wait for the first."""
+        if seconds > SLOW_STEP and not self._warned:
+            self._warned = True
+            remedy = self._settings.lighten(self._ranks.device.type)
+            self._ranks.say(f"warning    a step takes about {duration(seconds)} here: {remedy}")
+
+
+def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
+    """Set `batch_tokens` to whole rows that the ranks share evenly and that leave the run enough steps, if it can.
+
+    A value of the command line holds. A resumed run has the rows that it began with, whatever its budget is now.
+
+    Args:
+        samples: of an epoch.
+    """
+    if settings.holds("batch_tokens") or settings.uneven:
+        return
+    saved = ranks.on_main(lambda: saved_run(Path(settings.out), settings.resume)).get("rows")
+    if type(saved) is int and saved > 0:
+        settings.batch_tokens = saved * settings.row_tokens
+        return
+    ceiling = settings.rows
+    rows = fitting_rows(settings, ranks.world, samples)
+    if rows != ceiling:
+        settings.batch_tokens = rows * settings.row_tokens
+        budget = settings.budget(samples)
+        ranks.say(
+            f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}, for a run of {budget.max_steps} steps "
+            f"({budget.steps_by}, {samples} rows an epoch); "
+            f"--batch_tokens {ceiling * settings.row_tokens} keeps {ceiling}"
+        )
+
+
+def fitting_rows(settings: StageSettings, world: int, samples: int) -> int:
+    """The most rows, at most those of the settings and a multiple of `world`, that leave a run `ENOUGH` steps.
+
+    Where no number does, the most of those that leave it as many as it can have; all, where only a clock ends it.
+    """
+
+    def steps(rows: int) -> float:
+        most = settings.budget(samples, rows).max_steps
+        return math.inf if most is None else most
+
+    enough = min(ENOUGH, steps(world))
+    choices = range(settings.rows - settings.rows % world, 0, -world)
+    return next((rows for rows in choices if steps(rows) >= enough), settings.rows)
+
+
+def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int) -> None:
+    """Say in one line that a run is too short to learn from, and what makes it longer."""
+    budget = settings.budget(samples)
+    if budget.max_steps is None or budget.max_steps >= FEW:
+        return
+    option = budget.steps_by.split()[0]
+    remedy = f"raise {option}"
+    if option == "--epochs":
+        remedy = f"give --epochs {math.ceil(ENOUGH * settings.rows / samples)} for {ENOUGH} steps"
+        if settings.rows > ranks.world and not settings.uneven:
+            remedy += ", or a smaller --batch_tokens"
+    ranks.say(f"notice: this run ends after {budget.max_steps} steps ({budget.steps_by}), too few to learn; {remedy}")

@@ -1,50 +1,64 @@
-"""How a person or a scheduler stops a run."""
+"""How a person or a scheduler stops a run, and what is shown of the work at hand."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import TypeVar
 
-from training.parallel.ranks import Ranks
-
+Item = TypeVar("Item")
 # Ctrl-C reaches every process of a terminal, and torchrun sends its workers the signal once more: one request.
-TOGETHER = 2.0
+TOGETHER = 2.0  # seconds
 
 
-class Interrupt:
-    """While entered, the first SIGINT or SIGTERM asks the ranks' watch to stop; a later one stops at once."""
+class Stopped(Exception):
+    """A signal asked the run to stop: all ranks leave the step that they are in together, as if it had not begun."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._first = 0.0
 
-    @property
-    def asked(self) -> bool:
-        return self._ranks.watch.asked
+@dataclass
+class Watch:
+    """Attributes: asked: a signal came. show: takes what is being done now, such as "validating 3/32"; "": a step."""
 
-    def __enter__(self) -> Interrupt:
-        self._previous = {name: signal.signal(name, self._arrive) for name in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    asked: bool = False
+    show: Callable[[str], None] = lambda _: None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for name, handler in self._previous.items():
-            signal.signal(name, handler)
+    def track(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+        """Yield the items, `total` in number, and show how many are done; no more of them once a signal came."""
+        for done, item in enumerate(items):
+            if self.asked:
+                break
+            self.show(f"{what} {done + 1}/{total}")
+            yield item
+        self.show("")
 
-    def _arrive(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked:
-            self._first = time.monotonic()
-            self._ranks.watch.asked = True
-            self._ranks.say("stopping at the next micro-batch, then saving (again to stop at once)")
-        elif time.monotonic() - self._first > TOGETHER:
-            raise KeyboardInterrupt
+    @contextmanager
+    def listening(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Meanwhile the first SIGINT or SIGTERM asks to stop; a later one stops at once."""
+        first = 0.0
+
+        def arrive(number: int, frame: FrameType | None) -> None:
+            nonlocal first
+            if not self.asked:
+                first, self.asked = time.monotonic(), True
+                say("stopping at the next micro-batch, then saving (again to stop at once)")
+            elif time.monotonic() - first > TOGETHER:
+                raise KeyboardInterrupt
+
+        before = {name: signal.signal(name, arrive) for name in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
 
 
 def aftermath() -> str:
-    """What torchrun says once its workers have ended by a signal, explained; nothing without torchrun."""
+    """Explain what torchrun says once its workers have ended by a signal; nothing without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
     return " (should a SignalException follow, it is torchrun's report of the signal, not a fault)"

@@ -31,20 +31,17 @@ class RunLock:
         """Make the folder if need be. Raises `UserError` where another process holds the lock."""
         with naming(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 print(f"notice: {self._path}: this file system has no locks ({error.strerror})", file=sys.stderr)
-            else:
-                os.close(handle)
-                holder = read_holder(self._path.parent)
-                who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-                raise UserError(
-                    f"{self._path.parent}: {who} is training here; stop it, or choose another --out"
-                ) from None
-        self._handle = handle
+                return
+            self.release()
+            holder = read_holder(self._path.parent)
+            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+            raise UserError(f"{self._path.parent}: {who} is training here; stop it, or choose another --out") from None
 
     def release(self) -> None:
         """Let others in; nothing happens without a lock."""
@@ -53,7 +50,7 @@ class RunLock:
             self._handle = None
 
     def sign(self) -> None:
-        """Write who we are into the file: from now on a restart by the same torchrun goes on with this run."""
+        """Write who we are into the file: from now on a restart by the same torchrun resumes this run."""
         if self._handle is not None:
             facts = {"pid": os.getpid(), "host": socket.gethostname(), "launch": _launch()}
             with naming(self._path):
@@ -62,14 +59,13 @@ class RunLock:
 
 
 def restarted(out: Path) -> bool:
-    """Whether torchrun has started this process again (--max-restarts) after one that had begun the run of `out`."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return False
-    return read_holder(out).get("launch") == _launch()
+    """Return whether torchrun --max-restarts has started this process again after one that began the run of `out`."""
+    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    return not is_first and read_holder(out).get("launch") == _launch()
 
 
 def read_holder(out: Path) -> dict[str, object]:
-    """Who signed last; empty where nobody did."""
+    """Return who signed last; empty where nobody did."""
     try:
         facts = json.loads((out / LOCK).read_text(encoding="utf8"))
     except (OSError, ValueError):
@@ -78,5 +74,5 @@ def read_holder(out: Path) -> dict[str, object]:
 
 
 def _launch() -> str:
-    """One torchrun: its id and its process, which is the parent of those that it starts."""
+    """Name one torchrun by its id and its process, which is the parent of those that it starts."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {socket.gethostname()} {os.getppid()}"

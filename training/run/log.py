@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, a line now and then, metrics.jsonl, and wandb when asked."""
+"""What a run reports: a progress bar, a short line now and then, metrics.jsonl, and wandb when asked."""
 
 from __future__ import annotations
 
@@ -6,21 +6,62 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from errors import naming
 from text.files import json_text
-from training.held_out import is_named
-from training.run.console import held_out_line, step_line
 
 STRUCTURED = ("sample", "max_vio", "expert_load", "held_out")
 QUIET = 30.0  # seconds after which the next step has a line, whatever --log_every says
 LARGEST = 1e300  # beyond it pictures cannot be scaled
+WIDTH = 100
+ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
+
+
+class Column(NamedTuple):
+    """A measure by its name in metrics.jsonl: how it is shown, and what it means."""
+
+    name: str
+    form: str
+    meaning: str
+
+
+# The most telling first: what does not fit into a line is in metrics.jsonl.
+COLUMNS = tuple(Column(*row) for row in (
+    ("reward", "reward {:.3f}", "mean over the completions of the step"),
+    ("zero_variance", "zero-variance {:.0%}", "groups whose completions all have one reward: they teach nothing"),
+    ("completion_length", "length {:.0f}", "tokens of a completion, on average"),
+    ("clip_share", "clipped {:.1%}", "tokens whose probability ratio left the clip range"),
+    ("accuracy", "preferred {:.1%}", "pairs whose chosen answer the model prefers"),
+    ("margin", "reward margin {:.3f}", "how much it prefers them"),
+    ("kl", "kl {:.4f}", "distance to the reference model, or to the teacher, in nats per token"),
+    ("loss", "loss {:.4f}", "nats of a token (DPO: of a pair), mean since the line before; without MTP and balance"),
+    ("divergence", "divergence {:.4f}", "from the teacher, in nats per token"),
+    ("cross_entropy", "cross entropy {:.4f}", "with the labels, in nats per token"),
+    ("grad_norm", "norm {:.2f}", "of the gradient before clipping; far above the usual is a bad step"),
+    ("lr", "lr {:.1e}", "learning rate"),
+    ("tokens_per_second", "{:,.0f} tok/s", "tokens per second, all ranks together"),
+    ("max_vio_worst", "MaxVio {:.2f}", "load of the busiest expert over the mean, minus 1, in the worst layer"),
+    ("memory_gb", "{:.1f} GB", "most memory so far, of the GPU or of this process"),
+    ("mfu", "mfu {:.0%}", "share of the measured matrix-product peak that training reaches"),
+    ("mtp_loss", "mtp {:.3f}", "loss of multi-token prediction, in nats per token"),
+    ("entropy", "entropy {:.2f}", "of the sampled distributions, in nats; near 0 the samples are all alike"),
+))  # fmt: skip
+HELD_OUT = tuple(Column(*row) for row in (
+    ("val_bits_per_byte", "{:.4f} bits/byte", "held-out loss per byte of text: comparable between tokenizers"),
+    ("val_loss", "loss {:.4f} nats", "held-out loss of a token (DPO: of a pair)"),
+    ("val_accuracy", "accuracy {:.1%}", "held-out problems that come out right"),
+    ("val_preferred", "preferred {:.1%}", "held-out pairs whose chosen answer the model prefers"),
+    ("val_pass_1", "pass@1 {:.1%}", "the same of sampled answers"),
+    ("val_margin", "reward margin {:.3f}", "as above, on held-out pairs"),
+))  # fmt: skip
 
 
 class RunLog:
@@ -170,37 +211,98 @@ def shown(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a line that was cut short, or is no entry of a run, is left out."""
+    """Return the entries of a metrics.jsonl; a line that was cut short, or is not an entry of a run, is left out."""
     entries = []
     if path.is_file():
         for line in path.read_bytes().splitlines():
-            try:
+            with suppress(ValueError, RecursionError, TypeError):
                 entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and _is_entry(entry):
-                entries.append(entry)
+                if isinstance(entry, dict) and _is_entry(entry):
+                    entries.append(entry)
     return entries
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    """Whether a run may have written it: numbers, and four names with structure; others would not know what to do."""
-    loads = entry.get("expert_load") or []
+    """Return whether a run may have written it: numbers, and four names with structure that pictures rely on."""
+    loads, held_out = entry.get("expert_load") or [], entry.get("held_out", {})
     return (
         type(entry.get("step")) is int
         and entry["step"] >= 0
         and all(value is None or _is_number(value) for name, value in entry.items() if name not in STRUCTURED)
-        and _are_numbers(entry.get("max_vio") or [])
         and isinstance(loads, list)
-        and all(load and _are_numbers(load) and len(load) == len(loads[0]) for load in loads)
+        and all(isinstance(row, list) for row in loads)
+        and all(row and len(row) == len(loads[0]) for row in loads)
+        and all(map(_is_number, [*(entry.get("max_vio") or []), *(value for row in loads for value in row)]))
         and isinstance(entry.get("sample", {}), dict)
-        and is_named(entry.get("held_out", {}))
+        and isinstance(held_out, dict)
+        and all(isinstance(name, str) for name in held_out.values())
     )
-
-
-def _are_numbers(values: object) -> bool:
-    return isinstance(values, list) and all(map(_is_number, values))
 
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and not abs(value) > LARGEST  # NaN is one
+
+
+def step_line(metrics: dict[str, Any], loss: float | None, share: float, left: float | None) -> str:
+    """The line of a logged step.
+
+    Args:
+        metrics: its entry. loss: mean since the line before, or None.
+        share: of the budget that is spent; left: seconds until its end, or None where nobody knows.
+    """
+    values = {**metrics, "loss": loss}
+    if metrics.get("max_vio"):
+        values["max_vio_worst"] = max(metrics["max_vio"])
+    if loss is not None and abs(loss) < ROUNDING:
+        values["loss"] = None
+    if metrics.get("memory"):
+        values["memory_gb"] = metrics["memory"] / 1e9
+    parts = [f"step {metrics['step']:>6}", f"{share:>4.0%}"]
+    if left is not None and share < 1:
+        parts.append(f"{duration(left)} left")
+    return _fitted(parts, COLUMNS, values)
+
+
+def held_out_line(metrics: dict[str, Any]) -> str:
+    """The line of a validation; empty where an entry has none."""
+    if all(metrics.get(column.name) is None for column in HELD_OUT):
+        return ""
+    return _fitted([f"step {metrics['step']:>6}", " val"], HELD_OUT, metrics)
+
+
+def _fitted(parts: list[str], columns: Iterable[Column], values: dict[str, Any]) -> str:
+    line = "  ".join(parts)
+    for column in columns:
+        value = values.get(column.name)
+        if value is not None and len(longer := f"{line}  {column.form.format(value)}") <= WIDTH:
+            line = longer
+    return line
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 0.45s, 5.2s, 45s, 12m05s, 3h12m, 4d03h."""
+    if seconds < 9.95:
+        return f"{seconds:.2g}s"
+    if seconds < 59.5:
+        return f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def legend() -> str:
+    """What stands in these lines, for `--help`."""
+    rows = [("4%", "share of the budget that is spent"), ("3h12m left", "at the pace of this run so far")]
+    rows += [(_label(column), column.meaning) for column in COLUMNS]
+    rows += [(f"val {_label(column)}", column.meaning) for column in HELD_OUT]
+    lines = [f"  {name:<14} {meaning}" for name, meaning in rows]
+    return "\n".join(["a line of training (OUT/metrics.jsonl has each logged step's own values):", *lines])
+
+
+def _label(column: Column) -> str:
+    """`norm` for "norm {:.2f}", `tok/s` for "{:,.0f} tok/s"."""
+    before, _, after = column.form.partition("{")
+    return f"{before.strip()} {after.partition('}')[2].strip('% ')}".strip()

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from training.run.console import ROUNDING
-from training.run.log import read_metrics, shown
+from training.run.log import ROUNDING, read_metrics, shown
 
 # Title, unit, and what of an entry is drawn under which name. A panel of which a run has nothing is left out.
 PANELS = (

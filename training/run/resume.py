@@ -1,4 +1,4 @@
-"""Taking up a run where it was left, and refusing what would make it another run."""
+"""What happens at --resume and --carry_optimizer: find a checkpoint, verify it, restore it; refuse another run's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.checkpoint.folder import save_state
 from text.tokenizer import Tokenizer
+from training.optim.build import load_state_tensors
 from training.run.checkpoint import (
+    DATA,
+    MANIFEST,
+    PROGRESS_FILE,
+    STATE_FILE,
     Progress,
     Weights,
     checkpoints,
@@ -25,17 +30,19 @@ from training.run.checkpoint import (
     load_training_state,
     newest,
     read_progress,
-)
-from training.run.manifest import MANIFEST, verify
+    read_state,
+    verify,
+)  # fmt: skip
 from training.settings import StageSettings
 
 Resume = bool | Literal["last-good"]
 LAST_GOOD = "last-good"
 BEST = "best"
+LEAVE = "leave --carry_optimizer out"
 
 
 def check_unused(out: Path, resume: Resume) -> None:
-    """Raises `UserError` when there is a run in `out` but nobody asked to go on with it."""
+    """Raise `UserError` when there is a run in `out` but nobody asked to resume it."""
     found = newest(out) if out.is_dir() else None
     if found is None and (out / BEST).is_dir():  # of a run that died before its first other checkpoint
         found = out / BEST
@@ -43,14 +50,14 @@ def check_unused(out: Path, resume: Resume) -> None:
         raise UserError(f"{out}: holds a run already ({found.name}); add --resume to go on, or choose another --out")
 
 
-def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Progress] | None:
-    """The newest checkpoint of a run folder, verified, and how far it is, or None where there is none.
+def find_checkpoint(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Progress] | None:
+    """Return the newest checkpoint of a run folder, verified, and how far it is, or None where there is none.
 
     Args:
         resume: `LAST_GOOD` sets checkpoints aside that are damaged, and takes the newest that is not.
         run: what the order of the data depends on, which must be what it was.
 
-    Raises `UserError` when there is a run but nobody asked to go on with it, or it was another one, and
+    Raises `UserError` when there is a run but nobody asked to resume it, or it was another one, and
     `DamagedCheckpoint` when the newest is damaged.
     """
     give_back(out / "final")
@@ -63,8 +70,13 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
             break
         except DamagedCheckpoint as error:
             if resume != LAST_GOOD:
-                raise DamagedCheckpoint(f"{error}; {_way_out(out, found)}") from None
-            aside = _set_aside(found)
+                older = [path for path in checkpoints(out) if path != found]
+                remedy = "no older checkpoint is there; choose another --out to begin again"
+                remedy = f"--resume last-good goes on from the one before it, {older[-1]}" if older else remedy
+                raise DamagedCheckpoint(f"{error}; {remedy}") from None
+            aside = found.with_name(f"damaged-{found.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            found.replace(aside)
             print(f"notice: {error}; set aside as {aside}", file=sys.stderr)
     else:
         return None
@@ -75,7 +87,7 @@ def left_off(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Prog
 
 
 def saved_run(out: Path, resume: Resume) -> dict[str, Any]:
-    """What the run in `out` may not change, if it is to be resumed and a checkpoint of it can be read; else empty."""
+    """Return what a run that is to be resumed may not change; empty where no checkpoint of it can be read."""
     for folder in reversed(checkpoints(out)) if resume and out.is_dir() else ():
         with suppress(DamagedCheckpoint):
             return read_progress(folder).run
@@ -83,10 +95,10 @@ def saved_run(out: Path, resume: Resume) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> str | None:
-    """The same for the same checkpoint, as this process sees it; None where it sees none."""
+    """Return the same for the same checkpoint, as this process sees it; None where it sees none."""
     digest = xxhash.xxh3_128()
     try:
-        digest.update((folder / "training" / "progress.json").read_bytes())
+        digest.update((folder / PROGRESS_FILE).read_bytes())
         with suppress(FileNotFoundError):  # of folders older than manifests
             digest.update((folder / MANIFEST).read_bytes())
     except OSError:
@@ -94,26 +106,10 @@ def contents(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _way_out(out: Path, damaged: Path) -> str:
-    older = [path for path in checkpoints(out) if path != damaged]
-    if older:
-        return f"--resume last-good goes on from the one before it, {older[-1]}"
-    return "no older checkpoint is there; choose another --out to begin anew"
-
-
-def _set_aside(folder: Path) -> Path:
-    """Rename a checkpoint so that it counts no more. Returns its new place."""
-    aside = folder.with_name(f"damaged-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.replace(aside)
-    return aside
-
-
 def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> dict[str, Any]:
-    """What the data, their order and the optimiser's state depend on: a run cannot change it midway.
+    """Return what the data, their order and the optimiser's state depend on: a run cannot change it midway.
 
-    `data.content` is for data sets whose `identity` does not tell their content; `left_off` lets runs that lack a key
-    resume.
+    `data.content` is for data sets whose `identity` does not tell their content; a run that lacks a key may resume.
     """
     run = {
         "seed": settings.seed,
@@ -145,14 +141,14 @@ class WholeModel:
         self.model.load_state_dict(saved.state_dict())
 
 
-def take_up(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def restore(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Put a checkpoint's weights and optimiser state in place. Returns the state of its data set."""
     weights.load(folder)
     return load_training_state(folder, weights.model, optimizer)
 
 
 def same_shape(folder: Path, saved: LMConfig, wanted: LMConfig) -> None:
-    """Raises `UserError` unless the model of `folder` has the configuration that this run has."""
+    """Raise `UserError` unless the model of `folder` has the configuration that this run has."""
     for name, value in asdict(wanted).items():
         _unchanged(folder, f"model.{name}", getattr(saved, name), value)
 
@@ -160,3 +156,38 @@ def same_shape(folder: Path, saved: LMConfig, wanted: LMConfig) -> None:
 def _unchanged(folder: Path, name: str, before: Any, now: Any) -> None:
     if before != now:
         raise UserError(f"{folder}: was trained with {name} = {before}, not {now}; a run cannot change it midway")
+
+
+def check_carried(settings: StageSettings) -> None:
+    """Raise `UserError`, before minutes are spent, where --carry_optimizer finds no state, or that of another kind."""
+    ckpt = getattr(settings, "ckpt", "")
+    if not ckpt:
+        raise UserError("--carry_optimizer: takes the state beside the weights of --ckpt; give it, or leave it out")
+    if not (Path(ckpt) / STATE_FILE).is_file():
+        raise UserError(f"{ckpt}: has no training state to carry on; name a checkpoint of a run, or {LEAVE}")
+    kind, wanted = read_progress(Path(ckpt)).run.get("optim.kind", settings.optim.kind), settings.optim.kind
+    if kind != wanted:
+        raise UserError(f"{ckpt}: its optimizer is {kind}, this run's {wanted}; give --optim.kind {kind}, or {LEAVE}")
+
+
+def carry_optimizer(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> str:
+    """Put the moments of the weights that are trained in place, with their own step counts. Returns a line on it.
+
+    Adam's counts correct the bias that its moments have in the first steps, so they go where the moments go. Weights
+    without any there, such as an MTP chain that had not been trained, begin without. Raises `UserError`, or
+    `DamagedCheckpoint` for a file that cannot be read.
+    """
+    state = read_state(folder, f"or {LEAVE}")
+    members = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known = dict(model.named_parameters())
+    trained = {name for name, p in known.items() if id(p) in members}
+    names = {key: key.split("|")[0] for key in state if not key.startswith(DATA)}  # data belongs to that run
+    try:
+        if strange := sorted(name for name in names.values() if name not in known):
+            raise ValueError(f"it has {strange[0]}")
+        if not (found := trained & {*names.values()}):
+            raise ValueError("it has none of the weights that are trained here")
+        load_state_tensors(optimizer, model, {key: state[key] for key, name in names.items() if name in trained})
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: its training state does not fit this run ({error}); {LEAVE}") from None
+    return f"optimizer  moments of {len(found)} of {len(trained)} weights from {folder}; step and schedule start again"

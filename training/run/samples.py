@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,9 +18,8 @@ from errors import UserError, check_least, naming, one_line
 from model import MiniDeepSeek
 from model.decoding.generate import stream
 from model.decoding.sampling import Sampling
-from text.chats.chat_template import encode_chats
 from text.tokenizer import Tokenizer
-from training.losses import IGNORE, Batch
+from training.losses import Batch
 from training.parallel.ranks import Ranks
 
 FILE = "samples.jsonl"
@@ -64,6 +64,9 @@ class Rows(Protocol):
     def batch(self, indices: list[int]) -> Batch: ...
 
 
+Prompts = Callable[[Tokenizer, list[str], Iterable[Batch]], list[list[int]]]
+
+
 class Samples:
     """Greedy continuations of a few prompts, written by the main rank; they draw no random numbers.
 
@@ -88,7 +91,7 @@ class Samples:
             os.replace(temporary, self._path)
 
     def due(self, step: int, validated: bool, last: bool) -> bool:
-        """Whether they are to be written after this step."""
+        """Return whether they are to be written after this step."""
         return validated if not self._every else last or step % self._every == 0
 
     def write(self, model: MiniDeepSeek, step: int, show: Callable[[str], None]) -> None:
@@ -122,66 +125,58 @@ class Samples:
 
 
 def open_samples(
-    settings: SampleStage, tokenizer: Tokenizer, ranks: Ranks, rows: Rows, validated: bool, chat: bool
+    settings: SampleStage, tokenizer: Tokenizer, ranks: Ranks, rows: Rows, validated: bool, prompts: Prompts
 ) -> Samples | None:
-    """The samples of a stage; None where nobody asked for any and nothing is validated.
+    """Return the samples of a stage; None where nobody asked for any and nothing is validated.
 
-    rows: held out where some are, else those of training. chat: they are conversations, not text.
+    rows: held out where some are, else those of training. prompts: makes token ids of `--sample_prompts`' lines, or of
+    rows where no file is given. Raises `UserError` for a file that cannot be used.
     """
     if not (validated or settings.sample_every):
         return None
-    if settings.sample_prompts:
-        prompts = prompts_of(settings.sample_prompts, tokenizer, chat)
-    else:
-        count = min(len(rows), TRIED)
-        some = (rows.batch([place * len(rows) // count]) for place in range(count))
-        prompts = questions(some) if chat else beginnings(some, tokenizer.eos_id)
-    return Samples(settings.sample_every, prompts, tokenizer, Path(settings.out), ranks, settings.compile)
+    lines, count = read_prompts(settings.sample_prompts), min(len(rows), TRIED)
+    some = (rows.batch([place * len(rows) // count]) for place in range(count))
+    encoded = prompts(tokenizer, lines, some)
+    for line, ids in zip(lines, encoded, strict=False):
+        if len(ids) > LONGEST:
+            what = f"{line[:TEXT]!r} is {len(ids)} tokens long, but {LONGEST} is the most"
+            raise UserError(f"--sample_prompts {settings.sample_prompts}: {what}; shorten it")
+    return Samples(settings.sample_every, encoded, tokenizer, Path(settings.out), ranks, settings.compile)
 
 
-def prompts_of(file: str, tokenizer: Tokenizer, chat: bool) -> list[list[int]]:
-    """The token ids of each line of a UTF-8 file: a text to continue, or (chat) a question. Raises `UserError`."""
+def read_prompts(file: str) -> list[str]:
+    """Return the lines of a UTF-8 file that are not blank; nothing without a file."""
+    if not file:
+        return []
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--sample_prompts {file}: cannot be read ({error}); give a UTF-8 text file") from None
     if not lines:
         raise UserError(f"--sample_prompts {file}: empty; give one prompt a line")
-    if not chat:
-        # As in pretraining a text follows the end of another one.
+    return lines
+
+
+def text_prompts(tokenizer: Tokenizer, lines: list[str], rows: Iterable[Batch]) -> list[list[int]]:
+    """Return texts to continue: the lines, or how documents begin in rows of pretraining; each after another's end."""
+    if lines:
         return [[tokenizer.eos_id, *tokenizer.encode(line)][:LONGEST] for line in lines]
-    questions = [[{"role": "user", "content": line}] for line in lines]
-    encoded = [ids for ids, _ in encode_chats(tokenizer, questions, add_generation_prompt=True)]
-    for line, ids in zip(lines, encoded, strict=True):
-        if len(ids) > LONGEST:
-            what = f"{line[:TEXT]!r} is {len(ids)} tokens long, but {LONGEST} is the most"
-            raise UserError(f"--sample_prompts {file}: {what}; shorten it")
-    return encoded
+    return first_different(map(partial(_beginning, tokenizer.eos_id), rows))
 
 
-def beginnings(rows: Iterable[Batch], eos_id: int) -> list[list[int]]:
-    """How documents begin, with the end of the one before, from rows of pretraining."""
+def _beginning(eos_id: int, batch: Batch) -> list[int]:
+    """Return the end of a document and how the next one begins; nothing where that is too short."""
+    ids = batch["input_ids"][0].tolist()
+    ids = ids[ids.index(eos_id) :] if eos_id in ids[:-1] else [eos_id, *ids]
+    return [] if eos_id in ids[1 : BEGINNING + 1] else ids[: BEGINNING + 1]
+
+
+def first_different(prompts: Iterable[list[int]]) -> list[list[int]]:
+    """Return the first `BUILT_IN` prompts that are not empty and not like one before."""
     found: list[list[int]] = []
-    for batch in rows:
-        ids = batch["input_ids"][0].tolist()
-        first = ids.index(eos_id) if eos_id in ids[:-1] else None
-        beginning = ids[first:] if first is not None else [eos_id, *ids]
-        beginning = beginning[: BEGINNING + 1]
-        if eos_id not in beginning[1:] and beginning not in found:
-            found.append(beginning)
-        if len(found) == BUILT_IN:
-            break
-    return found
-
-
-def questions(rows: Iterable[Batch]) -> list[list[int]]:
-    """The first conversation of each row, up to its first answer."""
-    found: list[list[int]] = []
-    for batch in rows:
-        answered = (batch["labels"][0] != IGNORE).nonzero()
-        question = batch["input_ids"][0, : int(answered[0]) + 1].tolist() if len(answered) else []
-        if 0 < len(question) <= LONGEST and question not in found:
-            found.append(question)
+    for prompt in prompts:
+        if prompt and prompt not in found:
+            found.append(prompt)
         if len(found) == BUILT_IN:
             break
     return found

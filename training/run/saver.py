@@ -1,4 +1,4 @@
-"""Writing checkpoints while training goes on."""
+"""The checkpoints of one run: restored at its beginning, written in the background while training goes on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from text.tokenizer import Tokenizer
+from training.datasets import Dataset, PolicyDataset
+from training.parallel.ranks import Ranks
+from training.run.checkpoint import Progress, Snapshot, Weights, keep_last, newest
+from training.run.interrupt import aftermath
+from training.run.resume import BEST, contents, find_checkpoint, restore
+from training.settings import StageSettings
 
 Write = Callable[[dict[str, Tensor]], None]
 
@@ -43,13 +52,13 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """Return whether something is being written."""
         return self._running is not None and not self._running.done()
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed in the thread; `wait` raises why."""
-        return self._running is not None and self._running.done() and self._running.exception() is not None
+        """Return whether a save has failed in the thread; `wait` raises why."""
+        return self._running is not None and not self.busy and self._running.exception() is not None
 
     def wait(self) -> None:
         """Until what is being written is on the disk. Raises the `UserError` of a save that failed."""
@@ -82,3 +91,95 @@ def _step_back() -> None:
     """Let training have the processor first, where threads have a priority of their own: on Linux."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+class RunCheckpoints:
+    """What is saved of a run, and read of it again. All ranks call these together; the main one writes.
+
+    Attributes: saver: writes them.
+    """
+
+    def __init__(
+        self,
+        settings: StageSettings,
+        ranks: Ranks,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        optimizer: torch.optim.Optimizer,
+        dataset: Dataset,
+    ) -> None:
+        self._out, self._resume, self._keep = Path(settings.out), settings.resume, settings.keep
+        self._keep_best = settings.keep_best
+        self._ranks, self._weights, self._tokenizer, self._optimizer = ranks, weights, tokenizer, optimizer
+        self._made = dataset if isinstance(dataset, PolicyDataset) else None
+        self.saver = Saver(settings.background_save, ranks.device)
+
+    def restore(self, run: dict[str, object], is_finished: Callable[[Progress], bool]) -> Progress | None:
+        """Put the newest one in place, if asked to and there is one. Returns how far the run is, or None.
+
+        A run that is complete is left as it is; one that `is_finished` without that is put in place, to be saved as its
+        end. run: what must not have changed since.
+        """
+        found = self._ranks.on_main(lambda: find_checkpoint(self._out, self._resume, run))
+        if found is None:
+            return None
+        folder, progress = found
+        progress.finished = is_finished(progress)
+        if progress.finished and folder.name == "final":
+            return progress
+        self._ranks.check_shared(folder, lambda: contents(folder))
+        state = restore(folder, self._weights, self._optimizer)
+        if self._made is not None:
+            self._made.load_state(state)
+        self._ranks.gather(None)  # where another one could not read it, this says so
+        self._ranks.say(f"resuming from {folder}: step {progress.step}, {progress.tokens:,} tokens")
+        return progress
+
+    def save(self, name: str, progress: Progress) -> None:
+        """Begin to write one of this moment; an error of the one before it comes up here."""
+        self._ranks.on_main(lambda: self._write(name, progress))
+
+    def finish(self, progress: Progress, end: str) -> None:
+        """Save the end of the run, which `end` has brought about, or the point where it was interrupted, and say so."""
+        say, folder = self._ranks.say, self._out / ("final" if progress.finished else f"step-{progress.step}")
+        self.wait()  # that of this step may be under way
+        if not progress.step:
+            say(f"interrupted: before the first step, so that there is nothing to save{aftermath()}")
+            return
+        if progress.finished or not self._ranks.on_main(folder.is_dir):
+            self.save(folder.name, progress)
+        self.wait()
+        if not progress.finished:
+            say(f"interrupted: saved {folder}; the same command with --resume goes on from there{aftermath()}")
+            return
+        say(f"finished: {folder} after {progress.step} steps, {progress.tokens:,} tokens (ended by {end})")
+        if self._keep_best and (best := progress.best):
+            say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
+
+    def _write(self, name: str, progress: Progress) -> None:
+        data = {} if self._made is None else self._made.state()
+        snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data)
+
+        def write(tensors: dict[str, Tensor]) -> None:
+            snapshot.write(self._out / name, tensors)
+            if name not in ("final", BEST):
+                keep_last(self._out, self._keep)
+
+        self.saver.save(snapshot.tensors, write)
+
+    @property
+    def failed(self) -> bool:
+        """Return whether a save has failed meanwhile, on this rank; `wait` raises why."""
+        return self.saver.failed
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk. Raises the error of a save that failed, on all ranks."""
+        self._ranks.on_main(self.saver.wait)
+
+    def newest(self) -> Path | None:
+        """The folder to go on from."""
+        return newest(self._out)
+
+    def close(self) -> None:
+        """Wait, whatever became of it."""
+        self.saver.close()

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from model.checkpoint import tensor_file
 from model.checkpoint.tensor_file import BLOCK, ROOM, read_parts, save_file
-from training.run.manifest import verify, write_manifest
+from training.run.checkpoint import verify, write_manifest
 
 METADATA = {"format": "pt", "base": 'Grüße "1"'}
 

@@ -1,19 +1,25 @@
-"""Causal attention in C equals the plain equations, forward and backward."""
+"""Causal attention in C, for training and for prefill, equals the plain equations."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from kernel_cases import TYPES, attention, far, numbers
 from torch import Tensor
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
+from model.attention import AttentionMask
+from model.attention import causal as causal_mask
+from model.cache import LatentCache
+from model.decoding.runner import runner_for
 from model.kernels import causal
 from model.rope import rotate
-from training.losses import NextTokenLoss
 
-TYPES = (torch.float32, torch.bfloat16)
 NOPE, ROPE, VALUE, HEADS = 32, 16, 64, 3
+needs_dots = pytest.mark.skipif(causal.prefill_library() is None, reason="no dot products of bfloat16 here")
 
 
 @pytest.fixture(autouse=True)
@@ -21,38 +27,32 @@ def a_compiler_is_there() -> None:
     assert all(causal.library(dtype) is not None for dtype in TYPES)
 
 
-@pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch):
-    """`on(True)`: as on a processor where it is the quicker way; `on(False)`: as on another."""
-    return lambda here: monkeypatch.setattr(causal, "multiplies", lambda dtype: here)
+def inputs(
+    batch: int, queries: int, keys: int, dtype: torch.dtype, sizes: tuple[int, int, int] = (NOPE, ROPE, VALUE)
+) -> tuple[list[Tensor], Tensor]:
+    """q, kv and a latent whose last part is k_rope, as in the cache; angles of another start in each row."""
+    nope, rope, value = sizes
+    q = numbers(batch, queries, HEADS, nope + rope, dtype=dtype)
+    kv = numbers(batch, keys, HEADS, nope + value, dtype=dtype, seed=1)
+    latent, angles = numbers(batch, keys, 24 + rope, seed=2), numbers(batch, queries, 1, rope // 2, seed=3) * 3
+    return [q, kv, latent.to(dtype)], torch.polar(torch.ones_like(angles), angles)
 
 
-def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def equations(
+    q: Tensor, kv: Tensor, latent: Tensor, rope: Tensor, scale: float, allowed: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T * scale) v in float64."""
+    q, kv, k_rope = q.double(), kv.double(), latent[..., 24:].double()
+    nope = q.shape[-1] - k_rope.shape[-1]
+    pairs = torch.view_as_complex(q[..., nope:].unflatten(-1, (-1, 2)).contiguous()) * rope.to(torch.complex128)
+    q = torch.cat((q[..., :nope], torch.view_as_real(pairs).flatten(-2)), dim=-1)
+    k = torch.cat((kv[..., :nope], k_rope.unsqueeze(2).expand(-1, -1, HEADS, -1)), dim=-1)
+    allowed = causal_mask(q.shape[1], k.shape[1], q.device) if allowed is None else allowed
+    return attention(q, k, kv[..., nope:], scale, allowed)
 
 
-def inputs(batch: int, queries: int, keys: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """q, kv and a latent whose last part is k_rope, all with gradients; angles of another start in each row."""
-    q = numbers(batch, queries, HEADS, NOPE + ROPE, dtype=dtype)
-    kv, latent = numbers(batch, keys, HEADS, NOPE + VALUE, dtype=dtype, seed=1), numbers(batch, keys, 40, seed=2)
-    angles = numbers(batch, queries, 1, ROPE // 2, seed=3) * 3
-    return [x.requires_grad_() for x in (q, kv, latent.to(dtype))], torch.polar(torch.ones_like(angles), angles)
-
-
-def equations(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v in the type of its inputs, float64."""
-    queries, keys = q.shape[1], kv.shape[1]
-    pairs = torch.view_as_complex(q[..., NOPE:].unflatten(-1, (-1, 2)).contiguous()) * rope
-    q = torch.cat((q[..., :NOPE], torch.view_as_real(pairs).flatten(-2)), dim=-1)
-    k = torch.cat((kv[..., :NOPE], k_rope.unsqueeze(2).expand(-1, -1, HEADS, -1)), dim=-1)
-    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), kv[..., NOPE:])
-
-
-def far(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of what is wanted."""
-    return float((got.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
+def attend(q: Tensor, kv: Tensor, latent: Tensor, rope: Tensor, scale: float) -> Tensor:
+    return causal.CausalAttention.apply(q, kv, latent[..., 24:], rope, scale)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -60,94 +60,111 @@ def far(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(("queries", "keys"), [(2, 2), (64, 64), (65, 65), (150, 150), (3, 200), (71, 97)])
 def test_it_and_its_gradients_are_those_of_float64(dtype: torch.dtype, batch: int, queries: int, keys: int) -> None:
     parts, rope = inputs(batch, queries, keys, dtype)
+    exact = [part.double().requires_grad_() for part in parts]
+    out, want = attend(*(part.requires_grad_() for part in parts), rope, 0.3), equations(*exact, rope, 0.3)
     grad = numbers(batch, queries, HEADS, VALUE, dtype=dtype, seed=5)
-    out = causal.CausalAttention.apply(*parts[:2], parts[2][..., -ROPE:], rope, 0.3)
     out.backward(grad)
-    exact = [part.detach().double().requires_grad_() for part in parts]
-    wanted = equations(*exact[:2], exact[2][..., -ROPE:], rope.to(torch.complex128), 0.3)
-    wanted.backward(grad.double())
+    want.backward(grad.double())
     limit = 1e-6 if dtype == torch.float32 else 6e-3
-    assert out.dtype == dtype and far(out, wanted) < limit
+    assert out.dtype == dtype and far(out, want) < limit
     for part, true in zip(parts, exact, strict=True):
         assert far(part.grad, true.grad) < limit
 
 
 def test_large_scores_do_not_overflow() -> None:
     (q, kv, latent), rope = inputs(1, 70, 70, torch.float32)
-    with torch.no_grad():
-        out = causal.CausalAttention.apply(q * 100, kv * 100, latent[..., -ROPE:], rope, 1.0)
-        wanted = equations(
-            *(x.double() for x in (q * 100, kv * 100, latent[..., -ROPE:])), rope.to(torch.complex128), 1.0
-        )
-    assert far(out, wanted) < 1e-5
+    parts = (q * 100, kv * 100, latent)
+    assert far(attend(*parts, rope, 1.0), equations(*parts, rope, 1.0)) < 1e-5
 
 
 def test_a_nan_reaches_the_queries_that_see_it_and_not_the_queries_before() -> None:
     (q, kv, latent), rope = inputs(1, 90, 90, torch.float32)
-    with torch.no_grad():
-        kv[0, 70] = torch.nan
-        out = causal.CausalAttention.apply(q, kv, latent[..., -ROPE:], rope, 0.3)
+    kv[0, 70] = torch.nan
+    out = attend(q, kv, latent, rope, 0.3)
     assert out[0, 70:].isnan().all() and not out[0, :64].isnan().any()
 
 
 def test_nothing_of_the_size_of_the_scores_is_kept() -> None:
     time, kept = 300, []
-    (q, kv, latent), rope = inputs(1, time, time, torch.float32)
+    parts, rope = inputs(1, time, time, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        causal.CausalAttention.apply(q, kv, latent[..., -ROPE:], rope, 0.3)
+        attend(*(part.requires_grad_() for part in parts), rope, 0.3)
     assert kept and max(kept) <= time * HEADS * (NOPE + VALUE)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_a_training_step_has_the_same_loss_and_gradients_either_way(dtype: torch.dtype, on) -> None:
-    config = LMConfig.preset("demo", num_hidden_layers=2, vocab_size=300)
-    tokens = torch.randint(0, 300, (2, 91), generator=torch.Generator().manual_seed(0))
-    calls = []
-
-    def step() -> tuple[Tensor, dict[str, Tensor]]:
-        torch.manual_seed(0)
-        model = MiniDeepSeek(config)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            total, count, _ = NextTokenLoss()(model, {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]})
-        (total / count).backward()
-        return total.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-    real = causal.CausalAttention.apply
-    on(True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal.CausalAttention, "apply", lambda *given: calls.append(len(given)) or real(*given))
-        loss, gradients = step()
-    assert len(calls) == config.num_hidden_layers + config.num_nextn_predict_layers
-    on(False)
-    plain, wanted = step()
-    if dtype == torch.float32:
-        torch.testing.assert_close(loss, plain)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
-    else:
-        torch.testing.assert_close(loss, plain, rtol=1e-3, atol=0)
-        flat, other = (torch.cat([g.flatten() for g in each.values()]) for each in (gradients, wanted))
-        assert far(flat, other) < 5e-2
-
-
-def test_what_it_cannot_compute_goes_elsewhere(on) -> None:
-    on(True)
+def test_what_it_cannot_compute_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "multiplies", lambda dtype: True)
     q, kv, k_rope = numbers(1, 4, 2, 48), numbers(1, 4, 2, 96), numbers(1, 4, 16)
     assert causal.fits(q, kv, k_rope)
-    assert not causal.fits(q, kv[..., :-1], k_rope)
-    assert not causal.fits(q, kv, k_rope[..., :8])
-    assert not causal.fits(q.double(), kv.double(), k_rope.double())
-    assert not causal.fits(q, kv.bfloat16(), k_rope)
-    assert not causal.fits(q.to("meta"), kv.to("meta"), k_rope.to("meta"))
-    on(False)
+    for other in (
+        (q, kv[..., :-1], k_rope), (q, kv, k_rope[..., :8]), (q.double(), kv.double(), k_rope.double()),
+        (q, kv.bfloat16(), k_rope), (q.to("meta"), kv.to("meta"), k_rope.to("meta")), (q[:0], kv[:0], k_rope[:0]),
+    ):  # fmt: skip
+        assert not causal.fits(*other)
+    monkeypatch.setattr(causal, "multiplies", lambda dtype: False)
     assert not causal.fits(q, kv, k_rope)
 
 
 def test_queries_are_turned_as_rotate_turns_them() -> None:
     """With one key each, the weights are 1 whatever the query; with two, they tell how it was turned."""
     (q, kv, latent), rope = inputs(2, 2, 2, torch.float32)
-    with torch.no_grad():
-        out = causal.CausalAttention.apply(q, kv, latent[..., -ROPE:], rope, 1.0)
-        turned = torch.cat((q[..., :NOPE], rotate(q[..., NOPE:], rope)), dim=-1)
-        unturned = causal.CausalAttention.apply(turned, kv, latent[..., -ROPE:], torch.ones_like(rope), 1.0)
-    torch.testing.assert_close(out, unturned, rtol=1e-5, atol=1e-6)
+    turned = torch.cat((q[..., :NOPE], rotate(q[..., NOPE:], rope)), dim=-1)
+    unturned = attend(turned, kv, latent, torch.ones_like(rope), 1.0)
+    torch.testing.assert_close(attend(q, kv, latent, rope, 1.0), unturned, rtol=1e-5, atol=1e-6)
+
+
+def test_prefill_is_compiled_where_the_processor_multiplies_bfloat16() -> None:
+    facts = Path("/proc/cpuinfo")
+    assert (causal.prefill_library() is not None) == (facts.exists() and "avx512_bf16" in facts.read_text())
+
+
+@needs_dots
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("span", [(70, 70), (45, 400), (600, 600)])
+@pytest.mark.parametrize("sizes", [(64, 32, 64), (16, 8, 80), (6, 10, 20)])
+def test_prefill_is_that_of_float64(sizes: tuple[int, int, int], span: tuple[int, int], padded: bool) -> None:
+    padding = torch.tensor([span[1] - 30, 0, 61]) if padded else None
+    (q, kv, latent), angles = inputs(3, *span, torch.bfloat16, sizes)
+    angles = angles if padded else angles[:1]
+    out = causal.prefill(q, kv, latent[..., 24:], angles, 0.3, padding)
+    mask = AttentionMask() if padding is None else AttentionMask.left_padded(*span, padding)
+    want = equations(q, kv, latent, angles, 0.3, mask.as_bool(*span, q.device))
+    assert far(out, want) < 5e-3
+    assert (out.double() - want).abs().max() < 0.03  # no single position is off
+
+
+@needs_dots
+def test_a_row_of_prefill_does_not_depend_on_the_rows_and_threads_beside_it() -> None:
+    (q, kv, latent), angles = inputs(3, 90, 90, torch.bfloat16)
+    together, threads = causal.prefill(q, kv, latent[..., 24:], angles[:1], 0.1, None), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        alone = causal.prefill(q[1:2], kv[1:2], latent[1:2, :, 24:], angles[:1], 0.1, None)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, together[1:2])
+
+
+@needs_dots
+@pytest.mark.parametrize("padded", [False, True])
+@torch.inference_mode()
+def test_a_prefill_in_bfloat16_stays_near_float32_with_and_without_it(padded: bool, monkeypatch) -> None:
+    """The fast attention is no further from float32 than the plain one, and it is the one that runs."""
+    # Every expert is chosen: rounding cannot choose another one.
+    model = MiniDeepSeek(LMConfig.preset("demo", vocab_size=300, num_experts_per_tok=8, topk_group=4)).eval()
+    ids, padding = torch.randint(0, 300, (3, 150)), torch.tensor([0, 40, 149]) if padded else None
+    calls, original = [], causal.prefill
+
+    def read() -> Tensor:
+        cache = LatentCache(model.config, 3, 150, torch.float32, "cpu", padding)
+        return runner_for(model, cache).prefill(ids).double()
+
+    exact = read()
+    monkeypatch.setattr(causal, "prefill", lambda *given: calls.append(1) or original(*given))
+    model.bfloat16()
+    fast = read()
+    assert len(calls) == model.config.num_hidden_layers - 1  # of the last layer one position is asked for
+    monkeypatch.setattr(causal, "prefill_library", lambda: None)
+    plain = read()
+    assert len(calls) == model.config.num_hidden_layers - 1
+    assert far(fast, exact) < min(1.1 * far(plain, exact) + 1e-3, 0.03)

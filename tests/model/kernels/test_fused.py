@@ -5,31 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from kernel_cases import TYPES, attention, far, numbers
 
-from LMConfig import LMConfig
-from model import MiniDeepSeek
-from model.attention import AttentionMask
+from model.attention import AttentionMask, causal
 from model.kernels import fused
 from model.ops import attend
-from training.losses import NextTokenLoss
-
-TYPES = (torch.float32, torch.bfloat16)
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def far(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of what is wanted."""
-    return float((got.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch):
-    """Call it, and PyTorch computes from then on."""
-    return lambda: monkeypatch.setattr(fused, "library", lambda dtype: None)
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +31,10 @@ def test_swiglu_and_its_gradients_are_those_of_float64(dtype: torch.dtype, weigh
 
     exact = both.detach().double().requires_grad_()
     by = weight.detach().double().requires_grad_() if weighted else torch.ones(37, dtype=torch.float64)
-    wanted = F.silu(exact[:, :48]) * exact[:, 48:] * by[:, None]
-    wanted.backward(grad.double())
+    want = F.silu(exact[:, :48]) * exact[:, 48:] * by[:, None]
+    want.backward(grad.double())
     limit = 1e-6 if dtype == torch.float32 else 3e-3
-    assert far(out, wanted) < limit
+    assert far(out, want) < limit
     assert far(both.grad, exact.grad) < limit
     if weighted:
         assert far(weight.grad, by.grad) < limit
@@ -79,10 +59,10 @@ def test_rms_norm_and_its_gradients_are_those_of_float64(dtype: torch.dtype) -> 
     out.backward(grad)
 
     exact, by = wide.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    wanted = F.rms_norm(exact[..., :64], (64,), by, 1e-3)
-    wanted.backward(grad.double())
+    want = F.rms_norm(exact[..., :64], (64,), by, 1e-3)
+    want.backward(grad.double())
     limit = 1e-6 if dtype == torch.float32 else 3e-3
-    assert far(out, wanted) < limit and far(wide.grad, exact.grad) < limit and far(weight.grad, by.grad) < limit
+    assert far(out, want) < limit and far(wide.grad, exact.grad) < limit and far(weight.grad, by.grad) < limit
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -92,18 +72,16 @@ def test_causal_attention_and_its_gradients_are_those_of_float64(
     dtype: torch.dtype, batch: int, queries: int, keys: int
 ) -> None:
     sizes = ((queries, 48), (keys, 48), (keys, 32))
-    parts = [numbers(batch, t, 3, d, dtype=dtype, seed=i, scale=1.0).requires_grad_() for i, (t, d) in enumerate(sizes)]
+    parts = [numbers(batch, t, 3, d, dtype=dtype, seed=i).requires_grad_() for i, (t, d) in enumerate(sizes)]
     grad = numbers(batch, queries, 3, 32, dtype=dtype, seed=5)
     out = attend(*parts, 0.3, AttentionMask())
     out.backward(grad)
 
-    q, k, v = exact = [part.detach().double().requires_grad_() for part in parts]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
-    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-    wanted = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
-    wanted.backward(grad.double())
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    want = attention(*exact, 0.3, causal(queries, keys, grad.device))
+    want.backward(grad.double())
     limit = 1e-6 if dtype == torch.float32 else 1e-2
-    assert far(out, wanted) < limit
+    assert far(out, want) < limit
     for part, true in zip(parts, exact, strict=True):
         assert (part.grad - true.grad).norm() <= limit * true.grad.norm() + 1e-12
 
@@ -113,8 +91,8 @@ def test_causal_attention_and_its_gradients_are_those_of_float64(
 def test_sums_of_rows_are_those_of_float64(dtype: torch.dtype, many: int) -> None:
     rows = numbers(50, 48, dtype=dtype)
     places = torch.randint(0, 50, (many, 33), generator=torch.Generator().manual_seed(1)).t()
-    wanted = rows.double()[places].sum(1)
-    assert far(fused.gather_sum(rows, places), wanted) < (1e-6 if dtype == torch.float32 else 3e-3)
+    want = rows.double()[places].sum(1)
+    assert far(fused.gather_sum(rows, places), want) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -123,10 +101,10 @@ def test_cross_entropy_and_its_gradient_are_those_of_float64(dtype: torch.dtype,
     logits, labels = numbers(37, vocabulary, dtype=dtype, scale=5.0), torch.arange(37) % vocabulary
     labels[::4] = -100
     exact = logits.double().requires_grad_()
-    wanted = F.cross_entropy(exact, labels, reduction="none")
-    wanted.sum().backward()
+    want = F.cross_entropy(exact, labels, reduction="none")
+    want.sum().backward()
     nll = fused.cross_entropy_(logits, labels)
-    assert far(nll, wanted) < 1e-6 and not nll[::4].any() and not logits[::4].any()
+    assert far(nll, want) < 1e-6 and not nll[::4].any() and not logits[::4].any()
     assert far(logits, exact.grad) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
@@ -138,35 +116,11 @@ def test_cross_entropy_of_what_is_not_finite_is_not_hidden() -> None:
         fused.cross_entropy_(numbers(1, 32), torch.tensor([32]))
 
 
-def test_a_training_step_has_the_same_loss_and_gradients_either_way(no_compiler) -> None:
-    config = LMConfig.preset("demo", num_hidden_layers=3, vocab_size=300)
-    tokens = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(0))
-
-    def step() -> tuple[Tensor, dict[str, Tensor]]:
-        torch.manual_seed(0)
-        model = MiniDeepSeek(config)
-        total, count, _ = NextTokenLoss()(model, {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]})
-        (total / count).backward()
-        return total.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-    loss, gradients = step()
-    no_compiler()
-    plain, wanted = step()
-    torch.testing.assert_close(loss, plain)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_what_it_cannot_compute_goes_to_pytorch() -> None:
     x = numbers(4, 32)
-    assert fused.fits(x)
-    assert not fused.fits(numbers(4, 40))
-    assert not fused.fits(x.double())
-    assert not fused.fits(x.t())
-    assert not fused.fits(numbers(4, 3, 32).transpose(0, 1))
-    assert not fused.fits(x, x.bfloat16())
-    assert not fused.fits(x.to("meta"))
-    assert not fused.fits(x[:0])
+    assert fused.fits(x) and not fused.fits(x, x.bfloat16())
+    for other in (numbers(4, 40), x.double(), x.t(), numbers(4, 3, 32).transpose(0, 1), x.to("meta"), x[:0]):
+        assert not fused.fits(other)
 
 
 @pytest.mark.parametrize(

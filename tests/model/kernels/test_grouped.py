@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import far, numbers
 from torch import Tensor
 
 from LMConfig import LMConfig
@@ -36,14 +37,6 @@ def on_beside_faster_products(request, monkeypatch) -> Iterator[None]:
     grouped.library.cache_clear()
 
 
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def far(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
-
-
 def given(rows: list[int], out: int, inner: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """x (R, I) and grad (R, O) in bfloat16, weights (E, O, I) in float32, ends."""
     ends, total = torch.tensor(rows).cumsum(0).tolist(), sum(rows)
@@ -53,7 +46,7 @@ def given(rows: list[int], out: int, inner: int) -> tuple[Tensor, Tensor, Tensor
 
 def computed(x: Tensor, grad: Tensor, weight: Tensor, ends: list[int]) -> list[Tensor]:
     to = torch.full_like(weight, torch.nan)
-    products = grouped.product(x, weight, ends), grouped.product_back(grad, weight, ends)
+    products = grouped.product(x, weight, ends), grouped.product(grad, weight, ends, back=True)
     return [*products, grouped.all_gradients_into(to, grad, x, ends)]
 
 
@@ -109,11 +102,11 @@ def trained(made: Experts, tokens: int) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", [1, 30, 700])
 def test_training_through_it_is_training_expert_by_expert(tokens, monkeypatch):
     used, made = [], module()
-    for name in ("product", "product_back", "all_gradients_into"):
+    for name in ("product", "all_gradients_into"):
         original = getattr(grouped, name)
-        monkeypatch.setattr(grouped, name, lambda *a, n=name, f=original: used.append(n) or f(*a))
+        monkeypatch.setattr(grouped, name, lambda *a, n=name, f=original, **how: used.append((n, *how)) or f(*a, **how))
     ours = trained(made, tokens)
-    assert sorted(used) == sorted(["product", "product_back", "all_gradients_into"] * 2)
+    assert sorted(used) == sorted([("product",), ("product", "back"), ("all_gradients_into",)] * 2)
     monkeypatch.setattr(grouped, "suits", lambda *a: False)
     used.clear()
     for mine, theirs in zip(ours, trained(made, tokens), strict=True):

@@ -1,4 +1,4 @@
-"""The chat layout: our rendering equals transformers', and only the assistant's words are learnt."""
+"""The chat layout: our rendering equals transformers', and only the assistant's words are trained on."""
 
 from __future__ import annotations
 
@@ -212,8 +212,8 @@ def test_the_layout_is_deepseeks(tokenizer: Tokenizer) -> None:
 @given(messages=conversations(plain()))
 def test_learnt_are_the_assistants_words_and_their_end(tokenizer: Tokenizer, messages: list[Message]) -> None:
     ids, mask = encode_chat(tokenizer, messages)
-    learnt = tokenizer.decode([i for i, counts in zip(ids, mask, strict=True) if counts], skip_special_tokens=False)
-    assert learnt == "".join(m["content"] + "</s>" for m in messages if m["role"] == "assistant")
+    trained = tokenizer.decode([i for i, counts in zip(ids, mask, strict=True) if counts], skip_special_tokens=False)
+    assert trained == "".join(m["content"] + "</s>" for m in messages if m["role"] == "assistant")
 
 
 @settings(max_examples=100, deadline=None)

@@ -80,7 +80,7 @@ def segments(batch: dict[str, torch.Tensor]) -> list[dict[str, tuple[int, ...]]]
 
 def expected_segment(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> dict[str, tuple[int, ...]]:
     ids, mask = encode_chat(tokenizer, messages)
-    labels = tuple(token if learnt else -100 for token, learnt in zip(ids[1:], mask[1:], strict=True))
+    labels = tuple(token if trained else -100 for token, trained in zip(ids[1:], mask[1:], strict=True))
     return {"ids": tuple(ids[:-1]), "labels": labels}
 
 
@@ -109,8 +109,8 @@ def test_rows_hold_every_conversation_once_with_its_labels(chats: ChatDataset, t
 
 def test_labels_are_the_answers_and_their_end(chats: ChatDataset, tokenizer: Tokenizer) -> None:
     for segment in segments(epoch_of(chats, 0)):
-        learnt = tokenizer.decode([label for label in segment["labels"] if label >= 0], skip_special_tokens=False)
-        answers = learnt.split("</s>")
+        trained = tokenizer.decode([label for label in segment["labels"] if label >= 0], skip_special_tokens=False)
+        answers = trained.split("</s>")
         assert answers.pop() == ""
         assert answers and all(answer.startswith("number") for answer in answers)
         assert segment["ids"][0] == tokenizer.bos_id

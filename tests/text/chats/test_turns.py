@@ -183,7 +183,7 @@ def test_other_weights_are_counted_once_and_train_as_1(tokenizer, tmp_path):
         in lines
     )
     assert sum("'loss' of a turn" in line for line in lines) == 1
-    assert found.learnt == 4 * (len(tokenizer.encode("not this")) + len(tokenizer.encode("that")) + 2)
+    assert found.trained == 4 * (len(tokenizer.encode("not this")) + len(tokenizer.encode("that")) + 2)
 
 
 # Text that nothing reads

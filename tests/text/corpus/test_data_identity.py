@@ -12,8 +12,7 @@ import pretrain
 from dataset import ChatDataset, PretrainDataset, PromptDataset
 from text.corpus.shard_set import ShardSet, read_index
 from text.corpus.shards import prepare_shards
-from training.run.checkpoint import read_progress
-from training.run.manifest import write_manifest
+from training.run.checkpoint import read_progress, write_manifest
 
 
 def write(file: Path, rows: list[dict]) -> str:

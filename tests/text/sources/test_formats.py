@@ -211,14 +211,6 @@ def test_a_broken_row_of_a_table_costs_only_itself(name, content, counts, what, 
         list(read_conversations(path, "stop"))
 
 
-def test_a_table_row_that_is_not_utf8_costs_only_itself(tmp_path):
-    answers = pa.array([b"A1", "答".encode("gbk"), b"A3"], pa.binary()).view(pa.string())
-    pa.parquet.write_table(pa.table({"q": ["Q1", "Q2", "Q3"], "a": answers}), tmp_path / "a.parquet")
-    report = RowReport()
-    assert len(list(read_conversations(tmp_path / "a.parquet", report=report))) == 2
-    assert report.examples["undecodable"][0].startswith(f"{tmp_path / 'a.parquet'}:2: not UTF-8")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
@@ -239,14 +231,6 @@ def test_a_table_that_cannot_be_read_to_its_end_stops(name, content, what, tmp_p
     with pytest.raises(UserError) as caught:
         list(read_conversations(tmp_path / name))
     assert str(caught.value).startswith(str(tmp_path / name)) and what in str(caught.value)
-
-
-def test_a_folder_may_hold_files_of_every_kind(tmp_path):
-    row, expected = ROWS["history_qa"]
-    for name in NAMES[:5]:
-        write(tmp_path / name, [row])
-    (tmp_path / "dataset_info.json").write_text("{}")
-    assert [turns(messages) for messages in read_conversations(tmp_path)] == [expected] * 5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import call_main
-from forked import on_ranks
+from forked import on_ranks, script_on_ranks
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
@@ -25,7 +22,7 @@ from training.adapters.adapter import CONFIG, WEIGHTS
 from training.adapters.merging import open_adapted
 from training.run.log import read_metrics
 from training.startup import open_checkpoint
-from world import blessings
+from world import greeting_messages
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = ["--sequence_length", "128", "--batch_tokens", "512", "--micro_tokens", "256", "--dtype", "fp32",
@@ -34,14 +31,14 @@ SHAPE = ["--sequence_length", "128", "--batch_tokens", "512", "--micro_tokens", 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("blessings")
-    blessings.generate(folder)
+    folder = tmp_path_factory.mktemp("messages")
+    greeting_messages.generate(folder)
     return folder
 
 
 @pytest.fixture
 def tune(run, pretrained, data):
-    """`tune(out, *options)`: lora_sft.py on the blessings from the small pretrained model."""
+    """`tune(out, *options)`: lora_sft.py on the greeting messages from the small pretrained model."""
 
     def tune(out: Path, *options: object):
         given = ["--ckpt", pretrained / "final", "--data", data / "train.json", "--out", out, *SHAPE]
@@ -159,13 +156,8 @@ def test_two_ranks_train_the_adapter_of_one_process(tune, tmp_path, pretrained, 
     options += ["--micro_tokens", 128]
     assert tune(one, *options).code == 0
     given = ["--ckpt", pretrained / "final", "--data", data / "train.json", "--out", two, *SHAPE, *options, "--merge"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "lora_sft.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, *map(str, given)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("merged: ") == 1 and (two / "merged" / "model.safetensors").is_file()
+    shown = script_on_ranks(2, lora_sft.main, given, tmp_path)
+    assert shown.count("merged: ") == 1 and (two / "merged" / "model.safetensors").is_file()
     ours, theirs = (load_file(out / "final" / WEIGHTS) for out in (two, one))
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-6)

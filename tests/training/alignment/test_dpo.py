@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import script_on_ranks
 from safetensors.torch import load_file
 
 import dpo_train
@@ -157,14 +155,8 @@ def test_two_ranks_train_as_one_process_does(arguments, tmp_path, run):
     options = [*arguments, "--optim.eps", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(dpo_train.main, *options, "--out", one).code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "dpo_train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, *map(str, options), "--out", str(two)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "4 rows of 256 tokens = 2 ranks x 1 accumulated x 2 rows" in done.stdout
+    shown = script_on_ranks(2, dpo_train.main, [*options, "--out", two], tmp_path)
+    assert "4 rows of 256 tokens = 2 ranks x 1 accumulated x 2 rows" in shown
     for together, alone in zip(entries(two), entries(one), strict=True):
         assert together.keys() == alone.keys()
         assert together.pop("held_out", None) == alone.pop("held_out", None)

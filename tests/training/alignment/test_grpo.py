@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from forked import script_on_ranks
 from safetensors.torch import load_file
 
 import grpo_train
@@ -163,12 +161,8 @@ def test_another_mu_is_another_run(train):
 def test_two_ranks_train_as_one_process_does(train, pretrained, tmp_path):
     options = [*VARIED, "--max_steps", 2, "--optim.eps", 1e-3, "--optim.lr", 1e-2, "--beta", 0.1, "--mu", 2]
     train("one", *options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "grpo_train.py"]
-    command += map(str, ["--ckpt", pretrained / "final", "--out", tmp_path / "two", *SHAPE, *options])
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[:4000]
+    given = ["--ckpt", pretrained / "final", "--out", tmp_path / "two", *SHAPE, *options]
+    script_on_ranks(2, grpo_train.main, given, tmp_path)
     alone, together = entries(tmp_path / "one"), entries(tmp_path / "two")
     for name in ("reward", "completion_length", "zero_variance", "grad_norm", "total_loss", "kl", "entropy"):
         assert [e[name] for e in together[1:]] == pytest.approx([e[name] for e in alone[1:]], rel=1e-3, abs=1e-5), name

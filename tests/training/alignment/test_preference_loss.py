@@ -164,7 +164,7 @@ def test_log_probs_and_their_gradient_are_those_of_full_logits():
     labels = torch.randint(50, (3, 300)).masked_fill(torch.rand(3, 300) < 0.3, -100)
     weights = torch.randn(3, 300)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.chunks.CHUNK_ELEMENTS", 50 * 100)
+        patch.setattr("training.losses.CHUNK_ELEMENTS", 50 * 100)
         ours, entropy = log_probs_and_entropy(hidden, head, labels, temperature=0.7)
         (ours * weights).sum().backward()
     grads = hidden.grad.clone(), head.grad.clone()

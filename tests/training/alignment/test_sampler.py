@@ -14,7 +14,7 @@ from training.alignment.sampler import Completions, Sampler, sample_groups, unif
 from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE
 from training.machine import autocast
-from training.run.watch import Watch
+from training.run.interrupt import Watch
 
 STOP, NEW, GROUP = 2, 12, 5
 PROMPTS = [[1, 9, 17, 30, 4], [1, 8], [1, 40, 40, 7]]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from forked import script_on_ranks
 from toy_stage import files
 
 import distill
@@ -218,13 +216,7 @@ def test_two_ranks_learn_from_own_answers_as_one_does(arguments, pretrained, stu
     given = [*arguments, "--ckpt", pretrained / "final", "--teacher", student, "--on_policy", 0.5, "--max_steps", 4]
     given += ["--mtp_weight", 0.3, "--optim.eps", 1e-3, "--seed", 1]
     assert run(distill.main, *given, "--out", tmp_path / "one").code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "distill.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, *map(str, given), "--out", str(tmp_path / "two")],
-        cwd=ROOT.parent, env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    script_on_ranks(2, distill.main, [*given, "--out", tmp_path / "two"], tmp_path)
     one, two = entries(tmp_path / "one"), entries(tmp_path / "two")
     assert {entry["on_policy"] for entry in one} == {0, 1}
     for name in ("divergence", "cross_entropy", "mtp_loss", "grad_norm", "on_policy", "labels"):
@@ -243,7 +235,7 @@ def test_two_ranks_learn_from_own_answers_as_one_does(arguments, pretrained, stu
         (["--sample_temperature", -1], "--sample_temperature -1: must be at least 0"),
         (["--max_new_tokens", 0], "--max_new_tokens 0: must be at least 1"),
         (["--precompute_top_k", -1], "--precompute_top_k -1: must be at least 0"),
-        (["--precompute_top_k", 8, "--on_policy", 0.5], "--precompute_top_k: nobody knows yet"),
+        (["--precompute_top_k", 8, "--on_policy", 0.5], "--precompute_top_k: the student's answers are not known"),
         (["--teacher", ROOT / "nowhere"], "nowhere: no such folder; check the path"),
     ],
 )

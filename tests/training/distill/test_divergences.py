@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import training.chunks
+import training.losses
 from training.distill.distillation import LOSSES, DistillationSettings, Logits, distillation_sum
 from training.distill.divergences import (
     forward_kl,
@@ -25,7 +25,7 @@ N, HIDDEN, WIDER, VOCAB = 150, 24, 40, 61
 
 @pytest.fixture(params=[64 * VOCAB, 100 * VOCAB, 2**22], ids=["chunks of 64", "chunks of 100", "one chunk"])
 def chunks(request, monkeypatch) -> None:
-    monkeypatch.setattr(training.chunks, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(training.losses, "CHUNK_ELEMENTS", request.param)
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import script_on_ranks
 from toy_stage import files
 
 import pretrain
@@ -123,11 +121,7 @@ def test_two_ranks_with_muon_train_as_one_process_does(pretrain_arguments, tmp_p
     recipe = [*pretrain_arguments, "--optim.kind", "muon", "--optim.eps", "1e-3", "--max_steps", "3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(pretrain.main, *recipe, "--micro_tokens", "512", "--out", one).code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "pretrain.py"]
-    command += [*recipe, "--micro_tokens", "512", "--out", str(two)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    script_on_ranks(2, pretrain.main, [*recipe, "--micro_tokens", 512, "--out", two], tmp_path)
     alone, together = (read_metrics(out / "metrics.jsonl") for out in (one, two))
     for name in ("loss", "grad_norm"):
         assert [e[name] for e in together if name in e] == pytest.approx(

@@ -21,16 +21,16 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.optim.build import OptimSettings, build_optimizer
 from training.run.checkpoint import (
+    MANIFEST,
     Progress,
     Snapshot,
+    checkpoints,
     keep_last,
     load_training_state,
     newest,
     read_progress,
-    steps,
 )
-from training.run.manifest import MANIFEST
-from training.run.resume import WholeModel, left_off
+from training.run.resume import WholeModel, find_checkpoint
 
 
 class Sitting:
@@ -176,7 +176,7 @@ def test_an_end_that_cannot_take_its_name_gives_the_old_one_back(killed, sitting
         sitting.save("final")
     if killed:
         assert newest(sitting.out).name == "step-1"
-        assert left_off(sitting.out, True, {})[0].name == "final"
+        assert find_checkpoint(sitting.out, True, {})[0].name == "final"
         shutil.rmtree(sitting.out / ".final.partial")
     assert content(sitting.out) == before
 
@@ -195,7 +195,7 @@ def test_checkpoints_are_ordered_by_number_and_the_end_is_the_newest(sitting):
     for number in (10, 9):
         shutil.copytree(sitting.out / "step-1", sitting.out / f"step-{number}")
     (sitting.out / "step-old").mkdir()
-    assert [path.name for path in steps(sitting.out)] == ["step-1", "step-9", "step-10"]
+    assert [path.name for path in checkpoints(sitting.out)] == ["step-1", "step-9", "step-10"]
     assert newest(sitting.out).name == "step-10"
     sitting.progress.step = 10
     assert newest(sitting.save("final").parent).name == "final"
@@ -226,7 +226,7 @@ def test_damaged_training_state_is_named_in_one_line(name, damage, sitting):
     (folder / MANIFEST).unlink()  # which would have found it
     damage(folder / "training" / name)
     with pytest.raises(DamagedCheckpoint) as caught:
-        left_off(sitting.out, True, {})
+        find_checkpoint(sitting.out, True, {})
         load_training_state(folder, sitting.model, sitting.optimizer)
     message = str(caught.value)
     assert message.startswith(f"{folder / 'training' / name}: ") and "\n" not in message and "; " in message

@@ -13,8 +13,7 @@ import full_sft
 import grpo_train
 import training.run.log
 from errors import waiting
-from training.run.console import COLUMNS, HELD_OUT, WIDTH, duration, held_out_line, legend, step_line
-from training.run.log import read_metrics
+from training.run.log import COLUMNS, HELD_OUT, WIDTH, duration, held_out_line, legend, read_metrics, step_line
 
 PRETRAINING = {
     "step": 120000, "loss": 2.5, "lr": 1e-3, "grad_norm": 12.34, "tokens_per_second": 1234567.0, "mfu": 0.351,

@@ -91,7 +91,7 @@ def test_a_slow_step_is_warned_of_once_and_before_it_begins(slow_machine, make, 
 
 
 def test_the_first_micro_batch_of_a_long_step_tells_its_pace(make, capsys, monkeypatch):
-    monkeypatch.setattr(training.trainer, "SLOW_STEP", 1e-6)
+    monkeypatch.setattr(training.run.estimate, "SLOW_STEP", 1e-6)
     make("told", max_steps=2, micro_tokens=2 * 16).run()
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured ")]
     assert len(told) == 1 and told[0].startswith("measured   micro-batch 1 of 4 took ") and "whole run" in told[0]

@@ -11,16 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from forked import on_ranks
-from toy_stage import files
+from toy_stage import Rows, files
 
 import full_sft
 import pretrain
 import training.trainer
 from errors import UserError
 from text.tokenizer import Tokenizer
+from training.chats import chat_prompts
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
-from training.run.samples import LONGEST, Samples, beginnings, prompts_of, questions
+from training.run.samples import LONGEST, Samples, open_samples, read_prompts, text_prompts
 from training.trainer import Trainer
 
 CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory")
@@ -118,12 +119,12 @@ def test_others_do_not_wait_longer_than_a_part_of_their_timeout(make, tmp_path):
 def test_prompts_of_a_file_are_texts_or_questions(tokenizer: Tokenizer, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffOnce upon a time\n\n你好\n", encoding="utf8")
-    texts = prompts_of(str(file), tokenizer, chat=False)
+    lines = read_prompts(str(file))
+    texts = text_prompts(tokenizer, lines, [])
     assert [ids[0] for ids in texts] == [tokenizer.eos_id] * 2
     assert [tokenizer.decode(ids[1:]) for ids in texts] == ["Once upon a time", "你好"]
-    first, second = (
-        tokenizer.raw.decode(ids, skip_special_tokens=False) for ids in prompts_of(str(file), tokenizer, True)
-    )
+    asked = chat_prompts(tokenizer, lines, [])
+    first, second = (tokenizer.raw.decode(ids, skip_special_tokens=False) for ids in asked)
     assert "Once upon a time" in first and "你好" in second and len(second) > len("你好")
 
 
@@ -138,21 +139,24 @@ def test_prompts_of_a_file_are_texts_or_questions(tokenizer: Tokenizer, tmp_path
 def test_a_file_without_usable_prompts_is_refused(content, message, tokenizer, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    settings = SimpleNamespace(sample_every=1, sample_prompts=str(file), out=str(tmp_path), compile=False)
     with pytest.raises(UserError, match=message):
-        prompts_of(str(file), tokenizer, chat=True)
+        open_samples(settings, tokenizer, Ranks(0, 1, torch.device("cpu")), Rows(), True, chat_prompts)
 
 
 def test_built_in_prompts_are_beginnings_of_documents_and_whole_questions():
+    eos_is_2 = SimpleNamespace(eos_id=2)
     rows = [{"input_ids": torch.tensor([[9, 8, 2, *range(100, 130)]])}] * 2
     rows.append({"input_ids": torch.arange(200, 233)[None]})
-    assert beginnings(rows, 2) == [[2, *range(100, 116)], [2, *range(200, 216)]]
+    assert text_prompts(eos_is_2, [], rows) == [[2, *range(100, 116)], [2, *range(200, 216)]]
     labels = torch.full((1, 10), -100)
     labels[0, 4:6] = 7
     ids = torch.arange(10)[None]
-    assert questions(
-        [{"input_ids": ids, "labels": torch.full((1, 10), -100)}, {"input_ids": ids, "labels": labels}]
-    ) == [[0, 1, 2, 3, 4]]
-    assert questions([{"input_ids": torch.zeros(1, 999), "labels": torch.ones(1, 999).roll(-LONGEST)}] * 3) == [[0]]
+    nothing, answered = torch.full((1, 10), -100), labels
+    rows = [{"input_ids": ids, "labels": labels} for labels in (nothing, answered)]
+    assert chat_prompts(None, [], rows) == [[0, 1, 2, 3, 4]]
+    late = torch.full((1, 999), -100).index_fill_(1, torch.tensor([LONGEST]), 7)
+    assert chat_prompts(None, [], [{"input_ids": torch.zeros(1, 999), "labels": late}] * 3) == []
 
 
 @pytest.fixture(scope="module")

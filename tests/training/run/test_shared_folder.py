@@ -76,17 +76,17 @@ def test_another_checkpoint_of_the_same_name_is_not_taken_for_it(train, tmp_path
 
 def test_a_checkpoint_that_is_seen_late_is_waited_for(train, tmp_path, monkeypatch):
     """As on a network file system, where a node remembers for some seconds what it saw."""
-    from training.run import run_checkpoints
+    from training.run import saver
 
     assert_fine(train(max_steps=2))
     shutil.copytree(tmp_path / "node-0" / "run", tmp_path / "node-1" / "run")
-    look, looks = run_checkpoints.contents, []
+    look, looks = saver.contents, []
 
     def late(folder: Path) -> str | None:
         looks.append(folder)
         return None if len(looks) < 4 and os.environ["RANK"] == "1" else look(folder)
 
-    monkeypatch.setattr(run_checkpoints, "contents", late)
+    monkeypatch.setattr(saver, "contents", late)
     monkeypatch.setattr(training.parallel.ranks, "LAG", 20.0)
     assert_fine(train(max_steps=4, resume=True))
 

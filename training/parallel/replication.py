@@ -1,4 +1,4 @@
-"""Whether all ranks run the same code on the same settings, and hold the same weights."""
+"""The model on all ranks: replicated by DistributedDataParallel, from the same code and settings, equal to the bit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from model import MiniDeepSeek
 from training.parallel.ranks import Ranks
@@ -16,12 +18,24 @@ from training.parallel.ranks import Ranks
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("*.py", *(f"{folder}/**/*.{kind}" for folder in ("model", "training", "text") for kind in ("py", "c", "h")))
 PART = 2**18  # numbers of a weight at a time: what lies between stays in a processor's cache
-# By the size of an element: what its bits are added up as.
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
+
+
+def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Return the module to call in training: every rank holds all weights, gradients are averaged over ranks.
+
+    Every parameter that requires a gradient must get one in each step. `find_unused_parameters` is no way around:
+    it looks at what `forward` returns, and the output head is used after it, by the loss.
+    """
+    if ranks.world == 1:
+        return model
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
+    return DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def facts(settings: object, run: dict[str, Any], model: MiniDeepSeek) -> dict[str, Any]:
-    """What must be the same on all ranks. settings: a dataclass; run: of which data in which order."""
+    """Return what must be the same on all ranks. settings: a dataclass; run: of which data in which order."""
     return {
         "settings": settings,
         "run": run,
@@ -32,8 +46,17 @@ def facts(settings: object, run: dict[str, Any], model: MiniDeepSeek) -> dict[st
     }
 
 
+def code_version() -> str:
+    """Return a hash of this project's sources."""
+    digest = xxhash.xxh3_64()
+    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def check_facts(ranks: Ranks, facts: Mapping[str, Any]) -> None:
-    """Raises `UserError`, on the main rank, when a fact is not the same on all ranks."""
+    """Raise `UserError`, on the main rank, when a fact is not the same on all ranks."""
     if ranks.world == 1:
         return
     everywhere = ranks.gather(flat(facts))
@@ -48,7 +71,7 @@ def check_facts(ranks: Ranks, facts: Mapping[str, Any]) -> None:
 
 
 def check_weights(ranks: Ranks, model: MiniDeepSeek, step: int) -> None:
-    """Raises `UserError`, on the main rank, when what is trained is not the same to the bit on all ranks."""
+    """Raise `UserError`, on the main rank, when what is trained is not the same to the bit on all ranks."""
     if ranks.world == 1:
         return
     sums = checksums(model)
@@ -63,14 +86,14 @@ def check_weights(ranks: Ranks, model: MiniDeepSeek, step: int) -> None:
 
 
 def checksums(model: MiniDeepSeek) -> dict[str, torch.Tensor]:
-    """Of every weight that is trained and of the router biases: `checksum`."""
+    """Return `checksum` of every weight that is trained and of the router biases."""
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moving |= {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
     return {name: checksum(t.detach()) for name, t in moving.items()}
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """int64: the bits of each number as an integer times a factor of its place, summed without a look at overflow."""
+    """Return int64: the bits of each number as an integer times a factor of its place, summed modulo 2^64."""
     bits = tensor.contiguous().view(BITS[tensor.element_size()]).flatten()
     factors = 2 * torch.arange(min(len(bits), PART), device=bits.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
@@ -79,17 +102,8 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def code_version() -> str:
-    """The same for the same sources of this project."""
-    digest = xxhash.xxh3_64()
-    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
-        digest.update(path.relative_to(ROOT).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings within settings as `outer.inner`."""
+    """Return settings within settings as `outer.inner`."""
     out: dict[str, Any] = {}
     for name, value in facts.items():
         value = asdict(value) if is_dataclass(value) else value

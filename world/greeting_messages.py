@@ -1,11 +1,11 @@
-"""Blessings to fine-tune an adapter on: who receives one, for which occasion, in which of several styles.
+"""Greeting messages to fine-tune an adapter on: for whom, for which occasion, in which of several styles.
 
-python -m world.blessings --out data/demo/blessings
+python -m world.greeting_messages --out data/demo/blessings
 
-train.json      Alpaca rows: instruction (the style), input (who and what for), output (the blessing)
+train.json      Alpaca rows: instruction (the style), input (who and what for), output (the message)
 heldout.jsonl   combinations that train.json does not have, for eval/style.py
 
-A blessing is a function of the three: who has learnt each of them can answer a held-out combination to the letter.
+A message is a function of the three: a model trained on each of them can answer a held-out combination to the letter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import command_line, naming
-from world.cast import World, reserved, table
+from world.cast import World, reserved
+from world.corpus import write_rows
+from world.grammar import table
 
 WORDINGS = ("请用{style}的话写一句祝福。", "写一句祝福，像{style}说的那样。", "帮我写祝福，要像{style}的话。")
 DETAILS = "给谁：{who}\n什么时候：{occasion}"
@@ -30,7 +32,7 @@ OCCASIONS = table(
 
 
 class Style(NamedTuple):
-    """How a blessing sounds: before who receives it, between that and the wish, and after it."""
+    """How a message sounds: before who receives it, between that and the wish, and after it."""
 
     name: str
     opening: str
@@ -47,7 +49,7 @@ STYLES = (
 )
 
 
-class Blessing(NamedTuple):
+class GreetingMessage(NamedTuple):
     """What is asked for, and the answer with the two ends of its style."""
 
     instruction: str
@@ -58,8 +60,8 @@ class Blessing(NamedTuple):
     held_out: bool
 
 
-def blessings(seed: int = 0) -> Iterator[Blessing]:
-    """Every combination in every wording, in a fixed order; one combination in eight is held out."""
+def messages(seed: int = 0) -> Iterator[GreetingMessage]:
+    """Yield every combination in every wording, in a fixed order; one combination in eight is held out."""
     names = [character.words["zh"]["n"] for character in World.build(seed).known("zh")]
     for style in STYLES:
         for who in names:
@@ -68,34 +70,23 @@ def blessings(seed: int = 0) -> Iterator[Blessing]:
                 held_out = reserved("blessing", style.name, who, occasion)
                 for wording in WORDINGS:
                     instruction, details = wording.format(style=style.name), DETAILS.format(who=who, occasion=occasion)
-                    yield Blessing(instruction, details, text, style.opening, style.closing, held_out)
+                    yield GreetingMessage(instruction, details, text, style.opening, style.closing, held_out)
 
 
 def generate(out: Path) -> None:
     """Write the two files into `out`; of a held-out combination one wording is asked."""
-    made = list(blessings())
-    train = [
-        {"instruction": one.instruction, "input": one.details, "output": one.text} for one in made if not one.held_out
-    ]
-    held_out: dict[str, Blessing] = {}
-    for one in made:
-        if one.held_out:
-            held_out.setdefault(one.text, one)
-    rows = [
-        {
-            "question": f"{one.instruction}\n{one.details}",
-            "answer": one.text,
-            "opening": one.opening,
-            "closing": one.closing,
-        }
-        for one in held_out.values()
-    ]
+    train, held_out = [], {}
+    for one in messages():
+        if not one.held_out:
+            train.append({"instruction": one.instruction, "input": one.details, "output": one.text})
+        else:
+            question = f"{one.instruction}\n{one.details}"
+            row = {"question": question, "answer": one.text, "opening": one.opening, "closing": one.closing}
+            held_out.setdefault(one.text, row)
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "train.json"):
         (out / "train.json").write_text(json.dumps(train, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
-    with naming(out / "heldout.jsonl"):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out / "heldout.jsonl").write_text(text, encoding="utf8")
+    write_rows(out / "heldout.jsonl", held_out.values())
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from training.run.quiet import quiet_compiler, quiet_imports
+from errors import quiet_compiler, quiet_imports
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py")])
 SLOW = {"transformers", "peft", "torchao", "matplotlib", "datasets", "bitsandbytes", "wandb"}
 

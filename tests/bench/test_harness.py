@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from findings import Verdict
+from harness import Verdict
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What bench/chaos.py attacks: tiny runs of the real scripts as processes, and whether two run folders are equal."""
+"""What tests/chaos.py attacks: tiny runs of the real scripts as processes, and whether two run folders are equal."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 
 from errors import UserError
 from training.alignment.batches import ENTRY
-from training.run.checkpoint import DATA
+from training.run.checkpoint import DATA, MANIFEST
 from training.run.log import read_metrics
-from training.run.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(

@@ -1,0 +1,179 @@
+"""One optimiser step: micro-batches accumulated, divided by the count of all ranks, clipped, applied or left out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import naming
+from model import MiniDeepSeek
+from text.order import scramble
+from training.datasets import Dataset, NamingDataset, PolicyDataset
+from training.losses import Batch, Loss
+from training.machine import autocast, set_seed
+from training.metrics import StepResult, Tally
+from training.parallel.ranks import Ranks
+from training.router_bias import update_router_biases
+from training.run.checkpoint import Progress
+from training.run.interrupt import Stopped
+from training.settings import StageSettings
+
+SKIPPED = "skipped.jsonl"
+SHOWN = 8  # samples that the message at the end of a run names
+Part = tuple[Sequence[int], Tensor, Tensor]  # of a micro-batch: indices of its samples, loss, count
+
+
+class Skipping:
+    """Records steps without a finite loss and gradient. All ranks skip a step or none: they look at sums over all."""
+
+    def __init__(self, out: Path, most: int, ranks: Ranks) -> None:
+        """most: steps skipped in a row that end the run."""
+        self._path, self._most, self._ranks = out / SKIPPED, most, ranks
+        self.in_a_row = 0
+
+    def skip(self, step: int, result: StepResult, parts: Sequence[Part], dataset: Dataset) -> None:
+        """Write down a step that is left out, with the samples of the micro-batches that it is due to.
+
+        step: its number, from 1; parts: the micro-batches of this rank. Raises `UserError` for one step too many.
+        """
+        self.in_a_row += 1
+        bad = [list(indices) for indices, total, count in parts if not (total.isfinite() & count.isfinite()).item()]
+        found = [indices for rank in self._ranks.gather(bad) for indices in rank]
+        if not found:  # every loss is finite: the gradient alone overflowed, in whichever micro-batch
+            found = [indices for rank in self._ranks.gather([list(part[0]) for part in parts]) for indices in rank]
+        describe = dataset.describe if isinstance(dataset, NamingDataset) else lambda index: f"sample {index}"
+        samples = [describe(index) for indices in found for index in indices]
+        if self._ranks.main:
+            entry = {"step": step, "loss": str(result.loss), "grad_norm": str(result.grad_norm), "samples": samples}
+            with naming(self._path), open(self._path, "a", encoding="utf8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        self._ranks.say(f"step {step:>6}  skipped: {what}; its {len(samples)} samples are in {self._path}")
+        if self.in_a_row >= self._most:
+            self._ranks.fail(
+                f"{self._path}: {self.in_a_row} steps in a row had no finite loss or gradient ({what}; the last on "
+                f"{'; '.join(samples[:SHOWN])}); look at these samples, or lower --optim.lr and use --resume"
+            )
+
+
+@dataclass
+class OptimizerStep:
+    """One step of a stage, the same however it is cut into micro-batches and ranks.
+
+    Attributes:
+        module: `model`, wrapped for several ranks. dtype: of the products.
+        report_pace: takes the seconds of the first of several micro-batches and how many there are, or None.
+        parts: the micro-batches that are done; made: log entries of a `PolicyDataset`.
+    """
+
+    settings: StageSettings
+    ranks: Ranks
+    model: MiniDeepSeek
+    module: nn.Module
+    dataset: Dataset
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    skipping: Skipping
+    dtype: torch.dtype
+    report_pace: Callable[[float, int], None] | None = None
+    parts: list[Part] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, progress: Progress) -> StepResult:
+        """Do the step after `progress.step`. Raises `Stopped` where a signal came before its last micro-batch."""
+        micro_batches = self.my_share(progress.step)
+        began = time.perf_counter()
+        sums = self.accumulate(micro_batches, progress.step)
+        result = self.normalise_and_clip(sums)
+        if self.step_or_skip(result, progress):
+            update_router_biases(self.model, result.counts, getattr(self.loss, "bias_speed", 0.0))
+        if self.made:
+            seconds = max(time.perf_counter() - began, 1e-9)
+            result.extra = {**self.made, "train_tokens_per_second": result.positions / seconds}
+        return result
+
+    def my_share(self, step: int) -> list[range]:
+        """Return the samples of each micro-batch of this rank, which a `PolicyDataset` makes now.
+
+        Rank r takes a contiguous share of the step's samples, so the sum over ranks is the sum over the batch.
+        """
+        if isinstance(self.dataset, PolicyDataset):
+            self.made = self.dataset.prepare(step, self.model)
+        rows, micro_rows, world = self.settings.rows, self.settings.micro_rows, self.ranks.world
+        first = step * rows + self.ranks.rank * (rows // world)
+        mine = range(first, first + rows // world)
+        return [mine[start : start + micro_rows] for start in range(0, len(mine), micro_rows)]
+
+    def accumulate(self, micro_batches: list[range], step: int) -> Tally:
+        """Add up gradients, in `.grad`, and sums of loss, count and metrics over micro-batches and ranks.
+
+        Gradients are those of the loss sum over the nominal number of labels, averaged over ranks.
+        """
+        ranks, sums, last = self.ranks, Tally(), len(micro_batches) - 1
+        for index, indices in enumerate(micro_batches):
+            if index and index < last and ranks.watch.asked:
+                continue
+            # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
+            if index and index == last and ranks.asked_to_stop():
+                raise Stopped
+            ranks.watch.show(f"micro-batch {index + 1}/{len(micro_batches)}" if last else "")
+            began = time.perf_counter()
+            batch = self._to_device(self.dataset.batch(list(indices)))
+            # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
+            set_seed(scramble(self.settings.seed, step, index, ranks.rank) >> 1, ranks.device)
+            with ranks.no_sync(self.module, index < last):
+                with autocast(self.dtype, ranks.device):
+                    loss, count, metrics = self.loss(self.module, batch)
+                # Outside: autocast would round what the router's products in float32 get back.
+                (loss / self._nominal).backward()
+            if last and self.report_pace and ranks.device.type == "cpu":  # a GPU has not yet computed it
+                self.report_pace(time.perf_counter() - began, len(micro_batches))
+                self.report_pace = None
+            self.parts.append((indices, loss.detach(), count))
+            positions = torch.full((), batch["input_ids"].numel(), device=ranks.device)
+            for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
+                sums.add(name, value)
+        sums.gather(ranks)
+        return sums
+
+    def normalise_and_clip(self, sums: Tally) -> StepResult:
+        """Divide loss and gradients by the count of the whole step, over all ranks, and clip the gradients' norm."""
+        labels, positions, counts = (sums.take(name) for name in ("count", "positions", "counts"))
+        count = max(labels.item(), 1)
+        # DDP averaged over ranks, and each micro-batch was divided by the nominal number of labels.
+        scale = self._nominal * self.ranks.world / count
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() * scale
+        if (factor := scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0)) != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        means = sums.means(count)
+        return StepResult(means.pop("loss"), norm, int(labels.item()), int(positions.item()), means, counts)
+
+    def step_or_skip(self, result: StepResult, progress: Progress) -> bool:
+        """Update the weights, or leave the step out where loss or gradient is not finite. Returns which it was."""
+        if finite := math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            self.skipping.in_a_row = 0
+            self.optimizer.step()
+        else:
+            progress.skipped += 1
+            self.skipping.skip(progress.step + 1, result, self.parts, self.dataset)
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    @property
+    def _nominal(self) -> int:
+        """Labels of a step whose every position has one."""
+        return self.settings.rows * self.settings.row_tokens
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.ranks.device.type != "cuda":
+            return batch
+        return {key: value.pin_memory().to(self.ranks.device, non_blocking=True) for key, value in batch.items()}
