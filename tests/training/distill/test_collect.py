@@ -17,9 +17,10 @@ from text.chats.arithmetic import arithmetic_problem
 from text.chats.conversations import read_conversations
 from text.chats.problems import Problem, open_problems, to_problem
 from text.chats.prompts import read_prompts
+from text.judging.answers import conclusion
 from text.sources.row_report import RowReport
 from training.alignment.rewards import Sample, find
-from world.columns import conclusion, explained, worked
+from world.columns import explained, worked
 from world.numbers import states_held_out
 from world.reasoning import generate
 
