@@ -45,7 +45,7 @@ def test_what_is_kept_and_dropped_adds_up(tmp_path):
         ["1+1?", "2"], ["1+1?", "it is 2"], ["Say hello.", "half \ud83d"], ["Say hello.", thoughts]
     ]  # fmt: skip
     assert curation.dropped == {
-        "cut at the limit": 1, "wrong": 1, "duplicate": 2, "more than were wanted": 2, "empty": 1
+        "cut at the limit": 1, "wrong": 1, "duplicate": 2, "more than --keep_answers": 2, "empty": 1
     }  # fmt: skip
     assert curation.answers == 11 == curation.kept + curation.dropped.total() and curation.unverified == 2
     write_chats(tmp_path / "a" / "c.jsonl", chats)
