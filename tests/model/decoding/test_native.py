@@ -201,6 +201,7 @@ def test_without_a_working_compiler_pytorch_decodes(compiler, tiny_model, monkey
 
 
 def test_it_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setattr("model.kernels.compiled.FLAGS", ("-O0", "-march=native", "-fopenmp", "-shared", "-fPIC"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     single = (torch.float32,) * 3
     file = native.build(*single)

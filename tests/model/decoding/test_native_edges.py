@@ -119,6 +119,7 @@ def test_a_user_without_a_home_gets_pytorch(monkeypatch):
 
 
 def test_a_compiler_may_come_with_words(monkeypatch, tmp_path):
+    monkeypatch.setattr("model.kernels.compiled.FLAGS", ("-O0", "-march=native", "-fopenmp", "-shared", "-fPIC"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "cc -DUNUSED")
     assert compiled(native.SOURCE).is_file()

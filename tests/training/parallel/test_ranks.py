@@ -1,17 +1,14 @@
-"""Several processes train as one: torchrun on CPU with gloo."""
+"""Several processes train as one, with gloo; test_restart.py starts some by torchrun itself."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from forked import on_ranks
+from forked import on_ranks, script_on_ranks
 from safetensors.torch import load_file
 from toy_stage import TIME
 
@@ -59,13 +56,10 @@ def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
     """
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(pretrain.main, *pretrain_arguments, *RECIPE, "--out", one).code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "pretrain.py"]
-    command += [*pretrain_arguments, *RECIPE, "--out", str(two), "--shards", str(tmp_path / "shards")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "16 rows of 64 tokens = 2 ranks x 2 accumulated x 4 rows" in done.stdout
-    assert done.stdout.count("finished: ") == 1  # one process speaks
+    given = [*pretrain_arguments, *RECIPE, "--out", two, "--shards", tmp_path / "shards"]
+    shown = script_on_ranks(2, pretrain.main, given, tmp_path)
+    assert "16 rows of 64 tokens = 2 ranks x 2 accumulated x 4 rows" in shown
+    assert shown.count("finished: ") == 1  # one process speaks
 
     alone, together = measured(one), measured(two)
     assert len(alone["mtp_loss"]) == 3
