@@ -18,7 +18,8 @@ from harness import SPEED, Verdict
 from errors import UserError, command_line
 from model import MiniDeepSeek
 from model.decoding.generate import stream
-from model.decoding.sampling import Sampling
+from model.decoding.native import Drafter
+from model.decoding.sampling import GREEDY
 from model.decoding.speculative import stream_speculative
 from text.tokenizer import Tokenizer
 from training.machine import DTYPES
@@ -57,10 +58,13 @@ def work(options: argparse.Namespace) -> None:
     starts = prompts(Tokenizer.from_folder(options.ckpt), Path(options.file), options.prompts, options.prompt)
     starts = [prompt.to(device) for prompt in starts]
 
+    drafter = Drafter(model) if device.type == "cpu" else None
+
     def decode(prompt: torch.Tensor, passes: list[tuple[int, int]] | None) -> list[int]:
         if passes is None:
-            return [int(token) for token in stream(model, prompt, options.new, Sampling(temperature=0.0))]
-        return list(stream_speculative(model, prompt, options.new, accepted=passes, draft_tokens=most))
+            return [int(token) for token in stream(model, prompt, options.new, GREEDY)]
+        made = dict(accepted=passes, draft_tokens=most, drafter=drafter)
+        return list(stream_speculative(model, prompt, options.new, **made))
 
     if most and any(decode(prompt, []) != decode(prompt, None) for prompt in starts):
         raise SystemExit("error: speculative decoding gave other tokens than plain decoding")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -11,6 +12,7 @@ from errors import UserError
 from model import MiniDeepSeek
 from model.decoding.engine import Engine
 from model.decoding.generate import check_speculative, stream
+from model.decoding.native import Drafter
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.scheduler import Request
 from model.decoding.speculative import stream_speculative
@@ -56,6 +58,11 @@ class Answerer:
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
 
+    @cached_property
+    def drafter(self) -> Drafter | None:
+        """Lighter copies for speculative decoding, made when first asked for; None where they would not be used."""
+        return Drafter(self.model) if self.model.mtp and self.device.type == "cpu" else None
+
     def stream_reply(
         self,
         messages: Sequence[Message],
@@ -81,7 +88,8 @@ class Answerer:
         limit = min(max_new_tokens, room)
         if speculative:
             check_speculative(self.model, prompt, sampling)
-            tokens = stream_speculative(self.model, prompt, limit, stop, accepted, draft_tokens, sampling, seed)
+            options = draft_tokens, sampling, seed, self.drafter
+            tokens = stream_speculative(self.model, prompt, limit, stop, accepted, *options)
         else:
             tokens = (int(step) for step in stream(self.model, prompt, limit, sampling, stop, seed))
         decoder = StreamDecoder(self.tokenizer, skip_special_tokens=False)

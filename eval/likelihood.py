@@ -12,7 +12,7 @@ from errors import UserError
 from eval.answering import Answerer
 from model.cache import LatentCache, cache_dtype
 from model.decoding.sampling import GREEDY, Sampling
-from model.transformer import logits
+from model.ops import head_logits
 from text.chats.chat_template import Message, encode_chat
 from training.losses import IGNORE
 
@@ -178,7 +178,7 @@ class CacheScorer:
         # Padding is on the right, where no earlier position sees it.
         out = model(padded([ids[shared:] for ids in contexts], width, pad).to(device), cache=cache)
         last = torch.tensor([len(ids) - shared - 1 for ids in contexts], device=device)
-        return logits(out.hidden[torch.arange(len(contexts), device=device), last], out.head).log_softmax(-1)
+        return head_logits(out.hidden[torch.arange(len(contexts), device=device), last], out.head).log_softmax(-1)
 
     @torch.inference_mode()
     def _continued(self, items: Sequence[Choices]) -> list[Scored]:
@@ -196,7 +196,7 @@ class CacheScorer:
             torch.tensor([len(own) for own in choices], device=device)
         )
         first = torch.tensor([choice[0] for choice in flat], device=device)
-        log_probs = logits(out.hidden[:, -1], out.head).log_softmax(-1)
+        log_probs = head_logits(out.hidden[:, -1], out.head).log_softmax(-1)
         nats, greedy = log_probs[rows, first].double(), log_probs.argmax(-1)[rows] == first
         scores = list(zip(nats.tolist(), greedy.tolist(), strict=True))
         if rest:
@@ -211,7 +211,7 @@ def label_nats(hidden: Tensor, head: Tensor, labels: Tensor) -> Iterator[Scored]
     """Score the labels of each row, few rows at a time. hidden: (rows, time, hidden); labels: (rows, time)."""
     size = max(LOGITS // (labels.shape[1] * head.shape[0]), 1)
     for start in range(0, len(labels), size):
-        log_probs = logits(hidden[start : start + size], head).log_softmax(-1)
+        log_probs = head_logits(hidden[start : start + size], head).log_softmax(-1)
         wanted = labels[start : start + size]
         counted = wanted != IGNORE
         nats = log_probs.gather(-1, wanted.clamp(min=0)[..., None])[..., 0].double().where(counted, 0.0).sum(1)

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import copy
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model.attention import AttentionMask
+
+
+class Cache(Protocol):
+    """What a forward pass asks of the positions before its own.
+
+    Attributes:
+        decoding: nothing is learnt from the pass, so attention may read the latents without expanding them.
+        counts_loads: the tokens of the pass count in the experts' loads.
+    """
+
+    decoding: bool
+    counts_loads: bool
+
+    def begin(self, batch: int, time: int) -> Tensor:
+        """Open a pass over `time` new positions of each row; return them for RoPE, (batch or 1, time)."""
+
+    def mask(self, time: int) -> AttentionMask:
+        """Return which positions those of the open pass attend to."""
+
+    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
+        """Add the pass's latents of one layer; return all that the layer attends to, (batch, positions, C)."""
 
 
 class LatentCache:
     """Of each layer and position the normalised latent c^KV and the rotated k^R: kv_lora_rank + rope numbers.
 
-    Ordinary multi-head attention would keep heads * (qk + v) numbers.
+    Ordinary multi-head attention would cache heads * (qk + v) numbers.
 
     Args:
         config: the model's; the MTP layers get a cache too when `mtp` is set.
         batch: rows; max_length: positions allocated at once.
         padding: (batch,) number of left-padding positions of each row, or None.
-
-    While one is in use the weights stay as they are, and where they are: what is prepared of them is kept beside it.
     """
+
+    decoding, counts_loads = True, False
 
     def __init__(
         self,
@@ -40,9 +62,6 @@ class LatentCache:
         self.latents = torch.zeros(layers, batch, max_length, width, dtype=dtype, device=device)
         self.lengths = [0] * layers
         self.padding = None if padding is None else padding.long()
-        self.decoders: dict[int, Any] = {}  # see model/decoding/native.py
-        self.steppers: dict[int, Any] = {}  # see model/decoding/stepper.py
-        self.absorbed: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, see model/mla.py
 
     @property
     def length(self) -> int:
@@ -58,15 +77,22 @@ class LatentCache:
         """Of all layers, for one position of one row."""
         return self.latents.shape[0] * self.latents.shape[3] * self.latents.element_size()
 
+    def begin(self, batch: int, time: int) -> Tensor:
+        return _unpadded(torch.arange(self.length, self.length + time, device=self.latents.device), self.padding)
+
+    def mask(self, time: int) -> AttentionMask:
+        if self.padding is None:
+            return AttentionMask()
+        return AttentionMask.left_padded(time, self.length + time, self.padding)
+
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        """Add the positions of one forward pass to one layer; returns all it holds, (batch, length, C)."""
         start = self.reserve([layer], latent_BTC.shape[1])
         end = self.lengths[layer]
         self.latents[layer, :, start:end] = latent_BTC
         return self.latents[layer, :, :end]
 
     def reserve(self, layers: Iterable[int], time: int) -> int:
-        """Make room in layers of one length for positions that the caller writes; returns the first of them."""
+        """Make room in layers of one length for positions that the caller writes; return the first of them."""
         for layer in layers:
             start, end = self.lengths[layer], self.lengths[layer] + time
             if end > self.max_length:
@@ -79,15 +105,14 @@ class LatentCache:
         return torch.full((batch,), self.reserve(layers, time))
 
     def part(self, rows: slice) -> LatentCache:
-        """Some rows as a cache of their own, in the same memory; its lengths are its own from here on."""
+        """Return some rows as a cache of their own, in the same memory; its lengths are its own from here on."""
         part = copy(self)
         part.latents, part.lengths = self.latents[:, rows], list(self.lengths)
-        part.decoders, part.steppers = {}, {}
         part.padding = None if self.padding is None else self.padding[rows]
         return part
 
     def truncate(self, length: int, layer: int | None = None) -> None:
-        """Forget every position from `length` on, in one layer or in all: drafts that did not come true."""
+        """Forget every position from `length` on, in one layer or in all: drafts that were rejected."""
         for index in range(len(self.lengths)) if layer is None else [layer]:
             self.lengths[index] = min(self.lengths[index], length)
 
@@ -101,8 +126,8 @@ class LatentCache:
 class SlotCache(LatentCache):
     """Sequences of different lengths, each in a slot of its own from position 0: for `model.decoding.engine`.
 
-    The slots in use are the first ones, in the order of the rows of a pass. `begin`, then `model(ids, cache=slots)`
-    takes one row for each of them; further rows, which fill a batch up, leave nothing behind.
+    The slots in use are the first ones, in the order of the rows of a pass. Further rows, which fill a batch up, leave
+    nothing behind.
 
     Args:
         slots: sequences at once; max_length: most positions of one.
@@ -133,28 +158,57 @@ class SlotCache(LatentCache):
             self.held[slot] = time
         self.held[self.used] = 0
 
-    def begin(self, batch: int, time: int) -> None:
-        """Make room for the next pass, over all layers; `positions` are those of its tokens, (batch, time)."""
-        self.start = self.held[:batch].clone()
-        self.end = int(self.start.max()) + time
-        if self.end > self.max_length:
-            raise ValueError(f"latent cache: {self.end} positions, but only {self.max_length} were allocated")
+    def reserve_rows(self, layers: Iterable[int], batch: int, time: int) -> Tensor:
+        start = self.held[:batch].clone()
+        self._end = int(start.max()) + time
+        if self._end > self.max_length:
+            raise ValueError(f"latent cache: {self._end} positions, but only {self.max_length} were allocated")
         self.held[: self.used] += time
-        self.positions = (self.start[:, None] + torch.arange(time)).to(self.latents.device)
+        return start
+
+    def begin(self, batch: int, time: int) -> Tensor:
+        start = self.reserve_rows((), batch, time)
+        self._positions = (start[:, None] + torch.arange(time)).to(self.latents.device)
+        return self._positions
+
+    def mask(self, time: int) -> AttentionMask:
+        return AttentionMask.up_to(self._positions, self._end)
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        """Write the positions of this pass; returns (batch, longest, C), of which each row sees up to its own ones."""
         batch = latent_BTC.shape[0]
         rows = torch.arange(batch, device=latent_BTC.device)[:, None]
-        self.latents[layer, rows, self.positions] = latent_BTC.to(self.latents.dtype)
-        return self.latents[layer, :batch, : self.end]
+        self.latents[layer, rows, self._positions] = latent_BTC.to(self.latents.dtype)
+        return self.latents[layer, :batch, : self._end]
 
-    def reserve_rows(self, layers: Iterable[int], batch: int, time: int) -> Tensor:
-        return self.start
+
+class StaticCache(LatentCache):
+    """A latent cache that continues a filled one, in its memory, by steps of one position and of one shape.
+
+    Where the position is, is a tensor: a CUDA graph can repeat a step. Every step attends to all positions allocated,
+    those not yet written behind a mask.
+    """
+
+    def __init__(self, filled: LatentCache) -> None:
+        self.latents, self.padding = filled.latents, filled.padding
+        self.position = torch.full((1,), filled.length - 1, device=self.latents.device)  # of the open pass
+        self.places = torch.arange(self.max_length, device=self.latents.device)
+        first = self.places.new_zeros(1) if self.padding is None else self.padding
+        self.is_token = self.places >= first[:, None]
+
+    def begin(self, batch: int, time: int) -> Tensor:
+        self.position += 1
+        return self.position[None] if self.padding is None else self.position - self.padding[:, None]
+
+    def mask(self, time: int) -> AttentionMask:
+        return AttentionMask((self.is_token & (self.places <= self.position))[:, None, None])
+
+    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
+        self.latents[layer].index_copy_(1, self.position, latent_BTC.to(self.latents.dtype))
+        return self.latents[layer]
 
 
 class PromptLatents:
-    """The latents of prompts that several rows go on from: a cache for training, through which gradients flow.
+    """The latents of prompts that several rows continue: a cache for training, through which gradients flow.
 
     `model(prompt_ids, cache=prompts)` fills it; `model(ids, cache=prompts.continued(of))` reads rows that continue the
     prompts `of`. A prompt is computed once, however many completions it has.
@@ -163,10 +217,17 @@ class PromptLatents:
         padding: (prompts,) number of left-padding positions of each.
     """
 
+    decoding, counts_loads = False, False
+
     def __init__(self, padding: Tensor) -> None:
         self.padding = padding
         self.latents: dict[int, Tensor] = {}
-        self.length = 0
+
+    def begin(self, batch: int, time: int) -> Tensor:
+        return _unpadded(torch.arange(time, device=self.padding.device), self.padding)
+
+    def mask(self, time: int) -> AttentionMask:
+        return AttentionMask.left_padded(time, time, self.padding)
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
         self.latents[layer] = latent_BTC
@@ -180,50 +241,30 @@ class PromptLatents:
 class ContinuedLatents:
     """What rows that continue prompts see of them; see `PromptLatents`."""
 
+    decoding, counts_loads = False, False
+
     def __init__(self, latents: dict[int, Tensor], padding: Tensor, of: Tensor) -> None:
         self.latents, self.of = latents, of
         self.padding = padding[of]
         self.length = latents[0].shape[1]
 
+    def begin(self, batch: int, time: int) -> Tensor:
+        return _unpadded(torch.arange(self.length, self.length + time, device=self.padding.device), self.padding)
+
+    def mask(self, time: int) -> AttentionMask:
+        return AttentionMask.left_padded(time, self.length + time, self.padding)
+
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
         return torch.cat((self.latents[layer].index_select(0, self.of), latent_BTC), dim=1)
 
 
-class OwnStep:
-    """One step of an MTP layer in training on its own state, as `model.decoding.speculative` chains it: see `MTPLayer`.
-
-    Step 1 is the layer's ordinary pass. In step j, position u stands for a draft whose chain began at u - (j-1): of the
-    positions up to there the layer sees the latents of step 1, then of each following one that of the next step.
-
-    Args:
-        latents: of the steps before; this one's are added to it.
-        step: j, from 1.
-    """
-
-    def __init__(self, latents: dict[int, Tensor], step: int) -> None:
-        self.latents, self.step = latents, step
-
-    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        """(batch, j time, C): the latents of each step, one step behind the other."""
-        self.latents[self.step] = latent_BTC  # by number: recomputation of activations comes here twice
-        return torch.cat([self.latents[step] for step in range(1, self.step + 1)], dim=1)
-
-    def allowed(self, time: int, segment_ids: Tensor | None, device: torch.device) -> Tensor:
-        """(batch or 1, 1, time, j time) bool: which of them each position sees; j is 2 or more."""
-        behind = torch.arange(time, device=device)[:, None] - torch.arange(time, device=device)
-        first = behind >= self.step - 1
-        chain = [behind == self.step - step for step in range(2, self.step + 1)]
-        if segment_ids is None:
-            return torch.cat((first, *chain), dim=1)[None, None]
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        return torch.cat((first & same, *(part.expand_as(same) for part in chain)), dim=2)[:, None]
-
-
-Cache = LatentCache | PromptLatents | ContinuedLatents | OwnStep
+def _unpadded(positions_T: Tensor, padding_B: Tensor | None) -> Tensor:
+    """(batch or 1, time): positions counted from the first token of each row."""
+    return positions_T[None] if padding_B is None else (positions_T - padding_B[:, None]).clamp(min=0)
 
 
 def cache_dtype(model: nn.Module) -> torch.dtype:
-    """What a cache should hold: the type that the network computes in, under autocast or without.
+    """Return what a cache should hold: the type that the network computes in, under autocast or without.
 
     On CPU the type of the weights: decoding computes with them as they are.
     """

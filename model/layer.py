@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import AttentionMask, select_positions
-from model.cache import Cache, OwnStep
+from model.cache import Cache
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Routing, SwiGLU
 from model.norm import RMSNorm
@@ -34,12 +34,12 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """x: (batch, time, hidden) -> the same, and what the router did (None in a dense layer).
 
-        wanted: the only position of each row that is asked for: -> (batch, 1, hidden).
+        last_positions: the only position of each row that is asked for: -> (batch, 1, hidden).
         """
         attended = self.self_attn(self.input_layernorm(x), rope, attention_mask, cache, last_positions_B)
         x = (x if last_positions_B is None else select_positions(x, last_positions_B)) + attended
         inner = self.post_attention_layernorm(x)
         if self.is_moe:
-            out, routing = self.mlp(inner, token_mask_BT, count=cache is None or isinstance(cache, OwnStep))
+            out, routing = self.mlp(inner, token_mask_BT, count=cache is None or cache.counts_loads)
             return x + out, routing
         return x + self.mlp(inner), None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import AttentionMask, select_positions
-from model.cache import Cache, LatentCache
+from model.cache import Cache
 from model.norm import RMSNorm
 from model.ops import Linear, causal_attention, small_products
 from model.rope import rotate, softmax_scale
@@ -53,7 +53,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Tensor:
         """x: (B, T, hidden) -> (B, T, hidden). With a cache, its positions come first and the new ones are added.
 
-        wanted: the only position of each row that attends, where one is enough: -> (B, 1, hidden).
+        last_positions: the only position of each row that attends, where one is enough: -> (B, 1, hidden).
         """
         latent_BSC = self._latents(x, rope)
         if cache is not None:
@@ -61,13 +61,10 @@ class MultiHeadLatentAttention(nn.Module):
         if last_positions_B is not None:
             attention_mask = attention_mask.at(last_positions_B, x.shape[1], latent_BSC.shape[1])
             x, rope = select_positions(x, last_positions_B), select_positions(rope, last_positions_B)
-        q_BTHQ, decodes = self._queries(x), isinstance(cache, LatentCache)
+        q_BTHQ, decodes = self._queries(x), cache is not None and cache.decoding
         if decodes and x.shape[1] <= ABSORB_UP_TO:
             latent_BSC = small_products(latent_BSC)
-            if self.layer not in cache.absorbed:
-                cache.absorbed[self.layer] = self.absorbed_weights(latent_BSC.dtype)
-            queries = self._rotated(q_BTHQ, rope)
-            out = self.attend_absorbed(*queries, latent_BSC, attention_mask, *cache.absorbed[self.layer])
+            out = self.attend_absorbed(*self._rotated(q_BTHQ, rope), latent_BSC, attention_mask)
         else:
             out = self.attend_naive(q_BTHQ, rope, latent_BSC.to(q_BTHQ.dtype), attention_mask, prefill=decodes)
         return self.o_proj(out.flatten(2))
@@ -84,25 +81,16 @@ class MultiHeadLatentAttention(nn.Module):
         return causal_attention(q_BTHQ, kv_BSHE, k_rope, rope, self.scale, attention_mask, prefill)
 
     def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W^UK (H, nope, rank) and W^UV (H, rank, value) of every head, laid out for `attend_absorbed`.
-
-        A cache keeps them for its life. The module does not: a fused optimiser changes weights unnoticed.
-        """
+        """W^UK (H, nope, rank) and W^UV (H, rank, value) of every head, as views where the weight is plain."""
         if type(self.kv_b_proj) is Linear:
             weight = self.kv_b_proj.weight
-        else:  # packed, or with an adapter around it: what it makes of each unit of the latent
+        else:  # quantized, or with an adapter around it: what it makes of each unit of the latent
             weight = self.kv_b_proj(torch.eye(self.rank, device=self.kv_a_layernorm.weight.device)).t()
         w_uk, w_uv = weight.to(dtype).unflatten(0, (self.heads, -1)).tensor_split((self.nope,), dim=1)
-        return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
+        return w_uk, w_uv.transpose(1, 2)
 
     def attend_absorbed(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latent_BSC: Tensor,
-        attention_mask: AttentionMask,
-        w_uk: Tensor,
-        w_uv: Tensor,
+        self, q_nope: Tensor, q_rope: Tensor, latent_BSC: Tensor, attention_mask: AttentionMask
     ) -> Tensor:
         """The same numbers, reading the latents only: (q W^UK) c = q (W^UK c), and W^UV after the weighted sum.
 
@@ -110,6 +98,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         dtype = latent_BSC.dtype
         batch, time = q_nope.shape[:2]
+        w_uk, w_uv = self.absorbed_weights(dtype)
         q_absorbed = q_nope.to(dtype).flatten(0, 1).transpose(0, 1) @ w_uk
         q_BTHC = torch.cat((q_absorbed.transpose(0, 1).view(batch, time, self.heads, -1), q_rope.to(dtype)), dim=-1)
         # All heads share the latents, so new positions and heads form the rows of one product.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -26,12 +29,6 @@ class MTPLayer(DecoderLayer):
     """Depth k: joins the hidden state of position t with the embedding of token t+k and predicts token t+k+1.
 
     Embedding and output head are the main model's. `layer` counts on from the main layers, as in the released weights.
-
-    Beyond D the last layer can go on from its own state: for position u it joins its state of u-1, in place of depth
-    D-1's state of u, which needs a token that is not yet known, with token u+D, and predicts u+D+1. The paper has a
-    layer of its own for each further token; sharing one is what EAGLE (Li et al. 2024) does, and what serving engines
-    do with the one MTP layer of the released weights. A layer that has met its own states in training, over the latents
-    that it will then see (`MiniDeepSeek.forward(mtp_steps=K)`; EAGLE-3, Li et al. 2025), drafts further tokens better.
     """
 
     def __init__(self, config: LMConfig, layer: int) -> None:
@@ -54,10 +51,99 @@ class MTPLayer(DecoderLayer):
         cache: Cache | None = None,
         token_mask_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Returns the state for the next depth (before `shared_head.norm`), (batch, time, hidden), and the routing.
+        """Return the state for the next depth (before `shared_head.norm`), (batch, time, hidden), and the routing.
 
         Args:
             hidden_BTD: the state of depth k-1, before its final norm.
             embedding_BTD: the embedding of the token k places further on.
         """
         return super().forward(self.join(hidden_BTD, embedding_BTD), rope, attention_mask, cache, token_mask_BT)
+
+
+class MTPOutput(NamedTuple):
+    """Attributes: hidden, unrolled: see `model.transformer.Output`; routings: of the D layers."""
+
+    hidden: tuple[Tensor, ...] = ()
+    unrolled: tuple[Tensor, ...] = ()
+    routings: tuple[Routing | None, ...] = ()
+
+
+class MTPChain(nn.ModuleList):
+    """The depths 1 .. D over the tokens at hand, and the last one unrolled further.
+
+    Beyond D the last layer can continue from its own state: for position u it joins its state of u-1, in place of depth
+    D-1's state of u, which needs a token that is not yet known, with token u+D, and predicts u+D+1. The paper has a
+    layer of its own for each further token; sharing one is what EAGLE (Li et al. 2024) does, and what serving engines
+    do with the one MTP layer of the released weights. A layer that has met its own states in training, over the latents
+    that it will then see (EAGLE-3, Li et al. 2025), drafts further tokens better.
+    """
+
+    def forward(
+        self,
+        state: Tensor,
+        embedding: Tensor,
+        rope: Tensor,
+        attention_mask: AttentionMask,
+        segment_ids: Tensor | None,
+        steps: int,
+        run: Callable[..., tuple[Tensor, Routing | None]] = lambda layer, *inputs: layer(*inputs),
+    ) -> MTPOutput:
+        """Run every depth, and the last one for `steps` in all, the second and later ones on its own state.
+
+        Args:
+            state: (batch, time, hidden) of the main model, before its final norm; embedding: the tokens', as wide.
+            steps: the later ones are not counted in the experts' loads.
+            run: calls a layer; recomputation of activations comes in here.
+        """
+        batch, time, _ = embedding.shape
+        places = torch.arange(time, device=embedding.device)
+        hidden, unrolled, routings, latents = [], [], [], {}
+        for depth, layer in enumerate(self, start=1):
+            # Position t meets token t+depth. The last `depth` positions meet none: losses leave them out.
+            ahead = embedding.roll(-depth, dims=1)
+            counted = (places < time - depth).expand(batch, time)
+            counted = counted if segment_ids is None else counted & (segment_ids >= 0)
+            step = UnrolledMTPStep(latents, 1) if steps > 1 and depth == len(self) else None
+            state, routing = run(layer, state, ahead, rope, attention_mask, step, counted)
+            hidden.append(layer.shared_head.norm(state))
+            routings.append(routing)
+        for number in range(2, steps + 1 if hidden else 0):
+            # Position t meets the state of t-1. The first positions of a segment meet none: see `Output.mtp_unrolled`.
+            step = UnrolledMTPStep(latents, number)
+            mask = step.mask_within(time, segment_ids, embedding.device)
+            state, _ = run(layer, state.roll(1, dims=1), ahead, rope, mask, step, counted)
+            unrolled.append(layer.shared_head.norm(state))
+        return MTPOutput(tuple(hidden), tuple(unrolled), tuple(routings))
+
+
+class UnrolledMTPStep:
+    """One step of the last MTP layer in training on its own state, as `model.decoding.speculative` chains it.
+
+    Step 1 is the layer's ordinary pass. In step j, position u stands for a draft whose chain began at u - (j-1): of the
+    positions up to there the layer sees the latents of step 1, then of each following one that of the next step.
+
+    Args:
+        latents: of the steps before; this one's are added to it.
+        step: j, from 1.
+    """
+
+    decoding, counts_loads = False, True
+
+    def __init__(self, latents: dict[int, Tensor], step: int) -> None:
+        self.latents, self.step = latents, step
+
+    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
+        """Return (batch, j time, C): the latents of each step, one step behind the other."""
+        self.latents[self.step] = latent_BTC  # by number: recomputation of activations comes here twice
+        return torch.cat([self.latents[step] for step in range(1, self.step + 1)], dim=1)
+
+    def mask_within(self, time: int, segment_ids: Tensor | None, device: torch.device) -> AttentionMask:
+        """Return which of them each position sees, (batch or 1, 1, time, j time) bool; j is 2 or more."""
+        behind = torch.arange(time, device=device)[:, None] - torch.arange(time, device=device)
+        first = behind >= self.step - 1
+        chain = [behind == self.step - step for step in range(2, self.step + 1)]
+        if segment_ids is None:
+            return AttentionMask(torch.cat((first, *chain), dim=1)[None, None])
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        allowed = torch.cat((first & same, *(part.expand_as(same) for part in chain)), dim=2)
+        return AttentionMask(allowed[:, None])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import AttentionMask
-from model.kernels import attention, causal, fused, grouped, products
+from model.kernels import attention, causal, decode, fused, grouped, products
 from model.kernels.attention import FLASH_ATTN, SDPA
 from model.kernels.grouped import GradBuffer
 from model.rope import rotate
@@ -67,6 +67,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
         return linear(x, self.weight, self.bias)
+
+
+def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden (..., hidden) after a norm, head (vocab, hidden) -> (..., vocab) float32."""
+    if not decode.projects(hidden, head):
+        return F.linear(hidden, head.to(hidden.dtype)).float()
+    return decode.project(hidden, head, head.dtype)
 
 
 def causal_attention(

@@ -22,8 +22,7 @@ import training.trainer
 from errors import command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.decoding import native
-from model.kernels import compiled
+from model.kernels import compiled, decode
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
@@ -77,9 +76,9 @@ def portable(monkeypatch: pytest.MonkeyPatch, other_libraries: Path) -> Iterator
     """decode.c compiled without any instructions of this processor's own, and in less time."""
     monkeypatch.setattr(compiled, "FLAGS", ("-O1", *(flag for flag in compiled.FLAGS if flag[:2] not in ("-O", "-m"))))
     monkeypatch.setenv("XDG_CACHE_HOME", str(other_libraries))
-    native.library.cache_clear()
+    decode.library.cache_clear()
     yield
-    native.library.cache_clear()
+    decode.library.cache_clear()
 
 
 @pytest.fixture

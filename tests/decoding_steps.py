@@ -7,7 +7,7 @@ import torch
 from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.decoding import native
-from model.decoding.stepper import read
+from model.decoding.runner import runner_for
 
 SHAPES = {
     "plain": {},
@@ -43,7 +43,9 @@ def steps(
     """Logits of 1, 2, 1 and 5 new tokens after a prompt of 7, for a batch, with a cache of type `held`."""
     ids = torch.randint(0, 61, (batch, 16), generator=torch.Generator().manual_seed(1))
     cache = LatentCache(model.config, batch, 16, held, "cpu", padding)
-    return torch.cat([model(part, cache=cache).logits for part in ids.split([7, 1, 2, 1, 5], dim=1)], dim=1)
+    runner = runner_for(model, cache)
+    parts = ids.split([7, 1, 2, 1, 5], dim=1)
+    return torch.cat([runner.step(part, part.shape[1]).logits for part in parts], dim=1)
 
 
 def in_pytorch(monkeypatch, compute, *arguments):
@@ -69,5 +71,11 @@ def same_bits_however_many(model: MiniDeepSeek, held: torch.dtype = torch.float3
     ids, found = torch.randint(0, 61, (1, 13)), []
     for sizes in ([6] + [1] * 7, [6, 2, 2, 3], [6, 3, 4], [6, 7]):
         cache = LatentCache(model.config, 1, 16, held, "cpu")
-        found.append(torch.cat([read(model, part, cache, part.shape[1]).logits for part in ids.split(sizes, dim=1)], 1))
+        runner = runner_for(model, cache)
+        found.append(torch.cat([runner.step(part, part.shape[1]).logits for part in ids.split(sizes, dim=1)], 1))
     return all(torch.equal(logits, found[0]) for logits in found[1:])
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, by the norm."""
+    return ((found - exact).norm() / exact.norm()).item()

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache, cache_dtype
+from model.decoding.runner import runner_for
 from model.experts import Experts
 from model.quantized import Int8Weight, quantize_weights
-from model.transformer import logits
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
 from training.alignment.policy_loss import GRPOLoss
@@ -183,11 +183,12 @@ def decoding() -> None:
     decoder = model().eval()
     with torch.no_grad(), bf16():
         cache = LatentCache(decoder.config, ROWS, TIME, cache_dtype(decoder), CUDA, mtp=True)
-        out = decoder(ids(ROWS, 5), cache=cache)
+        runner = runner_for(decoder, cache)
+        step = runner.step(ids(ROWS, 5))
         for _ in range(3):
-            chosen = logits(out.hidden[:, -1], out.head).argmax(-1)
-            out = decoder(chosen.unsqueeze(1), cache=cache)
-        drafted, _ = decoder.draft(out.state, chosen.unsqueeze(1), 1, cache)
+            chosen = step.choice
+            step = runner.step(chosen)
+        drafted = runner.draft(step.states, chosen, 1).logits
     assert cache.length == 8 and cache.latents.dtype == torch.bfloat16 and drafted.shape == (ROWS, 1, VOCAB)
 
 

@@ -77,23 +77,16 @@ def test_no_source_runs_what_it_reads() -> None:
     assert {path.name: found for path in sources() if (found := dangers(path.read_text(encoding="utf8")))} == {}
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["import pickle", "from joblib import load", "eval(text)", "exec(text)", "torch.load(file)",
-     "yaml.load(text, Loader)",
-     "torch.load(file, weights_only=False)", "np.load(file, allow_pickle=True)",
-     "AutoModel.f(x, trust_remote_code=True)",
-     "subprocess.run(text, shell=True)", "import tarfile", "shutil.unpack_archive(file)"],
+DANGEROUS = (
+    "import pickle", "from joblib import load", "eval(text)", "exec(text)", "torch.load(file)", "import tarfile",
+    "yaml.load(text, Loader)", "torch.load(file, weights_only=False)", "np.load(file, allow_pickle=True)",
+    "AutoModel.f(x, trust_remote_code=True)", "subprocess.run(text, shell=True)", "shutil.unpack_archive(file)",
 )  # fmt: skip
-def test_a_dangerous_line_would_be_found(line: str) -> None:
-    assert dangers(f"def f():\n    {line}\n")
+HARMLESS = ("model.eval()", "re.compile(text)", "torch.load(file, weights_only=True)", "yaml.safe_load(t)")
 
 
-@pytest.mark.parametrize(
-    "line", ["model.eval()", "re.compile(text)", "torch.load(file, weights_only=True)", "yaml.safe_load(t)"]
-)
-def test_a_harmless_line_is_not(line: str) -> None:
-    assert not dangers(line)
+def test_a_dangerous_line_would_be_found() -> None:
+    assert all(dangers(f"def f():\n    {line}\n") for line in DANGEROUS) and not any(map(dangers, HARMLESS))
 
 
 # Pickles
@@ -262,14 +255,8 @@ def test_shards_of_any_name_lie_in_their_folder(name: str, tmp_path: Path, token
 def test_an_import_copies_names_that_it_knows_only(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "evil.py").write_text("x", encoding="utf8")
     import_folder(checkpoint, tmp_path / "imported")
-    kept = {path.name for path in (tmp_path / "imported").iterdir()}
-    assert kept == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert {path.name for path in (tmp_path / "imported").iterdir()} == set(names)
 
 
 # Words that look like marks
@@ -289,13 +276,11 @@ def test_no_text_encodes_to_a_mark(tokenizer: Tokenizer, text: str) -> None:
 
 
 @pytest.mark.parametrize("change", [{"special": False}, {"lstrip": True}, {"normalized": True}])
-def test_a_tokenizer_that_would_see_marks_in_text_is_refused(
-    change: dict, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_would_see_marks_in_text_is_refused(change: dict, tokenizer, tmp_path: Path) -> None:
     content = json.loads(tokenizer.raw.to_str())
     content["added_tokens"][2] |= change
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf8")
-    if change == {"special": False}:
+    if "special" in change:
         with pytest.raises(UserError, match="not the special tokens"):
             Tokenizer.from_folder(tmp_path)
     else:

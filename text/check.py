@@ -56,7 +56,7 @@ class Findings:
 
     def _fate(self) -> str:
         if self.kind == "text":
-            return f"{self.longer:,} documents are longer and go on in the next row; nothing is lost"
+            return f"{self.longer:,} documents are longer and continue in the next row; nothing is lost"
         if not self.cut and not self.dropped:
             return f"all {NOUNS[self.kind]} fit"
         cut = f"{self.cut:,} cut after the last answer that fits, " if self.kind == "chat" else ""

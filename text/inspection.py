@@ -34,7 +34,7 @@ Sequences = list[tuple[Sequence[int], Sequence[int]]]
 
 
 def kind_of_source(source: Source) -> str:
-    """text, chat, preference or prompt: of the format, or of the first row that shows it."""
+    """Return text, chat, preference or prompt: by the format, or by the first row that shows it."""
     if source.layout.format:
         return FORMATS[source.layout.format].kind
     if is_generated(source):
@@ -51,7 +51,7 @@ def kind_of_source(source: Source) -> str:
 
 
 def placed_items(source: Source, kind: str, report: RowReport) -> Iterator[tuple[str, Any]]:
-    """(place, item) of every usable row: a text, a conversation, a `Preference` or a `Problem`; the others counted.
+    """Yield (place, item) of every usable row: a text, a conversation, a `Preference`, a `Problem`; the others counted.
 
     Raises `UserError` for what cannot be read to its end, and for text of which there is none.
     """
@@ -64,13 +64,13 @@ def placed_items(source: Source, kind: str, report: RowReport) -> Iterator[tuple
             yield f"{source} #{number + 1}", problems.problem(number, 0)
     else:
         converters = {"chat": to_messages, "preference": to_preference}
-        seen = {"layout": source.layout, "notices": report.pending}
-        convert = problem_reader(source) if kind == "prompt" else partial(converters[kind], **seen)
+        layout = {"layout": source.layout, "notices": report.pending}
+        convert = problem_reader(source) if kind == "prompt" else partial(converters[kind], **layout)
         yield from placed_rows(source, convert, "skip", report)
 
 
 def encode_items(tokenizer: Tokenizer, kind: str, items: Sequence[Any]) -> list[Sequences]:
-    """The token sequences of each item and what is trained on of them: of a problem only its prompt, which is not."""
+    """Return the token sequences of each item and what is trained on: of a problem only its prompt, which is not."""
     if kind == "text":
         encoded = tokenizer.encode_batch(list(items))
         return [[([*ids, tokenizer.eos_id], [1] * (len(ids) + 1))] for ids in encoded]
@@ -112,5 +112,5 @@ def _kind_of_row(row: dict) -> str:
 
 
 def no_usable(source: Source, report: RowReport) -> UserError:
-    """What to say when no row is left."""
+    """Return the error for a source of which no row is left."""
     return UserError(f"{source}: no usable row; {report.why_empty()}")

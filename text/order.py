@@ -14,7 +14,7 @@ BLOCK = 4096
 
 
 def scramble(*values: int) -> int:
-    """64 bits that look random, from whole numbers (splitmix64's finaliser, Steele et al. 2014)."""
+    """Return 64 bits that look random, from whole numbers (splitmix64's finaliser, Steele et al. 2014)."""
     state = 0
     for value in values:
         state = (state + (value & WORD) + 0x9E3779B97F4A7C15) & WORD
@@ -25,7 +25,7 @@ def scramble(*values: int) -> int:
 
 
 def shuffled(place: int, size: int, *key: int) -> int:
-    """What stands at a place of a permutation of range(size) that `key` picks.
+    """Return what stands at a place of a permutation of range(size) that `key` picks.
 
     A Feistel network permutes the next power of four; a value outside the range is put through again until it is
     inside (cycle walking, Black and Rogaway 2002), at most four times on average.
@@ -43,7 +43,7 @@ def shuffled(place: int, size: int, *key: int) -> int:
 
 
 def block_shares(weights: Sequence[float]) -> list[int]:
-    """How many of `BLOCK` samples in a row each source gives: its share rounded, at least one; they add up."""
+    """Return how many of `BLOCK` samples in a row each source gives: its share rounded, at least one; they add up."""
     exact = [BLOCK * weight / sum(weights) for weight in weights]
     shares = [max(1, int(share)) for share in exact]
     while (rest := BLOCK - sum(shares)) != 0:
@@ -54,7 +54,7 @@ def block_shares(weights: Sequence[float]) -> list[int]:
 
 
 def mixed(index: int, shares: Sequence[int], *key: int) -> tuple[int, int]:
-    """(source, number of the sample among that source's own) of sample `index` of an endless mixture.
+    """Return (source, number of the sample among that source's own) of sample `index` of an endless mixture.
 
     Every run of `BLOCK` samples, counted from 0, has exactly the shares, in an order of its own.
     """

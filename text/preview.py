@@ -31,9 +31,8 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
     if not found:
         raise no_usable(source, report)
     encoded = encode_items(tokenizer, kind, [item for _, item in found])
-    console.print(
-        Text(f"{source}: {source.layout.format or kind + ', layout seen row by row'}; + is trained on"), soft_wrap=True
-    )
+    layout = source.layout.format or f"{kind}, layout recognised row by row"
+    console.print(Text(f"{source}: {layout}; + is trained on"), soft_wrap=True)
     for notice in report.unread:
         console.print(Text(notice), soft_wrap=True)
     for (place, item), sequences in zip(found, encoded, strict=True):
@@ -55,11 +54,11 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
 
 
 def _remark(kind: str, sequences: Sequences, sequence_length: int) -> str:
-    """What a row of `sequence_length` does to the data."""
+    """Return what a row of `sequence_length` does to the data."""
     if max(lengths(sequences)) <= sequence_length or kind == "text":
         return ""
-    kept = cut_at_turn(sequences[0][1], sequence_length) if kind == "chat" else 0
-    fate = f"cut after {kept} tokens, its last answer that fits," if kept else "left out"
+    fitting = cut_at_turn(sequences[0][1], sequence_length) if kind == "chat" else 0
+    fate = f"cut after {fitting} tokens, its last answer that fits," if fitting else "left out"
     return f"{fate} with --sequence_length {sequence_length}"
 
 

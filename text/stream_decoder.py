@@ -29,5 +29,5 @@ class StreamDecoder:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """End the text; return U+FFFD for a character that was left unfinished. The decoder can be used anew."""
+        """End the text; return U+FFFD for a character that was left unfinished. The decoder can be used again."""
         return self._decoder.decode(b"", final=True)

@@ -37,7 +37,7 @@ class Tokenizer:
     """Text to token ids and back. Text stays text: a special token that is spelled out in it is encoded as letters."""
 
     def __init__(self, raw: tokenizers.Tokenizer) -> None:
-        """Raises `UserError` unless the special tokens are the project's at the lowest ids, and all text comes back."""
+        """Raise `UserError` unless the special tokens are the project's at the lowest ids, and all text comes back."""
         for number, token in enumerate(SPECIAL_TOKENS):
             if raw.token_to_id(token) != number:
                 raise UserError(f"special token {token!r} has id {raw.token_to_id(token)}, not {number}; {OURS}")
@@ -150,7 +150,7 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _problem_with(raw: tokenizers.Tokenizer) -> str:
-    """Why this is not byte-level BPE as this project and its checkpoints need it; nothing where it is."""
+    """Return why this is not byte-level BPE as this project and its checkpoints need it; nothing where it is."""
     content = json.loads(raw.to_str())
     if content["model"]["type"] != "BPE" or content["model"]["dropout"]:
         return "not BPE, or one that draws lots"
@@ -172,7 +172,7 @@ def _from_json(content: str) -> Tokenizer:
 
 
 def characters(text: str) -> str:
-    """The text without half surrogate pairs, which a broken JSON escape leaves and UTF-8 cannot hold."""
+    """Return the text without half surrogate pairs, which a broken JSON escape leaves and UTF-8 cannot hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -181,7 +181,7 @@ def characters(text: str) -> str:
 
 
 def byte_letters() -> dict[str, int]:
-    """GPT-2's byte-level alphabet: printable Latin-1 letters stand for their own byte, the rest follow from U+0100."""
+    """Return GPT-2's byte-level alphabet: printable Latin-1 stands for its own byte, the rest follows from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -77,7 +77,7 @@ def train_bpe(
     """Byte-level BPE of exactly `vocab_size` tokens; the same texts in the same order give the same tokenizer.
 
     `max_token_bytes` keeps a token to five Chinese characters or an English word: Chinese has no spaces, so a piece is
-    a whole clause, and a sentence repeated on every page of a corpus would otherwise be learnt as one token, with each
+    a whole clause, and a sentence repeated on every page of a corpus would otherwise become one token, with each
     of its beginnings. Memory grows with the text, about 45 bytes a byte: long pieces are rarely met twice.
     Raises `UserError` when the texts are too few to make that many tokens.
     """

@@ -120,7 +120,7 @@ def labels_ahead(batch: Batch, depth: int) -> Tensor:
     return ahead
 
 
-def labels_of_own_step(batch: Batch, depth: int, step: int) -> Tensor:
+def labels_of_unrolled_step(batch: Batch, depth: int, step: int) -> Tensor:
     """What step j of MTP depth D on its own state predicts at position t: the same as the depth itself, but only where
     the chain began, j-1 positions before, in the same segment."""
     labels, begun = labels_ahead(batch, depth), step - 1
@@ -165,7 +165,7 @@ class NextTokenLoss:
         """Return the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
-        out = model(**inputs, mtp=self.runs_mtp, mtp_steps=self.mtp_steps)
+        out = model(**inputs, mtp=self.mtp_steps if self.runs_mtp else 0)
         count = (labels != IGNORE).sum()
         main, parts = self.main(out, batch)
         total, metrics = main, {"main": main.detach(), **parts}
@@ -175,8 +175,8 @@ class NextTokenLoss:
                 for depth, hidden in enumerate(out.mtp_hidden, start=1)
             ]
             depths += [
-                cross_entropy_sum(hidden, out.head, labels_of_own_step(batch, len(out.mtp_hidden), step))
-                for step, hidden in enumerate(out.own_hidden, start=2)
+                cross_entropy_sum(hidden, out.head, labels_of_unrolled_step(batch, len(out.mtp_hidden), step))
+                for step, hidden in enumerate(out.mtp_unrolled, start=2)
             ]
             mtp = torch.stack(depths).mean()
             total = total + self.weight_of_mtp(batch) * mtp

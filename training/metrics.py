@@ -75,11 +75,12 @@ class Tally:
 class FlopsCounter:
     """FLOPs of a token of training. Whether MTP runs, and how often, is the loss's to say; it may change in a run."""
 
-    def __init__(self, model: MiniDeepSeek, loss: Loss) -> None:
-        self.model, self.loss = model, loss
+    def __init__(self, model: MiniDeepSeek, loss: Loss, time: int) -> None:
+        """time: positions of a sequence."""
+        self.model, self.loss, self.time = model, loss, time
         main = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
         self.trained = sum(p.numel() for p in main if p.requires_grad)
-        self._counted: dict[tuple[int, int], int] = {}
+        self._counted: dict[int, int] = {}
 
     @property
     def mtp_passes(self) -> int:
@@ -88,14 +89,14 @@ class FlopsCounter:
             return 0
         return len(self.model.mtp) + getattr(self.loss, "mtp_steps", 1) - 1
 
-    def flops(self, time: int) -> int:
-        """Return those of forward and backward in sequences of `time`; weight gradients are a third of the products."""
-        key = time, self.mtp_passes
-        if key not in self._counted:
-            costs = count(replace(self.model.config, num_nextn_predict_layers=self.mtp_passes), time)
+    def flops(self) -> int:
+        """Return those of forward and backward of a token now; weight gradients are a third of the products."""
+        passes = self.mtp_passes
+        if passes not in self._counted:
+            costs = count(replace(self.model.config, num_nextn_predict_layers=passes), self.time)
             frozen = 1 - min(self.trained / costs.total, 1)
-            self._counted[key] = round(costs.flops - costs.products * frozen / 3)
-        return self._counted[key]
+            self._counted[passes] = round(costs.flops - costs.products * frozen / 3)
+        return self._counted[passes]
 
 
 def step_entry(

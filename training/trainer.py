@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ from training.optim.build import build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
 from training.parallel.replication import check_facts, check_weights, facts, replicate
 from training.run.checkpoint import Progress, Weights
-from training.run.estimate import Pace, fit_batch, warn_of_few_steps
-from training.run.interrupt import Stopped, aftermath
+from training.run.estimate import Pace, fit_batch
+from training.run.interrupt import Stopped
 from training.run.lock import RunLock
 from training.run.log import RunLog
 from training.run.plots import draw_run
@@ -103,21 +101,20 @@ class Trainer:
         if found is None and self.settings.carry_optimizer:
             self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer))
         if self.progress.finished:
-            final = self.out / "final"
-            if self.ranks.on_main(lambda: self.checkpoints.newest() == final):
-                done = f"already complete after {self.progress.step} steps ({self._end(self.progress)})"
+            final, end = self.out / "final", self._end(self.progress)
+            if not self.ranks.on_main(lambda: self.checkpoints.newest() == final):
+                self.checkpoints.finish(self.progress, end)  # it was interrupted where this budget ends
+            else:
+                done = f"already complete after {self.progress.step} steps ({end})"
                 self.ranks.say(f"{self.out}: {done}; raise the budget to train further")
-            else:  # it was interrupted where this budget ends
-                self._finish()
             return final
         if self.settings.compile:
             quiet_compiler()
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
-        flops = partial(FlopsCounter(self.model, self.loss).flops, self.settings.sequence_length)
+        counter = FlopsCounter(self.model, self.loss, self.settings.sequence_length)
         if self.ranks.main:
-            warn_of_few_steps(self.settings, self.ranks, len(self.dataset))
-            self.pace.announce(self.model, self.dataset, flops(), self.peak.rate, self.dtype)
+            self.pace.announce(self.model, self.dataset, counter.flops(), self.peak.rate, self.dtype)
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         if self.samples:
@@ -128,8 +125,8 @@ class Trainer:
             self.ranks.watch.show = log.doing
             with suppress(Stopped):  # the step it was in has changed nothing yet
                 if self._measure_first(log, found is None, late):
-                    self._loop(log, lambda rate: self.peak.share(rate * flops()))
-        self._finish()
+                    self._loop(log, counter)
+        self.checkpoints.finish(self.progress, self._end(self.progress))
         if self.ranks.main:
             draw_run(self.out)
         return self.checkpoints.newest() or self.out
@@ -157,7 +154,7 @@ class Trainer:
             self._judge(measured)
         return True
 
-    def _loop(self, log: RunLog, mfu: Callable[[float], float]) -> None:
+    def _loop(self, log: RunLog, counter: FlopsCounter) -> None:
         """Do steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
         log.begin(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
@@ -181,7 +178,8 @@ class Trainer:
             if validate or progress.step == 1 or progress.step % settings.log_every == 0:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
-                entry = step_entry(result, progress, lr, rate, mfu(rate), peak_memory(self.ranks.device))
+                mfu, memory = self.peak.share(rate * counter.flops()), peak_memory(self.ranks.device)
+                entry = step_entry(result, progress, lr, rate, mfu, memory)
                 measured = self._validate() if validate and not stop else {}
                 stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
                 log.write(entry if stop else {**entry, **measured})
@@ -253,25 +251,6 @@ class Trainer:
         if self.budget.progress(*spent) >= 1:
             return self.budget.first(*spent)
         return f"--patience {patience}" if patience and progress.stale >= patience else ""
-
-    def _finish(self) -> None:
-        """Save the end of the run, or the point where it was interrupted."""
-        progress, say = self.progress, self.ranks.say
-        folder = self.out / ("final" if progress.finished else f"step-{progress.step}")
-        self.checkpoints.wait()  # that of this step may be under way
-        if not progress.step:
-            say(f"interrupted: before the first step, so that there is nothing to save{aftermath()}")
-            return
-        if progress.finished or not self.ranks.on_main(folder.is_dir):
-            self.checkpoints.save(folder.name, progress)
-        self.checkpoints.wait()
-        if not progress.finished:
-            say(f"interrupted: saved {folder}; the same command with --resume goes on from there{aftermath()}")
-            return
-        done = f"{progress.step} steps, {progress.tokens:,} tokens (ended by {self._end(progress)})"
-        say(f"finished: {folder} after {done}")
-        if self.settings.keep_best and (best := progress.best):
-            say(f"best: {self.out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
 
     def _agree(self, seconds: float) -> tuple[float, bool]:
         """Return rank 0's clock, and whether any rank was asked to stop: all ranks must end at the same step.

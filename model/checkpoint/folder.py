@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import DamagedCheckpoint, waiting
 from LMConfig import LMConfig
-from model.checkpoint.tensor_file import save_file
 from model.checkpoint.weight_files import WEIGHTS, WeightFiles
 
 if TYPE_CHECKING:

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from model.cache import LatentCache, SlotCache, cache_dtype
-from model.decoding import native
-from model.decoding.prefill import TOKENS, prefill
+from model.decoding.eager import PREFILL_TOKENS
+from model.decoding.runner import runner_for
 from model.decoding.sampling import Sampling
 from model.decoding.scheduler import Completion, Prompt, Request, Scheduler, padded_width
-from model.decoding.stepper import read
-from model.transformer import logits
 
 if TYPE_CHECKING:
     from model.transformer import MiniDeepSeek
@@ -43,10 +41,11 @@ class Engine:
         prefill_tokens: see `Scheduler`.
     """
 
-    def __init__(self, model: MiniDeepSeek, slots: int, max_length: int, prefill_tokens: int = TOKENS) -> None:
+    def __init__(self, model: MiniDeepSeek, slots: int, max_length: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
         self.model, self.device = model, model.lm_head.weight.device
         self.scheduler = Scheduler(slots, max_length, prefill_tokens)
         self.cache = SlotCache(model.config, slots, max_length, cache_dtype(model), self.device)
+        self.runner = runner_for(model, self.cache)
 
     @property
     def busy(self) -> bool:
@@ -102,21 +101,11 @@ class Engine:
     def _decode(self) -> Tensor:
         """The last tokens of all running sequences through the network. (running, vocab)"""
         last = [completion.tokens[-1] for completion in self.scheduler.running]
-        rows = self._rows(len(last))
+        rows = len(last)
+        if rows > self.runner.any_rows:  # a power of two, so that shapes are few
+            rows = min(1 << (rows - 1).bit_length(), self.scheduler.slots)
         ids = torch.tensor(last + [0] * (rows - len(last)), device=self.device)
-        self.cache.begin(rows, 1)
-        if self._in_c(rows):
-            return read(self.model, ids.unsqueeze(1), self.cache).logits[:, -1]
-        hidden = self.model(ids.unsqueeze(1), cache=self.cache).hidden[:, -1]
-        return logits(hidden, self.model.lm_head.weight)[: len(last)]
-
-    def _in_c(self, rows: int) -> bool:
-        """Whether decode.c takes a step of so many rows."""
-        return self.device.type == "cpu" and rows <= native.MOST_TOKENS
-
-    def _rows(self, count: int) -> int:
-        """How many rows a pass over so many has: in PyTorch a power of two, so that shapes are few."""
-        return count if self._in_c(count) else min(1 << (count - 1).bit_length(), self.scheduler.slots)
+        return self.runner.step(ids.unsqueeze(1)).logits[: len(last), -1]
 
     def _admit(self) -> list[Tensor]:
         """Give free slots to those who wait, in their order. Returns (1, vocab) logits of their first tokens."""
@@ -137,10 +126,10 @@ class Engine:
         ids = torch.tensor([[*prompt.ids, *[0] * (width - len(prompt.ids))] for prompt in prompts], device=self.device)
         cache = LatentCache(self.model.config, len(prompts), width, self.cache.latents.dtype, self.device)
         last = torch.tensor(lengths, device=self.device) - 1
-        scores = logits(prefill(self.model, ids, cache, last), self.model.lm_head.weight)
+        logits = runner_for(self.model, cache).prefill(ids, last)
         for row, prompt in enumerate(prompts):
             prompt.latents = cache.latents[:, row, : len(prompt.ids)]
-            prompt.logits = scores[row : row + 1]
+            prompt.logits = logits[row : row + 1]
 
     def _choose(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """The next token of each running sequence, (running, vocab), by its own rule, and its log-probability."""

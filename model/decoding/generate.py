@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from errors import UserError
 from model.cache import LatentCache, cache_dtype
-from model.decoding.cuda_step import StaticStep, fits_graph
-from model.decoding.prefill import prefill
+from model.decoding.runner import runner_for
 from model.decoding.sampling import Sampling
 from model.decoding.speculative import stream_speculative
-from model.decoding.stepper import read
-from model.transformer import MiniDeepSeek, logits
+
+if TYPE_CHECKING:
+    from model.transformer import MiniDeepSeek
 
 
 def generate(
@@ -44,24 +45,18 @@ def generate(
         seed: of the sampling; None draws on torch's global generator.
         attention_mask: (batch, time) 1 for tokens, 0 for left padding.
         draft_tokens: the most drafts a speculative pass; 0 means one for each MTP layer.
-        static: steps of one shape, on CUDA as a graph (see `cuda_step`); plain steps, with a notice, where a step
+        static: steps of one shape, on CUDA as a graph (see `cuda_graph`); plain steps, with a notice, where a step
             cannot be one. The same tokens.
     Returns:
         (batch, time + new) prompt and completion; after its stop token a row holds the stop token's padding.
     """
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    sampling, stop = Sampling(repetition_penalty, temperature, top_k, top_p, min_p), stop_tokens(eos_token_id)
     if speculative:
         check_speculative(model, input_ids, sampling)
         if attention_mask is not None and not attention_mask.all():
             raise UserError("speculative generation: of one prompt without padding only; leave the mask out")
-        stop = stop_tokens(eos_token_id)
-        new = list(
-            stream_speculative(
-                model, input_ids, max_new_tokens, stop, draft_tokens=draft_tokens, sampling=sampling, seed=seed
-            )
-        )
-        return torch.cat((input_ids, input_ids.new_tensor(new).view(1, -1)), dim=1)
-    stop = stop_tokens(eos_token_id)
+        tokens = stream_speculative(model, input_ids, max_new_tokens, stop, None, draft_tokens, sampling, seed)
+        return torch.cat((input_ids, input_ids.new_tensor(list(tokens)).view(1, -1)), dim=1)
     steps = list(stream(model, input_ids, max_new_tokens, sampling, stop, seed, attention_mask, static))
     return torch.cat((input_ids, *(ids.unsqueeze(1) for ids in steps)), dim=1)
 
@@ -98,25 +93,20 @@ def stream(
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     # One position less than all: the last token is never read.
     cache = LatentCache(model.config, batch, time + max_new_tokens, cache_dtype(model), input_ids.device, padding)
-    static = static and fits_graph(model, cache.latents.dtype, cache.latents.device)
+    runner = runner_for(model, cache, static)
     fill = stop[0] if stop else 0
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     # Padding is not text that could be repeated: the row's own last token stands in for it.
     ids, seen = input_ids, input_ids if padding is None else input_ids.where(attention_mask.bool(), input_ids[:, -1:])
-    advance = None
     for count in range(1, max_new_tokens + 1):
         if count == 1:
-            found = logits(prefill(model, ids, cache), model.lm_head.weight)
-            choice = found.argmax(-1)
-        elif static:
-            advance = advance or StaticStep(model, cache)
-            found = advance(ids)
-            choice = found.argmax(-1)
+            logits = runner.prefill(ids)
+            choice = logits.argmax(-1)
         else:
-            step = read(model, ids, cache)
-            found, choice = step.logits[:, -1], step.choice[:, -1]
+            step = runner.step(ids)
+            logits, choice = step.logits[:, -1], step.choice[:, -1]
         plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
-        chosen = choice if plain else sampling.choose(found, seen, generator)
+        chosen = choice if plain else sampling.choose(logits, seen, generator)
         chosen = torch.where(running, chosen, torch.full_like(chosen, fill))
         yield chosen
         for token in stop:

@@ -1,208 +1,254 @@
-"""Decoding on CPU in C: `decode.c`, compiled once on the machine at hand. Without a C compiler PyTorch does the same.
+"""Decoding on CPU in C: one call of decode.c a step. Without a C compiler PyTorch does the same.
 
 python -m model.decoding.native        says whether it is there, and why not
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from LMConfig import LMConfig
+from model.attention import select_positions
 from model.cache import LatentCache
+from model.decoding.eager import EagerRunner, Step
 from model.experts import Experts
-from model.kernels.compiled import compiled
-from model.kernels.structs import Layer, Matrix, fixed_point_size, layer_of, scratch_for, shape_of
+from model.kernels.compiled import floats, integers
+from model.kernels.decode import (
+    WEIGHT_TYPES,
+    Ends,
+    Layer,
+    Matrix,
+    Speculation,
+    build,
+    library,
+    scratch_for,
+    shape_of,
+)
 from model.layer import DecoderLayer
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
 from model.mtp import MTPLayer, SharedHead
 from model.norm import RMSNorm
-from model.ops import Linear
-from model.quantized import Int8Weight, QuantizedLinear
+from model.ops import Linear, head_logits
+from model.quantized import Int8Weight, QuantizedLinear, quantize_weights
+
+if TYPE_CHECKING:
+    from model.transformer import MiniDeepSeek
 
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
-SOURCE = Path(__file__).parents[1] / "kernels" / "decode.c"
-WEIGHT_TYPES = (torch.float32, torch.bfloat16)
 
 
-class Decoder:
-    """Neighbouring layers and a cache, ready to run: the addresses are taken once, weights are read where they are.
-
-    Args:
-        layers: plain ones, see `decoder`; their `self_attn.layer` is their place in the cache.
+class NativeRunner(EagerRunner):
+    """Steps in C where that can be; in PyTorch with gradients, under autocast, for many tokens, and for weights that
+    are wrapped, in 4 bits or watched by hooks.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer], config: LMConfig, cache: LatentCache) -> None:
-        self.layers, self.config, self.cache = layers, config, cache
-        self.places = range(layers[0].self_attn.layer, layers[0].self_attn.layer + len(layers))
+    any_rows = MOST_TOKENS
+
+    def __init__(self, model: MiniDeepSeek, cache: LatentCache) -> None:
+        super().__init__(model, cache)
+        self._programs: dict[int, Program | None] = {}
+
+    def prefill(self, ids: Tensor, last_positions: Tensor | None = None) -> Tensor:
+        if (program := self.program(0, ids)) is None:
+            return super().prefill(ids, last_positions)
+        check_vocabulary(ids, len(self.head))
+        states = program.run(ids, 1).states
+        last = states[:, -1:] if last_positions is None else select_positions(states, last_positions)
+        return head_logits(self.model.model.norm(last.to(self.head.dtype)).squeeze(1), self.head)
+
+    def step(self, ids: Tensor, last: int = 1) -> Step:
+        program = self.program(0, ids)
+        return super().step(ids, last) if program is None else program.run(ids, last)
+
+    def draft(self, state: Tensor, ids: Tensor, depth: int) -> Step:
+        program = self.program(depth, ids)
+        return super().draft(state, ids, depth) if program is None else program.run(ids, 1, state)
+
+    def program(self, depth: int, ids: Tensor) -> Program | None:
+        """Return what runs ids (batch, time) through the main layers (depth 0) or an MTP layer, or None."""
+        if ids.numel() > MOST_TOKENS or ids.shape[0] > self.cache.latents.shape[1]:  # PyTorch says what is wrong
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return None
+        if depth not in self._programs:
+            model = self.model
+            layers = [model.mtp[depth - 1]] if depth else list(model.model.layers)
+            norm = layers[0].shared_head.norm if depth else model.model.norm
+            plain = _is_plain(model, layers, norm, self.cache.latents.dtype)
+            self._programs[depth] = Program(model, layers, norm, self.cache, self.head) if plain else None
+        return self._programs[depth]
+
+    def greedy_pass(
+        self, tokens: list[int], states: Tensor, most: int, min_confidence: float, drafter: Drafter | None = None
+    ) -> GreedyPass | None:
+        """See `Runner`; None also with several MTP layers."""
+        few = torch.zeros(1, most + 1, dtype=torch.int64)
+        main, mtp = (self.program(depth, few) if len(self.model.mtp) == 1 else None for depth in (0, 1))
+        if main is None or mtp is None or main.library is not mtp.library:
+            return None
+        if states.shape[1] > 1:
+            self.draft(states[:, :-1], torch.tensor([tokens[1:-1]]), 1)
+        matrices, fine = types(self.model.mtp)
+        if drafter is not None and matrices == fine:  # 8 bits have no type of their own: that of the norms is taken
+            light = drafter.layer
+            mtp = Program(self.model, [light], light.shared_head.norm, self.cache, drafter.head)
+        return GreedyPass(main, mtp, tokens, states[:, -1:], most, min_confidence)
+
+
+class Program:
+    """Neighbouring layers with what is before and after them, as decode.c reads them.
+
+    The addresses are taken once, weights are read where they are.
+
+    Args:
+        layers: plain ones, see `_is_plain`; their `self_attn.layer` is their place in the cache.
+        norm, head: what follows the last layer.
+    """
+
+    def __init__(
+        self,
+        model: MiniDeepSeek,
+        layers: Sequence[DecoderLayer],
+        norm: RMSNorm,
+        cache: LatentCache,
+        head: Tensor | Int8Weight,
+    ) -> None:
+        self.layers, self.config, self.cache, self.head = layers, model.config, cache, head
+        first = layers[0]
+        self.places = range(first.self_attn.layer, first.self_attn.layer + len(layers))
         self.library = library(*types(layers), cache.latents.dtype)
-        self.shape = shape_of(config, layers[0].self_attn.scale)
-        self.threads = torch.get_num_threads()
-        self.tokens = 0
-        self.latents = None
-
-    def run(self, x: Tensor, rope: Tensor) -> Tensor:
-        """New positions through the layers, and into the cache: the same numbers as `DecoderLayer.forward`.
-
-        Args:
-            x: (batch, time, hidden); rope: (batch or 1, time, 1, rope/2) complex.
-        Returns:
-            (batch, time, hidden) of the type of x; between the layers all numbers are float32.
-        """
-        batch, time, _ = x.shape
-        self.prepare(batch * time)
-        held = self.cache.reserve_rows(self.places, batch, time)
-        out = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        angles = torch.view_as_real(rope).expand(batch, -1, -1, -1, -1).contiguous()
-        padding = self.cache.padding
-        self.library.decode(
-            ctypes.byref(self.shape),
-            self.addresses,
-            len(self.layers),
-            ctypes.byref(self.scratch),
-            out.data_ptr(),
-            angles.data_ptr(),
-            None if padding is None else padding.data_ptr(),
-            held.data_ptr(),
-            batch,
-            time,
-            self.cache.max_length,
-            self.threads,
-        )
-        return out.to(x.dtype)
+        self.shape = shape_of(model.config, first.self_attn.scale)
+        self.threads, self.tokens, self.latents = torch.get_num_threads(), 0, None
+        self.angles = torch.view_as_real(model.rotary(torch.arange(cache.max_length)[None])).contiguous()
+        tensors = {"embedding": model.model.embed_tokens.weight, "norm": norm.weight, "angles": self.angles}
+        matrices = {"head": head}
+        if isinstance(first, MTPLayer):
+            tensors |= {"enorm": first.enorm.weight, "hnorm": first.hnorm.weight}
+            matrices["eh_proj"] = first.eh_proj
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        addresses |= {name: _matrix(weight) for name, weight in matrices.items()}
+        self.ends = Ends(vocab=model.lm_head.weight.shape[0], **addresses)
 
     def prepare(self, tokens: int) -> None:
-        """Room for so many tokens, and new addresses where the cache has let rows go."""
+        """Make room for so many tokens, and take new addresses where the cache has let rows go."""
         if tokens > self.tokens:
             self.tokens = tokens
             self.scratch, self._room = scratch_for(self.config, tokens, self.cache.max_length, self.threads)
         if self.cache.latents is not self.latents:
             self.latents = self.cache.latents
-            self.addresses = (Layer * len(self.layers))(*(layer_of(layer, self.latents) for layer in self.layers))
+            self.addresses = (Layer * len(self.layers))(*(_layer(layer, self.latents) for layer in self.layers))
+
+    def run(self, ids: Tensor, last: int, state: Tensor | None = None) -> Step:
+        """As `Runner.step`, and with a state (batch, time, hidden) as `Runner.draft`; states are float32."""
+        batch, time = ids.shape
+        self.prepare(batch * time)
+        held, padding = self.cache.reserve_rows(self.places, batch, time), self.cache.padding
+        states, logits = floats(batch, time, self.config.hidden_size), floats(batch, last, self.ends.vocab)
+        choice, confidence = integers(batch, last), floats(batch, last)
+        ids = ids.long().contiguous()
+        state = None if state is None else state.float().contiguous()
+        self.library.step(
+            ctypes.byref(self.shape),
+            self.addresses,
+            len(self.layers),
+            ctypes.byref(self.scratch),
+            ctypes.byref(self.ends),
+            ids.data_ptr(),
+            None if state is None else state.data_ptr(),
+            states.data_ptr(),
+            logits.data_ptr(),
+            choice.data_ptr(),
+            confidence.data_ptr(),
+            None if padding is None else padding.data_ptr(),
+            held.data_ptr(),
+            batch,
+            time,
+            last,
+            self.cache.max_length,
+            self.threads,
+        )
+        return Step(states, logits, choice, confidence)
 
 
-def decoder(layers: Sequence[DecoderLayer], config: LMConfig, x: Tensor, cache: LatentCache) -> Decoder | None:
-    """What can run x (batch, time, hidden) through the layers in C, or None: on other devices, with gradients, for many
-    tokens, and for weights that are wrapped, in 4 bits or watched by hooks.
+class GreedyPass:
+    """Passes of speculative decoding over one prompt with one MTP layer: drafts and verification in one call of C.
+
+    The positions of the cache are counted here from now on.
+
+    Args:
+        main, mtp: what runs the main model and the MTP layer, over one cache that has room for `most` drafts.
+        tokens: the known ones; the main model has read all but the last, the MTP layer has met all but the last two.
+        state: (1, 1, hidden) of the main model at the last position that it has read.
+        most: drafts a pass; min_confidence: a draft is continued while all of it is accepted with this probability.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or x.shape[0] * x.shape[1] > MOST_TOKENS:
-        return None
-    if cache.latents.dtype not in WEIGHT_TYPES or torch.compiler.is_compiling() or not len(layers):
-        return None
-    if x.shape[0] > cache.latents.shape[1]:  # PyTorch says what is wrong
-        return None
-    place = layers[0].self_attn.layer
-    if place not in cache.decoders:
-        cache.decoders[place] = Decoder(layers, config, cache) if _plain(layers, cache.latents.dtype) else None
-    return cache.decoders[place]
+
+    def __init__(
+        self, main: Program, mtp: Program, tokens: list[int], state: Tensor, most: int, min_confidence: float
+    ) -> None:
+        main.prepare(most + 1)
+        mtp.prepare(most + 1)
+        self.library, self.known, self.fresh = main.library, len(tokens), 1
+        self.line = (ctypes.c_int64 * (main.cache.max_length + 1))(*tokens)
+        room = {"states": most + 1, "x": 2 * (most + 1)}
+        tensors = {name: floats(rows, main.config.hidden_size) for name, rows in room.items()}
+        tensors["states"][0] = state[0, 0]
+        tensors |= {"logits": floats(most + 1, main.ends.vocab), "confidence": floats(1)}
+        tensors["choice"] = integers(most + 1)
+        structs = {"shape": main.shape, "scratch": main.scratch, "ends": main.ends, "mtp_ends": mtp.ends}
+        structs |= {"layers": main.addresses, "mtp": mtp.addresses, "line": self.line}
+        self.room = main, mtp, tensors  # what the addresses below belong to
+        self.given = Speculation(
+            count=len(main.layers),
+            most=most,
+            capacity=main.cache.max_length,
+            likely=min_confidence,
+            threads=main.threads,
+            **{name: ctypes.addressof(struct) for name, struct in structs.items()},
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )
+
+    def run(self) -> tuple[list[int], int]:
+        """Return the next tokens, the drafts that are accepted and one more, and how many drafts there were."""
+        drafted, before = ctypes.c_int64(), self.known
+        self.known = self.library.speculate(ctypes.byref(self.given), before, self.fresh, ctypes.byref(drafted))
+        self.fresh = self.known - before
+        return self.line[before : self.known], drafted.value
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor | None:
-    """x (..., in) times weight (out, in) transposed, (..., out) float32: the output head for a few positions.
+class Drafter:
+    """Copies of a model's last MTP layer and of its head in 8 bits: half the reading, and drafts are verified anyway.
 
-    None where this is not the place for it; see `decoder`.
+    Whoever generates often makes one and keeps it, while the weights stay as they are.
     """
-    few = x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= MOST_TOKENS * x.shape[-1]
-    if not few or type(weight) is not nn.Parameter or not weight.is_contiguous() or weight.dtype not in WEIGHT_TYPES:
-        return None
-    if library(weight.dtype) is None or torch.compiler.is_compiling():
-        return None
-    return _project(x, weight, weight.dtype)
+
+    @torch.no_grad()
+    def __init__(self, model: MiniDeepSeek) -> None:
+        layer = model.mtp[-1]
+        # Weights are left out of the copy that are quantized below.
+        self.layer = copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters() if weight.dim() > 1})
+        # Every matrix but the router's, whose choices are made among close numbers.
+        for name, module in list(self.layer.named_modules()):
+            if isinstance(module, (Experts, nn.Linear)):
+                quantize_weights(self.layer, name, Int8Weight.rounded)
+        self.head = Int8Weight.rounded(model.lm_head.weight)
 
 
-def project_codes(x: Tensor, weight: Int8Weight, dtype: torch.dtype) -> Tensor | None:
-    """The same with a weight in 8 bits; None without a C compiler.
-
-    dtype: of the vectors that meet the codes: bfloat16 lets them be rounded to 16 bits, float32 does not.
-    """
-    return None if library(dtype) is None else _project(x, weight, dtype)
-
-
-def _project(x: Tensor, weight: Tensor | Int8Weight, dtype: torch.dtype) -> Tensor:
-    vectors, threads = x.float().contiguous(), torch.get_num_threads()
-    out = vectors.new_empty(*x.shape[:-1], weight.shape[0])
-    count, matrix = vectors[..., 0].numel(), Matrix.of(weight)
-    room = torch.empty(threads * fixed_point_size(count, weight.shape[1]), dtype=torch.int16, device="cpu")
-    library(dtype).project(
-        out.data_ptr(),
-        vectors.data_ptr(),
-        matrix.rows,
-        matrix.scales,
-        room.data_ptr(),
-        count,
-        *weight.shape,
-        threads,
-    )
-    return out
-
-
-@lru_cache(maxsize=8)
-def library(
-    dtype: torch.dtype, fine: torch.dtype | None = None, held: torch.dtype = torch.float32
-) -> ctypes.CDLL | None:
-    """decode.c compiled for matrices of this type, norms and routers of type `fine`, and a cache of type `held`.
-
-    None where that cannot be.
-    """
-    try:
-        built = ctypes.CDLL(str(build(dtype, fine or dtype, held)))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    built.decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_void_p] * 5
-    built.decode.argtypes += [ctypes.c_int64] * 3 + [ctypes.c_int]
-    built.decode.restype = None
-    built.step.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 4
-    built.step.argtypes += [ctypes.c_int]
-    built.step.restype = None
-    built.speculate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    built.speculate.restype = ctypes.c_int64
-    built.project.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
-    built.project.restype = None
-    return built
-
-
-def build(dtype: torch.dtype, fine: torch.dtype, held: torch.dtype) -> Path:
-    """Compile decode.c, or find it compiled. Raises OSError or CalledProcessError."""
-    flags = ["-DBF16"] if dtype == torch.bfloat16 else []
-    flags += ["-DFLOAT_NORMS"] if fine != dtype else []
-    flags += ["-DHALF_CACHE"] if held == torch.bfloat16 else []
-    return compiled(SOURCE, *flags)
-
-
-def _plain(layers: Sequence[DecoderLayer], held: torch.dtype) -> bool:
-    """Every module is ours and unhooked, the weights of types that decode.c reads; and decode.c was compiled."""
-    ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
-    ours |= {Experts, Router, RMSNorm, Linear, QuantizedLinear, Int8Weight}
-    for module in (module for layer in layers for module in layer.modules()):
-        if type(module) not in ours or module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if isinstance(module, Router) and module.e_score_correction_bias.dtype != torch.float32:
-            return False
-    weights = [weight for layer in layers for weight in layer.parameters()]
-    found = types(layers)
-    plain = found is not None and all(w.is_contiguous() and type(w) is nn.Parameter for w in weights)
-    return plain and all(map(_quantized_wholly, layers)) and library(*found, held) is not None
-
-
-def _quantized_wholly(layer: DecoderLayer) -> bool:
-    """All matrices of a layer are in 8 bits, or none is."""
-    quantized = {type(module) is QuantizedLinear for module in layer.modules() if isinstance(module, nn.Linear)}
-    for module in layer.modules():
-        if isinstance(module, Experts):
-            quantized |= {type(weight) is Int8Weight for weight in (module.gate_up_proj, module.down_proj)}
-    return len(quantized) == 1
+def check_vocabulary(ids: Tensor, vocab: int) -> None:
+    """Raise IndexError for a prompt that C would read beyond the embedding for."""
+    if not 0 <= ids.min() <= ids.max() < vocab:
+        raise IndexError(f"a token that is not in the vocabulary of {vocab}")
 
 
 def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:
-    """The type of the matrices, and that of norms and routers, the same or float32; None for any others.
+    """Return the type of the matrices, and that of norms and routers, the same or float32; None for any others.
 
     Where all matrices are in 8 bits, the vectors that they meet are of the type of the norms.
     """
@@ -211,14 +257,76 @@ def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | N
         found = fine if isinstance(module, (RMSNorm, Router)) else matrices
         found.update(weight.dtype for weight in module.parameters(recurse=False))
     matrices = matrices or set(fine)
-    if (
-        len(matrices) != 1
-        or len(fine) != 1
-        or not matrices <= set(WEIGHT_TYPES)
-        or not fine <= matrices | {torch.float32}
-    ):
+    if len(matrices) != 1 or len(fine) != 1 or not matrices <= set(WEIGHT_TYPES):
         return None
-    return matrices.pop(), fine.pop()
+    return (matrices.pop(), fine.pop()) if fine <= matrices | {torch.float32} else None
+
+
+def _is_plain(model: MiniDeepSeek, layers: Sequence[DecoderLayer], norm: RMSNorm, held: torch.dtype) -> bool:
+    """Every module is ours and unhooked, the weights of types that decode.c reads; and decode.c was compiled."""
+    ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
+    ours |= {Experts, Router, RMSNorm, Linear, QuantizedLinear, Int8Weight}
+    modules = [module for layer in layers for module in layer.modules()]
+    found = types(layers) if layers and held in WEIGHT_TYPES else None
+    if found is None or not all(type(module) in ours for module in modules):
+        return False
+    ends = {model.model.embed_tokens: (nn.Embedding, found[0]), model.lm_head: (nn.Linear, found[0])}
+    ends[norm] = (RMSNorm, found[1])
+    if not all(type(module) is kind and module.weight.dtype == dtype for module, (kind, dtype) in ends.items()):
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (*modules, *ends, model)):
+        return False
+    if any(module.e_score_correction_bias.dtype != torch.float32 for module in modules if isinstance(module, Router)):
+        return False
+    weights = [*(weight for layer in layers for weight in layer.parameters()), *(module.weight for module in ends)]
+    plain = all(type(weight) is nn.Parameter and weight.is_contiguous() for weight in weights)
+    plain = plain and model.lm_head.bias is None and all(map(_wholly_quantized_or_not, layers))
+    return plain and library(*found, held) is not None
+
+
+def _wholly_quantized_or_not(layer: DecoderLayer) -> bool:
+    """All matrices of a layer are in 8 bits, or none is."""
+    kinds = {type(module) is QuantizedLinear for module in layer.modules() if isinstance(module, nn.Linear)}
+    for module in layer.modules():
+        if isinstance(module, Experts):
+            kinds |= {type(weight) is Int8Weight for weight in (module.gate_up_proj, module.down_proj)}
+    return len(kinds) == 1
+
+
+def _layer(layer: DecoderLayer, latents: Tensor) -> Layer:
+    """Return the addresses of all weights, and of the layer's part of the cache."""
+    attention, mlp = layer.self_attn, layer.mlp
+    compressed = hasattr(attention, "q_a_proj")
+    dense = mlp.shared_experts if layer.is_moe else mlp
+    linear = {
+        "q_a": attention.q_a_proj if compressed else None,
+        "q_b": attention.q_b_proj if compressed else attention.q_proj,
+        "kv_a": attention.kv_a_proj_with_mqa,
+        "kv_b": attention.kv_b_proj,
+        "o": attention.o_proj,
+    }
+    tensors = {
+        "input_norm": layer.input_layernorm.weight,
+        "q_a_norm": attention.q_a_layernorm.weight if compressed else None,
+        "kv_a_norm": attention.kv_a_layernorm.weight,
+        "post_norm": layer.post_attention_layernorm.weight,
+        "cache": latents[attention.layer],
+    }
+    tensors |= {f"{name}_bias": linear[name].bias for name in ("q_a", "kv_a", "o") if linear[name] is not None}
+    if dense is not None:
+        linear |= {"gate": dense.gate_proj, "up": dense.up_proj, "down": dense.down_proj}
+    matrices = {name: module for name, module in linear.items() if module is not None}
+    if layer.is_moe:
+        tensors |= {"router": mlp.gate.weight, "router_bias": mlp.gate.e_score_correction_bias}
+        matrices |= {"gate_up_experts": mlp.experts.gate_up_proj, "down_experts": mlp.experts.down_proj}
+    addresses = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+    return Layer(**addresses, **{name: _matrix(matrix) for name, matrix in matrices.items()})
+
+
+def _matrix(matrix: Tensor | Int8Weight | nn.Linear) -> Matrix:
+    if isinstance(matrix, nn.Linear):
+        matrix = matrix.quantized if isinstance(matrix, QuantizedLinear) else matrix.weight
+    return Matrix.of(matrix.codes, matrix.scales) if isinstance(matrix, Int8Weight) else Matrix.of(matrix)
 
 
 def main() -> None:

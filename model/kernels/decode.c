@@ -349,17 +349,6 @@ static void run(const Shape *s, const Layer *layers, int64_t count, Scratch *t, 
   }
 }
 
-// The layers alone. padding: (rows,) or NULL; held: (rows,) positions before the new ones; scratch.scores holds
-// HEADS * (capacity + 3) numbers for each thread.
-void decode(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, float *x, const float *angles,
-            const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t capacity, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    Scratch t = own(scratch, capacity);
-    run(s, layers, count, &t, x, angles, padding, held, rows, time, capacity);
-  }
-}
-
 // x (N, hidden) = the tokens' embeddings, or in an MTP layer what they are joined with: M_k [embedding ; state].
 static void begin(const Shape *s, const Ends *ends, Scratch *t, const int64_t *tokens, const float *state, float *x,
                   const int64_t *padding, const int64_t *held, int64_t rows, int64_t time) {
@@ -429,7 +418,8 @@ static void whole(const Shape *s, const Layer *layers, int64_t count, Scratch *t
 
 // From tokens (rows * time,) to logits (rows * last, vocab) of each row's last positions, the likeliest tokens and
 // their probabilities (rows * last,), and in x (N, hidden) all states before the final norm. An MTP layer also reads
-// `state` (N, hidden). padding and scores as in `decode`.
+// `state` (N, hidden). padding: (rows,) or NULL; held: (rows,) positions before the new ones; scratch.scores holds
+// HEADS * (capacity + 3) numbers for each thread.
 void step(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, const Ends *ends,
           const int64_t *tokens, const float *state, float *x, float *logits, int64_t *choice, float *confidence,
           const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t last, int64_t capacity,

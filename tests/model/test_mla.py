@@ -93,9 +93,7 @@ def test_absorbed_attention_equals_naive(shape, padded, mla):
     attention_mask = AttentionMask.left_padded(6, 14, torch.tensor([3, 0])) if padded else AttentionMask()
     queries, rope_of_last, latents = layer._queries(x)[:, -6:], rope[:, -6:], layer._latents(x, rope)
     naive = layer.attend_naive(queries, rope_of_last, latents, attention_mask)
-    absorbed = layer.attend_absorbed(
-        *layer._rotated(queries, rope_of_last), latents, attention_mask, *layer.absorbed_weights(torch.float64)
-    )
+    absorbed = layer.attend_absorbed(*layer._rotated(queries, rope_of_last), latents, attention_mask)
     torch.testing.assert_close(absorbed, naive, atol=1e-6, rtol=1e-5)
 
 

@@ -150,7 +150,7 @@ def test_a_check_of_nothing_usable_or_half_a_file_fails(look, rows, what, tmp_pa
 def test_a_check_of_several_goes_on_after_a_bad_one(look, world, tmp_path):
     bad = write(tmp_path / "a.jsonl", ["{broken"])
     done = look("check", f"{bad},{world / 'preferences.jsonl'},{world / 'pretrain.csv'}", "--sequence_length", 30)
-    assert done.code == 2 and "pairs left out" in done.out and "go on in the next row; nothing is lost" in done.out
+    assert done.code == 2 and "pairs left out" in done.out and "continue in the next row; nothing is lost" in done.out
 
 
 def test_without_a_tokenizer_it_says_what_to_give(run, tmp_path):

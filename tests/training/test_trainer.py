@@ -21,7 +21,6 @@ from model import MiniDeepSeek
 from model.ops import kernel_report
 from training.losses import Batch, NextTokenLoss
 from training.machine import Peak, machine_peak, measured_peak
-from training.metrics import max_violation
 from training.optim.build import OptimSettings, build_optimizer
 from training.parallel.ranks import Ranks
 from training.router_bias import update_bias
@@ -165,10 +164,6 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_labels(make):
     size = sum(len(trainer.tokenizer.raw.id_to_token(token)) for token in batch["labels"].flatten().tolist())
     assert entry["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert entry["val_loss"] == pytest.approx(nats / batch["labels"].numel(), rel=1e-5)
-
-
-def test_max_violation_is_the_worst_load_over_the_mean():
-    assert max_violation(torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 2.0, 2.0, 4.0]])) == [0.0, 1.0]
 
 
 def test_the_weights_follow_their_schedules(make, monkeypatch):

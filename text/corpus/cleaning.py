@@ -49,7 +49,7 @@ class SeenHashes:
 
 
 class Cleaner:
-    """Keeps each text once, if it says something. Exact duplicates are found by 64-bit hashes (xxh3).
+    """Keeps each text once, if it holds anything. Exact duplicates are found by 64-bit hashes (xxh3).
 
     Among ten million documents the chance that even one is taken for a duplicate wrongly is 3 in a million.
     `characters`: of the kept texts.

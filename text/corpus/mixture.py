@@ -23,7 +23,7 @@ def open_sources(
     check: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> list[tuple[ShardSet, float]]:
-    """Each source as shards in its own folder under `shards`, made by one process while the others wait.
+    """Open each source as shards in its own folder under `shards`, made by one process while the others wait.
 
     Without any weight all of the sources are one, of weight 1.
 
@@ -41,12 +41,12 @@ def open_sources(
 
 
 def sources_ready(sources: list[Source], tokenizer: Tokenizer, shards: str | Path, **options: Any) -> bool:
-    """Whether this process finds the shards of all sources finished; arguments as of `open_sources`."""
+    """Return whether this process finds the shards of all sources finished; arguments as of `open_sources`."""
     return all(are_ready(group, tokenizer, folder, **options) for group, folder, _ in _groups(sources, shards))
 
 
 def _groups(sources: list[Source], shards: str | Path) -> Iterator[tuple[list[Source], Path, float]]:
-    """The sources that share a folder of shards, that folder, and their weight."""
+    """Yield the sources that share a folder of shards, that folder, and their weight."""
     mixture = weights(sources)
     groups = [sources] if mixture is None else [[source] for source in sources]
     for group, weight in zip(groups, mixture or [1.0], strict=True):
@@ -54,7 +54,7 @@ def _groups(sources: list[Source], shards: str | Path) -> Iterator[tuple[list[So
 
 
 def _folder_name(group: list[Source]) -> str:
-    """One that tells apart two files of one name in different folders, and two ways to read one file."""
+    """Return one that distinguishes two files of one name in different folders, and two ways to read one file."""
     paths = ",".join(source.path if source.subset is None else f"{source.path}:{source.subset}" for source in group)
     key = str(Path(paths).absolute())
     special = [source for source in group if (source.layout, source.samples, source.split) != (Layout(), None, "train")]

@@ -18,7 +18,7 @@ class PretrainDataset:
 
     Window w holds tokens w*L to w*L + L of a source's stream: L inputs, and the same shifted by one as labels.
 
-    `split="train"`: an epoch shows every full window once, shuffled anew each epoch; the last, partial window is left
+    `split="train"`: an epoch shows every full window once, shuffled again each epoch; the last, partial window is left
     out. Several sources are mixed by weight, to 1/4096: each goes through its own epochs at its own pace, and `len` is
     the windows of all. `split="val"`: every token but a stream's first is a label exactly once, in order, weights
     aside, and the last window is filled up with </s> inputs and labels that count nothing.
@@ -35,29 +35,26 @@ class PretrainDataset:
         split: str = "train",
         isolate: bool = False,
     ) -> None:
-        """Raises `UserError` when a source has no full window to train on, or none has anything to validate on."""
+        """Raise `UserError` when a source has no full window to train on, or none has anything to validate on."""
         self.sequence_length = sequence_length
         self._seed, self._is_train, self._isolate = seed, split == "train", isolate
         self._eos_id = sources[0][0].eos_id
         self._streams = [shards.split(split) for shards, _ in sources]
         self._sources = [shards for shards, _ in sources]
-        if self._is_train:
-            for (shards, weight), stream in zip(sources, self._streams, strict=True):
-                if not 0 < weight < float("inf"):
-                    raise UserError(f"{shards.folder}: weight {weight}; give a number above 0")
-                if stream.tokens <= sequence_length:
-                    raise UserError(
-                        f"{shards.folder}: {stream.tokens:,} tokens to train on, fewer than one window of "
-                        f"{sequence_length + 1:,}; add text or lower the sequence length"
-                    )
-            self._windows = [(stream.tokens - 1) // sequence_length for stream in self._streams]
-            self._shares = block_shares([weight for _, weight in sources])
-        else:
-            self._shares = []
-            self._windows = [-(-max(stream.tokens - 1, 0) // sequence_length) for stream in self._streams]
-            if not sum(self._windows):
-                folders = ", ".join(str(shards.folder) for shards, _ in sources)
-                raise UserError(f"{folders}: nothing is held out to validate on; add documents or set val_fraction 0")
+        full = 0 if self._is_train else sequence_length - 1  # a validation's last window may be partial
+        self._windows = [max(stream.tokens - 1 + full, 0) // sequence_length for stream in self._streams]
+        for (shards, weight), stream, windows in zip(sources, self._streams, self._windows, strict=True):
+            if self._is_train and not 0 < weight < float("inf"):
+                raise UserError(f"{shards.folder}: weight {weight}; give a number above 0")
+            if self._is_train and not windows:
+                raise UserError(
+                    f"{shards.folder}: {stream.tokens:,} tokens to train on, fewer than one window of "
+                    f"{sequence_length + 1:,}; add text or lower the sequence length"
+                )
+        if not sum(self._windows):
+            folders = ", ".join(str(shards.folder) for shards, _ in sources)
+            raise UserError(f"{folders}: nothing is held out to validate on; add documents or set val_fraction 0")
+        self._shares = block_shares([weight for _, weight in sources]) if self._is_train else []
 
     def __len__(self) -> int:
         return sum(self._windows)
@@ -79,7 +76,7 @@ class PretrainDataset:
         return content_hash(shards.content for shards in self._sources)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, window) of a sample."""
+        """Return (source, window) of a sample."""
         if not self._is_train:
             source, window = 0, index % len(self)
             while window >= self._windows[source]:
@@ -91,14 +88,14 @@ class PretrainDataset:
         return source, shuffled(place, self._windows[source], self._seed, source, epoch)
 
     def describe(self, index: int) -> str:
-        """Where a sample comes from: the shards, and which of their documents, counted from 0."""
+        """Return where a sample comes from: the shards, and which of their documents, counted from 0."""
         source, window = self.locate(index)
         stream, begin = self._streams[source], window * self.sequence_length
         first, last = map(stream.document_at, (begin, min(begin + self.sequence_length, stream.tokens - 1)))
         return f"{stream.folder} documents {first} to {last}"
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The samples of these indices."""
+        """Return the samples of these indices."""
         length = self.sequence_length
         inputs = np.full((len(indices), length), self._eos_id, np.int64)
         labels = np.full((len(indices), length), IGNORED_LABEL, np.int64)

@@ -22,7 +22,7 @@ ZIPPED = (".csv", ".json", ".jsonl", ".ndjson", ".txt")
 
 
 def suffix_of(path: Path) -> str:
-    """Return what says how a file is read: its suffix in lower case, without .gz where the format may be packed."""
+    """Return what decides how a file is read: its suffix in lower case, without .gz where the format may be packed."""
     suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
     return inner if suffix == ".gz" and inner in ZIPPED else suffix
 

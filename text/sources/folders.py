@@ -104,7 +104,7 @@ class Folder:
         return found[0]
 
     def _choose(self) -> None:
-        """Leave out the files whose names tell of another split."""
+        """Leave out the files whose names indicate another split."""
         names = {file: _names(file.relative_to(self.path)) for file in self.files}
         splits = {
             file: next((SPLIT_OF[name] for name in found if name in SPLIT_OF), "") for file, found in names.items()

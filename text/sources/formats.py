@@ -1,7 +1,7 @@
 """The formats of data that have a name, the roles that columns play in each, and how a source's rows are laid out.
 
-A role is what a column is for (`prompt`, `response`, ...); a format says which column plays it where nothing else is
-said. The names of roles and tags are those of LLaMA-Factory, whose registry is read as it stands.
+A role is what a column is for (`prompt`, `response`, ...); a format names the column that plays it by default.
+The names of roles and tags are those of LLaMA-Factory, whose registry is read as it stands.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Layout:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def arrange(self, row: Any) -> Any:
-        """Return the row with its columns under the names that the format knows; as it is where nothing says otherwise.
+        """Return the row with its columns under the names that the format knows; as it is without a format.
 
         Raises `RowError` for a row without a column that the format needs.
         """
@@ -113,5 +113,5 @@ class Layout:
 
     @property
     def roles(self) -> dict[str, str]:
-        """What the data calls a role -> the role."""
+        """Return what the data calls a role -> the role."""
         return {**ROLE_NAMES, **{self.tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in self.tags}}

@@ -1,7 +1,7 @@
 """Rows of JSON files of any size, with line numbers, in bounded memory.
 
 A file has one value a line (JSON lines), a list of values, an object with such a list in it, or values that go over
-several lines: pretty-printed rows, or a single object. Which of these is seen from its content, not from its name.
+several lines: pretty-printed rows, or a single object. Its content shows which of these, not its name.
 NaN, which Python and pandas write although JSON has no such number, is null.
 """
 

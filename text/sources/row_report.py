@@ -58,7 +58,7 @@ class RowReport:
         self.first_error = self.first_error or f"{place}: {error}"
 
     def drop(self, kind: str, place: str) -> None:
-        """Count a row that reads well and is not wanted."""
+        """Count a row that reads well and is not kept."""
         self._count(self.problems, kind, place)
 
     def add_file(self, kind: str, place: str, what: str = "") -> None:
@@ -103,12 +103,12 @@ class RowReport:
 
     @property
     def unused(self) -> dict[str, int]:
-        """What became of the rows that were not kept, for `balance`."""
+        """Return what became of the rows that were not kept, for `balance`."""
         return {"more than were asked for": self.left_out, "skipped": self.problems.total()}
 
     @property
     def unused_by_kind(self) -> dict[str, int]:
-        """The same, with the problems by kind."""
+        """Return the same, with the problems by kind."""
         return {"more than were asked for": self.left_out, **self.problems}
 
     def why_empty(self) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError, quiet_imports
 from model import MiniDeepSeek
-from model.checkpoint.tensor_file import save_file
 from model.experts import Experts
 from training.adapters.dropout import Dropout
 from training.adapters.experts_lora import ExpertsLora

@@ -16,11 +16,10 @@ from typing import Any, Protocol
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
-from model.checkpoint.tensor_file import read_parts, save_file
 from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors
@@ -281,8 +280,9 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    for part in read_parts(path):
-        digest.update(part)
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
     return digest.hexdigest()
 
 

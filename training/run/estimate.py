@@ -93,6 +93,7 @@ class Pace:
     def announce(self, model: MiniDeepSeek, dataset: Dataset, flops: int, peak: float, dtype: torch.dtype) -> None:
         """Say in six lines what runs: model, machine, kernels, batch, end and duration. flops: of a token."""
         settings, ranks, budget = self._settings, self._ranks, self._budget
+        warn_of_few_steps(settings, ranks, len(dataset))
         costs = count_costs(model.config, settings.sequence_length)
         takes = estimate(settings, budget, model, flops, peak, ranks.device, dtype)
         micro = min(settings.micro_rows, settings.rows // ranks.world)

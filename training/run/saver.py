@@ -16,6 +16,7 @@ from text.tokenizer import Tokenizer
 from training.datasets import Dataset, PolicyDataset
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import Progress, Snapshot, Weights, keep_last, newest
+from training.run.interrupt import aftermath
 from training.run.resume import BEST, contents, find_checkpoint, restore
 from training.settings import StageSettings
 
@@ -108,6 +109,7 @@ class RunCheckpoints:
         dataset: Dataset,
     ) -> None:
         self._out, self._resume, self._keep = Path(settings.out), settings.resume, settings.keep
+        self._keep_best = settings.keep_best
         self._ranks, self._weights, self._tokenizer, self._optimizer = ranks, weights, tokenizer, optimizer
         self._made = dataset if isinstance(dataset, PolicyDataset) else None
         self.saver = Saver(settings.background_save, ranks.device)
@@ -136,6 +138,23 @@ class RunCheckpoints:
     def save(self, name: str, progress: Progress) -> None:
         """Begin to write one of this moment; an error of the one before it comes up here."""
         self._ranks.on_main(lambda: self._write(name, progress))
+
+    def finish(self, progress: Progress, end: str) -> None:
+        """Save the end of the run, which `end` has brought about, or the point where it was interrupted, and say so."""
+        say, folder = self._ranks.say, self._out / ("final" if progress.finished else f"step-{progress.step}")
+        self.wait()  # that of this step may be under way
+        if not progress.step:
+            say(f"interrupted: before the first step, so that there is nothing to save{aftermath()}")
+            return
+        if progress.finished or not self._ranks.on_main(folder.is_dir):
+            self.save(folder.name, progress)
+        self.wait()
+        if not progress.finished:
+            say(f"interrupted: saved {folder}; the same command with --resume goes on from there{aftermath()}")
+            return
+        say(f"finished: {folder} after {progress.step} steps, {progress.tokens:,} tokens (ended by {end})")
+        if self._keep_best and (best := progress.best):
+            say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
 
     def _write(self, name: str, progress: Progress) -> None:
         data = {} if self._made is None else self._made.state()

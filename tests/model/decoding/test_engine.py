@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from model import MiniDeepSeek
-from model.cache import LatentCache, SlotCache
 from model.decoding import native
-from model.decoding import prefill as model_prefill
 from model.decoding.engine import Engine
-from model.decoding.prefill import prefill
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.scheduler import Request
 
@@ -137,7 +134,7 @@ def test_a_slot_is_taken_in_the_step_after_it_is_free(tiny_model):
 
 def test_a_prompt_is_read_once_for_all_that_wait_with_it(tiny_model):
     model, read = tiny_model(), []
-    model.register_forward_pre_hook(lambda module, inputs: read.append(tuple(inputs[0].shape)))
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, inputs: read.append(tuple(inputs[0].shape)))
     list(Engine(model, 2, LONGEST).run([Request([1, 5, 9], 3)] * 5 + [Request([4] * 12, 2)] * 2))
     assert [shape for shape in read if shape[1] > 1] == [(2, 16)]
 
@@ -150,46 +147,3 @@ def test_what_cannot_be_asked_is_said(prompt, new, tiny_model):
     with pytest.raises(ValueError, match="2 uniforms for 3 tokens"):
         engine.submit(Request([1], 3, Sampling(), (), [0.5, 0.5]))
     assert not engine.busy
-
-
-@pytest.mark.parametrize("padding", [None, torch.tensor([0, 6, 3, 9, 1])])
-@torch.no_grad()
-def test_a_prefill_in_parts_leaves_what_one_pass_leaves(padding, path, tiny_model, monkeypatch):
-    """Of the asked positions; the last layer computes no others, but all latents."""
-    model, ids = tiny_model(), torch.randint(VOCAB, (5, 12))
-    monkeypatch.setattr(model_prefill, "TOKENS", 24)
-    monkeypatch.setattr(native, "MOST_TOKENS", min(native.MOST_TOKENS, 30))  # the last part in C, if any
-    wanted = torch.tensor([11, 11, 11, 11, 11] if padding is not None else [3, 11, 0, 7, 8])
-    whole, parts = (LatentCache(model.config, 5, 14, torch.float32, "cpu", padding) for _ in range(2))
-    expected = model(ids, cache=whole).hidden[torch.arange(5), wanted]
-    torch.testing.assert_close(prefill(model, ids, parts, wanted), expected, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(parts.latents, whole.latents, atol=2e-5, rtol=1e-4)
-    assert parts.lengths == whole.lengths == [12] * 3
-    last = torch.randint(VOCAB, (5, 1))
-    torch.testing.assert_close(model(last, cache=parts).hidden, model(last, cache=whole).hidden, atol=2e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_rows_of_different_lengths_decode_in_c_as_in_pytorch(tiny_model, monkeypatch):
-    def run(model: MiniDeepSeek) -> torch.Tensor:
-        cache = SlotCache(model.config, 3, 20, torch.float32, "cpu")
-        for length in (4, 11, 7):
-            cache.occupy(torch.randn(3, length, 24, generator=torch.Generator().manual_seed(length)))
-        cache.begin(3, 1)
-        first = model(torch.tensor([[5], [6], [7]]), cache=cache).logits
-        cache.release(0)
-        assert cache.held.tolist() == [8, 12, 0]
-        cache.begin(2, 2)
-        return torch.cat((first[[2, 1], 0], model(torch.tensor([[8, 9], [10, 11]]), cache=cache).logits[:, 1]))
-
-    model = tiny_model()
-    ours = run(model)
-    monkeypatch.setattr(native, "MOST_TOKENS", 0)
-    torch.testing.assert_close(ours, run(model), atol=2e-5, rtol=1e-4)
-
-
-def test_a_sequence_that_outgrows_its_slot_is_an_error(tiny_model):
-    cache = SlotCache(tiny_model().config, 1, 4, torch.float32, "cpu")
-    cache.occupy(torch.zeros(3, 4, 24))
-    with pytest.raises(ValueError, match="5 positions, but only 4 were allocated"):
-        cache.begin(1, 1)

@@ -1,8 +1,7 @@
-"""Generation: greedy and sampled, in batches, with stop tokens, streamed, and speculative with the same tokens."""
+"""Generation: greedy and sampled, in batches, with stop tokens, and streamed."""
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 
@@ -12,22 +11,16 @@ import torch
 import eval.answering
 from errors import UserError
 from eval.answering import Answerer
-from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.cache import LatentCache
-from model.decoding.greedy_pass import GreedyPass
-from model.decoding.sampling import Sampling
-from model.decoding.speculative import Verifier, _DraftChain, stream_speculative
+from model.decoding.sampling import GREEDY, Sampling
 from text.chats.chat_template import encode_chat
 from text.tokenizer import Tokenizer
-from training.losses import NextTokenLoss
 
 VOCAB = 61
-GREEDY = Sampling(temperature=0.0)
 
 
 def by_hand(model: MiniDeepSeek, prompt: list[int], new: int) -> list[int]:
-    """Greedy without any cache: the whole text anew for each token."""
+    """Greedy without any cache: the whole text again for each token."""
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(new):
@@ -42,15 +35,6 @@ def prompt_of(length: int) -> torch.Tensor:
 def test_greedy_takes_the_likeliest_token_each_time(tiny_model):
     model, prompt = tiny_model(), prompt_of(5)
     assert model.generate(prompt, max_new_tokens=12)[0].tolist() == by_hand(model, prompt[0].tolist(), 12)
-
-
-def test_padding_is_refused_where_drafts_cannot_see_it(tiny_model):
-    model, prompt = tiny_model(num_nextn_predict_layers=1), prompt_of(4)
-    mask = torch.ones_like(prompt)
-    model.generate(prompt, max_new_tokens=2, speculative=True, attention_mask=mask)
-    mask[0, 0] = 0
-    with pytest.raises(UserError, match="without padding only; leave the mask out"):
-        model.generate(prompt, max_new_tokens=2, speculative=True, attention_mask=mask)
 
 
 @pytest.mark.parametrize("speculative", [False, True])
@@ -69,33 +53,22 @@ def their_processors():
     return logits_process
 
 
-@pytest.mark.parametrize("k", [1, 3, 60, 200])
-def test_top_k_is_transformers(k, their_processors):
-    logits = torch.randn(4, VOCAB)
+@pytest.mark.parametrize(
+    ("field", "theirs", "values"),
+    [
+        ("top_k", "TopKLogitsWarper", [1, 3, 60, 200]),
+        ("top_p", "TopPLogitsWarper", [0.01, 0.5, 0.9, 0.999]),
+        ("min_p", "MinPLogitsWarper", [0.01, 0.2, 1.0]),
+        ("repetition_penalty", "RepetitionPenaltyLogitsProcessor", [1.3, 0.7]),
+    ],
+)
+def test_each_filter_is_transformers(field, theirs, values, their_processors):
+    logits, seen = 3 * torch.randn(8, VOCAB), torch.randint(VOCAB, (8, 20))
     logits[0, :10] = 3.0  # ties at the edge stay in
-    want = their_processors.TopKLogitsWarper(k)(None, logits.clone())
-    torch.testing.assert_close(Sampling(top_k=k).truncate(logits), want)
-
-
-@pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999])
-def test_top_p_is_transformers(p, their_processors):
-    logits = 3 * torch.randn(8, VOCAB)
-    want = their_processors.TopPLogitsWarper(p)(None, logits.clone())
-    torch.testing.assert_close(Sampling(top_p=p).truncate(logits), want)
-
-
-@pytest.mark.parametrize("p", [0.01, 0.2, 1.0])
-def test_min_p_is_transformers(p, their_processors):
-    logits = 3 * torch.randn(8, VOCAB)
-    want = their_processors.MinPLogitsWarper(p)(None, logits.clone())
-    torch.testing.assert_close(Sampling(min_p=p).truncate(logits), want)
-
-
-@pytest.mark.parametrize("penalty", [1.3, 0.7])
-def test_repetition_penalty_is_transformers(penalty, their_processors):
-    logits, seen = torch.randn(3, VOCAB), torch.randint(VOCAB, (3, 20))
-    want = their_processors.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
-    torch.testing.assert_close(Sampling(repetition_penalty=penalty).penalise(logits, seen), want)
+    for value in values:
+        want = getattr(their_processors, theirs)(value)(seen, logits.clone())
+        sampling = Sampling(**{field: value})
+        torch.testing.assert_close(sampling.truncate(sampling.penalise(logits, seen)), want)
 
 
 def test_the_filters_apply_in_transformers_order(their_processors, monkeypatch):
@@ -170,133 +143,6 @@ def test_a_row_ends_with_its_stop_token(several, tiny_model):
     assert len(out[0]) == max(next((i + 1 for i, t in enumerate(row) if t in stops), 15) for row in free.tolist())
 
 
-def rule(rows: int, time: int) -> torch.Tensor:
-    """Text in which each token follows from the one before, now and then interrupted: half predictable."""
-    ids = torch.randint(VOCAB, (rows, time))
-    for t in range(1, time):
-        ids[:, t] = torch.where(torch.rand(rows) < 0.97, (ids[:, t - 1] * 3 + 1) % VOCAB, ids[:, t])
-    return ids
-
-
-@pytest.fixture(scope="module")
-def half_trained() -> Callable[[int], MiniDeepSeek]:
-    """A model of D MTP layers trained until its drafts are right now and then, but not always."""
-    made: dict[int, MiniDeepSeek] = {}
-
-    def make(depth: int) -> MiniDeepSeek:
-        if depth not in made:
-            torch.manual_seed(depth)
-            shape = LMConfig.preset("demo", num_hidden_layers=2, hidden_size=64, vocab_size=VOCAB, intermediate_size=96)
-            model = MiniDeepSeek(LMConfig(**{**vars(shape), "num_nextn_predict_layers": depth}))
-            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-            for _ in range(40):
-                ids = rule(16, 24)
-                total, count, _ = NextTokenLoss(mtp_weight=1.0)(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
-                optimizer.zero_grad()
-                (total / count).backward()
-                optimizer.step()
-            made[depth] = model.eval()
-        return made[depth]
-
-    return make
-
-
-@pytest.mark.parametrize("length", [1, 2, 5, 40])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_speculative_decoding_gives_the_greedy_tokens(depth, length, half_trained, tiny_model):
-    for model in half_trained(depth), tiny_model(num_nextn_predict_layers=depth):
-        prompt = prompt_of(length)
-        plain = model.generate(prompt, max_new_tokens=20)
-        for drafts in (0, 1, 2, 5):
-            options = dict(max_new_tokens=20, speculative=True, draft_tokens=drafts)
-            assert torch.equal(model.generate(prompt, **options), plain)
-        stop = int(plain[0, length + 9])
-        options = dict(max_new_tokens=20, eos_token_id=stop)
-        assert torch.equal(model.generate(prompt, speculative=True, **options), model.generate(prompt, **options))
-
-
-@pytest.mark.parametrize("length", [1, 2, 9])
-@pytest.mark.parametrize("most", [1, 2, 3, 5])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_trained, monkeypatch):
-    """Each pass drafts what a chain would draft that reads all tokens so far at once."""
-    model, drafted, draft = half_trained(depth), [], _DraftChain.draft
-
-    def spy(chain: _DraftChain, states: torch.Tensor, tokens: list[int]) -> tuple[list[int], list[None]]:
-        drafts = draft(chain, states, tokens)
-        drafted.append((list(tokens), drafts))
-        return drafts
-
-    monkeypatch.setattr(_DraftChain, "draft", spy)
-    monkeypatch.setattr("model.decoding.speculative.greedy_pass", lambda *_: None)
-    list(stream_speculative(model, prompt_of(length), 24, draft_tokens=most))
-    monkeypatch.undo()
-    assert len(drafted) > 24 / (most + 1) - 1
-    assert max(len(drafts) for _, (drafts, _) in drafted) <= most
-    for tokens, drafts in drafted:
-        cache = LatentCache(model.config, 1, len(tokens) + most + 1, torch.float32, "cpu", mtp=True)
-        with torch.no_grad():
-            states = model(torch.tensor([tokens[:-1]])).state
-            assert _DraftChain(model, cache, Verifier(GREEDY, None), most).draft(states, tokens) == drafts
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("most", [1, 3, 6])
-def test_a_pass_in_one_call_drafts_and_keeps_what_several_calls_do(most, dtype, half_trained, monkeypatch):
-    model, run, calls, found = copy.deepcopy(half_trained(1)).to(dtype), GreedyPass.run, [], []
-    with torch.no_grad():  # or, after so simple a text, all drafts were right
-        weight = model.mtp[0].shared_head.norm.weight
-        weight.mul_(1 + 2.5 * torch.randn(weight.shape))
-    monkeypatch.setattr(GreedyPass, "run", lambda self: calls.append(run(self)) or calls[-1])
-    monkeypatch.setattr("model.decoding.greedy_pass._light", lambda model, mtp, cache: mtp)  # the same weights for both
-    prompts = [rule(1, length) for length in (1, 2, 150)]
-    for threads in (1, 2, 0):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads or 1)
-        if not threads:
-            monkeypatch.setattr("model.decoding.speculative.greedy_pass", lambda *_: None)
-        passes: list[tuple[int, int]] = []
-        run_all = [list(stream_speculative(model, p, 40, accepted=passes, draft_tokens=most)) for p in prompts]
-        found.append((run_all, passes))
-    assert found[0] == found[1] == found[2]
-    assert len(calls) == 2 * len(passes) and 0 < sum(kept for kept, _ in passes) < sum(drafts for _, drafts in passes)
-
-
-def test_further_drafts_follow_from_the_last_layers_own_state(half_trained):
-    model, tokens = half_trained(1).requires_grad_(False), rule(1, 12)[0].tolist()
-    cache = LatentCache(model.config, 1, 16, torch.float32, "cpu", mtp=True)
-    states = model(torch.tensor([tokens[:-1]])).state
-    drafts, _ = _DraftChain(model, cache, Verifier(GREEDY, None), 3).draft(states, tokens)
-    assert len(drafts) > 1
-    line = list(tokens)
-    for _ in drafts:  # by hand: each time the whole line anew, the layer's own states behind the main model's
-        fresh = LatentCache(model.config, 1, 16, torch.float32, "cpu", mtp=True)
-        found, own = model.draft(states, torch.tensor([line[1:]]), 1, fresh)
-        line.append(int(found[0, -1].argmax()))
-        states = torch.cat((states, own[:, -1:]), dim=1)
-    assert line[len(tokens) :] == drafts
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_drafts_that_come_true_save_passes(depth, half_trained):
-    passes: list[tuple[int, int]] = []
-    tokens = list(stream_speculative(half_trained(depth), rule(1, 10), 60, accepted=passes))
-    accepted = [kept for kept, _ in passes]
-    assert len(tokens) == 60 and sum(accepted) > 10
-    assert all(0 <= kept <= depth for kept in accepted)
-    # The first token comes from reading the prompt, each later pass gives its drafts and one more.
-    assert 60 <= 1 + sum(accepted) + len(accepted) <= 60 + depth
-    if depth > 1:
-        assert max(accepted) > 1
-
-
-@pytest.mark.parametrize("options", [{"repetition_penalty": 1.1}, {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}])
-def test_what_speculative_decoding_cannot_do_is_said(options, tiny_model):
-    with pytest.raises(UserError, match="without repetition penalty and for a single prompt only"):
-        tiny_model().generate(**{"input_ids": prompt_of(3), "speculative": True, **options})
-    with pytest.raises(UserError, match="no MTP layer"):
-        tiny_model(num_nextn_predict_layers=0).generate(prompt_of(3), speculative=True)
-
-
 @pytest.fixture
 def says(tiny_model, tokenizer, monkeypatch) -> Callable[..., list[tuple[str, int]]]:
     """`says(tokens, limit)`: what streaming gives when the model generates these tokens."""
@@ -341,7 +187,7 @@ def test_an_answer_stops_where_the_context_ends(says, tiny_model, tokenizer: Tok
     prompt, _ = encode_chat(tokenizer, [{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert says([99] * 1000, 1000)[-1][1] == 256 - len(prompt)
     answerer = Answerer(tiny_model(vocab_size=tokenizer.vocab_size), tokenizer)
-    with pytest.raises(UserError, match=r"the model reads 64; start anew with /reset"):
+    with pytest.raises(UserError, match=r"the model reads 64; begin again with /reset"):
         next(answerer.stream_reply([{"role": "user", "content": "嗯🙂" * 80}], GREEDY, 10))
 
 

@@ -1,4 +1,4 @@
-"""Decoding with weights in 8 bits: C reads the codes, and computes what the unfolded weights give."""
+"""Decoding with weights in 8 bits: C reads the codes, and computes what the dense weights give."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import math
 
 import pytest
 import torch
-from decoding_steps import NARROW, SHAPES, in_pytorch, same_bits_however_many, shaken, steps
+from decoding_steps import NARROW, SHAPES, distance, in_pytorch, same_bits_however_many, shaken, steps
 from torch import nn
 
 from model import MiniDeepSeek
 from model.cache import LatentCache
-from model.decoding import native
 from model.decoding.engine import Engine
+from model.decoding.native import NativeRunner, Program
 from model.decoding.scheduler import Request
-from model.decoding.stepper import Stepper
 from model.experts import Experts
-from model.kernels import compiled
+from model.kernels import compiled, decode
 from model.quantized import Int8Weight, QuantizedLinear
 from training.adapters.frozen import shrink_frozen
 
@@ -27,17 +26,17 @@ TYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     """These tests are about the compiled library: without a compiler there is nothing to compare."""
-    if native.library(torch.float32) is None:
+    if decode.library(torch.float32) is None:
         pytest.skip("no C compiler here: decoding runs in PyTorch")
 
 
-def packed(model: MiniDeepSeek, dtype: torch.dtype = torch.float32, base: str = "int8") -> MiniDeepSeek:
+def quantized(model: MiniDeepSeek, dtype: torch.dtype = torch.float32, base: str = "int8") -> MiniDeepSeek:
     """The layers' matrices in 8 bits, all other weights in a type of products."""
     shrink_frozen(model.requires_grad_(False), base, dtype)
     return model.to(dtype)
 
 
-def unfolded(model: MiniDeepSeek) -> MiniDeepSeek:
+def dense(model: MiniDeepSeek) -> MiniDeepSeek:
     """A float32 model of the same numbers, whose layers are plain again."""
     model = copy.deepcopy(model).float()
     for name, module in list(model.named_modules()):
@@ -55,10 +54,6 @@ def unfolded(model: MiniDeepSeek) -> MiniDeepSeek:
     return model.requires_grad_(False)
 
 
-def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()
-
-
 WIDTHS = [1, 15, 16, 17, 31, 32, 33, 48, 100, 8192 + 40]
 
 
@@ -69,7 +64,7 @@ def products(dtype: torch.dtype, allowed: float) -> None:
             weight = Int8Weight.rounded(torch.randn(rows, width, generator=draw))
             for count in 1, 2, 3, 4, 6:
                 x = torch.randn(count, width, generator=draw) * torch.logspace(-3, 3, count)[:, None]
-                found = native.project_codes(x, weight, dtype)
+                found = decode.project(x, weight.codes, dtype, weight.scales)
                 exact = (x.double() @ weight.dense(torch.float64).T).float()
                 size = x.norm(dim=1, keepdim=True) * weight.dense(torch.float32).norm(dim=1)
                 assert ((found - exact).abs() <= allowed * size).all(), (width, rows, count)
@@ -88,7 +83,9 @@ def test_they_are_without_the_processors_own_instructions(portable):
 def test_sums_that_are_as_large_as_they_can_be_do_not_overflow(dtype):
     weight = Int8Weight.rounded(torch.ones(8, 3 * 8192 + 5))
     x = torch.ones(1, 3 * 8192 + 5) * 2.5
-    torch.testing.assert_close(native.project_codes(x, weight, dtype), (x @ weight.dense(torch.float32).T))
+    torch.testing.assert_close(
+        decode.project(x, weight.codes, dtype, weight.scales), (x @ weight.dense(torch.float32).T)
+    )
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -96,42 +93,45 @@ def test_sums_that_are_as_large_as_they_can_be_do_not_overflow(dtype):
 def test_numbers_that_are_none_stay_so(dtype, value):
     x = torch.ones(2, 40)
     x[0, 37] = value
-    found = native.project_codes(x, Int8Weight.rounded(torch.ones(8, 40)), dtype)
+    weight = Int8Weight.rounded(torch.ones(8, 40))
+    found = decode.project(x, weight.codes, dtype, weight.scales)
     assert not found[0].isfinite().any() and found[1].isfinite().all()
 
 
 def test_a_vector_of_zeros_gives_zeros():
     weight = Int8Weight.rounded(torch.randn(9, 40))
-    assert torch.equal(native.project_codes(torch.zeros(1, 40), weight, torch.float32), torch.zeros(1, 9))
+    assert torch.equal(
+        decode.project(torch.zeros(1, 40), weight.codes, torch.float32, weight.scales), torch.zeros(1, 9)
+    )
 
 
 @pytest.mark.parametrize("padding", [None, torch.tensor([0, 6, 3])])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_steps_in_c_equal_pytorch_with_unfolded_weights(shape, padding, tiny_model, monkeypatch):
-    model = packed(shaken(tiny_model(**SHAPES[shape])))
+def test_steps_in_c_equal_pytorch_with_dense_weights(shape, padding, tiny_model, monkeypatch):
+    model = quantized(shaken(tiny_model(**SHAPES[shape])))
     expected = in_pytorch(monkeypatch, steps, model, padding)
     torch.testing.assert_close(steps(model, padding), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_steps_without_the_processors_own_instructions_equal_pytorch(portable, tiny_model, monkeypatch):
-    model = packed(shaken(tiny_model(**SHAPES["sizes that fill no vector"])))
+    model = quantized(shaken(tiny_model(**SHAPES["sizes that fill no vector"])))
     torch.testing.assert_close(steps(model), in_pytorch(monkeypatch, steps, model), atol=2e-5, rtol=1e-4)
 
 
 def test_beside_bfloat16_the_codes_meet_vectors_finer_than_bfloat16(tiny_model, monkeypatch):
-    model = packed(shaken(tiny_model()), torch.bfloat16)
-    exact = in_pytorch(monkeypatch, steps, unfolded(model))
+    model = quantized(shaken(tiny_model()), torch.bfloat16)
+    exact = in_pytorch(monkeypatch, steps, dense(model))
     ours, theirs = steps(model), in_pytorch(monkeypatch, steps, model)
     assert distance(ours, exact) < 0.01 < distance(theirs, exact) * 10
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_token_gives_the_same_bits_whatever_stands_beside_it(dtype, tiny_model):
-    assert same_bits_however_many(packed(shaken(tiny_model(**NARROW)), dtype), dtype)
+    assert same_bits_however_many(quantized(shaken(tiny_model(**NARROW)), dtype), dtype)
 
 
 def test_two_threads_give_what_one_gives(tiny_model):
-    model = packed(shaken(tiny_model()))
+    model = quantized(shaken(tiny_model()))
     alone = steps(model)
     torch.set_num_threads(2)
     try:
@@ -142,11 +142,11 @@ def test_two_threads_give_what_one_gives(tiny_model):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_generation_speculation_and_batches_decode_the_codes_in_c(dtype, tiny_model, monkeypatch):
-    model = packed(shaken(tiny_model(initializer_range=0.3)), dtype)
+    model = quantized(shaken(tiny_model(initializer_range=0.3)), dtype)
     prompts = [torch.randint(0, 61, (1, length)) for length in (9, 4, 7)]
-    expected = [in_pytorch(monkeypatch, lambda p=p: unfolded(model).generate(p, max_new_tokens=20)) for p in prompts]
-    used, run = [], Stepper.run_step
-    monkeypatch.setattr(Stepper, "run_step", lambda self, *a: used.append(self.layers) or run(self, *a))
+    expected = [in_pytorch(monkeypatch, lambda p=p: dense(model).generate(p, max_new_tokens=20)) for p in prompts]
+    used, run = [], Program.run
+    monkeypatch.setattr(Program, "run", lambda self, *given: used.append(self.places.start) or run(self, *given))
     for prompt, wanted in zip(prompts, expected, strict=True):
         assert torch.equal(model.generate(prompt, max_new_tokens=20), wanted)
         assert torch.equal(model.generate(prompt, max_new_tokens=20, speculative=True, draft_tokens=2), wanted)
@@ -155,31 +155,29 @@ def test_generation_speculation_and_batches_decode_the_codes_in_c(dtype, tiny_mo
     assert [request.prompt + each.tokens for request, each in zip(asked, made, strict=True)] == [
         wanted[0].tolist() for wanted in expected
     ]
-    assert sum(layers is model.model.layers for layers in used) > 40 and any(
-        layers[0] is model.mtp[0] for layers in used
-    )
+    assert used.count(0) > 40 and 3 in used
 
 
 def chosen(model: MiniDeepSeek) -> bool:
     """Whether C decodes it."""
     cache = LatentCache(model.config, 1, 8, torch.float32, "cpu")
     with torch.no_grad():
-        return native.decoder(model.model.layers, model.config, torch.zeros(1, 1, 32), cache) is not None
+        return NativeRunner(model, cache).program(0, torch.zeros(1, 1)) is not None
 
 
-def test_four_bits_and_layers_packed_by_halves_run_in_pytorch(tiny_model):
-    assert chosen(packed(tiny_model()))
+def test_four_bits_and_layers_quantized_by_halves_run_in_pytorch(tiny_model):
+    assert chosen(quantized(tiny_model()))
     fours = dict(hidden_size=64, moe_intermediate_size=64)
     model = tiny_model(**fours)
-    assert not chosen(packed(model, base="nf4"))
-    halves = packed(tiny_model())
+    assert not chosen(quantized(model, base="nf4"))
+    halves = quantized(tiny_model())
     attention = halves.model.layers[1].self_attn
     attention.o_proj = nn.Linear(attention.o_proj.in_features, attention.o_proj.out_features, bias=False)
     assert not chosen(halves)
 
 
 def test_scales_keep_float32_beside_bfloat16(tiny_model):
-    model = packed(tiny_model(), torch.bfloat16)
+    model = quantized(tiny_model(), torch.bfloat16)
     kinds = {module.scales.dtype for module in model.modules() if isinstance(module, Int8Weight)}
     assert kinds == {torch.float32} and model.lm_head.weight.dtype == torch.bfloat16
 

@@ -14,7 +14,7 @@ from model import MiniDeepSeek
 from model.attention import AttentionMask
 from model.attention import causal as causal_mask
 from model.cache import LatentCache
-from model.decoding.prefill import prefill
+from model.decoding.runner import runner_for
 from model.kernels import causal
 from model.rope import rotate
 
@@ -156,7 +156,8 @@ def test_a_prefill_in_bfloat16_stays_near_float32_with_and_without_it(padded: bo
     calls, original = [], causal.prefill
 
     def read() -> Tensor:
-        return prefill(model, ids, LatentCache(model.config, 3, 150, torch.float32, "cpu", padding)).double()
+        cache = LatentCache(model.config, 3, 150, torch.float32, "cpu", padding)
+        return runner_for(model, cache).prefill(ids).double()
 
     exact = read()
     monkeypatch.setattr(causal, "prefill", lambda *given: calls.append(1) or original(*given))

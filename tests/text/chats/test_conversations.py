@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,13 @@ def read_row(folder: Path, row: object) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
 
 
-def test_alpaca_joins_instruction_and_input(tmp_path: Path) -> None:
-    row = {"instruction": "Translate", "input": "cat", "output": " 猫\n"}
-    assert read_row(tmp_path, row) == [("user", "Translate\ncat"), ("assistant", " 猫\n")]
-    for nothing in ({"input": ""}, {"input": None}):
-        assert read_row(tmp_path, {"instruction": "Hi", "output": "Ho", **nothing}) == [
-            ("user", "Hi"),
-            ("assistant", "Ho"),
-        ]
-    assert read_row(tmp_path, {"instruction": "Hi", "output": "Ho"}) == [("user", "Hi"), ("assistant", "Ho")]
+ASKED = [({"input": "cat"}, "Hi\ncat"), ({"input": ""}, "Hi"), ({"input": None}, "Hi"), ({}, "Hi")]
+
+
+@pytest.mark.parametrize(("more", "asked"), ASKED)
+def test_alpaca_joins_instruction_and_input(tmp_path: Path, more: dict, asked: str) -> None:
+    row = {"instruction": "Hi", "output": " 猫\n", **more}
+    assert read_row(tmp_path, row) == [("user", asked), ("assistant", " 猫\n")]
 
 
 def test_alpaca_history_and_system_come_first(tmp_path: Path) -> None:
@@ -73,44 +72,9 @@ def test_system_and_tools_of_the_row_are_the_system_prompt(
     assert read_row(tmp_path, row)[0] == ("system", with_own)
 
 
-def test_messages_may_be_a_bare_list_or_hold_tool_calls(tmp_path: Path) -> None:
-    messages = [
-        {"role": "user", "content": "weather?"},
-        {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [{"type": "function", "function": {"name": "w", "arguments": '{"city": "北京"}'}}],
-        },
-        {"role": "tool", "content": "sunny"},
-        {"role": "assistant", "content": "Sunny."},
-    ]
-    expected = [
-        ("user", "weather?"),
-        ("assistant", '{"name": "w", "arguments": {"city": "北京"}}'),
-        ("tool", "sunny"),
-        ("assistant", "Sunny."),
-    ]
-    assert read_row(tmp_path, messages) == expected
-    assert read_row(tmp_path, {"messages": messages}) == expected
-
-
-def test_array_lines_and_folder_give_the_same(tmp_path: Path) -> None:
-    rows = [
-        GOOD,
-        {"instruction": "a", "output": "b"},
-        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
-    ]
-    lines = "\n\n".join(json.dumps(row) for row in rows).encode()
-    expected = list(read_conversations(write(tmp_path, lines)))
-    assert len(expected) == 3
-    for number, content in enumerate([json.dumps(rows), json.dumps(rows, indent=2), json.dumps(rows) + "\n \n"]):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        path = write(folder, content.encode(), "data.json")
-        report = RowReport()
-        assert list(read_conversations(path, report=report)) == expected
-        assert (report.rows, report.kept, report.problems.total()) == (3, 3, 0)
-        assert list(read_conversations(folder)) == expected
+def test_messages_may_be_a_bare_list(tmp_path: Path) -> None:
+    expected = [(message["role"], message["content"]) for message in GOOD["messages"]]
+    assert read_row(tmp_path, GOOD["messages"]) == read_row(tmp_path, GOOD) == expected
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
@@ -122,28 +86,19 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
 
 BROKEN_ROWS = [
     ({"messages": [{"role": "user", "content": "q"}]}, "no assistant turn", "'messages' has no assistant turn"),
-    (
-        {"conversations": [{"from": "human", "value": "q"}]},
-        "no assistant turn",
-        "'conversations' has no assistant turn",
-    ),
+    ({"conversations": [{"from": "human", "value": "q"}]}, "no assistant turn",
+     "'conversations' has no assistant turn"),
     ({"conversations": []}, "no assistant turn", "'conversations' has no assistant turn"),
     ({"conversations": "q"}, "wrong type", "'conversations' is text; it must be a list of turns"),
     ({"conversations": ["q"]}, "wrong type", "turn 1 is text; it must be an object"),
     ({"conversations": [{"from": "human", "value": 3}]}, "wrong type", "the text of turn 1 (human) is a number"),
     ({"messages": [{"role": "user"}]}, "wrong type", "the text of turn 1 (user) is missing"),
     ({"messages": [{"role": "user", "tool_calls": 3}]}, "wrong type", "turn 1 has tool calls without a name"),
-    (
-        {"conversations": [{"from": "bot", "value": "q"}]},
-        "unknown role",
-        "turn 1 is from 'bot'; known are system, user",
-    ),
+    ({"conversations": [{"from": "bot", "value": "q"}]}, "unknown role",
+     "turn 1 is from 'bot'; known are system, user"),
     ({"messages": [{"content": "q"}]}, "unknown role", "turn 1 is from None"),
-    (
-        {"conversations": [{"from": "gpt", "value": "a"}]},
-        "wrong order of roles",
-        "'assistant' cannot come at the beginning",
-    ),
+    ({"conversations": [{"from": "gpt", "value": "a"}]}, "wrong order of roles",
+     "'assistant' cannot come at the beginning"),
     ({"instruction": "q", "output": ""}, "empty text", "message 2 (assistant) is empty"),
     ({"instruction": "q", "output": " \n"}, "empty text", "message 2 (assistant) is empty"),
     ({"instruction": "", "output": "a"}, "empty text", "message 1 (user) is empty"),
@@ -158,7 +113,7 @@ BROKEN_ROWS = [
     ({}, "unknown layout", "has no keys but neither"),
     ("q", "not a conversation", "the row is text; it must be an object or a list"),
     (None, "not a conversation", "the row is missing"),
-]
+]  # fmt: skip
 BROKEN_LINES = [
     (b'{"messages": [{"role": "us', "broken JSON", "broken JSON (Unterminated string"),
     ('{"instruction": "问", "output": "答"}'.encode("gbk"), "undecodable", "not UTF-8; convert it with iconv -f GBK"),
@@ -208,37 +163,16 @@ def test_only_the_first_examples_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"", "is empty; name a file"),
-        (b" \n\n", "is empty; name a file"),
-        (b"\xef\xbb\xbf", "is empty; name a file"),
         (b"[]", "is empty; name a file"),
-        ("[]".encode("utf-16"), ":1: UTF-16, not UTF-8; convert it with iconv"),
         (b"[\n" + LINE + b",\n" + LINE[:20], ":3: the JSON array breaks off in element 2"),
-        (b"[\n" + LINE + b",\n", "the JSON array breaks off in element 2"),
-        (b"[\n" + LINE + b',\n{"messages":\n[\n{"role" "user"}]}]', ":5: the JSON array breaks off in element 2"),
-        (b"[", "the JSON array breaks off in element 1"),
         (b"[\n" + LINE + b"]\n" + LINE, "text follows the end of the JSON array"),
     ],
 )
 def test_a_broken_file_stops_even_when_rows_are_skipped(tmp_path: Path, content: bytes, what: str) -> None:
     path = write(tmp_path, content, "data.json")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=re.escape(what)) as error:
         list(read_conversations(path, on_error="skip"))
-    assert str(error.value).startswith(str(path))
-    assert what in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_paths_without_rows_are_named(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    write(tmp_path, b"q,a\n1,2\n", "data.docx")
-    for name, what in [
-        ("nowhere.json", "no such file"),
-        ("folder", "the folder has no data; put files of .csv"),
-        ("data.docx", "a format that is not read; give one of .csv"),
-    ]:
-        with pytest.raises(UserError, match=f"{name}: {what}"):
-            list(read_conversations(tmp_path / name))
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_an_unknown_on_error_is_refused(tmp_path: Path) -> None:

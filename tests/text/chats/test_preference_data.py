@@ -92,18 +92,10 @@ def test_cells_of_a_csv_file_are_parsed(tmp_path):
         assert list(read_preferences(tmp_path / "a.csv", "stop")) == [Preference([USER, GOOD], [USER, BAD])] * 2
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        '[{"name": "查", "arguments": {}}]',
-        '{"role": "CEO", "age": 3}',
-        "[1, 2]",
-        "[]",
-        "{'a'",
-        "[{broken",
-        '{"a": "role"',
-    ],
-)
+CALL, OBJECT = '[{"name": "查", "arguments": {}}]', '{"role": "CEO", "age": 3}'
+
+
+@pytest.mark.parametrize("answer", [CALL, OBJECT, "[1, 2]", "[]", "{'a'", "[{broken", '{"a": "role"'])
 def test_an_answer_that_is_json_of_another_kind_is_text(answer):
     pair = to_preference({"prompt": answer, "chosen": answer, "rejected": "B"})
     assert [turn["content"] for turn in pair.chosen] == [answer, answer]
@@ -257,16 +249,9 @@ def test_each_row_holds_whole_pairs_and_an_epoch_every_pair_once(tmp_path, token
         segments, labels, ids = (batch[name][0] for name in ("segment_ids", "labels", "input_ids"))
         assert segments.shape == (80,) and (segments.max() + 1) % 2 == 0
         for first in range(0, int(segments.max()) + 1, 2):
-            prompts, answers = zip(
-                *(
-                    (
-                        ids[(segments == side) & (labels < 0)].tolist(),
-                        labels[(segments == side) & (labels >= 0)].tolist(),
-                    )
-                    for side in (first, first + 1)
-                ),
-                strict=True,
-            )
+            sides = [(ids[segments == side], labels[segments == side]) for side in (first, first + 1)]
+            prompts = [read[told < 0].tolist() for read, told in sides]
+            answers = [told[told >= 0].tolist() for _, told in sides]
             assert prompts[0] == prompts[1] and answers[0] != answers[1]
             assert all(answer[-1] == tokenizer.eos_id for answer in answers)
             seen.append((tuple(prompts[0]), tuple(answers[0]), tuple(answers[1])))

@@ -255,3 +255,8 @@ def test_notices_of_any_number_of_names_are_bounded(tmp_path):
     report = RowReport()
     assert len(list(read_conversations(write(tmp_path / "a.jsonl", rows), report=report))) == 100
     assert len(report.lines()) < 30
+
+
+def test_input_adds_to_an_instruction_alone():
+    for name, asked in (("instruction", "Q\nmore"), ("question", "Q"), ("prompt", "Q")):
+        assert to_prompt({name: "Q", "input": "more"}).messages == ({"role": "user", "content": asked},)

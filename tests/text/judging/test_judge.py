@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -63,8 +63,11 @@ def test_references_have_kinds(reference, kind):
 
 @pytest.mark.parametrize(
     "reference",
-    ["(3,4)", "[0,1]", "x^2+1", "3+4i", "2^10", "1,2", "x>2", r"\text{B}", "16π", "-$5", "50%", "10:30", "3 + 4", "7!"],
-)
+    [
+        "(3,4)", "[0,1]", "x^2+1", "3+4i", "2^10", "1,2", "x>2", r"\text{B}", "16π", "-$5", "50%", "10:30",
+        "3 + 4", "7!", "-1/2", "1,000", r"\frac{1}{2}", "Paris", "月牙镇", "x=3",
+    ],
+)  # fmt: skip
 def test_every_usable_reference_matches_itself(reference):
     assert problem_with(reference) is None
     assert judge(reference, rf"\boxed{{{reference}}}").right and judge(reference, f"<answer>{reference}</answer>").right
@@ -73,16 +76,11 @@ def test_every_usable_reference_matches_itself(reference):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("48+24 = 72 clips", ["48+24 = 72"]),
-        ("5个-3个", ["5个-3"]),
-        ("是-7", ["-7"]),
-        ("a (3,4) point", ["(3,4)"]),
-        ("H2O and 25 m^2", ["25 m^2"]),
-        ("3x + 5, then 2", ["3x + 5", "2"]),
-        (r"2\sqrt{3} cm", [r"2\sqrt{3}"]),
+        ("48+24 = 72 clips", ["48+24 = 72"]), ("5个-3个", ["5个-3"]), ("是-7", ["-7"]), ("a (3,4) point", ["(3,4)"]),
+        ("H2O and 25 m^2", ["25 m^2"]), ("3x + 5, then 2", ["3x + 5", "2"]), (r"2\sqrt{3} cm", [r"2\sqrt{3}"]),
         ("round-trip 72", ["72"]),
     ],
-)
+)  # fmt: skip
 def test_numbers_and_formulas_are_found_whole(text, found):
     assert [piece.text for piece in pieces(text)] == found
 
@@ -101,23 +99,23 @@ def test_text_of_any_size_is_judged_in_linear_time(monkeypatch):
     """Models write such things, and rewards judge millions of them; nothing here may depend on a clock."""
     monkeypatch.setattr("text.judging.judge.shared_verifier", lambda: Unreadable())
     parts = [
-        "(",
-        "1 ",
-        "1,",
-        "\\text{",
-        "*a ",
-        "\\boxed{",
-        "- ",
-        "((1)",
-        "负",
-        "=1",
-        "x^",
-        "和1",
-        " ",
-        "<1 ",
-        "1 or ",
-        "**",
-        "$",
+        r"(",
+        r"1 ",
+        r"1,",
+        r"\text{",
+        r"*a ",
+        r"\boxed{",
+        r"- ",
+        r"((1)",
+        r"负",
+        r"=1",
+        r"x^",
+        r"和1",
+        r" ",
+        r"<1 ",
+        r"1 or ",
+        r"**",
+        r"$",
     ]
     for part in parts:
         for reference in ("7", "B", "x+1", "Paris", "1,2"):
@@ -188,29 +186,14 @@ def test_references_of_gsm8k_and_json_are_read(answer, bare):
 
 
 def test_plain_numbers_are_compared_as_math_verify_compares_them():
-    pairs = [
-        ("1/2", "0.5"),
-        ("1,000", "1000"),
-        ("1000", "1,000.0"),
-        ("3", "3.1"),
-        ("-2", "2"),
-        ("0.25", "1/4"),
-        ("2/3", "0.5"),
-    ]
-    for wanted, given in pairs:
+    pairs = ["1/2 0.5", "1,000 1000", "1000 1,000.0", "3 3.1", "-2 2", "0.25 1/4", "2/3 0.5"]
+    for wanted, given in map(str.split, pairs):
         assert (as_number(wanted) == as_number(given)) == shared_verifier().equal(wanted, given), (wanted, given)
 
 
 def test_numbers_are_read_exactly():
-    read = {
-        "12": 12,
-        " 1,234,567 ": 1234567,
-        "1/3": Fraction(1, 3),
-        "-0.5。": Fraction(-1, 2),
-        "+7": 7,
-        "１２": 12,
-        ".5": Fraction(1, 2),
-    }
+    read = {"12": 12, " 1,234,567 ": 1234567, "1/3": Fraction(1, 3), "-0.5。": Fraction(-1, 2), "+7": 7, "１２": 12}
+    read[".5"] = Fraction(1, 2)
     assert {text: as_number(text) for text in read} == read
     assert [as_number(text) for text in ("", "12a", "1,23", "1/0", "twelve", "1 2", "9" * 300)] == [None] * 7
 
@@ -218,11 +201,6 @@ def test_numbers_are_read_exactly():
 @pytest.mark.parametrize("answer", ["", "  ", "???", "a" * 201, "first\nsecond", "\\frac{1}{2}" * 30])
 def test_answers_that_no_verifier_can_parse(answer):
     assert problem_with(answer) is not None
-
-
-@pytest.mark.parametrize("answer", ["7", "-1/2", "1,000", r"\frac{1}{2}", "Paris", "月牙镇", "x=3", "50%"])
-def test_answers_that_one_can(answer):
-    assert problem_with(answer) is None
 
 
 def test_what_is_declared_is_taken_whole_and_numbers_out_of_their_sentence():
@@ -245,17 +223,9 @@ def test_a_formula_that_never_ends_is_given_up_and_the_next_is_answered():
 
 def test_verification_works_from_any_thread():
     """math-verify's own time limits are signals, which only the main thread may set."""
-    answers: dict[int, object] = {}
-
-    def ask(number: int) -> None:
-        answers[number] = shared_verifier().equal(str(number), rf"\frac{{{2 * number}}}{{2}}")
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == dict.fromkeys(range(4), True)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda n: shared_verifier().equal(str(n), rf"\frac{{{2 * n}}}{{2}}"), range(4)))
+    assert answers == [True] * 4
 
 
 def test_a_verifier_that_cannot_start_is_an_error_and_no_wrong_answer(monkeypatch):

@@ -48,52 +48,65 @@ def refusal(data: str, registry: Path, kind: str = "chat") -> str:
     return str(caught.value)
 
 
-def test_a_name_brings_its_place_format_columns_and_weight(registry, tmp_path):
+def test_a_name_brings_its_place_format_columns_and_weight(registry, tmp_path, monkeypatch):
     lines(tmp_path / "mine.jsonl", {"frage": "Q", "antwort": "A"})
     columns = {"prompt": "frage", "response": "antwort"}
-    file = registry(mine={"path": "mine.jsonl", "format": "alpaca", "columns": columns, "weight": 2, "about": "x"})
+    file = registry(mine={"path": "mine.jsonl", "format": "alpaca", "columns": columns, "weight": 2, "about": "x"},
+                    sums={"path": "s.jsonl", "format": "prompt", "columns": columns}, home={"path": "~/a.jsonl"},
+                    other={"path": "~nobody/a.jsonl"})  # fmt: skip
     (source,) = find_sources("mine", file)
     assert (source.path, str(source), source.weight) == (str(tmp_path / "mine.jsonl"), "mine", 2)
     assert list(read_conversations(source)) == [chat("Q", "A")]
+    (source,) = find_sources("sums", file, "prompt")
+    problem = to_problem({"frage": "1+1?", "antwort": "2", "question": "other"}, source.layout)
+    assert (problem.question, problem.answer) == ("1+1?", "2")
+    monkeypatch.setenv("HOME", "/h")
+    paths = [source.path for source in find_sources("home,other", file)]
+    assert paths == ["/h/a.jsonl", f"{tmp_path}/~nobody/a.jsonl"]
 
 
-def test_weights_of_the_command_line_win_and_those_not_said_are_1(registry, tmp_path):
+def test_weights_of_the_command_line_win_and_those_not_given_are_1(registry, tmp_path):
     path = lines(tmp_path / "a=3.jsonl")
     file = registry(one={"path": "1.jsonl", "weight": 2}, two={"path": "2.jsonl"})
-    assert weights(find_sources("one,two", file)) == [2.0, 1.0]
-    assert weights(find_sources("one=0.5, two=4", file)) == [0.5, 4.0]
-    assert weights(find_sources("two,two", file)) is None
-    assert weights(find_sources(f"two,{path}", file)) is None  # a path that exists is not cut at its '='
-    assert weights(find_sources(f"two,{path}=7", file)) == [1.0, 7.0]
+    for data, expected in (
+        ("one,two", [2.0, 1.0]), ("one=0.5, two=4", [0.5, 4.0]), ("two,two", None),
+        (f"two,{path}", None), (f"two,{path}=7", [1.0, 7.0]),  # a path that exists is not cut at its '='
+    ):  # fmt: skip
+        assert weights(find_sources(data, file)) == expected
 
 
 def test_what_is_a_path_and_a_name_is_refused_rather_than_guessed(registry, tmp_path, monkeypatch):
     file = registry(mine={"path": "elsewhere.jsonl"}, **{"b.jsonl": {"path": "elsewhere.jsonl"}})
     monkeypatch.chdir(tmp_path)
     assert find_sources("mine", file)[0].path == str(tmp_path / "elsewhere.jsonl")
-    (tmp_path / "mine").mkdir()
-    assert "is a path here and a name in" in refusal("mine", file) and "write ./mine for the path" in refusal(
-        "mine", file
-    )
-    assert find_sources("./mine", file) == [Source("./mine")]
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+    found = refusal("mine", file)
+    assert "is a path here and a name in" in found and "write ./mine for the path" in found
     for name in ("a,b.jsonl", "b.jsonl"):  # a path with a suffix or a slash is always one
         (tmp_path / name).touch()
+    for name in ("./mine", "a,b.jsonl", "b.jsonl", "other"):
         assert find_sources(name, file) == [Source(name)]
-    (tmp_path / "other").mkdir()
-    assert find_sources("other", file) == [Source("other")]
 
 
 def test_a_hub_name_needs_no_entry(registry, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     assert find_sources("data/chatz", registry()) == [Source("data/chatz")]  # a path that is not there
-    (source,) = find_sources("someone/chats:zh=2", registry())
-    assert (source.path, source.subset, source.split, source.is_hub) == ("someone/chats", "zh", "train", True)
+    given = {"name": "someone/chats:zh", "is_hub": True, "subset": "zh", "weight": 2}
+    assert find_sources("someone/chats:zh=2", registry()) == [Source("someone/chats", **given)]
     entry = {"hub": "someone/chats", "subset": "en", "split": "test", "samples": 5, "seed": 1}
-    (source,) = find_sources("chats", registry(chats=entry))
-    assert (source.path, source.subset, source.split, source.samples, source.seed) == (
-        "someone/chats", "en", "test", 5, 1
-    )  # fmt: skip
+    source = Source("someone/chats", "chats", is_hub=True, subset="en", split="test", samples=5, seed=1)
+    assert find_sources("chats", registry(chats=entry)) == [source]
+
+
+def test_a_local_folder_has_splits_and_a_file_has_none(registry, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "a.jsonl").write_text("{}")
+    paths = {"folder": ("saved", "test"), "file": ("a.jsonl", "test"), "it": ("a.jsonl", "train")}
+    file = registry(**{name: {"path": path, "split": split} for name, (path, split) in paths.items()})
+    assert [source.split for source in find_sources("folder,it", file)] == ["test", "train"]
+    assert "file: a file has no split; leave it out, or name a folder" in refusal("file", file)
 
 
 @pytest.mark.parametrize(
@@ -127,36 +140,34 @@ def test_a_mistake_in_an_entry_is_one_line_with_a_remedy(entry, what, registry):
     assert find_sources("other", file)  # an entry is checked when it is asked for
 
 
-def test_names_that_are_nowhere(registry, tmp_path):
-    file = registry(general={"path": "g.json"}, demo_chats={"path": "d.json"})
+def test_names_that_are_nowhere_and_data_of_another_kind(registry, tmp_path):
+    pairs = {"path": "no.jsonl", "format": "preference"}
+    file = registry(general={"path": "g.json"}, demo_chats={"path": "d.json"}, pairs=pairs)
     assert "--data demo_chat: no such path, and no name in" in refusal("demo_chat", file)
     assert refusal("demo_chat", file).endswith("; did you mean demo_chats?")
-    assert refusal("xyz", file).endswith("; known are demo_chats, general")
+    assert refusal("xyz", file).endswith("; known are demo_chats, general, pairs")
     assert refusal("xyz", tmp_path / "no.yaml").endswith("no.yaml, where names are looked up, is not there")
     assert "names nothing" in refusal(" , ", file)
     assert "'zwei' is not a weight; write PATH=NUMBER" in refusal("general=zwei", file)
     assert "with a weight above 0" in refusal("general=0", file)
+    assert "its format preference is pairs of answers, and this reads conversations (alpaca" in refusal("pairs", file)
+    assert "reads problems with answers (prompt); name other data" in refusal("pairs", file, "prompt")
+    assert find_sources("pairs", file, "preference")
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("name", "content", "what"),
     [
-        (b"a: [1\nb: 2\n", ":2: not YAML"),
-        (b"- a\n- b\n", "is a list; it must be a table of names"),
-        (b"a: \xff\xfe", "cannot be read"),
+        ("datasets.yaml", b"a: [1\nb: 2\n", ":2: not YAML"),
+        ("datasets.yaml", b"- a\n- b\n", "is a list; it must be a table of names"),
+        ("datasets.yaml", b"a: \xff\xfe", "cannot be read"),
+        ("datasets.yaml", b"#" * (1 << 20) + b"\n", "more than 1,048,576 bytes"),
+        ("dataset_info.json", b'{\n"a": {\n', ":3: not JSON"),
     ],
 )
-def test_a_registry_that_is_none(content, what, tmp_path):
-    (tmp_path / "datasets.yaml").write_bytes(content)
-    message = refusal("mine", tmp_path / "datasets.yaml")
-    assert message.startswith(str(tmp_path / "datasets.yaml")) and what in message
-
-
-def test_data_of_another_kind_is_refused_before_it_is_read(registry):
-    file = registry(pairs={"path": "no.jsonl", "format": "preference"}, words={"path": "t.csv", "format": "text"})
-    assert "its format preference is pairs of answers, and this reads conversations (alpaca" in refusal("pairs", file)
-    assert "reads problems with answers (prompt); name other data" in refusal("words", file, "prompt")
-    assert find_sources("pairs", file, "preference") and find_sources("words", file, "text")
+def test_a_registry_that_cannot_be_read(name, content, what, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert refusal("mine", tmp_path / name).startswith(f"{tmp_path / name}{what if what[0] == ':' else f': {what}'}")
 
 
 def test_every_entry_of_the_project_s_own_registry_is_right():
@@ -168,33 +179,18 @@ def test_every_entry_of_the_project_s_own_registry_is_right():
 # LLaMA-Factory's dataset_info.json
 
 SHAREGPT_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "asker", "assistant_tag": "bot"}
+TURNS, ALPACA = {"formatting": "sharegpt"}, {"prompt": "q", "query": "more", "response": "r", "system": "sys"}
+PAIRS = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
 INFO = {
     "alpaca_plain": {"file_name": "alpaca.json"},
-    "alpaca_columns": {
-        "file_name": "columns.json",
-        "columns": {"prompt": "q", "query": "more", "response": "r", "system": "sys", "history": "before"},
-    },
-    "glaive": {
-        "file_name": "tools.json",
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "tools": "tools"},
-    },
-    "tagged": {
-        "file_name": "tagged.json",
-        "formatting": "sharegpt",
-        "columns": {"messages": "turns"},
-        "tags": SHAREGPT_TAGS,
-    },
-    "dpo": {
-        "file_name": "dpo.json",
-        "ranking": True,
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
-    },
+    "alpaca_columns": {"file_name": "columns.json", "columns": {**ALPACA, "history": "before"}},
+    "glaive": {"file_name": "tools.json", **TURNS, "columns": {"messages": "conversations", "tools": "tools"}},
+    "tagged": {"file_name": "tagged.json", **TURNS, "columns": {"messages": "turns"}, "tags": SHAREGPT_TAGS},
+    "dpo": {"file_name": "dpo.json", "ranking": True, **TURNS, "columns": PAIRS},
     "dpo_alpaca": {"file_name": "dpo_alpaca.json", "ranking": True, "columns": {"chosen": "good", "rejected": "bad"}},
     "wiki": {"file_name": "wiki.jsonl", "columns": {"prompt": "content"}},
     "ultra": {"hf_hub_url": "someone/ultra", "split": "train_prefs", "ranking": True, "num_samples": 9, "folder": "en"},
-    "pictures": {"file_name": "x.json", "formatting": "sharegpt", "columns": {"messages": "m", "images": "i"}},
+    "pictures": {"file_name": "x.json", **TURNS, "columns": {"messages": "m", "images": "i"}},
     "elsewhere": {"ms_hub_url": "someone/else"},
     "misspelt": {"file_nam": "x.json"},
 }
@@ -203,24 +199,17 @@ INFO = {
 @pytest.fixture
 def info(tmp_path) -> Path:
     """Its registry with data beside it, in its layouts."""
+
+    def said(who: str, text: str) -> dict[str, str]:
+        return {"from": who, "value": text}
+
+    calls = [said("human", "Q"), said("function_call", '{"name": "f"}'), said("observation", "1"), said("gpt", "A")]
     data = {
         "alpaca.json": {"instruction": "Q", "input": "X", "output": "A"},
         "columns.json": {"q": "Q", "more": "X", "r": "A", "sys": "S", "before": [["B", "C"]]},
-        "tools.json": {
-            "conversations": [
-                {"from": "human", "value": "Q"},
-                {"from": "function_call", "value": '{"name": "f"}'},
-                {"from": "observation", "value": "1"},
-                {"from": "gpt", "value": "A"},
-            ],
-            "tools": "[T]",
-        },
+        "tools.json": {"conversations": calls, "tools": "[T]"},
         "tagged.json": {"turns": [{"role": "asker", "content": "Q"}, {"role": "bot", "content": "A"}]},
-        "dpo.json": {
-            "conversations": [{"from": "human", "value": "Q"}],
-            "chosen": {"from": "gpt", "value": "A"},
-            "rejected": {"from": "gpt", "value": "B"},
-        },
+        "dpo.json": {"conversations": calls[:1], "chosen": said("gpt", "A"), "rejected": said("gpt", "B")},
         "dpo_alpaca.json": {"instruction": "Q", "input": "X", "good": "A", "bad": "B"},
     }
     for name, row in data.items():
@@ -262,35 +251,3 @@ def test_llama_factory_s_registry_is_read_as_it_stands(info):
 )
 def test_what_of_it_cannot_be_read_is_said(name, what, info):
     assert what in refusal(name, info)
-
-
-def test_a_broken_json_registry_has_its_line(tmp_path):
-    (tmp_path / "dataset_info.json").write_text('{\n"a": {\n')
-    assert ":3: not JSON" in refusal("a", tmp_path / "dataset_info.json")
-
-
-def test_columns_of_problems_can_be_named(registry, tmp_path):
-    columns = {"prompt": "aufgabe", "response": "loesung"}
-    file = registry(sums={"path": "s.jsonl", "format": "prompt", "columns": columns})
-    (source,) = find_sources("sums", file, "prompt")
-    problem = to_problem({"aufgabe": "1+1?", "loesung": "2", "question": "other"}, source.layout)
-    assert (problem.question, problem.answer) == ("1+1?", "2")
-
-
-def test_the_path_of_an_entry_may_begin_at_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "names.yaml").write_text("mine: {path: ~/data/a.jsonl}\nother: {path: ~nobody/a.jsonl}\n")
-    sources = find_sources("mine,other", tmp_path / "names.yaml")
-    assert [source.path for source in sources] == [f"{tmp_path}/data/a.jsonl", f"{tmp_path}/~nobody/a.jsonl"]
-
-
-def test_a_local_folder_has_splits_and_a_file_has_none(registry, tmp_path):
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "a.jsonl").write_text("{}")
-    names = tmp_path / "names.yaml"
-    names.write_text(
-        "folder: {path: saved, split: test}\nfile: {path: a.jsonl, split: test}\nit: {path: a.jsonl, split: train}"
-    )
-    assert [source.split for source in find_sources("folder,it", names)] == ["test", "train"]
-    with pytest.raises(UserError, match=r"names.yaml: file: a file has no split; leave it out, or name a folder"):
-        find_sources("file", names)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model.checkpoint.tensor_file import save_file
 from model.kernels import fused
 from training.optim.adamw import AdamWBF16, plain_adamw_
 from training.optim.build import OptimSettings, build_optimizer, load_state_tensors, state_tensors

@@ -1,4 +1,4 @@
-"""Several processes train as one, with gloo; test_restart.py starts some by torchrun itself."""
+"""Several processes train as one, on CPUs with gloo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import on_ranks, script_on_ranks
+from conftest import call_main
+from forked import on_ranks
 from safetensors.torch import load_file
 from toy_stage import TIME
 
@@ -19,22 +20,11 @@ from training.parallel.replication import replicate
 from training.run.log import read_metrics
 from training.schedule import value_at
 
-ROOT = Path(__file__).resolve().parents[3]
 # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
 RECIPE = [
-    "--micro_tokens",
-    "256",
-    "--save_every",
-    "2",
-    "--balance_weight",
-    "0.01",
-    "--mtp_weight",
-    '{"0": 0, "0.3": 0.3}',
-    "--optim.eps",
-    "1e-3",
-    "--max_steps",
-    "4",
-]
+    "--micro_tokens", 256, "--save_every", 2, "--balance_weight", 0.01, "--mtp_weight", '{"0": 0, "0.3": 0.3}',
+    "--optim.eps", 1e-3, "--max_steps", 4,
+]  # fmt: skip
 MEASURED = ("loss", "total_loss", "mtp_loss", "balance_loss", "grad_norm", "val_bits_per_byte", "val_loss")
 
 
@@ -57,9 +47,11 @@ def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(pretrain.main, *pretrain_arguments, *RECIPE, "--out", one).code == 0
     given = [*pretrain_arguments, *RECIPE, "--out", two, "--shards", tmp_path / "shards"]
-    shown = script_on_ranks(2, pretrain.main, given, tmp_path)
-    assert "16 rows of 64 tokens = 2 ranks x 2 accumulated x 4 rows" in shown
-    assert shown.count("finished: ") == 1  # one process speaks
+    ranks = on_ranks(2, lambda rank: call_main(pretrain.main, *given), tmp_path)
+    said = [rank.output() for rank in ranks]
+    assert [rank.code for rank in ranks] == [0, 0], said
+    assert "16 rows of 64 tokens = 2 ranks x 2 accumulated x 4 rows" in said[0]
+    assert said[0].count("finished: ") == 1 and "finished" not in said[1]  # one process speaks
 
     alone, together = measured(one), measured(two)
     assert len(alone["mtp_loss"]) == 3
@@ -90,11 +82,15 @@ def test_an_error_of_ones_own_is_not_blamed_on_a_peer():
         raise RuntimeError("CUDA out of memory")
 
 
-SCHEDULES = [0.0, {"0": 0.0, "0.5": 0.3}, {"0": 0.3, "0.5": 0.0}, {"0": 0.0, "0.5": 0.3, "0.75": 0.0}]
+SCHEDULES = {
+    "never": (0.0, False),
+    "later, tied": ({"0": 0.0, "0.5": 0.3}, True),
+    "first": ({"0": 0.3, "0.5": 0.0}, False),
+    "between, tied": ({"0": 0.0, "0.5": 0.3, "0.75": 0.0}, True),
+}
 
 
-@pytest.mark.parametrize("mtp_weight", SCHEDULES, ids=["never", "later", "first", "between"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("mtp_weight", "tied"), SCHEDULES.values(), ids=SCHEDULES)
 def test_an_mtp_layer_that_rests_keeps_no_rank_waiting(mtp_weight, tied, make, tmp_path):
     """The head is used after `forward`, where DistributedDataParallel cannot see it; gradients equal one process's."""
     options = dict(mtp_weight=mtp_weight, micro_tokens=TIME, optim=OptimSettings(eps=1e-2), max_steps=4)

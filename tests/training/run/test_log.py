@@ -55,7 +55,7 @@ def test_what_utf8_cannot_hold_is_an_escape(text):
 
 # Digests, headers and pipes, which only programs read.
 FOR_PROGRAMS = {
-    "measured_rows.py", "tensor_file.py", "tokenizer.py", "verifier.py", "dpo_train.py"
+    "measured_rows.py", "tokenizer.py", "verifier.py", "dpo_train.py"
 }  # fmt: skip
 
 

@@ -1,17 +1,21 @@
-"""What `decode.c` is given: its structs field by field, and the addresses of weights and of room for a step."""
+"""decode.c: its compiled library, its structs field by field, and the addresses of weights and of room for a step."""
 
 from __future__ import annotations
 
 import ctypes
+import subprocess
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.kernels.compiled import floats, integers
-from model.layer import DecoderLayer
-from model.quantized import Int8Weight, QuantizedLinear
+from model.kernels.compiled import compiled, floats, integers
 
+SOURCE = Path(__file__).with_name("decode.c")
+WEIGHT_TYPES = (torch.float32, torch.bfloat16)
+MOST_ROWS = 128  # of the head's product; with more, large matrix products are faster
 HEADS = 4  # as in latents.h
 
 # Fields of the structs, in their order.
@@ -41,11 +45,9 @@ class Matrix(ctypes.Structure):
     _fields_ = [("rows", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
 
     @classmethod
-    def of(cls, weight: Tensor | Int8Weight) -> Matrix:
-        """Where a weight is, (..., out, in); the caller keeps it alive."""
-        if isinstance(weight, Int8Weight):
-            return cls(weight.codes.data_ptr(), weight.scales.data_ptr())
-        return cls(weight.data_ptr(), None)
+    def of(cls, weight: Tensor, scales: Tensor | None = None) -> Matrix:
+        """Where a weight is, (..., out, in), or its 8-bit codes and their scales; the caller keeps them alive."""
+        return cls(weight.data_ptr(), None if scales is None else scales.data_ptr())
 
 
 class Layer(ctypes.Structure):
@@ -105,41 +107,6 @@ def shape_of(config: LMConfig, scale: float) -> Shape:
     )
 
 
-def layer_of(layer: DecoderLayer, latents: Tensor) -> Layer:
-    """The addresses of all weights, and of the layer's part of the cache."""
-    attention, mlp = layer.self_attn, layer.mlp
-    compressed = hasattr(attention, "q_a_proj")
-    dense = mlp.shared_experts if layer.is_moe else mlp
-    linear = {
-        "q_a": attention.q_a_proj if compressed else None,
-        "q_b": attention.q_b_proj if compressed else attention.q_proj,
-        "kv_a": attention.kv_a_proj_with_mqa,
-        "kv_b": attention.kv_b_proj,
-        "o": attention.o_proj,
-    }
-    tensors = {
-        "input_norm": layer.input_layernorm.weight,
-        "q_a_norm": attention.q_a_layernorm.weight if compressed else None,
-        "kv_a_norm": attention.kv_a_layernorm.weight,
-        "post_norm": layer.post_attention_layernorm.weight,
-        "cache": latents[attention.layer],
-    }
-    tensors |= {f"{name}_bias": linear[name].bias for name in ("q_a", "kv_a", "o") if linear[name] is not None}
-    if dense is not None:
-        linear |= {"gate": dense.gate_proj, "up": dense.up_proj, "down": dense.down_proj}
-    matrices = {name: weight_of(module) for name, module in linear.items() if module is not None}
-    if layer.is_moe:
-        tensors |= {"router": mlp.gate.weight, "router_bias": mlp.gate.e_score_correction_bias}
-        matrices |= {"gate_up_experts": mlp.experts.gate_up_proj, "down_experts": mlp.experts.down_proj}
-    addresses = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
-    return Layer(**addresses, **{name: Matrix.of(weight) for name, weight in matrices.items()})
-
-
-def weight_of(module: nn.Linear) -> Tensor | Int8Weight:
-    """What `Matrix.of` takes of a linear layer."""
-    return module.quantized if isinstance(module, QuantizedLinear) else module.weight
-
-
 def scratch_for(config: LMConfig, tokens: int, capacity: int, threads: int) -> tuple[Scratch, tuple[Tensor, ...]]:
     """Room for a step's numbers, and the tensors that own it."""
     choices = tokens * config.num_experts_per_tok
@@ -175,3 +142,58 @@ def scratch_for(config: LMConfig, tokens: int, capacity: int, threads: int) -> t
 def fixed_point_size(count: int, width: int) -> int:
     """Numbers of 16 bits that so many vectors take in fixed point, at most; see `vectors` in rows.h."""
     return 2 * count * (width + 31)
+
+
+def projects(x: Tensor, weight: Tensor) -> bool:
+    """Whether `project` applies: without gradients, for a few positions, for a weight that is not wrapped."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() > MOST_ROWS * x.shape[-1]:
+        return False
+    if type(weight) is not nn.Parameter or not weight.is_contiguous() or weight.dtype not in WEIGHT_TYPES:
+        return False
+    return library(weight.dtype) is not None and not torch.compiler.is_compiling()
+
+
+def project(x: Tensor, weight: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in) transposed, (..., out) float32: the output head for a few positions.
+
+    Args:
+        weight: in `dtype`, or 8-bit codes with their scales (out, 1).
+        dtype: of the vectors that meet codes: bfloat16 lets them be rounded to 16 bits, float32 does not.
+    """
+    vectors, threads = x.float().contiguous(), torch.get_num_threads()
+    out = vectors.new_empty(*x.shape[:-1], weight.shape[0])
+    count, matrix = vectors[..., 0].numel(), Matrix.of(weight, scales)
+    room = torch.empty(threads * fixed_point_size(count, weight.shape[1]), dtype=torch.int16, device="cpu")
+    places = out.data_ptr(), vectors.data_ptr(), matrix.rows, matrix.scales, room.data_ptr()
+    library(dtype).project(*places, count, *weight.shape, threads)
+    return out
+
+
+@lru_cache(maxsize=8)
+def library(
+    dtype: torch.dtype, fine: torch.dtype | None = None, held: torch.dtype = torch.float32
+) -> ctypes.CDLL | None:
+    """decode.c compiled for matrices of this type, norms and routers of type `fine`, and a cache of type `held`.
+
+    None where that cannot be.
+    """
+    try:
+        built = ctypes.CDLL(str(build(dtype, fine or dtype, held)))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    built.step.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] + [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 4
+    built.step.argtypes += [ctypes.c_int]
+    built.step.restype = None
+    built.speculate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    built.speculate.restype = ctypes.c_int64
+    built.project.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+    built.project.restype = None
+    return built
+
+
+def build(dtype: torch.dtype, fine: torch.dtype, held: torch.dtype) -> Path:
+    """Compile decode.c, or find it compiled. Raises OSError or CalledProcessError."""
+    flags = ["-DBF16"] if dtype == torch.bfloat16 else []
+    flags += ["-DFLOAT_NORMS"] if fine != dtype else []
+    flags += ["-DHALF_CACHE"] if held == torch.bfloat16 else []
+    return compiled(SOURCE, *flags)

@@ -1,4 +1,4 @@
-"""An MTP layer that learns to go on from its own state: it learns exactly what decoding will ask of it."""
+"""The unrolled MTP layer learns from its own state exactly what decoding will ask of it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from errors import UserError
 from model import MiniDeepSeek
 from model.attention import AttentionMask
 from model.cache import LatentCache
-from training.losses import IGNORE, NextTokenLoss, labels_of_own_step
+from model.decoding.eager import EagerRunner
+from training.losses import IGNORE, NextTokenLoss, labels_of_unrolled_step
 
 STEPS, TIME = 4, 11
 
 
 class Seen:
     """Latents that one position attends to; its own come last."""
+
+    decoding, counts_loads = False, True
 
     def __init__(self, before: list[Tensor]) -> None:
         self.before = before
@@ -60,7 +63,7 @@ def test_the_loss_and_its_gradient_are_those_of_chains_written_out(depth, tiny_m
     def nll(hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy((hidden @ model.lm_head.weight.t()).flatten(0, -2), labels.flatten(), reduction="sum")
 
-    out = model(batch["input_ids"], mtp=True)
+    out = model(batch["input_ids"], mtp=1)
     parts = [nll(out.mtp_hidden[k - 1][:, :-k], batch["labels"][:, k:]) for k in range(1, depth + 1)]
     for states in written_out(model, batch["input_ids"], STEPS)[1:]:
         norm = model.mtp[-1].shared_head.norm
@@ -78,37 +81,37 @@ def test_the_loss_and_its_gradient_are_those_of_chains_written_out(depth, tiny_m
 @torch.no_grad()
 def test_a_step_in_training_is_what_decoding_drafts(depth, tiny_model):
     model, ids = tiny_model(num_nextn_predict_layers=depth), torch.randint(61, (1, TIME))
-    out = model(ids, mtp=True, mtp_steps=STEPS)
+    out = model(ids, mtp=STEPS)
     last = model.config.num_hidden_layers + depth - 1
     for begun in range(TIME - depth - STEPS + 1):
         cache = LatentCache(model.config, 1, TIME, torch.float32, "cpu", mtp=True)
-        state = out.state[:, : begun + 1]
+        runner, state = EagerRunner(model, cache), out.state[:, : begun + 1]
         for k in range(1, depth + 1):
-            _, state = model.draft(state, ids[:, k : begun + 1 + k], k, cache)
+            state = runner.draft(state, ids[:, k : begun + 1 + k], k).states
         for step in range(2, STEPS + 1):
             u = cache.lengths[last]
-            logits, state = model.draft(state[:, -1:], ids[:, u + depth : u + depth + 1], depth, cache)
-            expected = out.own_hidden[step - 2][:, u] @ model.lm_head.weight.t()
-            torch.testing.assert_close(logits[:, 0], expected, atol=1e-4, rtol=1e-4)
+            drafted = runner.draft(state[:, -1:], ids[:, u + depth : u + depth + 1], depth)
+            expected, state = out.mtp_unrolled[step - 2][:, u] @ model.lm_head.weight.t(), drafted.states
+            torch.testing.assert_close(drafted.logits[:, 0], expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_all_but_the_own_steps_is_as_without_them(tiny_model):
+def test_all_but_the_unrolled_steps_is_as_without_them(tiny_model):
     model, ids = tiny_model(num_nextn_predict_layers=2), torch.randint(61, (2, TIME))
-    plain, more = model(ids, mtp=True), model(ids, mtp=True, mtp_steps=3)
-    assert plain.own_hidden == () and len(more.own_hidden) == 2
+    plain, more = model(ids, mtp=1), model(ids, mtp=3)
+    assert plain.mtp_unrolled == () and len(more.mtp_unrolled) == 2
     for name in ("hidden", "state", "counts", "balance_loss"):
         assert torch.equal(getattr(plain, name), getattr(more, name)), name
     assert all(map(torch.equal, plain.mtp_hidden, more.mtp_hidden))
-    assert model(ids, mtp_steps=3).own_hidden == ()  # where the chain is left out, so are its own steps
+    assert model(ids).mtp_unrolled == model(ids).mtp_hidden == ()
 
 
 def test_a_chain_begins_and_ends_within_a_segment():
     labels = torch.arange(1, 10)[None]
     batch = {"labels": labels, "segment_ids": torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1]])}
-    assert labels_of_own_step(batch, 1, 2).tolist() == [[IGNORE, 3, 4, 5, IGNORE, IGNORE, 8, 9, IGNORE]]
-    assert labels_of_own_step(batch, 1, 3).tolist() == [[IGNORE, IGNORE, 4, 5, IGNORE, IGNORE, IGNORE, 9, IGNORE]]
-    assert labels_of_own_step(batch, 2, 2).tolist() == [[IGNORE, 4, 5, IGNORE, IGNORE, IGNORE, 9, IGNORE, IGNORE]]
+    assert labels_of_unrolled_step(batch, 1, 2).tolist() == [[IGNORE, 3, 4, 5, IGNORE, IGNORE, 8, 9, IGNORE]]
+    assert labels_of_unrolled_step(batch, 1, 3).tolist() == [[IGNORE, IGNORE, 4, 5, IGNORE, IGNORE, IGNORE, 9, IGNORE]]
+    assert labels_of_unrolled_step(batch, 2, 2).tolist() == [[IGNORE, 4, 5, IGNORE, IGNORE, IGNORE, 9, IGNORE, IGNORE]]
 
 
 def test_packed_samples_lose_what_they_lose_alone(tiny_model):
@@ -137,7 +140,7 @@ def test_recomputed_activations_give_the_same_gradient(tiny_model):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_a_resumed_run_is_the_same_to_the_bit_and_another_one_than_without_own_steps(make):
+def test_a_resumed_run_is_the_same_to_the_bit_and_another_one_than_without_unrolling(make):
     options = dict(max_steps=4, save_every=2, mtp_steps=3)
     whole = make(**options)
     want = files(whole.run())
