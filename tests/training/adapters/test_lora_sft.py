@@ -47,7 +47,7 @@ def tune(run, pretrained, data):
     return tune
 
 
-def test_an_adapter_learns_and_its_base_stays_as_it_was(tune, pretrained, tmp_path):
+def test_an_adapter_learns_and_its_base_stays_as_it_was(tune, pretrained, tmp_path, capsys):
     before = (pretrained / "final" / "model.safetensors").read_bytes()
     done = tune(tmp_path, "--max_steps", 25, "--optim.lr", 5e-3, "--lora.targets", "all", "--merge")
     assert done.code == 0, done.err
@@ -61,6 +61,12 @@ def test_an_adapter_learns_and_its_base_stays_as_it_was(tune, pretrained, tmp_pa
     base, _ = open_checkpoint(str(pretrained / "final"))
     merged, _ = open_checkpoint(str(tmp_path / "merged"))
     adapted, _ = open_adapted(str(pretrained / "final"), str(tmp_path / "final"))
+    replies = []
+    for options in ({"ckpt": pretrained / "final", "lora": tmp_path / "final"}, {"ckpt": tmp_path / "merged"}):
+        places = {name: str(folder) for name, folder in options.items()}
+        chat(**places, once="你好", temperature=0.0, max_new_tokens=16, device="cpu", dtype="fp32")
+        replies.append(capsys.readouterr().out)
+    assert replies[0] == replies[1] and replies[0].strip()
     moved = {name for name, value in merged.state_dict().items() if not torch.equal(value, base.state_dict()[name])}
     assert moved and all("_proj" in name and name.startswith("model.layers.") for name in moved)
     for name, value in adapted.state_dict().items():
@@ -157,18 +163,6 @@ def test_two_ranks_train_the_adapter_of_one_process(tune, tmp_path, pretrained, 
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-6)
 
 
-def test_chat_answers_as_the_merged_model_does(tune, tmp_path, pretrained, capsys):
-    assert tune(tmp_path, "--max_steps", 3, "--merge").code == 0
-    capsys.readouterr()
-    said = []
-    for options in (
-        dict(ckpt=str(pretrained / "final"), lora=str(tmp_path / "final")), dict(ckpt=str(tmp_path / "merged"))
-    ):  # fmt: skip
-        chat(**options, once="你好", temperature=0.0, max_new_tokens=16, device="cpu", dtype="fp32")
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and said[0].strip()
-
-
 def test_an_adapter_is_not_taken_for_a_checkpoint(tune, tmp_path, pretrained):
     assert tune(tmp_path, "--max_steps", 1).code == 0
     with pytest.raises(UserError, match=r"is an adapter, not a model; .* --lora"):
@@ -201,18 +195,3 @@ def test_bad_settings_end_in_one_line(tune, tmp_path, options, said):
     done = tune(tmp_path / "out", "--max_steps", 1, *options)
     assert done.code == 2 and said in done.err and len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_held_out_messages_are_new_and_in_a_style_of_their_own(data):
-    train = json.loads((data / "train.json").read_text(encoding="utf8"))
-    held_out = [json.loads(line) for line in (data / "heldout.jsonl").read_text(encoding="utf8").splitlines()]
-    taught = {row["output"] for row in train}
-    assert len(held_out) > 100 and not taught & {row["answer"] for row in held_out}
-    ends = {(row["opening"], row["closing"]) for row in held_out}
-    assert len(ends) == len(greeting_messages.STYLES)
-    for row in held_out:
-        assert row["answer"].startswith(row["opening"]) and row["answer"].endswith(row["closing"])
-        # Each part of what is asked has been seen, with other parts.
-        assert any(row["opening"] in text for text in taught)
-    asked = [json.dumps([row["instruction"], row["input"]]) for row in train]
-    assert len(asked) == len(set(asked))

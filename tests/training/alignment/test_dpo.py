@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -207,30 +208,20 @@ def other_shape(tokenizer: Tokenizer, tiny_model, tmp_path) -> Path:
     return tmp_path / "other"
 
 
-def test_a_reference_of_another_shape_is_refused(arguments, other_shape, tmp_path, run):
-    done = run(dpo_train.main, *arguments, "--out", tmp_path / "run", "--reference", other_shape)
-    assert done.code == 2
-    assert done.err.startswith(f"error: --reference {other_shape}: its ") and "of the same shape" in done.err
-
-
-def test_a_reference_for_a_loss_that_has_none_is_refused(arguments, pretrained, tmp_path, run):
-    options = ["--out", tmp_path / "run", "--preference.loss", "simpo", "--reference", pretrained / "final"]
-    done = run(dpo_train.main, *arguments, *options)
-    assert done.code == 2 and "simpo has none; leave it out" in done.err
-
-
-def test_a_wrong_setting_of_the_loss_is_one_line(arguments, tmp_path, run):
-    done = run(dpo_train.main, *arguments, "--out", tmp_path / "run", "--preference.beta", 0)
-    assert (done.code, done.err) == (2, "error: --preference.beta 0.0: must be positive\n")
-
-
-def test_a_text_that_is_not_there_is_named(arguments, tmp_path, run):
-    done = run(dpo_train.main, *arguments, "--out", tmp_path / "run", "--val_text", tmp_path / "no.txt")
-    assert done.code == 2 and f"--val_text {tmp_path / 'no.txt'}: cannot be read" in done.err
-
-
-def test_a_folder_in_use_is_refused_before_anything_is_computed(arguments, finished, run):
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--reference", "{other}"], "error: --reference {other}: its .* of the same shape"),
+        (["--preference.loss", "simpo", "--reference", "{finished}/final"], "simpo has none; leave it out"),
+        (["--preference.beta", 0], "error: --preference.beta 0.0: must be positive\n"),
+        (["--val_text", "no.txt"], "--val_text no.txt: cannot be read"),
+        (["--out", "{finished}"], r"holds a run already \(final\); add --resume"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(options, what, arguments, other_shape, finished, tmp_path, run):
     before = (finished / "reference.safetensors").stat().st_mtime_ns
-    done = run(dpo_train.main, *arguments, "--out", finished)
-    assert done.code == 2 and "holds a run already (final); add --resume" in done.err
+    places = {"other": other_shape, "finished": finished}
+    options = [option.format(**places) if isinstance(option, str) else option for option in options]
+    done = run(dpo_train.main, *arguments, "--out", tmp_path / "run", *options)
+    assert done.code == 2 and re.search(what.format(**places), done.err) and done.err.count("\n") == 1
     assert (finished / "reference.safetensors").stat().st_mtime_ns == before

@@ -19,7 +19,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.alignment.accuracy import Accuracy
-from training.alignment.batches import Experience
+from training.alignment.batches import Experience, LeftOut
 from training.alignment.policy_loss import GRPOLoss
 from training.alignment.rewards import Rewards, Sample, reward
 from training.alignment.rollouts import Rollouts, RolloutSettings
@@ -193,36 +193,21 @@ def test_a_step_is_a_function_of_seed_and_number(small, make):
 def test_rows_without_anything_to_learn_are_left_out_and_counted(small, make):
     experience = make(small, {f"{__name__}:letters": 1.0}, prompts=8)
     experience.prepare(0, small)
-    experience.rows.left_out_R[4:] = 1  # all but one group
-    experience.rows.left_out_R[3] = 2  # and of this one a completion that was cut
+    experience.rows.left_out_R[:] = LeftOut.NO
+    experience.arrange()
+    mismatch, tokens = GRPOLoss("grpo", 8)(small, experience.batch(range(32)))[2]["mismatch"]
+    assert tokens == experience.rows.new_R.sum() and mismatch / tokens < 1e-5  # labels meet their own log-probabilities
+    experience.rows.left_out_R[4:] = LeftOut.ZERO_VARIANCE  # all but one group
+    experience.rows.left_out_R[3] = LeftOut.OVERLONG  # and of this one a completion that was cut
     experience.arrange()
     batch = experience.batch(range(32, 64))
     learnt = (batch["labels"] >= 0).any(1)
     assert len(learnt) == 16 and learnt.sum() == 3 and batch["absent"][0] == 16
     lengths = experience.rows.new_R
     assert batch["absent"][1] == lengths[4:].sum() and (batch["labels"] >= 0).sum() == lengths[:3].sum()
+    assert learnt.tolist() == sorted(learnt.tolist(), reverse=True)  # what fills a batch comes last
     everything = [experience.batch([i]) for i in range(32)]
     assert sum((batch["labels"] >= 0).sum() for batch in everything) == lengths[:3].sum()
-
-
-def test_what_is_learnt_comes_before_what_fills_a_batch(small, make):
-    experience = make(small, {f"{__name__}:letters": 1.0}, prompts=8)
-    experience.prepare(0, small)
-    experience.rows.left_out_R = torch.tensor([2, 2, 2, 0] * 8)  # of each group only the last completion was not cut
-    experience.arrange()
-    batch = experience.batch(range(32))
-    assert (batch["labels"] >= 0).any(1).tolist() == [True] * 8 + [False] * 8
-
-
-def test_labels_are_the_completions_and_meet_their_own_log_probabilities(small, make):
-    experience = make(small, {f"{__name__}:letters": 1.0})
-    experience.prepare(0, small)
-    experience.rows.left_out_R[:] = 0
-    experience.arrange()
-    _, _, metrics = GRPOLoss("grpo", 8)(small, experience.batch(range(16)))
-    total, tokens = metrics["mismatch"]
-    assert tokens == (experience.rows.new_R).sum()
-    assert total / tokens < 1e-5
 
 
 def test_resampling_replaces_groups_without_variance_by_other_prompts(small, make):
@@ -300,17 +285,3 @@ def test_a_budget_of_tokens_is_spent_by_completions_as_long_as_they_are(train, t
 def test_bad_options_are_one_clear_line(options, what, train):
     done = train("run", "--max_steps", 1, *options, code=2)
     assert re.search(what, done.err) and done.err.count("\n") == 1
-
-
-def test_a_reference_of_another_shape_is_refused(train, tmp_path, tokenizer, pretrained):
-    config = LMConfig.from_pretrained(pretrained / "final")
-    config.intermediate_size += 8
-    MiniDeepSeek(config).save_pretrained(tmp_path / "other")
-    tokenizer.save(tmp_path / "other")
-    done = train("run", "--max_steps", 1, "--beta", 0.1, "--reference", tmp_path / "other", code=2)
-    assert "its intermediate_size is 104, that of --ckpt 96" in done.err and done.err.count("\n") == 1
-
-
-def test_a_reward_that_fails_ends_the_run_in_one_line(train):
-    done = train("run", "--max_steps", 1, "--rewards", json.dumps({f"{__name__}:no_such": 1.0}), code=2)
-    assert "cannot be imported" in done.err and done.err.count("\n") == 1

@@ -22,7 +22,7 @@ from training.alignment.preference import (
     sigmoid_dpo,
     simpo,
 )
-from training.log_probs import label_log_probs
+from training.log_probs import label_log_probs, log_probs_and_entropy
 from training.losses import Batch, token_losses
 from training.parallel.ranks import Ranks
 
@@ -165,11 +165,13 @@ def test_log_probs_and_their_gradient_are_those_of_full_logits():
     weights = torch.randn(3, 300)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.losses.CHUNK_ELEMENTS", 50 * 100)
-        ours = label_log_probs(hidden, head, labels, temperature=0.7)
+        ours, entropy = log_probs_and_entropy(hidden, head, labels, temperature=0.7)
         (ours * weights).sum().backward()
     grads = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
-    plain = (hidden @ head.t() / 0.7).log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    log_p = (hidden @ head.t() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1) * (labels >= 0), rtol=1e-3, atol=1e-4)
+    plain = log_p.gather(2, labels.clamp(min=0)[..., None])[..., 0]
     plain = plain.masked_fill(labels < 0, 0.0)
     (plain * weights).sum().backward()
     torch.testing.assert_close(ours, plain)

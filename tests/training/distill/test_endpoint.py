@@ -25,17 +25,20 @@ import pytest
 import distill
 import training.distill.answers
 import training.distill.curation
-import training.distill.endpoint
 from errors import UserError
 from text.chats.conversations import read_conversations
 from training.distill.answers import Answer, Ask, AskReport, Failure, Journal, ask_all
-from training.distill.endpoint import Endpoint, seconds_to_wait
+from training.distill.endpoint import LONGEST_WAIT, Endpoint, seconds_to_wait
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks OpenAI's chat completions. `moods`: how each question's attempts are answered, the last one for ever."""
+    """Speaks OpenAI's chat completions. `moods`: how each question's attempts are answered, the last one for ever.
+
+    A mood is a status, (status, Retry-After), the body of a 200, changes of a good reply's message and finish_reason,
+    "silence", "hang up" or "well".
+    """
 
     daemon_threads = True
 
@@ -43,7 +46,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.moods: dict[str, list[object]] = {}
         self.usual: Callable[[str], str] = lambda question: f"the answer to {question}"
-        self.asked: list[tuple[str, float, dict, dict]] = []
+        self.asked: list[tuple[str, dict, dict]] = []  # question, body, headers
         self.lock, self.running, self.most_running = threading.Lock(), 0, 0
         self.delay, self.quiet = 0.0, threading.Event()
 
@@ -63,89 +66,43 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
         question = body["messages"][-1]["content"]
-        server = self.server
         with server.lock:
             attempt = server.questions().count(question)
-            server.asked.append((question, time.monotonic(), body, dict(self.headers)))
+            server.asked.append((question, body, dict(self.headers)))
             server.running += 1
             server.most_running = max(server.most_running, server.running)
         time.sleep(server.delay)
         moods = server.moods.get(question, ["well"])
-        self.answer(question, moods[min(attempt, len(moods) - 1)])
+        is_ours = urlsplit(self.path).path == "/v1/chat/completions"  # whole addresses come to a proxy
+        self.answer(question, moods[min(attempt, len(moods) - 1)] if is_ours else 404)
         with server.lock:
             server.running -= 1
 
     def answer(self, question: str, mood: object) -> None:
-        if urlsplit(self.path).path != "/v1/chat/completions":  # whole addresses come to a proxy
-            mood = 404
-        message, finish = {"role": "assistant", "content": self.server.usual(question)}, "stop"
-        if isinstance(mood, bytes):
-            return self.send(200, mood)
-        elif isinstance(mood, dict):
-            message, finish = {**message, **mood.get("message", {})}, mood.get("finish", "stop")
-        elif isinstance(mood, tuple):
-            return self.send(mood[0], {"error": {"message": "slow down"}}, {"Retry-After": mood[1]})
-        elif isinstance(mood, int):
-            return self.send(mood, {"error": {"message": f"this is {mood}"}})
-        elif mood == "silence":
-            self.server.quiet.wait(30)
-        elif mood == "broken":
-            return self.send(200, b'{"choices": [{"mess')
-        elif mood == "nonsense":
-            return self.send(200, {"choices": []})
-        elif mood == "hang up":
+        if mood == "hang up":
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)  # close() alone waits for who holds it too
-        usage = {"completion_tokens": len(str(message["content"]).split())}
-        return self.send(200, {"choices": [{"message": message, "finish_reason": finish}], "usage": usage})
-
-    def send(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if mood == "silence":
+            self.server.quiet.wait(30)
+        status, wait = mood if isinstance(mood, tuple) else (mood, "") if isinstance(mood, int) else (200, "")
+        change = mood if isinstance(mood, dict) else {}
+        message = {"role": "assistant", "content": self.server.usual(question), **change.get("message", {})}
+        content: object = {"error": {"message": f"this is {status}"}}
+        if status == 200:
+            usage = {"completion_tokens": len(str(message["content"]).split())}
+            content = {"choices": [{"message": message, "finish_reason": change.get("finish", "stop")}], "usage": usage}
+        data = mood if isinstance(mood, bytes) else json.dumps(content).encode()
         try:
             self.send_response(status)
-            for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
-                self.send_header(name, value)
+            for name, value in {"Retry-After": wait, "Content-Length": str(len(data))}.items():
+                if value:
+                    self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
         except OSError:  # who asked has given up
             self.close_connection = True
-
-
-class SocksProxy(socketserver.ThreadingTCPServer):
-    """SOCKS5 without passwords (RFC 1928). Wherever it is asked to connect to, it connects to `target`."""
-
-    daemon_threads = True
-
-    def __init__(self, target: tuple[str, int]) -> None:
-        super().__init__(("127.0.0.1", 0), SocksHandler)
-        self.target = target
-        self.asked: list[tuple[str, int]] = []
-
-
-class SocksHandler(socketserver.StreamRequestHandler):
-    server: SocksProxy
-
-    def handle(self) -> None:
-        self.rfile.read(self.rfile.read(2)[1])
-        self.wfile.write(b"\5\0")
-        kind = self.rfile.read(4)[3]
-        assert kind == 3, "a name, which the proxy looks up"
-        name = self.rfile.read(self.rfile.read(1)[0]).decode()
-        self.server.asked.append((name, int.from_bytes(self.rfile.read(2), "big")))
-        with socket.create_connection(self.server.target) as onward:
-            self.wfile.write(b"\5\0\0\1" + bytes(6))
-            threading.Thread(target=pass_on, args=(onward, self.connection), daemon=True).start()
-            pass_on(self.connection, onward)
-
-
-def pass_on(source: socket.socket, target: socket.socket) -> None:
-    try:
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    except OSError:  # one of both has hung up
-        pass
 
 
 @contextmanager
@@ -181,6 +138,10 @@ def asks(*questions: str) -> list[Ask]:
     return [Ask.of([{"role": "user", "content": question}], 0) for question in questions]
 
 
+def replies(teacher: Endpoint, *questions: str) -> dict[str, Answer | Failure]:
+    return {ask.messages[0]["content"]: answer for ask, answer in teacher.answers(asks(*questions))}
+
+
 def noted() -> tuple[list[float], Callable]:
     """A list of pauses, and a sleep that writes them down instead of sleeping."""
     pauses: list[float] = []
@@ -191,113 +152,35 @@ def noted() -> tuple[list[float], Callable]:
     return pauses, sleep
 
 
-def replies(teacher: Endpoint, *questions: str) -> dict[str, Answer | Failure]:
-    return {ask.messages[0]["content"]: answer for ask, answer in teacher.answers(asks(*questions))}
-
-
 def test_answers_come_with_their_end_and_length(server):
-    server.moods["thinks"] = [{"message": {"reasoning_content": " so \n"}}]
-    server.moods["cut"] = [{"finish": "length"}]
+    server.moods = {"thinks": [{"message": {"reasoning_content": " so \n"}}], "cut": [{"finish": "length"}]}
     got = replies(endpoint(server, key="secret", temperature=0.5, max_new_tokens=7), "plain", "thinks", "cut")
-    assert got["plain"] == Answer("the answer to plain", "stop", 4)
+    assert got["plain"] == Answer("the answer to plain", "stop", 4) and got["cut"].finish == "length"
     assert got["thinks"].text == "<think>\nso\n</think>\n\nthe answer to thinks"
-    assert got["cut"].finish == "length"
-    _, _, body, headers = server.asked[0]
+    _, body, headers = server.asked[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 7)
     assert headers["Authorization"] == "Bearer secret"
 
 
-THOUGHTS = "Four on the left, five on the right."
-THOUGHT_PART = {"type": "thinking", "thinking": [{"type": "text", "text": THOUGHTS}]}
-TEXT_PART = {"type": "text", "text": "Nine."}
+CUT_OFF, NO_CHOICE = b'{"choices": [{"mess', b'{"choices": []}'
 
 
 @pytest.mark.parametrize(
-    "message",
-    [
-        {"reasoning_content": THOUGHTS},
-        {"reasoning": THOUGHTS},
-        {"thinking": THOUGHTS},
-        {"reasoning": THOUGHTS, "reasoning_content": THOUGHTS},
-        {"reasoning": None, "reasoning_details": [{"type": "reasoning.text", "text": THOUGHTS}]},
-        {"reasoning": THOUGHTS, "reasoning_details": [{"type": "reasoning.summary", "summary": THOUGHTS}]},
-        {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}, {"summary": f" {THOUGHTS}"}]},
-        {"content": [THOUGHT_PART, TEXT_PART]},
-        {"content": [{"type": "thinking", "thinking": THOUGHTS, "signature": "x"}, TEXT_PART]},
-        {"content": f"<think>\n{THOUGHTS}\n</think>\n\nNine."},
-        {"content": f"<think>\n{THOUGHTS}\n</think>\n\nNine.", "reasoning": THOUGHTS},
-        {"content": f"\n{THOUGHTS}\n</think>\n\nNine."},
-    ],
+    "mood", [429, 500, 503, (429, "0"), (503, "odd"), "silence", "hang up", CUT_OFF, NO_CHOICE], ids=str
 )
-def test_thoughts_become_the_think_part(message, server):
-    server.moods["q"] = [{"message": {"content": "Nine.", **message}}]
-    assert replies(endpoint(server), "q")["q"].text == f"<think>\n{THOUGHTS}\n</think>\n\nNine."
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"content": [TEXT_PART]},
-        {"content": [{"type": "text", "text": "Ni"}, {"type": "image_url", "image_url": {}}, {"text": "ne."}]},
-        {"content": "Nine.", "reasoning": "", "reasoning_content": None, "reasoning_details": []},
-        {"content": [{"type": "thinking", "thinking": ""}, TEXT_PART]},
-    ],
-)
-def test_parts_are_joined_and_no_thoughts_make_no_think_part(message, server):
-    server.moods["q"] = [{"message": message}]
-    assert replies(endpoint(server), "q")["q"].text == "Nine."
-
-
-def test_blocks_of_thoughts_are_paragraphs(server):
-    blocks = [{"type": "reasoning.text", "text": text} for text in ("one \n", "two")]
-    server.moods["q"] = [{"message": {"reasoning_details": blocks}}]
-    assert replies(endpoint(server), "q")["q"].text.startswith("<think>\none\n\ntwo\n</think>\n\n")
-
-
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        ({"error": {"message": "day is over", "code": 429}}, "status 200 with error 429 (day is over)"),
-        ({"choices": None, "error": {"message": "Provider\nfailed", "code": "502", "metadata": {"raw": "CUDA"}}},
-         "status 200 with error 502 (Provider failed: 502: CUDA)"),
-        ({"error": "model is loading"}, "status 200 with no answer (model is loading)"),
-        ({"object": "error", "message": "overloaded", "code": 503}, "status 200 with error 503 (overloaded)"),
-        ({"detail": [{"msg": "too late"}]}, "status 200 with no answer (too late)"),
-        ({"choices": [{"error": {"message": "cut off", "code": 502}, "message": {"content": "Ni"}}]},
-         "status 200 with error 502 (cut off)"),
-        ({"choices": [{"finish_reason": "error", "message": {"content": "Ni"}}]},
-         'status 200 with no answer ({"choices": [{"finish_reason": "error", "message": {"content": "Ni"}}]})'),
-        ({"choices": None}, 'status 200 with no answer ({"choices": null})'),
-        ({"choices": [None]}, 'status 200 with no answer ({"choices": [null]})'),
-        ([], "status 200 with no answer ([])"),
-        (b"", "status 200 with no answer (an empty reply)"),
-        (b"<html>\x1b[2J", "status 200 with no answer (<html>\\x1b[2J)"),
-    ],
-)  # fmt: skip
-def test_a_200_without_an_answer_is_asked_again_and_told_in_the_servers_words(reply, reason, server):
-    bad = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-    server.moods = {"once": [bad, "well"], "always": [bad]}
-    got = replies(endpoint(server, attempts=2), "once", "always")
-    assert got == {"once": Answer("the answer to once", "stop", 4), "always": Failure(f"{reason}, 2 attempts")}
-
-
-def test_an_error_in_a_200_counts_as_the_status_that_it_names(server):
-    def error(code: int) -> list[bytes]:
-        return [json.dumps({"error": {"message": "no", "code": code}}).encode()]
-
-    server.moods = {"long": error(400), "key": error(401)}
-    assert replies(endpoint(server), "long") == {"long": Failure("status 200 with error 400 (no)")}
-    assert server.questions() == ["long"]
-    with pytest.raises(UserError, match=r"status 200 with error 401 \(no\); set OPENAI_API_KEY"):
-        replies(endpoint(server), "key")
-
-
-@pytest.mark.parametrize("mood", [429, 500, 503, "silence", "broken", "nonsense", "hang up", (429, "0"), (503, "odd")])
-def test_a_passing_fault_is_asked_again(mood, server):
+def test_a_transient_fault_is_asked_again(mood, server):
     server.moods["q"] = [mood, mood, "well"]
-    patience = {"timeout": 0.5} if mood == "silence" else {}
-    assert replies(endpoint(server, **patience), "q") == {"q": Answer("the answer to q", "stop", 4)}
-    assert server.questions() == ["q", "q", "q"]
+    got = replies(endpoint(server, timeout=0.5 if mood == "silence" else 30.0), "q")
+    assert got == {"q": Answer("the answer to q", "stop", 4)} and server.questions() == ["q", "q", "q"]
+
+
+def test_a_question_is_given_up_after_its_attempts_and_the_others_go_on(server):
+    server.moods = {"bad": [500], "long": [400], "odd": [NO_CHOICE]}
+    got = replies(endpoint(server, attempts=3), "bad", "good", "long", "odd")
+    assert got["bad"] == Failure("status 500 (this is 500), 3 attempts") and isinstance(got["good"], Answer)
+    assert got["odd"] == Failure('status 200 with no answer ({"choices": []}), 3 attempts')
+    assert got["long"] == Failure("status 400 (this is 400)")
+    assert Counter(server.questions()) == {"bad": 3, "odd": 3, "good": 1, "long": 1}
 
 
 def test_a_person_reads_of_each_further_attempt_once_however_many_questions_wait(server, capsys):
@@ -311,13 +194,10 @@ def test_a_person_reads_of_each_further_attempt_once_however_many_questions_wait
 def test_pauses_grow_and_are_not_the_same_for_all(server):
     server.moods["q"] = [500, 500, 500, "well"]
     pauses, sleep = noted()
-    teacher = endpoint(server, first_pause=1.0, sleep=sleep)
-    replies(teacher, "q")
-    assert all(2**n / 2 <= pause <= 2**n for n, pause in enumerate(pauses)) and len(pauses) == 3
-    first = set(pauses)
-    server.asked.clear()
-    replies(teacher, "q")
-    assert not first & set(pauses[3:])
+    for _ in range(2):
+        server.asked.clear()
+        replies(endpoint(server, first_pause=1.0, sleep=sleep), "q")
+    assert all(2**n / 2 <= pause <= 2**n for n, pause in enumerate(pauses[:3])) and len(set(pauses)) == 6
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
@@ -325,30 +205,22 @@ def test_a_server_that_names_the_wait_is_obeyed(form, server):
     wish = "3" if form == "seconds" else email.utils.formatdate(time.time() + 4, usegmt=True)
     server.moods["q"] = [(429, wish), "well"]
     pauses, sleep = noted()
-    teacher = endpoint(server, sleep=sleep)
-    replies(teacher, "q")
+    replies(endpoint(server, sleep=sleep), "q")
     assert len(pauses) == 1 and 2 < pauses[0] <= 4
 
 
-@pytest.mark.parametrize(("header", "seconds"), [(None, 0), ("", 0), ("7", 7), ("-3", 0), ("soon", 0), ("nan", 0)])
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [(None, 0), ("", 0), ("7", 7), ("-3", 0), ("soon", 0), ("nan", 0), ("99999", LONGEST_WAIT)],
+)
 def test_what_a_header_says(header, seconds):
     assert seconds_to_wait(header) == seconds
-    assert seconds_to_wait("99999") == training.distill.endpoint.LONGEST_WAIT
 
 
-def test_a_question_is_given_up_after_its_attempts_and_the_others_go_on(server):
-    server.moods["bad"] = [500]
-    server.moods["long"] = [400]
-    got = replies(endpoint(server, attempts=3), "bad", "good", "long")
-    assert got["bad"] == Failure("status 500 (this is 500), 3 attempts") and isinstance(got["good"], Answer)
-    assert got["long"].reason.startswith("status 400") and "this is 400" in got["long"].reason
-    assert server.questions().count("bad") == 3 and server.questions().count("long") == 1
-
-
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_wants_nobody_is_one_line(status, server):
-    server.moods["q"] = [status]
-    with pytest.raises(UserError, match=rf"--teacher {server.url}: status {status} .*this is {status}") as caught:
+@pytest.mark.parametrize("mood", [401, 403, 404, b'{"error": {"message": "this is 401", "code": 401}}'], ids=str)
+def test_a_server_that_wants_nobody_is_one_line(mood, server):
+    server.moods["q"] = [mood]
+    with pytest.raises(UserError, match=rf"--teacher {server.url}: status .*this is 40\d\); (set|check)") as caught:
         replies(endpoint(server), "q")
     assert "\n" not in str(caught.value)
 
@@ -359,14 +231,12 @@ def test_no_more_questions_at_a_time_than_allowed(server):
     assert server.most_running == 3 and len(server.asked) == 15
 
 
-def test_a_teacher_that_is_gone_is_given_up_and_what_it_said_is_kept(server, tmp_path):
+def test_a_teacher_that_is_gone_is_given_up_and_its_answers_are_kept(server, tmp_path):
     server.moods = {f"q{n}": [500] for n in range(5, 60)}
-    journal = Journal(tmp_path / "a.jsonl")
     teacher = endpoint(server, attempts=1, concurrency=1)
     with pytest.raises(UserError, match=r"25 questions in a row .* status 500 .*keeps 5 answers, --resume"):
-        ask_all(teacher, asks(*(f"q{n}" for n in range(60))), journal)
-    assert len(server.asked) <= 32
-    assert len(Journal(tmp_path / "a.jsonl").known) == 5
+        ask_all(teacher, asks(*(f"q{n}" for n in range(60))), Journal(tmp_path / "a.jsonl"))
+    assert len(server.asked) <= 32 and len(Journal(tmp_path / "a.jsonl").known) == 5
 
 
 def test_who_stops_does_not_wait_for_the_others(server, tmp_path):
@@ -383,8 +253,7 @@ def test_who_stops_does_not_wait_for_the_others(server, tmp_path):
 
 
 def test_many_reasons_are_shown_as_the_most_frequent_and_a_rest():
-    told = AskReport(14, failures=Counter({"often": 3, **{f"id {n}": 1 for n in range(11)}}))
-    lines = told.lines()
+    lines = AskReport(14, failures=Counter({"often": 3, **{f"id {n}": 1 for n in range(11)}})).lines()
     assert len(lines) == 12 and "3 without an answer: often" in lines[1]
     assert lines[-1].strip() == "2 without an answer for other reasons"
 
@@ -396,32 +265,26 @@ def test_many_reasons_are_shown_as_the_most_frequent_and_a_rest():
 def test_a_proxy_of_the_environment_is_used(name, server, monkeypatch):
     monkeypatch.setenv(name, server.url.removesuffix("/v1"))
     got = replies(endpoint(server, url="http://teacher.invalid/v1"), "q")
-    assert got["q"].text == "the answer to q" and server.asked[0][3]["Host"] == "teacher.invalid"
+    assert got["q"].text == "the answer to q" and server.asked[0][2]["Host"] == "teacher.invalid"
 
 
 @pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
-def test_a_socks_proxy_is_used_and_looks_up_the_name(scheme, server, monkeypatch):
-    proxy = SocksProxy(server.server_address)
-    with serving(proxy):
-        monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{proxy.server_address[1]}")
-        got = replies(endpoint(server, url="http://teacher.invalid:81/v1"), "q")
-    assert got["q"].text == "the answer to q" and proxy.asked == [("teacher.invalid", 81)]
+def test_a_socks_proxy_is_greeted_and_what_is_none_counts_as_a_broken_connection(scheme, server, monkeypatch):
+    heard = []
 
-
-def test_what_is_no_socks_proxy_counts_as_a_broken_connection(server, monkeypatch):
     class Garbage(socketserver.BaseRequestHandler):
         def handle(self) -> None:
+            heard.append(self.request.recv(3))
             self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Garbage) as other, serving(other):
-        monkeypatch.setenv("ALL_PROXY", f"socks5://127.0.0.1:{other.server_address[1]}")
+        monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{other.server_address[1]}")
         got = replies(endpoint(server, attempts=2), "q")
     assert "Malformed reply, 2 attempts" in got["q"].reason
+    assert heard == [b"\5\1\0"] * 2  # version 5, one way to log in: none (RFC 1928)
 
 
-@pytest.mark.parametrize(
-    "addresses", ["::1", "[::1]", "::1/128", "[::1]:1", "fe80::/10, ::1", "fe80::1%eth0,http://[,::1"]
-)
+@pytest.mark.parametrize("addresses", ["::1", "[::1]", "::1/128", "[::1]:1", "fe80::/10, ::1"])
 def test_no_proxy_may_hold_ipv6_addresses(addresses, server, monkeypatch):
     """Whether this machine speaks IPv6 or not: what is told apart is who was asked."""
     monkeypatch.setenv("ALL_PROXY", server.url.removesuffix("/v1"))
@@ -432,55 +295,34 @@ def test_no_proxy_may_hold_ipv6_addresses(addresses, server, monkeypatch):
     assert server.questions() == ["through the proxy"]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("ALL_PROXY", "socks://127.0.0.1:1080"),
-        ("all_proxy", "socks4://127.0.0.1:1080"),
-        ("HTTP_PROXY", "http://[::1"),
-        ("http_proxy", "127.0.0.1:port"),
-    ],
-)
-def test_a_malformed_proxy_is_one_line(name, value, server, tmp_path, run, monkeypatch):
-    monkeypatch.setenv(name, value)
-    done = run(distill.main, *command(server, prompts(tmp_path, "a"), tmp_path / "out"))
-    assert done.code == 2 and done.err.count("\n") == 1, done.err
-    assert "PROXY: no address of a proxy (" in done.err and "socks5://host:port" in done.err
+@pytest.mark.parametrize("value", ["socks://127.0.0.1:1080", "http://[::1", "127.0.0.1:port"])
+def test_a_malformed_proxy_is_one_line(value, server, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", value)
+    with pytest.raises(UserError, match=r"ALL_PROXY: no address of a proxy .*socks5://host:port"):
+        replies(endpoint(server), "q")
 
 
 # The journal
 
 
-def test_what_was_answered_is_not_asked_again(server, tmp_path):
-    path = tmp_path / "a.jsonl"
-    ask_all(endpoint(server), asks("a", "b"), Journal(path))
-    told = ask_all(endpoint(server), asks("a", "b", "c"), Journal(path))
-    assert sorted(server.questions()) == ["a", "b", "c"]
-    assert (told.questions, told.before, told.answered) == (3, 2, 1)
-    assert {answer.text for answer in Journal(path).known.values()} == {f"the answer to {q}" for q in "abc"}
-
-
-def test_a_torn_last_line_is_asked_again(server, tmp_path):
+def test_what_was_answered_is_not_asked_again_and_a_torn_last_line_is(server, tmp_path):
     path = tmp_path / "a.jsonl"
     ask_all(endpoint(server, concurrency=1), asks("a", "b"), Journal(path))
     path.write_bytes(path.read_bytes()[:-9])
-    ask_all(endpoint(server), asks("a", "b"), Journal(path))
-    assert server.questions() == ["a", "b", "b"]
-    assert len(path.read_bytes().splitlines()) == 2 == len(Journal(path).known)
+    report = ask_all(endpoint(server, concurrency=1), asks("a", "b", "c"), Journal(path))
+    assert server.questions() == ["a", "b", "b", "c"]
+    assert (report.questions, report.before, report.answered) == (3, 1, 2)
+    assert [answer.text for answer in Journal(path).known.values()] == [f"the answer to {q}" for q in "abc"]
 
 
-def test_a_broken_line_elsewhere_is_named(tmp_path):
-    path = tmp_path / "a.jsonl"
+def test_a_broken_line_elsewhere_is_named_and_odd_characters_survive(server, tmp_path):
+    path, text = tmp_path / "a.jsonl", "\ud83d half a pair \u2028 and 中文"
+    server.usual = lambda question: text
+    ask_all(endpoint(server), asks("a"), Journal(path))
+    assert [answer.text for answer in Journal(path).known.values()] == [text]
     path.write_text('{"key": "x"}\n{"key": 1, "answer": "", "finish": "stop", "tokens": 0}\n', encoding="utf8")
     with pytest.raises(UserError, match=r"a.jsonl:1: not an answer"):
         Journal(path)
-
-
-def test_odd_characters_survive_the_journal(server, tmp_path):
-    server.usual = lambda question: "\ud83d half a pair \u2028 and 中文"
-    path = tmp_path / "a.jsonl"
-    ask_all(endpoint(server), asks("a"), Journal(path))
-    assert [answer.text for answer in Journal(path).known.values()] == [server.usual("a")]
 
 
 def test_another_temperature_or_sample_is_another_question():
@@ -524,7 +366,7 @@ def test_prompts_become_a_file_to_fine_tune_on(server, tmp_path, run, monkeypatc
         "1 x cut at the limit", "2 x refusal", "1 x empty", "1 x broken think part", "1 x repeats itself",
     ):  # fmt: skip
         assert line in done.out
-    assert server.asked[0][3]["Authorization"] == "Bearer from the environment"
+    assert server.asked[0][2]["Authorization"] == "Bearer from the environment"
     again = run(distill.main, *command(server, data, tmp_path / "out"))
     assert again.code == 2 and "holds answers already; add --resume" in again.err
     again = run(distill.main, *command(server, data, tmp_path / "out", "--resume"))
@@ -534,12 +376,12 @@ def test_prompts_become_a_file_to_fine_tune_on(server, tmp_path, run, monkeypatc
         assert "0 answered before, 8 now" in again.out, (change, again.err)
 
 
-@pytest.mark.parametrize(("key", "sent"), [("secret\n", "Bearer secret"), ("", None), ("sécret", 0), ("a\nb", 0)])
+@pytest.mark.parametrize(("key", "sent"), [("secret\n", "Bearer secret"), ("", None), ("sécret", 0)])
 def test_a_key_is_sent_or_refused_in_one_line(key, sent, server, tmp_path, run, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     done = run(distill.main, *command(server, prompts(tmp_path, "a"), tmp_path / "out"))
     if sent != 0:
-        assert done.code == 0 and server.asked[0][3].get("Authorization") == sent
+        assert done.code == 0 and server.asked[0][2].get("Authorization") == sent
     else:
         assert done.code == 2 and "OPENAI_API_KEY: has a character" in done.err and done.err.count("\n") == 1
 
@@ -563,15 +405,6 @@ def test_answers_to_problems_are_verified(server, tmp_path, run):
     assert done.code == 0, done.err
     assert "3 x wrong" in done.out and "6 x duplicate" in done.out and "3 kept, 9 dropped" in done.out
     assert "unverified" not in done.out and len(server.asked) == 12
-
-
-def test_the_same_command_trains_the_student(server, pretrained, tmp_path, run):
-    data = prompts(tmp_path, *(f"question {n}" for n in range(30)))
-    options = ["--ckpt", pretrained / "final", "--max_steps", 2, "--sequence_length", 64, "--batch_tokens", 256]
-    done = run(distill.main, *command(server, data, tmp_path / "out", *options, "--dtype", "fp32"))
-    assert done.code == 0, done.err
-    assert (tmp_path / "out" / "final" / "model.safetensors").exists()
-    assert "30 conversations" in done.out and len(server.asked) == 30
 
 
 def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):

@@ -137,19 +137,13 @@ def test_our_own_checkpoint_is_the_same_teacher_by_transformers(pretrained, toke
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_rows_without_segments_stay_as_they_are():
-    batch = {name: value for name, value in packed().items() if name in ("input_ids", "labels")}
-    ids, row, column = unpacked(batch)
-    assert ids is batch["input_ids"]
-    assert (batch["labels"][row, column] != IGNORE).all() and len(row) == (batch["labels"] != IGNORE).sum()
-
-
-def test_a_batch_of_padding_alone_asks_nothing(llama, tokenizer):
+def test_rows_without_segments_stay_as_they_are_and_padding_alone_asks_nothing(llama, tokenizer):
     batch = packed()
+    ids, row, column = unpacked({name: batch[name] for name in ("input_ids", "labels")})
+    assert ids is batch["input_ids"] and (batch["labels"][row, column] != IGNORE).all()
+    assert len(row) == (batch["labels"] != IGNORE).sum()
     batch["labels"], batch["segment_ids"] = (torch.full_like(batch["labels"], value) for value in (IGNORE, -1))
-    for folder in (llama,):
-        said = open_teacher(str(folder), tokenizer, 600, torch.float32, CPU)(batch)
-        assert len(said.hidden) == 0
+    assert len(open_teacher(str(llama), tokenizer, 600, torch.float32, CPU)(batch).hidden) == 0
 
 
 def test_more_tokens_are_cut_and_the_rest_made_whole(pretrained, tokenizer, tmp_path):
@@ -231,25 +225,6 @@ def test_the_loss_has_the_parts_of_next_token_prediction(pretrained, tokenizer):
         torch.testing.assert_close(metrics[name], told[name])
     # A student that is its teacher is at distance 0, whatever the loss.
     assert abs(metrics["divergence"].item()) < 1e-3
-
-
-def test_a_student_that_learns_from_its_teacher_comes_nearer(pretrained, tokenizer):
-    teacher = open_teacher(str(pretrained / "final"), tokenizer, 600, torch.float32, CPU)
-    student = copy.deepcopy(teacher.model).requires_grad_(True)
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    batch, loss = packed(), distillation(teacher, ce_weight=0.0, loss="reverse_kl")
-    loss.mtp = False
-    optimizer = torch.optim.Adam(student.parameters(), lr=2e-3)
-    distances = []
-    for _ in range(8):
-        total, count, metrics = loss(student, batch)
-        distances.append(metrics["divergence"].item() / count.item())
-        optimizer.zero_grad()
-        (total / count).backward()
-        optimizer.step()
-    assert distances[-1] < 0.7 * distances[0]
 
 
 def test_on_its_own_answers_a_student_learns_from_the_teacher_alone(pretrained, tokenizer):
