@@ -1,7 +1,6 @@
-"""The one door to the kernels: each operation as PyTorch writes it, and by a kernel where that is faster.
+"""The one door to the kernels: each operation in PyTorch, and by a kernel (model/kernels/) where that is faster.
 
-Which kernel applies is asked of tensors alone: their device, type and layout, and whether gradients are recorded. What
-a GPU or a compiled graph computes is the plain line; the kernels are in model/kernels/.
+Which applies is asked of tensors: their device, type and layout, and whether gradients are recorded.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32; in the type of x."""
-    if type(weight) is nn.Parameter and fused.fits(x):
-        return fused.RMSNorm.apply(x, weight.float(), eps)
-    if x.dtype == weight.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)  # goes through float32 by itself
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    if type(weight) is not nn.Parameter or not fused.fits(x):
+        if x.dtype == weight.dtype:
+            return F.rms_norm(x, weight.shape, weight, eps)  # goes through float32 by itself
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return fused.RMSNorm.apply(x, weight.float(), eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

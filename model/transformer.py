@@ -20,7 +20,7 @@ from model.layer import DecoderLayer
 from model.moe import Router, Routing
 from model.mtp import MTPChain, MTPLayer, MTPOutput
 from model.norm import RMSNorm
-from model.ops import head_logits
+from model.ops import autocast, head_logits
 from model.rope import RotaryEmbedding
 
 
@@ -129,11 +129,8 @@ class MiniDeepSeek(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the start of the residual stream, (batch, time, hidden)."""
-        embedding = self.model.embed_tokens(input_ids)
-        if torch.is_autocast_enabled(input_ids.device.type):
-            # A bfloat16 residual stream, as DeepSeek-V3's; autocast alone would carry it in float32.
-            embedding = embedding.to(torch.get_autocast_dtype(input_ids.device.type))
-        return embedding
+        # A bfloat16 residual stream, as DeepSeek-V3's; autocast alone would carry it in float32.
+        return autocast(self.model.embed_tokens(input_ids))
 
     def routers(self) -> list[Router]:
         """Return the routers in the order of `Output.counts`."""

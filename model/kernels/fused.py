@@ -144,23 +144,15 @@ def gather_sum(rows_RD: Tensor, places_NK: Tensor) -> Tensor:
 
 
 def route(
-    x_ND: Tensor,
-    centroids_ED: Tensor,
-    bias_E: Tensor,
-    top_k: int,
-    groups: tuple[int, int],
-    normalise: bool,
-    scale: float,
+    x_ND: Tensor, centroids_ED: Tensor, bias_E: Tensor, top_k: int, groups: tuple[int, int], normed: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What `model.moe.Router` gives for x, contiguous: weights (N, K) float32 and indices (N, K) int64.
+    """Choose experts for x, contiguous: weights (N, K) float32 and indices (N, K) int64, Eq. 13 to 16.
 
     centroids, bias: float32; groups: how many there are, and how many of them may be chosen from.
     """
-    count, size = x_ND.shape
-    experts = len(centroids_ED)
-    wide = F.pad(centroids_ED.t(), (0, -experts % LANES)).contiguous()
-    weights, choices = floats(count, top_k), integers(count, top_k)
-    sizes = (count, size, experts, wide.shape[1], top_k, *groups, normalise)
+    wide = F.pad(centroids_ED.t(), (0, -len(centroids_ED) % LANES)).contiguous()
+    weights, choices = floats(len(x_ND), top_k), integers(len(x_ND), top_k)
+    sizes = (*x_ND.shape, len(centroids_ED), wide.shape[1], top_k, *groups, normed)
     library(x_ND.dtype).route(weights, choices, x_ND, wide, bias_E, *sizes, scale, torch.get_num_threads())
     return weights, choices
 

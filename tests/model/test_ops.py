@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from kernel_cases import TYPES, far, training_step
 
 from LMConfig import LMConfig
-from model import ops
+from model import MiniDeepSeek, ops
+from model.attention import AttentionMask
+from model.cache import LatentCache
 from model.experts import Experts
 from model.kernels import causal, fused, products
 from model.moe import Router
@@ -98,6 +100,19 @@ def test_experts_one_after_the_other_give_the_bits_of_all_at_once(tokens: int) -
         with torch.no_grad():
             in_turn = experts(x, weights, indices)
         assert torch.equal(in_turn, experts(x, weights, indices).detach())
+
+
+@pytest.mark.skipif(causal.prefill_library() is None, reason="no dot products of bfloat16 here")
+def test_attention_without_gradients_has_the_bits_of_training_unless_a_cache_is_read() -> None:
+    """Log-probabilities of samples are computed in both ways, and their ratio is 1 at first."""
+    model = MiniDeepSeek(LMConfig.preset("demo", vocab_size=300)).bfloat16()
+    attention, rope = model.model.layers[0].self_attn, model.rotary(torch.arange(70)[None])
+    x = torch.randn(2, 70, model.config.hidden_size).bfloat16()
+    trained = attention(x, rope, AttentionMask())
+    with torch.no_grad():
+        assert torch.equal(attention(x, rope, AttentionMask()), trained)
+        cache = LatentCache(model.config, 2, 70, torch.bfloat16, "cpu")
+        assert not torch.equal(attention(x, rope, AttentionMask(), cache), trained)  # so the line above can fail
 
 
 def test_a_norm_with_bfloat16_weights_is_the_same_in_one_pass() -> None:
