@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, field
 from io import TextIOWrapper
 
 from cli import call
@@ -23,24 +24,18 @@ UNREADABLE = "\ufffd"  # what stands for bytes that are no character
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
 
 
+@dataclass
 class Conversation:
     """The messages so far, and the answerer that continues them."""
 
-    def __init__(
-        self,
-        answerer: Answerer,
-        system: str,
-        sampling: Sampling,
-        max_new_tokens: int,
-        seed: int | None,
-        speculative: bool,
-        draft_tokens: int = 0,
-    ) -> None:
-        self.answerer, self.sampling = answerer, sampling
-        self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.speculative, self.draft_tokens = speculative, draft_tokens
-        self.system = system
-        self.messages: list[Message] = []
+    answerer: Answerer
+    system: str
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int | None
+    speculative: bool
+    draft_tokens: int = 0
+    messages: list[Message] = field(default_factory=list)
 
     def ask(self, question: str) -> None:
         """Print the answer as it comes, then the speed on stderr; both turns join the history."""

@@ -125,9 +125,14 @@ def _cell(score: Score | None, first: Score | None) -> str:
 def draw(runs: Sequence[ComparedRun], path: Path, x: str) -> None:
     """A panel for each measure that a run logged, with a line for each run, and bars for the scores."""
     pyplot = load_pyplot()
-    panels = [panel for title, unit, keys in PANELS for panel in _split(title, unit, keys, runs)]
-    shares, others = _bars({run.name: _scores(run, runs) for run in runs})
-    count = len(panels) + len([bars for bars in (shares, others) if bars])
+    panels = [panel for title, unit, keys in PANELS for panel in _panels(title, unit, keys, runs)]
+    # Shares, and bits per byte; other units have no common scale.
+    bars: dict[bool, dict[Key, dict[str, Score]]] = {True: {}, False: {}}
+    for run in runs:
+        for key, score in _scores(run, runs).items():
+            if key[1] == "all" and (score.share or score.metric == "bits_per_byte"):
+                bars[score.share].setdefault(key, {})[run.name] = score
+    count = len(panels) + len([found for found in bars.values() if found])
     columns = max(min(COLUMNS, count), 1)
     rows = max(-(-count // columns), 1)
     figure, axes = pyplot.subplots(rows, columns, figsize=(16, 4.2 * rows), layout="constrained", squeeze=False)
@@ -135,12 +140,10 @@ def draw(runs: Sequence[ComparedRun], path: Path, x: str) -> None:
     places = iter(axes.flat)
     for title, unit, lines in panels:
         _curves(next(places), title, unit, lines, colours, x)
-    for title, unit, bars in (
-        ("scores (black: 95%, red: chance)", "share", shares),
-        ("texts", "bits per byte", others),
-    ):
-        if bars:
-            _draw_bars(next(places), title, unit, bars, colours)
+    titles = {True: ("scores (black: 95%, red: chance)", "share"), False: ("texts", "bits per byte")}
+    for is_share, found in bars.items():
+        if found:
+            _draw_bars(next(places), *titles[is_share], found, colours)
     for unused in places:
         unused.set_axis_off()
     handles = [pyplot.Line2D([], [], color=colour, linewidth=4, label=plain(name)) for name, colour in colours.items()]
@@ -153,30 +156,21 @@ Line = tuple[ComparedRun, str, str]
 """A run, a key of its entries, and what the key is called."""
 
 
-def _split(
+def _panels(
     title: str, unit: str, keys: dict[str, str], runs: Sequence[ComparedRun]
 ) -> list[tuple[str, str, list[Line]]]:
     """The panel, or one for each stage of losses and each set of held-out data, which have no common scale."""
-    lines = [(run, key, label) for run in runs for key, label in keys.items() if _is_told(run, key)]
-    if "loss" not in keys:
-        return _split_sets(title, unit, lines)
-    stages = dict.fromkeys(run.stage for run, _, _ in lines)
-    parts = {stage: [line for line in lines if line[0].stage == stage] for stage in stages}
-    if len(parts) == 1:
-        return [(title, unit, lines)]
-    return [(f"{title}: {stage}", unit if stage == "next token" else "loss", part) for stage, part in parts.items()]
-
-
-def _split_sets(title: str, unit: str, lines: list[Line]) -> list[tuple[str, str, list[Line]]]:
-    """The panel, or where its held-out lines are of several sets one for each, beside that of training."""
-    parts: dict[str, list[Line]] = {}
-    for run, key, label in lines:
-        (name,) = _by_set(key, [run])
-        parts.setdefault(name, []).append((run, key, label))
-    held_out = [name for name in parts if name]
-    if len(held_out) > 1:
-        return [(title + name, unit, part) for name, part in parts.items()]
-    return [(title + "".join(held_out), unit, lines)] if lines else []
+    of_losses, parts = "loss" in keys, {}
+    for run, key, label in ((run, *item) for run in runs for item in keys.items()):
+        if _is_told(run, key):
+            (name,) = [f": {run.stage}"] if of_losses else _by_set(key, [run])
+            parts.setdefault(name, []).append((run, key, label))
+    named = [name for name in parts if name]
+    if len(named) < 2:
+        lines = [line for part in parts.values() for line in part]
+        return [(title + ("" if of_losses else "".join(named)), unit, lines)] if lines else []
+    units = {name: "loss" if of_losses and name != ": next token" else unit for name in parts}
+    return [(title + name, units[name], part) for name, part in parts.items()]
 
 
 def _is_told(run: ComparedRun, key: str) -> bool:
@@ -202,17 +196,6 @@ def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[s
 
         names = {key: label for _, key, label in lines}
         axis.legend(handles=[Line2D([], [], color="grey", linestyle=styles[key], label=names[key]) for key in styles])
-
-
-def _bars(scores: dict[str, dict[Key, Score]]) -> tuple[dict, dict]:
-    """{(suite, group, metric): {run: score}} of shares, and of bits per byte; other units have no common scale."""
-    shares: dict[Key, dict[str, Score]] = {}
-    others: dict[Key, dict[str, Score]] = {}
-    for name, found in scores.items():
-        for key, score in found.items():
-            if key[1] == "all" and (score.share or score.metric == "bits_per_byte"):
-                (shares if score.share else others).setdefault(key, {})[name] = score
-    return shares, others
 
 
 def _draw_bars(axis: Any, title: str, unit: str, bars: dict, colours: dict[str, str]) -> None:

@@ -1,21 +1,133 @@
-"""Which experts work on which texts: a heat map for each MoE layer, and MaxVio over the run.
+"""Which experts work on which texts (DeepSeek-V3, Figure 9): a heat map for each MoE layer, and MaxVio over the run.
 
 python eval/experts.py --ckpt out/pretrain/final --file chinese.txt,english.txt,code.txt
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from cli import call
-from errors import check_least, command_line, naming
+from errors import UserError, check_least, command_line, naming
 from eval.answering import Answerer
-from eval.expert_loads import draw, loads, markdown, relative, specialisation
-from eval.score_files import out_folder
+from eval.likelihood import AT_ONCE, padded
+from eval.score_files import out_folder, table
 from eval.tasks.texts import Text
+from text.files import json_text
 from training.metrics import max_violation
 from training.run.log import read_metrics
+from training.run.plots import load_pyplot, plain
+
+WINDOW = 512
+
+
+@torch.inference_mode()
+def loads(answerer: Answerer, texts: Sequence[str], most_tokens: int) -> Tensor:
+    """(MoE layers, experts) float64: how many tokens chose each expert, of the first `most_tokens` of all texts."""
+    model, tokenizer = answerer.model, answerer.tokenizer
+    moe_layers = sum(layer.is_moe for layer in model.model.layers)
+    if not moe_layers:
+        raise UserError("eval/experts.py: this checkpoint has no experts; its layers are all dense")
+    line: list[int] = []
+    for text in texts:
+        line += [tokenizer.eos_id, *tokenizer.encode(text)]  # a document follows the end of another
+        if len(line) >= most_tokens:
+            break
+    window = min(WINDOW, model.config.max_position_embeddings)
+    windows = [line[:most_tokens][start : start + window] for start in range(0, min(len(line), most_tokens), window)]
+    total = torch.zeros(moe_layers, model.config.n_routed_experts, dtype=torch.float64)
+    rows = max(AT_ONCE // window, 1)
+    for start in tqdm(range(0, len(windows), rows), disable=None, desc="reading", leave=False):
+        part = windows[start : start + rows]
+        width = max(map(len, part))
+        ids = padded(part, width, tokenizer.pad_id).to(answerer.device)
+        # A negative segment is padding, which is counted in no expert's load.
+        segments = padded([[0] * len(row) for row in part], width, -1).to(answerer.device)
+        total += model(ids, segment_ids=segments).counts.double().cpu()
+    return total
+
+
+def relative(counts: Tensor) -> Tensor:
+    """Loads over the mean load of their layer: 1 is even, as the paper's relative expert load."""
+    return counts / counts.mean(-1, keepdim=True).clamp(min=1e-9)
+
+
+def specialisation(counts: Sequence[Tensor]) -> list[float]:
+    """Of each layer, how far the domains' loads are apart: the mean total variation distance of all pairs, 0 to 1."""
+    shares = [_shares(count) for count in counts]
+    pairs = [(a, b) for number, a in enumerate(shares) for b in shares[number + 1 :]]
+    if not pairs:
+        return [0.0] * len(counts[0])
+    return (sum((a - b).abs().sum(-1) / 2 for a, b in pairs) / len(pairs)).tolist()
+
+
+def markdown(name: str, domains: dict[str, Tensor]) -> str:
+    """MaxVio of each layer and domain, and how far the domains are apart."""
+    layers = len(next(iter(domains.values())))
+    rows = [
+        [domain, str(int(counts[0].sum())), *(f"{value:.2f}" for value in max_violation(counts))]
+        for domain, counts in domains.items()
+    ]
+    together = torch.stack([_shares(counts) for counts in domains.values()]).sum(0)  # each domain of the same weight
+    rows.append(["all together", "", *(f"{value:.2f}" for value in max_violation(together))])
+    rows.append(["distance of the domains", "", *(f"{value:.3f}" for value in specialisation(list(domains.values())))])
+    header = ["MaxVio", "choices a layer", *(f"MoE layer {layer + 1}" for layer in range(layers))]
+    return "\n".join([f"# Experts of {name}", "", *table(rows, header), ""])
+
+
+def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]], path: Path) -> None:
+    """A heat map of domains and experts for each layer; below, each layer's MaxVio over the run, if it is known."""
+    pyplot = load_pyplot()
+    shown = torch.stack([relative(counts) for counts in domains.values()])  # (domains, layers, experts)
+    layers, experts = shown.shape[1:]
+    known = [entry for entry in entries if entry.get("max_vio") and entry.get("tokens")]
+    columns = min(layers, 3)
+    rows = -(-layers // columns) + bool(known)
+    figure = pyplot.figure(
+        figsize=(5.2 * columns, (1.2 + 0.45 * len(domains)) * (rows - bool(known)) + 3.5 * bool(known))
+    )
+    figure.set_layout_engine("constrained")
+    heights = [1.2 + 0.45 * len(domains)] * (rows - bool(known)) + [3.5] * bool(known)
+    grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+    maps = []
+    for layer in range(layers):
+        axis = figure.add_subplot(grid[layer // columns, layer % columns])
+        image = axis.imshow(
+            shown[:, layer].numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, float(shown.max()))
+        )
+        axis.set(title=f"MoE layer {layer + 1}", xlabel="expert", xticks=range(0, experts, max(experts // 8, 1)))
+        axis.set_yticks(range(len(domains)), list(map(plain, domains)) if layer % columns == 0 else [""] * len(domains))
+        maps.append(axis)
+    figure.colorbar(image, ax=maps, label="load / mean load")
+    if known:
+        from matplotlib.ticker import EngFormatter
+
+        axis = figure.add_subplot(grid[-1, :])
+        for layer in range(len(known[-1]["max_vio"])):
+            points = [(entry["tokens"], entry["max_vio"][layer]) for entry in known if len(entry["max_vio"]) > layer]
+            axis.plot(*zip(*points, strict=True), linewidth=1, label=_layer_name(layer, layers))
+        axis.set(title="balance of a step's batch while training", xlabel="tokens", ylabel="MaxVio (0 is even)")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(plain(name))
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _shares(counts: Tensor) -> Tensor:
+    """The loads of each layer over their sum."""
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def _layer_name(layer: int, main: int) -> str:
+    return f"MoE layer {layer + 1}" if layer < main else f"MTP layer {layer - main + 1}"
 
 
 def experts(
@@ -48,10 +160,7 @@ def experts(
         source if list(names.values()).count(names[source]) > 1 else names[source]: loads(answerer, own, tokens)
         for source, own in texts.items()
     }
-    folder, entries = (
-        Path(out) if out else out_folder(ckpt),
-        read_metrics(Path(ckpt).absolute().parent / "metrics.jsonl"),
-    )
+    folder, page = Path(out) if out else out_folder(ckpt), markdown(ckpt, domains)
     content = {
         "domains": {
             domain: {"counts": counts.tolist(), "relative": relative(counts).tolist(), "max_vio": max_violation(counts)}
@@ -61,10 +170,10 @@ def experts(
     }
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "experts.json").write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf8")
-        (folder / "experts.md").write_text(markdown(ckpt, domains), encoding="utf8")
-    draw(ckpt, domains, entries, folder / "experts.png")
-    print(markdown(ckpt, domains))
+        (folder / "experts.json").write_text(json_text(content) + "\n", encoding="utf8")
+        (folder / "experts.md").write_text(page, encoding="utf8")
+    draw(ckpt, domains, read_metrics(Path(ckpt).absolute().parent / "metrics.jsonl"), folder / "experts.png")
+    print(page)
     print(f"written: {', '.join(str(folder / f'experts.{kind}') for kind in ('json', 'md', 'png'))}")
 
 

@@ -177,11 +177,11 @@ def measure(
     if task.settings:
         settings, given = {"kind": task.kind, **asdict(task.settings)}, {}
         loaded = [_ours(task, docs, lm)]
-        if task.kind == "text":
-            lm.window, lm.stride, lm.start = (settings[name] for name in ("window", "stride", "start"))
     else:
         settings, loaded = {"kind": "lm-eval", "task": task.name, **asdict(options)}, _theirs(task.name)
         given = {"limit": options.limit or None, "num_fewshot": options.shots, "apply_chat_template": options.chat}
+    windows = settings if task.kind == "text" else {"window": 1024, "stride": 512, "start": "eos"}
+    lm.window, lm.stride, lm.start = windows["window"], windows["stride"], windows["start"]
     found = simple_evaluate(
         lm,
         tasks=loaded,
@@ -192,11 +192,12 @@ def measure(
     )
     items, said = [], hashlib.sha256()
     for name, samples in found["samples"].items():
-        items += _items(name, samples, found["configs"][name]["output_type"], lm)
+        items += _items("" if task.settings else name, samples, found["configs"][name]["output_type"], lm)
         for sample in samples:
             doc = {key: value for key, value in sample["doc"].items() if key != "problem"}
             said.update(json.dumps(doc, sort_keys=True, default=str).encode())
-    totals = found["results"].get(task.name) or found.get("groups", {}).get(task.name, {})
+    results = {**found["results"], **found.get("groups", {})}
+    totals = results.get(task.name) or (next(iter(results.values())) if len(results) == 1 else {})
     totals = {_metric(*name.split(",")): value for name, value in totals.items() if "," in name}
     scores = score_items(items, totals, bootstrap=task.kind == "quality")
     seconds = time.perf_counter() - start
@@ -234,10 +235,10 @@ def _theirs(name: str) -> list[Any]:
 
 
 def _items(name: str, samples: Sequence[dict[str, Any]], kind: str, lm: CacheLM | OtherLM) -> Iterator[Item]:
-    """What was measured of each document, by all filters of its answers."""
+    """What was measured of each document, by all filters of its answers. name: of their group; empty: they tell it."""
     items: dict[int, Item] = {}
     for sample in samples:
-        item = items.setdefault(sample["doc_id"], Item(sample["doc"].get("group") or name))
+        item = items.setdefault(sample["doc_id"], Item(name or sample["doc"]["group"]))
         item.values |= {_metric(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
         if kind == "multiple_choice":
             item.chance = 1 / len(sample["arguments"])

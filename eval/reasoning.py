@@ -6,8 +6,8 @@ python eval/reasoning.py --ckpt out/r1/zero/final,out/r1/last/final --data arith
 from __future__ import annotations
 
 import json as js
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,17 +24,6 @@ from training.parallel.ranks import Ranks
 from training.startup import open_checkpoint
 
 SHOWN = ("correct", "strict_format", "language")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One checkpoint: shares of right, well-formed and single-language answers, and their mean length in tokens."""
-
-    name: str
-    correct: float
-    strict_format: float
-    language: float
-    tokens: float
 
 
 def reasoning(
@@ -71,17 +60,16 @@ def reasoning(
         "checkpoint", "right", "strict format", "one language", "tokens", title=f"held-out problems of {data}"
     )
     for row in rows:
-        shares = (f"{share:.1%}" for share in (row.correct, row.strict_format, row.language))
-        table.add_row(row.name, *shares, f"{row.tokens:.1f}")
+        table.add_row(row["name"], *(f"{row[name]:.1%}" for name in SHOWN), f"{row['tokens']:.1f}")
     Console().print(table)
     if json:
-        Path(json).write_text(js.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf8")
+        Path(json).write_text(js.dumps(rows, indent=2) + "\n", encoding="utf8")
 
 
 def measure(
     folder: str, data: str, problems: int, val_fraction: float, new: int, system: str, device: str, dtype: str
-) -> Row:
-    """One checkpoint's row."""
+) -> dict[str, Any]:
+    """Return the shares of right, well-formed and single-language answers, and their mean length in tokens."""
     place = Ranks.start(device).device
     model, tokenizer = open_checkpoint(folder)
     model = model.to(place, choose_dtype(dtype, place)).eval()
@@ -102,7 +90,7 @@ def measure(
     made = list(sample_groups(model, prompts.encode(asked), unused, tokenizer.eos_id, temperature=0.0))
     samples = to_samples(tokenizer, asked, made)
     means = {name: sum(values) / len(asked) for name, values in judge(samples)[1].items()}
-    return Row(folder, *(means[name] for name in SHOWN), sum(sample.tokens for sample in samples) / len(asked))
+    return {"name": folder, **means, "tokens": sum(sample.tokens for sample in samples) / len(asked)}
 
 
 if __name__ == "__main__":

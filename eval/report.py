@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,20 +33,6 @@ from training.validation import evaluate, held_out_batches
 STAGES = ("pretrain", "sft", "dpo", "grpo")
 SUMS = 256  # held-out problems
 SUM_TOKENS = 40
-
-
-@dataclass(frozen=True)
-class Row:
-    """A column of the table: a model, its held-out bits per byte, its exact answers by kind, its preferred style.
-
-    `sums`: shares of held-out sums that it solves, of greedy and of sampled answers.
-    """
-
-    name: str
-    bits_per_byte: float
-    accuracy: dict[str, float]
-    style: float | None
-    sums: tuple[float, float] | None = None
 
 
 def report(
@@ -85,12 +70,23 @@ def report(
     asked = read_questions(Path(questions)) if questions else []
     styled = read_polite_requests(Path(favours)) if favours else []
     ranks = Ranks(0, 1, first.device)
-    rows, results = [], []
+    columns, results = {}, []
     for name, answerer in answerers.items():
         bits = evaluate(answerer.model, batches, first.tokenizer.token_bytes, torch.float32, ranks).bits_per_byte
-        results = ask(answerer, asked) if asked else []
-        style = score_style(answerer, styled).preferred if styled else None
-        rows.append(Row(name, bits, accuracy(results), style, _solved(answerer, sums, val_fraction) if sums else None))
+        cells = columns[name] = {"bits per byte": f"{bits:.3f}"}
+        if asked:
+            results = ask(answerer, asked)
+            shares = accuracy(results)
+            cells["exact answers"] = f"{shares.pop('all'):.0%}"
+            cells |= {f"  {kind}": f"{share:.0%}" for kind, share in shares.items()}
+        if styled:
+            cells["preferred style"] = f"{score_style(answerer, styled).preferred:.0%}"
+        if sums:
+            cells["held-out sums"], cells["  sampled"] = (
+                f"{share:.0%}" for share in _solved(answerer, sums, val_fraction)
+            )
+    header = ["held out: never seen in training", *columns]
+    lines = [[label, *(cells[label] for cells in columns.values())] for label in next(iter(columns.values()))]
 
     folder = Path(out) / "report"
     folder.mkdir(exist_ok=True)
@@ -99,8 +95,8 @@ def report(
         if picture is not None:
             shutil.copyfile(picture, folder / f"{run.name}.png")
     shown = random.Random(0).sample(results, min(samples, len(results)))
-    (folder / "report.md").write_text(_markdown(rows, shown, runs), encoding="utf8")
-    _print(rows, shown)
+    (folder / "report.md").write_text(_markdown(header, lines, shown, runs), encoding="utf8")
+    _print(header, lines, shown)
     Console().print(
         f"report: {folder / 'report.md'}, curves: {', '.join(str(folder / (run.name + '.png')) for run in runs)}"
     )
@@ -129,24 +125,7 @@ def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
     return held_out_batches(held_out, settings["val_tokens"], settings["micro_tokens"])
 
 
-def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table, shared by the terminal and the file: a column for each model."""
-    header = ["held out: never seen in training", *(row.name for row in rows)]
-    lines = [["bits per byte", *(f"{row.bits_per_byte:.3f}" for row in rows)]]
-    if rows[0].accuracy:
-        kinds = ["all", *(kind for kind in rows[0].accuracy if kind != "all")]
-        names = {"all": "exact answers"}
-        lines += [[names.get(kind, f"  {kind}"), *(f"{row.accuracy[kind]:.0%}" for row in rows)] for kind in kinds]
-    if rows[0].style is not None:
-        lines.append(["preferred style", *(f"{row.style:.0%}" for row in rows)])
-    if rows[0].sums is not None:
-        for place, name in enumerate(("held-out sums", "  sampled")):
-            lines.append([name, *(f"{row.sums[place]:.0%}" for row in rows)])
-    return header, lines
-
-
-def _print(rows: list[Row], shown: list[Result]) -> None:
-    header, lines = _cells(rows)
+def _print(header: list[str], lines: list[list[str]], shown: list[Result]) -> None:
     table = Table(*header)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -155,12 +134,11 @@ def _print(rows: list[Row], shown: list[Result]) -> None:
     console = Console()
     console.print(table)
     for result in shown:
-        mark = "right" if result.correct else f"wanted: {result.question.answer}"
+        mark = "right" if result.correct else f"expected: {result.question.answer}"
         console.print(f"> {result.question.question}\n{result.reply}    ({mark})", markup=False, highlight=False)
 
 
-def _markdown(rows: list[Row], shown: list[Result], runs: list[Path]) -> str:
-    header, lines = _cells(rows)
+def _markdown(header: list[str], lines: list[list[str]], shown: list[Result], runs: list[Path]) -> str:
     table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
     talk = [f"> {result.question.question}\n>\n> **{result.reply}** ({result.question.answer})\n" for result in shown]
     pictures = [f"## {run.name}\n\n![{run.name}]({run.name}.png)\n" for run in runs]

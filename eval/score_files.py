@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,11 @@ def _measured(one: dict[str, Any]) -> Measured:
     texts, numbers = [found.name, found.content], [found.items, found.cut, found.seconds]
     for score in found.scores:
         texts += [score.group, score.metric]
-        edges = [edge for edge in (score.low, score.high) if edge is not None]
+        edges = [score.low, score.high] if score.low is not None or score.high is not None else []
         numbers += [score.value, score.items, *edges, 0.0 if score.chance is None else score.chance]
-        if len(edges) == 1 or not isinstance(score.share, bool):
-            raise ValueError("half an interval, or no unit")
     if not all(isinstance(text, str) for text in texts) or not isinstance(found.settings, dict):
         raise TypeError("names that are no texts")
-    if not all(isinstance(number, int | float) and abs(number) <= sys.float_info.max for number in numbers):
+    if not all(isinstance(score.share, bool) for score in found.scores) or not all(map(math.isfinite, numbers)):
         raise ValueError("values that are no numbers")
     "".join(texts).encode()
     return found

@@ -218,16 +218,17 @@ class PromptLatents:
     """
 
     decoding, counts_loads = False, False
+    length = 0
 
     def __init__(self, padding: Tensor) -> None:
         self.padding = padding
         self.latents: dict[int, Tensor] = {}
 
     def begin(self, batch: int, time: int) -> Tensor:
-        return _unpadded(torch.arange(time, device=self.padding.device), self.padding)
+        return _unpadded(torch.arange(self.length, self.length + time, device=self.padding.device), self.padding)
 
     def mask(self, time: int) -> AttentionMask:
-        return AttentionMask.left_padded(time, time, self.padding)
+        return AttentionMask.left_padded(time, self.length + time, self.padding)
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
         self.latents[layer] = latent_BTC
@@ -238,21 +239,13 @@ class PromptLatents:
         return ContinuedLatents(self.latents, self.padding, of)
 
 
-class ContinuedLatents:
-    """What rows that continue prompts see of them; see `PromptLatents`."""
-
-    decoding, counts_loads = False, False
+class ContinuedLatents(PromptLatents):
+    """What rows that continue prompts see of them."""
 
     def __init__(self, latents: dict[int, Tensor], padding: Tensor, of: Tensor) -> None:
         self.latents, self.of = latents, of
         self.padding = padding[of]
         self.length = latents[0].shape[1]
-
-    def begin(self, batch: int, time: int) -> Tensor:
-        return _unpadded(torch.arange(self.length, self.length + time, device=self.padding.device), self.padding)
-
-    def mask(self, time: int) -> AttentionMask:
-        return AttentionMask.left_padded(time, self.length + time, self.padding)
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
         return torch.cat((self.latents[layer].index_select(0, self.of), latent_BTC), dim=1)

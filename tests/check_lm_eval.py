@@ -67,7 +67,7 @@ def check(ckpt: str, questions: str = "", count: int = 100) -> None:
             values = {score.metric: score.value for score in ours.scores if score.group == "all"}
             failed |= differs(task.name, values, nats, theirs[task.name])
     print("differs" if failed else "lm-eval and this project agree")
-    sys.exit(failed)
+    sys.exit(int(failed))
 
 
 def sums(count: int) -> list[ChoiceItem]:
@@ -105,13 +105,13 @@ def write_choices(folder: Path, subject: str, items: Sequence[ChoiceItem]) -> li
         (folder / name / split).mkdir(parents=True)
         with open(folder / name / split / f"{name}_{split}.csv", "w", encoding="utf8", newline="") as file:
             csv.writer(file).writerows([item.question, *item.choices, "ABCD"[item.answer]] for item in part)
-        write_lines(folder / name / f"{split}.jsonl", [item._asdict() for item in part])
+        write_lines(folder / f"{name}-{split}.jsonl", [item._asdict() for item in part])
     names = []
     for form, shots in (("letters", 0), ("letters", SHOTS), ("text", 0)):
         names.append(f"{name}_{form}_{shots}")
         settings = {"data": str(folder / name), "shots": shots, "form": form, "intro": INTRO}
         task = {
-            "dataset_kwargs": {"data_files": {split: str(folder / name / f"{split}.jsonl") for split in parts}},
+            "dataset_kwargs": {"data_files": {split: str(folder / f"{name}-{split}.jsonl") for split in parts}},
             "fewshot_split": "dev",
             "fewshot_config": {"sampler": "first_n"},
             "num_fewshot": shots,

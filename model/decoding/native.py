@@ -20,17 +20,7 @@ from model.cache import LatentCache
 from model.decoding.eager import EagerRunner, Step
 from model.experts import Experts
 from model.kernels.compiled import floats, integers
-from model.kernels.decode import (
-    WEIGHT_TYPES,
-    Ends,
-    Layer,
-    Matrix,
-    Speculation,
-    build,
-    library,
-    scratch_for,
-    shape_of,
-)
+from model.kernels.decode import WEIGHT_TYPES, Ends, Layer, Matrix, Speculation, build, library, scratch_for, shape_of
 from model.layer import DecoderLayer
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
@@ -42,6 +32,7 @@ from model.quantized import Int8Weight, QuantizedLinear, quantize_weights
 if TYPE_CHECKING:
     from model.transformer import MiniDeepSeek
 
+Layers = Sequence[DecoderLayer]
 MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (docs/lab-log.md)
 
 
@@ -104,22 +95,14 @@ class NativeRunner(EagerRunner):
 
 
 class Program:
-    """Neighbouring layers with what is before and after them, as decode.c reads them.
-
-    The addresses are taken once, weights are read where they are.
+    """Neighbouring layers with what is before and after them, as decode.c reads them: weights where they are.
 
     Args:
-        layers: plain ones, see `_is_plain`; their `self_attn.layer` is their place in the cache.
-        norm, head: what follows the last layer.
+        layers: plain ones, see `_is_plain`; norm, head: what follows the last of them.
     """
 
     def __init__(
-        self,
-        model: MiniDeepSeek,
-        layers: Sequence[DecoderLayer],
-        norm: RMSNorm,
-        cache: LatentCache,
-        head: Tensor | Int8Weight,
+        self, model: MiniDeepSeek, layers: Layers, norm: RMSNorm, cache: LatentCache, head: Tensor | Int8Weight
     ) -> None:
         self.layers, self.config, self.cache, self.head = layers, model.config, cache, head
         first = layers[0]
@@ -155,33 +138,17 @@ class Program:
         choice, confidence = integers(batch, last), floats(batch, last)
         ids = ids.long().contiguous()
         state = None if state is None else state.float().contiguous()
-        self.library.step(
-            ctypes.byref(self.shape),
-            self.addresses,
-            len(self.layers),
-            ctypes.byref(self.scratch),
-            ctypes.byref(self.ends),
-            ids.data_ptr(),
-            None if state is None else state.data_ptr(),
-            states.data_ptr(),
-            logits.data_ptr(),
-            choice.data_ptr(),
-            confidence.data_ptr(),
-            None if padding is None else padding.data_ptr(),
-            held.data_ptr(),
-            batch,
-            time,
-            last,
-            self.cache.max_length,
-            self.threads,
-        )
+        shape, scratch, ends = map(ctypes.byref, (self.shape, self.scratch, self.ends))
+        tensors = (ids, state, states, logits, choice, confidence, padding, held)
+        places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        sizes = (batch, time, last, self.cache.max_length, self.threads)
+        self.library.step(shape, self.addresses, len(self.layers), scratch, ends, *places, *sizes)
         return Step(states, logits, choice, confidence)
 
 
 class GreedyPass:
-    """Passes of speculative decoding over one prompt with one MTP layer: drafts and verification in one call of C.
-
-    The positions of the cache are counted here from now on.
+    """Passes of speculative decoding with one MTP layer, which count the cache's positions: drafts and verification in
+    one call of C.
 
     Args:
         main, mtp: what runs the main model and the MTP layer, over one cache that has room for `most` drafts.
@@ -197,23 +164,17 @@ class GreedyPass:
         mtp.prepare(most + 1)
         self.library, self.known, self.fresh = main.library, len(tokens), 1
         self.line = (ctypes.c_int64 * (main.cache.max_length + 1))(*tokens)
-        room = {"states": most + 1, "x": 2 * (most + 1)}
-        tensors = {name: floats(rows, main.config.hidden_size) for name, rows in room.items()}
+        rows, hidden = most + 1, main.config.hidden_size
+        tensors = {"states": floats(rows, hidden), "x": floats(2 * rows, hidden), "choice": integers(rows)}
+        tensors |= {"logits": floats(rows, main.ends.vocab), "confidence": floats(1)}
         tensors["states"][0] = state[0, 0]
-        tensors |= {"logits": floats(most + 1, main.ends.vocab), "confidence": floats(1)}
-        tensors["choice"] = integers(most + 1)
         structs = {"shape": main.shape, "scratch": main.scratch, "ends": main.ends, "mtp_ends": mtp.ends}
         structs |= {"layers": main.addresses, "mtp": mtp.addresses, "line": self.line}
         self.room = main, mtp, tensors  # what the addresses below belong to
-        self.given = Speculation(
-            count=len(main.layers),
-            most=most,
-            capacity=main.cache.max_length,
-            likely=min_confidence,
-            threads=main.threads,
-            **{name: ctypes.addressof(struct) for name, struct in structs.items()},
-            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-        )
+        addresses = {name: ctypes.addressof(struct) for name, struct in structs.items()}
+        addresses |= {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        sizes = dict(count=len(main.layers), most=most, capacity=main.cache.max_length, threads=main.threads)
+        self.given = Speculation(**addresses, **sizes, likely=min_confidence)
 
     def run(self) -> tuple[list[int], int]:
         """Return the next tokens, the drafts that are accepted and one more, and how many drafts there were."""
@@ -247,7 +208,7 @@ def check_vocabulary(ids: Tensor, vocab: int) -> None:
         raise IndexError(f"a token that is not in the vocabulary of {vocab}")
 
 
-def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | None:
+def types(layers: Layers) -> tuple[torch.dtype, torch.dtype] | None:
     """Return the type of the matrices, and that of norms and routers, the same or float32; None for any others.
 
     Where all matrices are in 8 bits, the vectors that they meet are of the type of the norms.
@@ -262,7 +223,7 @@ def types(layers: Sequence[DecoderLayer]) -> tuple[torch.dtype, torch.dtype] | N
     return (matrices.pop(), fine.pop()) if fine <= matrices | {torch.float32} else None
 
 
-def _is_plain(model: MiniDeepSeek, layers: Sequence[DecoderLayer], norm: RMSNorm, held: torch.dtype) -> bool:
+def _is_plain(model: MiniDeepSeek, layers: Layers, norm: RMSNorm, held: torch.dtype) -> bool:
     """Every module is ours and unhooked, the weights of types that decode.c reads; and decode.c was compiled."""
     ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
     ours |= {Experts, Router, RMSNorm, Linear, QuantizedLinear, Int8Weight}
@@ -296,30 +257,25 @@ def _wholly_quantized_or_not(layer: DecoderLayer) -> bool:
 def _layer(layer: DecoderLayer, latents: Tensor) -> Layer:
     """Return the addresses of all weights, and of the layer's part of the cache."""
     attention, mlp = layer.self_attn, layer.mlp
-    compressed = hasattr(attention, "q_a_proj")
-    dense = mlp.shared_experts if layer.is_moe else mlp
-    linear = {
-        "q_a": attention.q_a_proj if compressed else None,
-        "q_b": attention.q_b_proj if compressed else attention.q_proj,
-        "kv_a": attention.kv_a_proj_with_mqa,
-        "kv_b": attention.kv_b_proj,
-        "o": attention.o_proj,
-    }
+    matrices = {"kv_a": attention.kv_a_proj_with_mqa, "kv_b": attention.kv_b_proj, "o": attention.o_proj}
     tensors = {
         "input_norm": layer.input_layernorm.weight,
-        "q_a_norm": attention.q_a_layernorm.weight if compressed else None,
         "kv_a_norm": attention.kv_a_layernorm.weight,
         "post_norm": layer.post_attention_layernorm.weight,
         "cache": latents[attention.layer],
     }
-    tensors |= {f"{name}_bias": linear[name].bias for name in ("q_a", "kv_a", "o") if linear[name] is not None}
-    if dense is not None:
-        linear |= {"gate": dense.gate_proj, "up": dense.up_proj, "down": dense.down_proj}
-    matrices = {name: module for name, module in linear.items() if module is not None}
+    if hasattr(attention, "q_a_proj"):
+        matrices |= {"q_a": attention.q_a_proj, "q_b": attention.q_b_proj}
+        tensors["q_a_norm"] = attention.q_a_layernorm.weight
+    else:
+        matrices["q_b"] = attention.q_proj
+    tensors |= {f"{name}_bias": matrices[name].bias for name in ("q_a", "kv_a", "o") if name in matrices}
     if layer.is_moe:
         tensors |= {"router": mlp.gate.weight, "router_bias": mlp.gate.e_score_correction_bias}
         matrices |= {"gate_up_experts": mlp.experts.gate_up_proj, "down_experts": mlp.experts.down_proj}
-    addresses = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+    if (dense := mlp.shared_experts if layer.is_moe else mlp) is not None:
+        matrices |= {"gate": dense.gate_proj, "up": dense.up_proj, "down": dense.down_proj}
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
     return Layer(**addresses, **{name: _matrix(matrix) for name, matrix in matrices.items()})
 
 

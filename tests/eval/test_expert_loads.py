@@ -7,12 +7,11 @@ import json
 import pytest
 import torch
 
-import eval.expert_loads
+import eval.experts
 from cli import call
 from errors import UserError
 from eval.answering import Answerer
-from eval.expert_loads import draw, loads, relative, specialisation
-from eval.experts import experts
+from eval.experts import draw, experts, loads, relative, specialisation
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def test_every_token_is_counted_once_in_each_layer_and_padding_never(answerer, m
     found = loads(answerer, texts, 10**6)
     assert found.shape == (1, config.n_routed_experts)
     assert found.sum(1).tolist() == [tokens * config.num_experts_per_tok]
-    monkeypatch.setattr(eval.expert_loads, "AT_ONCE", 1)
+    monkeypatch.setattr(eval.experts, "AT_ONCE", 1)
     assert torch.equal(loads(answerer, texts, 10**6), found)
     assert loads(answerer, texts, 100).sum() == 100 * config.num_experts_per_tok
 

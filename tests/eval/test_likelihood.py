@@ -136,9 +136,12 @@ def test_a_conversation_that_was_rendered_keeps_its_ids(scorer):
     assert answer == scorer.answerer.reply([turns], 8)[0]
 
 
-def test_an_endless_context_loses_its_beginning_and_is_counted(scorer):
+def test_an_endless_context_loses_its_beginning_and_is_counted(scorer, monkeypatch):
     context, choices, cut = line(random.Random(3), 3000), [[20], [21, 22]], scorer.cut
+    asked, scores = [], CacheScorer._scores
+    monkeypatch.setattr(CacheScorer, "_scores", lambda self, items: asked.extend(items) or scores(self, items))
     found = scorer.score_pairs([(context, choice) for choice in choices])
+    assert len(asked[0][0]) + len(choices[1]) == scorer.context + 1  # the last token is scored, not read
     want = [plain(scorer, context[-(scorer.context - 1) :], choice)[0] for choice in choices]
     assert [nats for nats, _ in found] == pytest.approx(want, rel=1e-4) and scorer.cut == cut + 1
     with pytest.raises(UserError, match=f"a choice has 1025 tokens, the model reads {scorer.context}; drop it"):

@@ -132,7 +132,7 @@ def test_names_that_would_be_formulas(throw: Thrower, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"choices": ["a"], "answer": 0}, "1 choices; give 2 to 26"),
+        ({"choices": ["a"], "answer": 0}, "1 choices, not 2 to 26"),
         ({"choices": [f"c{n}" for n in range(30)], "answer": 28}, "30 choices"),
     ],
 )

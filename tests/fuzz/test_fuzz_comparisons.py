@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import eval.comparison
 from eval.compared_run import open_runs
 from eval.comparison import markdown
-from eval.expert_loads import draw as draw_loads
+from eval.experts import draw as draw_loads
 from eval.held_out import held_out_documents
 from eval.scores import Measured, Score
 from fuzz.hostile import Thrower, thrown

@@ -110,14 +110,6 @@ def test_each_number_is_its_e4m3_number_times_its_blocks_scale(published):
     assert torch.equal(model.mtp[0].eh_proj.weight, tensors["model.layers.3.eh_proj.weight"].float())
 
 
-def test_quantising_costs_a_sixteenth_of_a_number_at_most(published, tiny_model):
-    exact = dict(tiny_model(num_nextn_predict_layers=1, **SIZES).named_parameters())
-    for name, parameter in MiniDeepSeek.from_pretrained(published).named_parameters():
-        difference = (parameter - exact[name]).abs()
-        # Half a step of three mantissa bits, or of the smallest numbers of the block.
-        assert (difference <= exact[name].abs() / 16 + exact[name].abs().max() / 448 / 1024 + 1e-6).all(), name
-
-
 @torch.no_grad()
 def test_transformers_dequantises_to_the_same_weights_and_logits(tiny_model, tmp_path):
     # It derives the blocks from the number of scales, so it reads whole blocks only; and it computes in bf16.
@@ -188,68 +180,44 @@ def test_no_more_than_two_matrices_are_held_besides_the_model(published, monkeyp
 MATRIX = "model.layers.1.self_attn.o_proj.weight"
 
 
-def lose_scales(tensors):
-    del tensors[f"{MATRIX}_scale_inv"]
-
-
-def lose_matrix(tensors):
-    del tensors[MATRIX]
-
-
-def scales_not_a_number(tensors):
-    tensors[f"{MATRIX}_scale_inv"][1, 0] = float("nan")
-
-
-def scales_infinite(tensors):
-    tensors[f"{MATRIX}_scale_inv"][0, 0] = float("inf")
-
-
-def scales_negative(tensors):
-    tensors[f"{MATRIX}_scale_inv"][0, 0] *= -1
-
-
-def scales_of_other_blocks(tensors):
-    tensors[f"{MATRIX}_scale_inv"] = torch.ones(1, 1)
-
-
-def scales_of_one_number(tensors):
-    tensors[f"{MATRIX}_scale_inv"] = torch.tensor(1.0)
-
-
-def matrix_not_a_number(tensors):
-    tensors[MATRIX].view(torch.uint8)[7, 5] = 0x7F
-
-
-def matrix_not_fp8(tensors):
-    tensors[MATRIX] = tensors[MATRIX].bfloat16()
-
-
-def matrix_of_bytes(tensors):
-    tensors[MATRIX] = tensors.pop(MATRIX).view(torch.int8)
-    del tensors[f"{MATRIX}_scale_inv"]
-
-
+SCALES = f"{MATRIX}_scale_inv"
+# What is done to the tensors, and what is said of them.
 DAMAGE = {
-    lose_scales: f"weight {MATRIX} is FP8 without its scales {MATRIX}_scale_inv",
-    lose_matrix: f"scales {MATRIX}_scale_inv are there without their FP8 matrix",
-    scales_not_a_number: f"scales {MATRIX}_scale_inv hold NaN",
-    scales_infinite: f"scales {MATRIX}_scale_inv hold NaN, infinity",
-    scales_negative: f"scales {MATRIX}_scale_inv hold NaN, infinity or numbers below 0",
-    scales_of_other_blocks: f"scales {MATRIX}_scale_inv have shape (1, 1), but (160, 40) in blocks of (128, 128)",
-    scales_of_one_number: f"scales {MATRIX}_scale_inv have shape ()",
-    matrix_not_a_number: f"weight {MATRIX} holds NaN or infinity",
-    matrix_not_fp8: f"scales {MATRIX}_scale_inv are there without their FP8 matrix",
-    matrix_of_bytes: f"weight {MATRIX} is of torch.int8; only floating point is read",
+    "no scales": (lambda t: t.pop(SCALES), f"weight {MATRIX} is FP8 without its scales {SCALES}"),
+    "no matrix": (lambda t: t.pop(MATRIX), f"scales {SCALES} are there without their FP8 matrix"),
+    "NaN scale": (lambda t: t[SCALES][1, 0].fill_(torch.nan), f"scales {SCALES} hold NaN"),
+    "infinite scale": (lambda t: t[SCALES][0, 0].fill_(torch.inf), f"scales {SCALES} hold NaN, infinity"),
+    "negative scale": (lambda t: t[SCALES][0, 0].neg_(), f"scales {SCALES} hold NaN, infinity or numbers below 0"),
+    "other blocks": (
+        lambda t: t.update({SCALES: torch.ones(1, 1)}),
+        f"scales {SCALES} have shape (1, 1), but (160, 40) in blocks of (128, 128)",
+    ),
+    "one scale": (lambda t: t.update({SCALES: torch.tensor(1.0)}), f"scales {SCALES} have shape ()"),
+    "NaN": (lambda t: t[MATRIX].view(torch.uint8)[7, 5].fill_(0x7F), f"weight {MATRIX} holds NaN or infinity"),
+    "bf16": (
+        lambda t: t.update({MATRIX: t[MATRIX].bfloat16()}),
+        f"scales {SCALES} are there without their FP8 matrix",
+    ),
+    "bytes": (
+        lambda t: t.update({MATRIX: t[MATRIX].view(torch.int8)}) or t.pop(SCALES),
+        f"weight {MATRIX} is of torch.int8; only floating point is read",
+    ),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_scales_are_named_in_one_line(damage, published):
-    rewrite(published, lambda tensors: damage(tensors) or tensors)
+    change, said = DAMAGE[damage]
+
+    def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        change(tensors)
+        return tensors
+
+    rewrite(published, changed)
     with pytest.raises(DamagedCheckpoint) as caught:
         MiniDeepSeek.from_pretrained(published)
     message = str(caught.value)
-    assert message.startswith(str(published)) and DAMAGE[damage] in message and "\n" not in message
+    assert message.startswith(str(published)) and said in message and "\n" not in message
 
 
 def test_fp8_without_a_word_of_it_in_the_config_is_not_guessed(published):

@@ -208,55 +208,48 @@ def test_what_llama_cpp_may_compute_otherwise_is_noticed(saved, run, tmp_path):
     assert eps.startswith("notice: llama.cpp takes rms_norm_eps = 1e-05 for the latents' norms too")
 
 
-def lose_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
+def json_change(change):
+    """`change` of the tokenizer's JSON, in place."""
+
+    def changed(path: Path) -> None:
+        content = json.loads(path.read_text(encoding="utf8"))
+        change(content)
+        path.write_text(json.dumps(content), encoding="utf8")
+
+    return changed
 
 
-def break_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{")
-
-
-def other_split(folder: Path) -> None:
-    text = (folder / "tokenizer.json").read_text(encoding="utf8")
-    (folder / "tokenizer.json").write_text(text.replace(r"\\p{N}|", r"\\p{N}{1,3}|"), encoding="utf8")
-
-
-def prefix_space(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf8"))
-    content["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf8")
-
-
-def normalised(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf8"))
-    (folder / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}), encoding="utf8")
-
-
-def more_tokens(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf8"))
-    content["added_tokens"].append({**content["added_tokens"][0], "id": 603, "content": "<new>"})
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf8")
+def other_split(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf8").replace(r"\\p{N}|", r"\\p{N}{1,3}|"), encoding="utf8")
 
 
 TOKENIZERS = {
-    lose_tokenizer: "tokenizer.json: No such file or directory; a GGUF holds the tokenizer",
-    break_tokenizer: "tokenizer.json: not valid JSON",
-    other_split: "tokenizer.json: not a tokenizer of train_tokenizer.py",
-    prefix_space: "tokenizer.json: not a tokenizer of train_tokenizer.py",
-    normalised: "tokenizer.json: not a tokenizer of train_tokenizer.py",
-    more_tokens: "tokenizer.json: has 604 tokens, the model 603",
-}
+    "none": (Path.unlink, "No such file or directory; a GGUF holds the tokenizer"),
+    "broken": (lambda path: path.write_text("{"), "not valid JSON"),
+    "another split": (other_split, "not a tokenizer of train_tokenizer.py"),
+    "prefix space": (
+        json_change(lambda content: content["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
+        "not a tokenizer of train_tokenizer.py",
+    ),
+    "normalised": (
+        json_change(lambda content: content.update(normalizer={"type": "NFC"})), "not a tokenizer of train_tokenizer.py"
+    ),
+    "more tokens": (
+        json_change(lambda c: c["added_tokens"].append({**c["added_tokens"][0], "id": 603, "content": "<new>"})),
+        "has 604 tokens, the model 603",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("change", TOKENIZERS, ids=lambda change: change.__name__)
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(change, saved, run, tmp_path):
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(kind, saved, run, tmp_path):
     folder = saved()
-    before = (folder / "tokenizer.json").read_bytes()
-    change(folder)
-    assert not (folder / "tokenizer.json").exists() or (folder / "tokenizer.json").read_bytes() != before
+    (change, said), path, before = TOKENIZERS[kind], folder / "tokenizer.json", (folder / "tokenizer.json").read_bytes()
+    change(path)
+    assert not path.exists() or path.read_bytes() != before
     refused = run(main, "export", "--format", "gguf", "--ckpt", folder, "--out", tmp_path / "model.gguf")
     assert refused.code == 2 and refused.err.count("\n") == 1
-    assert refused.err.startswith(f"error: {folder}/{TOKENIZERS[change]}")
+    assert refused.err.startswith(f"error: {path}: {said}")
     assert list(tmp_path.iterdir()) == [folder]
 
 

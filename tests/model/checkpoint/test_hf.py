@@ -157,107 +157,34 @@ def test_shards_listed_by_an_index_are_read(saved, tiny_model):
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
 
+def tensors(change):
+    """Damage that `change` does to the tensors in place."""
+    return lambda folder: change_tensors(folder, change)
+
+
+def config(**fields):
+    """Damage to config.json."""
+
+    def change(folder: Path) -> None:
+        data = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**data, **fields}))
+
+    return change
+
+
+def index(content: object, weights: str | None = None):
+    """A list of shards in the place of the weights, which move to the file `weights` or are gone."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder.parent / (weights or "gone"))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": content}))
+
+    return change
+
+
 def truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-
-
-def empty(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"")
-
-
-def lose_weight(folder: Path) -> None:
-    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.o_proj.weight"))
-
-
-def lose_expert(folder: Path) -> None:
-    change_tensors(folder, lambda tensors: tensors.pop("model.layers.2.mlp.experts.4.up_proj.weight"))
-
-
-def lose_all_of_the_last_expert(folder: Path) -> None:
-    def change(tensors):
-        for kind in ("gate", "up", "down"):
-            del tensors[f"model.layers.2.mlp.experts.7.{kind}_proj.weight"]
-
-    change_tensors(folder, change)
-
-
-def reshape_expert(folder: Path) -> None:
-    name = "model.layers.2.mlp.experts.4.up_proj.weight"
-    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(15, 32)}))
-
-
-def reshape_weight(folder: Path) -> None:
-    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-
-
-def half_of_mtp(folder: Path) -> None:
-    change_tensors(folder, lambda tensors: tensors.pop("model.layers.4.eh_proj.weight"))
-
-
-def superfluous_weight(folder: Path) -> None:
-    change_tensors(folder, lambda tensors: tensors.update({"model.layers.9.enorm.weight": torch.ones(32)}))
-
-
-def other_config(folder: Path) -> None:
-    data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**data, "hidden_size": 64}))
-
-
-def tie_what_differs(folder: Path) -> None:
-    data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**data, "tie_word_embeddings": True}))
-
-
-def lose_embedding_and_head(folder: Path) -> None:
-    tie_what_differs(folder)
-    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in TIED])
-
-
-def index_outside(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
-    index = {"weight_map": {"lm_head.weight": "../other.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def index_without_map(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-
-
-def missing_shard(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-DAMAGE = {
-    truncate: "model.safetensors: damaged or cut short",
-    empty: "model.safetensors: damaged or cut short",
-    lose_weight: "weight model.layers.1.self_attn.o_proj.weight is missing",
-    lose_expert: "weight model.layers.2.mlp.experts.4.up_proj.weight is missing",
-    lose_all_of_the_last_expert: "weight model.layers.2.mlp.experts.7.gate_proj.weight is missing",
-    reshape_expert: "experts.4.up_proj.weight has shape (15, 32), config.json says (16, 32)",
-    reshape_weight: "weight model.norm.weight has shape (31,), config.json says (32,)",
-    half_of_mtp: "weight model.layers.4.eh_proj.weight is missing",
-    superfluous_weight: "has no place in the network that config.json describes",
-    other_config: "config.json says (61, 64)",
-    tie_what_differs: "lm_head.weight and model.embed_tokens.weight differ, though config.json ties them",
-    lose_embedding_and_head: "weight model.embed_tokens.weight is missing",
-    index_outside: "outside the checkpoint folder",
-    index_without_map: "model.safetensors.index.json: not a list of shards",
-    missing_shard: "model-00001-of-00001.safetensors: damaged or cut short",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_a_damaged_checkpoint_is_named_in_one_line(damage, saved):
-    damage(saved)
-    with pytest.raises(DamagedCheckpoint) as caught:
-        MiniDeepSeek.from_pretrained(saved)
-    message = str(caught.value)
-    assert caught.value.exit_code == 3
-    assert message.startswith(str(saved)) and DAMAGE[damage] in message and "\n" not in message
 
 
 def misspell(folder: Path) -> None:
@@ -265,34 +192,77 @@ def misspell(folder: Path) -> None:
     (folder / "config.json").write_text(text.replace('"kv_lora_rank"', '"kv_lora_rnak"'))
 
 
-def lose_folder(folder: Path) -> None:
-    folder.rename(folder.parent / "elsewhere")
+def lose_embedding_and_head(folder: Path) -> None:
+    config(tie_word_embeddings=True)(folder)
+    change_tensors(folder, lambda t: [t.pop(name) for name in TIED])
 
 
-def lose_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
+EXPERTS = "model.layers.2.mlp.experts"
+# Damage, what is said of it, and the exit code: 3 for damaged files, 2 for a mistake of the person.
+DAMAGE = {
+    "cut short": (truncate, "model.safetensors: damaged or cut short", 3),
+    "empty": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        "model.safetensors: damaged or cut short", 3,
+    ),
+    "no weight": (
+        tensors(lambda t: t.pop("model.layers.1.self_attn.o_proj.weight")),
+        "weight model.layers.1.self_attn.o_proj.weight is missing", 3,
+    ),
+    "no matrix of an expert": (
+        tensors(lambda t: t.pop(f"{EXPERTS}.4.up_proj.weight")), f"weight {EXPERTS}.4.up_proj.weight is missing", 3,
+    ),
+    "no last expert": (
+        tensors(lambda t: [t.pop(f"{EXPERTS}.7.{kind}_proj.weight") for kind in ("gate", "up", "down")]),
+        f"weight {EXPERTS}.7.gate_proj.weight is missing", 3,
+    ),
+    "another expert": (
+        tensors(lambda t: t.update({f"{EXPERTS}.4.up_proj.weight": torch.zeros(15, 32)})),
+        "experts.4.up_proj.weight has shape (15, 32), config.json says (16, 32)", 3,
+    ),
+    "another shape": (
+        tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
+        "weight model.norm.weight has shape (31,), config.json says (32,)", 3,
+    ),
+    "half of MTP": (
+        tensors(lambda t: t.pop("model.layers.4.eh_proj.weight")), "weight model.layers.4.eh_proj.weight is missing", 3,
+    ),
+    "too many": (
+        tensors(lambda t: t.update({"model.layers.9.enorm.weight": torch.ones(32)})),
+        "has no place in the network that config.json describes", 3,
+    ),
+    "another config": (config(hidden_size=64), "config.json says (61, 64)", 3),
+    "tied, but different": (
+        config(tie_word_embeddings=True),
+        "lm_head.weight and model.embed_tokens.weight differ, though config.json ties them", 3,
+    ),
+    "tied, but none": (lose_embedding_and_head, "weight model.embed_tokens.weight is missing", 3),
+    "a shard outside": (
+        index({"lm_head.weight": "../other.safetensors"}, "other.safetensors"), "outside the checkpoint folder", 3,
+    ),
+    "no list": (index(3), "model.safetensors.index.json: not a list of shards", 3),
+    "no shard": (index({"lm_head.weight": "model-1.safetensors"}), "model-1.safetensors: damaged or cut short", 3),
+    "misspelt": (misspell, "no such field 'kv_lora_rnak', did you mean 'kv_lora_rank'?", 2),
+    "no folder": (lambda folder: folder.rename(folder.parent / "elsewhere"), "give a checkpoint folder", 2),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "no model.safetensors in it; give a checkpoint folder", 2,
+    ),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(), "config.json: not found; give a checkpoint folder", 2,
+    ),
+}  # fmt: skip
 
 
-def lose_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-MISTAKES = {
-    misspell: "no such field 'kv_lora_rnak', did you mean 'kv_lora_rank'?",
-    lose_folder: "give a checkpoint folder",
-    lose_weights: "no model.safetensors in it; give a checkpoint folder",
-    lose_config: "config.json: not found; give a checkpoint folder",
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_a_mistake_of_the_person_is_named_in_one_line(mistake, saved):
-    mistake(saved)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_wrong_with_a_folder_is_named_in_one_line(damage, saved):
+    change, said, code = DAMAGE[damage]
+    change(saved)
     with pytest.raises(UserError) as caught:
         MiniDeepSeek.from_pretrained(saved)
     message = str(caught.value)
-    assert caught.value.exit_code == 2
-    assert message.startswith(str(saved)) and MISTAKES[mistake] in message and "\n" not in message
+    assert caught.value.exit_code == code and isinstance(caught.value, DamagedCheckpoint) == (code == 3)
+    assert message.startswith(str(saved)) and said in message and "\n" not in message
 
 
 @pytest.mark.parametrize(("change", "code"), [(truncate, 3), (misspell, 2)], ids=["damaged", "misspelled"])

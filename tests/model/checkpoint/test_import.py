@@ -112,41 +112,32 @@ def test_the_tokenizer_comes_along(pretrained, run, tmp_path):
     assert not (target / "training").exists()
 
 
-def no_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-
-
-def other_tokenizer(folder: Path) -> None:
-    text = (folder / "tokenizer.json").read_text(encoding="utf8")
-    (folder / "tokenizer.json").write_text(text.replace("<|user|>", "<｜User｜>"), encoding="utf8")
-
-
-def broken_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("[]")
-
-
-def larger_tokenizer(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf8"))
+def larger(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf8"))
     content["model"]["vocab"]["xyz"] = 600
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf8")
+    path.write_text(json.dumps(content), encoding="utf8")
+
+
+def other_marks(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf8").replace("<|user|>", "<｜User｜>"), encoding="utf8")
 
 
 NOTICES = {
-    no_tokenizer: "no tokenizer.json: the weights, generate() on token ids and transformers work",
-    other_tokenizer: "tokenizer.json is not one of train_tokenizer.py (<|user|> is not token 5, ...): the weights",
-    broken_tokenizer: "tokenizer.json is none that can be read: the weights",
-    larger_tokenizer: "tokenizer.json has 601 tokens, the model's vocabulary 600: the weights",
+    Path.unlink: "no tokenizer.json: the weights, generate() on token ids and transformers work",
+    other_marks: "tokenizer.json is not one of train_tokenizer.py (<|user|> is not token 5, ...): the weights",
+    (lambda path: path.write_text("[]")): "tokenizer.json is none that can be read: the weights",
+    larger: "tokenizer.json has 601 tokens, the model's vocabulary 600: the weights",
 }
 
 
-@pytest.mark.parametrize("change", NOTICES, ids=lambda change: change.__name__)
-def test_another_tokenizer_is_carried_over_with_a_notice(change, pretrained, run, tmp_path):
+@pytest.mark.parametrize(("change", "notice"), NOTICES.items(), ids=["none", "other marks", "broken", "larger"])
+def test_another_tokenizer_is_carried_over_with_a_notice(change, notice, pretrained, run, tmp_path):
     source, target = tmp_path / "theirs", tmp_path / "ours"
     shutil.copytree(pretrained / "final", source)
-    change(source)
+    change(source / "tokenizer.json")
     done = run(main, "import", "--from", source, "--to", target)
     assert done.code == 0 and done.err.count("\n") == 1
-    assert done.err.startswith(f"notice: {source}: {NOTICES[change]}")
+    assert done.err.startswith(f"notice: {source}: {notice}")
     assert done.err.endswith("this project's stages and chat do not\n") or "copy the one" in done.err
     assert (target / "tokenizer.json").exists() is (source / "tokenizer.json").exists()
 
@@ -155,21 +146,11 @@ def test_the_notice_knows_how_our_tokenizers_begin():
     assert SPECIAL_TOKENS[: len(OWN_TOKENS)] == OWN_TOKENS
 
 
-def cut_short(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def other_model(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v2"}))
-
-
-@pytest.mark.parametrize(("damage", "code"), [(cut_short, 3), (other_model, 2)])
-def test_what_cannot_be_read_leaves_nothing_behind(damage, code, tiny_model, run, tmp_path):
+@pytest.mark.parametrize(("damaged", "code"), [("model.safetensors", 3), ("config.json", 2)])
+def test_what_cannot_be_read_leaves_nothing_behind(damaged, code, tiny_model, run, tmp_path):
     source, target = tmp_path / "theirs", tmp_path / "ours"
     tiny_model().save_pretrained(source)
-    damage(source)
+    (source / damaged).write_bytes((source / damaged).read_bytes()[:-100])
     done = run(main, "import", "--from", source, "--to", target)
     assert done.code == code and done.err.startswith(f"error: {source}") and done.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [source]
