@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from errors import UserError, with_home
+from errors import UserError, is_broken, with_home
 from text.files import read_yaml
 
 Settings = TypeVar("Settings")
@@ -153,13 +153,15 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], words: list[str]) -
 
 
 def check_values(kind: Callable[..., Any], given: Mapping[str, Any], prefix: str = "--") -> None:
-    """Refuse what the parser lets through: nothing where a value is needed, and floats that are not finite."""
+    """Refuse what the parser lets through: nothing where a value is needed, floats that are not finite, broken text."""
     for name, hint in get_type_hints(kind).items():
         value = given.get(name, 0)
         if value is None and type(None) not in get_args(hint):
             raise UserError(f"{prefix}{name}: is empty; give a value or leave it out")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{prefix}{name} {value}: must be a finite number")
+        if isinstance(value, str) and is_broken(value):
+            raise UserError(f"{prefix}{name}: has a NUL or half of a character; leave it out")
         if is_dataclass(hint) and is_dataclass(value):
             check_values(hint, vars(value), f"{prefix}{name}.")
 

@@ -66,7 +66,7 @@ def _question(batch: Batch) -> list[int]:
 
 
 def open_chats(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks) -> tuple[ChatDataset, BitsPerByte | None]:
-    """The conversations to train on, told of on the main rank, and what measures the held-out ones (None without)."""
+    """Return the conversations to train on, reported once, and what measures the held-out ones (None without)."""
     sources = find_sources(settings.data, settings.datasets, "chat")
     options = dict(
         on_error=settings.on_error, packing=settings.packing, val_fraction=settings.val_fraction, progress=ranks.main

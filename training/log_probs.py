@@ -70,12 +70,12 @@ def log_probs_and_entropy(
 def _label_log_probs(
     hidden: Tensor, head: Tensor, labels: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    flat, wanted = hidden.flatten(0, -2), labels.flatten()
-    places = (wanted != IGNORE).nonzero().squeeze(1)
+    flat, targets = hidden.flatten(0, -2), labels.flatten()
+    places = (targets != IGNORE).nonzero().squeeze(1)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = padded(places)
-        chosen, targets = flat.index_select(0, rows), wanted[rows].clamp(min=0)
-        log_probs, entropy = _LabelLogProbs.apply(chosen, head, targets, temperature, with_entropy)
+        chosen, labels_R = flat.index_select(0, rows), targets[rows].clamp(min=0)
+        log_probs, entropy = _LabelLogProbs.apply(chosen, head, labels_R, temperature, with_entropy)
         log_probs, entropy = log_probs[: len(places)], entropy[: len(places)]
-    empty = torch.zeros(wanted.shape, device=wanted.device)
+    empty = torch.zeros(targets.shape, device=targets.device)
     return empty.index_copy(0, places, log_probs).view_as(labels), empty.index_copy(0, places, entropy).view_as(labels)

@@ -100,10 +100,10 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of each label in nats, float32, 0 where nothing counts; without gradient. Shape of `labels`."""
-    weight, flat, wanted = head.to(hidden.dtype), hidden.flatten(0, -2), labels.flatten()
+    weight, flat, targets = head.to(hidden.dtype), hidden.flatten(0, -2), labels.flatten()
     with torch.no_grad():
         parts = [
-            F.cross_entropy((flat[part] @ weight.t()).float(), wanted[part], reduction="none")
+            F.cross_entropy((flat[part] @ weight.t()).float(), targets[part], reduction="none")
             for part in chunks(len(flat), len(weight))
         ]
     return torch.cat(parts).view_as(labels)

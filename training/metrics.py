@@ -102,7 +102,7 @@ class FlopsCounter:
 def step_entry(
     result: StepResult, progress: Progress, lr: float, rate: float, mfu: float, memory: int
 ) -> dict[str, Any]:
-    """A logged step. `loss` is the part named `main`, where a loss has parts; `total_loss` is what was minimised."""
+    """Return the entry of a logged step: `loss` is the part named `main`, if there is one, `total_loss` their sum."""
     entry: dict[str, Any] = {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -126,7 +126,7 @@ def step_entry(
 
 
 def untrained_entry(held_out: dict[str, Any]) -> dict[str, Any]:
-    """Step 0: what was measured on held-out data before any training, with the keys of every other entry."""
+    """Return that of step 0: what was measured before any training, with the keys of every other entry."""
     zeros = {key: 0 for key in ("step", "tokens", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")}
     return {**zeros, "loss": held_out.get("val_loss", 0), **held_out}
 

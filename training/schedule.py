@@ -26,11 +26,11 @@ class Budget:
     steps_by: str = "--max_steps"
 
     def progress(self, step: int, seconds: float, tokens: float = 0) -> float:
-        """Share of the budget spent after `step` steps, `seconds` of training and so many tokens, 0 .. 1."""
+        """Return the share of the budget spent after `step` steps, `seconds` of training and so many tokens, 0 .. 1."""
         return min(max(self._shares(step, seconds, tokens).values(), default=0.0), 1.0)
 
     def first(self, step: int, seconds: float, tokens: float = 0) -> str:
-        """The option of the limit that is nearest to its end, or past it."""
+        """Return the option of the limit that is nearest to its end, or past it."""
         shares = self._shares(step, seconds, tokens)
         return max(shares, key=shares.__getitem__)
 
@@ -46,7 +46,7 @@ class Budget:
 
 
 def learning_rate(progress: float, peak: float, warmup: float, decay_from: float, final_ratio: float) -> float:
-    """Linear warm-up, constant, cosine (DeepSeek-V3 section 4.2).
+    """Return the rate of a linear warm-up, then a constant, then a cosine (DeepSeek-V3 section 4.2).
 
     Args:
         progress: share of the budget at the end of the step; `warmup` and `decay_from` are shares too.
@@ -61,7 +61,7 @@ def learning_rate(progress: float, peak: float, warmup: float, decay_from: float
 
 
 def value_at(schedule: Schedule, progress: float, name: str = "schedule") -> float:
-    """A constant, or steps written as {share of the run: value from there on}, such as {0: 0.3, 0.68: 0.1}."""
+    """Return the value at a share of the run: a constant, or {share: value from there on}: {0: 0.3, 0.68: 0.1}."""
     if isinstance(schedule, (int, float)):
         return float(schedule)
     try:

@@ -32,7 +32,7 @@ class StageSettings:
         dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
         threads: CPU threads; 0 leaves it to torch: one a core, or OMP_NUM_THREADS, which torchrun sets to 1.
         max_steps: end after so many optimiser steps.
-        max_tokens: end after so many tokens; in grpo_train.py of completions that were learnt from.
+        max_tokens: end after so many tokens; in grpo_train.py of completions that were trained on.
         max_minutes: end after so many minutes of training.
         epochs: end after so many passes over the data; the default, one pass (two over conversations), holds only
             where no limit at all is given. Of several limits the first ends the run.
@@ -112,35 +112,35 @@ class StageSettings:
             raise UserError("--keep_best and --patience compare validations along the run; give --val_every N")
 
     def holds(self, name: str) -> bool:
-        """Whether a person chose this value for this run, rather than a recipe or the default."""
+        """Return whether a person chose this value for this run, rather than a recipe or the default."""
         return self.by_hand is None or name in self.by_hand
 
     @property
     def uneven(self) -> bool:
-        """Whether samples have as many tokens as it happens: nobody knows in how many steps --max_tokens are spent."""
+        """Return whether lengths of samples vary: nobody knows in how many steps --max_tokens are spent."""
         return False
 
     @property
     def row_tokens(self) -> int:
-        """The most positions that a sample of the data set has."""
+        """Return the most positions that a sample of the data set has."""
         return self.sequence_length
 
     @property
     def rows(self) -> int:
-        """Samples an optimiser step, over all ranks."""
+        """Return samples an optimiser step, over all ranks."""
         return max(self.batch_tokens // self.row_tokens, 1)
 
     @property
     def micro_rows(self) -> int:
-        """Samples a forward pass on one rank."""
+        """Return samples a forward pass on one rank."""
         return max(self.micro_tokens // self.row_tokens, 1)
 
     def lighten(self, device: str) -> str:
-        """What to do where a step takes too long on a kind of device."""
+        """Say what to do where a step takes too long on a kind of device."""
         return f"lower --batch_tokens, now {self.rows * self.row_tokens:,}, or take a smaller model"
 
     def budget(self, samples: int, rows: int | None = None) -> Budget:
-        """All limits that were given; the stage's default number of passes over so many samples when none was.
+        """Return all limits that were given; the stage's default number of passes over so many samples when none was.
 
         rows: a step, `self.rows` where not said.
         """
@@ -157,7 +157,7 @@ class StageSettings:
         return Budget(steps.get(first), self.max_minutes, self.max_tokens if self.uneven else None, first)
 
     def check_fit(self, world: int, longest: int) -> None:
-        """Raises `UserError` where a step cannot be shared by `world` ranks, or rows are too long for the model."""
+        """Raise `UserError` where a step cannot be shared by `world` ranks, or rows are too long for the model."""
         if self.rows % world:
             raise UserError(
                 f"--batch_tokens {self.batch_tokens}: {self.rows} rows do not divide among {world} "
@@ -171,7 +171,7 @@ class StageSettings:
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        """What changes along the run beside the learning rate: attributes of the loss, and `bias_speed`."""
+        """Return what changes along the run beside the learning rate: attributes of the loss (`Loss.schedules`)."""
         return {}
 
 
@@ -201,7 +201,7 @@ class NextTokenSettings(StageSettings):
 
 
 def model_config(choice: dict[str, Any], **forced: Any) -> LMConfig:
-    """`{preset: 64m, num_hidden_layers: 4}` as a configuration; `forced` fields (the tokenizer's) win."""
+    """Make `{preset: 64m, num_hidden_layers: 4}` a configuration; `forced` fields (the tokenizer's) win."""
     changes = dict(choice)
     preset = changes.pop("preset", "demo")
     return LMConfig.preset(preset, **{**changes, **forced})

@@ -39,12 +39,12 @@ def begin(settings: StageSettings) -> Ranks:
 
 
 def resumes(settings: StageSettings, ranks: Ranks) -> bool:
-    """Whether the run goes on from a checkpoint of its own; the same on all ranks."""
+    """Return whether the run resumes from a checkpoint of its own; the same on all ranks."""
     return bool(settings.resume) and ranks.on_main(lambda: newest(Path(settings.out)) is not None)
 
 
 def open_checkpoint(folder: str, choice: dict[str, Any] | None = None) -> tuple[MiniDeepSeek, Tokenizer]:
-    """The fp32 model of a checkpoint folder and its tokenizer. choice: as in `LMConfig.continued`."""
+    """Open the fp32 model of a checkpoint folder and its tokenizer. choice: as in `LMConfig.continued`."""
     if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
         raise UserError(
             f"{folder}: is an adapter, not a model; give the checkpoint it was trained on as --ckpt and the adapter "
@@ -85,7 +85,7 @@ def new_model(choice: dict[str, Any], folder: str) -> tuple[MiniDeepSeek, Tokeni
 
 
 def check_vocabulary(config: LMConfig, tokenizer: Tokenizer, place: str | Path) -> None:
-    """A model can only be used with the tokenizer it was trained with."""
+    """Raise `UserError` unless this may be the tokenizer that the model was trained with."""
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"{place}: the model knows {config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; "

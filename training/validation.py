@@ -59,17 +59,17 @@ class HeldOutRows(Protocol):
 
 
 def held_out_batches(dataset: HeldOutRows, most_tokens: int, micro_tokens: int) -> list[Batch]:
-    """The samples in batches of `micro_tokens`; if there are more than `most_tokens`, evenly spread ones."""
-    wanted = max(min(len(dataset), most_tokens // dataset.sequence_length), 1)
-    rows = [index * len(dataset) // wanted for index in range(wanted)]
+    """Return the samples in batches of `micro_tokens`; if there are more than `most_tokens`, evenly spread ones."""
+    count = max(min(len(dataset), most_tokens // dataset.sequence_length), 1)
+    rows = [index * len(dataset) // count for index in range(count)]
     size = max(micro_tokens // dataset.sequence_length, 1)
-    return [dataset.batch(rows[start : start + size]) for start in range(0, wanted, size)]
+    return [dataset.batch(rows[start : start + size]) for start in range(0, count, size)]
 
 
 def text_batches(
     path: Path, tokenizer: Tokenizer, sequence_length: int, most_tokens: int, micro_tokens: int
 ) -> list[Batch]:
-    """A UTF-8 text file in windows of `sequence_length`, each token once; if there are more, the first `most_tokens`.
+    """Return a text file in windows of `sequence_length`, each token once; at most the first `most_tokens`.
 
     Raises `UserError` for a file that cannot be read or is empty.
     """
@@ -127,7 +127,7 @@ class BitsPerByte:
 def evaluate(
     model: MiniDeepSeek, batches: Iterable[Batch], token_bytes: np.ndarray, dtype: torch.dtype, ranks: Ranks
 ) -> HeldOut:
-    """Summed -log2 p of the labels over the bytes that they stand for, over all ranks.
+    """Measure the summed -log2 p of the labels over the bytes that they stand for, over all ranks.
 
     Args:
         batches: the same on every rank; each rank takes its share of them.
@@ -167,7 +167,7 @@ def labels_name(sources: Sequence[Source | str | Path], batches: Iterable[Batch]
 
 
 def problems_name(sources: Sequence[Source | str | Path], problems: Iterable[Problem]) -> str:
-    """The same of problems: of their questions and answers."""
+    """Return the same of problems: of their questions and answers."""
     return _name(sources, (f"{problem.question}\0{problem.answer}" for problem in problems))
 
 

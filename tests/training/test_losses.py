@@ -1,4 +1,4 @@
-"""The losses are what the paper says, whatever the chunks, and micro-batches add up."""
+"""The losses are what the paper says, whatever the chunks, few in their row counts; micro-batches add up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 import training.losses
 from model.kernels import fused
+from training.distill.distillation import Logits, distillation_sum
+from training.distill.divergences import forward_kl
+from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE, NextTokenLoss, cross_entropy_sum, labels_ahead, token_losses
 
 ROWS, HIDDEN, VOCAB = 150, 24, 61
@@ -195,3 +198,55 @@ def test_a_batch_with_nothing_to_learn_gives_zero_and_finite_gradients(padding, 
     assert total.item() == 0 and count == 0
     assert all(torch.isfinite(value).all() for value in metrics.values())
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rows", [0, 1, training.losses.ROWS, 1000, 12345])
+@pytest.mark.parametrize("vocab", [50, 6400, 129280])
+def test_chunks_cover_all_rows_in_whole_blocks(rows, vocab):
+    parts = training.losses.chunks(rows, vocab)
+    assert [place for part in parts for place in range(part.start, part.stop)] == list(range(rows))
+    assert all((part.stop - part.start) % training.losses.ROWS == 0 for part in parts[:-1])
+    assert all(
+        (part.stop - part.start) * vocab <= max(training.losses.CHUNK_ELEMENTS, training.losses.ROWS * vocab)
+        for part in parts
+    )
+
+
+def test_padding_goes_up_to_a_whole_block():
+    for count in (0, 1, training.losses.ROWS - 1, training.losses.ROWS, training.losses.ROWS + 1):
+        places = torch.arange(5, 5 + count)
+        rows = training.losses.padded(places)
+        assert len(rows) % training.losses.ROWS == 0 and len(rows) - count < training.losses.ROWS
+        assert torch.equal(rows[:count], places) and not rows[count:].any()
+    x = torch.ones(3, 2)
+    assert torch.equal(training.losses.padded_rows(x, 5), torch.cat((x, torch.zeros(2, 2))))
+
+
+@pytest.mark.parametrize("what", ["log-probabilities", "distillation"])
+def test_any_number_of_labels_meets_the_vocabulary_in_few_row_counts(what, monkeypatch):
+    """Each new count would cost a CPU kernels: 10 ms and 10 MB."""
+    monkeypatch.setattr(training.losses, "CHUNK_ELEMENTS", 2 * training.losses.ROWS * VOCAB)
+    head, seen = torch.randn(VOCAB, HIDDEN, requires_grad=True), set()
+    products = torch.Tensor.__matmul__, torch.mm
+
+    def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.update({tuple(a.shape), tuple(b.shape)})
+        return products[0](a, b)
+
+    def mm(a: torch.Tensor, b: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        seen.update({tuple(a.shape), tuple(b.shape)})
+        return products[1](a, b, **options)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+    monkeypatch.setattr(torch, "mm", mm)
+    for count in range(1, 200, 13):
+        hidden = torch.randn(1, 220, HIDDEN, requires_grad=True)
+        labels = torch.full((1, 220), -100)
+        labels[0, :count] = torch.randint(VOCAB, (count,))
+        if what == "log-probabilities":
+            log_probs_and_entropy(hidden, head, labels)[0].sum().backward()
+        else:
+            said = Logits(torch.randn(count, HIDDEN), torch.randn(VOCAB, HIDDEN))
+            distillation_sum(hidden, head, labels, said, forward_kl, ce_weight=0.5)[0].backward()
+    rows = {size for shape in seen for size in shape} - {VOCAB, HIDDEN}
+    assert rows == {training.losses.ROWS, 2 * training.losses.ROWS}

@@ -48,17 +48,30 @@ def encode(documents: Iterable[tuple[int, int, bytes]], tokenizer: Tokenizer, wo
             os.environ["TOKENIZERS_PARALLELISM"] = parallelism
 
 
-def parts(documents: Iterable[Encoded], shard_tokens: int) -> Iterator[list[Encoded]]:
+class Part:
+    """Documents gathered in memory, 2 bytes a token: all tokens joined, and of each document what the shards need."""
+
+    def __init__(self) -> None:
+        self.tokens, self.lengths, self.sizes, self.hashes = array("H"), array("I"), array("I"), array("Q")
+        self.last = 0
+
+    def add(self, document: Encoded) -> None:
+        self.tokens.extend(document.tokens)
+        self.lengths.append(len(document.tokens))
+        self.sizes.append(document.size)
+        self.hashes.append(document.digest)
+        self.last = document.number
+
+
+def parts(documents: Iterable[Encoded], shard_tokens: int) -> Iterator[Part]:
     """Gather documents; a part ends with the document that brings it to `shard_tokens`."""
-    part: list[Encoded] = []
-    tokens = 0
+    part = Part()
     for document in documents:
-        part.append(document)
-        tokens += len(document.tokens)
-        if tokens >= shard_tokens:
+        part.add(document)
+        if len(part.tokens) >= shard_tokens:
             yield part
-            part, tokens = [], 0
-    if part:
+            part = Part()
+    if part.last:
         yield part
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from errors import UserError
 from text.corpus.cleaning import Cleaner, SeenHashes
 from text.corpus.corpus import Corpus
-from text.corpus.encoding import Encoded, encode, parts
+from text.corpus.encoding import Part, encode, parts
 from text.corpus.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_shard
 from text.files import json_text, peak_memory, replacing
 from text.sources.registry import Source
@@ -204,20 +204,19 @@ def _kept_documents(
 
 
 def _write_part(
-    out: Path, number: int, part: list[Encoded], val_fraction: float, earlier: list[dict[str, Any]]
+    out: Path, number: int, part: Part, val_fraction: float, earlier: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Write one part as a train and a val shard; return its part of the index."""
     has_train, has_val = (any(made[split] for made in earlier) for split in SPLITS)
-    hashes = np.array([document.digest for document in part], np.uint64)
-    held_out = _hold_out(hashes, val_fraction, has_train, has_val)
+    held_out = _hold_out(np.frombuffer(part.hashes, np.uint64), val_fraction, has_train, has_val)
+    lengths, sizes = np.frombuffer(part.lengths, np.uint32), np.frombuffer(part.sizes, np.uint32)
+    stream, ends = np.frombuffer(part.tokens, np.uint16), np.cumsum(lengths, dtype=np.int64)
     shards = {}
     for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
-        documents = [document for document, is_chosen in zip(part, chosen, strict=True) if is_chosen]
-        tokens = (np.frombuffer(document.tokens, np.uint16) for document in documents)
-        lengths = np.array([len(each.tokens) for each in documents], np.uint32)
-        sizes = np.array([each.size for each in documents], np.uint32)
-        shards[split] = write_shard(out, f"{split}-{number:05d}", tokens, lengths, sizes) if documents else None
-    return {"read": part[-1].number, **shards}
+        tokens = (stream[ends[place] - lengths[place] : ends[place]] for place in np.flatnonzero(chosen))
+        name = f"{split}-{number:05d}"
+        shards[split] = write_shard(out, name, tokens, lengths[chosen], sizes[chosen]) if chosen.any() else None
+    return {"read": part.last, **shards}
 
 
 def _hold_out(hashes: np.ndarray, fraction: float, has_train: bool, has_val: bool) -> np.ndarray:

@@ -63,7 +63,7 @@ def plain_adamw_(
     p: Tensor, grad: Tensor, first: Tensor, second: Tensor, beta1: float, beta2: float, eps: float,
     keep: float, lr: float, correction: float,
 ) -> None:  # fmt: skip
-    """What `model.kernels.fused.adamw_` does, as PyTorch operations."""
+    """Do what `model.kernels.fused.adamw_` does, in PyTorch operations."""
     m, v = first.float(), second.float()
     m.lerp_(grad.float(), 1 - beta1)
     v.mul_(beta2).addcmul_(grad.float(), grad.float(), value=1 - beta2)

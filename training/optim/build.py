@@ -147,7 +147,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_tensors`. Raises `KeyError` or `ValueError` for what is not a state of these parameters."""
+    """Undo `state_tensors`. Raises `KeyError` or `ValueError` for what is not a state of these parameters."""
     parameters = dict(model.named_parameters())
     parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():

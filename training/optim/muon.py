@@ -19,7 +19,7 @@ ADAMW_RMS = 0.2
 
 
 class Muon(torch.optim.Optimizer):
-    """One optimiser over two kinds of groups, told apart by their `parts`.
+    """One optimiser over two kinds of groups, distinguished by their `parts`.
 
     Groups with `parts` above 0 hold matrices, or stacks of them (..., rows, columns), each matrix updated for itself:
     M <- mu M + (1 - mu) G;  W <- (1 - lr wd) W - 0.2 sqrt(max(rows, columns)) lr NS((1 - mu) G + mu M).
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum)
         groups = [{"parts": 0, **group} for group in groups]
-        own, rest = ([group for group in groups if bool(group["parts"]) is wanted] for wanted in (True, False))
+        own, rest = ([group for group in groups if bool(group["parts"]) is muon] for muon in (True, False))
         self._adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=True) if rest else None
         # AdamW's groups carry what its step asks for, `fused` among it.
         super().__init__([*own, *(self._adamw.param_groups if self._adamw else [])], defaults)

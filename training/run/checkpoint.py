@@ -61,9 +61,11 @@ class Progress:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
-        numbers = (self.step, self.skipped, self.stale, self.tokens, self.seconds, abs(self.best.get("value", 0)))
+        counts = (self.step, self.skipped, self.stale)
+        numbers = (*counts, self.tokens, self.seconds, abs(self.best.get("value", 0)))
         fits = all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers)
-        if not fits or not isinstance(self.run, dict) or self.best.keys() not in (set(), {"measure", "value", "step"}):
+        fits = fits and all(type(value) is int for value in counts) and isinstance(self.run, dict)
+        if not fits or self.best.keys() not in (set(), {"measure", "value", "step"}):
             raise ValueError("not the progress of a run")
 
     def judge(self, held_out: dict[str, Any]) -> bool:
@@ -155,7 +157,7 @@ class Snapshot:
 
 
 def _check_there(out: Path) -> None:
-    """A run folder made again might lie on another disk than the one that is gone."""
+    """Raise `OSError` where it is gone: made again, it might lie on another disk."""
     if not out.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(out))
 

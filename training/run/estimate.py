@@ -50,7 +50,7 @@ def estimate(
     settings: StageSettings, budget: Budget, model: MiniDeepSeek, flops: float, peak: float, device: torch.device,
     dtype: torch.dtype,
 ) -> Estimate:  # fmt: skip
-    """From the FLOPs of a token, over the usual share of the peak that all ranks have together (FLOP/s)."""
+    """Estimate from the FLOPs of a token, over the usual share of the peak that all ranks have together (FLOP/s)."""
     step = settings.rows * settings.row_tokens * flops / (USUAL_SHARE * peak)
     return Estimate(
         step, *length(budget, step, settings.rows * settings.row_tokens), memory(settings, model, device, dtype)
@@ -58,7 +58,7 @@ def estimate(
 
 
 def length(budget: Budget, step: float, step_tokens: int) -> tuple[int, float]:
-    """Steps and seconds of a run whose steps take `step` seconds and have so many tokens."""
+    """Return steps and seconds of a run whose steps take `step` seconds and have so many tokens."""
     counts = []
     if budget.max_steps is not None:
         counts.append(budget.max_steps)
@@ -70,7 +70,7 @@ def length(budget: Budget, step: float, step_tokens: int) -> tuple[int, float]:
 
 
 def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, dtype: torch.dtype) -> float:
-    """Weights, gradients, moments, the copy that is saved in the background, and the activations of a micro-batch."""
+    """Return bytes of weights, gradients, moments, the copy being saved, and the activations of a micro-batch."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = sum(p.nbytes for p in model.parameters()) + trained * (FP32 + MOMENTS[settings.optim.kind])
     if device.type == "cpu":
@@ -161,7 +161,7 @@ def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
 
 
 def fitting_rows(settings: StageSettings, world: int, samples: int) -> int:
-    """The most rows, at most those of the settings and a multiple of `world`, that leave a run `ENOUGH` steps.
+    """Return the most rows, at most those of the settings and a multiple of `world`, that leave a run `ENOUGH` steps.
 
     Where no number does, the most of those that leave it as many as it can have; all, where only a clock ends it.
     """

@@ -89,7 +89,7 @@ class RunLog:
         )  # fmt: skip
         self.task = self.bar.add_task(out.name, total=1.0)
         if wandb:
-            import wandb as library  # slow to import, and rarely wanted
+            import wandb as library  # slow to import, and rarely asked for
 
             online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
             self.wandb = library.init(
@@ -134,12 +134,12 @@ class RunLog:
             self.bar.update(self.task, description=what or self.path.parent.name)
 
     def pulse(self, step: int) -> None:
-        """A line, but no entry of metrics.jsonl, of a step whose like have been silent for long."""
+        """Print a line, but write no entry of metrics.jsonl, of a step whose like have been silent for long."""
         if self.active and time.monotonic() - self._spoke > QUIET:
             self._print(self._line({"step": step}))
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """One object into metrics.jsonl, one line on the terminal."""
+        """Write one object into metrics.jsonl, one line on the terminal."""
         if not self.active:
             return
         # JSON has no word for what is not finite.
@@ -169,7 +169,7 @@ class RunLog:
         return step_line(metrics, mean, self._share, self._left)
 
     def dim(self, text: str) -> None:
-        """A line beside the numbers."""
+        """Print a line beside the numbers."""
         self._print(text, "dim")
 
     def _print(self, text: str, style: str | None = None) -> None:
@@ -197,7 +197,7 @@ class RunLog:
 
 
 def shown(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with the measures that people are shown: of MaxVio the worst layer's; of pairs no `val_accuracy`.
+    """Return the entry with the measures that are shown: of MaxVio the worst layer's; of pairs no `val_accuracy`.
 
     By that name reinforcement learning logs problems solved, and preference learning the share of held-out pairs that
     is preferred: `val_preferred`.
@@ -244,7 +244,7 @@ def _is_number(value: object) -> bool:
 
 
 def step_line(metrics: dict[str, Any], loss: float | None, share: float, left: float | None) -> str:
-    """The line of a logged step.
+    """Return the line of a logged step.
 
     Args:
         metrics: its entry. loss: mean since the line before, or None.
@@ -264,7 +264,7 @@ def step_line(metrics: dict[str, Any], loss: float | None, share: float, left: f
 
 
 def held_out_line(metrics: dict[str, Any]) -> str:
-    """The line of a validation; empty where an entry has none."""
+    """Return the line of a validation; empty where an entry has none."""
     if all(metrics.get(column.name) is None for column in HELD_OUT):
         return ""
     return _fitted([f"step {metrics['step']:>6}", " val"], HELD_OUT, metrics)
@@ -280,7 +280,7 @@ def _fitted(parts: list[str], columns: Iterable[Column], values: dict[str, Any])
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: 0.45s, 5.2s, 45s, 12m05s, 3h12m, 4d03h."""
+    """Write it with two units at most: 0.45s, 5.2s, 45s, 12m05s, 3h12m, 4d03h."""
     if seconds < 9.95:
         return f"{seconds:.2g}s"
     if seconds < 59.5:
@@ -294,7 +294,7 @@ def duration(seconds: float) -> str:
 
 
 def legend() -> str:
-    """What stands in these lines, for `--help`."""
+    """Explain what stands in these lines, for `--help`."""
     rows = [("4%", "share of the budget that is spent"), ("3h12m left", "at the pace of this run so far")]
     rows += [(_label(column), column.meaning) for column in COLUMNS]
     rows += [(f"val {_label(column)}", column.meaning) for column in HELD_OUT]

@@ -88,7 +88,7 @@ def plain(text: str) -> str:
 
 
 def _says(value: float | None) -> bool:
-    """Whether there is something to draw."""
+    """Return whether there is something to draw."""
     return value is not None and abs(value) > ROUNDING
 
 

@@ -147,9 +147,9 @@ def restore(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) ->
     return load_training_state(folder, weights.model, optimizer)
 
 
-def same_shape(folder: Path, saved: LMConfig, wanted: LMConfig) -> None:
+def same_shape(folder: Path, saved: LMConfig, config: LMConfig) -> None:
     """Raise `UserError` unless the model of `folder` has the configuration that this run has."""
-    for name, value in asdict(wanted).items():
+    for name, value in asdict(config).items():
         _unchanged(folder, f"model.{name}", getattr(saved, name), value)
 
 
@@ -165,9 +165,9 @@ def check_carried(settings: StageSettings) -> None:
         raise UserError("--carry_optimizer: takes the state beside the weights of --ckpt; give it, or leave it out")
     if not (Path(ckpt) / STATE_FILE).is_file():
         raise UserError(f"{ckpt}: has no training state to carry on; name a checkpoint of a run, or {LEAVE}")
-    kind, wanted = read_progress(Path(ckpt)).run.get("optim.kind", settings.optim.kind), settings.optim.kind
-    if kind != wanted:
-        raise UserError(f"{ckpt}: its optimizer is {kind}, this run's {wanted}; give --optim.kind {kind}, or {LEAVE}")
+    kind, ours = read_progress(Path(ckpt)).run.get("optim.kind", settings.optim.kind), settings.optim.kind
+    if kind != ours:
+        raise UserError(f"{ckpt}: its optimizer is {kind}, this run's {ours}; give --optim.kind {kind}, or {LEAVE}")
 
 
 def carry_optimizer(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> str:

@@ -95,7 +95,7 @@ class Samples:
         return validated if not self._every else last or step % self._every == 0
 
     def write(self, model: MiniDeepSeek, step: int, show: Callable[[str], None]) -> None:
-        """One line of JSON a prompt; `show` is given the first ones for the console. Leaves the model in training."""
+        """Write one line of JSON a prompt; `show` is given the first ones. Leaves the model in training."""
         if not self._ranks.main:
             return
         model.eval()
@@ -111,7 +111,7 @@ class Samples:
         model.train()
 
     def _continue(self, model: MiniDeepSeek, ids: list[int], end: float) -> list[int]:
-        """What follows a prompt; less of it after a signal, or past `end` on the monotonic clock."""
+        """Return what follows a prompt; less of it after a signal, or past `end` on the monotonic clock."""
         new, stop = [], self._tokenizer.eos_id
         for token in stream(
             model, torch.tensor([ids], device=self._ranks.device), NEW, Sampling(temperature=0), (stop,)
@@ -183,7 +183,7 @@ def first_different(prompts: Iterable[list[int]]) -> list[list[int]]:
 
 
 def _step(line: bytes) -> float:
-    """Of a line of the file; infinite for one that is damaged."""
+    """Return that of a line of the file; infinite for one that is damaged."""
     try:
         step = json.loads(line)["step"]
         return step if type(step) is int else float("inf")

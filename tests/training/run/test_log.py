@@ -1,16 +1,33 @@
-"""What a run tells on the console and in metrics.jsonl."""
+"""What a run reports: lines that fit a terminal, with units and a legend, and metrics.jsonl."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import errors
+import full_sft
+import grpo_train
+import training.run.log
+from errors import waiting
 from text.files import json_text
-from training.run.log import RunLog, read_metrics
+from training.run.log import (
+    COLUMNS,
+    HELD_OUT,
+    WIDTH,
+    RunLog,
+    duration,
+    held_out_line,
+    legend,
+    read_metrics,
+    step_line,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -55,7 +72,7 @@ def test_what_utf8_cannot_hold_is_an_escape(text):
 
 # Digests, headers and pipes, which only programs read.
 FOR_PROGRAMS = {
-    "measured_rows.py", "tokenizer.py", "verifier.py", "dpo_train.py"
+    "harness.py", "measured_rows.py", "tokenizer.py", "verifier.py", "dpo_train.py"
 }  # fmt: skip
 
 
@@ -67,3 +84,103 @@ def test_no_json_is_written_with_escapes_for_chinese():
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
                 is_plain = options.get("ensure_ascii") == "False"
                 assert is_plain or path.name in FOR_PROGRAMS, f"{path}:{call.lineno}"
+
+
+PRETRAINING = {
+    "step": 120000, "loss": 2.5, "lr": 1e-3, "grad_norm": 12.34, "tokens_per_second": 1234567.0, "mfu": 0.351,
+    "max_vio": [0.25, 1.5], "memory": 71.2e9, "mtp_loss": 3.21, "val_bits_per_byte": 1.2345, "val_loss": 3.4,
+}  # fmt: skip
+REWARDED = {
+    **PRETRAINING, "reward": 0.125, "completion_length": 812.3, "zero_variance": 0.25, "clip_share": 0.123, "kl": 0.01,
+    "entropy": 1.234, "val_accuracy": 0.625, "val_pass_1": 0.4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metrics", [PRETRAINING, REWARDED], ids=["pretraining", "rewards"])
+def test_no_line_is_longer_than_a_hundred_characters(metrics):
+    lines = [step_line(metrics, 2.5, 0.123, 360_000.0), held_out_line(metrics)]
+    assert all(50 < len(line) <= WIDTH == 100 for line in lines), lines
+
+
+def test_a_line_shows_how_far_the_run_is_and_how_long_it_still_takes():
+    assert step_line(PRETRAINING, 2.5, 0.0412, 11_530.0).startswith("step 120000    4%  3h12m left  loss 2.5000  norm")
+    assert " left" not in step_line(PRETRAINING, 2.5, 1.0, 0.0)
+
+
+def test_a_validation_has_its_units():
+    assert held_out_line(PRETRAINING) == "step 120000   val  1.2345 bits/byte  loss 3.4000 nats"
+    assert held_out_line({"step": 3, "loss": 1.0}) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123, "0.012s"),
+        (5.23, "5.2s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (725, "12m05s"),
+        (11_530, "3h12m"),
+        (356_400, "4d03h"),
+    ],
+)
+def test_durations_have_two_units_at_most(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_loss_of_a_line_is_the_mean_since_the_line_before(make, capsys):
+    """While metrics.jsonl keeps the loss of each logged step."""
+    every, some = make("every", max_steps=7), make("some", max_steps=7, log_every=3)
+    every.run()
+    losses = [entry["loss"] for entry in read_metrics(every.out / "metrics.jsonl")[1:]]
+    capsys.readouterr()
+    some.run()
+    shown = dict(re.findall(r"^step +(\d+) .*? loss ([\d.]+)  norm", capsys.readouterr().out, flags=re.MULTILINE))
+    means = {"1": losses[:1], "3": losses[1:3], "6": losses[3:6], "7": losses[6:]}
+    assert shown == {step: f"{sum(values) / len(values):.4f}" for step, values in means.items()}
+    assert [entry["loss"] for entry in read_metrics(some.out / "metrics.jsonl")[1:]] == [
+        losses[i] for i in (0, 2, 5, 6)
+    ]
+
+
+def test_before_training_only_what_was_measured_is_shown(make, capsys):
+    make(max_steps=1).run()
+    (untrained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step      0")]
+    assert re.fullmatch(r"step      0   val  [\d.]+ bits/byte  loss [\d.]+ nats", untrained)
+
+
+def test_what_lasts_long_is_said_and_what_does_not_is_not(capsys, monkeypatch):
+    with waiting("reading much"):
+        pass
+    monkeypatch.setattr(errors, "PATIENCE", 0.0)
+    with waiting("reading much", speaks=False):
+        time.sleep(0.05)
+    assert not capsys.readouterr().err
+    with waiting("reading much"):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "reading much ...\n"
+
+
+def test_lines_reach_a_file_as_they_are_printed(monkeypatch, tmp_path):
+    with open(tmp_path / "out.txt", "w", encoding="utf8") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "argv", ["script"])
+        errors.command_line(lambda: print("first"))
+        assert (tmp_path / "out.txt").read_text() == "first\n"
+
+
+def test_a_run_that_logs_seldom_is_not_silent(make, capsys, monkeypatch):
+    """A line for a step that comes long after the last one, but no entry of metrics.jsonl."""
+    monkeypatch.setattr(training.run.log, "QUIET", -1.0)
+    trainer = make(max_steps=5, log_every=100)
+    trainer.run()
+    shown = re.findall(r"^step +(\d+) +\d+%", capsys.readouterr().out, flags=re.MULTILINE)
+    assert shown == ["1", "2", "3", "4", "5"] and len(read_metrics(trainer.out / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("script", [full_sft, grpo_train], ids=["full_sft", "grpo_train"])
+def test_help_explains_each_word_of_a_line(script, run):
+    shown = run(script.main, "--help").out
+    assert legend() in shown
+    for column in (*COLUMNS, *HELD_OUT):
+        assert column.meaning in shown and column.form.partition("{")[0] in shown

@@ -287,14 +287,6 @@ def test_ranks_agree_on_whether_the_step_is_saved_already(make, tmp_path):
     assert (tmp_path / "run" / "step-2").is_dir()
 
 
-def test_an_interrupted_extension_goes_on_from_where_it_was(make):
-    make(max_steps=2).run()
-    assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
-    trainer = make(max_steps=6, resume=True)
-    trainer.run()
-    assert steps_logged(trainer) == [0, 1, 2, 3, 4, 5, 6]
-
-
 def test_a_later_signal_stops_at_once(make, monkeypatch):
     monkeypatch.setattr(training.run.interrupt, "TOGETHER", -1.0)
     trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT))
