@@ -196,16 +196,19 @@ $(OUT)/lora/final/adapter_config.json: $(OUT)/sft/final/config.json $(BLESSINGS)
 	    --out $(OUT)/lora --resume true
 	@test -f $@ || { echo "stopped before the end; make lora goes on from here" >&2; exit 1; }
 
+# Compiling all modules beforehand takes longer than installing them: each is compiled, and kept so, when it is first imported.
+export PYTHONDONTWRITEBYTECODE :=
+
 # A CUDA build of torch is several GB: without an NVIDIA driver the CPU build is asked for first.
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"error: Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}; run make PYTHON=python3.12 ...")'
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { echo "error: python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "installing requirements into $(VENV) (a few minutes, once)"
-	@$(RUN) -c 'import torch' 2>/dev/null || { ! command -v nvidia-smi >/dev/null && $(RUN) -m pip install "torch==$(TORCH)+cpu" 2>/dev/null; } \
-	    || $(RUN) -m pip install "torch==$(TORCH)"
-	$(RUN) -m pip install -r requirements.txt
+	@$(RUN) -c 'import torch' 2>/dev/null || { ! command -v nvidia-smi >/dev/null && $(RUN) -m pip install --no-compile "torch==$(TORCH)+cpu" 2>/dev/null; } \
+	    || $(RUN) -m pip install --no-compile "torch==$(TORCH)"
+	$(RUN) -m pip install --no-compile -r requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(RUN) -m pip install -r requirements-dev.txt
+	$(RUN) -m pip install --no-compile -r requirements-dev.txt
 	@touch $@

@@ -34,7 +34,7 @@ class DPOSettings(StageSettings):
     """Settings of preference learning.
 
     Args:
-        ckpt: checkpoint folder to start from; it should have learnt to answer.
+        ckpt: checkpoint folder to start from; it should already answer questions.
         data: pairs (prompt, chosen, rejected): names in --datasets, files, folders or Hub ids, separated by commas;
             NAME=WEIGHT sets a source's share of the mixture.
         sequence_length: most tokens of a conversation; a row holds two of them, or several short ones. What is longer

@@ -1,6 +1,6 @@
 """Fine-tune a low-rank adapter on conversations (LoRA, Hu et al. 2021); the model itself stays as it is.
 
-python lora_sft.py --ckpt out/sft/final --data blessings.jsonl --out out/lora --merge
+python lora_sft.py --ckpt out/sft/final --data messages.jsonl --out out/lora --merge
 python eval/chat.py --ckpt out/sft/final --lora out/lora/final        or, merged:  --ckpt out/lora/merged
 """
 

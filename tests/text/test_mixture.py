@@ -215,7 +215,7 @@ def test_preferences_reinforcement_and_collecting_by_name(run, pretrained, regis
     done = run(grpo_train.main, *given, "--data", "sums=3,arithmetic:1", "--out", tmp_path / "rl", *SHORT, *few,
                "--max_steps", 1, "--rewards", '{"overlong": 1}')  # fmt: skip
     assert done.code == 0 and "40 of 40 rows read" in done.out, done.err
-    given = ["--method", "answers", "--teacher", *given[1:], "--prompts", 8, "--samples", 8, "--max_new_tokens", 8]
+    given = ["--method", "answers", "--teacher", *given[1:], "--prompts", 8, "--samples", 8, "--max_new_tokens", 24]
     given += ["--at_least", -1, "--rewards", '{"overlong": 1}', "--out", tmp_path / "kept.jsonl"]
     done = run(distill.main, *given, "--data", "sums,arithmetic:1", "--mix", "talk")
     assert done.code == 0 and "mixed in" in done.out, done.err

@@ -204,7 +204,18 @@ def test_reinforcement_and_collecting_through_their_scripts(run, pretrained, tmp
     done = run(grpo_train.main, *given, *few, "--val_fraction", 0.1, "--out", tmp_path / "run", "--device", "cpu")
     assert done.code == 0 and sum(fates(done.out).values()) == len(PROBLEMS), done.err
     mixed = ["--mix", write(tmp_path / "b.jsonl", CHATS), "--rewards", '{"overlong": 1}', "--at_least", -1]
-    given = ["--method", "answers", "--teacher", *given[1:], "--samples", 4, "--keep_answers", 4]
+    given = [
+        "--method",
+        "answers",
+        "--teacher",
+        *given[1:],
+        "--samples",
+        4,
+        "--keep_answers",
+        4,
+        "--max_new_tokens",
+        24,
+    ]
     done = run(distill.main, *given, *mixed, "--out", tmp_path / "kept.jsonl")
     assert done.code == 0, done.err
     read, chats = (fates(line) for line in done.out.splitlines() if LINE.match(line))

@@ -42,7 +42,7 @@ class PreferenceSettings:
 
     Args:
         loss: sigmoid (DPO), ipo, or simpo, which needs no reference.
-        beta: how dear it is to leave the reference; for simpo the scale of the mean log-probabilities (2.0 to 2.5).
+        beta: strength of the penalty for leaving the reference; for simpo the scale of the means (2.0 to 2.5).
         label_smoothing: share of the pairs that are taken to be the wrong way round (cDPO); not for ipo.
         gamma: margin that simpo wants between the rewards.
         nll_weight: weight of the mean negative log-probability of the chosen answer's tokens.

@@ -198,7 +198,7 @@ def find(name: str) -> Reward:
 
 
 def _values(name: str, function: Reward, samples: Sequence[Sample]) -> list[float]:
-    remedy = f"mend it (a function of one sample needs @reward), or take {name} out of rewards"
+    remedy = f"fix it (a function of one sample needs @reward), or take {name} out of rewards"
     try:
         given = function(samples)
         values = [float(value) for value in given]

@@ -121,7 +121,7 @@ def to_samples(tokenizer: Tokenizer, problems: Sequence[Problem], groups: Sequen
 
 
 class Sampler:
-    """The policy in the type that it computes in. In bfloat16 a copy of the matrices, made anew for every rollout.
+    """The policy in the type that it computes in. In bfloat16 a copy of the matrices, refreshed for every rollout.
 
     Norms and routers keep their float32 weights, so that products are rounded where autocast rounds them in training.
     Sampler and trainer differ by the order of their sums, by the absorbed form of attention, and on CPU, where few rows

@@ -145,7 +145,7 @@ def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) ->
             if in_a_row >= MOST_FAILURES:
                 raise UserError(
                     f"--teacher: {in_a_row} questions in a row without an answer, the last: {answer.reason}; "
-                    f"{journal.path} keeps {len(journal.known)} answers, --resume goes on from there"
+                    f"{journal.path} keeps {len(journal.known)} answers, --resume continues from there"
                 )
     return report
 

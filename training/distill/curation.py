@@ -130,7 +130,7 @@ def gather_answers(
     prompts = list(read_prompts(sources, settings.system, settings.prompts, seed, on_error, report))
     print("\n".join([*report.lines(), balance(report.rows, "rows", {"prompts to ask": len(prompts), **report.unused})]))
     if not resume and path.exists() and path.stat().st_size:  # empty where an earlier run had no answer
-        raise UserError(f"{path}: holds answers already; add --resume to go on, or choose another --out")
+        raise UserError(f"{path}: holds answers already; add --resume to continue, or choose another --out")
     journal, asks = Journal(path), questions(prompts, settings.samples, *facts)
     asked = ask_all(teacher, [ask for some in asks for ask in some], journal)
     print("\n".join(asked.lines()))
@@ -177,7 +177,7 @@ def curate(
         different = len(set(good))
         chosen = shortest_different(good, settings.keep_answers)
         curation.dropped["duplicate"] += len(good) - different
-        curation.dropped["more than were wanted"] += different - len(chosen)
+        curation.dropped["more than --keep_answers"] += different - len(chosen)
         curation.kept += len(chosen)
         curation.with_answer += bool(chosen)
         curation.unverified += len(chosen) if prompt.problem is None else 0

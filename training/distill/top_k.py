@@ -60,8 +60,8 @@ class TopK:
         rest = log_q_RV.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
         value, flow = divergence(log_p, torch.cat([log_q, rest], 1))
         # dD/dq is the same for each token of the rest, so each has its share q / q_rest of the flow.
-        spread = (log_q_RV - rest).exp_().mul_(flow[:, -1:])
-        return value, spread.scatter_(1, ids, flow[:, :-1])
+        shares = (log_q_RV - rest).exp_().mul_(flow[:, -1:])
+        return value, shares.scatter_(1, ids, flow[:, :-1])
 
 
 class CachedTeacher:

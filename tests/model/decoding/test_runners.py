@@ -250,6 +250,7 @@ def test_without_a_working_compiler_pytorch_decodes(compiler, tiny_model, monkey
 
 @in_c
 def test_it_is_compiled_once_for_each_type(monkeypatch, tmp_path):
+    monkeypatch.setattr("model.kernels.compiled.FLAGS", ("-O0", "-march=native", "-fopenmp", "-shared", "-fPIC"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = decode.build(FP32, FP32, FP32)
     made = file.stat().st_mtime_ns

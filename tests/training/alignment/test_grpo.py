@@ -218,7 +218,8 @@ def test_resampling_replaces_groups_without_variance_by_other_prompts(small, mak
     entry, more = plain.prepare(0, small), again.prepare(0, small)
     assert entry["zero_variance"] == more["zero_variance"] > 0.5 and entry["redrawn"] == 0 < more["redrawn"]
     assert (again.rows.left_out_R == 0).sum() > (plain.rows.left_out_R == 0).sum()
-    kept = plain.rows.left_out_R == 0
+    assert (plain.rows.left_out_R == LeftOut.ZERO_VARIANCE).any()  # not overlong: they stay in DAPO's denominator
+    kept = plain.rows.left_out_R == LeftOut.NO
     assert torch.equal(plain.rows.tokens_RT[kept], again.rows.tokens_RT[kept])
 
 

@@ -169,7 +169,7 @@ def test_a_reward_of_ones_own_comes_by_its_import_path():
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("broken", "failed with ZeroDivisionError: division by zero; mend it"),
+        ("broken", "failed with ZeroDivisionError: division by zero; fix it"),
         ("nan", "gave nan for 'a banana'"),
         ("short", "gave 1 numbers for 2 samples"),
         ("words", "failed with ValueError: could not convert"),

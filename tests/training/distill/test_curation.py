@@ -45,7 +45,7 @@ def test_what_is_kept_and_dropped_adds_up(tmp_path):
         ["1+1?", "2"], ["1+1?", "it is 2"], ["Say hello.", "half \ud83d"], ["Say hello.", thoughts]
     ]  # fmt: skip
     assert curation.dropped == {
-        "cut at the limit": 1, "wrong": 1, "duplicate": 2, "more than were wanted": 2, "empty": 1
+        "cut at the limit": 1, "wrong": 1, "duplicate": 2, "more than --keep_answers": 2, "empty": 1
     }  # fmt: skip
     assert curation.answers == 11 == curation.kept + curation.dropped.total() and curation.unverified == 2
     write_chats(tmp_path / "a" / "c.jsonl", chats)
@@ -64,7 +64,7 @@ def files(tmp_path_factory) -> Path:
 
 
 def collecting(pretrained: Path, data: object, *more: object) -> list[object]:
-    given = ["--method", "answers", "--teacher", pretrained / "final", "--data", data, "--max_new_tokens", 6]
+    given = ["--method", "answers", "--teacher", pretrained / "final", "--data", data, "--max_new_tokens", 24]
     return [*given, "--dtype", "fp32", "--rewards", '{"overlong": 1}', *more]
 
 
@@ -73,13 +73,11 @@ def test_what_is_collected_goes_into_a_file_with_other_conversations(files, pret
     mixed = [*few, "--out", out, "--mix", files / "cold_start.jsonl", "--mix_share", 0.5]
     done = run(distill.main, *collecting(pretrained, "arithmetic:1", *mixed, "--at_least", -1))
     assert done.code == 0, done.err
-    written, answered = list(read_conversations(out)), {chat[0]["content"] for chat in read_conversations(out)}
+    written, others = (list(read_conversations(file)) for file in (out, files / "cold_start.jsonl"))
     kept = int(re.search(r"(\d+) kept", done.out)[1])
     assert "64 answers to 8 prompts" in done.out and f"{kept} mixed in" in done.out and len(written) == 2 * kept > 0
-    others = {chat[0]["content"] for chat in read_conversations(files / "cold_start.jsonl")}
-    assert len(answered & others) == kept and {path.name for path in tmp_path.iterdir()} == {
-        "kept.jsonl", "kept.answers.jsonl"
-    }  # fmt: skip
+    assert sum(chat in others for chat in written) == kept
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.jsonl", "kept.answers.jsonl"}
     again = run(distill.main, *collecting(pretrained, "arithmetic:1", *few, "--out", out, "--at_least", 2, "--resume"))
     assert again.code == 2 and "64 answered before" in again.out and "none of 64 answers is fit" in again.err
 
