@@ -1,7 +1,4 @@
-"""The hyperparameters of a DeepSeek-V3 and its presets.
-
-The fields are those of a Hugging Face `deepseek_v3` config.json, with the same names and meanings, so a config.json of
-either side is read by the other.
+"""The hyperparameters of a DeepSeek-V3 and its presets: the fields of a Hugging Face `deepseek_v3` config.json.
 
 python LMConfig.py                                              what each preset costs
 python LMConfig.py --preset 26m --num_hidden_layers 6           a preset with other values, beside it
@@ -27,8 +24,7 @@ FIXED = {
     "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True, "use_cache": True,
     "torch_dtype": "float32",
 }  # fmt: skip
-# Fields that other programs write and that change nothing in what is computed here; how weights are quantised
-# (`quantization_config`) is read with the weights, by model/checkpoint/fp8.py.
+# Fields of other programs that change nothing here; model/checkpoint/fp8.py reads quantization_config.
 IGNORED = {
     "_name_or_path", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
     "id2label", "is_encoder_decoder", "label2id", "num_local_experts", "num_mtp_layers", "output_attentions",
@@ -135,12 +131,9 @@ class LMConfig:
                 raise ConfigError(f"model.{name}: no such field{did_you_mean(name, known)}; see LMConfig.py")
 
     def continued(self, choice: dict[str, Any], place: str) -> LMConfig:
-        """Return this configuration of trained weights with the `FREE` fields of `choice`, which may name a preset.
+        """Return this configuration of trained weights with the `FREE` fields of `choice`, such as rope_theta.
 
-        A preset only has to have the same shapes: its free fields are not taken, the checkpoint may have been extended.
-
-        Args:
-            choice: `{preset: 64m, rope_theta: 1e6}`; place: names the checkpoint in error messages.
+        A preset in it only has to have the same shapes: the checkpoint may have been extended. `place` names it.
         """
         given = dict(choice)
         preset = given.pop("preset", None)
@@ -161,17 +154,11 @@ class LMConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], place: str = "config") -> LMConfig:
-        """Read the content of a `deepseek_v3` config.json, of transformers 4 or 5.
-
-        Args:
-            data: the JSON object; `place` names its file in error messages.
-        """
+        """Read the content of a `deepseek_v3` config.json, of transformers 4 or 5; `place` names it in messages."""
         if not isinstance(data, dict):
             raise ConfigError(f"{place}: not a JSON object; restore the file")
         data = dict(data)
-        if data.get("model_type", "deepseek_v3") != "deepseek_v3":
-            raise ConfigError(f"{place}: model_type is {data['model_type']!r}; only 'deepseek_v3' is read")
-        for key in ("moe_layer_freq", "scoring_func", "topk_method", "rope_interleave"):
+        for key in ("model_type", "moe_layer_freq", "scoring_func", "topk_method", "rope_interleave"):
             if data.get(key, FIXED[key]) != FIXED[key]:
                 raise ConfigError(f"{place}: {key} is {data[key]!r}; only DeepSeek-V3's {FIXED[key]!r} is read")
         rope = [data.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
@@ -188,9 +175,7 @@ class LMConfig:
                 both = f"{name} is {values[0]} in one place, {values[-1]} in another"
                 raise ConfigError(f"{place}: {both}; make rope_theta, rope_scaling and rope_parameters agree")
         known = {f.name for f in fields(cls)}
-        for key in data:
-            if key in known | IGNORED | set(FIXED):
-                continue
+        for key in sorted(data.keys() - known - IGNORED - FIXED.keys()):
             if near := did_you_mean(key, known):
                 raise ConfigError(f"{place}: no such field {key!r}{near}; correct the name")
             warnings.warn(f"{place}: {key!r} is not a field of DeepSeek-V3 and is ignored", stacklevel=2)
@@ -245,7 +230,7 @@ class LMConfig:
         """Check signs first, then every rule that the network relies on."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, (bool, str, dict, type(None))):
                 continue
             if value < 0 or (value == 0 and f.name not in MAY_BE_ZERO):
                 least = "0 or more" if f.name in MAY_BE_ZERO else "a positive number"

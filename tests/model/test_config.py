@@ -224,7 +224,7 @@ def test_config_json_holds_the_rope_fields_of_transformers_4_and_of_5(yarn, tiny
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'deepseek_v3' is read"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only DeepSeek-V3's 'deepseek_v3' is read"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; only DeepSeek-V3's 'sigmoid' is read"),
         ({"topk_method": "greedy"}, "topk_method is 'greedy'; only DeepSeek-V3's 'noaux_tc' is read"),
         ({"moe_layer_freq": 2}, "moe_layer_freq is 2; only DeepSeek-V3's 1 is read"),

@@ -101,6 +101,7 @@ def test_requests_that_come_and_go_at_any_time_change_nothing_for_others(path, t
                 finished[event.completion] = event.completion.tokens
         assert len(engine.scheduler.running) == engine.cache.used <= 4
     assert not engine.busy and not engine.step() and len(running) == len(asked)
+    assert not engine.scheduler._prompts  # each is forgotten with the last that waits for it
     cancelled = [each for each in running if each.finish == "cancelled"]
     assert 1 <= len(cancelled) <= 3 and not set(cancelled) & set(finished)
     for each, request in zip(running, asked, strict=True):
