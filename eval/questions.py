@@ -21,7 +21,7 @@ from errors import UserError, command_line
 from eval.answering import Answerer
 from model.decoding.sampling import GREEDY, Sampling
 from text.files import json_text
-from world.columns import conclusion
+from text.judging.answers import conclusion
 
 Row = TypeVar("Row")
 

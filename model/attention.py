@@ -30,7 +30,7 @@ class AttentionMask:
 
     @property
     def plain(self) -> bool:
-        """Whether each position sees all that came before."""
+        """Return whether each position sees all that came before."""
         return self.unpadded is None and self.segment_ids is None
 
     @cached_property
@@ -81,7 +81,7 @@ class AttentionMask:
 
 
 def select_positions(x_BT: Tensor, last_positions_B: Tensor) -> Tensor:
-    """(batch or 1, time, ...) -> (batch, 1, ...): the wanted position of each row."""
+    """(batch or 1, time, ...) -> (batch, 1, ...): one position of each row."""
     rows = torch.arange(len(last_positions_B), device=x_BT.device) if x_BT.shape[0] > 1 else 0
     return x_BT[rows, last_positions_B].unsqueeze(1)
 

@@ -29,7 +29,7 @@ class SwiGLU(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What the router did with the tokens of one forward pass.
+    """The router's loads and balance loss of one forward pass.
 
     Attributes:
         counts: (E,) float32, how many tokens chose each expert.

@@ -190,7 +190,7 @@ def _in_turn(module: Experts, x_ND: Tensor, corrections: Mapping) -> bool:
 
 
 def row_block(indices_NK: Tensor, experts: int) -> int:
-    """What each expert's rows are padded to a multiple of: little of its share is wasted, and few shapes occur."""
+    """Choose the block that each expert's rows are padded to: little of its share is wasted, and few shapes occur."""
     if indices_NK.is_cuda:
         return SMALL_ROW_BLOCK
     mean_rows, smallest = indices_NK.numel() / experts, SMALL_ROW_BLOCK if len(indices_NK) > 1 else 1

@@ -62,7 +62,7 @@ def mscale(factor: float, weight: float = 1.0) -> float:
 
 
 def attention_factor(config: LMConfig) -> float:
-    """What cos and sin are multiplied by under YaRN; 1 for DeepSeek's settings, where it is in the softmax scale."""
+    """Compute the factor of cos and sin under YaRN; 1 for DeepSeek's settings, where it is in the softmax scale."""
     yarn = config.rope_scaling
     if yarn is None:
         return 1.0

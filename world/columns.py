@@ -57,10 +57,5 @@ def explained(question: str) -> str | None:
     return shown[0].upper() + shown[1:] + WORDS["zh" if chinese else "en"]["so"] + last
 
 
-def conclusion(reply: str) -> str:
-    """What an explained reply comes to, the sentence after its last "so"; any other reply as it is."""
-    return re.split("，所以|, so ", reply)[-1]
-
-
 def _is_chinese(text: str) -> bool:
     return re.search(r"[\u4e00-\u9fff]", text) is not None

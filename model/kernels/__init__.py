@@ -1,1 +1,1 @@
-"""What CPUs compute in C, compiled on the machine at hand, each file beside its caller; without it PyTorch does."""
+"""Fast kernels: C for CPUs, compiled on the machine at hand, each file beside its caller; tensors in, tensors out."""

@@ -94,7 +94,7 @@ def segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Tensor)
 
 
 def has_flash_attention() -> bool:
-    """Whether `flash_attention` is there; torch.compile asks once, where an import that fails would break its graph."""
+    """Return whether flash-attn is there; torch.compile asks once, where a failing import would break its graph."""
     return flash_attention() is not None
 
 

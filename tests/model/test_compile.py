@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.kernels import fused
 from training.losses import NextTokenLoss
 
 
@@ -29,3 +30,9 @@ def test_the_trainer_compiles_every_layer_and_nothing_else(make, monkeypatch):
     monkeypatch.setattr("torch.nn.Module.compile", lambda self, **how: compiled.append((type(self).__name__, how)))
     make("run", compile=True, max_steps=1).run()
     assert compiled == [("DecoderLayer", {"dynamic": False})] * 3 + [("MTPLayer", {"dynamic": False})]
+
+
+def test_a_compiled_graph_has_pytorchs_own_operations():
+    x = torch.zeros(2, 16)
+    found = torch.compile(lambda x: x + fused.available(x), backend="eager", fullgraph=True)
+    assert fused.available(x) and not found(x).any()

@@ -12,9 +12,10 @@ import pytest
 from text.chats.arithmetic import arithmetic_problem
 from text.chats.conversations import read_conversations
 from text.chats.problems import Problem, open_problems, to_problem
+from text.judging.answers import conclusion
 from training.alignment.rewards import Sample, find
 from world import greeting_messages
-from world.columns import conclusion, explained, worked
+from world.columns import explained, worked
 from world.numbers import states_held_out
 from world.reasoning import generate
 

@@ -16,8 +16,8 @@ import pytest
 import world.__main__ as command
 from errors import UserError
 from text.chats.arithmetic import is_held_out
+from text.judging.answers import conclusion
 from world.cast import ATTRIBUTES, NAMES, THINGS, World
-from world.columns import conclusion
 from world.corpus import FILES, generate
 from world.facts import fact_questions
 from world.reading import scene

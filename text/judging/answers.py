@@ -101,6 +101,11 @@ def final_answer(text: str, reference: str) -> str | None:
     return _last(part, reference, kind) or None
 
 
+def conclusion(reply: str) -> str:
+    """Return what an explained reply comes to, the sentence after its last "so"; any other reply as it is."""
+    return re.split("，所以|, so ", reply)[-1]
+
+
 def same_text(one: str, other: str) -> bool:
     """Equal but for case, spaces and punctuation at the ends: where nothing can be calculated."""
     return _folded(one) == _folded(other) != ""
