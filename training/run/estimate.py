@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, d
     return held + LOGITS + numbers * dtype.itemsize * tokens
 
 
+def memory_of(device: torch.device) -> float:
+    """Return bytes of memory that a rank has: of its GPU, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 class Pace:
     """How long steps take: announced before the first, corrected by the first micro-batch, warned of when very long."""
 
@@ -114,6 +122,13 @@ class Pace:
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
             f"takes      {takes}{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
         )
+        has = memory_of(ranks.device)
+        if takes.memory > has:
+            ranks.say(
+                f"warning    the run needs about {human(takes.memory, 'B')}, this machine has "
+                f"{human(has, 'B')} a rank: lower --micro_tokens, now {settings.micro_tokens:,}, pass --gradient_checkpointing true, or take a "
+                "smaller model"
+            )
         self._warn_of_slow_steps(takes.step)
 
     def report(self, seconds: float, count: int) -> None:

@@ -95,3 +95,18 @@ def test_the_first_micro_batch_of_a_long_step_tells_its_pace(make, capsys, monke
     make("told", max_steps=2, micro_tokens=2 * 16).run()
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured ")]
     assert len(told) == 1 and told[0].startswith("measured   micro-batch 1 of 4 took ") and "whole run" in told[0]
+
+
+def test_a_run_that_does_not_fit_into_memory_is_warned_of_before_its_first_step(make, capsys, monkeypatch):
+    monkeypatch.setattr(training.run.estimate, "memory_of", lambda device: 100 * MB)
+    make("large", max_steps=1).run()
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("warning    the run needs about ")]
+    assert "this machine has 100 MB a rank: lower --micro_tokens, now " in lines[place]
+    assert place < min(number for number, line in enumerate(lines) if line.startswith("step "))
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch):
+    whole = training.run.estimate.memory_of(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 1e9 < whole == 4 * training.run.estimate.memory_of(CPU)
