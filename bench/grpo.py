@@ -96,7 +96,7 @@ def ours(options: argparse.Namespace) -> None:
     experience = Experience(rollouts, length, rows, dtype)
     trainer = Trainer(settings, ranks, model, tokenizer, experience, GRPOLoss("grpo", options.new))
     trainer.module = model
-    trainer._set_rates(0.5)
+    trainer._set_rates()
 
     def measure() -> dict[str, float]:
         start = time.perf_counter()

@@ -76,7 +76,7 @@ def trainer(packed: bool = False, **changes: object) -> Trainer:
     )  # fmt: skip
     made = Trainer(settings, Ranks(0, 1, CUDA), model(), SimpleNamespace(fingerprint=""), Rows(packed), NextTokenLoss())
     made.module = made.model
-    made._set_rates(0.5)
+    made._set_rates()
     return made
 
 

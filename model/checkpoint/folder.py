@@ -173,7 +173,7 @@ def load_pretrained(
 
 
 def check_size(cls: type[MiniDeepSeek], config: LMConfig, files: WeightFiles, folder: Path) -> None:
-    """Before memory is asked for: a network many times as large as its weights is none of these files.
+    """Before memory is asked for: a network many times as large as its weights is not that of these files.
 
     What is wrong with a smaller difference, `fill` can say better. Raises `DamagedCheckpoint`.
     """

@@ -44,7 +44,7 @@ class GGUFTokenizer:
             return cls._of(folder, vocab_size)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             path = folder / "tokenizer.json"
-            raise UserError(f"{path}: is none that this project wrote ({error!r}); restore the file") from error
+            raise UserError(f"{path}: was not written by this project ({error!r}); restore the file") from error
 
     @classmethod
     def _of(cls, folder: Path, vocab_size: int) -> GGUFTokenizer:

@@ -65,7 +65,7 @@ def _foreign_tokenizer(folder: Path, vocab_size: int) -> str:
         names = {token["id"]: token["content"] for token in content["added_tokens"]}
         size = 1 + max([*names, *content["model"]["vocab"].values()])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"tokenizer.json is none that can be read: {works}"
+        return f"tokenizer.json cannot be read: {works}"
     if size > vocab_size:
         return f"tokenizer.json has {size} tokens, the model's vocabulary {vocab_size}: {works}"
     if [names.get(number) for number in range(len(OWN_TOKENS))] != list(OWN_TOKENS):

@@ -23,7 +23,7 @@ class WeightFiles:
         names: of all tensors, as the files hold them. numbers: how many are in them all.
     Raises:
         UserError: no such folder, no weights in it, or quantised by a method that is not read.
-        DamagedCheckpoint: a file that is cut short, or a list of shards that is none.
+        DamagedCheckpoint: a file that is cut short, or a damaged list of shards.
     """
 
     def __init__(self, folder: Path) -> None:

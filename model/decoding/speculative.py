@@ -76,7 +76,7 @@ def stream_speculative(
 
 
 class Verifier:
-    """How tokens are drawn and drafts are judged: greedily, or by the rejection rule that keeps the distribution."""
+    """How tokens are drawn and drafts are verified: greedily, or by the rejection rule that keeps the distribution."""
 
     def __init__(self, sampling: Sampling, generator: torch.Generator | None) -> None:
         self.sampling, self.generator = sampling, generator

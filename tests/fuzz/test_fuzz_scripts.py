@@ -52,8 +52,11 @@ def test_a_network_beyond_any_memory(folder: Path) -> None:
 
 def test_a_recipe_of_a_billion_values(tmp_path: Path) -> None:
     (tmp_path / "laughs.yaml").write_text(f"{LAUGHS}\ndata: *a29\n")
-    done = script("full_sft.py", "--config", tmp_path / "laughs.yaml")
-    refused(done, 2, "laughs.yaml: not YAML (more than 100,000 values")
+    refused(
+        script("full_sft.py", "--config", tmp_path / "laughs.yaml"),
+        2,
+        "laughs.yaml: not YAML (more than 100,000 values",
+    )
 
 
 def test_data_that_would_move_the_cursor(folder: Path) -> None:

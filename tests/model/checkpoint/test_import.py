@@ -125,7 +125,7 @@ def other_marks(path: Path) -> None:
 NOTICES = {
     Path.unlink: "no tokenizer.json: the weights, generate() on token ids and transformers work",
     other_marks: "tokenizer.json is not one of train_tokenizer.py (<|user|> is not token 5, ...): the weights",
-    (lambda path: path.write_text("[]")): "tokenizer.json is none that can be read: the weights",
+    (lambda path: path.write_text("[]")): "tokenizer.json cannot be read: the weights",
     larger: "tokenizer.json has 601 tokens, the model's vocabulary 600: the weights",
 }
 

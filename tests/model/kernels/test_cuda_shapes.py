@@ -16,9 +16,9 @@ TORCH = Path(torch.__file__).parent
 # A step waits for the device where the host needs a number of it: how many labels the gradients are divided by,
 # whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many segments, how
 # many answers there are.
-LABELS, LOGGED = "training/trainer.py: count = max(labels.item(), 1)", "training/trainer.py: return StepResult("
-FINITE = "training/trainer.py: means, norm = tally.means(count), torch.nn.utils.get_total_norm(gradients).item()"
-MEANS, SEGMENTS = "training/tally.py: name: value.item()", "model/attention.py: starts = new.flatten().nonzero()"
+LABELS, LOGGED = "training/step.py: count = max(labels.item(), 1)", "training/step.py: return StepResult("
+FINITE = "training/step.py: norm = torch.nn.utils.get_total_norm(gradients).item()"
+MEANS, SEGMENTS = "training/metrics.py: name: value.item()", "model/attention.py: starts = new.flatten().nonzero()"
 ANSWERS, TEACHER = "training/log_probs.py: places = ", "training/distill/teacher.py: places = "
 COMPARED = "training/distill/distillation.py: places = "
 WAITS = {
