@@ -126,8 +126,8 @@ class Pace:
         if takes.memory > has:
             ranks.say(
                 f"warning    the run needs about {human(takes.memory, 'B')}, this machine has "
-                f"{human(has, 'B')} a rank: lower --micro_tokens, now {settings.micro_tokens:,}, pass --gradient_checkpointing true, or take a "
-                "smaller model"
+                f"{human(has, 'B')} a rank: lower --micro_tokens, now {settings.micro_tokens:,}, "
+                "pass --gradient_checkpointing true, or take a smaller model"
             )
         self._warn_of_slow_steps(takes.step)
 
