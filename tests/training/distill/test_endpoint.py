@@ -437,7 +437,7 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):
         (["--teacher_model", ""], "give the name that it serves the model under, --teacher_model NAME"),
         (["--method", "logits"], "an endpoint tells no distributions; pass --method answers"),
         (["--method", "words"], "--method words: one of logits, answers"),
-        (["--student", "{preset: demo}"], "is none of this project; give --ckpt instead"),
+        (["--student", "{preset: demo}"], "is not a checkpoint of this project; give --ckpt instead"),
         (["--samples", 0], "--samples 0: must be at least 1"),
         (["--timeout", 0], "--timeout 0: must be at least 0 and above 0"),
         (["--most_repeated", 2], "--most_repeated 2: a share"),
