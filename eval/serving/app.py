@@ -149,7 +149,7 @@ def create_app(worker: Worker, api_key: str = "", cors: Sequence[str] = (), host
 
 
 class Guard:
-    """Asks for the key, bounds the size of bodies, and counts replies by status: plain ASGI, so that streams stay so."""
+    """Ask for the key, bound the size of bodies, count replies by status. Plain ASGI, which leaves streams alone."""
 
     def __init__(self, app: ASGIApp, worker: Worker, api_key: str) -> None:
         self.app, self.worker, self.api_key = app, worker, api_key
