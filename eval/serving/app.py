@@ -31,6 +31,7 @@ PAGE = Path(__file__).parents[1] / "web"
 OPEN = ("/health", "/", "/page")  # without a key: the page asks for it
 LARGEST = 16 * 2**20  # bytes of a body
 RETRY_AFTER = 1  # seconds
+POLICY = "default-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 
 
 def create_app(worker: Worker, api_key: str = "", cors: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> FastAPI:
@@ -143,7 +144,8 @@ def create_app(worker: Worker, api_key: str = "", cors: Sequence[str] = (), host
 
     @app.get("/")
     async def page() -> Response:
-        return Response((PAGE / "index.html").read_bytes(), media_type="text/html; charset=utf-8")
+        content = (PAGE / "index.html").read_bytes()
+        return Response(content, headers={"Content-Security-Policy": POLICY}, media_type="text/html; charset=utf-8")
 
     return app
 
