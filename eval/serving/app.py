@@ -31,7 +31,7 @@ PAGE = Path(__file__).parents[1] / "web"
 OPEN = ("/health", "/", "/page")  # without a key: the page asks for it
 LARGEST = 16 * 2**20  # bytes of a body
 RETRY_AFTER = 1  # seconds
-POLICY = "default-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+POLICY = "default-src 'self'; img-src data:; frame-ancestors 'none'"
 
 
 def create_app(worker: Worker, api_key: str = "", cors: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> FastAPI:
