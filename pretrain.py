@@ -12,8 +12,8 @@ from typing import Any
 
 from cli import parse
 from errors import UserError, check_least, command_line
-from text.corpus.mixture import open_sources, sources_ready
 from text.corpus.pretrain_dataset import PretrainDataset
+from text.corpus.shards import open_sources, sources_ready
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss

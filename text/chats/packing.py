@@ -11,8 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from text.batches import IGNORED_LABEL, PADDING_SEGMENT
-from text.order import BLOCK, block_shares, mixed
+from text.order import BLOCK, IGNORED_LABEL, PADDING_SEGMENT, block_shares, mixed
 
 
 def cut_at_turn(mask: Sequence[int], sequence_length: int) -> int:

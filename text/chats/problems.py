@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from errors import UserError
-from text.batches import content_hash
 from text.chats.arithmetic import arithmetic_problem
 from text.chats.turns import question_text
 from text.judging.answers import final_answer, kind_of_answer, problem_with
-from text.order import shuffled
+from text.order import content_hash, shuffled
 from text.sources.formats import Layout
 from text.sources.registry import GENERATORS, Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of

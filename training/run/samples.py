@@ -19,6 +19,7 @@ from model.decoding.sampling import Sampling
 from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.losses import Batch
+from training.machine import autocast
 from training.parallel.ranks import Ranks
 from training.run.log import forget_after
 from training.settings import StageSettings
@@ -87,7 +88,9 @@ class Samples:
         model.eval()
         end = time.monotonic() + PATIENCE * self._ranks.timeout
         eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
-        with naming(self._path), open(self._path, "a", encoding="utf8") as file, eager:
+        # Under an adapter in float32 the frozen weights are in the type of the products.
+        products = autocast(model.lm_head.weight.dtype, self._ranks.device)
+        with naming(self._path), open(self._path, "a", encoding="utf8") as file, eager, products:
             for number, ids in enumerate(self._prompts):
                 text = self._tokenizer.decode(self._continue(model, ids, end))
                 prompt = self._tokenizer.decode(ids)
