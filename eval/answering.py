@@ -43,7 +43,7 @@ class Answerer:
             raise UserError(f"--quantize {quantize}: int8, or leave it out")
         place = Ranks.start(device).device
         if lora:
-            from training.adapters.merging import open_adapted  # peft takes seconds to import
+            from training.adapters.adapter import open_adapted  # peft takes seconds to import
 
             model, tokenizer = open_adapted(ckpt, lora)
         else:
