@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from torch import nn
 from toy_stage import Maker
 
@@ -65,17 +67,37 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def other_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `portable` compiles to, shared by the processes of one `make test`."""
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of one `make test` share."""
     base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "portable"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def once(run_folder: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)`: a folder that `make(folder)` fills, in the process that first asks for `name`.
+
+    The processes of one `make test` share it, so tests copy what they change.
+    """
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = run_folder / name, run_folder / f"{name}.made"
+        with FileLock(run_folder / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return once
 
 
 @pytest.fixture
-def portable(monkeypatch: pytest.MonkeyPatch, other_libraries: Path) -> Iterator[None]:
+def portable(monkeypatch: pytest.MonkeyPatch, run_folder: Path) -> Iterator[None]:
     """decode.c compiled without any instructions of this processor's own, and in less time."""
     monkeypatch.setattr(compiled, "FLAGS", ("-O1", *(flag for flag in compiled.FLAGS if flag[:2] not in ("-O", "-m"))))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(other_libraries))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run_folder / "portable"))
     decode.library.cache_clear()
     yield
     decode.library.cache_clear()
@@ -139,26 +161,26 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(once) -> Path:
     """The demo world in small: pretrain.csv, sft.jsonl, heldout.txt, heldout_questions.jsonl."""
-    folder = tmp_path_factory.mktemp("world")
-    generate(folder, scale=0.01)
-    return folder
+    return once("world", lambda folder: generate(folder, scale=0.01))
 
 
 @pytest.fixture(scope="session")
-def tokenizer(world: Path) -> Tokenizer:
-    """600 tokens of the world's own text."""
-    with open(world / "pretrain.csv", encoding="utf8", newline="") as file:
-        return train_bpe([row["text"] for row in csv.DictReader(file)], 600)
+def tokenizer_folder(once, world: Path) -> Path:
+    """A folder as train_tokenizer.py writes it: 600 tokens of the world's own text."""
+
+    def make(folder: Path) -> None:
+        with open(world / "pretrain.csv", encoding="utf8", newline="") as file:
+            train_bpe([row["text"] for row in csv.DictReader(file)], 600).save(folder)
+
+    return once("tokenizer", make)
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as train_tokenizer.py writes it."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(folder)
-    return folder
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    """That tokenizer."""
+    return Tokenizer.from_folder(tokenizer_folder)
 
 
 RECIPE = dict(
@@ -173,7 +195,7 @@ RECIPE = dict(
 
 @pytest.fixture(scope="session")
 def pretrain_arguments(world: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command line of a small pretraining run, all but --out and its end; the tokenised corpus is shared."""
+    """The command line of a small pretraining run, all but --out and its end; its shards are this process's."""
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf8")
     given = {"config": folder / "tiny.yaml", "data": world / "pretrain.csv", "tokenizer": tokenizer_folder}
@@ -182,11 +204,13 @@ def pretrain_arguments(world: Path, tokenizer_folder: Path, tmp_path_factory: py
 
 
 @pytest.fixture(scope="session")
-def pretrained(pretrain_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run folder of pretrain.py. Tests copy what they change."""
-    out = tmp_path_factory.mktemp("stages") / "pretrain"
-    assert call_main(pretrain.main, *pretrain_arguments, "--out", out, "--max_steps", 40) == 0
-    return out
+def pretrained(once, pretrain_arguments: list[str]) -> Path:
+    """A finished run folder of pretrain.py."""
+
+    def make(folder: Path) -> None:
+        assert call_main(pretrain.main, *pretrain_arguments, "--out", folder / "pretrain", "--max_steps", 40) == 0
+
+    return once("stages", make) / "pretrain"
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_help_waits_for_no_library_that_takes_seconds(script):
 
 
 def test_the_closure_sees_through_modules_and_contexts():
-    assert {"peft", "torch"} <= closure("training/adapters/merging.py")
+    assert {"peft", "torch"} <= closure("training/adapters/adapter.py")
 
 
 def test_remarks_of_an_import_are_quiet_and_errors_are_not(caplog, monkeypatch):
