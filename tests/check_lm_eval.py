@@ -1,9 +1,10 @@
 """lm-evaluation-harness on a checkpoint: the same log-likelihoods, accuracies and bits per byte as eval/run.py.
 
-python tests/check_lm_eval.py --ckpt out/demo/grpo/final [--questions data/demo/heldout_questions.jsonl]
+python tests/check_lm_eval.py --ckpt out/demo/grpo/final [--questions data/demo/heldout_questions.jsonl] [--server URL]
 
 lm-eval's own command reads the same questions from JSON lines with templates written here, and the checkpoint through
-transformers. Needs lm-eval: `make check-lm-eval` installs it. Nothing is fetched. Ends with code 1 if anything differs.
+transformers or from a server of this project (`make check-server`). Needs lm-eval: `make check-lm-eval` installs it.
+Nothing is fetched. Ends with code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ SHOTS = 5
 WINDOW = 1024  # tokens that texts are scored in
 
 
-def check(ckpt: str, questions: str = "", count: int = 100) -> None:
+def check(ckpt: str, questions: str = "", count: int = 100, server: str = "") -> None:
     """Compare a checkpoint's scores with those of lm-eval's own model, each from its own reading of the same files.
 
     Args:
         ckpt: checkpoint folder, of this project or any that transformers opens.
         questions: JSONL with question, answer and kind; wrong choices are other answers of the kind.
         count: questions of a subject.
+        server: URL/NAME of eval/serve.py with this checkpoint as the model NAME, in float32; empty: transformers.
     """
     lm = open_lm(ModelPath.find(ckpt), torch.device("cpu"), torch.float32)
     with tempfile.TemporaryDirectory() as name:
@@ -56,7 +58,15 @@ def check(ckpt: str, questions: str = "", count: int = 100) -> None:
             subjects["a small world"] = from_questions(Path(questions), count + SHOTS)
         names = [task for subject, items in subjects.items() for task in write_choices(folder, subject, items)]
         names += [write_texts(folder, subjects)]
-        theirs = run_lm_eval(ckpt, min(WINDOW, lm.max_length), folder, names)
+        length = min(WINDOW, lm.max_length)
+        if server:
+            url, _, model = server.rpartition("/")
+            # Its requests ask for one token more than they score, and it leaves room for that.
+            options = f"base_url={url}/v1/completions,model={model},tokenizer_backend=remote,num_concurrent=8"
+            theirs = run_lm_eval("local-completions", f"{options},max_length={length}", folder, names)
+        else:
+            options = f"pretrained={Path(ckpt).absolute()},dtype=float32,max_length={length}"
+            theirs = run_lm_eval("hf", options, folder, names)
         failed, found = False, []
         evaluate = eval.harness.simple_evaluate
         eval.harness.simple_evaluate = lambda *given, **more: found.append(evaluate(*given, **more)) or found[0]
@@ -155,11 +165,10 @@ def write_lines(path: Path, rows: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
 
 
-def run_lm_eval(ckpt: str, context: int, folder: Path, tasks: Sequence[str]) -> dict[str, dict]:
-    """Its metrics by task, and under `nats` the log-likelihoods of all items."""
+def run_lm_eval(model: str, options: str, folder: Path, tasks: Sequence[str]) -> dict[str, dict]:
+    """Its metrics of one of its kinds of model, by task, and under `nats` the log-likelihoods of all items."""
     out = folder / "lm-eval"
-    arguments = f"pretrained={Path(ckpt).absolute()},dtype=float32,max_length={context}"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks)]
+    command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", options, "--tasks", ",".join(tasks)]
     command += ["--include_path", str(folder / "theirs"), "--device", "cpu", "--batch_size", "8", "--log_samples"]
     command += ["--output_path", str(out)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
