@@ -27,7 +27,7 @@ from fuzz.test_fuzz_settings import LAUGHS, sources_of
 from fuzz.test_fuzz_suites import laid_out, measured
 from fuzz.test_fuzz_talk import REPLY, Misbehaving
 from LMConfig import LMConfig
-from model.checkpoint.gguf_tokenizer import GGUFTokenizer
+from model.checkpoint.gguf_tokenizer import read_tokenizer
 from text.sources.registry import Source
 from text.tokenizer import Tokenizer
 from training.distill.answers import Journal
@@ -76,7 +76,7 @@ def test_files_nested_deeper_than_python_can_follow(throw: Thrower, tmp_path: Pa
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "progress.json").write_text(DEEP)
     assert throw(LMConfig.from_pretrained, tmp_path).code == 2
-    assert throw(GGUFTokenizer.from_folder, tmp_path, 600).code == 2
+    assert throw(read_tokenizer, tmp_path, LMConfig(vocab_size=600)).code == 2
     assert throw(read_progress, tmp_path).code == 3
     assert throw(read_metrics, tmp_path / "metrics.jsonl").value == []
 
@@ -239,7 +239,7 @@ def test_an_added_token_that_is_no_text_is_refused(
     whole["added_tokens"][5]["content"] = content
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole), encoding="utf8")
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf8")
-    assert throw(GGUFTokenizer.from_folder, tmp_path, 600).code == 2
+    assert throw(read_tokenizer, tmp_path, LMConfig(vocab_size=600)).code == 2
 
 
 @pytest.mark.parametrize("kind", ["charsmap", "long token", "key twice", "no model", "no object"])

@@ -94,7 +94,7 @@ ENTRY_POINTS = {
     "world/reasoning.py": ("test_fuzz_scripts", "test_a_world_into_a_file"),
 }
 # Started by the others, never by a person; or another name of one of them.
-OTHERS = {"model/decoding/native.py", "model/costs.py", "text/judging/verifier.py", "text/world.py"}
+OTHERS = {"model/decoding/native.py", "model/cost_table.py", "text/judging/verifier.py", "text/world.py"}
 
 
 def test_every_entry_point_is_thrown_at() -> None:
