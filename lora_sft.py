@@ -19,6 +19,7 @@ from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings, build_optimizer
+from training.run.resume import BEST
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 
@@ -30,7 +31,7 @@ class LoraSFTSettings(ChatSettings):
     Args:
         lora: what is adapted, and how.
         base: how the frozen weights are kept: auto (in the type of the products), int8 or nf4 (QLoRA).
-        merge: also write the model with the adapter in its weights, to OUT/merged.
+        merge: also write the model with the adapter in its weights, to OUT/merged: the best one with --keep_best.
     """
 
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -48,8 +49,7 @@ class LoraSFTSettings(ChatSettings):
 def main() -> None:
     settings = parse(LoraSFTSettings, __doc__ or "")
     # peft takes seconds to import, which --help need not wait for.
-    from training.adapters.adapter import Adapter
-    from training.adapters.merging import save_merged
+    from training.adapters.adapter import Adapter, save_merged
 
     ranks = begin(settings)
     model, tokenizer = open_checkpoint(settings.ckpt)
@@ -66,7 +66,9 @@ def main() -> None:
     trainer = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer, samples)
     reached = trainer.run()
     if settings.merge and ranks.main and reached.name == "final":
-        save_merged(settings.ckpt, reached, Path(settings.out) / "merged")
+        best = Path(settings.out) / BEST
+        chosen = best if settings.keep_best and best.is_dir() else reached
+        save_merged(settings.ckpt, chosen, Path(settings.out) / "merged")
     ranks.stop()
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from cli import parse
 from errors import UserError, check_least, command_line
-from text.corpus.mixture import open_sources, sources_ready
 from text.corpus.pretrain_dataset import PretrainDataset
+from text.corpus.shards import open_sources, sources_ready
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
@@ -61,7 +61,6 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
         check_least(0, workers=self.workers)
         if not self.ckpt:
             self.model = {"preset": "64m", **self.model}
-        self.check_samples()
 
     def lighten(self, device: str) -> str:
         if device == "cpu" and not self.ckpt and self.model.get("preset") != "demo":

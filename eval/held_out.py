@@ -13,8 +13,8 @@ from typing import Any
 
 from cli import call
 from errors import UserError, command_line, is_broken, naming
-from text.corpus.mixture import open_sources
 from text.corpus.shard_set import ShardSet
+from text.corpus.shards import open_sources
 from text.files import read_yaml
 from text.sources.registry import REGISTRY, find_sources
 from text.tokenizer import Tokenizer

@@ -25,9 +25,8 @@ from model.checkpoint.hf_import import import_folder
 from model.checkpoint.weight_files import WeightFiles
 from model.decoding.sampling import Sampling
 from text.corpus.corpus import Corpus
-from text.corpus.mixture import open_sources
 from text.corpus.shard_set import INDEX, ShardSet
-from text.corpus.shards import prepare_shards
+from text.corpus.shards import open_sources, prepare_shards
 from text.sources.registry import Source
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from training.adapters.adapter import Adapter
@@ -245,7 +244,7 @@ def test_an_index_of_shards_removes_no_file_outside_its_folder(
 def test_shards_of_any_name_lie_in_their_folder(name: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     made: list[Path] = []
     monkeypatch.setattr(
-        "text.corpus.mixture.prepare_shards", lambda group, tokenizer, folder, **options: made.append(folder)
+        "text.corpus.shards.prepare_shards", lambda group, tokenizer, folder, **options: made.append(folder)
     )
     for source in (Source(name), Source(name, is_hub=True, subset="../../x")):
         open_sources([source], tokenizer, tmp_path / "shards", main=True)

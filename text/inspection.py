@@ -18,8 +18,7 @@ from text.chats.conversations import to_messages
 from text.chats.encoded import last_answer
 from text.chats.preferences import to_preference
 from text.chats.problems import COLUMNS, is_generated, open_problems, problem_reader
-from text.corpus.cleaning import Cleaner, SeenHashes
-from text.corpus.corpus import Corpus
+from text.corpus.corpus import Cleaner, Corpus
 from text.sources.folders import Folder
 from text.sources.formats import FORMATS
 from text.sources.registry import Source
@@ -96,8 +95,7 @@ def trained(sequences: Sequences) -> int:
 
 def _documents(source: Source, report: RowReport) -> Iterator[tuple[str, str]]:
     """Yield the documents that pretraining would keep."""
-    with tempfile.TemporaryDirectory() as folder, closing(SeenHashes(Path(folder))) as seen:
-        cleaner = Cleaner(report, seen)
+    with tempfile.TemporaryDirectory() as folder, closing(Cleaner(report, Path(folder))) as cleaner:
         yield from (document for document in Corpus([source], report=report) if cleaner.accept(*document))
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import resource
-import sys
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 
 from errors import UserError
+from text.files import peak_memory
 
-if TYPE_CHECKING:
-    from training.parallel.ranks import Ranks
-
+MEASURING = 2.0  # seconds at most
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -90,21 +86,26 @@ def set_seed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 2.0) -> float:
-    """Return FLOP/s of a plain (size, size) matrix product on all threads, the best in `seconds`."""
+def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, patience: float = 0.2) -> float:
+    """Return FLOP/s of a plain (size, size) matrix product on all threads: the best, until `patience` seconds pass
+    without one that is faster by 1 %, and `MEASURING` at most."""
     size = size * 4 if device.type == "cuda" else size
     numbers = torch.Generator(device).manual_seed(0)  # a run must find the random state as it was left
     a, b = (torch.randn(size, size, generator=numbers, device=device, dtype=dtype) for _ in range(2))
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best, end = float("inf"), time.perf_counter() + seconds
     a @ b
-    while best == float("inf") or time.perf_counter() < end:  # once at least, however slow the machine
+    best, began = float("inf"), time.perf_counter()
+    last = began  # when it was beaten
+    while True:
         synchronise()
         start = time.perf_counter()
         a @ b
         synchronise()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        now = time.perf_counter()
+        last = now if now - start < 0.99 * best else last
+        best = min(best, now - start)
+        if now - last >= patience or now - began >= MEASURING:
+            return 2 * size**3 / best
 
 
 @lru_cache
@@ -117,31 +118,6 @@ def machine_peak(dtype: torch.dtype, device: torch.device) -> float:
     return peak
 
 
-class Peak:
-    """The FLOP/s that all ranks' matrix products may reach, which MFU is a share of.
-
-    A neighbour on the machine can make what was measured too low: a step that goes beyond it raises it.
-    """
-
-    def __init__(self, dtype: torch.dtype, ranks: Ranks) -> None:
-        """Take what the main rank measured; infinite on the others."""
-        self._ranks = ranks
-        self.rate = machine_peak(dtype, ranks.device) * ranks.world if ranks.main else float("inf")
-
-    def share(self, rate: float) -> float:
-        """Return the share of the peak that a step reached at `rate` FLOP/s; at most 1."""
-        if rate > self.rate:
-            self._ranks.say(
-                f"peak       a step at {rate / 1e9:,.0f} GFLOP/s was faster than the matrix products measured at the "
-                f"start ({self.rate / 1e9:,.0f}): MFU is a share of that from now on"
-            )
-            self.rate = rate
-        return rate / self.rate
-
-
-def peak_memory(device: torch.device) -> int:
+def memory_used(device: torch.device) -> int:
     """Return the most memory used so far, in bytes: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Request:
         prompt: token ids, at least one.
         stop: tokens that end the completion, and belong to it.
         uniforms: a number in [0, 1) for each token that is sampled; drawn on torch's global generator when left out.
+        observe: called with the (vocab,) logits that each token is chosen from, before its event.
     """
 
     prompt: Sequence[int]
@@ -30,6 +31,7 @@ class Request:
     sampling: Sampling = GREEDY
     stop: tuple[int, ...] = ()
     uniforms: Sequence[float] | None = None
+    observe: Callable[[Tensor], None] | None = None
 
 
 @dataclass(eq=False)
@@ -91,7 +93,7 @@ class Scheduler:
             if len(uniforms) < request.max_new_tokens:
                 raise ValueError(f"{len(uniforms)} uniforms for {request.max_new_tokens} tokens")
         ids = tuple(request.prompt)
-        completion = Completion(Request(ids, request.max_new_tokens, request.sampling, request.stop, uniforms))
+        completion = Completion(replace(request, prompt=ids, uniforms=uniforms))
         self._prompts.setdefault(ids, Prompt(ids)).waiting += 1
         self.waiting.append(completion)
         return completion

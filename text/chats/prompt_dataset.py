@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from errors import UserError
-from text.batches import content_hash
 from text.chats.chat_template import Message, encode_chats
 from text.chats.problems import ListedProblems, Problem, Problems, open_problems
-from text.order import block_shares, mixed, scramble
+from text.order import block_shares, content_hash, mixed, scramble
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
 from text.tokenizer import Tokenizer

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from errors import UserError
-from text.batches import IGNORED_LABEL, PADDING_SEGMENT, content_hash
 from text.corpus.shard_set import ShardSet
-from text.order import block_shares, mixed, shuffled
+from text.order import IGNORED_LABEL, PADDING_SEGMENT, block_shares, content_hash, mixed, shuffled
 
 
 class PretrainDataset:

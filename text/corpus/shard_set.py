@@ -23,15 +23,15 @@ import numpy as np
 import xxhash
 
 from errors import UserError
-from text.batches import content_hash
 from text.files import replacing
+from text.order import content_hash
 from text.tokenizer import Tokenizer
 
 INDEX = "index.json"
 LAYOUT = 1
 SPLITS = ("train", "val")
 KINDS = {"complete": bool, "fingerprint": str, "eos_id": int, "sources": list, "recipe": dict, "parts": list}
-CHECK_CHUNK = 1 << 24
+COUNTS = ("tokens", "documents", "bytes")
 
 
 class TokenStream:
@@ -42,9 +42,7 @@ class TokenStream:
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
         self.folder = folder
-        self.tokens, self.documents, self.bytes = (
-            sum(shard[what] for shard in shards) for what in ("tokens", "documents", "bytes")
-        )
+        self.tokens, self.documents, self.bytes = (sum(shard[what] for shard in shards) for what in COUNTS)
         self._shards = [shard for shard in shards if shard["tokens"]]
         self._token_starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
         self._document_starts = np.cumsum([0, *(shard["documents"] for shard in self._shards)])
@@ -148,8 +146,10 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         if not 0 <= index["eos_id"] < 1 << 16:
             raise ValueError(f"eos_id is {index['eos_id']}")
         for part in index["parts"]:
+            if type(part["read"]) is not int or part["read"] < 1:
+                raise ValueError("a part without its last document")
             for split in SPLITS:
-                _check_entry(split, part["read"], part[split])
+                _check_entry(split, part[split])
         return index
     except FileNotFoundError:
         return None
@@ -157,18 +157,16 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{file}: damaged ({error}); delete the folder and prepare the shards again") from error
 
 
-def _check_entry(split: str, read: Any, shard: dict[str, Any] | None) -> None:
-    """Raise `ValueError` where the entry of a shard is not as this program writes it. Its name becomes a file's."""
-    if type(read) is not int or read < 1:
-        raise ValueError("a part without its last document")
+def _check_entry(split: str, shard: dict[str, Any] | None) -> None:
+    """Raise `ValueError` where the entry of a shard is not as `write_shard` made it. Its name becomes a file's."""
     if shard is None:
         return
     if not re.fullmatch(rf"{split}-\d{{5,9}}", shard["name"], re.ASCII):
         raise ValueError(f"a shard {shard['name']!r}")
-    tokens, documents, *more = (shard[name] for name in ("tokens", "documents", "bytes", "bin_size", "npy_size"))
-    if not all(type(count) is int and count >= 0 for count in (tokens, documents, *more)):
-        raise ValueError(f"counts of {shard['name']!r}")
-    if more[1] != 2 * tokens or not 8 * documents < more[2] < 8 * documents + 512:  # .npy has a header
+    numbers = tokens, documents, _, bin_size, npy_size = [shard[name] for name in (*COUNTS, "bin_size", "npy_size")]
+    is_whole = all(type(number) is int and number >= 0 for number in numbers)
+    # .npy has a header
+    if not is_whole or bin_size != 2 * tokens or not 8 * documents < npy_size < 8 * documents + 512:
         raise ValueError(f"counts of {shard['name']}")
     if not isinstance(shard["bin_checksum"], str) or not isinstance(shard["npy_checksum"], str):
         raise ValueError(f"checksums of {shard['name']}")
@@ -199,30 +197,25 @@ def write_shard(
     ends = np.cumsum(lengths, dtype=np.uint32)
     bounds = io.BytesIO()
     np.save(bounds, np.stack([ends, sizes], axis=1))
-    bin_size, bin_checksum = write_safely(folder / f"{name}.bin", (part.astype("<u2", copy=False) for part in tokens))
-    npy_size, npy_checksum = write_safely(folder / f"{name}.npy", [np.frombuffer(bounds.getbuffer(), np.uint8)])
     counts = {"tokens": int(ends[-1]), "documents": len(lengths), "bytes": int(sizes.sum(dtype=np.int64))}
-    files = {"bin_size": bin_size, "bin_checksum": bin_checksum, "npy_size": npy_size, "npy_checksum": npy_checksum}
-    return {"name": name, **counts, **files}
-
-
-def write_safely(file: Path, pieces: Iterable[np.ndarray]) -> tuple[int, str]:
-    """Write under a temporary name, flush to disk, rename; returns the size in bytes and the xxh3 checksum.
-
-    Whatever goes wrong, a full disk too, `file` is either as before or complete.
-    """
-    digest, size = xxhash.xxh3_64(), 0
-    with replacing(file) as stream:
-        for piece in pieces:
-            view = piece.view(np.uint8).data
-            digest.update(view)
-            size += stream.write(view)
-    return size, digest.hexdigest()
+    entry = {"name": name, **counts}
+    pieces = {
+        "bin": (part.astype("<u2", copy=False).view(np.uint8).data for part in tokens),
+        "npy": [bounds.getbuffer()],
+    }
+    for suffix, parts in pieces.items():
+        digest, size = xxhash.xxh3_64(), 0
+        with replacing(folder / f"{name}.{suffix}") as stream:
+            for part in parts:
+                digest.update(part)
+                size += stream.write(part)
+        entry |= {f"{suffix}_size": size, f"{suffix}_checksum": digest.hexdigest()}
+    return entry
 
 
 def _checksum(file: Path) -> str:
     digest = xxhash.xxh3_64()
     with open(file, "rb") as stream:
-        while chunk := stream.read(CHECK_CHUNK):
+        while chunk := stream.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""From a corpus of any format to token shards: once, on several cores, and continued where it was interrupted.
+"""The sources of a pretraining run as token shards: made once, on several cores, continued where interrupted.
 
 The work is cut into parts. A part is the documents, in the order of the corpus, up to the one that brings its tokens
 to `shard_tokens`; it becomes one train shard and one val shard, and then the index is written again. What was
@@ -8,14 +8,13 @@ tokenised again. The shards depend on the corpus and the recipe alone, not on th
 
 from __future__ import annotations
 
-import errno
 import fcntl
+import hashlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,16 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import UserError
-from text.corpus.cleaning import Cleaner, SeenHashes
-from text.corpus.corpus import Corpus
+from text.corpus.corpus import Cleaner, Corpus
 from text.corpus.encoding import Part, encode, parts
 from text.corpus.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_shard
 from text.files import json_text, peak_memory, replacing
-from text.sources.registry import Source
+from text.sources.formats import Layout
+from text.sources.registry import Source, weights
 from text.sources.row_report import balance
 from text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 LOCK = "lock"
-HEARTBEAT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,75 @@ class Recipe:
         if not 0 < self.shard_tokens <= 1 << 30:
             raise UserError(f"shard_tokens {self.shard_tokens}: give 1 to {1 << 30}")
 
-    def corpus(self, data: str | Sequence[Source]) -> Corpus:
-        return Corpus(data, self.column, self.on_error, self.encoding)
-
-    def index(self, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return the index of a folder in which nothing is finished."""
+    def begun(self, data: str | Sequence[Source], tokenizer: Tokenizer) -> tuple[Corpus, dict[str, Any]]:
+        """Return the corpus, and the index of a folder in which nothing is finished."""
+        corpus = Corpus(data, self.column, self.on_error, self.encoding)
         made = {"layout": LAYOUT, "complete": False, "fingerprint": tokenizer.fingerprint, "eos_id": tokenizer.eos_id}
-        return {**made, "sources": corpus.identity(), "recipe": asdict(self), "parts": []}
+        return corpus, {**made, "sources": corpus.identity(), "recipe": asdict(self), "parts": []}
+
+
+def open_sources(
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    shards: str | Path,
+    main: bool,
+    check: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> list[tuple[ShardSet, float]]:
+    """Open each source as shards in its own folder under `shards`, made by one process while the others wait.
+
+    Without any weight all of the sources are one, of weight 1.
+
+    Args:
+        main: whether this process is the one that tokenises. check: what the others call while they wait, and what
+            raises when that one has failed. options: see `prepare_shards`.
+    """
+    opened = []
+    for group, folder, weight in _groups(sources, shards):
+        if main:
+            opened.append((prepare_shards(group, tokenizer, folder, **options), weight))
+            continue
+        target = _target(group, tokenizer, **options)
+        while not _is_ready(folder, target):
+            check()
+            time.sleep(0.2)
+        opened.append((ShardSet.open(folder, tokenizer, checksums=False), weight))
+    return opened
+
+
+def sources_ready(sources: list[Source], tokenizer: Tokenizer, shards: str | Path, **options: Any) -> bool:
+    """Return whether this process finds the shards of all sources finished; arguments as of `open_sources`.
+
+    Raises `UserError` for data that are not there.
+    """
+    return all([_is_ready(out, _target(group, tokenizer, **options)) for group, out, _ in _groups(sources, shards)])
+
+
+def _groups(sources: list[Source], shards: str | Path) -> Iterator[tuple[list[Source], Path, float]]:
+    """Yield the sources that share a folder of shards, that folder, and their weight."""
+    mixture = weights(sources)
+    groups = [sources] if mixture is None else [[source] for source in sources]
+    for group, weight in zip(groups, mixture or [1.0], strict=True):
+        yield group, Path(shards) / _folder_name(group), weight
+
+
+def _folder_name(group: list[Source]) -> str:
+    """Return one that distinguishes two files of one name in different folders, and two ways to read one file."""
+    paths = ",".join(source.path if source.subset is None else f"{source.path}:{source.subset}" for source in group)
+    key = str(Path(paths).absolute())
+    special = [source for source in group if (source.layout, source.samples, source.split) != (Layout(), None, "train")]
+    if special:
+        key += repr([(source.path, source.layout, source.samples, source.seed, source.split) for source in special])
+    return f"{Path(paths).stem or 'data'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def _target(group: list[Source], tokenizer: Tokenizer, workers: int = 0, **options: Any) -> dict[str, Any]:
+    return Recipe(**options).begun(group, tokenizer)[1]
+
+
+def _is_ready(out: Path, target: dict[str, Any]) -> bool:
+    index = read_index(out)
+    return index is not None and index["complete"] and not _changes(index, target)
 
 
 def prepare_shards(
@@ -75,81 +135,33 @@ def prepare_shards(
     What is finished is opened at once, what was interrupted is continued; when the tokenizer, the files (by path, size
     or modification time) or the recipe changed, that is reported and the work done again. Prints what became of the
     documents. Raises `UserError` for a vocabulary above 65,535 and for data that are refused, of which nothing is left
-    in `out`; `OSError` when the disk fills: then finished shards stay and the next call continues after them. Of the
-    ranks of a run one calls this, the others `open_or_wait`.
+    in `out`; `OSError` when the disk fills: then finished shards stay and the next call continues after them.
     """
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
             f"tokenizer: {tokenizer.vocab_size:,} tokens do not fit 16-bit shards; use at most {MAX_VOCAB_SIZE:,}"
         )
     recipe, out = Recipe(**options), Path(out)
-    corpus = recipe.corpus(data)
-    index = recipe.index(corpus, tokenizer)
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    corpus, index = recipe.begun(data, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
         for file in out.glob("*.tmp"):  # what a killed run left
             file.unlink()
         index["parts"], complete = _finished_parts(out, index)
         if complete:
-            found = ShardSet.open(out, tokenizer, checksums=False)
-            streams = [found.split(split) for split in SPLITS]
-            tokens, documents = (sum(getattr(each, what) for each in streams) for what in ("tokens", "documents"))
+            tokens, documents = (_total(index["parts"], what) for what in ("tokens", "documents"))
             print(f"{out}: {tokens:,} tokens of {documents:,} documents are ready and used again")
-            return found
-        tokenizer.save(out / "tokenizer")
+            return ShardSet.open(out, tokenizer, checksums=False)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         try:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             _prepare(corpus, recipe, index, out, tokenizer, workers or cores)
         except UserError:
-            if not index["parts"]:  # nothing that could be continued
-                _remove(out, made)
+            if not index["parts"]:
+                (out / LOCK).unlink()
+                with suppress(OSError):  # something of somebody else is there
+                    os.removedirs(out)
             raise
     return ShardSet.open(out, tokenizer, checksums=False)
-
-
-def open_or_wait(
-    data: str | Sequence[Source],
-    tokenizer: Tokenizer,
-    out: str | Path,
-    *,
-    timeout: float = 600.0,
-    check: Callable[[], None] = lambda: None,
-    workers: int = 0,
-    **options: Any,
-) -> ShardSet:
-    """Open what `prepare_shards` of another process makes of the same data and options, as soon as it is finished.
-
-    check: called now and then; raises when that process has failed.
-    Raises `UserError` when it gave no sign of life for `timeout` seconds.
-    """
-    recipe, out = Recipe(**options), Path(out)
-    target = recipe.index(recipe.corpus(data), tokenizer)
-    last_sign, signs = time.monotonic(), None
-    while not _is_ready(out, target):
-        check()
-        if signs != (signs := (out / INDEX).stat().st_mtime_ns if (out / INDEX).exists() else 0):
-            last_sign = time.monotonic()
-        elif time.monotonic() - last_sign >= timeout:
-            raise UserError(f"{out}: no process has prepared shards for {timeout:.0f} s; look at rank 0's output")
-        time.sleep(min(0.5, timeout / 4))
-    return ShardSet.open(out, tokenizer, checksums=False)
-
-
-def are_ready(
-    data: str | Sequence[Source], tokenizer: Tokenizer, out: str | Path, *, workers: int = 0, **options: Any
-) -> bool:
-    """Return whether this process finds in `out` all that `prepare_shards` would make of the same data and options.
-
-    Raises `UserError` for data that are not there.
-    """
-    recipe = Recipe(**options)
-    return _is_ready(Path(out), recipe.index(recipe.corpus(data), tokenizer))
-
-
-def _is_ready(out: Path, target: dict[str, Any]) -> bool:
-    index = read_index(out)
-    return index is not None and index["complete"] and not _changes(index, target)
 
 
 def _prepare(
@@ -158,48 +170,36 @@ def _prepare(
     """Make the parts that are not in the index yet, and the finished index."""
     begin, report, finished = time.monotonic(), corpus.report, len(index["parts"])
     done = index["parts"][-1]["read"] if finished else 0
-    _write_index(out, index)
     if finished:
         print(f"{out}: continuing after {finished} finished parts, {done:,} documents")
-    seen = SeenHashes(out)
-    cleaner = Cleaner(report, seen, recipe.min_chars)
     # In a log file each refresh is a line.
     pace = {"mininterval": 0.2 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
     bar = tqdm(total=corpus.size or None, unit="B", unit_scale=True, desc="tokenise", **pace)
-    try:
-        documents = encode(_kept_documents(corpus, cleaner, done, bar, out / INDEX), tokenizer, workers)
+    with closing(Cleaner(report, out, recipe.min_chars)) as cleaner, bar:
+        documents = encode(_kept_documents(corpus, cleaner, done, bar), tokenizer, workers)
         for number, part in enumerate(parts(documents, recipe.shard_tokens), finished):
+            if not number:
+                tokenizer.save(out / "tokenizer")
             index["parts"].append(_write_part(out, number, part, recipe.val_fraction, index["parts"]))
             _write_index(out, index)
-        index["workers"] = workers
-    finally:
-        bar.close()
-        seen.close()
     if not index["parts"]:
         reasons = "; ".join(line.strip() for line in report.problem_lines())
         raise UserError(report.first_error or f"{corpus.data}: no document is left after cleaning ({reasons})")
-    counts = dict(report.problems + report.files)
     index["complete"] = True
-    index["report"] = {"kept": report.kept, "characters": cleaner.characters, "counts": counts}
-    index["report"]["examples"] = report.examples
     _write_index(out, index)
-    _print_table(index, finished, corpus, time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    speed = _total(index["parts"][finished:], "bytes") / 1e6 / seconds
+    _print_table(index["parts"], corpus, cleaner.characters, f"{speed:.1f} MB/s on {workers} cores, {seconds:.1f} s")
 
 
-def _kept_documents(
-    corpus: Corpus, cleaner: Cleaner, done: int, bar: tqdm, index_file: Path
-) -> Iterator[tuple[int, int, bytes]]:
+def _kept_documents(corpus: Corpus, cleaner: Cleaner, done: int, bar: tqdm) -> Iterator[tuple[int, int, bytes]]:
     """Yield (number in the corpus from 1, hash, UTF-8 bytes) of each kept document after the first `done`."""
-    heartbeat = time.monotonic()
     for number, document in enumerate(corpus, 1):
         kept = cleaner.accept(*document)
         if kept and number > done:
             yield number, *kept
         if number % 256 == 0:
             bar.update(corpus.report.bytes_read - bar.n)
-            if time.monotonic() - heartbeat > HEARTBEAT_SECONDS:
-                heartbeat = time.monotonic()
-                os.utime(index_file)
     bar.update(corpus.report.bytes_read - bar.n)
 
 
@@ -251,10 +251,8 @@ def _finished_parts(out: Path, target: dict[str, Any]) -> tuple[list[dict[str, A
         return [], False
     if changes := _changes(found, target):
         print(f"{out}: {' and '.join(changes)}; tokenising again")
-        (out / INDEX).unlink()
-        for shard in filter(None, (part[split] for part in found["parts"] for split in SPLITS)):
-            for suffix in ("bin", "npy"):
-                (out / f"{shard['name']}.{suffix}").unlink(missing_ok=True)
+        for file in (out / INDEX, *(file for split in SPLITS for file in out.glob(f"{split}-*"))):
+            file.unlink()
         return [], False
     for number, part in enumerate(found["parts"]):
         if damage := find_damage(out, part):
@@ -268,46 +266,34 @@ def _write_index(out: Path, index: dict[str, Any]) -> None:
         stream.write(json_text(index, indent=1).encode())
 
 
-def _remove(out: Path, made: Sequence[Path]) -> None:
-    """Remove what stands in a folder without any shard, and the folders that were made for it."""
-    shutil.rmtree(out / "tokenizer", ignore_errors=True)
-    for file in (out / INDEX, out / LOCK):
-        file.unlink(missing_ok=True)
-    with suppress(OSError):  # something of somebody else is in one of them
-        for folder in made or [out]:
-            folder.rmdir()
-
-
 @contextmanager
 def _only_one(out: Path) -> Iterator[None]:
     """Keep two processes from preparing the same folder; the system lifts the lock when a process ends."""
     with open(out / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"{out}: another process is preparing these shards; wait for it or choose another folder"
+            raise UserError(message) from error
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                message = f"{out}: another process is preparing these shards; wait for it or choose another folder"
-                raise UserError(message) from error
             print(f"notice: {out / LOCK}: this file system has no locks ({error.strerror})", file=sys.stderr)
         yield
 
 
-def _print_table(index: dict[str, Any], done: int, corpus: Corpus, seconds: float) -> None:
-    """Print what became of the documents. Speed is that of the parts from number `done` on."""
+def _total(parts: Sequence[dict[str, Any]], what: str, splits: Sequence[str] = SPLITS) -> int:
+    return sum(part[split][what] for part in parts for split in splits if part[split])
 
-    def total(what: str, splits: Sequence[str] = SPLITS, first: int = 0) -> int:
-        return sum(part[split][what] for part in index["parts"][first:] for split in splits if part[split])
 
-    tokens, size, report = total("tokens"), total("bytes"), corpus.report
-    fates = {"to train on": total("documents", ["train"]), "held out": total("documents", ["val"])}
-    speed = f"{total('bytes', first=done) / 1e6 / seconds:.1f} MB/s on {index['workers']} cores, {seconds:.1f} s"
+def _print_table(parts: list[dict[str, Any]], corpus: Corpus, characters: int, speed: str) -> None:
+    """Print what became of the documents."""
+    tokens, size, report = _total(parts, "tokens"), _total(parts, "bytes"), corpus.report
+    fates = {"to train on": _total(parts, "documents", ["train"]), "held out": _total(parts, "documents", ["val"])}
     rows = [
-        ("documents kept", f"{report.kept:,}"),
         ("of the corpus", balance(report.rows, "documents", {**fates, **report.unused_by_kind})),
         *(("", line.strip()) for line in [*report.unread, *report.problem_lines()]),
-        ("tokens", f"{tokens:,}, {total('tokens', ['val']):,} of them for validation"),
+        ("tokens", f"{tokens:,}, {_total(parts, 'tokens', ['val']):,} of them for validation"),
         ("bytes of text", f"{size:,}, {size / tokens:.2f} a token"),
-        ("characters", f"{index['report']['characters']:,}, {index['report']['characters'] / tokens:.2f} a token"),
+        ("characters", f"{characters:,}, {characters / tokens:.2f} a token"),
         ("speed", speed),
         ("peak memory", f"{peak_memory() / 1e6:,.0f} MB"),
     ]

@@ -28,7 +28,7 @@ def suffix_of(path: Path) -> str:
 
 
 class FileProblem(RowError):
-    """Why a file cannot be read any further: the kind it is counted under, the line, the problem and the remedy."""
+    """Why a row, or all of a file behind it, cannot be read: the kind, the line, the problem and the remedy."""
 
     def __init__(self, kind: str, line: int | None, problem: str, remedy: str) -> None:
         super().__init__(kind, f"{problem}; {remedy}")
@@ -60,10 +60,14 @@ class DataFile:
 
     def bad(self, kind: str, line: int, problem: str, remedy: str) -> None:
         """Count a row that cannot be read, or stop at it."""
+        self._count(FileProblem(kind, line, problem, remedy))
+
+    def _count(self, problem: FileProblem) -> None:
+        place = f"{self.path}:{problem.line}"
         if self.on_error == "stop":
-            raise UserError(f"{self.path}:{line}: {problem}; {remedy}, or pass --on_error skip")
+            raise UserError(f"{place}: {problem}, or pass --on_error skip")
         self.report.rows += 1
-        self.report.add_problem(f"{self.path}:{line}", RowError(kind, f"{problem}; {remedy}"))
+        self.report.add_problem(place, problem)
 
     def usable(self, line: int, *texts: str) -> bool:
         """Return whether all texts are characters; if not, the row is counted."""
@@ -87,19 +91,16 @@ class DataFile:
             self.bad("not an object", line, f"{type(row).__name__} where an object is expected", "fix the row")
             return None
         value = row.get(self.column, self)
-        if value is None or (isinstance(value, str) and self.usable(line, value)):
+        if value is None or isinstance(value, str):
             self._tries = COLUMN_TRIES
-            return value or ""
-        if isinstance(value, str):
-            return None
-        problem = self.no_column(list(row), line) if value is self else self._not_text(type(value).__name__, line)
+            return (value or "") if not value or self.usable(line, value) else None
+        what = f"column {self.column!r} holds {type(value).__name__}"
+        problem = FileProblem("not text", line, what, "name a column of text")
+        problem = self.no_column(list(row), line) if value is self else problem
         self._tries += 1
         if self._tries == COLUMN_TRIES:
             raise problem
-        if self.on_error == "stop":
-            raise UserError(f"{self.path}:{line}: {problem}, or pass --on_error skip")
-        self.report.rows += 1
-        self.report.add_problem(f"{self.path}:{line}", problem)
+        self._count(problem)
         return None
 
     def no_column(self, columns: list[str], line: int | None) -> FileProblem:
@@ -107,9 +108,6 @@ class DataFile:
         names = ", ".join(repr(name) for name in columns) or "none"
         problem = f"no column {self.column!r}, the columns are: {names}"
         return FileProblem("no such column", line, problem, "name one of them as column")
-
-    def _not_text(self, kind: str, line: int) -> FileProblem:
-        return FileProblem("not text", line, f"column {self.column!r} holds {kind}", "name a column of text")
 
     def conversion(self, source: str, codec: str) -> str:
         """Return the remedy for a file in another encoding than UTF-8; only text to train on can be given one."""
@@ -124,9 +122,8 @@ class DataFile:
         """
         with open(self.path, "rb") as self._disk:
             stream: Any = gzip.GzipFile(fileobj=self._disk) if str(self.path).lower().endswith(".gz") else self._disk
-            head = stream.peek(4)[:4]
             encoding = "utf-8-sig" if self.encoding == "utf-8" else self.encoding
-            if self.encoding == "utf-8" and head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            if self.encoding == "utf-8" and stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise FileProblem("undecodable", 1, "UTF-16, not UTF-8", self.conversion("UTF-16", "utf-16"))
             text = TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline="\n")
             try:

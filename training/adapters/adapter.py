@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import DamagedCheckpoint, UserError, quiet_imports
+from errors import DamagedCheckpoint, UserError, naming, quiet_imports
 from model import MiniDeepSeek
 from model.experts import Experts
+from text.tokenizer import Tokenizer
 from training.adapters.dropout import Dropout
 from training.adapters.experts_lora import ExpertsLora
 from training.adapters.lora import LoraSettings
+from training.startup import open_checkpoint
 
 with quiet_imports():
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -48,10 +51,9 @@ class Adapter:
 
     @classmethod
     def add(cls, model: MiniDeepSeek, settings: LoraSettings, base: str) -> Adapter:
-        """A fresh adapter: B is 0, so the model computes what it did.
+        """Return a fresh adapter: B is 0, so the model computes what it did.
 
-        base: folder of the model. peft reads a relative path from the folder that its own user is in, so the
-        adapter's files give the absolute one. `open` does not read it: there the caller brings the base.
+        base: folder of the model, absolute in the adapter's files, where peft looks for it from any folder.
         """
         adapter = cls(model, settings.peft_config(model, os.path.abspath(base)))
         for module in model.modules():
@@ -61,7 +63,7 @@ class Adapter:
 
     @classmethod
     def open(cls, model: MiniDeepSeek, folder: Path) -> Adapter:
-        """The adapter of a folder, ours or one that peft wrote, on its base model."""
+        """Return the adapter of a folder, ours or one that peft wrote, on its base model."""
         adapter = cls(model, read_config(folder))
         if adapter._put(folder) != adapter.base:
             print(f"notice: {folder} was trained on other weights than these; its answers will differ", file=sys.stderr)
@@ -72,16 +74,16 @@ class Adapter:
         """How many are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def save(self, folder: Path) -> None:
-        """adapter_model.safetensors and adapter_config.json, as peft names and reads them."""
-        self.write(self.tensors(), folder)
-
     def tensors(self) -> dict[str, Tensor]:
         """A and B under peft's names."""
         return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
 
+    def save(self, folder: Path) -> None:
+        """Write adapter_model.safetensors and adapter_config.json, as peft names and reads them."""
+        self.write(self.tensors(), folder)
+
     def write(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """A copy of `tensors()` as `save` would."""
+        """Write a copy of `tensors()` as `save` would."""
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt", "base": self.base})
         self._saved_config().save_pretrained(str(folder))
@@ -92,7 +94,7 @@ class Adapter:
             raise UserError(f"{folder}: was trained on other weights; give the --ckpt that the run began with")
 
     def _put(self, folder: Path) -> str:
-        """Put the adapter of a folder in place. Returns the fingerprint of its base, or ours where it tells none."""
+        """Put the adapter of a folder in place. Returns the fingerprint of its base, or ours where it names none."""
         path = folder / WEIGHTS
         try:
             with safe_open(path, "pt") as file:
@@ -100,8 +102,7 @@ class Adapter:
                 base = (file.metadata() or {}).get("base", self.base)
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); use an older one") from None
-        own = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
-        ours, theirs = ({name: tensor.shape for name, tensor in state.items()} for state in (own, tensors))
+        ours, theirs = ({name: t.shape for name, t in state.items()} for state in (self.tensors(), tensors))
         if wrong := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
             raise UserError(
                 f"{folder}: its {wrong[0]} does not fit the model; give the --ckpt and the --lora settings of its run"
@@ -110,7 +111,7 @@ class Adapter:
         return base
 
     def _saved_config(self) -> LoraConfig:
-        """The configuration that also fits the model as transformers builds it.
+        """Return the configuration that also fits the model as transformers builds it.
 
         There peft takes targets named gate_proj, up_proj or down_proj for routed experts in an older form, so those
         of dense layers and shared experts are named as parameters: the same A and B. DoRA has no such form.
@@ -137,7 +138,7 @@ class Adapter:
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """adapter_config.json, ready for our model. Raises `UserError` when there is none, or it is no LoRA."""
+    """Read adapter_config.json for our model. Raises `UserError` when there is none, or it is of no LoRA."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: no {CONFIG} in it; give a folder that lora_sft.py wrote, such as OUT/final")
@@ -152,10 +153,33 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def fingerprint(model: MiniDeepSeek) -> str:
-    """The same for the same weights in the same type, the MTP layers aside."""
+    """Return the same for the same weights in the same type, the MTP layers aside."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("mtp."):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def open_adapted(ckpt: str, folder: str) -> tuple[MiniDeepSeek, Tokenizer]:
+    """Open the fp32 model of a checkpoint folder with the adapter of `folder` in its weights, and its tokenizer."""
+    model, tokenizer = open_checkpoint(ckpt)
+    theirs = Path(folder) / "tokenizer.json"
+    if theirs.is_file() and Tokenizer.from_folder(folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{folder}: has another tokenizer than {ckpt}; give the --ckpt that it was trained on")
+    return Adapter.open(model, Path(folder)).merge(), tokenizer
+
+
+def save_merged(ckpt: str, folder: Path, out: Path) -> None:
+    """Write the checkpoint folder `ckpt` with the adapter of `folder` in its weights: complete or not there."""
+    model, tokenizer = open_adapted(ckpt, str(folder))
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with naming(out):
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save(temporary)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.replace(out)
+    print(f"merged: {out}, with the adapter of {folder}", flush=True)

@@ -29,14 +29,13 @@ def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:
     Norms and routers keep float32, and what is trained stays as it is. Embedding and head are never quantized.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Embedding, Experts)) or type(module) in (nn.Linear, Linear):
-            trained = any(parameter.requires_grad for parameter in module.parameters())
-            if trained:
-                continue
-            if base == "auto" or not name.startswith("model.layers."):
-                module.to(dtype)
-            else:
-                quantize_weights(model, name, nf4_or_int8 if base == "nf4" else int8)
+        is_matrix = isinstance(module, (nn.Embedding, Experts)) or type(module) in (nn.Linear, Linear)
+        if not is_matrix or any(parameter.requires_grad for parameter in module.parameters()):
+            continue
+        if base == "auto" or not name.startswith("model.layers."):
+            module.to(dtype)
+        else:
+            quantize_weights(model, name, nf4_or_int8 if base == "nf4" else int8)
 
 
 def int8(weight: Tensor) -> Int8Weight:

@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from array import array
 from pathlib import Path
 
@@ -24,8 +22,9 @@ import text.corpus.encoding
 import text.corpus.shards
 from errors import UserError
 from text.corpus.encoding import Encoded, parts
-from text.corpus.shard_set import ShardSet, read_index, write_safely
-from text.corpus.shards import _hold_out, open_or_wait, prepare_shards
+from text.corpus.shard_set import ShardSet, read_index
+from text.corpus.shards import _hold_out, open_sources, prepare_shards, sources_ready
+from text.sources.registry import Source
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
@@ -106,8 +105,6 @@ def test_every_document_is_in_one_split_once_with_its_end_token(made: Path, toke
     train, val = documents(shards, "train"), documents(shards, "val")
     expected = [[*tokenizer.encode(row), tokenizer.eos_id] for row in TEXTS]
     assert sorted(train + val) == sorted(expected)
-    report = shards.index["report"]
-    assert report["counts"] == {"broken JSON": 1, "exact duplicate": 1, "empty": 1} and report["kept"] == len(TEXTS)
     order = [expected.index(document) for document in train]
     assert order == sorted(order)
     assert 3 <= len(val) <= 30
@@ -176,7 +173,6 @@ def test_interrupted_work_resumes_to_the_same_bytes(
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert 0 < sum(encoded) < len(TEXTS)
     assert content(tmp_path) == content(made) and not list(tmp_path.glob("*.tmp"))
-    assert read_index(tmp_path)["report"] == read_index(made)["report"]
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -202,17 +198,6 @@ prepare_shards({str(corpus)!r}, Tokenizer.from_folder({str(tmp_path / "tokenizer
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert content(tmp_path) == content(made)
     assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    def pieces():
-        yield np.arange(10, dtype=np.uint16)
-        raise KeyboardInterrupt
-
-    (tmp_path / "index.json").write_bytes(b"before")
-    with pytest.raises(KeyboardInterrupt):
-        write_safely(tmp_path / "index.json", pieces())
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
 
 
 @pytest.mark.parametrize(
@@ -295,32 +280,27 @@ def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pyt
         assert "has no locks (No locks available)" in capfd.readouterr().err
 
 
-def test_a_waiting_process_opens_what_another_prepares(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    found: list[ShardSet] = []
-    waiting = threading.Thread(
-        target=lambda: found.append(open_or_wait(str(corpus), tokenizer, tmp_path, timeout=60, **OPTIONS))
-    )
-    waiting.start()
-    time.sleep(0.2)
-    assert not found
-    prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
-    waiting.join(60)
-    assert found[0].split("train").documents > 0
+def test_who_waits_opens_what_another_process_prepares(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data, asked = [Source(str(corpus))], []
+
+    def prepared_by_another() -> None:
+        asked.append(sources_ready(data, tokenizer, tmp_path, **OPTIONS))
+        open_sources(data, tokenizer, tmp_path, main=True, **OPTIONS)
+
+    ((shards, weight),) = open_sources(data, tokenizer, tmp_path, main=False, check=prepared_by_another, **OPTIONS)
+    assert asked == [False] and shards.split("train").documents > 0 and weight == 1.0
+    assert sources_ready(data, tokenizer, tmp_path, **OPTIONS)
 
 
-def test_a_waiting_process_does_not_take_shards_of_other_data(
-    made: Path, other_tokenizer: Tokenizer, corpus: Path
+def test_who_waits_does_not_take_shards_of_other_data_and_ends_when_the_other_has_failed(
+    other_tokenizer: Tokenizer, tokenizer: Tokenizer, corpus: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="no process has prepared shards for 0 s; look at rank 0's output"):
-        open_or_wait(str(corpus), other_tokenizer, made, timeout=0.2, **OPTIONS)
-
-
-def test_a_waiting_process_ends_when_the_other_has_failed(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    def check() -> None:
+    def failed() -> None:
         raise SystemExit(2)
 
+    open_sources([Source(str(corpus))], tokenizer, tmp_path, main=True, **OPTIONS)
     with pytest.raises(SystemExit):
-        open_or_wait(write_jsonl(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "out", timeout=30, check=check)
+        open_sources([Source(str(corpus))], other_tokenizer, tmp_path, main=False, check=failed, **OPTIONS)
 
 
 REFUSED = {
@@ -393,13 +373,3 @@ def test_parts_end_with_the_document_that_fills_them(lengths: list[int], shard_t
     assert np.array_equal(np.concatenate(found), np.repeat(np.arange(len(lengths)) + 1, lengths))
     for tokens in found[:-1]:
         assert len(tokens) >= shard_tokens > len(tokens) - lengths[tokens[-1] - 1]
-
-
-def test_a_long_part_gives_signs_of_life(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or who waits for it would give up."""
-    touched: list[str] = []
-    monkeypatch.setattr(text.corpus.shards, "HEARTBEAT_SECONDS", -1.0)
-    monkeypatch.setattr(os, "utime", lambda file, *_: touched.append(Path(file).name))
-    data = write_jsonl(tmp_path / "a.jsonl", [f"row {number}" for number in range(1000)])
-    prepare_shards(data, tokenizer, tmp_path / "out", workers=1)
-    assert touched == ["index.json"] * 3

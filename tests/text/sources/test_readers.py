@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from text.corpus.cleaning import Cleaner, SeenHashes
-from text.corpus.corpus import Corpus
+from text.corpus.corpus import Cleaner, Corpus
 from text.sources import json_rows
 from text.sources.data_file import DataFile
 from text.sources.registry import Source
@@ -378,11 +377,11 @@ def test_the_bytes_read_grow_to_the_size(tmp_path: Path) -> None:
 
 
 def test_cleaning_keeps_each_text_once_and_counts_the_rest(tmp_path: Path) -> None:
-    report, seen = RowReport(), SeenHashes(tmp_path)
-    cleaner = Cleaner(report, seen, min_chars=3)
+    report = RowReport()
+    cleaner = Cleaner(report, tmp_path, min_chars=3)
     texts = ["good", "", " \n", "no", "good", CHINESE]
     kept = [cleaner.accept(f"a.csv:{line}", text) for line, text in enumerate(texts, 2)]
-    seen.close()
+    cleaner.close()
     assert [item and item[1].decode() for item in kept] == ["good", None, None, None, None, CHINESE]
     assert report.problems == {"empty": 2, "shorter than 3 characters": 1, "exact duplicate": 1}
     assert report.examples["exact duplicate"] == ["a.csv:6"] and report.kept == 2
@@ -392,11 +391,11 @@ def test_cleaning_keeps_each_text_once_and_counts_the_rest(tmp_path: Path) -> No
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), max_size=50))
 def test_seen_hashes_are_a_set(tmp_path_factory: pytest.TempPathFactory, hashes: list[int]) -> None:
-    seen, known = SeenHashes(tmp_path_factory.getbasetemp()), set()
+    cleaner, known = Cleaner(RowReport(), tmp_path_factory.getbasetemp()), set()
     for digest in hashes:
-        assert seen.add(digest) == (digest not in known)
+        assert cleaner._is_new(digest) == (digest not in known)
         known.add(digest)
-    seen.close()
+    cleaner.close()
 
 
 # JSON is read as what it is, whatever its name

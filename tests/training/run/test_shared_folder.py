@@ -125,7 +125,7 @@ def test_a_corpus_that_is_refused_leaves_nothing_and_is_told_once(text, pretrain
 
 
 def test_who_waits_for_shards_ends_when_the_main_rank_is_gone(pretrain_arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr("text.corpus.mixture.prepare_shards", lambda *_, **__: os._exit(7))
+    monkeypatch.setattr("text.corpus.shards.prepare_shards", lambda *_, **__: os._exit(7))
     arguments = [*pretrain_arguments, "--shards", tmp_path / "shards", "--out", tmp_path / "run", "--max_steps", 1]
     ranks = on_ranks(2, lambda rank: call_main(pretrain.main, *arguments), tmp_path)
     assert [rank.code for rank in ranks] == [7, 2], ranks[1].output()
