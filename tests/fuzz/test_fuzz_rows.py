@@ -24,7 +24,7 @@ from fuzz.hostile import Thrower, thrown
 from fuzz.mutations import PLACES, damaged, put, strange_json
 from text.chats.conversations import read_conversations
 from text.chats.preferences import read_preferences
-from text.chats.problems import open_problems
+from text.chats.problems import read_problems
 from text.chats.prompts import read_prompts
 from text.corpus.corpus import Corpus
 from text.sources.registry import Source
@@ -145,7 +145,7 @@ READERS = {
     "chat": partial(read_all, read_conversations),
     "preference": partial(read_all, read_preferences),
     "prompts": partial(read_all, lambda path, on_error, report: read_prompts([path], on_error=on_error, report=report)),
-    "problems": lambda path, on_error: open_problems(path, on_error),
+    "problems": read_problems,
     "text": lambda path, on_error: list(Corpus(str(path), on_error=on_error)),
 }
 
