@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -60,3 +63,8 @@ def checkpoint(model: MiniDeepSeek, tokenizer: Tokenizer, tmp_path_factory: pyte
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return files_of(folder)
+
+
+@pytest.fixture(scope="session")
+def tools(model: MiniDeepSeek, tokenizer: Tokenizer, checkpoint: dict[str, bytes], world: Path) -> SimpleNamespace:
+    return SimpleNamespace(model=model, tokenizer=tokenizer, checkpoint=checkpoint, world=world)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import csv
-import io
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,15 +30,10 @@ from eval.experts import draw as draw_loads
 from eval.held_out import held_out_documents
 from eval.perplexity import read_blocks
 from eval.questions import read_questions
-from eval.score_files import read_scores, write_scores
-from eval.scores import Item, Measured, Score, score_items
 from eval.style import read_polite_requests
-from eval.tasks.opened import open_tasks
-from eval.tasks.problems import judge
-from eval.tasks.replies import as_text, describe, first_answer, judge_answer, judge_style
 from fuzz.hostile import Outcome, Thrower, thrown
-from fuzz.mutations import PLACES, damaged_folder, files_of, lay_out, put, values, written
-from LMConfig import LMConfig
+from fuzz.mutations import damaged_folder, files_of, lay_out
+from fuzz.suites import SCORED, SUITES, as_lines, measured, suite
 from model import MiniDeepSeek
 from model.checkpoint.gguf_export import export_gguf
 from model.checkpoint.hf_import import import_folder
@@ -55,25 +46,15 @@ from training.adapters.lora import LoraSettings
 from training.alignment.reference import load_log_probs, save_log_probs
 from training.distill.answers import Answer, Ask, Journal
 from training.optim.build import OptimSettings, build_optimizer
-from training.run.checkpoint import Progress, Snapshot, newest
+from training.run.checkpoint import Progress, Snapshot, load_training_state
 from training.run.log import RunLog, read_metrics
 from training.run.plots import draw_run
-from training.run.resume import WholeModel, find_checkpoint, restore
+from training.run.resume import WholeModel, find_checkpoint
 from training.settings import model_config, save_resolved
 from training.startup import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PROBES = ("", "Hello 123 你好\n\n\t\0 é", "".join(map(chr, range(0x250))), "</s><|user|><think>", "𝄞🙂" * 3)
-
-
-def as_csv(rows: list[list[str]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue().encode()
-
-
-def as_lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 # What reads a folder, as a script does; an assertion in it holds whatever is damaged
@@ -111,7 +92,8 @@ def resumed(folder: Path, tools: SimpleNamespace) -> None:
     """As the loop resumes a run, and one step further."""
     path, progress = find_checkpoint(folder, True, {"seed": 0})
     optimizer = build_optimizer(tools.model, OptimSettings())
-    restore(path, WholeModel(tools.model), optimizer)
+    WholeModel(tools.model).load(path)
+    load_training_state(path, tools.model, optimizer)
     optimizer.step()
     assert isinstance(progress.step, int) and progress.step >= 0 and progress.seconds >= 0
 
@@ -146,11 +128,10 @@ def held_out(folder: Path, tools: SimpleNamespace) -> None:
 
 
 def sources_of(folder: Path, tools: Any = None) -> None:
-    """Every entry of a registry asked for, as each stage would."""
-    file = next(folder / name for name in ("datasets.yaml", "dataset_info.json") if (folder / name).exists())
-    for name in Registry.read(file).entries:
-        for kind in ("text", "chat", "preference", "prompt", None):
-            find_sources(name or "./", file, kind)
+    """Every entry of a registry asked for."""
+    for file in (folder / "datasets.yaml", folder / "dataset_info.json"):
+        for name in Registry.read(file).entries if file.is_file() else ():
+            find_sources(name or "./", file, None)
 
 
 def settled(kind: type) -> Callable[[Path, SimpleNamespace], None]:
@@ -163,45 +144,6 @@ def settled(kind: type) -> Callable[[Path, SimpleNamespace], None]:
         save_resolved(settings, folder / "resolved.yaml")
 
     return begin
-
-
-JUDGES = {"exact_match": judge, "questions": judge_answer, "style": judge_style, "quality": describe}
-
-
-def measured(folder: Path, tools: Any = None) -> list[Measured]:
-    """As eval/run.py, but for lm-evaluation-harness and the model: the likeliest choice is the shortest, and the reply
-    to a question its own beginning; a page, and no picture."""
-    if (folder / "out").exists():
-        read_scores(folder / "out")
-    found = []
-    for task in open_tasks(str(folder / "suite.yaml"), theirs_first=False):
-        docs = task.settings.docs()
-        assert docs
-        samples = task.settings.keys().get("repeats", 1)
-        items = [Item(doc["group"], values_of(task.kind, doc, samples), chance(doc)) for doc in docs]
-        scores = score_items(items, {}, bootstrap=task.kind == "quality")
-        assert items and scores
-        found.append(Measured(task.name, vars(task.settings), scores, len(items), 0, 1.0))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.score_files.draw", lambda *_: None)  # a tenth of a second
-        write_scores(folder / "out", "model", {"ckpt": "a", "dtype": "fp32", "files": []}, found)
-    return found
-
-
-def values_of(kind: str, doc: dict[str, Any], samples: int) -> dict[str, Any]:
-    if kind == "multiple_choice":
-        assert doc["prompt"] and len(doc["choices"]) > doc["answer"]
-        shortest = min(range(len(doc["choices"])), key=lambda place: len(doc["choices"][place]))
-        return {"acc": float(shortest == doc["answer"])}
-    if kind == "text":
-        size = len(doc["text"].encode())
-        return {"bits_per_byte": (-2.0 * size, size)}
-    assert as_text(doc["turns"])
-    return JUDGES[kind](doc, [[first_answer(doc["question"])] * samples])
-
-
-def chance(doc: dict[str, Any]) -> float | None:
-    return 1 / len(doc["choices"]) if "choices" in doc else None
 
 
 # The whole files that are damaged
@@ -273,9 +215,6 @@ ENTRIES = [
     }
     for step in range(4)
 ]  # fmt: skip
-SCORES = [Score("all", "acc", 0.5, 0.4, 0.6, 0.25, 10), Score("all", "bits_per_byte", 2.0, items=10, share=False)]
-WORDS = Measured("words", {"kind": "TextLikelihood", "chunk": 2}, SCORES, 10, 0, 1.0, "ab")
-SCORED = json.dumps({"ckpt": "a", "weights": {}, "suites": {"words": WORDS.to_dict()}}).encode()
 RUNS = {f"{name}/metrics.jsonl": as_lines(ENTRIES) for name in "ab"}
 RUNS |= {f"{name}/eval/final/scores.json": SCORED for name in "ab"}
 LLAMA_FACTORY = {
@@ -285,38 +224,6 @@ LLAMA_FACTORY = {
              "columns": {"messages": "conversations"}, "tags": {"role_tag": "from", "user_tag": "human"}},
 }  # fmt: skip
 QUESTIONS = b'{"question": "1+1?", "answer": "2", "kind": "sum", "opening": "a", "closing": "b"}\n' * 3
-CHOICES = ["春天", "夏天, 也许", "autumn", "winter"]
-ASKED = [f"第{number}题：现在是什么季节？" for number in range(5)]
-HEADED = [[str(number), text, *CHOICES, "ABCD"[number % 4]] for number, text in enumerate(ASKED)]
-PROBLEMS = as_lines([{"question": f"{n} + 1?", "answer": f"It is {n} + 1 = {n + 1}.\n#### {n + 1}"} for n in range(5)])
-REPLIES = as_lines([{"question": f"{n}?", "answer": f"{n}", "kind": "$n$", "opening": "a", "closing": "b"}
-                    for n in range(5)])  # fmt: skip
-# What measures a layout, and its files.
-SUITES: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {
-    "ceval": ({"multiple_choice": {"data": ".", "split": "val", "shots": 2, "chat": True}}, {
-        "val/law_val.csv": as_csv([["id", "question", "A", "B", "C", "D", "answer"], *HEADED]),
-        "dev/law_dev.csv": as_csv([["id", "question", "A", "B", "C", "D", "answer", "explanation"],
-                                   *([*row, "因为"] for row in HEADED)]),
-    }),
-    "cmmlu": ({"multiple_choice": {"data": ".", "split": "test", "form": "text", "cue": ""}}, {
-        f"test/{name}.csv": as_csv([["", "Question", "A", "B", "C", "D", "Answer"], *HEADED]) for name in ("law", "art")
-    }),
-    "mmlu": ({"multiple_choice": {"data": ".", "split": "test", "intro": "About {subject}.\n\n"}},
-             {"test/anatomy_test.csv": as_csv([row[1:] for row in HEADED])}),
-    "arc": ({"multiple_choice": {"data": "a.jsonl"}}, {"a.jsonl": as_lines(
-        [{"question": text, "choices": {"text": CHOICES, "label": list("ABCD")}, "answer": 1, "subject": "s"}
-         for text in ASKED])}),
-    "gsm8k": ({"exact_match": {"data": "test.jsonl", "max_new_tokens": 40}}, {"test.jsonl": PROBLEMS}),
-    "sampled": ({"exact_match": {"data": "test.jsonl", "shots_data": "train.jsonl", "samples": 2, "temperature": 1.0,
-                                 "k": [1, 2], "shots": 1, "max_new_tokens": 9}},
-                {"test.jsonl": PROBLEMS, "train.jsonl": PROBLEMS}),
-    "text": ({"text": {"data": "a.jsonl", "window": 16, "stride": 8}},
-             {"a.jsonl": as_lines([{"text": t} for t in ASKED])}),
-    "plain": ({"text": {"data": "a.txt", "window": 16, "stride": 8}}, {"a.txt": "\n".join(ASKED).encode()}),
-    "questions": ({"questions": {"data": "q.jsonl", "max_new_tokens": 5}}, {"q.jsonl": REPLIES}),
-    "style": ({"style": {"data": "q.jsonl", "max_new_tokens": 5}}, {"q.jsonl": REPLIES}),
-    "quality": ({"quality": {"data": "p.jsonl", "max_new_tokens": 20}}, {"p.jsonl": REPLIES}),
-}  # fmt: skip
 STAGES = {
     "pretrain": (pretrain.PretrainSettings, {"data": "a", "out": "b"}),
     "sft": (full_sft.SFTSettings, {"data": "a", "out": "b", "ckpt": "c"}),
@@ -324,12 +231,6 @@ STAGES = {
     "dpo": (dpo_train.DPOSettings, {"data": "a", "out": "b", "ckpt": "c"}),
     "grpo": (grpo_train.GRPOSettings, {"data": "a", "out": "b", "ckpt": "c"}),
 }
-
-
-def suite(name: str) -> dict[str, bytes]:
-    """The files of a suite, and what an earlier measurement left."""
-    content, files = SUITES[name]
-    return {**files, "suite.yaml": yaml.safe_dump(content).encode(), "out/scores.json": SCORED}
 
 
 def recipe(name: str) -> dict[str, bytes]:
@@ -370,11 +271,6 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tools(model: MiniDeepSeek, tokenizer: Tokenizer, checkpoint: dict[str, bytes], world: Path) -> SimpleNamespace:
-    return SimpleNamespace(model=model, tokenizer=tokenizer, checkpoint=checkpoint, world=world)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def not_rendered() -> Iterator[None]:
     """Pictures are laid out, but not made, which would take seconds each."""
@@ -407,61 +303,3 @@ def test_a_folder_with_a_damaged_file(name: str, throw: Thrower, tools: SimpleNa
                 assert folder.with_name("made").exists() == (done.code == 0)
 
     case()
-
-
-@thrown(2)
-@given(data=st.data())
-def test_a_config_with_other_values(throw: Thrower, tools: SimpleNamespace, data: st.DataObject) -> None:
-    """Single fields replaced, so that more of them get far; what `LMConfig` takes can be built, without memory."""
-    config = json.loads(tools.checkpoint["config.json"])
-    for name in data.draw(st.lists(st.sampled_from(sorted(config)), min_size=1, max_size=2)):
-        config[name] = data.draw(values() | st.integers(-3, 100) | st.floats())
-    made = throw(LMConfig.from_dict, config).value
-    if made is not None and made.num_hidden_layers < 100 and made.num_nextn_predict_layers < 100:
-        with torch.device("meta"):
-            throw(MiniDeepSeek, made)
-    with tempfile.TemporaryDirectory() as place:
-        throw(opened, lay_out(Path(place), {**tools.checkpoint, "config.json": written(config)}), tools)
-
-
-OTHERS = (
-    {"type": "Lowercase"}, {"type": "NFKC"}, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
-    {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}, {"type": "Whitespace"}, {"type": "Strip"},
-    {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]}, {"type": "Fuse"}, {"type": "Metaspace"},
-    {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"},
-    {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
-    {"strategy": {"Fixed": 4}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 3, "pad_type_id": 0,
-     "pad_token": "<pad>"},
-)  # fmt: skip
-PARTS = ("version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation",
-         "padding", "model")  # fmt: skip
-
-
-@thrown()
-@given(part=st.sampled_from(PARTS), other=st.sampled_from(OTHERS).map(copy.deepcopy) | values())
-def test_a_tokenizer_with_parts_of_another(throw: Thrower, tools: SimpleNamespace, part: str, other: Any) -> None:
-    content = {**json.loads(tools.checkpoint["tokenizer.json"]), part: other}
-    with tempfile.TemporaryDirectory() as place:
-        throw(tokenised, lay_out(Path(place), {"tokenizer.json": written(content)}), tools)
-
-
-@pytest.mark.parametrize("change", ["gap", "twice", "beyond", "lost byte"])
-def test_ids_that_do_not_match_the_vocabulary(throw: Thrower, tools, change: str, tmp_path: Path) -> None:
-    content = json.loads(tools.checkpoint["tokenizer.json"])
-    vocab = content["model"]["vocab"]
-    last = max(vocab, key=vocab.get)
-    if change == "lost byte":
-        vocab["Ġxyz"] = vocab.pop("Ā")  # the letter of the byte 0
-    else:
-        vocab[last] = {"gap": vocab[last] + 5, "twice": vocab[last] - 1, "beyond": 2**32 - 1}[change]
-    done = throw(tokenised, lay_out(tmp_path, {"tokenizer.json": json.dumps(content).encode()}), tools)
-    assert done.code == 2 and "tokenizer.json" in done.err, done
-
-
-@pytest.mark.parametrize("place", sorted(set(PLACES)))
-@pytest.mark.parametrize("name", ["step-9", "step-99999999999999999999", "final", "step-x", "step-"])
-def test_what_lies_beside_checkpoints(throw: Thrower, tools: SimpleNamespace, name: str, place: str, tmp_path) -> None:
-    saved_run(tmp_path, tools)
-    put(tmp_path / name, b"x", place)
-    throw(newest, tmp_path)
-    throw(resumed, tmp_path, tools)
