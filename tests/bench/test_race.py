@@ -106,11 +106,6 @@ def test_a_program_without_an_end_is_stopped_and_its_weights_of_each_moment_scor
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_when_a_curve_falls_to_a_value():
-    points = [{"seconds": s, "bits_per_byte": b} for s, b in ((0, 4.0), (10, 3.0), (30, 2.0))]
-    assert [RACE.seconds_to(points, target) for target in (5.0, 3.5, 2.5, 1.0)] == [0, 5.0, 20.0, None]
-
-
 @pytest.mark.parametrize(
     ("given", "what"),
     [
