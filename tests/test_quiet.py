@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,27 @@ def imported(body: list[ast.stmt]) -> list[str]:
     return names
 
 
+@cache
+def imports_of(path: Path) -> tuple[set[Path], set[str]]:
+    """The files of the project, and the names of other packages."""
+    files, others = set(), set()
+    for name in imported(ast.parse(path.read_text(encoding="utf8")).body):
+        place = ROOT.joinpath(*name.split("."))
+        found = {file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()}
+        files |= found
+        others |= set() if found else {name.split(".")[0]}
+    return files, others
+
+
 def closure(script: str) -> set[str]:
-    """All that importing a script imports, files of the project and names of other packages."""
-    found, todo = set(), [ROOT / script]
+    """The packages that importing a script imports, itself or through files of the project."""
+    seen, packages, todo = set(), set(), {ROOT / script}
     while todo:
-        path = todo.pop()
-        for name in imported(ast.parse(path.read_text(encoding="utf8")).body):
-            place = ROOT.joinpath(*name.split("."))
-            files = [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
-            todo += [file for file in files if str(file) not in found]
-            found |= {str(file) for file in files} or {name.split(".")[0]}
-    return found
+        files, others = imports_of(path := todo.pop())
+        seen.add(path)
+        todo |= files - seen
+        packages |= others
+    return packages
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -54,7 +65,6 @@ def test_the_closure_sees_through_modules_and_contexts():
 def test_remarks_of_an_import_are_quiet_and_errors_are_not(caplog, monkeypatch):
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     logger = logging.getLogger("torchao")
-    before = logger.level
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         with quiet_imports():
@@ -63,7 +73,7 @@ def test_remarks_of_an_import_are_quiet_and_errors_are_not(caplog, monkeypatch):
             warnings.warn("advice", FutureWarning, stacklevel=1)
         logger.warning("later")
     assert [record.message for record in caplog.records] == ["broken", "later"]
-    assert not heard and logger.level == before
+    assert not heard
 
 
 def test_remarks_of_the_compiler_are_quiet():

@@ -61,6 +61,16 @@ def test_rates_and_decay_go_by_name_and_shape(model):
     assert {name: found[p] for name, p in model.named_parameters()} == wanted
 
 
+def test_decay_is_on_matrices_only_and_the_routers_bias_is_no_parameter(tiny_model):
+    model = tiny_model(attention_bias=True)
+    decayed, free = ([*group["params"]] for group in build_optimizer(model, OptimSettings()).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    ends = ("norm.weight", "layernorm.weight", "bias")
+    assert not any(names[id(p)].endswith(ends) for p in decayed) and all(names[id(p)].endswith(ends) for p in free)
+    assert len(decayed) + len(free) == len(names)
+    assert not any(name.endswith("e_score_correction_bias") for name in names.values())
+
+
 def test_a_rate_that_is_a_tensor_is_changed_in_place(model):
     """torchao compiles its step for the tensor, not for the number."""
     optimizer = build_optimizer(model, OptimSettings(kind="adamw8bit"))
