@@ -13,7 +13,7 @@ import pytest
 from dataset import PromptDataset
 from errors import UserError
 from text.chats.arithmetic import arithmetic_problem
-from text.chats.problems import open_problems, to_problem
+from text.chats.problems import Problems, open_problems, read_problems, to_problem
 from text.sources.row_report import RowError, RowReport
 from training.alignment.rewards import is_correct
 
@@ -69,19 +69,18 @@ def test_rows_that_cannot_be_used_are_named(row, kind, what):
 def test_bad_rows_are_counted_with_their_places_or_stop_the_reading(tmp_path):
     rows = [GSM8K, {"question": "Q"}, {"question": "R", "answer": "1"}, GSM8K, {"question": "S", "answer": "\n####"}]
     path, report = write(tmp_path / "p.jsonl", rows), RowReport()
-    problems = open_problems(path, report=report)
-    assert len(problems) == 2 and (report.rows, report.kept) == (5, 2)
+    assert len(read_problems(path, report=report)[0]) == 2 and (report.rows, report.kept) == (5, 2)
     assert dict(report.problems) == {"no answer": 1, "question asked before": 1, "unparsable answer": 1}
     assert report.examples["no answer"][0].startswith(f"{path}:2: ")
     with pytest.raises(UserError, match=r"p.jsonl:2: .*fix or drop the row or pass --on_error skip"):
-        open_problems(path, on_error="stop")
+        read_problems(path, on_error="stop")
     with pytest.raises(UserError, match=r"no problem to train on; .*has 'question'"):
         open_problems(write(tmp_path / "empty.jsonl", [{"question": "Q"}]))
 
 
 def test_a_file_is_shown_once_an_epoch_and_never_what_is_held_out(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"question": f"Q{i}", "answer": str(i)} for i in range(50)])
-    problems = open_problems(path, val_fraction=0.2)
+    problems = Problems.listed(*read_problems(path, val_fraction=0.2))
     held = {problem.question for problem in problems.held_out(100)}
     epochs = [
         [problems.problem(len(problems) * epoch + i, 3).question for i in range(len(problems))] for epoch in (0, 1)
@@ -89,10 +88,8 @@ def test_a_file_is_shown_once_an_epoch_and_never_what_is_held_out(tmp_path):
     assert 3 <= len(held) <= 20 and len(problems) + len(held) == 50
     assert set(epochs[0]) == set(epochs[1]) == {f"Q{i}" for i in range(50)} - held
     assert epochs[0] != epochs[1] and len(set(epochs[0])) == len(epochs[0])
-    more = open_problems(
-        write(tmp_path / "more.jsonl", [{"question": f"Q{i}", "answer": "1"} for i in range(90)]), val_fraction=0.2
-    )
-    assert held < {problem.question for problem in more.held_out(100)}
+    write(tmp_path / "p.jsonl", [{"question": f"Q{i}", "answer": "1"} for i in range(90)])
+    assert held < {problem.question for problem in read_problems(path, val_fraction=0.2)[1]}
 
 
 def test_arithmetic_takes_its_levels_in_turn_and_measures_on_held_out_sums():

@@ -13,7 +13,7 @@ from text.chats.encoded import EncodedChats
 from text.chats.preferences import read_preferences
 from text.chats.problems import to_problem
 from text.chats.prompts import to_prompt
-from text.check import check_source
+from text.inspection import check_source
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport
 from training.distill.answers import Answer, questions

@@ -17,7 +17,7 @@ from errors import UserError
 from text.chats.conversations import read_conversations, to_messages
 from text.chats.literals import parse_list
 from text.chats.preferences import read_preferences, to_preference
-from text.chats.problems import open_problems
+from text.chats.problems import read_problems
 from text.sources.formats import FORMATS, Layout
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport
@@ -238,10 +238,8 @@ def test_pairs_and_problems_are_read_from_every_kind_of_file(name, tmp_path):
     pairs = [{"prompt": f"[问{n}]", "chosen": "好", "rejected": "不"} for n in range(3)]
     assert list(read_preferences(write(tmp_path / name, pairs), "stop")) == [to_preference(pair) for pair in pairs]
     problems = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(3)]
-    found = open_problems(write(tmp_path / name, problems), "stop")
-    assert [(problem.question, problem.answer) for problem in found.train] == [
-        (f"{n}+1?", str(n + 1)) for n in range(3)
-    ]
+    found, _ = read_problems(write(tmp_path / name, problems), "stop")
+    assert [(problem.question, problem.answer) for problem in found] == [(f"{n}+1?", str(n + 1)) for n in range(3)]
 
 
 def test_the_hub_is_streamed_with_its_subset_split_and_columns(monkeypatch):
