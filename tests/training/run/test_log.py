@@ -114,16 +114,9 @@ def test_a_validation_has_its_units():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [
-        (0.0123, "0.012s"),
-        (5.23, "5.2s"),
-        (59.4, "59s"),
-        (59.6, "1m00s"),
-        (725, "12m05s"),
-        (11_530, "3h12m"),
-        (356_400, "4d03h"),
-    ],
-)
+    [(0.0123, "0.012s"), (5.23, "5.2s"), (59.4, "59s"), (59.6, "1m00s"), (725, "12m05s"), (11_530, "3h12m"),
+     (356_400, "4d03h")],
+)  # fmt: skip
 def test_durations_have_two_units_at_most(seconds, text):
     assert duration(seconds) == text
 
