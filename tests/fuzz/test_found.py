@@ -28,7 +28,7 @@ from fuzz.suites import SCORED, measured, suite
 from fuzz.test_fuzz_files import sources_of
 from fuzz.test_fuzz_words import REPLY, Misbehaving, gathered
 from LMConfig import LMConfig
-from model.checkpoint.gguf_tokenizer import GGUFTokenizer
+from model.checkpoint.gguf_tokenizer import read_tokenizer
 from text.tokenizer import Tokenizer
 from training.distill.answers import Journal
 from training.distill.endpoint import MOST_BYTES
@@ -72,7 +72,7 @@ def test_files_nested_deeper_than_python_can_follow(throw, tmp_path):
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "training/progress.json")
     lay_out(tmp_path, dict.fromkeys(names, DEEP.encode()))
     assert throw(LMConfig.from_pretrained, tmp_path).code == 2
-    assert throw(GGUFTokenizer.from_folder, tmp_path, 600).code == 2
+    assert throw(read_tokenizer, tmp_path, LMConfig(vocab_size=600)).code == 2
     assert throw(read_progress, tmp_path).code == 3
     assert throw(read_metrics, tmp_path / "metrics.jsonl").value == []
 
@@ -238,7 +238,7 @@ def test_an_added_token_that_is_no_text_is_refused(content, throw, checkpoint, t
     whole = json.loads(checkpoint["tokenizer.json"])
     whole["added_tokens"][5]["content"] = content
     lay_out(tmp_path, {"tokenizer.json": json.dumps(whole).encode(), "tokenizer_config.json": b"{}"})
-    assert throw(GGUFTokenizer.from_folder, tmp_path, 600).code == 2
+    assert throw(read_tokenizer, tmp_path, LMConfig(vocab_size=600)).code == 2
 
 
 @pytest.mark.parametrize("kind", ["charsmap", "long token", "key twice", "no model", "no object"])
