@@ -90,7 +90,7 @@ chaos: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-# Each bench measures interleaved and writes what it found; summary.py makes one table and one picture of them. Two peers are not among the
+# Each bench measures interleaved and writes what it found; summary.py makes one table and one picture of them. Two baselines are not among the
 # requirements: GSM8K=gsm8k_train.jsonl measures GRPO beside trl, MINIMIND=DIR races its checkout on RACE_DATA for half an hour.
 BENCH := out/bench
 GSM8K ?=

@@ -1,8 +1,7 @@
 """The routed experts (DeepSeek-V3 section 2.1.2): plan, dispatch, products, combine. No token is dropped.
 
-A token meets K of E experts. The N * K choices are sorted by expert, so that each expert's tokens are rows that follow
-each other, and its products are large; what it made of them is summed again for each token. On CUDA no step waits for
-the host.
+The N * K choices are sorted by expert, so that each expert's tokens are neighbouring rows, and its products are large;
+what it made of them is summed again for each token. On CUDA no step waits for the host.
 
 Shapes: N tokens, K experts a token, E experts, D hidden, I intermediate, R rows sorted by expert, padding included.
 """
@@ -17,18 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model.kernels.fused import weighted_swiglu
 from model.kernels.grouped import GradBuffer
-from model.ops import (
-    autocast,
-    expert_rows,
-    gather_sum,
-    grouped_linear,
-    padded_rows,
-    row_block,
-    row_tile,
-    run_experts,
-    weighted_swiglu,
-)
+from model.ops import autocast, expert_rows, gather_sum, grouped_linear, padded_rows, row_block, row_tile, run_experts
 
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
 
@@ -67,9 +57,7 @@ class Experts(nn.Module):
         """
         return run_experts(self, autocast(x_ND), weights_NK, indices_NK, corrections)
 
-    def dispatched(
-        self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping[str, LowRank]
-    ) -> Tensor:
+    def dispatched(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping) -> Tensor:
         """Plan, products, combine."""
         plan = Plan.of(indices_NK, self.gate_up_proj.shape[0], row_tile(self, x_ND, corrections))
         weights_R = Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())

@@ -28,7 +28,7 @@ from model.norm import RMSNorm
 from text.chats.chat_template import Message, encode_chat
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-F32 = 0  # ggml's number of the type: llama.cpp keeps latents in f16 unless it is told
+F32 = 0  # ggml's number of the type: llama.cpp stores latents in f16 by default
 TEXTS = [
     "你好，世界！今天是2024年10月1日，星期二。",
     "The quick brown fox isn't here; we'll see THEY'RE late, he'd say.",

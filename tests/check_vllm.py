@@ -24,7 +24,7 @@ from cli import call
 from errors import UserError, command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.checkpoint.vllm_export import export_vllm_cpu
+from model.checkpoint.hf_import import export_vllm_cpu
 from model.norm import RMSNorm
 from text.chats.chat_template import encode_chat
 from text.tokenizer import Tokenizer

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import inspect
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -158,6 +160,28 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., Run]:
         return Run(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """The reference implementation, whose import takes seconds."""
+    import transformers
+
+    return transformers
+
+
+@pytest.fixture
+def open_silently(transformers, caplog, monkeypatch) -> Callable[[Path], nn.Module]:
+    """`open_silently(folder)`: a folder in transformers, where every weight has its place and nothing is reported."""
+
+    def opened(folder: Path) -> nn.Module:
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        with caplog.at_level(logging.WARNING, logger="transformers"):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()) and not caplog.records
+        return model.eval()
+
+    return opened
 
 
 @pytest.fixture(scope="session")

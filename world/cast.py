@@ -1,4 +1,4 @@
-"""Who lives in Crescent Town (月牙镇): 40 animals, seven attributes each, dealt anew by every seed."""
+"""Who lives in Crescent Town (月牙镇): 40 animals, seven attributes each, dealt by the seed."""
 
 from __future__ import annotations
 

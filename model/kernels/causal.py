@@ -1,7 +1,6 @@
 """MLA's causal attention over whole heads on a CPU: `causal.c` for training, `fused_attention.c` for prefill.
 
-Queries, keys and values are read where their projections wrote them. No key is copied and no score kept: the backward
-pass computes the softmax's weights again.
+Queries, keys and values are read where their projections wrote them; the backward pass computes the scores again.
 """
 
 from __future__ import annotations
@@ -100,10 +99,7 @@ def prefill_fits(q: Tensor) -> bool:
 def prefill(
     q_BTHQ: Tensor, kv_BSHE: Tensor, k_rope_BSR: Tensor, rope: Tensor, scale: float, padding: Tensor | None
 ) -> Tensor:
-    """softmax(q k^T * scale) v of the last T of S positions, causal, as in `CausalAttention`. All bfloat16.
-
-    padding: (B,) int64 positions on the left that nobody but themselves sees, or None. Returns (B, T, H, value).
-    """
+    """As `CausalAttention`, all bfloat16; padding: (B,) int64 positions hidden on the left of each row, or None."""
     batch, time, heads, query = q_BTHQ.shape
     held, rope_size = k_rope_BSR.shape[1:]
     nope = query - rope_size

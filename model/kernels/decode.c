@@ -43,6 +43,8 @@ typedef struct {
   int64_t *choice, *token_of, *first_of, fixed_size;
 } Scratch;
 
+#define ROOM(count, width) (2 * (count) * ((width) + 31))  // numbers of 16 bits that so many vectors take, at most
+
 static void rms_norm(float *out, const float *x, const fine *w, int64_t n, float eps) {
   float by = 1 / sqrtf(dot(x, x, n) / n + eps);
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * by * get_fine(w + i);
@@ -312,14 +314,56 @@ static void experts(const Shape *s, const Layer *layer, Scratch *t, const Vector
 #pragma omp barrier
 }
 
-// What a thread works in: the rooms of its own are those of its number.
-static Scratch own(const Scratch *scratch, int64_t capacity) {
-  Scratch t = *scratch;
+// Cuts scratch memory into its parts for N tokens; returns how many bytes that is.
+static int64_t cut(Scratch *t, char *memory, const Shape *s, int64_t N, int64_t capacity, int threads) {
+  int64_t used = 0, choices = N * s->top_k, width = s->rank + s->rope, values = s->heads * s->value;
+  int64_t inner = s->dense_inner > s->shared_inner ? s->dense_inner : s->shared_inner;
+  int64_t widths[] = {2 * s->hidden, s->q_rank, s->rank, values, inner};
+  t->fixed_size = ROOM(choices, s->expert_inner);
+  for (int i = 0; i < 5; i++)
+    if (t->fixed_size < ROOM(N, widths[i])) t->fixed_size = ROOM(N, widths[i]);
+#define TAKE(name, count) t->name = (void *)(memory + used), used += WHOLE((count) * (int64_t)sizeof *t->name, 64)
+  TAKE(normed, N * s->hidden);
+  TAKE(q_a, N * s->q_rank);
+  TAKE(q, N * s->heads * (s->nope + s->rope));
+  TAKE(kv, N * width);
+  TAKE(attended, N * values);
+  TAKE(inner, N * inner);
+  TAKE(affinity, N * s->experts);
+  TAKE(choice_weight, choices);
+  TAKE(choice_inner, choices * s->expert_inner);
+  TAKE(joined, N * 2 * s->hidden);
+  TAKE(angles, N * s->rope);
+  TAKE(mixed, N * s->heads * s->rank);
+  TAKE(scores, HEADS * (capacity + 3) * threads);
+  TAKE(queries, N * WHOLE(s->heads, HEADS) * width);
+  TAKE(fixed, t->fixed_size * threads);
+  TAKE(choice, choices);
+  TAKE(token_of, choices);
+  TAKE(first_of, s->experts + 1);
+  return used;
+}
+
+int64_t scratch(const Shape *s, int64_t N, int64_t capacity, int threads) {
+  Scratch t;
+  return cut(&t, NULL, s, N, capacity, threads);
+}
+
+static int thread(void) {
 #ifdef _OPENMP
   extern int omp_get_thread_num(void);
-  t.scores += omp_get_thread_num() * HEADS * (capacity + 3);
-  t.fixed += omp_get_thread_num() * t.fixed_size;
+  return omp_get_thread_num();
+#else
+  return 0;
 #endif
+}
+
+// What a thread works in: some parts are its own.
+static Scratch own(char *memory, const Shape *s, int64_t N, int64_t capacity, int threads) {
+  Scratch t;
+  cut(&t, memory, s, N, capacity, threads);
+  t.scores += thread() * HEADS * (capacity + 3);
+  t.fixed += thread() * t.fixed_size;
   return t;
 }
 
@@ -418,15 +462,15 @@ static void whole(const Shape *s, const Layer *layers, int64_t count, Scratch *t
 
 // From tokens (rows * time,) to logits (rows * last, vocab) of each row's last positions, the likeliest tokens and
 // their probabilities (rows * last,), and in x (N, hidden) all states before the final norm. An MTP layer also reads
-// `state` (N, hidden). padding: (rows,) or NULL; held: (rows,) positions before the new ones; scratch.scores holds
-// HEADS * (capacity + 3) numbers for each thread.
-void step(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, const Ends *ends,
+// `state` (N, hidden). padding: (rows,) or NULL; held: (rows,) positions before the new ones; memory: as
+// many bytes as `scratch` says.
+void step(const Shape *s, const Layer *layers, int64_t count, char *memory, const Ends *ends,
           const int64_t *tokens, const float *state, float *x, float *logits, int64_t *choice, float *confidence,
           const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t last, int64_t capacity,
           int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Scratch t = own(scratch, capacity);
+    Scratch t = own(memory, s, rows * time, capacity, threads);
     whole(s, layers, count, &t, ends, tokens, state, x, logits, choice, confidence, padding, held, rows, time, last,
           capacity);
   }
@@ -435,7 +479,7 @@ void step(const Shape *s, const Layer *layers, int64_t count, const Scratch *scr
 // What a pass of speculative decoding works on. states, logits and choice have most + 1 rows, x twice as many.
 typedef struct {
   const Shape *shape;
-  const Scratch *scratch;
+  char *memory;  // see `scratch`; for most + 1 tokens
   const Layer *layers, *mtp;  // of the main model, and its one MTP layer
   int64_t count, most, capacity;  // of main layers; of drafts; of the cache
   const Ends *ends, *mtp_ends;
@@ -456,7 +500,7 @@ int64_t speculate(const Speculation *p, int64_t known, int64_t fresh, int64_t *d
   int64_t drafts = 0, kept = 0;
 #pragma omp parallel num_threads(p->threads)
   {
-    Scratch t = own(p->scratch, p->capacity);
+    Scratch t = own(p->memory, s, p->most + 1, p->capacity, p->threads);
     int64_t held = known - 1 - fresh, time = fresh, made = 0;
     const float *state = p->states;
     float likely = 1;
@@ -485,14 +529,13 @@ int64_t speculate(const Speculation *p, int64_t known, int64_t fresh, int64_t *d
   return known + kept + 1;
 }
 
-// out (N, O) = x (N, I) w^T: the output head. scales: NULL, or those of its codes (O,); room: `vectors` for each thread.
+// out (N, O) = x (N, I) w^T: the output head. scales: NULL, or those of its codes (O,); room: ROOM for each thread.
 void project(float *out, const float *x, const void *w, const float *scales, int16_t *room, int64_t N, int64_t O,
              int64_t I, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Scratch t = own(&(Scratch){.fixed = room, .fixed_size = 2 * N * (I + 31)}, 0);
     Vector vector[N];
-    vectors(vector, x, N, I, (Matrix){w, scales}, t.fixed);
+    vectors(vector, x, N, I, (Matrix){w, scales}, room + thread() * ROOM(N, I));
     product(out, vector, (Matrix){w, scales}, NULL, N, O, I, 0);
   }
 }

@@ -91,7 +91,7 @@ def test_scores_stand_side_by_side_and_those_that_differ_are_marked(runs):
 
 
 def test_scores_on_other_items_are_not_to_be_compared(runs, tmp_path):
-    other = write_scores(tmp_path / "peer", items=20, exam=(0.9, 0.8, 1.0))
+    other = write_scores(tmp_path / "other", items=20, exam=(0.9, 0.8, 1.0))
     page = markdown(open_runs([runs[0], str(other)]))
     assert "exam: settings or items differ between the runs; its numbers are not to be compared." in page
     assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "–"]

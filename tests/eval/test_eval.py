@@ -27,7 +27,6 @@ from eval.questions import Question, Result, accuracy, questions, read_questions
 from eval.report import report
 from eval.style import PoliteRequest, in_style, read_polite_requests, score_style, style
 from model.decoding.sampling import Sampling
-from model.experts import Experts
 from model.quantized import Int8Weight, QuantizedLinear
 
 
@@ -45,16 +44,24 @@ def script(function):
     return main
 
 
+def nats_of(answerer: Answerer, ids: list[int]) -> torch.Tensor:
+    """Of each token but the first, in one pass."""
+    line = torch.tensor([ids])
+    with torch.no_grad():
+        logits = answerer.model(line[:, :-1]).logits[0]
+    return torch.nn.functional.cross_entropy(logits, line[0, 1:], reduction="none")
+
+
+REQUEST = PoliteRequest("请把书交给阿橘。", "你好！我把书交给阿橘。很高兴帮到你。", "你好！", "很高兴帮到你。")
+
+
 # Perplexity
 
 
 def test_a_short_text_has_the_loss_of_one_pass(answerer, world):
     text = (world / "heldout.txt").read_text(encoding="utf8")[:300]
     ids = answerer.tokenizer.encode(text)
-    line = torch.tensor([[answerer.tokenizer.eos_id, *ids]])
-    with torch.no_grad():
-        logits = answerer.model(line[:, :-1]).logits[0]
-    nats = torch.nn.functional.cross_entropy(logits, line[0, 1:], reduction="sum").item()
+    nats = nats_of(answerer, [answerer.tokenizer.eos_id, *ids]).sum().item()
     score = score_text(answerer, iter([text]))
     assert score.nll == pytest.approx(nats, rel=1e-5)
     assert (score.tokens, score.bytes) == (len(ids), len(text.encode()))
@@ -70,12 +77,9 @@ def test_a_long_text_has_the_loss_of_its_windows(window, answerer, world):
     assert len(line) > 2 * window
     nats, start, done = 0.0, 0, 1
     while done < len(line):
-        piece = torch.tensor([line[start : start + window + 1]])
-        with torch.no_grad():
-            logits = answerer.model(piece[:, :-1]).logits[0]
-        losses = torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="none")
-        nats += losses[done - start - 1 :].sum().item()
-        done = start + piece.shape[1]
+        piece = line[start : start + window + 1]
+        nats += nats_of(answerer, piece)[done - start - 1 :].sum().item()
+        done = start + len(piece)
         start = done - 1 - window // 2
     score = score_text(answerer, iter([text[:333], text[333:]]), window, batch=3)
     assert score.tokens == len(line) - 1 and score.nll == pytest.approx(nats, rel=1e-4)
@@ -118,14 +122,16 @@ def test_a_file_is_read_in_blocks_that_lose_nothing(tmp_path, monkeypatch):
         assert "".join(blocks) == text and all(block.endswith("\n") for block in blocks[:-1])
 
 
-def test_perplexity_prints_one_json_object(pretrained, world, run):
-    done = run(script(perplexity), "--ckpt", pretrained / "final", "--file", world / "heldout.txt", "--json")
+def test_perplexity_prints_one_json_object(pretrained, tmp_path, world, run):
+    text = (world / "heldout.txt").read_text(encoding="utf8")[:3000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf8")
+    options = ["--ckpt", pretrained / "final", "--file", tmp_path / "text.txt"]
+    done = run(script(perplexity), *options, "--json")
     score = json.loads(done.out)
     assert done.code == 0 and set(score) == {"nll", "tokens", "bytes", "bits_per_byte", "perplexity"}
-    assert score["bytes"] == (world / "heldout.txt").stat().st_size
+    assert score["bytes"] == len(text.encode())
     assert score["bits_per_byte"] == pytest.approx(score["nll"] / math.log(2) / score["bytes"])
-    done = run(script(perplexity), "--ckpt", pretrained / "final", "--file", world / "heldout.txt")
-    assert f"{score['bits_per_byte']:.4f} bits per byte" in done.out
+    assert f"{score['bits_per_byte']:.4f} bits per byte" in run(script(perplexity), *options).out
 
 
 @pytest.mark.parametrize(
@@ -180,28 +186,26 @@ def test_questions_are_asked_and_counted(answerer, pretrained, tmp_path, run):
     assert "50.0%" in shown and "66.7%" in shown and "expected never" in shown and texts[2] in shown
 
 
+@pytest.mark.parametrize("read", [read_questions, read_polite_requests])
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ('{"question": "a", "answer": "b"}\n{"question": "a"}\n', "asked.jsonl:2: not an object with"),
-        ('{"question": "a", "ans', "asked.jsonl:1: not an object with"),
-        ("[1]\n", "asked.jsonl:1: not an object with"),
-        ("\n", "asked.jsonl: no questions in it"),
-        (None, "asked.jsonl: cannot be read"),
+        (json.dumps(vars(REQUEST)) + '\n{"question": "a"}\n', ":2: not an object with"),
+        ('{"question": "a", "ans', ":1: not an object with"),
+        ("[1]\n", ":1: not an object with"),
+        ("\n", ": no questions in it"),
+        (None, ": cannot be read"),
     ],
-)
-def test_questions_that_cannot_be_read_are_named(content, what, tmp_path):
+)  # fmt: skip
+def test_questions_and_requests_that_cannot_be_read_are_named(content, what, read, tmp_path):
     path = tmp_path / "asked.jsonl"
     if content is not None:
         path.write_text(content, encoding="utf8")
-    with pytest.raises(UserError, match=what):
-        read_questions(path)
+    with pytest.raises(UserError, match=f"^{path}{what}"):
+        read(path)
 
 
 # Report
-
-
-REQUEST = PoliteRequest("请把书交给阿橘。", "你好！我把书交给阿橘。很高兴帮到你。", "你好！", "很高兴帮到你。")
 
 
 @pytest.mark.parametrize(
@@ -231,25 +235,9 @@ def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_pa
     assert asked == [(Sampling(temperature=0.7), 0)]
     monkeypatch.undo()
     path = tmp_path / "requests.jsonl"
-    path.write_text(json.dumps(vars(REQUEST), ensure_ascii=False) + "\n\n", encoding="utf8")
+    write_questions(path, vars(REQUEST))
     printed = [run(script(style), "--ckpt", pretrained / "final", "--file", path, "--json").out for _ in range(2)]
     assert printed[0] == printed[1] and json.loads(printed[0])["answers"] == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        ("", "no questions in it"),
-        ('{"question": "Q", "answer": "A"}\n', ":1: not an object with"),
-        (None, "cannot be read"),
-    ],
-)
-def test_polite_requests_that_cannot_be_read_are_named(content, what, tmp_path):
-    path = tmp_path / "requests.jsonl"
-    if content is not None:
-        path.write_text(content, encoding="utf8")
-    with pytest.raises(UserError, match=f"{path}.*{what}"):
-        read_polite_requests(path)
 
 
 def test_the_report_compares_the_stages_on_held_out_text(pretrained, world, tmp_path, run):
@@ -333,7 +321,7 @@ def test_the_history_grows_until_it_is_reset(talk, asked):
     assert roles == ["user", "assistant", "user"] and asked[1][1]["content"] in done.out
 
 
-def test_bytes_that_are_no_text_are_told_of_and_the_conversation_goes_on(talk, asked, monkeypatch):
+def test_bytes_that_are_not_text_are_reported_and_the_conversation_continues(talk, asked, monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO("一\n".encode() + b"\xc4\xe3\xba\xc3\n" + "二\n".encode()), encoding="utf-8")
     monkeypatch.setattr(io, "StringIO", lambda lines: typed)
     done = talk("")
@@ -354,7 +342,7 @@ def test_an_unknown_command_shows_the_commands_and_asks_nothing(talk, asked):
     assert done.out.count("/reset forgets the conversation, /system TEXT") == 2 and not asked
 
 
-def test_a_conversation_that_is_too_long_says_so_and_goes_on(talk, asked):
+def test_a_conversation_that_is_too_long_says_so_and_continues(talk, asked):
     done = talk("嗯" * 3000 + "\n好\n")
     assert done.err.count("error: the conversation has") == 1 and "/reset" in done.err
     assert [len(messages) for messages in asked] == [1, 1] and done.code == 0
@@ -363,24 +351,23 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(talk, asked):
 @torch.no_grad()
 def test_int8_weights_answer_as_their_rounded_values_would(pretrained):
     folder = str(pretrained / "final")
-    packed, rounded = Answerer.open(folder, "cpu", "fp32", quantize="int8"), Answerer.open(folder, "cpu", "fp32")
-    ids, changed = torch.arange(100, 124)[None], 0
-    exact = rounded.model(ids).logits
-    for name, module in packed.model.named_modules():
+    packed, rounded = (Answerer.open(folder, "cpu", "fp32", quantize=bits).model for bits in ("int8", ""))
+    ids, weights = torch.arange(100, 124)[None], dict(rounded.named_parameters())
+    exact, changed = rounded(ids).logits, 0
+    for name, module in packed.named_modules():
+        held = {key: getattr(module, key, None) for key in ("gate_up_proj", "down_proj")}
         if isinstance(module, QuantizedLinear):
-            rounded.model.get_submodule(name).weight.copy_(module.quantized.dense(torch.float32))
-            changed += 1
-        elif isinstance(module, Experts) and isinstance(module.down_proj, Int8Weight):
-            twin = rounded.model.get_submodule(name)
-            twin.gate_up_proj.copy_(module.gate_up_proj.dense(torch.float32))
-            twin.down_proj.copy_(module.down_proj.dense(torch.float32))
-            changed += 2
-    logits = packed.model(ids).logits
-    torch.testing.assert_close(logits, rounded.model(ids).logits)
+            held = {"weight": module.quantized}
+        for key, value in held.items():
+            if isinstance(value, Int8Weight):
+                weights[f"{name}.{key}"].copy_(value.dense(torch.float32))
+                changed += 1
+    logits = packed(ids).logits
+    torch.testing.assert_close(logits, rounded(ids).logits)
     assert changed > 10 and 0 < (logits - exact).norm() / exact.norm() < 0.05
     prompt = ids[:, :9]
-    plain = rounded.model.generate(prompt, max_new_tokens=20)
-    for model in packed.model, rounded.model:
+    plain = rounded.generate(prompt, max_new_tokens=20)
+    for model in packed, rounded:
         assert torch.equal(model.generate(prompt, max_new_tokens=20, speculative=True, draft_tokens=2), plain)
 
 

@@ -88,14 +88,6 @@ def test_fused_kernels_get_one_head_size(kind, monkeypatch):
     assert sizes == [(6, 6, 6)]
 
 
-def test_a_model_longer_than_the_chunks_gives_the_same_logits(tiny_model, monkeypatch):
-    model = tiny_model()
-    ids = torch.randint(0, 61, (1, 40))
-    chunked = model(ids).logits
-    monkeypatch.setattr(attention, "LONGEST_CHUNKED", 39)
-    torch.testing.assert_close(model(ids).logits, chunked, atol=1e-4, rtol=1e-4)
-
-
 def fake_flash_attn(calls: list[str]) -> SimpleNamespace:
     """The two functions of flash-attn by plain operations; they insist on one head size, as the kernels do."""
 
@@ -118,16 +110,6 @@ def fake_flash_attn(calls: list[str]) -> SimpleNamespace:
         return torch.cat(parts)
 
     return SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
-
-
-def test_segments_for_flash_attn_equal_the_masked_plain_attention():
-    q, k, v = torch.randn(3, 2, 11, 3, 6).unbind()
-    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, -1, -1], [2, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]])
-    attention_mask = AttentionMask.within_segments(segments)
-    out = attention.segments(fake_flash_attn([]), q, k, v, 0.3, attention_mask.segment_ends)
-    assert "allowed" not in vars(attention_mask)  # no mask of time x time
-    mask = causal(11, 11, q.device) & (segments[:, None, :, None] == segments[:, None, None, :])
-    torch.testing.assert_close(out, plain_attention(q, k, v, 0.3, mask), atol=1e-5, rtol=1e-5)
 
 
 def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(monkeypatch):

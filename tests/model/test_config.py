@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from errors import UserError
 from LMConfig import PRESETS, LMConfig
-from model import MiniDeepSeek, costs
-from model.costs import count, human, main, table
+from model import MiniDeepSeek, cost_table
+from model.cost_table import main, table
+from model.costs import count, human
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "mscale": 1.0, "mscale_all_dim": 1.0}
 
@@ -154,7 +154,7 @@ def test_training_flops_are_six_a_weight_and_token(tiny_config):
 
 
 def test_the_command_prints_a_line_for_each_preset(monkeypatch, run):
-    monkeypatch.setattr(costs, "PRESETS", {name: PRESETS[name] for name in ("demo", "64m")})
+    monkeypatch.setattr(cost_table, "PRESETS", {name: PRESETS[name] for name in ("demo", "64m")})
     lines = run(main).out.splitlines()
     assert [line.split()[0] for line in lines] == ["preset", "demo", "64m"]
     assert "activated" in lines[0] and "cache/token" in lines[0] and "FLOPs" in lines[0]
@@ -192,12 +192,12 @@ def test_a_pad_token_that_is_left_out_is_none(tiny_config):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_our_config_json_means_the_same_to_transformers_and_comes_back(name, tmp_path):
+def test_our_config_json_means_the_same_to_transformers_and_comes_back(name, tmp_path, transformers):
     config = LMConfig.preset(name)
     config.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        theirs = AutoConfig.from_pretrained(tmp_path)
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
         assert LMConfig.from_pretrained(tmp_path) == config
     assert theirs.model_type == "deepseek_v3" and theirs.architectures == ["DeepseekV3ForCausalLM"]
     rope = dict(theirs.rope_parameters)

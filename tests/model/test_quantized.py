@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import to_nf4
 
 from errors import UserError
 from LMConfig import LMConfig
@@ -41,6 +40,8 @@ def test_a_quantized_weight_is_small_and_near(weight, kind, least, most, bits, d
 
 
 def test_four_bits_are_unfolded_to_the_numbers_of_torchao(weight):
+    from torchao.quantization import to_nf4
+
     theirs = to_nf4(weight.detach().reshape(1, -1), BLOCK, SCALES).get_original_weight().view_as(weight)
     assert torch.equal(nf4(weight).dense(torch.float32), theirs)
 
