@@ -87,7 +87,7 @@ def chats_of(*lines: str) -> str:
 @pytest.mark.parametrize(
     "text", ["a\nb", "a\r\nb", "\x1b[2Jx", "a\u2028b", "\ud800", "a\u202eb", "x\0y", "好\n" * 5000]
 )
-def test_a_message_is_one_line_that_a_terminal_only_shows(text: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_message_is_one_line_that_a_terminal_only_shows(text, capsys):
     def fail() -> None:
         raise UserError(f"{text}; mend it")
 
@@ -99,7 +99,7 @@ def test_a_message_is_one_line_that_a_terminal_only_shows(text: str, capsys: pyt
     assert printed.rstrip("\n").isprintable() and printed.encode("utf-8")
 
 
-def test_a_plain_message_stays_as_it_is() -> None:
+def test_a_plain_message_stays_as_it_is():
     for message in ("数据.jsonl:3: 'a  b' is not text; mend it", "é ü 🙂 — …"):
         assert one_line(message) == message == str(UserError(message))
 

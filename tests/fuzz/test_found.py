@@ -48,7 +48,7 @@ DEEP = "[" * 30_000 + "]" * 30_000
         ("datasets.yaml", "a: 2020-13-01"),
     ],
 )
-def test_a_registry(throw: Thrower, name: str, content: str, tmp_path: Path) -> None:
+def test_a_registry(throw, name, content, tmp_path):
     (tmp_path / name).write_text(content)
     assert throw(sources_of, tmp_path).code == 2
 
@@ -56,7 +56,7 @@ def test_a_registry(throw: Thrower, name: str, content: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "line", ["batch_tokens: null", "max_minutes: .nan", "optim: {lr: .inf}", f"epochs: {'9' * 400}"]
 )
-def test_a_recipe(throw: Thrower, line: str, tmp_path: Path) -> None:
+def test_a_recipe(throw, line, tmp_path):
     (tmp_path / "r.yaml").write_text(f"data: a\nout: b\n{line}\n")
     assert throw(parse, pretrain.PretrainSettings, "", ["--config", str(tmp_path / "r.yaml")]).code == 2
 
@@ -64,11 +64,11 @@ def test_a_recipe(throw: Thrower, line: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"rms_norm_eps": float("nan")}, {"vocab_size": 2**40}, {"num_hidden_layers": 10**6}]
 )
-def test_a_config(throw: Thrower, change: dict) -> None:
+def test_a_config(throw, change):
     assert throw(LMConfig.from_dict, {**LMConfig().to_dict(), **change}).code == 2
 
 
-def test_files_nested_deeper_than_python_can_follow(throw: Thrower, tmp_path: Path) -> None:
+def test_files_nested_deeper_than_python_can_follow(throw, tmp_path):
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "training/progress.json")
     lay_out(tmp_path, dict.fromkeys(names, DEEP.encode()))
     assert throw(LMConfig.from_pretrained, tmp_path).code == 2
@@ -80,7 +80,7 @@ def test_files_nested_deeper_than_python_can_follow(throw: Thrower, tmp_path: Pa
 @pytest.mark.parametrize(
     "change", [{"step": -1}, {"run": None}, {"seconds": float("nan")}, {"step": 1.5}, {"tokens": "9"}]
 )
-def test_a_progress_that_no_run_had(throw: Thrower, change: dict, tmp_path: Path) -> None:
+def test_a_progress_that_no_run_had(throw, change, tmp_path):
     progress = {"step": 1, "tokens": 9, "seconds": 1.0, **change}
     lay_out(tmp_path, {"training/progress.json": json.dumps(progress).encode()})
     assert throw(read_progress, tmp_path).code == 3
@@ -94,7 +94,7 @@ def test_a_progress_that_no_run_had(throw: Thrower, change: dict, tmp_path: Path
         '{"step": 2, "tokens": [1]}', '{"step": true}', '{"step": 2, "sample": "x"}',
     ],
 )  # fmt: skip
-def test_a_line_of_a_log_that_no_run_wrote(line: str, throw: Thrower, tmp_path: Path) -> None:
+def test_a_line_of_a_log_that_no_run_wrote(line, throw, tmp_path):
     """They ended in a traceback when a run was resumed, compared or drawn."""
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "tokens": 9, "loss": 2.0}}\n{line}\n')
     assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1]
@@ -106,14 +106,14 @@ def test_a_line_of_a_log_that_no_run_wrote(line: str, throw: Thrower, tmp_path: 
     [{"value": "x"}, {"value": float("nan")}, {"low": 0.1, "high": None}, {"group": 3}, {"share": 1}, {"items": None},
      {"metric": "\ud800"}],
 )  # fmt: skip
-def test_scores_that_are_none(change: dict, throw: Thrower, tmp_path: Path) -> None:
+def test_scores_that_are_none(change, throw, tmp_path):
     content = json.loads(SCORED)
     content["suites"]["words"]["scores"][0].update(change)
     (tmp_path / "scores.json").write_text(json.dumps(content))
     assert throw(read_scores, tmp_path).code == 2
 
 
-def test_names_that_would_be_formulas(throw: Thrower, tmp_path: Path) -> None:
+def test_names_that_would_be_formulas(throw, tmp_path):
     r"""A subject or a folder with two dollars ended in a traceback of the picture's maker: `$\x$` is no formula."""
     scores = [Score(r"in $\x$ or $", "acc", 0.5, 0.4, 0.6, 0.25, 10)] * 2
     one = Measured(r"$\x$", {}, scores, 10, 0, 1.0)
@@ -131,7 +131,7 @@ def test_names_that_would_be_formulas(throw: Thrower, tmp_path: Path) -> None:
         ({"choices": [f"c{n}" for n in range(30)], "answer": 28}, "30 choices"),
     ],
 )
-def test_choices_that_cannot_be_asked(row: dict, what: str, throw: Thrower, tmp_path: Path) -> None:
+def test_choices_that_cannot_be_asked(row, what, throw, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "Q", **row}) + "\n")
     settings = {"data": str(tmp_path / "a.jsonl"), "form": "text"}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"multiple_choice": settings}))
@@ -139,7 +139,7 @@ def test_choices_that_cannot_be_asked(row: dict, what: str, throw: Thrower, tmp_
     assert done.code == 2 and what in done.err
 
 
-def test_worked_problems_from_two_places(throw: Thrower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worked_problems_from_two_places(throw, tmp_path, monkeypatch):
     files = suite("sampled")
     recipe = files["suite.yaml"].replace(b"train.jsonl", b"train.jsonl,test.jsonl")
     monkeypatch.chdir(lay_out(tmp_path, {**files, "suite.yaml": recipe}))
@@ -150,7 +150,7 @@ def test_worked_problems_from_two_places(throw: Thrower, tmp_path: Path, monkeyp
     "change",
     [{"finish_reason": ["stop"]}, {"finish_reason": 1}, {"message": {"content": ["a"]}}, {"message": "a"}],
 )
-def test_a_reply_of_another_type(change: dict, throw: Thrower, tmp_path: Path) -> None:
+def test_a_reply_of_another_type(change, throw, tmp_path):
     reply = {"choices": [{**REPLY["choices"][0], **change}]}
     assert not_answered(throw, tmp_path, lambda: httpx2.Response(200, json=reply)).code == 2
 
@@ -165,7 +165,7 @@ def test_a_reply_of_another_type(change: dict, throw: Thrower, tmp_path: Path) -
     ],
     ids=["infinite", "deep", "not packed", "endless"],
 )
-def test_a_reply_that_cannot_be_read(content: bytes, headers: dict, throw: Thrower, tmp_path: Path) -> None:
+def test_a_reply_that_cannot_be_read(content, headers, throw, tmp_path):
     def respond() -> httpx2.Response:
         return httpx2.Response(200, headers=headers, stream=httpx2.ByteStream(content))
 
@@ -181,7 +181,7 @@ def not_answered(throw: Thrower, folder: Path, respond: Callable[[], httpx2.Resp
 
 
 @pytest.mark.parametrize("change", [{"answer": 3}, {"finish": []}, {"tokens": "1"}, {"key": 1}])
-def test_a_line_of_a_journal_of_another_type(change: dict, throw: Thrower, tmp_path: Path) -> None:
+def test_a_line_of_a_journal_of_another_type(change, throw, tmp_path):
     row = {"key": "k", "answer": "A", "finish": "stop", "tokens": 1, **change}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
     assert throw(Journal, tmp_path / "answers.jsonl").code == 2
@@ -193,9 +193,7 @@ RUN = dict(
 )  # fmt: skip
 
 
-def test_what_was_held_out_of_a_run_that_began_with_a_checkpoint(
-    throw: Thrower, checkpoint: dict[str, bytes], world: Path, tmp_path: Path
-) -> None:
+def test_what_was_held_out_of_a_run_that_began_with_a_checkpoint(throw, checkpoint, world, tmp_path):
     """Such a run names no tokenizer: it is the checkpoint's."""
     names = {"data": str(world / "heldout.txt"), "shards": str(tmp_path / "shards"), "ckpt": str(tmp_path)}
     lay_out(tmp_path, {**checkpoint, "config.yaml": yaml.safe_dump({**RUN, **names, "tokenizer": ""}).encode()})
@@ -205,7 +203,7 @@ def test_what_was_held_out_of_a_run_that_began_with_a_checkpoint(
 @pytest.mark.parametrize(
     ("name", "value"), [("shards", "a\0"), ("encoding", "\0"), ("column", "\ud800"), ("tokenizer", "\ud800")]
 )
-def test_a_run_whose_settings_hold_no_text_is_refused(name: str, value: str, throw: Thrower, tmp_path: Path) -> None:
+def test_a_run_whose_settings_hold_no_text_is_refused(name, value, throw, tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps({**RUN, name: value}), encoding="utf8")
     done = throw(pretraining_settings, tmp_path)
     assert done.code == 2 and f"{name} has a NUL or half of a character; restore the file" in done.err
@@ -213,12 +211,12 @@ def test_a_run_whose_settings_hold_no_text_is_refused(name: str, value: str, thr
     assert throw(pretraining_settings, tmp_path).code == 0
 
 
-def test_a_name_that_is_no_utf8_can_be_printed(throw: Thrower) -> None:
+def test_a_name_that_is_no_utf8_can_be_printed(throw):
     assert throw(print, os.fsdecode(b"caf\xe9")).out == "caf\\udce9\n"
 
 
 @pytest.mark.parametrize("value", ["a\0b", "\ud800"])
-def test_a_path_that_no_file_system_has(value: str, throw: Thrower) -> None:
+def test_a_path_that_no_file_system_has(value, throw):
     done = throw(parse, pretrain.PretrainSettings, "", ["--data=a", f"--out={value}"])
     assert done.code == 2 and "half of a character" in done.err
 
@@ -230,15 +228,13 @@ def test_a_path_that_no_file_system_has(value: str, throw: Thrower) -> None:
         ({"seed": 10**30}, "a number from 0 to 2^64 - 1"),
     ],
 )
-def test_a_number_that_makes_no_sense_is_refused(option: dict, what: str, throw: Thrower) -> None:
+def test_a_number_that_makes_no_sense_is_refused(option, what, throw):
     done = throw(style, "no checkpoint", "no file", **option)
     assert done.code == 2 and what in done.err
 
 
 @pytest.mark.parametrize("content", [None, 5, ["x"], "\ud800"])
-def test_an_added_token_that_is_no_text_is_refused(
-    content: object, throw: Thrower, checkpoint: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_an_added_token_that_is_no_text_is_refused(content, throw, checkpoint, tmp_path):
     whole = json.loads(checkpoint["tokenizer.json"])
     whole["added_tokens"][5]["content"] = content
     lay_out(tmp_path, {"tokenizer.json": json.dumps(whole).encode(), "tokenizer_config.json": b"{}"})
@@ -246,9 +242,7 @@ def test_an_added_token_that_is_no_text_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["charsmap", "long token", "key twice", "no model", "no object"])
-def test_a_tokenizer_that_would_take_all_memory_is_refused(
-    kind: str, throw: Thrower, checkpoint: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_would_take_all_memory_is_refused(kind, throw, checkpoint, tmp_path):
     """tokenizers ends the process when it cannot have the memory that it asks for."""
     content = json.loads(checkpoint["tokenizer.json"])
     whole, bomb = json.dumps(content), base64.b64encode(struct.pack("<I", 2**31) + b"a" * 60).decode()

@@ -6,15 +6,13 @@ import copy
 import json
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzz.hostile import Thrower, thrown
+from fuzz.hostile import thrown
 from fuzz.mutations import PLACES, lay_out, put, values, written
 from fuzz.test_fuzz_files import opened, resumed, saved_run, tokenised
 from LMConfig import LMConfig
@@ -24,7 +22,7 @@ from training.run.checkpoint import newest
 
 @thrown(2)
 @given(data=st.data())
-def test_a_config_with_other_values(throw: Thrower, tools: SimpleNamespace, data: st.DataObject) -> None:
+def test_a_config_with_other_values(throw, tools, data):
     """Single fields replaced, so that more of them get far; what `LMConfig` takes can be built, without memory."""
     config = json.loads(tools.checkpoint["config.json"])
     for name in data.draw(st.lists(st.sampled_from(sorted(config)), min_size=1, max_size=2)):
@@ -52,14 +50,14 @@ PARTS = ("version", "added_tokens", "normalizer", "pre_tokenizer", "post_process
 
 @thrown()
 @given(part=st.sampled_from(PARTS), other=st.sampled_from(OTHERS).map(copy.deepcopy) | values())
-def test_a_tokenizer_with_parts_of_another(throw: Thrower, tools: SimpleNamespace, part: str, other: Any) -> None:
+def test_a_tokenizer_with_parts_of_another(throw, tools, part, other):
     content = {**json.loads(tools.checkpoint["tokenizer.json"]), part: other}
     with tempfile.TemporaryDirectory() as place:
         throw(tokenised, lay_out(Path(place), {"tokenizer.json": written(content)}), tools)
 
 
 @pytest.mark.parametrize("change", ["gap", "twice", "beyond", "lost byte"])
-def test_ids_that_do_not_match_the_vocabulary(throw: Thrower, tools, change: str, tmp_path: Path) -> None:
+def test_ids_that_do_not_match_the_vocabulary(throw, tools, change, tmp_path):
     content = json.loads(tools.checkpoint["tokenizer.json"])
     vocab = content["model"]["vocab"]
     last = max(vocab, key=vocab.get)
@@ -73,7 +71,7 @@ def test_ids_that_do_not_match_the_vocabulary(throw: Thrower, tools, change: str
 
 @pytest.mark.parametrize("place", sorted(set(PLACES)))
 @pytest.mark.parametrize("name", ["step-9", "step-99999999999999999999", "final", "step-x", "step-"])
-def test_what_lies_beside_checkpoints(throw: Thrower, tools: SimpleNamespace, name: str, place: str, tmp_path) -> None:
+def test_what_lies_beside_checkpoints(throw, tools, name, place, tmp_path):
     saved_run(tmp_path, tools)
     put(tmp_path / name, b"x", place)
     throw(newest, tmp_path)

@@ -286,7 +286,7 @@ def thrown_at(throw: Thrower, target: Target, folder: Path, tools: SimpleNamespa
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_folder_with_a_damaged_file(name: str, throw: Thrower, tools: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_folder_with_a_damaged_file(name, throw, tools, tmp_path):
     target = TARGETS[name]
     files = target.files if isinstance(target.files, dict) else target.files(tmp_path, tools)
     whole = thrown_at(throw, target, lay_out(tmp_path / "whole" / "case", files), tools)

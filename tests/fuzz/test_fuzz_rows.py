@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import dataset
 from dataset import ChatDataset, PreferenceDataset, PromptDataset
 from errors import UserError
-from fuzz.hostile import Thrower, thrown
+from fuzz.hostile import thrown
 from fuzz.mutations import PLACES, damaged, put, strange, strange_json, strange_lines, values
 from text.chats.chat_template import ROLE_MARKS, encode_chat, render
 from text.chats.conversations import read_conversations, to_messages
@@ -155,7 +155,7 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 @thrown()
 @given(file=data_files(), on_error=st.sampled_from(("skip", "stop")))
-def test_a_reader(throw: Thrower, reader: str, file: tuple[str, bytes, str], on_error: str) -> None:
+def test_a_reader(throw, reader, file, on_error):
     name, content, place = file
     with tempfile.TemporaryDirectory() as folder:
         put(Path(folder, name), content, place)
@@ -168,9 +168,7 @@ def test_a_reader(throw: Thrower, reader: str, file: tuple[str, bytes, str], on_
 @pytest.mark.parametrize("command", [dataset.check, dataset.preview])
 @thrown()
 @given(file=data_files())
-def test_what_dataset_py_says(
-    throw: Thrower, tokenizer_folder: Path, command: Any, file: tuple[str, bytes, str]
-) -> None:
+def test_what_dataset_py_says(throw, tokenizer_folder, command, file):
     name, content, place = file
     with tempfile.TemporaryDirectory() as folder:
         put(Path(folder, name), content, place)
@@ -190,7 +188,7 @@ STAGES = {"chat": ChatDataset, "preference": PreferenceDataset, "prompt": Prompt
 @pytest.mark.parametrize("kind", STAGES)
 @thrown()
 @given(data=st.data())
-def test_the_data_set_of_a_stage(throw: Thrower, tokenizer: Tokenizer, kind: str, data: st.DataObject) -> None:
+def test_the_data_set_of_a_stage(throw, tokenizer, kind, data):
     name, content, place = data.draw(data_files((kind,)))
     with tempfile.TemporaryDirectory() as folder:
         put(Path(folder, name), content, place)
@@ -235,7 +233,7 @@ def as_row(convert: Callable[..., Any], *given: Any) -> Any:
 @pytest.mark.parametrize("convert", [to_messages, to_preference, to_problem, to_prompt])
 @thrown()
 @given(row=ROWS, layout=LAYOUTS)
-def test_a_row(throw: Thrower, tokenizer: Tokenizer, convert: Callable[..., Any], row: Any, layout: Layout) -> None:
+def test_a_row(throw, tokenizer, convert, row, layout):
     messages = throw(as_row, convert, row, layout).value
     if convert is to_messages and messages is not None:
         assert throw(encode_chat, tokenizer, messages).code == 0
@@ -243,7 +241,7 @@ def test_a_row(throw: Thrower, tokenizer: Tokenizer, convert: Callable[..., Any]
 
 @thrown()
 @given(messages=ANYTHING | CONVERSATION | CONVERSATION.flatmap(strange), prompt=st.booleans())
-def test_messages(throw: Thrower, tokenizer: Tokenizer, messages: Any, prompt: bool) -> None:
+def test_messages(throw, tokenizer, messages, prompt):
     encoded, text = throw(encode_chat, tokenizer, messages, prompt), throw(render, messages, prompt)
     assert encoded.code == text.code
     if encoded.value is not None:
@@ -262,5 +260,5 @@ def test_messages(throw: Thrower, tokenizer: Tokenizer, messages: Any, prompt: b
 @example("[" + "9" * 5000 + "]")
 @example("['" + "\\N{DIGIT ONE}" * 1000 + "']")
 @example("[" + "-" * 10_000 + "1]")
-def test_a_list_in_a_cell(throw: Thrower, text: str) -> None:
+def test_a_list_in_a_cell(throw, text):
     throw(as_row, parse_list, text, "history")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import dataset
-from fuzz.hostile import Thrower
 from fuzz.mutations import lay_out
 from fuzz.test_fuzz_files import ROOT, TARGETS
 from fuzz.test_fuzz_words import as_script
@@ -16,7 +15,7 @@ from model import hf
 from world import greeting_messages, reasoning
 
 
-def test_a_network_beyond_any_memory(throw: Thrower, checkpoint: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_network_beyond_any_memory(throw, checkpoint, tmp_path):
     config = {**json.loads(checkpoint["config.json"]), "intermediate_size": 2**31 - 1}
     folder = lay_out(tmp_path / "old", {**checkpoint, "config.json": json.dumps(config).encode()})
     done = throw(as_script, hf.main, "import", "--from", folder, "--to", tmp_path / "new")
@@ -24,7 +23,7 @@ def test_a_network_beyond_any_memory(throw: Thrower, checkpoint: dict[str, bytes
     assert not (tmp_path / "new").exists()
 
 
-def test_data_that_would_move_the_cursor(throw: Thrower, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_data_that_would_move_the_cursor(throw, tokenizer_folder, tmp_path):
     row = {"conversations": [{"from": "\x1b[2J\n\ud800", "value": "x"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     done = throw(as_script, dataset.main, "check", tmp_path / "a.jsonl", "--tokenizer", tokenizer_folder)
@@ -33,7 +32,7 @@ def test_data_that_would_move_the_cursor(throw: Thrower, tokenizer_folder: Path,
 
 
 @pytest.mark.parametrize("script", [greeting_messages, reasoning])
-def test_a_world_into_a_file(script, throw: Thrower, tmp_path: Path) -> None:
+def test_a_world_into_a_file(script, throw, tmp_path):
     (tmp_path / "x").write_text("")
     done = throw(as_script, script.main, "--out", tmp_path / "x")
     assert done.code == 2 and f"{tmp_path / 'x'}: " in done.err and "check the path" in done.err
@@ -55,7 +54,7 @@ ENTRY_POINTS = {
 OTHERS = {"model/decoding/native.py", "model/cost_table.py", "text/judging/verifier.py", "text/world.py"}
 
 
-def test_every_entry_point_is_thrown_at() -> None:
+def test_every_entry_point_is_thrown_at():
     folders = ("eval", "model", "text", "training", "world")
     sources = {*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))}
     scripts = {str(path.relative_to(ROOT)) for path in sources if "\nif __name__ ==" in path.read_text("utf8")}

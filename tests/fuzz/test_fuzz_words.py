@@ -36,7 +36,7 @@ from eval.report import report
 from eval.run import run
 from eval.style import style
 from eval.tasks.opened import open_tasks
-from fuzz.hostile import Thrower, thrown
+from fuzz.hostile import thrown
 from fuzz.mutations import DEEP, PLACES, damaged, lay_out, put, strange, strange_json, written
 from fuzz.test_fuzz_files import ROOT, RUNS
 from fuzz.test_fuzz_rows import CONTENTS, as_lines, data_files
@@ -74,20 +74,20 @@ def single(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @thrown()
 @given(text=st.text(max_size=40) | st.text("a=,./:-1e \0", max_size=12))
-def test_what_data_names(throw: Thrower, text: str) -> None:
+def test_what_data_names(throw, text):
     throw(find_sources, text, ROOT / "datasets.yaml", None)
 
 
 @thrown(0.5)
 @given(names=st.lists(st.sampled_from(("ceval", "no-such", "a.yaml", "", "=", "../x", "text=", "text=a,b")), max_size=3)
        | st.lists(st.text(max_size=8), max_size=2))  # fmt: skip
-def test_what_suite_names(throw: Thrower, names: list[str]) -> None:
+def test_what_suite_names(throw, names):
     throw(open_tasks, ",".join(names), False)
 
 
 @thrown(0.5)
 @given(names=st.lists(st.text(max_size=6) | st.sampled_from(("a", "b", "", ".", "a/../a", "/", "\0")), max_size=3))
-def test_names_of_runs(throw: Thrower, names: list[str]) -> None:
+def test_names_of_runs(throw, names):
     with tempfile.TemporaryDirectory() as place:
         lay_out(Path(place), RUNS)
         given = [str(Path(place, name)) if name in ("a", "b") else name for name in names]
@@ -101,12 +101,12 @@ VALUES = ("nan", "inf", "-1", "1e999", "{}", "[", "{a: b}", "null", "true", "9" 
 
 @thrown(0.5)
 @given(given=st.dictionaries(st.sampled_from(NAMES), st.text(max_size=12) | st.sampled_from(VALUES), max_size=3))
-def test_a_command_line(throw: Thrower, given: dict[str, str]) -> None:
+def test_a_command_line(throw, given):
     arguments = [f"--{name}={value}" for name, value in {"data": "a", "out": "b", **given}.items()]
     throw(parse, pretrain.PretrainSettings, "", arguments)
 
 
-def test_settings_that_distil(throw: Thrower) -> None:
+def test_settings_that_distil(throw):
     words = ["--data=a", "--out=b", "--teacher=c", "--student={hidden_size: x}"]
     assert throw(parse, distill.DistillSettings, "", words).code in (0, 2)
 
@@ -130,7 +130,7 @@ WORDS = ("", "0", "-1", "3", "0.5", "nan", "inf", "1e999", "9" * 400, "null", "t
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 @thrown(0.15)
 @given(data=st.data())
-def test_the_options_of(throw: Thrower, folder: Path, script: Callable[..., None], data: st.DataObject) -> None:
+def test_the_options_of(throw, folder, script, data):
     names = sorted(set(inspect.signature(script).parameters) - {"json", "show"})
     changes = data.draw(st.dictionaries(st.sampled_from(names), st.sampled_from(WORDS), max_size=2))
     chosen = {**SCRIPTS[script], **{name: "cpu" for name in names if name == "device"}, **changes}
@@ -156,7 +156,7 @@ def as_script(main: Callable[[], None], *arguments: object) -> None:
     options=st.dictionaries(st.sampled_from(("scale", "seed")), st.sampled_from(WORDS), max_size=2),
     place=st.sampled_from(PLACES),
 )
-def test_the_options_of_the_world(throw: Thrower, options: dict[str, str], place: str) -> None:
+def test_the_options_of_the_world(throw, options, place):
     options = {"scale": "0.0001", **options}
     with tempfile.TemporaryDirectory() as there:
         put(Path(there, "out"), b"x", place)
@@ -174,7 +174,7 @@ LINES = st.text(max_size=30) | st.sampled_from(("/reset", "/system \ud800", "/sy
 
 @thrown(0.5)
 @given(lines=st.lists(LINES, max_size=4), new=st.sampled_from((1, 5, 10**9)), speculative=st.booleans())
-def test_a_conversation(throw: Thrower, answerer: Answerer, lines: list[str], new: int, speculative: bool) -> None:
+def test_a_conversation(throw, answerer, lines, new, speculative):
     talk = Conversation(answerer, "S", Sampling(temperature=0.0), new, 0, speculative)
     for line in lines:
         done = throw(talk.command if line.startswith("/") else talk.ask, line)
@@ -183,7 +183,7 @@ def test_a_conversation(throw: Thrower, answerer: Answerer, lines: list[str], ne
 
 @thrown()
 @given(blocks=st.lists(st.text(max_size=60), max_size=4), window=st.sampled_from((0, 1, 2, 7, 10**9)))
-def test_a_text_to_score(throw: Thrower, answerer: Answerer, blocks: list[str], window: int) -> None:
+def test_a_text_to_score(throw, answerer, blocks, window):
     score = throw(score_text, answerer, iter(blocks), window).value
     assert score.tokens == sum(len(answerer.tokenizer.encode(block)) for block in blocks) and score.nll >= 0
 
@@ -225,7 +225,7 @@ def gathered(file: Path, teacher: Endpoint, resume: bool = False, **settings: An
 
 @thrown()
 @given(content=replies(), status=st.sampled_from((200, 200, 200, 200, 204, 301, 400, 401, 429, 503)), headers=HEADERS)
-def test_what_an_endpoint_answers(throw: Thrower, content: bytes, status: int, headers: dict[str, str]) -> None:
+def test_what_an_endpoint_answers(throw, content, status, headers):
     """From the question to the file that is trained on, which can be read."""
 
     def respond() -> httpx2.Response:
@@ -243,7 +243,7 @@ def test_what_an_endpoint_answers(throw: Thrower, content: bytes, status: int, h
 
 @thrown(0.5)
 @given(data=st.data())
-def test_a_journal_that_is_resumed(throw: Thrower, data: st.DataObject) -> None:
+def test_a_journal_that_is_resumed(throw, data):
     row = {"key": "k", "messages": [], "sample": 0, "answer": "春天。", "finish": "stop", "tokens": 3}
     teacher = Misbehaving("http://x/v1", "m", attempts=1, respond=lambda: httpx2.Response(200, json=REPLY))
     with tempfile.TemporaryDirectory() as place:
@@ -258,7 +258,7 @@ def test_a_journal_that_is_resumed(throw: Thrower, data: st.DataObject) -> None:
 
 @thrown(0.3)
 @given(data=st.data())
-def test_collecting(throw: Thrower, folder: Path, data: st.DataObject) -> None:
+def test_collecting(throw, folder, data):
     """Problems or chats that are damaged, and rewards of any shape; the file that comes of it can be read."""
     requested = {"strict_format": 1.0, "correct": 0.0}
     rewards = data.draw(st.just(requested) | strange(requested))
@@ -281,7 +281,7 @@ def test_collecting(throw: Thrower, folder: Path, data: st.DataObject) -> None:
 
 @thrown(0.3)
 @given(file=data_files(("text",)), vocab_size=st.sampled_from((280, 300)), on_error=st.sampled_from(("skip", "stop")))
-def test_training_a_tokenizer(throw: Thrower, file: tuple[str, bytes, str], vocab_size: int, on_error: str) -> None:
+def test_training_a_tokenizer(throw, file, vocab_size, on_error):
     name, content, place = file
     with tempfile.TemporaryDirectory() as there:
         put(Path(there, name), content, place)

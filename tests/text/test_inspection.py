@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from jsonl import write
 
 import dataset
 from cli import call_one_of
@@ -27,12 +27,6 @@ script.__module__ = "dataset"
 def look(run, tokenizer_folder):
     """`look("preview", data, *options)`: dataset.py with the small tokenizer."""
     return lambda command, data, *options: run(script, command, data, "--tokenizer", tokenizer_folder, *options)
-
-
-def write(path: Path, rows: list[object]) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf8")
-    return path
 
 
 CHAT = [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jsonl import write
 
 from dataset import PromptDataset
 from errors import UserError
@@ -19,11 +18,6 @@ from training.alignment.rewards import is_correct
 
 GSM8K = {"question": "How many clips?", "answer": "Natalia sold 48/2 = <<48/2=24>>24.\n48+24 = 72\n#### 1,072"}
 CHINESE = {"question": "How many?", "question_zh-cn": "一共卖出多少个？", "answer": "...", "answer_only": "72"}
-
-
-def write(path: Path, rows: list[object]) -> str:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf8")
-    return str(path)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def data(*found: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": list(found)})
 
 
-def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(tmp_path: Path) -> None:
+def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(tmp_path):
     splits = datasets.DatasetDict(train=data("a", "b"), test=data("c"))
     splits.save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
     loaded = datasets.load_from_disk(str(tmp_path / "saved"))
@@ -47,7 +47,7 @@ def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(tmp_path: Pa
         texts(tmp_path / "saved")
 
 
-def test_a_set_without_a_train_split_asks_for_one(tmp_path: Path) -> None:
+def test_a_set_without_a_train_split_asks_for_one(tmp_path):
     datasets.DatasetDict(train_sft=data("a"), train_gen=data("b")).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match="no split 'train', there are: train_gen, train_sft"):
         texts(tmp_path / "saved")
@@ -73,7 +73,7 @@ def write(folder: Path, *names: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_the_train_files_of_a_folder_with_splits_are_read(layout: str, tmp_path: Path) -> None:
+def test_only_the_train_files_of_a_folder_with_splits_are_read(layout, tmp_path):
     (tmp_path / "README.md").write_text("a card")
     (tmp_path / "dataset_infos.json").write_text("{}")
     train, other = write(tmp_path, *LAYOUTS[layout])
@@ -90,7 +90,7 @@ def test_only_the_train_files_of_a_folder_with_splits_are_read(layout: str, tmp_
         Folder.read(tmp_path, SUFFIXES, "gen")
 
 
-def test_a_split_may_be_named_in_full(tmp_path: Path) -> None:
+def test_a_split_may_be_named_in_full(tmp_path):
     write(tmp_path, *(f"data/{name}-00000-of-00001.jsonl" for name in ("train_sft", "train_gen", "test_sft")))
     assert texts(tmp_path)[0] == ["data/train_gen-00000-of-00001.jsonl", "data/train_sft-00000-of-00001.jsonl"]
     assert texts(tmp_path, "train_sft")[0] == ["data/train_sft-00000-of-00001.jsonl"]
@@ -105,6 +105,6 @@ def test_a_split_may_be_named_in_full(tmp_path: Path) -> None:
         ["more.jsonl", "train.jsonl"],
     ],
 )
-def test_other_folders_are_read_whole(names: list[str], tmp_path: Path) -> None:
+def test_other_folders_are_read_whole(names, tmp_path):
     write(tmp_path, *names, ".hidden.jsonl")
     assert texts(tmp_path) == (sorted(names), [])
