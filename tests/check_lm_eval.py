@@ -32,6 +32,7 @@ from eval.model_path import ModelPath
 from eval.tasks.choices import ChoiceItem
 from eval.tasks.opened import open_task
 from text.chats.arithmetic import arithmetic_problem
+from text.tokenizer import SPECIAL_TOKENS
 
 DIGITS = 4  # that lm-eval prints
 RELATIVE = 1e-5  # of a log-likelihood: what the order of float32 sums may change
@@ -57,15 +58,15 @@ def check(ckpt: str, questions: str = "", count: int = 100, server: str = "") ->
         if questions:
             subjects["a small world"] = from_questions(Path(questions), count + SHOTS)
         names = [task for subject, items in subjects.items() for task in write_choices(folder, subject, items)]
-        names += [write_texts(folder, subjects)]
-        length = min(WINDOW, lm.max_length)
+        window = min(WINDOW, lm.max_length) - (2 if server else 0)  # requests ask for a token more than they score
+        names += [write_texts(folder, subjects, window)]
         if server:
             url, _, model = server.rpartition("/")
-            # Its requests ask for one token more than they score, and it leaves room for that.
             options = f"base_url={url}/v1/completions,model={model},tokenizer_backend=remote,num_concurrent=8"
-            theirs = run_lm_eval("local-completions", f"{options},max_length={length}", folder, names)
+            options += f",max_length={window + 2},custom_prefix_token_id={SPECIAL_TOKENS.index('<s>')}"
+            theirs = run_lm_eval("local-completions", options, folder, names)
         else:
-            options = f"pretrained={Path(ckpt).absolute()},dtype=float32,max_length={length}"
+            options = f"pretrained={Path(ckpt).absolute()},dtype=float32,max_length={window}"
             theirs = run_lm_eval("hf", options, folder, names)
         failed, found = False, []
         evaluate = eval.harness.simple_evaluate
@@ -136,7 +137,7 @@ def write_choices(folder: Path, subject: str, items: Sequence[ChoiceItem]) -> li
     return names
 
 
-def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> str:
+def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]], window: int) -> str:
     """Documents of several lengths, the last one longer than a window."""
     lines = [f"{item.question} {item.choices[item.answer]}" for items in subjects.values() for item in items]
     texts = [*lines[:20], "\n".join(lines[20:60]), "\n".join(lines * 3)]
@@ -149,7 +150,7 @@ def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> str:
         "metric_list": [{"metric": "bits_per_byte"}],
     }
     # lm-eval lets a text follow <s>, and scores windows that share one token.
-    settings = {"data": str(folder / "texts.jsonl"), "window": WINDOW, "stride": WINDOW, "start": "bos"}
+    settings = {"data": str(folder / "texts.jsonl"), "window": window, "stride": window, "start": "bos"}
     write_task(folder, "texts", {"text": settings}, task)
     return "texts"
 
