@@ -10,15 +10,9 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.kernels import compiled
-from model.kernels.compiled import TYPES
+from model.kernels.compiled import INTEGER, POINTER, REAL, TYPES, fields
 
 MOST_ROWS = 128  # of the head's product; with more, large matrix products are faster
-POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-def fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
-    """Return the fields of a struct in decode.c from their types and names, in their order."""
-    return [(name, kind) for kind, names in groups for name in names.split()]
 
 
 class Shape(ctypes.Structure):
