@@ -58,16 +58,6 @@ class Ends(ctypes.Structure):
     )
 
 
-class Speculation(ctypes.Structure):
-    _fields_ = fields(
-        (POINTER, "shape memory layers mtp"),
-        (INTEGER, "count most capacity"),
-        (POINTER, "ends mtp_ends line states x logits confidence choice"),
-        (REAL, "likely"),
-        (ctypes.c_int32, "threads"),
-    )
-
-
 def projects(x: Tensor, weight: Tensor) -> bool:
     """Whether `project` applies: without gradients, for a few positions, for a weight that is not wrapped."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() > MOST_ROWS * x.shape[-1]:
@@ -103,5 +93,5 @@ def library(
     flags += ["-DHALF_CACHE"] if held == torch.bfloat16 else []
     return compiled.library(
         *("decode.c", dtype, *flags),
-        step="ppltpttttttttlllli", speculate="pllp>", project="tttttllli", scratch="plli>",
+        step="ppltpttttttttlllli", speculate="ptplpppptttttllfillp>", project="tttttllli", scratch="plli>",
     )  # fmt: skip
