@@ -69,7 +69,7 @@ def test_a_short_text_has_the_loss_of_one_pass(answerer, world):
     assert score.perplexity == pytest.approx(math.exp(nats / len(ids)), rel=1e-4)
 
 
-@pytest.mark.parametrize("window", [16, 64, 200])
+@pytest.mark.parametrize("window", [64, 200])
 def test_a_long_text_has_the_loss_of_its_windows(window, answerer, world):
     """Each token scored by hand in the last window that scores it: half a window of context or more."""
     text = (world / "heldout.txt").read_text(encoding="utf8")[:700]
@@ -230,8 +230,7 @@ def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_pa
     requests, asked = [REQUEST] * 4, []
     replies = [REQUEST.answer, "你好！很久。很高兴帮到你。", "我把书交给阿橘。", ""]
     monkeypatch.setattr(Answerer, "replies", lambda *given: asked.append(given[-2:]) or replies)
-    score = score_style(answerer, requests)
-    assert (score.preferred, score.exact, score.answers) == (0.5, 0.25, 4)
+    assert score_style(answerer, requests) == {"preferred": 0.5, "exact": 0.25, "answers": 4}
     assert asked == [(Sampling(temperature=0.7), 0)]
     monkeypatch.undo()
     path = tmp_path / "requests.jsonl"

@@ -47,19 +47,8 @@ def test_loads_are_relative_to_the_mean_and_domains_to_each_other():
 def test_the_script_writes_loads_page_and_picture(pretrained, world, tmp_path, run):
     (tmp_path / "english.txt").write_text("the town by the river " * 50, encoding="utf8")
     files = f"{world / 'heldout.txt'},{tmp_path / 'english.txt'}"
-    done = run(
-        main,
-        "--ckpt",
-        pretrained / "final",
-        "--file",
-        files,
-        "--out",
-        tmp_path / "out",
-        "--tokens",
-        500,
-        "--dtype",
-        "fp32",
-    )
+    options = ["--ckpt", pretrained / "final", "--out", tmp_path / "out", "--tokens", 500, "--dtype", "fp32"]
+    done = run(main, *options, "--file", files)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "experts.json").read_text(encoding="utf8"))
     assert list(found["domains"]) == ["heldout", "english"] and 0 < found["distance"][0] < 1
