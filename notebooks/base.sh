@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# What several notebooks start from, made once: a small world, a tokenizer, two minutes of pretraining, one of fine-tuning.
+# bash notebooks/base.sh world|tokenizer|pretrain|sft
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=out/notebooks
+PYTHON=${PYTHON:-python}
+
+world() { test -f $OUT/world/pretrain.csv || $PYTHON -m world --out $OUT/world --scale 0.3; }
+tokenizer() { world; test -f $OUT/tokenizer/tokenizer.json || $PYTHON train_tokenizer.py --data $OUT/world/pretrain.csv --out $OUT/tokenizer --vocab_size 2000; }
+pretrain() {
+    tokenizer
+    test -d $OUT/pretrain/final || $PYTHON pretrain.py --config configs/demo/pretrain.yaml --data $OUT/world/pretrain.csv \
+        --tokenizer $OUT/tokenizer --out $OUT/pretrain --shards $OUT/shards --max_minutes 2 --resume true
+}
+sft() {
+    pretrain
+    test -d $OUT/sft/final || $PYTHON full_sft.py --config configs/demo/sft.yaml --ckpt $OUT/pretrain/final --data $OUT/world/sft.jsonl \
+        --out $OUT/sft --max_minutes 1 --resume true
+}
+"$1"
