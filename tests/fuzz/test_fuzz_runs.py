@@ -27,8 +27,9 @@ from text.corpus.shards import prepare_shards
 from text.tokenizer import Tokenizer
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
-from training.alignment.reference import load_log_probs, save_log_probs
+from training.alignment.reference import load_log_probs
 from training.distill.answers import Answer, Ask, Journal
+from training.fingerprinted import save_arrays
 from training.optim.build import OptimSettings, build_optimizer
 from training.run.checkpoint import Progress, Snapshot, newest, read_progress
 from training.run.log import read_metrics
@@ -162,9 +163,9 @@ def test_shards(throw: Thrower, shards: Path, tokenizer: Tokenizer, data: st.Dat
 def test_a_journal_of_answers(throw: Thrower, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "answers.jsonl")
-        with Journal(file) as journal:
-            for number in range(3):
-                journal.add(Ask.of([{"role": "user", "content": "Q"}], number), Answer(f"A{number}", "stop", 3))
+        journal = Journal(file)
+        for number in range(3):
+            journal.add(Ask.of([{"role": "user", "content": "Q"}], number), Answer(f"A{number}", "stop", 3))
         damage(data, Path(folder), ["answers.jsonl"])
         throw(Journal, file)
 
@@ -174,7 +175,7 @@ def test_a_journal_of_answers(throw: Thrower, data: st.DataObject) -> None:
 def test_metrics_and_log_probs(throw: Thrower, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n{"step": 1, "loss": 1.25}\n')
-        save_log_probs(Path(folder, "r.safetensors"), np.zeros(5, np.float32), "f")
+        save_arrays(Path(folder, "r.safetensors"), {"log_probs": np.zeros(5, np.float32)}, "f")
         damage(data, Path(folder), ["metrics.jsonl", "r.safetensors"])
         throw(read_metrics, Path(folder, "metrics.jsonl"))
         throw(load_log_probs, Path(folder, "r.safetensors"), "f")

@@ -245,7 +245,7 @@ def test_accuracy_counts_right_answers_by_kind(small, tokenizer, monkeypatch):
     answers = {problem.question: problem.answer for problem in prompts.validation if problem.kind == "level 1"}
     accuracy = Accuracy(prompts, Sampler(small, torch.float32), 8, 1.0, rows=3)
 
-    def known(self, policy, part, samples: int, temperature: float) -> list[str]:
+    def known(self, policy, part, samples: int, *_: object) -> list[str]:
         """Level 1 is known, of sampled answers every second one."""
         texts = [answers.get(problem.question, "-1") for _, problem in part for _ in range(samples)]
         return [text if number % 2 or samples == 1 else "-1" for number, text in enumerate(texts)]

@@ -31,7 +31,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
 
 
-def test_what_is_kept_and_dropped_adds_up(tmp_path):
+def test_what_is_kept_and_dropped_adds_up(tmp_path, capsys):
     prompts = [to_prompt({"question": "1+1?", "answer": "2"}), to_prompt({"prompt": "Say hello."})]
     thoughts = "<think>\nfirst\n</think>\nthen"
     texts = [["it is 2", " 2\n", "2", "3", "cut", "I say it is 2"]]
@@ -40,14 +40,16 @@ def test_what_is_kept_and_dropped_adds_up(tmp_path):
     pairs = [(ask, text) for i in (0, 1) for ask, text in zip(asks[i], texts[i], strict=True) if text != "never given"]
     known = {ask.key: Answer(text, "length" if text == "cut" else "stop") for ask, text in pairs}
     settings = AnswerSettings(samples=6, keep_answers=2)
-    chats, curation = curate(prompts, asks, known, settings, Rewards.of({"correct": 1.0}), 99)
+    chats, answers = curate(prompts, asks, known, settings, Rewards.of({"correct": 1.0}), 99)
     assert [[c[0]["content"], c[-1]["content"]] for c in chats] == [
         ["1+1?", "2"], ["1+1?", "it is 2"], ["Say hello.", "half \ud83d"], ["Say hello.", thoughts]
     ]  # fmt: skip
-    assert curation.dropped == {
-        "cut at the limit": 1, "wrong": 1, "duplicate": 2, "more than --keep_answers": 2, "empty": 1
-    }  # fmt: skip
-    assert curation.answers == 11 == curation.kept + curation.dropped.total() and curation.unverified == 2
+    total, *dropped = capsys.readouterr().out.splitlines()
+    assert total == "11 answers to 2 prompts: 4 kept, 2 of them unverified, 7 dropped; 0 prompts without an answer"
+    assert sorted(dropped) == [
+        "  1 x cut at the limit", "  1 x empty", "  1 x wrong", "  2 x duplicate", "  2 x more than --keep_answers"
+    ]  # fmt: skip
+    assert answers == 11
     write_chats(tmp_path / "a" / "c.jsonl", chats)
     found = list(read_conversations(tmp_path / "a" / "c.jsonl"))  # half a character does not stop the file
     assert [*found[:2], found[3]] == [*chats[:2], chats[3]] and "half" in found[2][1]["content"]
@@ -145,7 +147,7 @@ def test_transformers_and_we_give_the_same_greedy_answers(pretrained, monkeypatc
     folder = str(pretrained / "final")
     asks = [ask(question) for question in ("春天来了吗？", "hello", "1加1等于几？")]
     ours = dict(open_local(folder, 0.0, 8, 0, torch.float32, CPU).answers(asks))
-    monkeypatch.setattr("training.distill.local_answers.is_ours", lambda name: False)
+    monkeypatch.setattr("training.distill.teacher.is_ours", lambda name: False)
     theirs = dict(open_local(folder, 0.0, 8, 0, torch.float32, CPU).answers(asks))
     assert {a: answer.text for a, answer in ours.items()} == {a: answer.text for a, answer in theirs.items()}
     assert {a: answer.finish for a, answer in ours.items()} == {a: answer.finish for a, answer in theirs.items()}

@@ -24,10 +24,10 @@ import pytest
 
 import distill
 import training.distill.answers
-import training.distill.curation
+import training.distill.endpoint
 from errors import UserError
 from text.chats.conversations import read_conversations
-from training.distill.answers import Answer, Ask, AskReport, Failure, Journal, ask_all
+from training.distill.answers import Answer, Ask, Failure, Journal, ask_all, most_common
 from training.distill.endpoint import LONGEST_WAIT, Endpoint, seconds_to_wait
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -253,9 +253,8 @@ def test_who_stops_does_not_wait_for_the_others(server, tmp_path):
 
 
 def test_many_reasons_are_shown_as_the_most_frequent_and_a_rest():
-    lines = AskReport(14, failures=Counter({"often": 3, **{f"id {n}": 1 for n in range(11)}})).lines()
-    assert len(lines) == 12 and "3 without an answer: often" in lines[1]
-    assert lines[-1].strip() == "2 without an answer for other reasons"
+    shown = most_common(Counter({"often": 3, **{f"id {n}": 1 for n in range(11)}}))
+    assert len(shown) == 11 and shown[0] == ("often", 3) and shown[-1] == ("other reasons", 2)
 
 
 # Proxies
@@ -305,13 +304,13 @@ def test_a_malformed_proxy_is_one_line(value, server, monkeypatch):
 # The journal
 
 
-def test_what_was_answered_is_not_asked_again_and_a_torn_last_line_is(server, tmp_path):
+def test_what_was_answered_is_not_asked_again_and_a_torn_last_line_is(server, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     ask_all(endpoint(server, concurrency=1), asks("a", "b"), Journal(path))
     path.write_bytes(path.read_bytes()[:-9])
-    report = ask_all(endpoint(server, concurrency=1), asks("a", "b", "c"), Journal(path))
+    ask_all(endpoint(server, concurrency=1), asks("a", "b", "c"), Journal(path))
     assert server.questions() == ["a", "b", "b", "c"]
-    assert (report.questions, report.before, report.answered) == (3, 1, 2)
+    assert "3 questions: 1 answered before, 2 now" in capsys.readouterr().out
     assert [answer.text for answer in Journal(path).known.values()] == [f"the answer to {q}" for q in "abc"]
 
 
@@ -451,7 +450,7 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):
 )
 def test_what_makes_no_sense_is_one_line(options, what, server, tmp_path, run, monkeypatch):
     monkeypatch.setattr(training.distill.answers, "MOST_FAILURES", 1)
-    monkeypatch.setattr(training.distill.curation, "Endpoint", partial(Endpoint, attempts=1))
+    monkeypatch.setattr(training.distill.endpoint, "Endpoint", partial(Endpoint, attempts=1))
     data = prompts(tmp_path, "a", "b")
     done = run(distill.main, *command(server, data, tmp_path / "out", *options))
     assert done.code == 2 and what in done.err, done.err

@@ -16,12 +16,11 @@ from training.distill.top_k import (
     IDS,
     LOG_PROBS,
     REST,
-    CachedTeacher,
     CachedTopKChats,
     TopK,
     cache_top_k,
     fingerprint,
-    top_k,
+    joined,
 )
 from training.losses import IGNORE
 from training.parallel.ranks import Ranks
@@ -83,9 +82,10 @@ def test_the_rest_is_one_event_with_the_gradient_of_autograd(name):
 
 
 @pytest.mark.parametrize("size", [VOCAB, 70_000])
-def test_ids_and_log_probabilities_have_16_bits_where_they_can(size):
+def test_ids_and_log_probabilities_have_16_bits_where_they_can(size, monkeypatch):
+    monkeypatch.setattr(training.distill.top_k, "POSITIONS", 16)
     states, head = torch.randn(N, WIDTH), torch.randn(size, WIDTH)
-    arrays = top_k(Logits(states, head), 5, 2.0, at_once=16)
+    arrays = joined([Logits(states, head)], 5, 2.0)
     assert arrays[IDS].dtype == (np.uint16 if size == VOCAB else np.uint32)
     assert arrays[LOG_PROBS].dtype == np.float16 and arrays[REST].dtype == np.float32
     log_p = (states @ head.t() / 2).log_softmax(-1)
@@ -128,7 +128,7 @@ def test_a_batch_has_what_the_teacher_says_of_its_labels(chats, teacher, tmp_pat
         batch = taught.batch(indices)
         with torch.no_grad():
             want = kept(teacher(batch).log_probs(slice(None), 1.0), 8)
-        said = CachedTeacher()(batch)
+        said = TopK.of_batch(batch)
         assert len(said.ids) == (batch["labels"] != IGNORE).sum()
         torch.testing.assert_close(said.log_probs, want.log_probs, rtol=3e-3, atol=3e-3)
         assert (said.ids == want.ids).float().mean() > 0.99  # equally probable ones may change places
@@ -148,7 +148,7 @@ def test_with_the_whole_vocabulary_the_loss_is_the_teachers_own(name, world, tok
         whole = teacher(batch)
     losses = [
         distillation_sum(hidden, head, batch["labels"], said, divergence(name), 2.0, 0.1)[0]
-        for said in (CachedTeacher()(batch), whole)
+        for said in (TopK.of_batch(batch), whole)
     ]
     torch.testing.assert_close(*losses, rtol=2e-3, atol=2e-3)
     ours, theirs = (torch.autograd.grad(loss, (hidden, head)) for loss in losses)
