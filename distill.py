@@ -22,7 +22,6 @@ from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.sampler import Sampler
 from training.chats import ChatSettings, chat_samples, open_chats
-from training.datasets import Dataset
 from training.distill.curation import FILE, AnswerSettings, gather_answers
 from training.distill.distillation import DistillationLoss, DistillationSettings
 from training.distill.endpoint import is_endpoint, open_endpoint
@@ -37,6 +36,7 @@ from training.run.estimate import fit_batch
 from training.run.resume import check_unused
 from training.settings import NextTokenSettings
 from training.startup import begin, new_model, open_checkpoint
+from training.step import Dataset
 from training.trainer import Trainer
 
 

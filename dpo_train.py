@@ -13,7 +13,7 @@ from cli import parse
 from dataset import PreferenceDataset
 from errors import UserError, command_line, waiting
 from model import MiniDeepSeek
-from text.chats.encoded import CUT
+from text.chats.packed_dataset import CUT
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings

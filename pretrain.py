@@ -61,7 +61,6 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
         check_least(0, workers=self.workers)
         if not self.ckpt:
             self.model = {"preset": "64m", **self.model}
-        self.check_samples()
 
     def lighten(self, device: str) -> str:
         if device == "cpu" and not self.ckpt and self.model.get("preset") != "demo":

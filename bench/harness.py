@@ -26,7 +26,7 @@ import torch
 from errors import quiet_imports
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from training.machine import DTYPES, peak_memory
+from training.machine import DTYPES, memory_used
 from training.parallel.ranks import Ranks
 
 SPEED, MEMORY = "tokens/s", "memory_mb"
@@ -67,7 +67,7 @@ def now(device: torch.device) -> float:
 
 def memory_mb(device: torch.device) -> float:
     """The most memory this process has used, in MB of 2^20 bytes: allocated on the GPU, or resident."""
-    return peak_memory(device) / 2**20
+    return memory_used(device) / 2**20
 
 
 @contextmanager

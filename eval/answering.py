@@ -23,6 +23,8 @@ from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
 from training.startup import open_checkpoint
 
+SLOTS = 64
+
 
 @dataclass(frozen=True)
 class Answerer:
@@ -100,46 +102,25 @@ class Answerer:
             yield decoder.push(token), count
         # A character that the limit cut is left out.
 
-    def reply(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        max_new_tokens: int = 64,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-    ) -> list[str]:
-        """The answers to many conversations; see `replies`."""
-        return list(self.replies(conversations, max_new_tokens, sampling, seed))
-
     def replies(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        max_new_tokens: int = 64,
-        sampling: Sampling = GREEDY,
+        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 64, sampling: Sampling = GREEDY,
         seed: int = 0,
-        slots: int = 64,
-    ) -> Iterator[str]:
-        """Answer many conversations, some at a time; the answers come in their order.
+    ) -> Iterator[str]:  # fmt: skip
+        """Answer many conversations, `SLOTS` at a time, in their order.
 
-        Args:
-            seed: of the sampling. An answer depends on it, its conversation and its place among them.
-            slots: conversations at a time.
+        seed: of the sampling. An answer depends on it, its conversation and its place among them.
         """
         encoded = [ids for ids, _ in encode_chats(self.tokenizer, conversations, add_generation_prompt=True)]
-        return self.completions(encoded, max_new_tokens, sampling, seed, slots)
+        return self.completions(encoded, max_new_tokens, sampling, seed)
 
     def completions(
-        self,
-        prompts: Sequence[list[int]],
-        max_new_tokens: int = 64,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-        slots: int = 64,
+        self, prompts: Sequence[list[int]], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Iterator[str]:
         """Continue many prompts, given as ids; see `replies`."""
         drawn = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
         stop = (self.tokenizer.eos_id,)
         requests = [Request(ids, max_new_tokens, sampling, stop, row) for ids, row in zip(prompts, drawn, strict=True)]
         longest = max(map(len, prompts), default=0) + max_new_tokens
-        for made in Engine(self.model, min(slots, len(prompts)), longest).run(requests):
+        for made in Engine(self.model, min(SLOTS, len(prompts)), longest).run(requests):
             ids = made.tokens[:-1] if made.finish == "stop" else made.tokens
             yield self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from errors import UserError, one_line
 from eval.score_files import SCORES, read_scores
-from eval.scores import WHOLE, Score
 from training.run.log import read_metrics, shown
 from training.validation import MEASURED_ON
 
@@ -56,12 +55,10 @@ class ComparedRun:
         name = last.get("held_out", {}).get(MEASURED_ON[key])
         return name and one_line(name)
 
-    def scores(self) -> Iterator[tuple[tuple[str, str, str], Score]]:
-        """((suite, group, metric), score) of each suite as a whole."""
-        for suite, measured in self.suites.items():
-            for score in (Score(**score) for score in measured["scores"]):
-                if score.group in WHOLE:
-                    yield (suite, score.group, score.metric), score
+    @property
+    def trained(self) -> list[dict[str, Any]]:
+        """The entries since the first step."""
+        return [entry for entry in self.entries if entry["step"] > 0]
 
 
 def open_runs(folders: Sequence[str]) -> list[ComparedRun]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from eval.compared_run import ComparedRun
-from eval.score_files import shown, table
-from eval.scores import Score
+from eval.score_files import draw_bars, shown, table
+from eval.scores import WHOLE, Score
 from training.run.log import ROUNDING
 from training.run.plots import PANELS, load_pyplot, plain
 from training.validation import MEASURED_ON
 
-COLUMNS = 3
+COLUMNS, MOST_BARS = 3, 14
+TITLE = "scores (black: 95%, red: chance)"
 AXES = {"tokens": "tokens", "step": "steps", "seconds": "seconds of training"}
 # What the table tells of a run's end, with its form.
 ENDS = {
@@ -32,6 +35,8 @@ ENDS = {
     "max_vio_worst": ("MaxVio, worst layer", "{:.2f}"),
 }
 NONE = "–"
+Key = tuple[str, str, str]
+"""Suite, group and metric."""
 
 
 def markdown(runs: Sequence[ComparedRun]) -> str:
@@ -72,14 +77,10 @@ def _by_set(key: str, runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun
 
 
 def _score_rows(runs: Sequence[ComparedRun]) -> tuple[list[list[str]], list[str]]:
-    found = [_scores(run, runs) for run in runs]
-    notes, rows = [], []
+    found, notes, rows = labelled_scores(runs), [], []
     for suite in dict.fromkeys(suite for run in runs for suite in run.suites):
-        measured = [run.suites[suite] for run in runs if suite in run.suites]
-        if not all(_same(measured[0], one) for one in measured):
+        if len({_identity(run.suites[suite]) for run in runs if suite in run.suites}) > 1:
             notes.append(f"{suite}: settings or items differ between the runs; its numbers are not to be compared.\n")
-        elif len(measured) > 1 and not all(one.get("content") for one in measured):
-            notes.append(f"{suite}: not known to be the same items, which older scores do not name.\n")
     for key in dict.fromkeys(key for scores in found for key in scores):
         scores = [own.get(key) for own in found]
         chance = next((shown(score.chance, score) for score in scores if score and score.chance is not None), "")
@@ -87,29 +88,28 @@ def _score_rows(runs: Sequence[ComparedRun]) -> tuple[list[list[str]], list[str]
     return rows, notes
 
 
-Key = tuple[str, str, str]
-"""Suite, group and metric."""
+def labelled_scores(runs: Sequence[ComparedRun]) -> list[dict[Key, Score]]:
+    """The scores of each run's suites as a whole; a suite that differs from one before it has a number: `exam [2]`."""
+    different: dict[str, list[str]] = {}
+    found: list[dict[Key, Score]] = []
+    for run in runs:
+        found.append({})
+        for suite, measured in run.suites.items():
+            known, identity = different.setdefault(suite, []), _identity(measured)
+            known += [] if identity in known else [identity]
+            place = known.index(identity) + 1
+            label = suite if place == 1 else f"{suite} [{place}]"
+            for score in (Score(**score) for score in measured["scores"]):
+                if score.group in WHOLE:
+                    found[-1][label, score.group, score.metric] = score
+    return found
 
 
-def _scores(run: ComparedRun, runs: Sequence[ComparedRun]) -> dict[Key, Score]:
-    """The scores of a run; a suite that differs from that of the runs before it has a number: `exam [2]`."""
-    labels = {}
-    for suite, measured in run.suites.items():
-        different: list[dict[str, Any]] = []
-        for other in (other.suites[suite] for other in runs if suite in other.suites):
-            if not any(_same(one, other) for one in different):
-                different.append(other)
-        place = next(place for place, one in enumerate(different, 1) if _same(one, measured))
-        labels[suite] = suite if place == 1 else f"{suite} [{place}]"
-    return {(labels[suite], group, metric): score for (suite, group, metric), score in run.scores()}
-
-
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two measurements of a suite are of the same items in the same way, as far as is known."""
-    told = bool(one.get("content") and other.get("content"))
-    aside = {"chunk", "data"} if told else {"chunk"}  # the same items may lie elsewhere
-    ways = [{name: value for name, value in a["settings"].items() if name not in aside} for a in (one, other)]
-    return ways[0] == ways[1] and one["items"] == other["items"] and (not told or one["content"] == other["content"])
+def _identity(measured: dict[str, Any]) -> str:
+    """What two measurements have in common if they are of the same items in the same way, wherever these lie."""
+    content = measured.get("content")  # which older scores do not have
+    settings = {name: value for name, value in measured["settings"].items() if name != "data" or not content}
+    return json.dumps([settings, measured["items"], content], sort_keys=True)
 
 
 def _cell(score: Score | None, first: Score | None) -> str:
@@ -127,23 +127,25 @@ def draw(runs: Sequence[ComparedRun], path: Path, x: str) -> None:
     pyplot = load_pyplot()
     panels = [panel for title, unit, keys in PANELS for panel in _panels(title, unit, keys, runs)]
     # Shares, and bits per byte; other units have no common scale.
-    bars: dict[bool, dict[Key, dict[str, Score]]] = {True: {}, False: {}}
-    for run in runs:
-        for key, score in _scores(run, runs).items():
-            if key[1] == "all" and (score.share or score.metric == "bits_per_byte"):
-                bars[score.share].setdefault(key, {})[run.name] = score
-    count = len(panels) + len([found for found in bars.values() if found])
-    columns = max(min(COLUMNS, count), 1)
-    rows = max(-(-count // columns), 1)
+    bars: dict[bool, dict[str, dict[str, Score]]] = {True: {}, False: {}}
+    for run, scores in zip(runs, labelled_scores(runs), strict=True):
+        for (suite, group, metric), score in scores.items():
+            if group == "all" and (score.share or metric == "bits_per_byte"):
+                label = f"{suite} {metric}" if score.share else suite
+                bars[score.share].setdefault(label, {})[run.name] = score
+    count = max(len(panels) + sum(map(bool, bars.values())), 1)
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(16, 4.2 * rows), layout="constrained", squeeze=False)
     colours = {run.name: f"C{number}" for number, run in enumerate(runs)}
     places = iter(axes.flat)
     for title, unit, lines in panels:
         _curves(next(places), title, unit, lines, colours, x)
-    titles = {True: ("scores (black: 95%, red: chance)", "share"), False: ("texts", "bits per byte")}
-    for is_share, found in bars.items():
+    for found, title, unit in ((bars[True], TITLE, "share"), (bars[False], "texts", "bits per byte")):
         if found:
-            _draw_bars(next(places), *titles[is_share], found, colours)
+            axis, left_out = next(places), max(len(found) - MOST_BARS, 0)
+            draw_bars(axis, dict(islice(found.items(), MOST_BARS)), colours)
+            axis.set(title=title + (f"; {left_out} more in the table" if left_out else ""), xlabel=unit)
     for unused in places:
         unused.set_axis_off()
     handles = [pyplot.Line2D([], [], color=colour, linewidth=4, label=plain(name)) for name, colour in colours.items()]
@@ -161,10 +163,11 @@ def _panels(
 ) -> list[tuple[str, str, list[Line]]]:
     """The panel, or one for each stage of losses and each set of held-out data, which have no common scale."""
     of_losses, parts = "loss" in keys, {}
-    for run, key, label in ((run, *item) for run in runs for item in keys.items()):
-        if _is_told(run, key):
-            (name,) = [f": {run.stage}"] if of_losses else _by_set(key, [run])
-            parts.setdefault(name, []).append((run, key, label))
+    for run in runs:
+        for key, label in keys.items():
+            if any(entry.get(key) is not None and abs(entry[key]) > ROUNDING for entry in run.trained):
+                (name,) = [f": {run.stage}"] if of_losses else _by_set(key, [run])
+                parts.setdefault(name, []).append((run, key, label))
     named = [name for name in parts if name]
     if len(named) < 2:
         lines = [line for part in parts.values() for line in part]
@@ -173,48 +176,20 @@ def _panels(
     return [(title + name, units[name], part) for name, part in parts.items()]
 
 
-def _is_told(run: ComparedRun, key: str) -> bool:
-    return any(entry.get(key) is not None and abs(entry[key]) > ROUNDING for entry in run.entries if entry["step"] > 0)
-
-
 def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[str, str], x: str) -> None:
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
-    styles = dict(zip(dict.fromkeys(key for _, key, _ in lines), ("-", "--", ":"), strict=False))
+    names = {key: label for _, key, label in lines}
+    styles = dict(zip(names, ("-", "--", ":"), strict=False))
     for run, key, label in lines:
-        told = [entry for entry in run.entries if entry["step"] > 0 and entry.get(x) is not None]
-        points = [(entry[x], entry[key]) for entry in told if entry.get(key) is not None]
-        if not points:
-            continue
-        marker = "o" if len(points) == 1 else ""  # a line of one point would not be seen
-        axis.plot(*zip(*points, strict=True), styles[key] + marker, color=colours[run.name], linewidth=1.2, label=label)
+        told = [entry for entry in run.trained if entry.get(x) is not None and entry.get(key) is not None]
+        if told:
+            marker = "o" if len(told) == 1 else ""  # a line of one point would not be seen
+            points = [entry[x] for entry in told], [entry[key] for entry in told]
+            axis.plot(*points, styles[key] + marker, color=colours[run.name], linewidth=1.2, label=label)
     axis.set(title=plain(title), xlabel=AXES[x], ylabel=unit)
     axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axis.grid(alpha=0.3)
     if len(styles) > 1:
-        from matplotlib.lines import Line2D
-
-        names = {key: label for _, key, label in lines}
         axis.legend(handles=[Line2D([], [], color="grey", linestyle=styles[key], label=names[key]) for key in styles])
-
-
-def _draw_bars(axis: Any, title: str, unit: str, bars: dict, colours: dict[str, str]) -> None:
-    height, most = 0.8 / len(colours), 14
-    keys = list(bars)[:most]
-    for place, key in enumerate(keys):
-        for number, (name, colour) in enumerate(colours.items()):
-            score = bars[key].get(name)
-            if score is None:
-                continue
-            at = place - 0.4 + height * (number + 0.5)
-            axis.barh(at, score.value, height=height, color=colour)
-            if score.low is not None:
-                axis.plot([score.low, score.high], [at, at], color="black", linewidth=1)
-            if score.chance is not None:
-                axis.plot([score.chance] * 2, [place - 0.4, place + 0.4], color="red", linewidth=1.5)
-    labels = [plain(" ".join(part for part in key if part not in ("all", "bits_per_byte"))) for key in keys]
-    axis.set_yticks(range(len(keys)), labels, fontsize=8)
-    axis.invert_yaxis()
-    left_out = f"; {len(bars) - most} more in the table" if len(bars) > most else ""
-    axis.set(title=title + left_out, xlabel=unit)
-    axis.grid(axis="x", alpha=0.3)

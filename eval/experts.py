@@ -6,6 +6,7 @@ python eval/experts.py --ckpt out/pretrain/final --file chinese.txt,english.txt,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,9 @@ def loads(answerer: Answerer, texts: Sequence[str], most_tokens: int) -> Tensor:
         line += [tokenizer.eos_id, *tokenizer.encode(text)]  # a document follows the end of another
         if len(line) >= most_tokens:
             break
-    window = min(WINDOW, model.config.max_position_embeddings)
-    windows = [line[:most_tokens][start : start + window] for start in range(0, min(len(line), most_tokens), window)]
-    total = torch.zeros(moe_layers, model.config.n_routed_experts, dtype=torch.float64)
-    rows = max(AT_ONCE // window, 1)
+    line, window = line[:most_tokens], min(WINDOW, model.config.max_position_embeddings)
+    windows = [line[start : start + window] for start in range(0, len(line), window)]
+    total, rows = torch.zeros(moe_layers, model.config.n_routed_experts, dtype=torch.float64), max(AT_ONCE // window, 1)
     for start in tqdm(range(0, len(windows), rows), disable=None, desc="reading", leave=False):
         part = windows[start : start + rows]
         width = max(map(len, part))
@@ -60,58 +60,53 @@ def relative(counts: Tensor) -> Tensor:
 
 def specialisation(counts: Sequence[Tensor]) -> list[float]:
     """Of each layer, how far the domains' loads are apart: the mean total variation distance of all pairs, 0 to 1."""
-    shares = [_shares(count) for count in counts]
-    pairs = [(a, b) for number, a in enumerate(shares) for b in shares[number + 1 :]]
-    if not pairs:
-        return [0.0] * len(counts[0])
-    return (sum((a - b).abs().sum(-1) / 2 for a, b in pairs) / len(pairs)).tolist()
+    apart = [(a - b).abs().sum(-1) / 2 for a, b in combinations(map(_shares, counts), 2)]
+    return (sum(apart) / len(apart)).tolist() if apart else [0.0] * len(counts[0])
 
 
 def markdown(name: str, domains: dict[str, Tensor]) -> str:
     """MaxVio of each layer and domain, and how far the domains are apart."""
-    layers = len(next(iter(domains.values())))
+    counts = list(domains.values())
+    together = sum(map(_shares, counts))  # each domain of the same weight
     rows = [
-        [domain, str(int(counts[0].sum())), *(f"{value:.2f}" for value in max_violation(counts))]
-        for domain, counts in domains.items()
+        [title, total, *(f"{value:.2f}" for value in max_violation(loads))]
+        for title, total, loads in [
+            *((domain, str(int(loads[0].sum())), loads) for domain, loads in domains.items()),
+            ("all together", "", together),
+        ]
     ]
-    together = torch.stack([_shares(counts) for counts in domains.values()]).sum(0)  # each domain of the same weight
-    rows.append(["all together", "", *(f"{value:.2f}" for value in max_violation(together))])
-    rows.append(["distance of the domains", "", *(f"{value:.3f}" for value in specialisation(list(domains.values())))])
-    header = ["MaxVio", "choices a layer", *(f"MoE layer {layer + 1}" for layer in range(layers))]
+    rows.append(["distance of the domains", "", *(f"{value:.3f}" for value in specialisation(counts))])
+    header = ["MaxVio", "choices a layer", *(f"MoE layer {layer + 1}" for layer in range(len(together)))]
     return "\n".join([f"# Experts of {name}", "", *table(rows, header), ""])
 
 
 def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]], path: Path) -> None:
     """A heat map of domains and experts for each layer; below, each layer's MaxVio over the run, if it is known."""
     pyplot = load_pyplot()
+    from matplotlib.ticker import EngFormatter
+
     shown = torch.stack([relative(counts) for counts in domains.values()])  # (domains, layers, experts)
     layers, experts = shown.shape[1:]
     known = [entry for entry in entries if entry.get("max_vio") and entry.get("tokens")]
-    columns = min(layers, 3)
-    rows = -(-layers // columns) + bool(known)
-    figure = pyplot.figure(
-        figsize=(5.2 * columns, (1.2 + 0.45 * len(domains)) * (rows - bool(known)) + 3.5 * bool(known))
-    )
-    figure.set_layout_engine("constrained")
-    heights = [1.2 + 0.45 * len(domains)] * (rows - bool(known)) + [3.5] * bool(known)
-    grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+    columns, height = min(layers, 3), 1.2 + 0.45 * len(domains)
+    heights = [height] * -(-layers // columns) + [3.5] * bool(known)
+    figure = pyplot.figure(figsize=(5.2 * columns, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     maps = []
     for layer in range(layers):
         axis = figure.add_subplot(grid[layer // columns, layer % columns])
-        image = axis.imshow(
-            shown[:, layer].numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, float(shown.max()))
-        )
+        shades = {"cmap": "viridis", "vmin": 0, "vmax": max(2.0, float(shown.max()))}
+        image = axis.imshow(shown[:, layer].numpy(), aspect="auto", **shades)
         axis.set(title=f"MoE layer {layer + 1}", xlabel="expert", xticks=range(0, experts, max(experts // 8, 1)))
         axis.set_yticks(range(len(domains)), list(map(plain, domains)) if layer % columns == 0 else [""] * len(domains))
         maps.append(axis)
     figure.colorbar(image, ax=maps, label="load / mean load")
     if known:
-        from matplotlib.ticker import EngFormatter
-
         axis = figure.add_subplot(grid[-1, :])
         for layer in range(len(known[-1]["max_vio"])):
             points = [(entry["tokens"], entry["max_vio"][layer]) for entry in known if len(entry["max_vio"]) > layer]
-            axis.plot(*zip(*points, strict=True), linewidth=1, label=_layer_name(layer, layers))
+            title = f"MoE layer {layer + 1}" if layer < layers else f"MTP layer {layer - layers + 1}"
+            axis.plot(*zip(*points, strict=True), linewidth=1, label=title)
         axis.set(title="balance of a step's batch while training", xlabel="tokens", ylabel="MaxVio (0 is even)")
         axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axis.grid(alpha=0.3)
@@ -124,10 +119,6 @@ def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]
 def _shares(counts: Tensor) -> Tensor:
     """The loads of each layer over their sum."""
     return counts / counts.sum(-1, keepdim=True).clamp(min=1e-9)
-
-
-def _layer_name(layer: int, main: int) -> str:
-    return f"MoE layer {layer + 1}" if layer < main else f"MTP layer {layer - main + 1}"
 
 
 def experts(
@@ -154,12 +145,10 @@ def experts(
     texts: dict[str, list[str]] = {}
     for document in Text(data=file, column=column).docs():
         texts.setdefault(document["group"], []).append(document["text"])
-    names = {source: Path(source).stem for source in texts}
+    names = [Path(source).stem for source in texts]
+    titles = [name if names.count(name) == 1 else source for name, source in zip(names, texts, strict=True)]
     answerer = Answerer.open(ckpt, device, dtype)
-    domains = {
-        source if list(names.values()).count(names[source]) > 1 else names[source]: loads(answerer, own, tokens)
-        for source, own in texts.items()
-    }
+    domains = {title: loads(answerer, own, tokens) for title, own in zip(titles, texts.values(), strict=True)}
     folder, page = Path(out) if out else out_folder(ckpt), markdown(ckpt, domains)
     content = {
         "domains": {
@@ -174,7 +163,7 @@ def experts(
         (folder / "experts.md").write_text(page, encoding="utf8")
     draw(ckpt, domains, read_metrics(Path(ckpt).absolute().parent / "metrics.jsonl"), folder / "experts.png")
     print(page)
-    print(f"written: {', '.join(str(folder / f'experts.{kind}') for kind in ('json', 'md', 'png'))}")
+    print(f"written: {folder / 'experts.json'}, {folder / 'experts.md'}, {folder / 'experts.png'}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ class CacheLM(Measurable, LM):
     def __init__(self, answerer: Answerer) -> None:
         super().__init__()
         self.scorer = CacheScorer(answerer)
-        self.score_windows, self.apply_chat_template = self.scorer.score_windows, self.scorer.render
-        self.render = self.scorer.render
+        self.score_windows = self.scorer.score_windows
+        self.render = self.apply_chat_template = self.scorer.render
 
     start_id = property(lambda self: getattr(self.scorer.answerer.tokenizer, f"{self.start}_id"))
     max_length = property(lambda self: self.scorer.context)
@@ -74,38 +74,30 @@ class CacheLM(Measurable, LM):
         return self.scorer.encode(text)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Scored]:
-        with tqdm(total=len(requests), disable=None, desc="choices") as bar:
-
-            def done(place: int, score: Scored) -> None:
-                bar.update()
-                self.cache_hook.add_partial("loglikelihood", requests[place].args, score)
-
-            return self.scorer.score_pairs([self.scorer.encode_pair(*request.args) for request in requests], done)
+        found: list[Scored] = [(0.0, False)] * len(requests)
+        pairs = [self.scorer.encode_pair(*request.args) for request in requests]
+        for place, score in tqdm(self.scorer.score_pairs(pairs), total=len(pairs), disable=None, desc="choices"):
+            found[place] = score
+            self.cache_hook.add_partial("loglikelihood", requests[place].args, score)
+        return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         answers = [""] * len(requests)
         by_settings: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
-        with tqdm(total=len(requests), disable=None, desc="answers") as bar:
-            for places in by_settings.values():
-
-                def done(number: int, answer: str, places: list[int] = places) -> None:
-                    bar.update()
-                    answers[places[number]] = answer
-                    self.cache_hook.add_partial("generate_until", requests[places[number]].args, answer)
-
-                given = requests[places[0]].args[1]
-                until = given.get("until") or []
-                sampling = GREEDY
-                if given.get("do_sample"):
-                    sampling = Sampling(
-                        1.0, given.get("temperature", 1.0), given.get("top_k", 0), given.get("top_p", 1.0)
-                    )
-                self.scorer.answer(
-                    [self.scorer.encode(requests[place].args[0]) for place in places],
-                    given.get("max_gen_toks", 256), sampling, [until] if isinstance(until, str) else until, done,
-                )  # fmt: skip
+        for places in by_settings.values():
+            given, sampling = requests[places[0]].args[1], GREEDY
+            if given.get("do_sample"):
+                sampling = Sampling(1.0, given.get("temperature", 1.0), given.get("top_k", 0), given.get("top_p", 1.0))
+            until = given.get("until") or []
+            made = self.scorer.answers(
+                [self.scorer.encode(requests[place].args[0]) for place in places],
+                given.get("max_gen_toks", 256), sampling, [until] if isinstance(until, str) else until,
+            )  # fmt: skip
+            for number, answer in tqdm(made, total=len(places), disable=None, desc="answers"):
+                answers[places[number]] = answer
+                self.cache_hook.add_partial("generate_until", requests[places[number]].args, answer)
         return answers
 
 
@@ -151,26 +143,19 @@ def name_of(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
-@dataclass(frozen=True)
-class TheirOptions:
-    """How lm-evaluation-harness's own tasks are run.
-
-    Attributes: limit: items of each, 0 for all. shots: worked questions, None for the task's own number. chat: ask in
-    the model's chat template.
-    """
-
-    limit: int = 0
-    shots: int | None = None
-    chat: bool = False
-
-
 def measure(
-    task: Task, docs: Docs, lm: CacheLM | OtherLM, weights: dict[str, Any], out: Path, options: TheirOptions
-) -> Measured:
+    task: Task, docs: Docs, lm: CacheLM | OtherLM, weights: dict[str, Any], out: Path,
+    limit: int = 0, shots: int | None = None, chat: bool = False,
+) -> Measured:  # fmt: skip
     """Measure a task; what `out` holds of it already, under these weights, is not asked again.
 
-    docs: of a task of this project; empty for one of lm-evaluation-harness's own. options: for these.
-    weights: what tells this model from others. Raises `UserError` for a task that cannot be loaded.
+    Args:
+        docs: of a task of this project; empty for one of lm-evaluation-harness's own, to which what follows applies.
+        weights: what tells this model from others.
+        limit: items, 0 for all. shots: worked questions, None for the task's own number. chat: ask in the model's
+            chat template.
+
+    Raises `UserError` for a task that cannot be loaded.
     """
     start, cut = time.perf_counter(), lm.cut
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -178,8 +163,9 @@ def measure(
         settings, given = {"kind": task.kind, **asdict(task.settings)}, {}
         loaded = [_ours(task, docs, lm)]
     else:
-        settings, loaded = {"kind": "lm-eval", "task": task.name, **asdict(options)}, _theirs(task.name)
-        given = {"limit": options.limit or None, "num_fewshot": options.shots, "apply_chat_template": options.chat}
+        settings = {"kind": "lm-eval", "task": task.name, "limit": limit, "shots": shots, "chat": chat}
+        given = {"limit": limit or None, "num_fewshot": shots, "apply_chat_template": chat}
+        loaded = _theirs(task.name)
     windows = settings if task.kind == "text" else {"window": 1024, "stride": 512, "start": "eos"}
     lm.window, lm.stride, lm.start = windows["window"], windows["stride"], windows["start"]
     found = simple_evaluate(
@@ -190,18 +176,18 @@ def measure(
         bootstrap_iters=0,
         **given,
     )
-    items, said = [], hashlib.sha256()
+    items, content = [], hashlib.sha256()
     for name, samples in found["samples"].items():
         items += _items("" if task.settings else name, samples, found["configs"][name]["output_type"], lm)
         for sample in samples:
             doc = {key: value for key, value in sample["doc"].items() if key != "problem"}
-            said.update(json.dumps(doc, sort_keys=True, default=str).encode())
+            content.update(json.dumps(doc, sort_keys=True, default=str).encode())
     results = {**found["results"], **found.get("groups", {})}
     totals = results.get(task.name) or (next(iter(results.values())) if len(results) == 1 else {})
     totals = {_metric(*name.split(",")): value for name, value in totals.items() if "," in name}
     scores = score_items(items, totals, bootstrap=task.kind == "quality")
     seconds = time.perf_counter() - start
-    return Measured(task.name, settings, scores, len(items), lm.cut - cut, seconds, said.hexdigest()[:16])
+    return Measured(task.name, settings, scores, len(items), lm.cut - cut, seconds, content.hexdigest()[:16])
 
 
 def _ours(task: Task, docs: Docs, lm: CacheLM | OtherLM) -> ConfigurableTask:
@@ -257,12 +243,9 @@ def _cache(out: Path, facts: dict[str, Any]) -> Path:
     path = out / "answers" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     file = path.with_name(f"{path.name}_rank0.db")
     if file.is_file():
-        try:
-            with closing(sqlite3.connect(file)) as found:
-                whole = found.execute("PRAGMA quick_check").fetchone() == ("ok",)
-        except sqlite3.DatabaseError:
-            whole = False
-        if not whole:
-            file.unlink()
-            print(f"notice: {file}: damaged; measured again")
+        with suppress(sqlite3.DatabaseError), closing(sqlite3.connect(file)) as found:
+            if found.execute("PRAGMA quick_check").fetchone() == ("ok",):
+                return path
+        file.unlink()
+        print(f"notice: {file}: damaged; measured again")
     return path

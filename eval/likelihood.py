@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -31,10 +31,7 @@ Choices = tuple[list[int], list[list[int]]]
 
 
 class CacheScorer:
-    """Log-likelihoods and answers of a checkpoint.
-
-    Attributes: cut: contexts so far whose beginning had no room.
-    """
+    """Log-likelihoods and answers of a checkpoint. cut: contexts so far whose beginning had no room."""
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer, self.cut = answerer, 0
@@ -72,11 +69,11 @@ class CacheScorer:
         # Where the texts join into the context's own last token, nothing would be left to score.
         return ids, self.encode(bare + rest)[len(ids) :] or self.encode(continuation)
 
-    def score_pairs(self, pairs: Sequence[Pair], done: Callable[[int, Scored], None] = lambda *_: None) -> list[Scored]:
-        """Score the continuation of each pair; pairs in a row with one context are read together.
+    def score_pairs(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Scored]]:
+        """Yield the place and the score of each pair's continuation once it is known.
 
-        done: called with the place and the score of a pair once it is known. Raises `UserError` for a continuation
-        that is longer than the model reads. A context that has no room loses its beginning.
+        Pairs in a row with one context are read together. A context that has no room loses its beginning. Raises
+        `UserError` for a continuation that is longer than the model reads.
         """
         items: list[Choices] = []
         places: list[list[int]] = []
@@ -88,41 +85,28 @@ class CacheScorer:
                 places.append([])
             items[-1][1].append(continuation)
             places[-1].append(place)
-        fitting = []
-        for context, choices in items:
+        for number, (context, choices) in enumerate(items):
             room = self.context + 1 - max(map(len, choices))
             self.cut += len(context) > room
-            fitting.append((context[-room:], choices))
-        found: list[Scored] = [(0.0, False)] * len(pairs)
-        for number, scores in self._scores(fitting):
-            for place, score in zip(places[number], scores, strict=True):
-                found[place] = score
-                done(place, score)
-        return found
+            items[number] = (context[-room:], choices)
+        for number, scores in self._scores(items):
+            yield from zip(places[number], scores, strict=True)
 
-    def answer(
-        self,
-        prompts: Sequence[list[int]],
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        until: Sequence[str] = (),
-        done: Callable[[int, str], None] = lambda *_: None,
-    ) -> list[str]:
-        """Answer each prompt up to its end or one of the texts `until`; empty where both have no room in the context.
+    def answers(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, sampling: Sampling = GREEDY, until: Sequence[str] = ()
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the place and the answer of each prompt, up to its end or one of the texts `until`.
 
-        done: called with the place and the answer of a prompt. Raises `UserError` where no prompt would have room.
+        A prompt that leaves no room for an answer has none. Raises `UserError` where no prompt would have room.
         """
         if max_new_tokens >= self.context:
             raise UserError(f"max_new_tokens {max_new_tokens}: the model reads {self.context} tokens in all; lower it")
         # An empty text has nothing to be continued: it follows the end of another.
         filled = [ids or [self.answerer.tokenizer.eos_id] for ids in prompts]
         fitting = [place for place, ids in enumerate(filled) if len(ids) + max_new_tokens <= self.context]
-        answers = [""] * len(prompts)
         made = self.answerer.completions([filled[place] for place in fitting], max_new_tokens, sampling)
         for place, text in zip(fitting, made, strict=True):
-            answers[place] = min((text.partition(end)[0] for end in until), key=len, default=text)
-            done(place, answers[place])
-        return answers
+            yield place, min((text.partition(end)[0] for end in until), key=len, default=text)
 
     @torch.inference_mode()
     def score_windows(self, windows: Sequence[Pair]) -> list[float]:
@@ -132,13 +116,10 @@ class CacheScorer:
         for part in batches(windows, lambda window: len(window[0]) + len(window[1])):
             rows = [windows[place] for place in part]
             width = rounded(max(len(context) + len(scored) for context, scored in rows) - 1)
-            out = self.answerer.model(
-                padded([[*context, *scored[:-1]] for context, scored in rows], width, pad).to(device)
-            )
-            labels = padded([[IGNORE] * (len(context) - 1) + scored for context, scored in rows], width, IGNORE).to(
-                device
-            )
-            for place, (value, _) in zip(part, label_nats(out.hidden, out.head, labels), strict=True):
+            inputs = padded([[*context, *scored[:-1]] for context, scored in rows], width, pad)
+            labels = padded([[IGNORE] * (len(context) - 1) + scored for context, scored in rows], width, IGNORE)
+            out = self.answerer.model(inputs.to(device))
+            for place, (value, _) in zip(part, label_nats(out.hidden, out.head, labels.to(device)), strict=True):
                 nats[place] = value
         return nats
 
@@ -149,21 +130,18 @@ class CacheScorer:
         from their beginning on, such as worked questions, is read once for all of them.
         """
         letters = [place for place, (_, choices) in enumerate(items) if all(len(choice) == 1 for choice in choices)]
-        for shared, places in _same_beginnings([(place, items[place][0]) for place in letters]):
+        for shared, places in _same_beginnings({place: items[place][0] for place in letters}):
             for part in batches(places, lambda place, shared=shared: len(items[place][0]) - shared):
                 chosen = [places[number] for number in part]
                 log_probs = self._next_log_probs([items[place][0] for place in chosen], shared)
-                best = log_probs.argmax(-1).tolist()
-                for place, row, greedy in zip(chosen, log_probs, best, strict=True):
+                for place, row, best in zip(chosen, log_probs, log_probs.argmax(-1).tolist(), strict=True):
                     ids = [choice[0] for choice in items[place][1]]
-                    nats = row[ids].double().tolist()
-                    yield place, [(value, token == greedy) for value, token in zip(nats, ids, strict=True)]
+                    yield place, [(nats, ids[n] == best) for n, nats in enumerate(row[ids].double().tolist())]
         others = sorted(set(range(len(items))) - set(letters))
         for part in batches(others, lambda place: len(items[place][0]) + sum(map(len, items[place][1]))):
-            chosen = [others[number] for number in part]
-            scored = iter(self._continued([items[place] for place in chosen]))
-            for place in chosen:
-                yield place, [next(scored) for _ in items[place][1]]
+            scored = iter(self._continued([items[others[number]] for number in part]))
+            for number in part:
+                yield others[number], [next(scored) for _ in items[others[number]][1]]
 
     @torch.inference_mode()
     def _next_log_probs(self, contexts: Sequence[list[int]], shared: int) -> Tensor:
@@ -188,21 +166,19 @@ class CacheScorer:
         flat = [choice for own in choices for choice in own]
         longest, rest = rounded(max(map(len, contexts))), rounded(max(map(len, flat)) - 1)
         padding = torch.tensor([longest - len(ids) for ids in contexts], device=device)
-        cache = LatentCache(
-            model.config, len(contexts), longest + rest, cache_dtype(model), device, padding if padding.any() else None
-        )
+        padding, dtype = padding if padding.any() else None, cache_dtype(model)
+        cache = LatentCache(model.config, len(contexts), longest + rest, dtype, device, padding)
         out = model(padded(contexts, longest, pad, left=True).to(device), cache=cache)
-        rows = torch.arange(len(contexts), device=device).repeat_interleave(
-            torch.tensor([len(own) for own in choices], device=device)
-        )
+        rows = torch.tensor([row for row, own in enumerate(choices) for _ in own], device=device)
         first = torch.tensor([choice[0] for choice in flat], device=device)
         log_probs = head_logits(out.hidden[:, -1], out.head).log_softmax(-1)
         nats, greedy = log_probs[rows, first].double(), log_probs.argmax(-1)[rows] == first
         scores = list(zip(nats.tolist(), greedy.tolist(), strict=True))
         if rest:
             cache.keep_rows(rows)
+            labels = padded([choice[1:] for choice in flat], rest, IGNORE).to(device)
             out = model(padded([choice[:-1] for choice in flat], rest, pad).to(device), cache=cache)
-            more = label_nats(out.hidden, out.head, padded([choice[1:] for choice in flat], rest, IGNORE).to(device))
+            more = label_nats(out.hidden, out.head, labels)
             scores = [(a + b, own and other) for (a, own), (b, other) in zip(scores, more, strict=True)]
         return scores
 
@@ -212,10 +188,10 @@ def label_nats(hidden: Tensor, head: Tensor, labels: Tensor) -> Iterator[Scored]
     size = max(LOGITS // (labels.shape[1] * head.shape[0]), 1)
     for start in range(0, len(labels), size):
         log_probs = head_logits(hidden[start : start + size], head).log_softmax(-1)
-        wanted = labels[start : start + size]
-        counted = wanted != IGNORE
-        nats = log_probs.gather(-1, wanted.clamp(min=0)[..., None])[..., 0].double().where(counted, 0.0).sum(1)
-        greedy = ((log_probs.argmax(-1) == wanted) | ~counted).all(1)
+        target = labels[start : start + size]
+        counted = target != IGNORE
+        nats = log_probs.gather(-1, target.clamp(min=0)[..., None])[..., 0].double().where(counted, 0.0).sum(1)
+        greedy = ((log_probs.argmax(-1) == target) | ~counted).all(1)
         yield from zip(nats.tolist(), greedy.tolist(), strict=True)
 
 
@@ -247,24 +223,21 @@ def batches(items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[li
 
 def padded(rows: Iterable[Sequence[int]], width: int, fill: int, left: bool = False) -> Tensor:
     """(rows, width) int64."""
-    lines = [[fill] * (width - len(row)) + list(row) if left else [*row, *[fill] * (width - len(row))] for row in rows]
-    return torch.tensor(lines)
+    lines = ((row, [fill] * (width - len(row))) for row in rows)
+    return torch.tensor([[*rest, *row] if left else [*row, *rest] for row, rest in lines])
 
 
 def rounded(length: int) -> int:
     return -(-length // WIDTH) * WIDTH
 
 
-def _same_beginnings(contexts: Sequence[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int]]]:
-    """(tokens that they share, places) of contexts that begin alike; each has a token of its own left.
-
-    contexts: (place, ids).
-    """
-    groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-    for place, ids in contexts:
-        groups.setdefault(tuple(ids[:SHARED]), []).append((place, ids))
-    for group in groups.values():
-        own = min(len(ids) for _, ids in group) - 1
-        columns = zip(*(ids[:own] for _, ids in group), strict=True)
-        shared = next((place for place, column in enumerate(columns) if len(set(column)) > 1), own)
-        yield shared if len(group) > 1 and shared >= SHARED else 0, [place for place, _ in group]
+def _same_beginnings(contexts: Mapping[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
+    """(tokens that they share, places) of contexts that begin alike; each has a token of its own left."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, ids in contexts.items():
+        groups.setdefault(tuple(ids[:SHARED]), []).append(place)
+    for places in groups.values():
+        own = min(len(contexts[place]) for place in places) - 1
+        columns = zip(*(contexts[place][:own] for place in places), strict=True)
+        shared = next((number for number, column in enumerate(columns) if len(set(column)) > 1), own)
+        yield shared if len(places) > 1 and shared >= SHARED else 0, places

@@ -24,6 +24,7 @@ from text.files import json_text
 from text.judging.answers import conclusion
 
 Row = TypeVar("Row")
+MOST_TOKENS = 48  # of an answer
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,20 @@ class Result:
 
 def read_questions(path: Path) -> list[Question]:
     """Read JSONL with `question`, `answer` and optionally `kind`."""
-    return read_lines(
-        path,
-        lambda row: Question(str(row["question"]), str(row["answer"]), str(row.get("kind", "all"))),
-        "question and answer",
-    )
+    make = lambda row: Question(str(row["question"]), str(row["answer"]), str(row.get("kind", "all")))  # noqa: E731
+    return read_lines(path, make, "question and answer")
 
 
 def read_lines(path: Path, make: Callable[[Any], Row], columns: str) -> list[Row]:
-    """Make something of each object of a JSONL file. Raises `UserError` for a line that is none, and for no line."""
+    """Make something of each object of a JSONL file. Raises `UserError` for another line, and for no line."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give JSONL with {columns}") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            rows.append(make(json.loads(line)))
+            rows += [make(json.loads(line))] if line.strip() else []
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path}:{number}: not an object with {columns}; correct the line") from None
     if not rows:
@@ -76,16 +72,10 @@ def read_lines(path: Path, make: Callable[[Any], Row], columns: str) -> list[Row
     return rows
 
 
-def ask(
-    answerer: Answerer,
-    questions: list[Question],
-    max_new_tokens: int = 48,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-) -> list[Result]:
+def ask(answerer: Answerer, questions: list[Question], sampling: Sampling = GREEDY, seed: int = 0) -> list[Result]:
     """Ask the questions; see `Answerer.replies`."""
     asked = [[{"role": "user", "content": question.question}] for question in questions]
-    replies, bar = answerer.replies(asked, max_new_tokens, sampling, seed), Console(stderr=True)
+    replies, bar = answerer.replies(asked, MOST_TOKENS, sampling, seed), Console(stderr=True)
     shown = track(replies, "asking", len(asked), console=bar, transient=True, disable=not bar.is_terminal)
     return [Result(question, reply) for question, reply in zip(questions, shown, strict=True)]
 

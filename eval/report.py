@@ -20,6 +20,7 @@ from errors import UserError, command_line
 from eval.answering import Answerer
 from eval.held_out import open_corpus, pretraining_settings
 from eval.questions import Result, accuracy, ask, read_questions
+from eval.score_files import table as markdown_table
 from eval.style import read_polite_requests, score_style
 from model import MiniDeepSeek
 from text.sources.registry import find_sources
@@ -82,27 +83,24 @@ def report(
         if styled:
             cells["preferred style"] = f"{score_style(answerer, styled).preferred:.0%}"
         if sums:
-            cells["held-out sums"], cells["  sampled"] = (
-                f"{share:.0%}" for share in _solved(answerer, sums, val_fraction)
-            )
+            found = _solved(answerer, sums, val_fraction)
+            cells |= {"held-out sums": f"{found['val_accuracy']:.0%}", "  sampled": f"{found['val_pass_1']:.0%}"}
     header = ["held out: never seen in training", *columns]
-    lines = [[label, *(cells[label] for cells in columns.values())] for label in next(iter(columns.values()))]
+    lines = [[label, *(cells[label] for cells in columns.values())] for label in columns["untrained"]]
 
     folder = Path(out) / "report"
     folder.mkdir(exist_ok=True)
     for run in runs:
-        picture = draw_run(run)
-        if picture is not None:
+        if picture := draw_run(run):
             shutil.copyfile(picture, folder / f"{run.name}.png")
     shown = random.Random(0).sample(results, min(samples, len(results)))
     (folder / "report.md").write_text(_markdown(header, lines, shown, runs), encoding="utf8")
     _print(header, lines, shown)
-    Console().print(
-        f"report: {folder / 'report.md'}, curves: {', '.join(str(folder / (run.name + '.png')) for run in runs)}"
-    )
+    curves = ", ".join(str(folder / f"{run.name}.png") for run in runs)
+    Console().print(f"report: {folder / 'report.md'}, curves: {curves}")
 
 
-def _solved(answerer: Answerer, sums: str, val_fraction: float) -> tuple[float, float]:
+def _solved(answerer: Answerer, sums: str, val_fraction: float) -> dict[str, float]:
     """The shares of held-out problems that are solved by greedy and by sampled answers."""
     longest = answerer.model.config.max_position_embeddings - SUM_TOKENS
     prompts = PromptDataset(
@@ -111,10 +109,8 @@ def _solved(answerer: Answerer, sums: str, val_fraction: float) -> tuple[float, 
     if not prompts.validation:
         raise UserError(f"--sums {sums}: nothing is held out; raise --val_fraction")
     sampler = Sampler(answerer.model, torch.float32)  # in the type it was opened in
-    found = Accuracy(prompts, sampler, SUM_TOKENS, temperature=1.0, rows=SUMS)(
-        answerer.model, torch.float32, Ranks(0, 1, answerer.device)
-    )
-    return found["val_accuracy"], found["val_pass_1"]
+    accuracy_of = Accuracy(prompts, sampler, SUM_TOKENS, temperature=1.0, rows=SUMS)
+    return accuracy_of(answerer.model, torch.float32, Ranks(0, 1, answerer.device))
 
 
 def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
@@ -126,12 +122,11 @@ def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
 
 
 def _print(header: list[str], lines: list[list[str]], shown: list[Result]) -> None:
-    table = Table(*header)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table, console = Table(header[0]), Console()
+    for name in header[1:]:
+        table.add_column(name, justify="right")
     for line in lines:
         table.add_row(*line)
-    console = Console()
     console.print(table)
     for result in shown:
         mark = "right" if result.correct else f"expected: {result.question.answer}"
@@ -139,12 +134,10 @@ def _print(header: list[str], lines: list[list[str]], shown: list[Result]) -> No
 
 
 def _markdown(header: list[str], lines: list[list[str]], shown: list[Result], runs: list[Path]) -> str:
-    table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines]]
     talk = [f"> {result.question.question}\n>\n> **{result.reply}** ({result.question.answer})\n" for result in shown]
     pictures = [f"## {run.name}\n\n![{run.name}]({run.name}.png)\n" for run in runs]
-    return "\n".join(
-        ["# Report", "", *table, "", "## Held-out questions (and the right answers)", "", *talk, *pictures]
-    )
+    title = "## Held-out questions (and the right answers)"
+    return "\n".join(["# Report", "", *markdown_table(lines, header), "", title, "", *talk, *pictures])
 
 
 if __name__ == "__main__":

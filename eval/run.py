@@ -4,7 +4,7 @@ python eval/run.py --ckpt out/demo/sft/final --tasks demo-questions,demo-text
 python eval/run.py --ckpt out/demo/sft/final --tasks ceval=data/ceval,mmlu-5-shot=data/mmlu,arc_easy
 python eval/run.py --ckpt SmolLM2-135M-Instruct.Q4_1.gguf --tasks my.yaml --limit 100
 
-This project's tasks are the files of eval/tasks; docs/evaluation.md describes them. A run that was stopped goes on.
+This project's tasks are the files of eval/tasks; docs/evaluation.md describes them. A run that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def run(
     place, model_path = Ranks.start(device).device, ModelPath.find(ckpt)
     if find_spec("lm_eval") is None:
         raise UserError(f"eval/run.py: lm-evaluation-harness is not installed; {INSTALL}")
-    from eval.harness import TheirOptions, measure, name_of, open_lm  # needs lm-eval
+    from eval.harness import measure, name_of, open_lm  # needs lm-eval
 
     number_type = choose_dtype(dtype, place)
     lm = open_lm(model_path, place, number_type)
     folder, weights = Path(out) if out else out_folder(ckpt), weights_of(ckpt, name_of(number_type))
     measured, written = [], []
     for task, own in zip(found, docs, strict=True):
-        measured.append(measure(task, own, lm, weights, folder, TheirOptions(limit, shots, chat)))
+        measured.append(measure(task, own, lm, weights, folder, limit, shots, chat))
         written = write_scores(folder, ckpt, weights, measured)
     table = Table(*HEADER, title=ckpt)
     for one in measured:

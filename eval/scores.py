@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Measured:
-    """A task's scores.
-
-    Attributes:
-        cut: questions whose beginning had no room in the context. seconds: of this run.
-        content: a hash of the items; empty in older files.
-    """
+    """A task's scores. cut: questions whose beginning had no room in the context. content: a hash of the items."""
 
     name: str
     settings: dict[str, Any]
@@ -52,10 +47,7 @@ class Measured:
     items: int
     cut: int
     seconds: float
-    content: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "scores": [asdict(score) for score in self.scores]}
+    content: str = ""  # in older files
 
 
 @dataclass
@@ -80,19 +72,15 @@ def score_items(items: Sequence[Item], totals: dict[str, float], bootstrap: bool
     whole, others = [], []
     for metric in dict.fromkeys(metric for item in items for metric in item.values):
         score = _score("all", metric, items, bootstrap)
-        if score is None or not math.isclose(score.value, totals.get(metric, score.value), abs_tol=1e-9):
-            if metric in totals:
-                others.append(Score("all", metric, float(totals[metric]), items=len(items)))
-        else:
+        if score and math.isclose(score.value, totals.get(metric, score.value), abs_tol=1e-9):
             whole.append(score)
-    scores = whole + others
+        elif metric in totals:
+            others.append(Score("all", metric, float(totals[metric]), items=len(items)))
+    parts = []
     if len(groups) > 1:
-        exam = [score.metric for score in whole if score.chance is not None]
-        scores += [_mean_of_groups(metric, list(groups.values())) for metric in exam]
-        for name, group in groups.items():
-            found = (_score(name, score.metric, group, bootstrap) for score in whole)
-            scores += [score for score in found if score is not None]
-    return scores
+        parts = [_mean_of_groups(score.metric, groups.values()) for score in whole if score.chance is not None]
+        parts += [_score(name, score.metric, group, bootstrap) for name, group in groups.items() for score in whole]
+    return [*whole, *others, *filter(None, parts)]
 
 
 def _score(group: str, metric: str, items: Sequence[Item], bootstrap: bool) -> Score | None:
@@ -108,13 +96,13 @@ def _score(group: str, metric: str, items: Sequence[Item], bootstrap: bool) -> S
     if not values or not all(isinstance(value, bool | int | float | np.number) for value in values):
         return None
     mean, share = math.fsum(values) / len(values), metric != "characters" and all(0 <= value <= 1 for value in values)
-    low, high = wilson(mean, len(values)) if share and not bootstrap else mean_interval(values)
+    low, high = wilson(mean, len(values)) if share and not bootstrap else ratio_interval(np.array(values, dtype=float))
     chances = [item.chance for item in having if item.chance is not None]
     chance = sum(chances) / len(chances) if chances and metric.startswith("acc") else None
     return Score(group, metric, mean, low, high, chance, len(values), share)
 
 
-def _mean_of_groups(metric: str, groups: Sequence[Sequence[Item]]) -> Score:
+def _mean_of_groups(metric: str, groups: Iterable[Sequence[Item]]) -> Score:
     """The mean over subjects, each of the same weight; a normal interval from the subjects' own variances."""
     scores = [score for group in groups if (score := _score("", metric, group, False)) is not None]
     # As if two right and two wrong answers came before: a subject that is all right is not certain.
@@ -126,31 +114,22 @@ def _mean_of_groups(metric: str, groups: Sequence[Sequence[Item]]) -> Score:
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `count` items (Wilson 1927); (0, 1) where nothing was measured.
+    """The 95% interval of a share of `count` items (Wilson 1927).
 
     For means of values between 0 and 1 it errs on the safe side: their variance is at most share * (1 - share).
     """
-    if not count:
-        return 0.0, 1.0
     width = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     middle, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
     return max((middle - width) / scale, 0.0), min((middle + width) / scale, 1.0)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of a mean, by the bootstrap."""
-    found = np.array(values, dtype=float)
-    drawn = found[np.random.default_rng(0).integers(len(found), size=(RESAMPLES, len(found)))].mean(1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float | None, float | None]:
-    """The 95% interval of a ratio of sums over documents, by the bootstrap; none of a single document."""
+def ratio_interval(above: np.ndarray, below: np.ndarray | None = None) -> tuple[float | None, float | None]:
+    """The 95% interval of a ratio of sums over items, or of a mean, by the bootstrap; none of a single item."""
     if len(above) < 2:
         return None, None
+    below = np.ones(len(above)) if below is None else below
     numbers, ratios = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):  # one after the other: together they would fill the memory for a large corpus
+    for _ in range(RESAMPLES):  # one after another: together they would fill the memory for a large corpus
         drawn = numbers.integers(len(above), size=len(above))
         ratios.append(above[drawn].sum() / below[drawn].sum())
     low, high = np.quantile(ratios, (0.025, 0.975))

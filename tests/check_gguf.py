@@ -177,7 +177,7 @@ def chats_differ(theirs: object, tokenizer: Tokenizer, questions: Sequence[str])
 def replies_differ(theirs: object, ckpt: str, questions: Sequence[str], max_new_tokens: int) -> bool:
     """Whether llama.cpp's own chat, from messages to text, answers anything else than ours."""
     chats: list[list[Message]] = [[{"role": "user", "content": question}] for question in questions]
-    ours = Answerer.open(ckpt, device="cpu", dtype="fp32").reply(chats, max_new_tokens)
+    ours = list(Answerer.open(ckpt, device="cpu", dtype="fp32").replies(chats, max_new_tokens))
     options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": max_new_tokens}
     replies = [theirs.create_chat_completion(chat, **options)["choices"][0]["message"]["content"] for chat in chats]
     equal = sum(a == b for a, b in zip(ours, replies, strict=True))

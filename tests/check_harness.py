@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from cli import call
 from errors import UserError
-from eval.harness import CacheLM, OtherLM, TheirOptions, measure, open_lm
+from eval.harness import CacheLM, OtherLM, measure, open_lm
 from eval.likelihood import CacheScorer
 from eval.model_path import ModelPath
 from eval.run import run as measure_all
@@ -38,7 +38,7 @@ def opened(folder: Path) -> CacheLM | OtherLM:
 
 
 def measured(task: Task, lm: CacheLM | OtherLM, out: Path, limit: int = 0) -> Measured:
-    return measure(task, task.settings.docs(limit) if task.settings else [], lm, {}, out, TheirOptions(limit))
+    return measure(task, task.settings.docs(limit) if task.settings else [], lm, {}, out, limit)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ import yaml
 import eval.harness
 from cli import call
 from errors import UserError, command_line
-from eval.harness import TheirOptions, measure, open_lm
+from eval.harness import measure, open_lm
 from eval.model_path import ModelPath
 from eval.tasks.choices import ChoiceItem
 from eval.tasks.opened import open_task
@@ -61,7 +61,7 @@ def check(ckpt: str, questions: str = "", count: int = 100) -> None:
         evaluate = eval.harness.simple_evaluate
         eval.harness.simple_evaluate = lambda *given, **more: found.append(evaluate(*given, **more)) or found[0]
         for task in (open_task(str(folder / "ours" / f"{name}.yaml")) for name in names):
-            ours = measure(task, task.settings.docs(), lm, {}, folder / "answers" / task.name, TheirOptions())
+            ours = measure(task, task.settings.docs(), lm, {}, folder / "answers" / task.name)
             samples = found.pop()["samples"][task.name]
             nats = [_nats(answer) for sample in samples for answer in sample["filtered_resps"]]
             values = {score.metric: score.value for score in ours.scores if score.group == "all"}

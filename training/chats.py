@@ -14,12 +14,11 @@ from training.losses import IGNORE, Batch
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
 from training.run.samples import LONGEST, Samples, SampleSettings, first_different, open_samples
-from training.settings import StageSettings
 from training.validation import BitsPerByte, held_out_batches, labels_name
 
 
 @dataclass(kw_only=True)
-class ChatSettings(StageSettings, SampleSettings):
+class ChatSettings(SampleSettings):
     """Settings of a stage that learns from conversations.
 
     Args:
@@ -38,10 +37,6 @@ class ChatSettings(StageSettings, SampleSettings):
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, weight_decay=0.0, decay_from=0.0))
 
     DEFAULT_EPOCHS: ClassVar[float] = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_samples()
 
 
 def chat_samples(settings: ChatSettings, tokenizer: Tokenizer, ranks: Ranks, dataset: ChatDataset) -> Samples | None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from errors import naming
 from model import MiniDeepSeek
 from text.order import scramble
-from training.datasets import Dataset, NamingDataset, PolicyDataset
 from training.losses import Batch, Loss
 from training.machine import autocast, set_seed
 from training.metrics import StepResult, Tally
@@ -29,6 +28,37 @@ from training.settings import StageSettings
 SKIPPED = "skipped.jsonl"
 SHOWN = 8  # samples that the message at the end of a run names
 Part = tuple[Sequence[int], Tensor, Tensor]  # of a micro-batch: indices of its samples, loss, count
+
+
+class Dataset(Protocol):
+    """What a stage trains on: sample `i`, counted from the start of training, is a function of (seed, i) alone."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: list[int]) -> Batch: ...
+
+
+@runtime_checkable
+class NamingDataset(Protocol):
+    """A data set that can say where sample `index` comes from."""
+
+    def describe(self, index: int) -> str: ...
+
+
+@runtime_checkable
+class PolicyDataset(Protocol):
+    """A data set that the model in training makes, such as its own answers.
+
+    `prepare` is called on every rank at the start of every step, before the step's batches are asked for, and returns
+    entries for the log. What later steps need of earlier ones is in `state`, the same on every rank: it is saved with
+    each checkpoint, and a resumed run gives it to `load_state` before its first step.
+    """
+
+    def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 class Skipping:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,24 @@ import torch
 from errors import UserError, quiet_compiler
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.datasets import Dataset
 from training.losses import Loss
-from training.machine import Peak, choose_dtype, peak_memory
+from training.machine import Peak, choose_dtype, memory_used
 from training.metrics import FlopsCounter, StepResult, step_entry, untrained_entry
 from training.optim.build import build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
 from training.parallel.replication import check_facts, check_weights, facts, replicate
-from training.run.checkpoint import Progress, Weights
+from training.run.checkpoint import BEST, Progress, Weights, newest
 from training.run.estimate import Pace, fit_batch
 from training.run.interrupt import Stopped
 from training.run.lock import RunLock
 from training.run.log import RunLog
 from training.run.plots import draw_run
-from training.run.resume import BEST, WholeModel, carry_optimizer, identity
+from training.run.resume import WholeModel, carry_optimizer, identity
 from training.run.samples import Samples
 from training.run.saver import RunCheckpoints
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
-from training.step import OptimizerStep, Skipping
+from training.step import Dataset, OptimizerStep, Skipping
 from training.validation import Validation
 
 
@@ -92,7 +92,7 @@ class Trainer:
             try:
                 return self._run(lock)
             finally:
-                self.checkpoints.close()
+                self.checkpoints.saver.close()
                 lock.release()
 
     def _run(self, lock: RunLock) -> Path:
@@ -102,7 +102,7 @@ class Trainer:
             self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer))
         if self.progress.finished:
             final, end = self.out / "final", self._end(self.progress)
-            if not self.ranks.on_main(lambda: self.checkpoints.newest() == final):
+            if not self.ranks.on_main(lambda: newest(self.out) == final):
                 self.checkpoints.finish(self.progress, end)  # it was interrupted where this budget ends
             else:
                 done = f"already complete after {self.progress.step} steps ({end})"
@@ -129,7 +129,7 @@ class Trainer:
         self.checkpoints.finish(self.progress, self._end(self.progress))
         if self.ranks.main:
             draw_run(self.out)
-        return self.checkpoints.newest() or self.out
+        return newest(self.out) or self.out
 
     def _measure_first(self, log: RunLog, fresh: bool, late: dict[str, Any]) -> bool:
         """Validate before a fresh run's first step, or after a step whose validation a signal prevented.
@@ -147,7 +147,7 @@ class Trainer:
         if validates:
             log.write(untrained_entry(measured))
         if fresh and self.samples and self.samples.due(0, validates, False):
-            self.samples.write(self.model, 0, log.dim)
+            self.samples.write(self.model, 0, partial(log.print, style="dim"))
         if self.progress.unmeasured:
             self.progress.unmeasured = False
             log.write({**late, **measured})
@@ -157,7 +157,7 @@ class Trainer:
     def _loop(self, log: RunLog, counter: FlopsCounter) -> None:
         """Do steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
-        log.begin(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
+        log.stepped(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
         origin = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
         stop = False
@@ -178,7 +178,7 @@ class Trainer:
             if validate or progress.step == 1 or progress.step % settings.log_every == 0:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
-                mfu, memory = self.peak.share(rate * counter.flops()), peak_memory(self.ranks.device)
+                mfu, memory = self.peak.share(rate * counter.flops()), memory_used(self.ranks.device)
                 entry = step_entry(result, progress, lr, rate, mfu, memory)
                 measured = self._validate() if validate and not stop else {}
                 stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
@@ -190,7 +190,7 @@ class Trainer:
                 log.pulse(progress.step)
             validated = validate and self.validation is not None
             if self.samples and not stop and self.samples.due(progress.step, validated, progress.finished):
-                self.samples.write(self.model, progress.step, log.dim)
+                self.samples.write(self.model, progress.step, partial(log.print, style="dim"))
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
             origin += time.perf_counter() - pause
@@ -257,7 +257,11 @@ class Trainer:
 
         Raises the error of a save that has failed meanwhile.
         """
-        mine = [seconds if self.ranks.main else 0.0, float(self.ranks.watch.asked), float(self.checkpoints.failed)]
+        mine = [
+            seconds if self.ranks.main else 0.0,
+            float(self.ranks.watch.asked),
+            float(self.checkpoints.saver.failed),
+        ]
         mine = torch.tensor(mine, dtype=torch.float64).to(self.ranks.device)
         elapsed, stop, failed = self.ranks.sum(mine).tolist()
         if failed:

@@ -14,12 +14,13 @@ import csv
 import re
 import string
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError
-from eval.tasks.docs import Docs, rows_of, spread
+from eval.tasks.docs import Docs, as_turns, rows_of, spread
 from text.sources.folders import SAVED, SHARD, SPLIT_OF, Folder
 from text.sources.registry import Source, find_sources
 from text.sources.rows import SUFFIXES
@@ -77,7 +78,6 @@ class MultipleChoice:
         return Docs(self._doc(item, shots[item.subject]) for item in items)
 
     def keys(self) -> dict[str, Any]:
-        """The keys of lm-evaluation-harness's task file that follow from the settings."""
         return {"target_delimiter": "" if self.chat else self.separator}
 
     def _shots(self, subjects: list[str]) -> dict[str, tuple[ChoiceItem, ...]]:
@@ -99,12 +99,12 @@ class MultipleChoice:
         intro = self.intro.replace("{subject}", item.subject.replace("_", " "))
         pairs = [(self._asked(shot), self._choices(shot)[shot.answer]) for shot in shots]
         question = self._asked(item)
-        turns = [turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer))]
-        turns = [{"role": role, "content": content} for role, content in [*turns, ("user", question)]]
-        turns[0]["content"] = intro + turns[0]["content"]
         doc = {"group": item.subject, "choices": self._choices(item), "answer": item.answer, "shots": len(shots)}
         doc["prompt"] = intro + "".join(f"{asked}{self.separator}{answer}\n\n" for asked, answer in pairs) + question
-        return {**doc, "turns": turns} if self.chat else doc
+        if self.chat:
+            doc["turns"] = as_turns([*pairs, (question, "")])
+            doc["turns"][0]["content"] = intro + doc["turns"][0]["content"]
+        return doc
 
     def _choices(self, item: ChoiceItem) -> list[str]:
         return list(LETTERS[: len(item.choices)] if self.form == "letters" else item.choices)
@@ -119,14 +119,14 @@ class MultipleChoice:
 def read_choices(data: str, split: str, subjects: list[str]) -> dict[str, list[ChoiceItem]]:
     """The questions of a split by subject, all of them or the given ones.
 
-    Raises `UserError` for data that is not there or has no such split, and for the first row that is no question.
+    Raises `UserError` for data that is not there or has no such split, and for the first row that is not a question.
     """
     sources = find_sources(data, kind=None)
     if len(sources) != 1:
         raise UserError(f"--tasks data {data}: one place is wanted; make a task of each")
     found: dict[str, list[ChoiceItem]] = {}
     for subject, source in _by_subject(sources[0], split, subjects):
-        for place, row in _headerless_rows(source) or rows_of(source):
+        for place, row in _rows(source):
             item = to_item(place, row, subject)
             if not subjects or item.subject in subjects:
                 found.setdefault(item.subject, []).append(item)
@@ -151,20 +151,18 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
                 f"{place}: no column {name!r}, the columns are {shown}; rename one, or take a split with answers"
             )
     try:
-        labels, given, are_named = _given_choices(columns)
-        # A null, as in tables whose rows have three choices or four, is no choice.
+        labels, given, named = _given_choices(columns)
+        # A null, as in tables whose rows have three choices or four, is not a choice.
         choices = {label: str(text).strip() for label, text in zip(labels, given, strict=True) if text is not None}
-        question, answer = str(columns["question"]).strip(), columns["answer"]
-        empty = [name for name, text in [("question", question), *choices.items()] if not text]
-        if empty:
-            raise ValueError(f"{empty[0]} is empty")
+        question = str(columns["question"]).strip()
+        for name, text in [("question", question), *choices.items()]:
+            if not text:
+                raise ValueError(f"{name} is empty")
         if not 2 <= len(choices) <= len(LETTERS):
             raise ValueError(f"{len(choices)} choices, not 2 to {len(LETTERS)}")
-        # A number is a label where labels are numbers; beside letters it counts the choices.
-        is_label = isinstance(answer, str) or (are_named and any(label.isdigit() for label in labels))
-        label = _label(answer) if is_label else _at(answer, labels)
+        label = _answer(columns["answer"], labels, named)
         if label not in choices:
-            raise ValueError(f"the answer is {answer!r}, not one of {', '.join(choices)}")
+            raise ValueError(f"the answer is {columns['answer']!r}, not one of {', '.join(choices)}")
     except ValueError as error:
         raise UserError(f"{place}: {error}; correct the row") from None
     subject = str(columns.get("subject") or subject)
@@ -172,7 +170,7 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
 
 
 def _given_choices(columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]:
-    """What the answer calls each choice, the choices, and whether the row names them itself; else it is by letters."""
+    """The label of each choice, the choices, and whether the row names the labels itself; else they are letters."""
     if "choices" not in columns:
         letters = [letter for letter in LETTERS if columns.get(letter) is not None]
         while len(letters) > 2 and columns[letters[-1]] == "":  # how CSV has a null
@@ -184,10 +182,10 @@ def _given_choices(columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]
     if isinstance(given, dict):
         given, labels = given.get("text"), given.get("label")
     if not isinstance(given, list) or not all(isinstance(choice, str | int | float | None) for choice in given):
-        raise ValueError("'choices' is no list of texts")
-    if len(given) > len(LETTERS):
-        raise ValueError(f"{len(given)} choices, not 2 to {len(LETTERS)}")
+        raise ValueError("'choices' is not a list of texts")
     if labels is None:
+        if len(given) > len(LETTERS):
+            raise ValueError(f"{len(given)} choices, not 2 to {len(LETTERS)}")
         return list(LETTERS[: len(given)]), given, False
     labels = [_label(label) for label in labels] if isinstance(labels, list) else []
     if not len(set(labels)) == len(labels) == len(given):
@@ -195,15 +193,17 @@ def _given_choices(columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]
     return labels, given, True
 
 
+def _answer(answer: Any, labels: list[str], named: bool) -> str | None:
+    """The label that is meant. A number is one where labels are numbers; beside letters it counts them from 0."""
+    if isinstance(answer, str) or (named and any(label.isdigit() for label in labels)):
+        return _label(answer)
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer // 1
+    return labels[int(answer)] if is_number and 0 <= answer < len(labels) else None
+
+
 def _label(label: Any) -> str:
-    """A label as text, however it was written: `b`, 2 and 2.0 are B, 2 and 2."""
+    """A label as text: `b`, 2 and 2.0, as pandas makes 2 beside a null, are B, 2 and 2."""
     return str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().upper()
-
-
-def _at(number: Any, labels: list[str]) -> str | None:
-    """The label of a choice that is meant by its number, counted from 0; pandas makes 1.0 of 1 beside a null."""
-    is_number = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
-    return labels[int(number)] if is_number and 0 <= number < len(labels) else None
 
 
 def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tuple[str, Source]]:
@@ -219,10 +219,8 @@ def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tup
     else:
         folder = Folder.read(path, SUFFIXES, split)
         if not folder.splits:
-            raise UserError(
-                f"{path}: no {split}/ folder with {', '.join(SUFFIXES)} files and no *_{split} files; "
-                "check path and split"
-            )
+            kinds = ", ".join(SUFFIXES)
+            raise UserError(f"{path}: no {split}/ folder with {kinds} files and no *_{split} files; check both")
         for file in folder.files:
             name = re.sub(rf"_({'|'.join(SPLIT_OF)})$", "", SHARD.sub("", file.name).removesuffix(file.suffix))
             # In a snapshot of the Hub files have the names of splits, and subjects are folders.
@@ -244,29 +242,23 @@ def _subsets(source: Source) -> list[str]:
         ) from None
 
 
-def _headerless_rows(source: Source) -> Iterator[tuple[str, dict[str, str]]] | None:
-    """The rows of a CSV file whose first is a question already, as in MMLU's: its last field is a choice's letter."""
-    if source.is_hub or not source.path.lower().endswith(".csv"):
-        return None
-    try:
-        with open(source.path, encoding="utf-8-sig", newline="") as stream:
-            first = next(csv.reader(stream), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return None  # the reader of rows says what is wrong
-    if len(first) < 4 or first[-1].strip() not in tuple(LETTERS[: len(first) - 2]):
-        return None
-    return None if "question" in (field.strip().lower() for field in first) else _rows_of_fields(source.path)
-
-
-def _rows_of_fields(file: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows(source: Source) -> Iterator[tuple[str, object]]:
+    """(place, row) of each row; a CSV file without a header, as MMLU's, has a row that ends in a letter first."""
+    fields, file = [], source.path
+    if not source.is_hub and file.lower().endswith(".csv"):
+        # The reader of rows says what is wrong with a file.
+        with suppress(OSError, UnicodeDecodeError, csv.Error), open(file, encoding="utf-8-sig", newline="") as stream:
+            fields = [field.strip() for field in next(csv.reader(stream), [])]
+    if "question" in map(str.lower, fields) or len(fields) < 4 or fields[-1] not in [*LETTERS[: len(fields) - 2]]:
+        yield from rows_of(source)
+        return
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             reader, line = csv.reader(stream, strict=True), 1
             for fields in reader:
                 if not 4 <= len(fields) <= len(LETTERS) + 2:
-                    raise UserError(
-                        f"{file}:{line}: {len(fields)} fields; write question, choices, the answer's letter"
-                    )
+                    what = f"{len(fields)} fields; write question, choices, the answer's letter"
+                    raise UserError(f"{file}:{line}: {what}")
                 choices = dict(zip(LETTERS, fields[1:-1], strict=False))
                 yield f"{file}:{line}", {"question": fields[0], **choices, "answer": fields[-1]}
                 line = reader.line_num + 1

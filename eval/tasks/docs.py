@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from text.chats.chat_template import Message
 from text.sources.registry import Source, find_sources
 from text.sources.row_report import RowReport
 from text.sources.rows import read_rows
@@ -29,7 +30,7 @@ def _whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _whole(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_whole(inner) for inner in value]
+        return list(map(_whole, value))
     return characters(value) if isinstance(value, str) else value
 
 
@@ -48,6 +49,14 @@ def rows_of(source: Source) -> Iterator[tuple[str, object]]:
 
 def spread(items: list[Any], limit: int) -> list[Any]:
     """At most `limit` of the items, evenly spread; 0 keeps all."""
-    if not limit or len(items) <= limit:
-        return items
-    return [items[number * len(items) // limit] for number in range(limit)]
+    count = min(limit or len(items), len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+def as_turns(pairs: Sequence[tuple[str, str]], system: str = "") -> list[Message]:
+    """A conversation of questions and answers; an empty answer is the one that is asked for."""
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for question, answer in pairs:
+        messages.append({"role": "user", "content": question})
+        messages += [{"role": "assistant", "content": answer}] if answer else []
+    return messages

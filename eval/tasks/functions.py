@@ -1,29 +1,23 @@
-"""What the task files name after `!function`."""
+"""What the task files name after `!function`, when lm-evaluation-harness reads them by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
-from eval.tasks.choices import MultipleChoice
 from eval.tasks.docs import Docs
-from eval.tasks.problems import ExactMatch, judge
-from eval.tasks.replies import Quality, Questions, Style, describe, distinct_1, distinct_2, judge_answer, judge_style
-from eval.tasks.texts import Text
+from eval.tasks.opened import KINDS
+from eval.tasks.problems import judge
+from eval.tasks.replies import describe, distinct_1, distinct_2, judge_answer, judge_style
 
 __all__ = ["describe", "distinct_1", "distinct_2", "judge", "judge_answer", "judge_style"]
 
 
 def _data_set(kind: type) -> Callable[..., dict[str, Docs]]:
     """A data set with the split `test`; the model's arguments, which come with the settings, are left out."""
-
-    def data_set(**settings: Any) -> dict[str, Docs]:
-        known = {field.name for field in fields(kind)}
-        return {"test": kind(**{name: value for name, value in settings.items() if name in known}).docs()}
-
-    return data_set
+    known = {field.name for field in fields(kind)}
+    return lambda **given: {"test": kind(**{name: given[name] for name in known & given.keys()}).docs()}
 
 
-multiple_choice, text, exact_match = _data_set(MultipleChoice), _data_set(Text), _data_set(ExactMatch)
-questions, style, quality = _data_set(Questions), _data_set(Style), _data_set(Quality)
+text, multiple_choice, exact_match = (_data_set(KINDS[name]) for name in ("text", "multiple_choice", "exact_match"))
+questions, style, quality = (_data_set(KINDS[name]) for name in ("questions", "style", "quality"))

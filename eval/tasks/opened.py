@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +42,8 @@ _NATIVE = re.compile(r"^(task|group|include)\s*:", re.MULTILINE)
 class Settings(Protocol):
     """A kind of task: a dataclass whose fields are the settings.
 
-    `docs` raises `UserError` for data that it cannot use.
+    `docs` raises `UserError` for data that it cannot use. `keys`: what follows from the settings of the keys of
+    lm-evaluation-harness's task file.
     """
 
     data: str
@@ -66,15 +68,14 @@ def open_tasks(entries: str, theirs_first: bool = True) -> list[Task]:
     Args:
         theirs_first: take a bare name that lm-evaluation-harness may know, such as mmlu, for its own task.
 
-    Raises `UserError` for an entry that is wrong, for none, and for one that is there twice.
+    Raises `UserError` for an entry that is wrong or there twice, and for none.
     """
     tasks: dict[str, Task] = {}
-    for entry in (part.strip() for part in entries.split(",")):
-        if not entry:
-            continue
+    for entry in filter(None, map(str.strip, entries.split(","))):
         task = open_task(entry, theirs_first)
-        if task.name in tasks and _data(tasks[task.name]) != _data(task):
-            task = Task(f"{task.name}-{Path(_data(task)).stem}", task.kind, task.settings)
+        known = tasks.get(task.name)
+        if known and known.settings and task.settings and known.settings.data != task.settings.data:
+            task = Task(f"{task.name}-{Path(task.settings.data).stem}", task.kind, task.settings)
         if task.name in tasks:
             raise UserError(f"--tasks {entry}: is there twice; leave one out")
         tasks[task.name] = task
@@ -86,37 +87,33 @@ def open_tasks(entries: str, theirs_first: bool = True) -> list[Task]:
 def open_task(entry: str, theirs_first: bool = True) -> Task:
     """Open one entry. Raises `UserError` for an unknown name or kind, or a wrong setting."""
     name, _, data = entry.partition("=")
-    file = Path(name)
+    file, kind = Path(name), ""
     if file.suffix not in (".yaml", ".yml"):
         name = RENAMED.get(name, name)
         file = FOLDER / f"{name}.yaml"
         known = sorted(path.stem for path in FOLDER.glob("[!_]*.yaml"))
-        if name not in known:
-            if theirs_first and not data and re.fullmatch(r"[\w.+-]+", name):
-                return Task(name)
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}, or give a .yaml file"
-            raise UserError(f"--tasks {name}: no such task; {hint}")
-        if theirs_first and not data and name in SHARED_NAMES:
+        may_be_theirs = name in SHARED_NAMES or (name not in known and re.fullmatch(r"[\w.+-]+", name))
+        if may_be_theirs and theirs_first and not data:
             return Task(name)
+        if name not in known:
+            raise UserError(f"--tasks {name}: no such task; {_hint(name, known)}")
         content = read_yaml(file)
         kind, settings = content["include"][1 : -len(".yaml")], dict(content["dataset_kwargs"])
     else:
-        if _is_native(file) and not data:
-            return Task(str(file))
-        kind, settings = _read(file)
-    if data:
-        settings["data"] = data
-    return Task(file.stem, kind, _settings(file, kind, settings))
+        with suppress(OSError, UnicodeDecodeError):  # its reader says what is wrong
+            if not data and _NATIVE.search(file.read_text(encoding="utf-8-sig")):
+                return Task(str(file))
+        content = read_yaml(file)
+        if isinstance(content, dict) and len(content) == 1:
+            ((kind, settings),) = content.items()
+        if not kind or not isinstance(settings, dict):
+            raise UserError(f"{file}: must be one kind of task with its settings, as in multiple_choice: {{data: DIR}}")
+    return Task(file.stem, str(kind), _settings(file, str(kind), {**settings, **({"data": data} if data else {})}))
 
 
 def _settings(file: Path, kind: str, settings: dict[str, Any]) -> Settings:
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        raise UserError(
-            f"{file}: kind {kind!r}; " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(KINDS)}")
-        )
-    settings.pop("chunk", None)  # of files written for earlier versions
+        raise UserError(f"{file}: kind {kind!r}; {_hint(kind, list(KINDS))}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(KINDS[kind])
     try:
@@ -128,24 +125,6 @@ def _settings(file: Path, kind: str, settings: dict[str, Any]) -> Settings:
     return found
 
 
-def _read(file: Path) -> tuple[str, dict[str, Any]]:
-    content = read_yaml(file)
-    if (
-        not isinstance(content, dict)
-        or len(content) != 1
-        or not isinstance(settings := next(iter(content.values())), dict)
-    ):
-        raise UserError(f"{file}: must be one kind of task with its settings, as in multiple_choice: {{data: DIR}}")
-    return str(next(iter(content))), dict(settings)
-
-
-def _is_native(file: Path) -> bool:
-    """Whether a file is in lm-evaluation-harness's own form, which it reads by itself."""
-    try:
-        return bool(_NATIVE.search(file.read_text(encoding="utf-8-sig")))
-    except (OSError, UnicodeDecodeError):
-        return False  # its reader says what is wrong
-
-
-def _data(task: Task) -> str:
-    return task.settings.data if task.settings else ""
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

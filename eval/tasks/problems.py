@@ -6,13 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from eval.tasks.docs import Docs, rows_of, sources_of, spread
+from eval.tasks.docs import Docs, as_turns, rows_of, sources_of, spread
 from eval.tasks.replies import generation_keys, replies_of
-from text.chats.chat_template import Message
 from text.chats.problems import Problem, open_problems, to_problem
 from text.judging.quantity import as_number
 from text.sources.registry import GENERATORS, Source
@@ -63,11 +63,11 @@ class ExactMatch:
         for source in sources_of(self.data, self.split, "prompt"):
             is_made = source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
             found += open_problems(source).held_out(self.problems) if is_made else _problems(source)
-        before = self._before()
+        worked = self._worked()
         return Docs(
             {
                 "group": problem.kind, "question": problem.question, "answer": problem.answer, "problem": problem,
-                "k": self.k, "turns": [*before, {"role": "user", "content": problem.question}],
+                "k": self.k, "turns": as_turns([*worked, (problem.question, "")], self.system),
             }
             for problem in spread(found, limit)
         )  # fmt: skip
@@ -75,24 +75,18 @@ class ExactMatch:
     def keys(self) -> dict[str, Any]:
         return generation_keys(self.max_new_tokens, self.temperature, self.samples)
 
-    def _before(self) -> list[Message]:
-        """System prompt and worked problems."""
-        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        if not self.shots:
-            return messages
-        source, *more = sources_of(self.shots_data, "train", "prompt")
-        if more:
-            raise UserError(f"shots_data {self.shots_data}: one place is wanted; put the worked problems into one file")
-        worked: list[Message] = []
-        for place, row in rows_of(source):
-            row = source.layout.arrange(row) if source.layout.format else row
-            if not isinstance(row, dict) or not {"question", "answer"} <= set(row):
-                raise UserError(f"{place}: not an object with question and answer; correct the row")
-            worked += [{"role": "user", "content": str(row["question"])}]
-            worked += [{"role": "assistant", "content": str(row["answer"])}]
-            if len(worked) == 2 * self.shots:
-                return messages + worked
-        raise UserError(f"{self.shots_data}: {len(worked) // 2} problems; set shots to that or less")
+    def _worked(self) -> list[tuple[str, str]]:
+        """Question and answer of the worked problems."""
+        worked: list[tuple[str, str]] = []
+        for source in sources_of(self.shots_data, "train", "prompt") if self.shots else []:
+            for place, row in islice(rows_of(source), self.shots - len(worked)):
+                row = source.layout.arrange(row) if source.layout.format else row
+                if not isinstance(row, dict) or not {"question", "answer"} <= set(row):
+                    raise UserError(f"{place}: not an object with question and answer; correct the row")
+                worked.append((str(row["question"]), str(row["answer"])))
+        if len(worked) < self.shots:
+            raise UserError(f"{self.shots_data}: {len(worked)} problems; set shots to that or less")
+        return worked
 
 
 def judge(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
@@ -101,7 +95,11 @@ def judge(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
     right = [is_correct(problem, answer) for answer in answers]
     if len(answers) == 1:
         return {"exact_match": float(right[0])}
-    votes = [_vote(problem, answer, is_right) for answer, is_right in zip(answers, right, strict=True)]
+    votes: list[Hashable | None] = []
+    for answer, is_right in zip(answers, right, strict=True):
+        given = taken_answer(problem, answer)
+        number = as_number(given) if given else None
+        votes.append(RIGHT if is_right else given if number is None else number)
     values = {f"pass@{k}": pass_at_k(len(right), sum(right), k) for k in doc["k"]}
     return {**values, f"maj@{len(right)}": majority(votes, RIGHT)}
 
@@ -126,16 +124,9 @@ def majority(answers: Sequence[Hashable | None], right: Hashable) -> float:
 
 
 def _problems(source: Source) -> Iterator[Problem]:
-    """Every row as a problem, those that are asked twice too. Raises `UserError` for the first that is none."""
+    """Every row as a problem, those that are asked twice too. Raises `UserError` for the first that is not one."""
     for place, row in rows_of(source):
         try:
             yield to_problem(row, source.layout)
         except RowError as error:
             raise UserError(f"{place}: {error}; correct the row") from None
-
-
-def _vote(problem: Problem, answer: str, is_right: bool) -> Hashable | None:
-    """What an answer votes for; one that gives nothing has no vote."""
-    given = taken_answer(problem, answer)
-    number = as_number(given) if given else None
-    return RIGHT if is_right else given if number is None else number

@@ -11,22 +11,37 @@ from typing import Any
 from errors import UserError
 from eval.questions import Question, Result, read_questions
 from eval.style import PoliteRequest, in_style, read_polite_requests
-from eval.tasks.docs import Docs, spread
+from eval.tasks.docs import Docs, as_turns, spread
 from text.chats.chat_template import Message
 from text.chats.problems import Problem
 from text.chats.prompts import read_prompts
 from text.sources.registry import find_sources
 from training.alignment.rewards import Sample, language, loose_format, strict_format
 
-# A Chinese character is a unit, and so is a run of letters or digits; punctuation and spaces are none.
+# A Chinese character is a unit, and so is a run of letters or digits; punctuation and spaces are not.
 _HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _UNITS = re.compile(rf"[{_HAN}]|[^\W\d_{_HAN}]+|\d+")
 _CHINESE = re.compile(rf"[{_HAN}]")
 REPEATED = 4  # n of the n-grams whose repetition is counted
 
 
+class _Generated:
+    """What the kinds of tasks have in common whose replies are generated, one to each item."""
+
+    data: str
+    max_new_tokens: int
+    temperature = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise UserError("max_new_tokens must be 1 or more, temperature 0 or more")
+
+    def keys(self) -> dict[str, Any]:
+        return generation_keys(self.max_new_tokens, self.temperature)
+
+
 @dataclass(kw_only=True)
-class Questions:
+class Questions(_Generated):
     """Questions with one right answer, to the letter, as eval/questions.py counts them; greedy.
 
     Args:
@@ -36,19 +51,13 @@ class Questions:
     data: str
     max_new_tokens: int = 48
 
-    def __post_init__(self) -> None:
-        _check(self.max_new_tokens)
-
     def docs(self, limit: int = 0) -> Docs:
         asked = spread(read_questions(Path(self.data)), limit)
-        return Docs({"group": one.kind, **vars(one), "turns": _turn(one.question)} for one in asked)
-
-    def keys(self) -> dict[str, Any]:
-        return generation_keys(self.max_new_tokens)
+        return Docs({"group": one.kind, **vars(one), "turns": as_turns([(one.question, "")])} for one in asked)
 
 
 @dataclass(kw_only=True)
-class Style:
+class Style(_Generated):
     """Requests answered in the preferred style, as eval/style.py counts them; sampled.
 
     Args:
@@ -60,19 +69,13 @@ class Style:
     max_new_tokens: int = 48
     temperature: float = 0.7
 
-    def __post_init__(self) -> None:
-        _check(self.max_new_tokens, self.temperature)
-
     def docs(self, limit: int = 0) -> Docs:
         requests = spread(read_polite_requests(Path(self.data)), limit)
-        return Docs({"group": "all", **vars(one), "turns": _turn(one.question)} for one in requests)
-
-    def keys(self) -> dict[str, Any]:
-        return generation_keys(self.max_new_tokens, self.temperature)
+        return Docs({"group": "all", **vars(one), "turns": as_turns([(one.question, "")])} for one in requests)
 
 
 @dataclass(kw_only=True)
-class Quality:
+class Quality(_Generated):
     """Sampled answers to prompts, described by numbers.
 
     Args:
@@ -85,30 +88,19 @@ class Quality:
     max_new_tokens: int = 128
     temperature: float = 0.7
 
-    def __post_init__(self) -> None:
-        _check(self.max_new_tokens, self.temperature)
-
     def docs(self, limit: int = 0) -> Docs:
         prompts = spread(list(read_prompts(find_sources(self.data, kind=None), self.system, on_error="stop")), limit)
         asked = [[dict(message) for message in prompt.messages] for prompt in prompts]
         return Docs({"group": "all", "question": turns[-1]["content"], "answer": "", "turns": turns} for turns in asked)
 
-    def keys(self) -> dict[str, Any]:
-        return generation_keys(self.max_new_tokens, self.temperature)
-
 
 def generation_keys(max_new_tokens: int, temperature: float = 0.0, samples: int = 1) -> dict[str, Any]:
     """The keys of lm-evaluation-harness's task file for so many answers of at most so many tokens."""
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-        if temperature
-        else {"do_sample": False}
-    )
+    drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+    sampling = {"do_sample": bool(temperature), **drawn}
     keys = {"generation_kwargs": {"until": [], "max_gen_toks": max_new_tokens, **sampling}}
-    if samples > 1:
-        keys |= {"repeats": samples}
-        keys |= {"filter_list": [{"name": "none", "filter": [{"function": "take_first_k", "k": samples}]}]}
-    return keys
+    take = [{"name": "none", "filter": [{"function": "take_first_k", "k": samples}]}]
+    return {**keys, "repeats": samples, "filter_list": take} if samples > 1 else keys
 
 
 def replies_of(results: Sequence[Any]) -> list[str]:
@@ -149,14 +141,14 @@ def describe(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
     """Numbers of one reply; the reply itself where a metric is of all replies together."""
     reply = replies_of(results)[0]
     samples = [Sample(Problem(doc["question"], "", ""), reply, 0, 1)]
-    values: dict[str, Any] = {"characters": float(len(reply))}
-    if units(reply):
-        values |= {f"repeated_{REPEATED}-grams": repetition(reply)}
-    values |= {"own_language": language(samples)[0]}
-    if units(reply):
-        values |= {"chinese": chinese_share(reply)}
-    values |= {"strict_format": strict_format(samples)[0], "loose_format": loose_format(samples)[0]}
-    return {**values, "empty": float(not units(reply)), "distinct_1": reply, "distinct_2": reply}
+    values = {
+        "characters": float(len(reply)), f"repeated_{REPEATED}-grams": repetition(reply),
+        "own_language": language(samples)[0], "chinese": chinese_share(reply),
+        "strict_format": strict_format(samples)[0], "loose_format": loose_format(samples)[0],
+        "empty": float(not units(reply)), "distinct_1": reply, "distinct_2": reply,
+    }  # fmt: skip
+    of_words = (f"repeated_{REPEATED}-grams", "chinese")  # which a reply without words does not have
+    return {name: value for name, value in values.items() if units(reply) or name not in of_words}
 
 
 def units(text: str) -> list[str]:
@@ -164,19 +156,14 @@ def units(text: str) -> list[str]:
     return [unit.lower() for unit in _UNITS.findall(text)]
 
 
-def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-
-
-def repetition(text: str, n: int = REPEATED) -> float:
-    """The share of an answer's n-grams that stood in it before: 1 - different / all (Welleck et al. 2020)."""
-    found = ngrams(units(text), n)
-    return 1 - len(set(found)) / len(found) if found else 0.0
+def repetition(text: str) -> float:
+    """The share of an answer's 4-grams that stood in it before: 1 - different / all (Welleck et al. 2020)."""
+    return 1 - distinct([text], REPEATED) if len(units(text)) >= REPEATED else 0.0
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams over all n-grams of all answers together (Li et al. 2016); less the more answers."""
-    found = [gram for text in texts for gram in ngrams(units(text), n)]
+    found = [gram for text in texts for gram in zip(*(units(text)[start:] for start in range(n)), strict=False)]
     return len(set(found)) / len(found) if found else 0.0
 
 
@@ -192,12 +179,3 @@ def chinese_share(text: str) -> float:
     """The share of a text's words that are Chinese characters."""
     words = units(text)
     return sum(bool(_CHINESE.match(word)) for word in words) / max(len(words), 1)
-
-
-def _check(max_new_tokens: int, temperature: float = 0.0) -> None:
-    if max_new_tokens < 1 or temperature < 0:
-        raise UserError("max_new_tokens must be 1 or more, temperature 0 or more")
-
-
-def _turn(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}]

@@ -52,9 +52,7 @@ class Text:
 
     def _texts(self, source: Source) -> Iterator[str]:
         if source.path.lower().endswith(".txt"):
-            text = "".join(read_blocks(Path(source.path)))
-            if text:
-                yield text
+            yield from filter(None, ["".join(read_blocks(Path(source.path)))])
             return
         column = source.layout.columns.get("text", self.column)
         for place, row in rows_of(source):

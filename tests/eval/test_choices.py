@@ -196,8 +196,8 @@ def test_a_bad_row_is_named_with_file_and_line(content, what, tmp_path):
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"question": "Q", "choices": "xyz", "answer": 0}, "'choices' is no list"),
-        ({"question": "Q", "choices": [{"text": "x"}, "y"], "answer": 0}, "'choices' is no list of texts"),
+        ({"question": "Q", "choices": "xyz", "answer": 0}, "'choices' is not a list"),
+        ({"question": "Q", "choices": [{"text": "x"}, "y"], "answer": 0}, "'choices' is not a list of texts"),
         ({"question": "Q", "choices": ["x", None, "z"], "answer": 1}, "the answer is 1, not one of A, C"),
         ({"question": "Q", "choices": ["x", "y"], "answer": 0.5}, "the answer is 0.5, not one of A, B"),
         (arc("x", "y", labels="AB", answer=2), "the answer is 2, not one of A, B"),

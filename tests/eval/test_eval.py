@@ -166,7 +166,7 @@ def write_questions(path: Path, *rows: dict) -> Path:
 def test_questions_are_asked_and_counted(answerer, pretrained, tmp_path, run):
     """The model's own words are the right answers to two of three questions."""
     texts = ["你好", "月牙镇在哪里？谁住在那里？", "2 + 3 = ?"]
-    said = [answerer.reply([[{"role": "user", "content": text}]], 48)[0] for text in texts]
+    said = [next(answerer.replies([[{"role": "user", "content": text}]], 48)) for text in texts]
     path = write_questions(
         tmp_path / "asked.jsonl",
         {"question": texts[0], "answer": said[0], "kind": "talk"},

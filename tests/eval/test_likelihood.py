@@ -34,13 +34,17 @@ def greedy(scorer: CacheScorer, context: list[int], count: int) -> list[int]:
     return scorer.answerer.model.generate(torch.tensor([context]), max_new_tokens=count)[0, len(context) :].tolist()
 
 
+def scores(scorer: CacheScorer, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """Of the pairs in their order; each is scored once."""
+    found = list(scorer.score_pairs(pairs))
+    assert sorted(place for place, _ in found) == list(range(len(pairs)))
+    return [score for _, score in sorted(found)]
+
+
 def check(scorer: CacheScorer, pairs: list[tuple[list[int], list[int]]]) -> None:
-    seen = {}
-    found = scorer.score_pairs(pairs, lambda place, score: seen.update({place: score}))
-    for (context, scored), (nats, is_greedy) in zip(pairs, found, strict=True):
+    for (context, scored), (nats, is_greedy) in zip(pairs, scores(scorer, pairs), strict=True):
         want, best = plain(scorer, context, scored)
         assert nats == pytest.approx(want, rel=1e-4) and is_greedy is best
-    assert [seen[place] for place in range(len(pairs))] == found
 
 
 def test_continuations_have_the_likelihood_of_one_pass_over_the_whole_row(scorer):
@@ -58,9 +62,9 @@ def test_what_the_model_would_say_itself_is_greedy(scorer):
         said = greedy(scorer, context, 6)
         other = [*said[:5], (said[5] + 1) % 600]
         pairs = [(context, said), (context, other), (context, said[:1]), ([*context, 7], said[:1])]
-        assert [best for _, best in scorer.score_pairs(pairs)][:3] == [True, False, True]
+        assert [best for _, best in scores(scorer, pairs)][:3] == [True, False, True]
         check(scorer, pairs)
-        assert [best for _, best in scorer.score_pairs([(context, said[:1])])] == [True]
+        assert [best for _, best in scores(scorer, [(context, said[:1])])] == [True]
 
 
 def test_windows_have_the_likelihood_of_one_pass(scorer, monkeypatch):
@@ -96,10 +100,10 @@ def reads(monkeypatch: pytest.MonkeyPatch, scorer: CacheScorer) -> list[tuple[in
 
 def test_a_context_is_read_once_for_all_its_choices(scorer, monkeypatch):
     read = reads(monkeypatch, scorer)
-    scorer.score_pairs([([20] * 64, choice) for choice in ([21, 22], [23, 24], [25, 26], [27, 28])])
+    scores(scorer, [([20] * 64, choice) for choice in ([21, 22], [23, 24], [25, 26], [27, 28])])
     assert read == [(1, 64), (4, 16)]
     read.clear()
-    scorer.score_pairs([([20] * 64, [letter]) for letter in (21, 22, 23, 24)])  # letters need nothing but the context
+    scores(scorer, [([20] * 64, [letter]) for letter in (21, 22, 23, 24)])  # letters need nothing but the context
     assert read == [(1, 64)]
 
 
@@ -111,7 +115,7 @@ def test_what_contexts_have_in_common_is_read_once(scorer, monkeypatch):
     pairs = [(context, letter) for context in contexts for letter in letters]
     want = [plain(scorer, *pair)[0] for pair in pairs]
     read = reads(monkeypatch, scorer)
-    assert [nats for nats, _ in scorer.score_pairs(pairs)] == pytest.approx(want, rel=1e-4)
+    assert [nats for nats, _ in scores(scorer, pairs)] == pytest.approx(want, rel=1e-4)
     tokens = sum(rows * width for rows, width in read)
     assert tokens < 199 + 90 + 16 * 4 + 16 * 3 + 32 * 3 + 1 < sum(map(len, contexts))
 
@@ -132,38 +136,37 @@ def test_a_conversation_that_was_rendered_keeps_its_ids(scorer):
     assert text.startswith("<s><|user|>") and scorer.encode(text) != scorer.answerer.tokenizer.encode(text)
     context, choice = scorer.encode_pair(text, "在")
     assert context == scorer.encode(text) and choice == scorer.encode("在")
-    (answer,) = scorer.answer([scorer.encode(text)], 8)
-    assert answer == scorer.answerer.reply([turns], 8)[0]
+    ((_, answer),) = scorer.answers([scorer.encode(text)], 8)
+    assert [answer] == list(scorer.answerer.replies([turns], 8))
 
 
 def test_an_endless_context_loses_its_beginning_and_is_counted(scorer, monkeypatch):
     context, choices, cut = line(random.Random(3), 3000), [[20], [21, 22]], scorer.cut
-    asked, scores = [], CacheScorer._scores
-    monkeypatch.setattr(CacheScorer, "_scores", lambda self, items: asked.extend(items) or scores(self, items))
-    found = scorer.score_pairs([(context, choice) for choice in choices])
+    asked, score = [], CacheScorer._scores
+    monkeypatch.setattr(CacheScorer, "_scores", lambda self, items: asked.extend(items) or score(self, items))
+    found = scores(scorer, [(context, choice) for choice in choices])
     assert len(asked[0][0]) + len(choices[1]) == scorer.context + 1  # the last token is scored, not read
     want = [plain(scorer, context[-(scorer.context - 1) :], choice)[0] for choice in choices]
     assert [nats for nats, _ in found] == pytest.approx(want, rel=1e-4) and scorer.cut == cut + 1
     with pytest.raises(UserError, match=f"a choice has 1025 tokens, the model reads {scorer.context}; drop it"):
-        scorer.score_pairs([([20], [21] * 1025)])
+        scores(scorer, [([20], [21] * 1025)])
 
 
 def test_answers_are_those_of_generate_and_stop_at_a_text(scorer):
     tokenizer, prompts = scorer.answerer.tokenizer, [[20, 30, 40], [50] * 20, []]
-    seen = {}
-    found = scorer.answer(prompts, 8, done=lambda place, text: seen.update({place: text}))
+    found = [text for _, text in scorer.answers(prompts, 8)]
     for ids, text in zip([*prompts[:2], [tokenizer.eos_id]], found, strict=True):
         said = greedy(scorer, ids, 8)
         said = said[: said.index(tokenizer.eos_id)] if tokenizer.eos_id in said else said
         assert text == tokenizer.decode(said, skip_special_tokens=False)
-    assert seen == dict(enumerate(found))
     end = found[0][1:2]
-    assert scorer.answer(prompts[:1], 8, until=["never", end]) == [found[0].partition(end)[0]]
-    sampled = [scorer.answer(prompts[:1] * 4, 8, Sampling(temperature=1.5)) for _ in range(2)]
+    assert list(scorer.answers(prompts[:1], 8, until=["never", end])) == [(0, found[0].partition(end)[0])]
+    sampled = [[text for _, text in scorer.answers(prompts[:1] * 4, 8, Sampling(temperature=1.5))] for _ in range(2)]
     assert sampled[0] == sampled[1] and len(set(sampled[0])) > 1  # samples of one prompt differ, and repeat
 
 
 def test_a_question_that_has_no_room_gets_no_answer(scorer):
-    assert scorer.answer([[20] * 1020, [20]], 20)[0] == "" != scorer.answer([[20]], 20)[0]
+    ((place, answer),) = scorer.answers([[20] * 1020, [20]], 20)
+    assert place == 1 and answer
     with pytest.raises(UserError, match="max_new_tokens 1024: the model reads 1024 tokens in all; lower it"):
-        scorer.answer([[20]], 1024)
+        list(scorer.answers([[20]], 1024))

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,8 @@ ENTRIES = [
 ]  # fmt: skip
 METRICS = "".join(json.dumps(entry) + "\n" for entry in ENTRIES).encode()
 SCORES = [Score("all", "acc", 0.5, 0.4, 0.6, 0.25, 10), Score("all", "bits_per_byte", 2.0, items=10, share=False)]
-MEASURED = Measured("words", {"kind": "TextLikelihood", "chunk": 2}, SCORES, 10, 0, 1.0, "ab")
-SCORED = json.dumps({"ckpt": "a", "weights": {}, "suites": {"words": MEASURED.to_dict()}}).encode()
+MEASURED = Measured("words", {"kind": "text", "window": 2}, SCORES, 10, 0, 1.0, "ab")
+SCORED = json.dumps({"ckpt": "a", "weights": {}, "suites": {"words": asdict(MEASURED)}}).encode()
 
 
 def two_runs(folder: Path) -> list[str]:

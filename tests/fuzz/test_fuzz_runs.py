@@ -31,9 +31,9 @@ from training.alignment.reference import load_log_probs
 from training.distill.answers import Answer, Ask, Journal
 from training.fingerprinted import save_arrays
 from training.optim.build import OptimSettings, build_optimizer
-from training.run.checkpoint import Progress, Snapshot, newest, read_progress
+from training.run.checkpoint import Progress, Snapshot, load_training_state, newest, read_progress
 from training.run.log import read_metrics
-from training.run.resume import WholeModel, find_checkpoint, restore
+from training.run.resume import WholeModel, find_checkpoint
 
 
 @contextlib.contextmanager
@@ -84,7 +84,8 @@ def resumed(out: Path, model: MiniDeepSeek) -> Progress:
     """As the loop takes a run up, and one step further."""
     found = find_checkpoint(out, True, {"seed": 0})
     optimizer = build_optimizer(model, OptimSettings())
-    restore(found[0], WholeModel(model), optimizer)
+    WholeModel(model).load(found[0])
+    load_training_state(found[0], model, optimizer)
     optimizer.step()
     return found[1]
 

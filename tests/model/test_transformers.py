@@ -99,7 +99,7 @@ def test_the_chat_template_gives_our_tokens_and_our_mask(chat, stages):
 def test_a_pipeline_answers_as_we_do(stage, stages):
     folder = stages(stage)
     answer = pipeline("text-generation", model=str(folder), device="cpu")
-    expected = Answerer.open(str(folder), device="cpu", dtype="fp32").reply(CHATS, max_new_tokens=24)
+    expected = list(Answerer.open(str(folder), device="cpu", dtype="fp32").replies(CHATS, max_new_tokens=24))
     together = answer(CHATS, max_new_tokens=24, batch_size=len(CHATS))  # of different lengths: padded
     assert [reply[0]["generated_text"][-1] for reply in together] == [
         {"role": "assistant", "content": text} for text in expected

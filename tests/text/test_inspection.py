@@ -118,9 +118,9 @@ def test_a_check_tells_the_lengths_and_what_would_be_cut(look, tokenizer, world)
     assert longest == sizes[-1]
     assert sum(size <= median for size in sizes) >= len(sizes) / 2 >= sum(size < median for size in sizes)
     assert sum(size <= high for size in sizes) >= 0.9 * len(sizes) > sum(size < high for size in sizes) * 0.99
-    assert f"{data.report.cut:,} cut after the last answer" in done.out
-    assert f"{data.report.dropped:,} of {len(rows):,} conversations left out" in done.out
-    assert data.report.cut > 0 and data.report.dropped > 0
+    assert f"{data.report.fates['cut']:,} cut after the last answer" in done.out
+    assert f"{data.report.fates['dropped']:,} of {len(rows):,} conversations left out" in done.out
+    assert data.report.fates["cut"] > 0 and data.report.fates["dropped"] > 0
 
 
 def test_a_check_counts_problems_by_kind_with_their_lines(look, tmp_path):

@@ -16,7 +16,7 @@ import dpo_train
 import full_sft
 import grpo_train
 import pretrain
-import text.chats.packing
+import text.chats.packed_dataset
 from dataset import ChatDataset, PreferenceDataset
 from errors import UserError
 from text.order import BLOCK
@@ -55,7 +55,7 @@ def mixture(paths, tokenizer, seed: int = 0, **options) -> ChatDataset:
 
 def owner(data, index: int) -> int:
     """The one source of a row."""
-    (found,) = set((data.chats if isinstance(data, ChatDataset) else data.pairs).owners[data._rows[index]].tolist())
+    (found,) = set((data.chats if isinstance(data, ChatDataset) else data.pairs).owners[data.members(index)].tolist())
     return found
 
 
@@ -70,7 +70,7 @@ def test_rows_of_one_source_each_in_exactly_the_shares_of_the_weights(paths, tok
 def test_each_source_goes_through_its_own_epochs(paths, tokenizer):
     """After a block every conversation of a source was shown as often as any other of it, give or take one epoch."""
     data = mixture(paths, tokenizer)
-    seen = Counter(int(member) for index in range(BLOCK) for member in data._rows[index])
+    seen = Counter(int(member) for index in range(BLOCK) for member in data.members(index))
     assert len(seen) == len(data.chats) == 130
     for source in (0, 1):
         counts = [count for member, count in seen.items() if data.chats.owners[member] == source]
@@ -100,8 +100,8 @@ def test_without_weights_the_sources_are_all_of_the_data(paths, tokenizer, tmp_p
 
 def test_what_is_held_out_of_a_mixture_is_shown_once_and_never_trained_on(paths, tokenizer):
     data = mixture(paths, tokenizer, val_fraction=0.2)
-    held = [int(member) for index in range(len(data.validation)) for member in data.validation._rows[index]]
-    trained = {int(member) for index in range(BLOCK) for member in data._rows[index]}
+    held = [int(member) for index in range(len(data.validation)) for member in data.validation.members(index)]
+    trained = {int(member) for index in range(BLOCK) for member in data.members(index)}
     assert len(held) == len(set(held)) and not set(held) & trained and len(held) + len(trained) == 130
 
 
@@ -113,17 +113,17 @@ def test_a_source_of_which_nothing_is_left_is_named(paths, tokenizer, tmp_path):
 
 
 def test_rows_are_packed_once_an_epoch_however_a_mixture_jumps(paths, tokenizer, monkeypatch):
-    packed, pack = [], text.chats.packing.pack_best_fit
+    packed, pack = [], text.chats.packed_dataset.pack_best_fit
 
     def counted(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         packed.append(len(lengths))
         return pack(lengths, capacity)
 
-    monkeypatch.setattr(text.chats.packing, "pack_best_fit", counted)
+    monkeypatch.setattr(text.chats.packed_dataset, "pack_best_fit", counted)
     data = mixture(paths, tokenizer)
     for index in range(BLOCK):
-        data._rows[index]
-    epochs = sum(BLOCK * share // 4 // rows + 1 for share, rows in zip((3, 1), data._rows._lengths, strict=True))
+        data.members(index)
+    epochs = sum(BLOCK * share // 4 // rows + 1 for share, rows in zip((3, 1), data._lengths, strict=True))
     assert len(packed) <= epochs
 
 

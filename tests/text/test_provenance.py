@@ -16,8 +16,8 @@ from training.alignment.batches import Experience
 from training.alignment.rewards import Rewards
 from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
-from training.datasets import NamingDataset
 from training.parallel.ranks import Ranks
+from training.step import NamingDataset
 
 
 def write(path: Path, rows: list[dict]) -> str:

@@ -88,7 +88,7 @@ def test_conversations(samples, tokenizer, printed, tmp_path):
     told = fates(printed(found.print_summary))
     assert sum(told.values()) == len(CHATS) and told["skipped"] == 2 and told["held out"] > 0
     if samples is None:
-        assert told["dropped"] == 1 and (found.report.cut, found.report.unanswered) == (1, 1)
+        assert told["dropped"] == 1 and (found.report.fates["cut"], found.report.fates["unanswered"]) == (1, 1)
     else:
         assert told["more than were asked for"] == len(CHATS) - 2 - samples
 

@@ -26,7 +26,7 @@ import training.run.checkpoint
 from errors import UserError, command_line
 from model import MiniDeepSeek
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import verify
+from training.run.checkpoint import newest, verify
 from training.run.saver import Saver
 
 
@@ -170,7 +170,7 @@ def test_a_full_gpu_ends_in_one_line_and_a_resume_loses_nothing(make, capsys):
         command_line(make(dataset=at_step(4, fill), max_steps=6, save_every=2).run)
     assert end.value.code == 2 and capsys.readouterr().err.strip() == SAID
     again = make(max_steps=6, save_every=2, resume=True, micro_tokens=ROWS * TIME)
-    assert again.checkpoints.newest() == again.out / "step-2"
+    assert newest(again.out) == again.out / "step-2"
     again.run()
     assert files(again.out / "final") == files(whole.out / "final")
 

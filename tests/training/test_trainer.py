@@ -347,7 +347,7 @@ def test_bfloat16_products_keep_float32_weights(make):
 
 
 def test_the_peak_is_measured_once_at_least_however_slow_the_machine():
-    assert measured_peak(torch.float32, torch.device("cpu"), size=16, seconds=0) > 0
+    assert measured_peak(torch.float32, torch.device("cpu"), size=16, patience=0) > 0
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def test_measuring_the_peak_leaves_the_random_numbers_alone():
     """It comes between taking up a checkpoint and the next step, whose dropout must be that of an unbroken run."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    measured_peak(torch.bfloat16, torch.device("cpu"), size=16, seconds=0)
+    measured_peak(torch.bfloat16, torch.device("cpu"), size=16, patience=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -27,7 +27,7 @@ from text.chats.unread import unread
 from text.sources.formats import Layout
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, kind_of
-from text.sources.rows import converted_rows
+from text.sources.rows import placed_rows
 
 
 def read_conversations(
@@ -41,7 +41,7 @@ def read_conversations(
     """
     source, report = Source.of(source), RowReport() if report is None else report
     convert = partial(to_messages, layout=source.layout, notices=report.pending)
-    yield from converted_rows(source, convert, on_error, report)
+    yield from (item for _, item in placed_rows(source, convert, on_error, report))
 
 
 def write_chats(path: Path, rows: Sequence[Sequence[Message]]) -> None:

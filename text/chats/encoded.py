@@ -7,7 +7,9 @@ pair the oldest of its prompt.
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,21 +17,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
+from tqdm import tqdm
 
 from errors import UserError, waiting
 from text.chats.chat_template import ROLE_MARKS, encode_chats
 from text.chats.conversations import read_conversations
-from text.chats.packing import PackedRows, cut_at_turn
+from text.chats.packing import cut_at_turn
 from text.chats.preferences import read_preferences
-from text.sources.registry import Source, weights
+from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
-from text.sources.rows import source_bytes
+from text.sources.rows import SUFFIXES, row_files
 from text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 1000
-CUT = ", prompts cut"  # in the identity of pairs of which some are
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
@@ -37,39 +37,36 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 class EncodedReport:
     """What became of the rows of a data set. `read` counts and shows the rows that could not be used.
 
-    `count` conversations or pairs are in use, of which `cut` lost turns that do not fit, and `unanswered` only turns
-    after the last answer; the `dropped` have no answer that fits. fates: what to say of each of these.
+    `count` conversations or pairs are in use; `fates`: how many of them were cut, `unanswered` (turns after the last
+    answer), and how many others dropped. told: what to say of each fate.
     """
 
     what: str
     sequence_length: int
-    fates: dict[str, str]
+    told: dict[str, str]
     read: RowReport = field(default_factory=RowReport)
-    cut: int = 0
-    dropped: int = 0
-    unanswered: int = 0
+    fates: Counter[str] = field(default_factory=Counter)
     count: int = 0
     tokens: int = 0
     trained: int = 0
 
     def lines(self) -> list[str]:
         """Return the report for people, about one screen however much went wrong."""
-        counted = {fate: getattr(self, fate) for fate in self.fates}
-        lost = [f"  {count} {self._told(fate)}" for fate, count in counted.items() if count]
+        lost = [f"  {self._counted(fate)}" for fate in self.told if self.fates[fate]]
         total = f"{self.count} {self.what}, {self.tokens} tokens, {self.trained} of them trained on"
         return [*self.read.lines(), *lost, total]
 
     def balance(self, train: int, held: int) -> str:
         """Return what became of every row, in one line. train, held: how many to train on and held out."""
-        used = {"to train on": train, "held out": held, "dropped": self.dropped}
+        used = {"to train on": train, "held out": held, "dropped": self.fates["dropped"]}
         return balance(self.read.rows, "rows", {**used, **self.read.unused})
 
     def why_empty(self) -> str:
         """Return one line of reasons why nothing is left."""
-        return f"all {self.dropped} {self._told('dropped')}" if self.dropped else self.read.why_empty()
+        return f"all {self._counted('dropped')}" if self.fates["dropped"] else self.read.why_empty()
 
-    def _told(self, fate: str) -> str:
-        return self.fates[fate].format(length=self.sequence_length)
+    def _counted(self, fate: str) -> str:
+        return f"{self.fates[fate]} {self.told[fate].format(length=self.sequence_length)}"
 
 
 class EncodedSamples(ABC):
@@ -82,7 +79,7 @@ class EncodedSamples(ABC):
 
     what: str
     sides = 1
-    fates: ClassVar[dict[str, str]]
+    told: ClassVar[dict[str, str]]
     has_marks = False
 
     def __init__(
@@ -98,23 +95,22 @@ class EncodedSamples(ABC):
         Raises `UserError` for a file that cannot be read and when no sample is left.
         """
         self.sources = [Source.of(source) for source in sources]
-        self.report = EncodedReport(self.what, sequence_length, self.fates)
+        self.report = EncodedReport(self.what, sequence_length, self.told)
         id_type = np.min_scalar_type(tokenizer.vocab_size - 1)
         kept: list[tuple[np.ndarray, np.ndarray]] = []
         owners: list[int] = []
-        console, title = Console(stderr=True), f"encoding {self.what}"
-        shown = progress and console.is_terminal
-        total = sum(source_bytes(source) for source in self.sources) or None
-        bar = Progress(transient=True, console=console, disable=not shown)
+        title, shown = f"encoding {self.what}", progress and sys.stderr.isatty()
+        files = [file for source in self.sources for file in row_files(source, SUFFIXES, RowReport())]
+        size = sum(file.stat().st_size for file in files if isinstance(file, Path)) or None
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=title, leave=False, disable=not shown)
         with waiting(title, progress and not shown), bar:
-            task = bar.add_task(title, total=total)
             for owner, source in enumerate(self.sources):
                 rows = self._read(source, on_error)
                 while some := list(islice(rows, ROWS_AT_ONCE)):
                     for sample in self._encode(tokenizer, some):
                         kept += [(np.array(ids, dtype=id_type), np.array(mask, dtype=np.uint8)) for ids, mask in sample]
                         owners.append(owner)
-                    bar.update(task, completed=self.report.read.bytes_read)
+                    bar.update(self.report.read.bytes_read - bar.n)
         if not kept:
             names = ", ".join(map(str, self.sources)) or "no file"
             raise UserError(f"{names}: no {self.what} to train on; {self.report.why_empty()}")
@@ -171,29 +167,6 @@ class EncodedSamples(ABC):
             raise UserError(f"--val_fraction {fraction}: holds out all {what}; add data or pass --val_fraction 0")
         return everything[~held], everything[held]
 
-    def packed(self, members: np.ndarray, *shape: int, mix: bool = True) -> PackedRows:
-        """Return rows of the samples `members`, mixed where the sources have weights, or with each once an epoch.
-
-        shape: capacity, seed and packing, as `PackedRows` takes them. Raises `UserError` for a source with a weight of
-        which no sample is among them.
-        """
-        mixture, owners = weights(self.sources) if mix else None, self.owners[members]
-        for number, source in enumerate(self.sources if mixture else []):
-            if not (owners == number).any():
-                raise UserError(f"{source}: nothing of it is left to train on; fix it or leave it out of the mixture")
-        return PackedRows(members, owners, mixture, self.positions, *shape)
-
-    def describe(self, members: Iterable[int]) -> str:
-        """Return where samples come from: the source, and which of its samples in use they are, counted from 1."""
-        first = [int(np.searchsorted(self.owners, owner)) for owner in range(len(self.sources))]
-        owned = ((self.owners[member], member) for member in members)
-        return ", ".join(f"{self.sources[owner]} #{member - first[owner] + 1}" for owner, member in owned)
-
-    def identity(self, rows: PackedRows) -> str:
-        """Return what the order of training depends on beside the seed: the samples and their shares of a mixture."""
-        shares = ":".join(map(str, rows.shares))
-        return f"{len(rows.members)} samples of {self.fingerprint[:12]}, shares {shares}"
-
     @property
     def fingerprint(self) -> str:
         """The same for the same sequences with the same masks in the same order."""
@@ -208,7 +181,7 @@ class EncodedChats(EncodedSamples):
     """Conversations: `chats[i]` is (ids, mask), mask 1 on the assistant's words and the tokens that end its turns."""
 
     what = "conversations"
-    fates: ClassVar[dict[str, str]] = {
+    told: ClassVar[dict[str, str]] = {
         "dropped": "dropped: the first answer to train on ends after {length} tokens; raise --sequence_length",
         "cut": "cut after the last turn that fits into {length} tokens",
         "unanswered": "cut after the last answer to train on: what follows teaches nothing",
@@ -224,8 +197,7 @@ class EncodedChats(EncodedSamples):
         self.has_marks |= any("train" in message for messages in rows for message in messages)
         for ids, mask in encode_chats(tokenizer, rows):
             length, fate = fit(mask, self.report.sequence_length)
-            if fate:
-                setattr(self.report, fate, getattr(self.report, fate) + 1)
+            self.report.fates[fate] += 1
             if length:
                 yield [(ids[:length], mask[:length])]
 
@@ -239,7 +211,7 @@ class EncodedPairs(EncodedSamples):
 
     what = "pairs"
     sides = 2
-    fates: ClassVar[dict[str, str]] = {
+    told: ClassVar[dict[str, str]] = {
         "dropped": "dropped: the last turns alone end after {length} tokens; raise --sequence_length",
         "cut": "lost the oldest turns of the prompt to fit into {length} tokens",
     }
@@ -258,9 +230,6 @@ class EncodedPairs(EncodedSamples):
     def __getitem__(self, index: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         return self.sequence(2 * index), self.sequence(2 * index + 1)
 
-    def identity(self, rows: PackedRows) -> str:
-        return super().identity(rows) + (CUT if self.report.cut else "")
-
     def _read(self, source: Source, on_error: str) -> Iterator[Any]:
         return read_preferences(source, on_error, self.report.read)
 
@@ -271,8 +240,7 @@ class EncodedPairs(EncodedSamples):
             gone = slice(0, 0)
             if excess > 0:
                 gone = oldest_turns(pair[0][0], tokenizer, excess) if self.cut else None
-                self.report.cut += gone is not None
-                self.report.dropped += gone is None
+                self.report.fates["dropped" if gone is None else "cut"] += 1
             if gone is not None:
                 yield [
                     (ids[: gone.start] + ids[gone.stop :], last_answer(mask[: gone.start] + mask[gone.stop :]))

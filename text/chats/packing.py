@@ -6,12 +6,11 @@ A conversation of n tokens fills n - 1 positions of a row: its last token is onl
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 
 import numpy as np
 
-from text.order import BLOCK, IGNORED_LABEL, PADDING_SEGMENT, block_shares, mixed
+from text.order import IGNORED_LABEL, PADDING_SEGMENT
 
 
 def cut_at_turn(mask: Sequence[int], sequence_length: int) -> int:
@@ -55,64 +54,6 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             insort(rooms, free)
         with_room[free].append(row)
     return rows
-
-
-class PackedRows:
-    """Which samples stand in which row.
-
-    Epoch e of a source shuffles its samples by (seed, e), packs them and shuffles the rows; a row holds samples of one
-    source. Without weights all samples are of one source; with weights the sources are mixed by them to 1/4096, each
-    going through its own epochs at its own pace.
-    """
-
-    def __init__(
-        self,
-        members: np.ndarray,
-        owners: np.ndarray,
-        weights: Sequence[float] | None,
-        positions: Callable[[np.ndarray], np.ndarray],
-        capacity: int,
-        seed: int,
-        packing: bool = True,
-    ) -> None:
-        """members: (samples,) numbers; owners: (samples,) the source of each; positions: how many positions of a row
-        such numbers fill. `packing=False` gives each sample its own row.
-        """
-        self.members, self.capacity = members, capacity
-        self._positions, self._seed, self._packing = positions, seed, packing
-        self.shares = block_shares(weights) if weights and len(weights) > 1 else [BLOCK]
-        is_mixed = len(self.shares) > 1
-        self._parts = [members[owners == owner] for owner in range(len(self.shares))] if is_mixed else [members]
-        # Rows asked for together are at most a block apart; beside these, a batch may reach into the next epoch.
-        block = BLOCK if is_mixed else 0
-        fewest = [-(-int(positions(part).sum()) // capacity) for part in self._parts]
-        self._epoch = lru_cache(maxsize=sum(2 + block // rows for rows in fewest))(self._packed)
-        # The same in each epoch, as best-fit's number of rows depends on the lengths alone.
-        self._lengths = [len(self._epoch(part, 0)) for part in range(len(self._parts))]
-
-    def __len__(self) -> int:
-        """Return the rows of an epoch of every source."""
-        return sum(self._lengths)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return the numbers of the samples in a row, counted from the start of training."""
-        is_mixed = len(self._parts) > 1
-        part, number = mixed(int(index), self.shares, self._seed) if is_mixed else (0, int(index))
-        epoch, place = divmod(number, self._lengths[part])
-        return self._epoch(part, epoch)[place]
-
-    def filled(self) -> float:
-        """Return the share of positions that hold samples rather than padding, over an epoch of every source."""
-        return float(self._positions(self.members).sum() / (len(self) * self.capacity))
-
-    def _packed(self, part: int, epoch: int) -> list[np.ndarray]:
-        random = np.random.default_rng([self._seed, epoch])
-        members = random.permutation(self._parts[part])
-        if self._packing:
-            rows = [members[row] for row in pack_best_fit(self._positions(members), self.capacity)]
-        else:
-            rows = list(members[:, None])
-        return [rows[place] for place in random.permutation(len(rows))]
 
 
 def write_row(conversations: Sequence[tuple[np.ndarray, np.ndarray]], sequence_length: int, pad_id: int) -> dict:

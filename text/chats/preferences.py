@@ -35,7 +35,7 @@ from text.chats.turns import SEEN
 from text.sources.formats import Layout
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, kind_of
-from text.sources.rows import converted_rows
+from text.sources.rows import placed_rows
 
 
 class Preference(NamedTuple):
@@ -51,7 +51,7 @@ def read_preferences(
     """Yield the pairs of a source, or of a file or folder, in order; errors as in `read_conversations`."""
     source, report = Source.of(source), RowReport() if report is None else report
     convert = partial(to_preference, layout=source.layout, notices=report.pending)
-    yield from converted_rows(source, convert, on_error, report)
+    yield from (item for _, item in placed_rows(source, convert, on_error, report))
 
 
 def to_preference(row: object, layout: Layout = SEEN, notices: set[str] | None = None) -> Preference:

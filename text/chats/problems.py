@@ -28,7 +28,7 @@ from text.order import content_hash, shuffled
 from text.sources.formats import Layout
 from text.sources.registry import GENERATORS, Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow, kind_of
-from text.sources.rows import converted_rows
+from text.sources.rows import placed_rows
 from text.tokenizer import characters
 
 # Question and answer columns; the first pair that a row has is taken.
@@ -143,7 +143,7 @@ def open_problems(
         kind, _, which = source.path.partition(":")
         return {"arithmetic": _arithmetic, "reasoning_gym": _reasoning_gym}[kind](source.path, which)
     report = RowReport() if report is None else report
-    problems = list(converted_rows(source, problem_reader(source), on_error, report))
+    problems = [problem for _, problem in placed_rows(source, problem_reader(source), on_error, report)]
     held = [problem for problem in problems if _place(problem) < val_fraction]
     train = [problem for problem in problems if _place(problem) >= val_fraction]
     if not train:

@@ -12,7 +12,6 @@ A folder of shards holds
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -215,5 +214,8 @@ def write_shard(
 
 
 def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_64()
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_64).hexdigest()
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()

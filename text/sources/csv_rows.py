@@ -24,47 +24,32 @@ def csv_rows(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
     csv.field_size_limit(file.row_limit)  # the module's own limit, 131,072, is less than an honest long document
     with file.open() as stream:
         feed = _RowFeed(file.lines(stream))
-        try:
-            separator = SEPARATOR.fullmatch(next(feed))
-            if not separator:
-                feed.give_back(0)
-            rows = csv.reader(feed, strict=True, delimiter=separator[1] if separator else ",")
-            feed.start_row()
-            header = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "\0" not in feed.row[-1][1]:
-                problem, remedy = f"no CSV header ({error})", "begin with column names"
-                raise FileProblem("broken header", feed.row[0][0], problem, remedy) from error
-            header = ["\0"]
-        if any("\0" in name for name in header):
-            raise FileProblem(
-                "undecodable", 1, "NUL bytes, as UTF-16 has them", file.conversion("UTF-16LE", "utf-16-le")
-            )
-        if file.column is not None and file.column not in header:
-            raise file.no_column(header, feed.row[0][0])
+        separator = SEPARATOR.fullmatch(next(feed, ""))
+        if not separator:
+            feed.give_back(0)
+        rows = csv.reader(feed, strict=True, delimiter=separator[1] if separator else ",")
+        header: list[str] | None = None
         while True:
-            feed.start_row()
+            feed.row = []
             try:
-                fields = next(rows)
+                fields, error = next(rows), None
             except StopIteration:
                 return
-            except csv.Error as error:
-                _count_broken(file, feed, error)
-                feed.give_back()
-                continue
+            except csv.Error as found:
+                fields, error = [], found
             line = feed.row[0][0]
-            if not fields:  # a blank line
-                continue
-            if len(fields) != len(header):
+            if header is None:
+                header = fields
+                _check_header(file, feed, header, error)
+            elif error is not None:
+                _count_broken(file, feed, error)
+                feed.give_back(1)
+            elif fields and len(fields) != len(header):
                 problem = f"{len(fields)} fields where the header has {len(header)}"
                 file.bad("field count", line, problem, "put text with commas or quotes in quotes")
-                feed.give_back()
-                continue
-            row = dict(zip(header, fields, strict=True))
-            if file.column is not None or file.usable(line, *fields):
-                yield line, row
+                feed.give_back(1)
+            elif fields and (file.column is not None or file.usable(line, *fields)):
+                yield line, dict(zip(header, fields, strict=True))
 
 
 class _RowFeed:
@@ -73,13 +58,10 @@ class _RowFeed:
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
         self._returned: deque[tuple[int, str]] = deque()
-        self.start_row()
-
-    def start_row(self) -> None:
         self.row: list[tuple[int, str]] = []
 
-    def give_back(self, after: int = 1) -> None:
-        """Read the lines of the row again, but for the first."""
+    def give_back(self, after: int) -> None:
+        """Read the lines of the row again, but for the first `after`."""
         self._returned.extendleft(reversed(self.row[after:]))
 
     def __iter__(self) -> _RowFeed:
@@ -89,6 +71,15 @@ class _RowFeed:
         numbered = self._returned.popleft() if self._returned else next(self._lines)
         self.row.append(numbered)
         return numbered[1]
+
+
+def _check_header(file: DataFile, feed: _RowFeed, header: list[str], error: csv.Error | None) -> None:
+    if "\0" in feed.row[-1][1]:
+        raise FileProblem("undecodable", 1, "NUL bytes, as UTF-16 has them", file.conversion("UTF-16LE", "utf-16-le"))
+    if error is not None:
+        raise FileProblem("broken header", feed.row[0][0], f"no CSV header ({error})", "begin with column names")
+    if file.column is not None and file.column not in header:
+        raise file.no_column(header, feed.row[0][0])
 
 
 def _count_broken(file: DataFile, feed: _RowFeed, error: csv.Error) -> None:

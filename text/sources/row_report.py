@@ -57,14 +57,14 @@ class RowReport:
         self._count(self.problems, error.kind, f"{place}: {error}")
         self.first_error = self.first_error or f"{place}: {error}"
 
+    def add_file(self, place: str, error: RowError) -> None:
+        """Count a file that cannot be read, or not from `place` on."""
+        self._count(self.files, error.kind, f"{place}: {error}")
+        self.first_error = self.first_error or f"{place}: {error}"
+
     def drop(self, kind: str, place: str) -> None:
         """Count a row that reads well and is not kept."""
         self._count(self.problems, kind, place)
-
-    def add_file(self, kind: str, place: str, what: str = "") -> None:
-        """Count a file that cannot be read, or not from `place` on."""
-        self._count(self.files, kind, f"{place}: {what}" if what else place)
-        self.first_error = self.first_error or (f"{place}: {what}" if what else "")
 
     def settle_notices(self, place: str) -> None:
         """Count the notices of the row at `place`; of kinds beyond the first `MOST_NOTICES` none is remembered."""
@@ -82,19 +82,12 @@ class RowReport:
         return lines + self.problem_lines() + self.notice_lines()
 
     def problem_lines(self) -> list[str]:
-        """Return each kind of problem with its first examples, the most frequent first."""
-        lines = []
-        for kind, count in self.problems.most_common():
-            lines += [f"  {count} x {kind}", *(f"    {example}" for example in self.examples[kind])]
-        return lines + self.file_lines()
+        """Return each kind of problem with its first examples, the most frequent first; those of whole files last."""
+        return self._counted(self.problems, "") + self.file_lines()
 
     def file_lines(self) -> list[str]:
         """Return each kind of problem of whole files with its first examples."""
-        lines = []
-        for kind, count in self.files.most_common():
-            found = f"  {count} x file not read to its end: {kind}"
-            lines += [found, *(f"    {example}" for example in self.examples[kind])]
-        return lines
+        return self._counted(self.files, "file not read to its end: ")
 
     def notice_lines(self) -> list[str]:
         """Return one line for each kind of notice, the most frequent first."""
@@ -122,6 +115,10 @@ class RowReport:
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES_SHOWN:
             examples.append(example)
+
+    def _counted(self, counts: Counter[str], what: str) -> list[str]:
+        shown = [(f"  {count} x {what}{kind}", self.examples[kind]) for kind, count in counts.most_common()]
+        return [line for first, examples in shown for line in (first, *(f"    {example}" for example in examples))]
 
 
 def kind_of(value: object) -> str:

@@ -40,20 +40,21 @@ def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tupl
         try:
             yield from _rows_of_file(file, source)
         except FileProblem as problem:
-            raise _refusal(file, problem) from problem
+            raise UserError(f"{_place_of(file, problem)}: {problem}") from problem
 
 
 def text_rows(file: DataFile, source: Source) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of each row of a file; one that cannot be read to its end is counted, or with "stop" refused.
+    """Yield (place, text) of each row of a file; one that cannot be read to its end is counted.
 
-    Raises `UserError` with `on_error="stop"` at the first row that cannot be read.
+    Raises `UserError` with `on_error="stop"` at the first row that cannot be read, and for such a file.
     """
     try:
         yield from _rows_of_file(file, source)
     except FileProblem as problem:
+        place = _place_of(file, problem)
         if file.on_error == "stop":
-            raise _refusal(file, problem, ", or skip and count it with --on_error skip") from problem
-        file.report.add_file(problem.kind, _place_of(file, problem), str(problem))
+            raise UserError(f"{place}: {problem}, or skip and count it with --on_error skip") from problem
+        file.report.add_file(place, problem)
 
 
 def placed_rows(
@@ -68,22 +69,12 @@ def placed_rows(
         raise UserError(f"--on_error {on_error}: must be 'skip' or 'stop'")
     source = Source.of(source)
     items = _converted(source, convert, on_error, report)
-    if source.samples is None:
-        yield from items
-        return
-    before = report.kept
-    chosen = sample_by_count(items, source.samples, source.seed)
-    report.left_out += report.kept - before - len(chosen)
-    report.kept = before + len(chosen)
-    yield from chosen
-
-
-def converted_rows(
-    source: Source | str | Path, convert: Callable[[object], Item], on_error: str, report: RowReport
-) -> Iterator[Item]:
-    """Yield what `placed_rows` does, without the places."""
-    for _, item in placed_rows(source, convert, on_error, report):
-        yield item
+    if source.samples is not None:
+        before = report.kept
+        items = sample_by_count(items, source.samples, source.seed)
+        report.left_out += report.kept - before - len(items)
+        report.kept = before + len(items)
+    yield from items
 
 
 def row_files(source: Source, suffixes: Iterable[str], report: RowReport) -> list[Path | str]:
@@ -109,12 +100,6 @@ def row_files(source: Source, suffixes: Iterable[str], report: RowReport) -> lis
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror}; check the path and its permissions") from error
     raise UserError(f"{path}: no such file or folder; check the path")
-
-
-def source_bytes(source: Source) -> int:
-    """Return the bytes of a source's files of rows; 0 for the Hub."""
-    files = row_files(source, SUFFIXES, RowReport())
-    return sum(file.stat().st_size for file in files if isinstance(file, Path))
 
 
 def sample_by_count(items: Iterable[Item], count: int, seed: int = 0) -> list[Item]:
@@ -174,10 +159,6 @@ def _place_of(file: DataFile, problem: FileProblem) -> str:
     return f"{file.path}:{problem.line}" if problem.line else str(file.path)
 
 
-def _refusal(file: DataFile, problem: FileProblem, hint: str = "") -> UserError:
-    return UserError(f"{_place_of(file, problem)}: {problem}{hint}")
-
-
 def _text_documents(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield plain text: a blank line ends a document, and so does the line that brings it to `TEXT_DOCUMENT`."""
     with file.open() as stream:
@@ -215,12 +196,7 @@ def _hub_rows(file: DataFile, source: Source) -> Iterator[tuple[int, Any]]:
 
 
 READERS: dict[str, Callable[[DataFile], Iterator[tuple[int, Any]]]] = {
-    ".csv": csv_rows,
-    ".jsonl": json_rows,
-    ".ndjson": json_rows,
-    ".json": json_rows,
-    ".parquet": table_rows,
-    ".arrow": table_rows,
-    ".txt": _text_documents,
+    **{".csv": csv_rows, ".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows},
+    **{".parquet": table_rows, ".arrow": table_rows, ".txt": _text_documents},
 }
 SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")

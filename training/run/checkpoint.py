@@ -27,8 +27,8 @@ from training.optim.build import load_state_tensors, state_tensors
 MANIFEST = "training/manifest.json"  # size and checksum of every file of a checkpoint
 STATE_FILE, PROGRESS_FILE = "training/state.safetensors", "training/progress.json"
 STEP = re.compile(r"step-(\d+)$")
-WEIGHT, STATE = "weight|", "state|"  # before the names of a snapshot's tensors
-DATA = "data|"  # before the names of a data set's tensors; the optimiser's begin with a parameter's name
+BEST = "best"
+DATA = "data|"  # before the names of a data set's tensors in the state; the optimiser's begin with a parameter's
 # A stage is judged by the first of these that its validation has; 1 where more is better, -1 where less is.
 MEASURES = {"val_accuracy": 1, "val_bits_per_byte": -1, "val_loss": -1}
 REMEDIES = {
@@ -69,12 +69,9 @@ class Progress:
             raise ValueError("not the progress of a run")
 
     def judge(self, held_out: dict[str, Any]) -> bool:
-        """Note a validation after `step` in `best` and `stale`. Returns whether it is better than all before.
-
-        A number that is not finite is never better.
-        """
+        """Note a validation after `step`. Returns whether it is finite and better than all before."""
         name = next((name for name in MEASURES if name in held_out), None)
-        value = math.nan if name is None else float(held_out[name])
+        value = float(held_out.get(name, math.nan))
         before = self.best.get("value") if self.best.get("measure") == name else None
         better = math.isfinite(value) and (before is None or MEASURES[name] * (value - before) > 0)
         if better:
@@ -113,23 +110,24 @@ class Snapshot:
         data: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._weights, self._tokenizer, self._progress = weights, tokenizer, asdict(progress)
-        self.tensors = {f"{WEIGHT}{name}": value for name, value in weights.tensors().items()}
-        self.tensors |= {f"{STATE}{name}": value for name, value in state_tensors(optimizer, weights.model).items()}
-        self.tensors |= {f"{STATE}{DATA}{name}": value for name, value in (data or {}).items()}
+        made = {f"{DATA}{name}": value for name, value in (data or {}).items()}
+        self.tensors = {"weights": dict(weights.tensors()), "state": state_tensors(optimizer, weights.model) | made}
 
-    def write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         """Write it with a copy of its tensors under a temporary name, flush it, and rename it.
 
         So it is complete or not there. Raises `UserError` when it cannot be written.
         """
-        temporary, before = folder.with_name(f".{folder.name}.partial"), _before(folder)
+        temporary, before, out = folder.with_name(f".{folder.name}.partial"), _before(folder), folder.parent
+        gone = FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(out))
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            _check_there(folder.parent)
+            if not out.is_dir():  # made again, it might lie on another disk
+                raise gone
             (temporary / "training").mkdir(parents=True)
-            self._weights.write(_part(tensors, WEIGHT), temporary)
+            self._weights.write(tensors["weights"], temporary)
             self._tokenizer.save(temporary)
-            state = {name: tensor.cpu().contiguous() for name, tensor in _part(tensors, STATE).items()}
+            state = {name: tensor.cpu().contiguous() for name, tensor in tensors["state"].items()}
             save_file(state, temporary / STATE_FILE)
             (temporary / PROGRESS_FILE).write_text(json_text(self._progress, indent=2), encoding="utf8")
             write_manifest(temporary)
@@ -139,34 +137,23 @@ class Snapshot:
                 shutil.rmtree(before, ignore_errors=True)
                 os.replace(folder, before)
             os.replace(temporary, folder)
-            _flush(folder.parent)
+            _flush(out)
             shutil.rmtree(before, ignore_errors=True)
         except (OSError, SafetensorError) as error:
-            cause: Exception = error
-            try:
-                _check_there(folder.parent)  # it may have vanished while this was written
-            except OSError as vanished:
-                cause = vanished
+            cause = error if out.is_dir() else gone  # it may have vanished meanwhile
             shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):
                 give_back(folder)
-            kept = newest(folder.parent)
-            safe = f"the checkpoint before it is intact: {kept}" if kept else "no checkpoint was there before"
+            last = newest(out)
+            safe = f"the checkpoint before it is intact: {last}" if last else "no checkpoint was there before"
             remedy = REMEDIES.get(getattr(cause, "errno", None), "free some space and use --resume")
             raise UserError(f"{folder}: could not be saved ({cause}); {safe}; {remedy}") from None
 
 
-def _check_there(out: Path) -> None:
-    """Raise `OSError` where it is gone: made again, it might lie on another disk."""
-    if not out.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(out))
-
-
 def give_back(folder: Path) -> None:
     """Return its name to the checkpoint that made room for another, which then never came: its save failed."""
-    before = _before(folder)
-    if before.is_dir() and not folder.exists():
-        os.replace(before, folder)
+    if _before(folder).is_dir() and not folder.exists():
+        os.replace(_before(folder), folder)
 
 
 def _before(folder: Path) -> Path:
@@ -232,10 +219,9 @@ def write_manifest(folder: Path) -> None:
     """Note size and checksum of every file of a checkpoint folder. XXH3, which reads a GB in less than 0.1 s."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
-        for path in paths
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)} for path in paths
     }
-    (folder / MANIFEST).write_text(json.dumps(files, ensure_ascii=False, indent=2), encoding="utf8")
+    (folder / MANIFEST).write_text(json_text(files, indent=2), encoding="utf8")
 
 
 def verify(folder: Path) -> None:
@@ -249,21 +235,21 @@ def verify(folder: Path) -> None:
     try:
         files = json.loads(path.read_text(encoding="utf8"))
         saved = {str(name): (int(facts["bytes"]), str(facts["xxh3_128"])) for name, facts in files.items()}
+        if outside := [name for name in saved if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise ValueError(f"{outside[0]!r} is not in the folder")
     except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
     for name, (size, checksum) in saved.items():
-        file, what = folder / name, ""
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DamagedCheckpoint(f"{path}: cannot be read ({name!r} is not in the folder)")
+        what = ""
         try:
-            if file.stat().st_size != size:
-                what = f"{file.stat().st_size:,} bytes, {size:,} were saved"
-            elif _checksum(file) != checksum:
+            if (now := (folder / name).stat().st_size) != size:
+                what = f"{now:,} bytes, {size:,} were saved"
+            elif _checksum(folder / name) != checksum:
                 what = "its checksum is not that of what was saved"
         except OSError as error:
             what = str(error.strerror)
         if what:
-            raise DamagedCheckpoint(f"{file}: damaged or cut short ({what})")
+            raise DamagedCheckpoint(f"{folder / name}: damaged or cut short ({what})")
 
 
 def _step(folder: Path) -> float:
@@ -274,10 +260,6 @@ def _step(folder: Path) -> float:
         return read_progress(folder).step
     except DamagedCheckpoint:
         return math.inf
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _checksum(path: Path) -> str:

@@ -13,13 +13,13 @@ from model import MiniDeepSeek
 from model.costs import activation_numbers, human
 from model.costs import count as count_costs
 from model.ops import kernel_report
-from training.datasets import Dataset, PolicyDataset
 from training.losses import CHUNK_ELEMENTS
 from training.parallel.ranks import Ranks
 from training.run.log import duration
 from training.run.resume import saved_run
 from training.schedule import Budget
 from training.settings import StageSettings
+from training.step import Dataset, PolicyDataset
 
 ENOUGH = 100  # steps that a run should have: schedules and Adam's moments need tens of them
 FEW = 20
@@ -52,22 +52,17 @@ def estimate(
     dtype: torch.dtype,
 ) -> Estimate:  # fmt: skip
     """Estimate from the FLOPs of a token, over the usual share of the peak that all ranks have together (FLOP/s)."""
-    step = settings.rows * settings.row_tokens * flops / (USUAL_SHARE * peak)
-    return Estimate(
-        step, *length(budget, step, settings.rows * settings.row_tokens), memory(settings, model, device, dtype)
-    )
+    tokens = settings.rows * settings.row_tokens
+    step = tokens * flops / (USUAL_SHARE * peak)
+    return Estimate(step, *length(budget, step, tokens), memory(settings, model, device, dtype))
 
 
 def length(budget: Budget, step: float, step_tokens: int) -> tuple[int, float]:
     """Return steps and seconds of a run whose steps take `step` seconds and have so many tokens."""
-    counts = []
-    if budget.max_steps is not None:
-        counts.append(budget.max_steps)
-    if budget.max_tokens is not None:
-        counts.append(-(-budget.max_tokens // step_tokens))
-    if budget.max_minutes is not None:
-        counts.append(max(round(60 * budget.max_minutes / step), 1))
-    return min(counts), min(counts) * step
+    by_tokens = budget.max_tokens and -(-budget.max_tokens // step_tokens)
+    by_clock = budget.max_minutes and max(round(60 * budget.max_minutes / step), 1)
+    steps = min(count for count in (budget.max_steps, by_tokens, by_clock) if count)
+    return steps, steps * step
 
 
 def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, dtype: torch.dtype) -> float:
@@ -122,8 +117,7 @@ class Pace:
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
             f"takes      {takes}{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
         )
-        has = memory_of(ranks.device)
-        if takes.memory > has:
+        if takes.memory > (has := memory_of(ranks.device)):
             ranks.say(
                 f"warning    the run needs about {human(takes.memory, 'B')}, this machine has "
                 f"{human(has, 'B')} a rank: lower --micro_tokens, now {settings.micro_tokens:,}, "
@@ -182,8 +176,7 @@ def fitting_rows(settings: StageSettings, world: int, samples: int) -> int:
     """
 
     def steps(rows: int) -> float:
-        most = settings.budget(samples, rows).max_steps
-        return math.inf if most is None else most
+        return settings.budget(samples, rows).max_steps or math.inf
 
     enough = min(ENOUGH, steps(world))
     choices = range(settings.rows - settings.rows % world, 0, -world)

@@ -24,36 +24,35 @@ class RunLock:
     """
 
     def __init__(self, out: Path) -> None:
-        self._path = out / LOCK
-        self._handle: int | None = None
+        self._out, self._handle = out, -1
 
     def acquire(self) -> None:
         """Make the folder if need be. Raises `UserError` where another process holds the lock."""
-        with naming(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        with naming(self._out / LOCK):
+            self._out.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self._out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"notice: {self._path}: this file system has no locks ({error.strerror})", file=sys.stderr)
+                print(f"notice: {self._out / LOCK}: this file system has no locks ({error.strerror})", file=sys.stderr)
                 return
             self.release()
-            holder = read_holder(self._path.parent)
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-            raise UserError(f"{self._path.parent}: {who} is training here; stop it, or choose another --out") from None
+            holder = read_holder(self._out)
+            who = "process {pid} on {host}".format_map(holder) if holder else "another process"
+            raise UserError(f"{self._out}: {who} is training here; stop it, or choose another --out") from None
 
     def release(self) -> None:
         """Let others in; nothing happens without a lock."""
-        if self._handle is not None:
+        if self._handle >= 0:
             os.close(self._handle)
-            self._handle = None
+            self._handle = -1
 
     def sign(self) -> None:
         """Write who we are into the file: from now on a restart by the same torchrun resumes this run."""
-        if self._handle is not None:
+        if self._handle >= 0:
             facts = {"pid": os.getpid(), "host": socket.gethostname(), "launch": _launch()}
-            with naming(self._path):
+            with naming(self._out / LOCK):
                 os.ftruncate(self._handle, 0)
                 os.pwrite(self._handle, json_text(facts).encode(), 0)
 

@@ -9,16 +9,15 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from errors import naming
-from text.files import json_text
+from text.files import json_text, replacing
 
-STRUCTURED = ("sample", "max_vio", "expert_load", "held_out")
+STRUCTURED = ("sample", "max_vio", "expert_load", "held_out", "prompt", "text")  # not one number
 QUIET = 30.0  # seconds after which the next step has a line, whatever --log_every says
 LARGEST = 1e300  # beyond it pictures cannot be scaled
 WIDTH = 100
@@ -73,28 +72,24 @@ class RunLog:
     """
 
     def __init__(self, out: Path, step: int, active: bool, wandb: str, config: dict[str, Any]) -> None:
-        self.active = active
-        self.path = out / "metrics.jsonl"
-        self.wandb = None
+        self.active, self.path, self.wandb = active, out / "metrics.jsonl", None
         if not active:
             return
-        self._forget_after(step)
+        forget_after(self.path, step)
         self._losses: list[float] = []  # of the steps since the last line
         self._begin: tuple[float, float] | None = None  # share and seconds when this sitting began
         self._share, self._left, self._spoke = 0.0, None, time.monotonic()
-        self.console = Console()
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=self.console, transient=True,
+            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=Console(), transient=True,
         )  # fmt: skip
         self.task = self.bar.add_task(out.name, total=1.0)
         if wandb:
             import wandb as library  # slow to import, and rarely asked for
 
             online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
-            self.wandb = library.init(
-                project=wandb, name=out.name, dir=str(out), config=config, mode="online" if online else "offline"
-            )
+            mode = "online" if online else "offline"
+            self.wandb = library.init(project=wandb, name=out.name, dir=str(out), config=config, mode=mode)
 
     def __enter__(self) -> RunLog:
         if self.active:
@@ -102,9 +97,7 @@ class RunLog:
             self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.active:
             self.bar.stop()
             with naming(self.path):
@@ -112,15 +105,11 @@ class RunLog:
             if self.wandb is not None:
                 self.wandb.finish()
 
-    def begin(self, share: float, seconds: float) -> None:
-        """Say how far the run is before the first step of this sitting; `seconds` of training it took."""
-        self._begin = share, seconds
-        self.stepped(share, seconds)
-
     def stepped(self, share: float, seconds: float, loss: float | None = None) -> None:
-        """Take note of a step: `share` of the budget is spent after `seconds` of training."""
+        """Take note of a step: `share` of the budget is spent after `seconds` of training. First of where it begins."""
         if not self.active:
             return
+        self._begin = self._begin or (share, seconds)
         before, since = self._begin
         self._share = share
         self._left = (1 - share) * (seconds - since) / (share - before) if share > before else None
@@ -136,7 +125,7 @@ class RunLog:
     def pulse(self, step: int) -> None:
         """Print a line, but write no entry of metrics.jsonl, of a step whose like have been silent for long."""
         if self.active and time.monotonic() - self._spoke > QUIET:
-            self._print(self._line({"step": step}))
+            self._print_step({"step": step})
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Write one object into metrics.jsonl, one line on the terminal."""
@@ -147,32 +136,26 @@ class RunLog:
         with naming(self.path):
             self.file.write(json_text(metrics) + "\n")
             self.file.flush()
-        values = shown(metrics)
         if metrics["step"]:
-            self._print(self._line(values))
-        if line := held_out_line(values):
-            self._print(line)
+            self._print_step(metrics)
+        if line := held_out_line(shown(metrics)):
+            self.print(line)
         if "sample" in metrics and "val_accuracy" in metrics:
             sample = metrics["sample"]
             worth = ", ".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
-            text = f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})"
-            self._print(text)
+            self.print(f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})")
         if self.wandb is not None:
             flat = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-            layers = metrics.get("max_vio") or []
-            flat.update({f"max_vio/layer_{index}": value for index, value in enumerate(layers)})
+            flat |= {f"max_vio/layer_{index}": value for index, value in enumerate(metrics.get("max_vio") or [])}
             self.wandb.log(flat, step=metrics["step"])
 
-    def _line(self, metrics: dict[str, Any]) -> str:
+    def _print_step(self, metrics: dict[str, Any]) -> None:
         mean = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
-        return step_line(metrics, mean, self._share, self._left)
+        self.print(step_line(metrics, mean, self._share, self._left))
 
-    def dim(self, text: str) -> None:
-        """Print a line beside the numbers."""
-        self._print(text, "dim")
-
-    def _print(self, text: str, style: str | None = None) -> None:
+    def print(self, text: str, style: str | None = None) -> None:
+        """Print a line above the bar."""
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
         self._spoke = time.monotonic()
 
@@ -181,19 +164,19 @@ class RunLog:
         entries = read_metrics(self.path) if self.active else []
         last = entries.pop() if entries else {}
         if self.active:
-            self._rewrite(entries)
+            rewrite(self.path, entries)
         return last
 
-    def _forget_after(self, step: int) -> None:
-        """Drop the lines that a resumed run writes again, and a line that a crash cut short."""
-        self._rewrite([entry for entry in read_metrics(self.path) if entry["step"] <= step] if step else [])
 
-    def _rewrite(self, entries: list[dict[str, Any]]) -> None:
-        kept = [json_text(entry) for entry in entries]
-        temporary = self.path.with_suffix(".partial")
-        with naming(self.path):
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf8")
-            os.replace(temporary, self.path)
+def forget_after(path: Path, step: int) -> None:
+    """Drop the entries that a resumed run writes again, and a line that a crash cut short."""
+    rewrite(path, [entry for entry in read_metrics(path) if entry["step"] <= step] if step else [])
+
+
+def rewrite(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Write these entries in the place of those of a file."""
+    with naming(path), replacing(path) as file:
+        file.write("".join(json_text(entry) + "\n" for entry in entries).encode())
 
 
 def shown(entry: dict[str, Any]) -> dict[str, Any]:
@@ -223,15 +206,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    """Return whether a run may have written it: numbers, and four names with structure that pictures rely on."""
+    """Return whether a run may have written it: numbers, and names with structure that pictures rely on."""
     loads, held_out = entry.get("expert_load") or [], entry.get("held_out", {})
     return (
         type(entry.get("step")) is int
         and entry["step"] >= 0
         and all(value is None or _is_number(value) for name, value in entry.items() if name not in STRUCTURED)
         and isinstance(loads, list)
-        and all(isinstance(row, list) for row in loads)
-        and all(row and len(row) == len(loads[0]) for row in loads)
+        and all(isinstance(row, list) and row and len(row) == len(loads[0]) for row in loads)
         and all(map(_is_number, [*(entry.get("max_vio") or []), *(value for row in loads for value in row)]))
         and isinstance(entry.get("sample", {}), dict)
         and isinstance(held_out, dict)
@@ -250,11 +232,7 @@ def step_line(metrics: dict[str, Any], loss: float | None, share: float, left: f
         metrics: its entry. loss: mean since the line before, or None.
         share: of the budget that is spent; left: seconds until its end, or None where nobody knows.
     """
-    values = {**metrics, "loss": loss}
-    if metrics.get("max_vio"):
-        values["max_vio_worst"] = max(metrics["max_vio"])
-    if loss is not None and abs(loss) < ROUNDING:
-        values["loss"] = None
+    values = {**shown(metrics), "loss": None if loss is None or abs(loss) < ROUNDING else loss}
     if metrics.get("memory"):
         values["memory_gb"] = metrics["memory"] / 1e9
     parts = [f"step {metrics['step']:>6}", f"{share:>4.0%}"]

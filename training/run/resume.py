@@ -19,15 +19,14 @@ from model.checkpoint.folder import save_state
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors
 from training.run.checkpoint import (
+    BEST,
     DATA,
     MANIFEST,
     PROGRESS_FILE,
     STATE_FILE,
     Progress,
-    Weights,
     checkpoints,
     give_back,
-    load_training_state,
     newest,
     read_progress,
     read_state,
@@ -37,7 +36,6 @@ from training.settings import StageSettings
 
 Resume = bool | Literal["last-good"]
 LAST_GOOD = "last-good"
-BEST = "best"
 LEAVE = "leave --carry_optimizer out"
 
 
@@ -139,12 +137,6 @@ class WholeModel:
         saved = MiniDeepSeek.from_pretrained(folder)
         same_shape(folder, saved.config, self.model.config)
         self.model.load_state_dict(saved.state_dict())
-
-
-def restore(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Put a checkpoint's weights and optimiser state in place. Returns the state of its data set."""
-    weights.load(folder)
-    return load_training_state(folder, weights.model, optimizer)
 
 
 def same_shape(folder: Path, saved: LMConfig, config: LMConfig) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -18,12 +16,14 @@ from errors import UserError, check_least, naming, one_line
 from model import MiniDeepSeek
 from model.decoding.generate import stream
 from model.decoding.sampling import Sampling
+from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.losses import Batch
 from training.machine import autocast
 from training.parallel.ranks import Ranks
+from training.run.log import forget_after
+from training.settings import StageSettings
 
-FILE = "samples.jsonl"
 BUILT_IN, SHOWN = 2, 2  # prompts where no file gives any; those on the console
 BEGINNING, LONGEST, NEW = 16, 256, 48  # tokens: of a text to continue, of a prompt at most, of what is written
 TRIED = 64  # rows looked at for them
@@ -32,8 +32,8 @@ PROMPT, TEXT = 32, 52  # characters of a prompt's end, and of what follows it, o
 
 
 @dataclass(kw_only=True)
-class SampleSettings:
-    """What is shown of the model's own text while it is trained.
+class SampleSettings(StageSettings):
+    """Settings of a stage that shows the model's own text while it is trained.
 
     Args:
         sample_every: steps between samples of the model's text, also kept in OUT/samples.jsonl; 0: at each validation.
@@ -43,18 +43,9 @@ class SampleSettings:
     sample_every: int = 0
     sample_prompts: str = ""
 
-    def check_samples(self) -> None:
-        """Raises `UserError` for a value that makes no sense."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_least(0, sample_every=self.sample_every)
-
-
-class SampleStage(Protocol):
-    """The settings of a stage with samples."""
-
-    out: str
-    compile: bool
-    sample_every: int
-    sample_prompts: str
 
 
 class Rows(Protocol):
@@ -79,17 +70,12 @@ class Samples:
         self, every: int, prompts: Sequence[list[int]], tokenizer: Tokenizer, out: Path, ranks: Ranks, compiled: bool
     ) -> None:
         self._every, self._prompts, self._tokenizer, self._ranks = every, prompts, tokenizer, ranks
-        self._path, self._compiled = out / FILE, compiled
+        self._path, self._compiled = out / "samples.jsonl", compiled
 
     def begin(self, step: int) -> None:
-        """Drop what is about to be written again: the samples of later steps, and a line that a kill cut short."""
-        if not self._ranks.main:
-            return
-        with naming(self._path):
-            lines = self._path.read_bytes().splitlines() if step and self._path.exists() else []
-            temporary = self._path.with_suffix(".partial")
-            temporary.write_bytes(b"".join(line + b"\n" for line in lines if _step(line) <= step))
-            os.replace(temporary, self._path)
+        """Drop what is about to be written again: the samples of later steps."""
+        if self._ranks.main:
+            forget_after(self._path, step)
 
     def due(self, step: int, validated: bool, last: bool) -> bool:
         """Return whether they are to be written after this step."""
@@ -108,17 +94,15 @@ class Samples:
             for number, ids in enumerate(self._prompts):
                 text = self._tokenizer.decode(self._continue(model, ids, end))
                 prompt = self._tokenizer.decode(ids)
-                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+                file.write(json_text({"step": step, "prompt": prompt, "text": text}) + "\n")
                 if number < SHOWN:
                     show(f"sample     {one_line(prompt)[-PROMPT:]} | {one_line(text)[:TEXT]}")
         model.train()
 
     def _continue(self, model: MiniDeepSeek, ids: list[int], end: float) -> list[int]:
         """Return what follows a prompt; less of it after a signal, or past `end` on the monotonic clock."""
-        new, stop = [], self._tokenizer.eos_id
-        for token in stream(
-            model, torch.tensor([ids], device=self._ranks.device), NEW, Sampling(temperature=0), (stop,)
-        ):
+        new, stop, ids_BT = [], self._tokenizer.eos_id, torch.tensor([ids], device=self._ranks.device)
+        for token in stream(model, ids_BT, NEW, Sampling(temperature=0), (stop,)):
             if token.item() == stop:
                 break
             new.append(token.item())
@@ -128,7 +112,7 @@ class Samples:
 
 
 def open_samples(
-    settings: SampleStage, tokenizer: Tokenizer, ranks: Ranks, rows: Rows, validated: bool, prompts: Prompts
+    settings: SampleSettings, tokenizer: Tokenizer, ranks: Ranks, rows: Rows, validated: bool, prompts: Prompts
 ) -> Samples | None:
     """Return the samples of a stage; None where nobody asked for any and nothing is validated.
 
@@ -138,8 +122,7 @@ def open_samples(
     if not (validated or settings.sample_every):
         return None
     lines, count = read_prompts(settings.sample_prompts), min(len(rows), TRIED)
-    some = (rows.batch([place * len(rows) // count]) for place in range(count))
-    encoded = prompts(tokenizer, lines, some)
+    encoded = prompts(tokenizer, lines, (rows.batch([place * len(rows) // count]) for place in range(count)))
     for line, ids in zip(lines, encoded, strict=False):
         if len(ids) > LONGEST:
             what = f"{line[:TEXT]!r} is {len(ids)} tokens long, but {LONGEST} is the most"
@@ -183,12 +166,3 @@ def first_different(prompts: Iterable[list[int]]) -> list[list[int]]:
         if len(found) == BUILT_IN:
             break
     return found
-
-
-def _step(line: bytes) -> float:
-    """Return that of a line of the file; infinite for one that is damaged."""
-    try:
-        step = json.loads(line)["step"]
-        return step if type(step) is int else float("inf")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")

@@ -8,19 +8,19 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from text.tokenizer import Tokenizer
-from training.datasets import Dataset, PolicyDataset
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import Progress, Snapshot, Weights, keep_last, newest
+from training.run.checkpoint import BEST, Progress, Snapshot, Weights, keep_last, load_training_state
 from training.run.interrupt import aftermath
-from training.run.resume import BEST, contents, find_checkpoint, restore
+from training.run.resume import contents, find_checkpoint
 from training.settings import StageSettings
+from training.step import Dataset, PolicyDataset
 
-Write = Callable[[dict[str, Tensor]], None]
+Tensors = dict[str, Any]  # tensors, or tables of them, by name
 
 
 class Saver:
@@ -38,11 +38,13 @@ class Saver:
             from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # slow to import
 
             self._stager = DefaultStager(StagingOptions(device.type == "cuda", False, False, False))
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-            _alone(self._thread)
+            threads = torch.get_num_threads()
+            self._thread = ThreadPoolExecutor(1, "saver", _step_back)
+            self._thread.submit(int).result()
+            torch.set_num_threads(threads)  # the number that threads begin with is one for all
         self._running: Future[None] | None = None
 
-    def save(self, tensors: dict[str, Tensor], write: Write) -> None:
+    def save(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
         """Have `write` called with a copy of the tensors. Raises the `UserError` of the save before this one."""
         self.wait()
         if self._stager is None or self._thread is None:
@@ -51,14 +53,9 @@ class Saver:
             self._running = self._thread.submit(write, self._stager.stage(tensors))
 
     @property
-    def busy(self) -> bool:
-        """Return whether something is being written."""
-        return self._running is not None and not self._running.done()
-
-    @property
     def failed(self) -> bool:
         """Return whether a save has failed in the thread; `wait` raises why."""
-        return self._running is not None and not self.busy and self._running.exception() is not None
+        return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def wait(self) -> None:
         """Until what is being written is on the disk. Raises the `UserError` of a save that failed."""
@@ -73,23 +70,16 @@ class Saver:
             self._stager.close()
 
 
-def _alone(thread: ThreadPoolExecutor) -> None:
-    """Keep torch's operations in `thread` to that thread.
+def _step_back() -> None:
+    """Keep torch's operations in this thread to it, and let training have the processor first (on Linux).
 
     Otherwise its first one starts a team of threads of its own, which stays. Beside it OpenMP counts more threads than
     cores, and no longer lets those of training wait for their next piece of work without going to sleep: small
     operations of a step take twice as long from then on.
     """
-    threads = torch.get_num_threads()
-    thread.submit(torch.get_num_threads).result()  # a thread takes the common number when it is first asked
-    thread.submit(torch.set_num_threads, 1).result()
-    thread.submit(_step_back).result()
-    torch.set_num_threads(threads)  # the number that threads begin with is one for all
-
-
-def _step_back() -> None:
-    """Let training have the processor first, where threads have a priority of their own: on Linux."""
-    if sys.platform == "linux":
+    torch.get_num_threads()  # a thread takes the common number when it is first asked
+    torch.set_num_threads(1)
+    if sys.platform == "linux":  # where threads have a priority of their own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
@@ -108,9 +98,8 @@ class RunCheckpoints:
         optimizer: torch.optim.Optimizer,
         dataset: Dataset,
     ) -> None:
-        self._out, self._resume, self._keep = Path(settings.out), settings.resume, settings.keep
-        self._keep_best = settings.keep_best
-        self._ranks, self._weights, self._tokenizer, self._optimizer = ranks, weights, tokenizer, optimizer
+        self._out, self._settings, self._ranks = Path(settings.out), settings, ranks
+        self._weights, self._tokenizer, self._optimizer = weights, tokenizer, optimizer
         self._made = dataset if isinstance(dataset, PolicyDataset) else None
         self.saver = Saver(settings.background_save, ranks.device)
 
@@ -120,7 +109,7 @@ class RunCheckpoints:
         A run that is complete is left as it is; one that `is_finished` without that is put in place, to be saved as its
         end. run: what must not have changed since.
         """
-        found = self._ranks.on_main(lambda: find_checkpoint(self._out, self._resume, run))
+        found = self._ranks.on_main(lambda: find_checkpoint(self._out, self._settings.resume, run))
         if found is None:
             return None
         folder, progress = found
@@ -128,7 +117,8 @@ class RunCheckpoints:
         if progress.finished and folder.name == "final":
             return progress
         self._ranks.check_shared(folder, lambda: contents(folder))
-        state = restore(folder, self._weights, self._optimizer)
+        self._weights.load(folder)
+        state = load_training_state(folder, self._weights.model, self._optimizer)
         if self._made is not None:
             self._made.load_state(state)
         self._ranks.gather(None)  # where another one could not read it, this says so
@@ -138,6 +128,21 @@ class RunCheckpoints:
     def save(self, name: str, progress: Progress) -> None:
         """Begin to write one of this moment; an error of the one before it comes up here."""
         self._ranks.on_main(lambda: self._write(name, progress))
+
+    def _write(self, name: str, progress: Progress) -> None:
+        data = {} if self._made is None else self._made.state()
+        snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data)
+
+        def write(tensors: Tensors) -> None:
+            snapshot.write(self._out / name, tensors)
+            if name not in ("final", BEST):
+                keep_last(self._out, self._settings.keep)
+
+        self.saver.save(snapshot.tensors, write)
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk. Raises the error of a save that failed, on all ranks."""
+        self._ranks.on_main(self.saver.wait)
 
     def finish(self, progress: Progress, end: str) -> None:
         """Save the end of the run, which `end` has brought about, or the point where it was interrupted, and say so."""
@@ -153,33 +158,5 @@ class RunCheckpoints:
             say(f"interrupted: saved {folder}; the same command with --resume goes on from there{aftermath()}")
             return
         say(f"finished: {folder} after {progress.step} steps, {progress.tokens:,} tokens (ended by {end})")
-        if self._keep_best and (best := progress.best):
+        if self._settings.keep_best and (best := progress.best):
             say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
-
-    def _write(self, name: str, progress: Progress) -> None:
-        data = {} if self._made is None else self._made.state()
-        snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data)
-
-        def write(tensors: dict[str, Tensor]) -> None:
-            snapshot.write(self._out / name, tensors)
-            if name not in ("final", BEST):
-                keep_last(self._out, self._keep)
-
-        self.saver.save(snapshot.tensors, write)
-
-    @property
-    def failed(self) -> bool:
-        """Return whether a save has failed meanwhile, on this rank; `wait` raises why."""
-        return self.saver.failed
-
-    def wait(self) -> None:
-        """Until what is being written is on the disk. Raises the error of a save that failed, on all ranks."""
-        self._ranks.on_main(self.saver.wait)
-
-    def newest(self) -> Path | None:
-        """The folder to go on from."""
-        return newest(self._out)
-
-    def close(self) -> None:
-        """Wait, whatever became of it."""
-        self.saver.close()

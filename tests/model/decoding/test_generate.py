@@ -194,7 +194,7 @@ def test_an_answer_stops_where_the_context_ends(says, tiny_model, tokenizer: Tok
 def test_answers_in_a_batch_are_those_of_each_question_alone(pretrained):
     answerer = Answerer.open(str(pretrained / "final"), "cpu", "fp32")
     asked = [[{"role": "user", "content": text}] for text in ("你好", "What is 2 + 3?", "月牙镇在哪里？谁住在那里？")]
-    together = answerer.reply(asked, 16)
+    together = list(answerer.replies(asked, 16))
     for conversation, reply in zip(asked, together, strict=True):
         pieces = answerer.stream_reply(conversation, GREEDY, 16)
         assert reply.rstrip("\ufffd") == "".join(piece for piece, _ in pieces).rstrip("\ufffd")

@@ -187,7 +187,7 @@ def test_what_was_cut_and_dropped_is_counted(
     path.write_text(path.read_text() + '\n{"messages": []}\n{"mess')
     data = ChatDataset([str(path)], tokenizer, LENGTH, progress=False)
     report = data.report
-    assert (report.count, report.cut, report.dropped, report.unanswered) == (3, 1, 1, 1)
+    assert (report.count, report.fates["cut"], report.fates["dropped"], report.fates["unanswered"]) == (3, 1, 1, 1)
     assert report.read.problems == {"no assistant turn": 1, "broken JSON": 1}
     assert report.tokens == sum(len(segment["ids"]) + 1 for segment in segments(epoch_of(data, 0)))
     assert report.trained == int((epoch_of(data, 0)["labels"] >= 0).sum())

@@ -13,7 +13,8 @@ import pytest
 from dataset import PreferenceDataset
 from errors import UserError
 from text.chats.chat_template import encode_chat
-from text.chats.encoded import CUT, EncodedPairs
+from text.chats.encoded import EncodedPairs
+from text.chats.packed_dataset import CUT
 from text.chats.preferences import Preference, read_preferences, to_preference
 from text.sources.row_report import RowError, RowReport
 
@@ -186,7 +187,7 @@ def test_bad_rows_are_counted_with_their_places(tmp_path):
 def test_a_pair_with_a_side_that_is_too_long_is_dropped_and_counted(tmp_path, tokenizer):
     rows = [LAYOUTS["strings"], {"prompt": "Q", "chosen": "A", "rejected": "长" * 60}]
     pairs = EncodedPairs([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 40)
-    assert (len(pairs), pairs.report.dropped) == (1, 1)
+    assert (len(pairs), pairs.report.fates["dropped"]) == (1, 1)
     assert "1 dropped: the last turns alone end after 40 tokens" in "\n".join(pairs.report.lines())
     with pytest.raises(UserError, match=r"all 2 dropped: .* alone end after 2 tokens; raise --seq"):
         EncodedPairs([tmp_path / "pairs.jsonl"], tokenizer, 2)
@@ -207,8 +208,9 @@ def test_a_pair_that_is_too_long_loses_the_oldest_turns_of_its_prompt(tmp_path, 
         assert [int(mask.sum()) for _, mask in pairs[0]] == [
             len(ids) - len(encode_chat(tokenizer, begins, add_generation_prompt=True)[0]) for ids in expected
         ]
-        assert pairs.report.cut == (left < 3) == ("1 lost the oldest turns" in "\n".join(pairs.report.lines()))
-        assert pairs.identity(pairs.packed(np.arange(1), 999, 0)).endswith(CUT) == (left < 3)
+        assert pairs.report.fates["cut"] == (left < 3) == ("1 lost the oldest turns" in "\n".join(pairs.report.lines()))
+        data = PreferenceDataset([path], tokenizer, max(map(len, expected)) - 1)
+        assert data.identity.endswith(CUT) == (left < 3)
     shortest = max(map(len, expected)) - 1
     for length, cut in ((shortest - 1, True), (shortest, False)):
         with pytest.raises(UserError, match="no pairs to train on; all 1 dropped: the last turns alone"):
@@ -278,7 +280,7 @@ def test_pairs_of_one_prompt_are_held_out_together(tmp_path, tokenizer):
     data = PreferenceDataset([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 40, val_fraction=0.3)
 
     def prompts(part: PreferenceDataset) -> set[tuple[int, ...]]:
-        chosen = [part.pairs[pair][0] for row in range(len(part)) for pair in part._rows[row]]
+        chosen = [part.pairs[pair][0] for row in range(len(part)) for pair in part.members(row)]
         return {tuple(ids[mask == 0].tolist()) for ids, mask in chosen}
 
     train, held = prompts(data), prompts(data.validation)

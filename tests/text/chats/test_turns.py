@@ -143,7 +143,7 @@ def test_what_follows_the_last_answer_that_is_trained_on_is_cut(tokenizer, tmp_p
     turns[3]["weight"] = 0
     chats = EncodedChats([write(tmp_path / "a.jsonl", [{"messages": turns}])], tokenizer, 60)
     assert tokenizer.decode(chats.ids.tolist()).endswith("not this") and chats.mask[-1] == 1
-    assert chats.report.unanswered == 1
+    assert chats.report.fates["unanswered"] == 1
 
 
 def test_a_row_without_anything_to_train_on_is_counted(tmp_path):

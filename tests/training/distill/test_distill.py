@@ -19,13 +19,13 @@ from dataset import ChatDataset
 from model import MiniDeepSeek
 from text.order import scramble
 from training.alignment.sampler import Sampler, sample_groups, uniforms
-from training.datasets import PolicyDataset
 from training.distill.distillation import SAMPLED, DistillationLoss, DistillationSettings
 from training.distill.on_policy import CHOICE, SAMPLING, OnPolicyChats, OnPolicySettings, prompt_of, rows_that_fit
 from training.distill.teacher import open_teacher
 from training.losses import IGNORE
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
+from training.step import PolicyDataset
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]

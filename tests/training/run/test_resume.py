@@ -21,7 +21,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.checkpoint.folder import to_hugging_face
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import Snapshot
+from training.run.checkpoint import Snapshot, newest
 from training.run.log import RunLog, read_metrics
 from training.validation import BitsPerByte
 
@@ -139,7 +139,7 @@ def test_a_run_that_was_interrupted_can_be_ended_there(make):
     before = files(make("whole", max_steps=4).run())
     assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
     ended = make(max_steps=4, resume=True)
-    assert ended.run() == ended.out / "final" and ended.checkpoints.newest() == ended.out / "final"
+    assert ended.run() == ended.out / "final" and newest(ended.out) == ended.out / "final"
     weights = MiniDeepSeek.from_pretrained(ended.out / "final").state_dict()
     stopped = MiniDeepSeek.from_pretrained(ended.out / "step-4").state_dict()
     assert weights.keys() == stopped.keys() and all(torch.equal(weights[name], stopped[name]) for name in weights)
