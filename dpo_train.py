@@ -16,7 +16,7 @@ from model import MiniDeepSeek
 from text.chats.packed_dataset import CUT
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
-from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings
+from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings, text_batches
 from training.alignment.reference import ask_once, frozen_reference
 from training.distill.teacher import identity
 from training.machine import choose_dtype
@@ -26,7 +26,7 @@ from training.run.resume import check_unused, saved_run
 from training.settings import StageSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
-from training.validation import held_out_batches, labels_name, text_batches
+from training.validation import held_out_batches, labels_name
 
 
 @dataclass(kw_only=True)

@@ -106,17 +106,14 @@ def quiet_imports() -> Iterator[None]:
     Errors still come through. Later remarks of transformers are quieted too, unless TRANSFORMERS_VERBOSITY is set.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # which it reads when it is imported
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def quiet_compiler() -> None:

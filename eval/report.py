@@ -73,7 +73,7 @@ def report(
     ranks = Ranks(0, 1, first.device)
     columns, results = {}, []
     for name, answerer in answerers.items():
-        bits = evaluate(answerer.model, batches, first.tokenizer.token_bytes, torch.float32, ranks).bits_per_byte
+        bits = evaluate(answerer.model, batches, first.tokenizer.token_bytes, torch.float32, ranks)["val_bits_per_byte"]
         cells = columns[name] = {"bits per byte": f"{bits:.3f}"}
         if asked:
             results = ask(answerer, asked)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,42 +20,26 @@ class Forked:
 
     def __init__(self, call: Callable[[], object], said: Path) -> None:
         """said: file for what the call prints."""
-        self._said, self._code = said, None
+        self._said = said
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._child(call)
+        self.process = multiprocessing.get_context("fork").Process(target=self._child, args=(call,))
+        self.process.start()
+        self.pid = self.process.pid
 
     def _child(self, call: Callable[[], object]) -> None:
-        code = 1
-        try:
-            os.setsid()
-            with open(self._said, "w", encoding="utf8") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            result = call()
-            code = result if isinstance(result, int) else 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            # Whatever happens, this process must not go on as a second pytest.
-            try:
-                sys.stdout.flush()
-                sys.stderr.flush()
-            finally:
-                os._exit(code)
+        os.setsid()
+        with open(self._said, "w", encoding="utf8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        result = call()
+        sys.exit(result if isinstance(result, int) else 0)
 
     @property
     def code(self) -> int | None:
         """As of subprocess: negative for a signal, None while it runs."""
-        if self._code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
-        return self._code
+        return self.process.exitcode
 
     def aim(self) -> None:
         """Its only process is known."""
@@ -64,14 +47,12 @@ class Forked:
     def kill(self) -> bool:
         running = self.code is None
         if running:
-            os.kill(self.pid, signal.SIGKILL)
-            self.wait(10)
+            self.process.kill()
+            self.process.join(10)
         return running
 
     def wait(self, seconds: float) -> int | None:
-        end = time.monotonic() + seconds
-        while self.code is None and time.monotonic() < end:
-            time.sleep(0.002)
+        self.process.join(max(seconds, 0))
         return self.code
 
     def output(self) -> str:

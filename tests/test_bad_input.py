@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors import SafetensorError
 
 import full_sft
 import pretrain
@@ -22,7 +21,6 @@ from cli import call
 from errors import LONGEST, UserError, command_line, one_line
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
-from training.run.log import read_metrics
 
 ROWS = ["月牙镇的早晨很安静。", "Crescent Town is quiet in the morning.", "小明有3个苹果。"] * 40
 ROWS = [f"{number}：{row}" for number, row in enumerate(ROWS)]
@@ -268,28 +266,6 @@ def test_an_out_that_is_a_file(train, world, tmp_path):
 
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_disk_that_fills_under_a_checkpoint(train, world, tmp_path, monkeypatch):
-    """The third checkpoint does not fit: the first two stay, and the run goes on from there once there is room."""
-    saves, save = [], training.run.checkpoint.save_file
-
-    def save_file(*given: object) -> None:
-        saves.append(given)
-        if len(saves) == 3:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        save(*given)
-
-    options = ["--max_steps", 4, "--save_every", 1, "--keep", 5]
-    with monkeypatch.context() as patch:
-        patch.setattr(training.run.checkpoint, "save_file", save_file)
-        done = train(world / "pretrain.csv", *options)
-    out = tmp_path / "run"
-    refused(done, 2, f"{out / 'step-3'}: could not be saved", "No space left", f"{out / 'step-2'}; free some space")
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["step-1", "step-2"]
-    done = train(world / "pretrain.csv", *options, "--resume")
-    assert done.code == 0 and f"resuming from {out / 'step-2'}: step 2" in done.out
-    assert [entry["step"] for entry in read_metrics(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_a_disk_that_fills_under_the_metrics(train, world, tmp_path, monkeypatch):

@@ -7,13 +7,9 @@ import sys
 from dataclasses import asdict
 
 import pytest
-from demo_settings import DemoSettings, read, write_yaml
+from demo_settings import STAGES, DemoSettings, read, settings_of, write_yaml
 
 import dataset
-import dpo_train
-import full_sft
-import grpo_train
-import lora_sft
 import pretrain
 import train_tokenizer
 from cli import ELSEWHERE, _parser, call, parse
@@ -22,11 +18,6 @@ from eval.chat import chat
 from eval.perplexity import perplexity
 from text.files import read_yaml
 from training.settings import save_resolved
-
-STAGES = {
-    "full_sft.py": full_sft.SFTSettings, "lora_sft.py": lora_sft.LoraSFTSettings, "dpo_train.py": dpo_train.DPOSettings,
-    "grpo_train.py": grpo_train.GRPOSettings, "pretrain.py": pretrain.PretrainSettings,
-}  # fmt: skip
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -54,7 +45,7 @@ def test_a_flag_needs_no_value(flag):
     settings = read(*flag, "--seed", 3)
     assert settings.resume is True and settings.seed == 3
     given = ["--ckpt", "c", "--data", "d", "--out", "o", "--lora.dora", "--merge", "--lora.r", "4"]
-    settings = parse(lora_sft.LoraSFTSettings, "", given)
+    settings = parse(settings_of("lora_sft"), "", given)
     assert settings.lora.dora and settings.merge and settings.lora.r == 4 and not settings.lora.rslora
 
 
@@ -86,7 +77,7 @@ def test_a_function_is_called_with_the_command_line():
 def refused(script: str, *arguments: str) -> str:
     with pytest.raises(UserError) as caught, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [script])
-        parse(STAGES[script], "", list(arguments))
+        parse(settings_of(script.removesuffix(".py")), "", list(arguments))
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -204,9 +195,9 @@ def test_the_commands_of_dataset_have_their_help(run):
 
 def test_the_table_names_options_that_there_are():
     known = {"suite", "dist"}
-    for kind in STAGES.values():
+    for script in STAGES:
         parser = _parser("")
-        parser.add_class_arguments(kind)
+        parser.add_class_arguments(settings_of(script))
         known |= {name.lstrip("-") for name in parser._option_string_actions}
     for function in (chat, perplexity, train_tokenizer.train_tokenizer):
         parser = _parser("")

@@ -135,8 +135,7 @@ class Script:
 def prepare(base: Path, stages: tuple[str, ...]) -> None:
     """A small world, its tokenizer, recipes, and a pretrained checkpoint for the stages that start from one."""
     base.mkdir()
-    for stage, recipe in RECIPES.items():
-        (base / f"{stage}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf8")
+    write_recipes(base)
     _run(["-m", "world", "--out", base / "world", "--scale", "0.01"])
     corpus = base / "world" / "pretrain.csv"
     _run(["train_tokenizer.py", "--data", corpus, "--out", base / "tokenizer", "--vocab_size", "500"])
@@ -144,6 +143,12 @@ def prepare(base: Path, stages: tuple[str, ...]) -> None:
         victim = stage_command("pretrain", base, 1).start(base / "pretrain")
         if victim.wait(300) != 0:
             raise UserError(f"the base model could not be trained:\n{victim.output()[-3000:]}")
+
+
+def write_recipes(base: Path, **changes: object) -> None:
+    """Those of all stages, into a folder."""
+    for stage, recipe in RECIPES.items():
+        (base / f"{stage}.yaml").write_text(yaml.safe_dump({**recipe, **changes}), encoding="utf8")
 
 
 def stage_command(stage: str, base: Path, ranks: int) -> Script:

@@ -21,12 +21,14 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Take one token; return the characters it completes, maybe none. An id outside the vocabulary is nothing."""
+        return self._decoder.decode(self.bytes_of(token_id))
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes of UTF-8 that a token stands for; alone they may be no character."""
         if token_id < len(SPECIAL_TOKENS):
-            data = b"" if self._skip_special_tokens else SPECIAL_TOKENS[token_id].encode()
-        else:
-            token = self._tokenizer.raw.id_to_token(token_id) or ""
-            data = bytes(self._byte_of[letter] for letter in token)
-        return self._decoder.decode(data)
+            return b"" if self._skip_special_tokens else SPECIAL_TOKENS[token_id].encode()
+        token = self._tokenizer.raw.id_to_token(token_id) or ""
+        return bytes(self._byte_of[letter] for letter in token)
 
     def flush(self) -> str:
         """End the text; return U+FFFD for a character that was left unfinished. The decoder can be used again."""

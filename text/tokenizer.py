@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -78,7 +79,11 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "tokenizer.json", self.raw.to_str(pretty=True))
-        config = {
+        _write(folder / "tokenizer_config.json", json.dumps(self.settings(), ensure_ascii=False, indent=2))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the content of tokenizer_config.json, the chat template among it."""
+        return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<s>",
             "eos_token": "</s>",
@@ -96,7 +101,6 @@ class Tokenizer:
             },
             "chat_template": _chat_template(),
         }
-        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of the text alone. Half a surrogate pair, which is no character, becomes U+FFFD."""

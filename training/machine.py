@@ -7,15 +7,11 @@ import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 
 from errors import UserError
 from text.files import peak_memory
-
-if TYPE_CHECKING:
-    from training.parallel.ranks import Ranks
 
 MEASURING = 2.0  # seconds at most
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -120,28 +116,6 @@ def machine_peak(dtype: torch.dtype, device: torch.device) -> float:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return peak
-
-
-class Peak:
-    """The FLOP/s that all ranks' matrix products may reach, which MFU is a share of.
-
-    A neighbour on the machine can make what was measured too low: a step that goes beyond it raises it.
-    """
-
-    def __init__(self, dtype: torch.dtype, ranks: Ranks) -> None:
-        """Take what the main rank measured; infinite on the others."""
-        self._ranks = ranks
-        self.rate = machine_peak(dtype, ranks.device) * ranks.world if ranks.main else float("inf")
-
-    def share(self, rate: float) -> float:
-        """Return the share of the peak that a step reached at `rate` FLOP/s; at most 1."""
-        if rate > self.rate:
-            self._ranks.say(
-                f"peak       a step at {rate / 1e9:,.0f} GFLOP/s was faster than the matrix products measured at the "
-                f"start ({self.rate / 1e9:,.0f}): MFU is a share of that from now on"
-            )
-            self.rate = rate
-        return rate / self.rate
 
 
 def memory_used(device: torch.device) -> int:

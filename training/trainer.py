@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from errors import UserError, quiet_compiler
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.losses import Loss
-from training.machine import Peak, choose_dtype, memory_used
+from training.machine import choose_dtype, machine_peak, memory_used
 from training.metrics import FlopsCounter, StepResult, step_entry, untrained_entry
 from training.optim.build import build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
@@ -63,7 +64,8 @@ class Trainer:
     ) -> None:
         self.settings, self.ranks, self.tokenizer = settings, ranks, tokenizer
         self.dtype = choose_dtype(settings.dtype, ranks.device)
-        self.peak = Peak(self.dtype, ranks)
+        # FLOP/s of all ranks' matrix products, which MFU is a share of.
+        self.peak = machine_peak(self.dtype, ranks.device) * ranks.world if ranks.main else math.inf
         self.model = model.to(ranks.device)
         self.model.gradient_checkpointing = settings.gradient_checkpointing
         self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
@@ -114,7 +116,7 @@ class Trainer:
                 layer.compile(dynamic=False)
         counter = FlopsCounter(self.model, self.loss, self.settings.sequence_length)
         if self.ranks.main:
-            self.pace.announce(self.model, self.dataset, counter.flops(), self.peak.rate, self.dtype)
+            self.pace.announce(self.model, self.dataset, counter.flops(), self.peak, self.dtype)
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         if self.samples:
@@ -178,8 +180,9 @@ class Trainer:
             if validate or progress.step == 1 or progress.step % settings.log_every == 0:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
-                mfu, memory = self.peak.share(rate * counter.flops()), memory_used(self.ranks.device)
-                entry = step_entry(result, progress, lr, rate, mfu, memory)
+                reached = rate * counter.flops()
+                self.peak = max(self.peak, reached)  # a neighbour on the machine made what was measured too low
+                entry = step_entry(result, progress, lr, rate, reached / self.peak, memory_used(self.ranks.device))
                 measured = self._validate() if validate and not stop else {}
                 stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
                 log.write(entry if stop else {**entry, **measured})

@@ -13,7 +13,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from errors import UserError
 from model import MiniDeepSeek
 from text.sources.registry import Source
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer, characters
@@ -33,7 +32,6 @@ MEASURED_ON = {
     "val_accuracy": "problems",
     "val_pass_1": "problems",
 }
-CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
 
 class Validation(Protocol):
@@ -66,40 +64,6 @@ def held_out_batches(dataset: HeldOutRows, most_tokens: int, micro_tokens: int) 
     return [dataset.batch(rows[start : start + size]) for start in range(0, count, size)]
 
 
-def text_batches(
-    path: Path, tokenizer: Tokenizer, sequence_length: int, most_tokens: int, micro_tokens: int
-) -> list[Batch]:
-    """Return a text file in windows of `sequence_length`, each token once; at most the first `most_tokens`.
-
-    Raises `UserError` for a file that cannot be read or is empty.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            ids = tokenizer.encode(file.read(CHARACTERS_A_TOKEN * most_tokens))[:most_tokens]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--val_text {path}: cannot be read ({error}); give a UTF-8 text file") from None
-    if not ids:
-        raise UserError(f"--val_text {path}: empty; give a file with text")
-    # The text follows the end of another document, as in pretraining.
-    rows = -(-len(ids) // sequence_length)
-    inputs = torch.full((rows * sequence_length,), tokenizer.eos_id)
-    labels = torch.full_like(inputs, IGNORE)
-    labels[: len(ids)] = torch.tensor(ids)
-    inputs[1 : len(ids)] = labels[: len(ids) - 1]
-    inputs, labels = inputs.view(rows, sequence_length), labels.view(rows, sequence_length)
-    size = max(micro_tokens // sequence_length, 1)
-    return [{"input_ids": inputs[i : i + size], "labels": labels[i : i + size]} for i in range(0, len(labels), size)]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Attributes: bits_per_byte; nats_per_token; counts: (MoE layers, experts) loads on the held-out text, or None."""
-
-    bits_per_byte: float
-    nats_per_token: float
-    counts: Tensor | None
-
-
 @dataclass(frozen=True)
 class BitsPerByte:
     """Validation of the next-token stages: held-out bits per byte, nats per token and expert loads.
@@ -114,20 +78,18 @@ class BitsPerByte:
     names: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, model: MiniDeepSeek, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
-        held_out = evaluate(model, self.batches, self.token_bytes, dtype, ranks)
-        entry: dict[str, Any] = {"val_bits_per_byte": held_out.bits_per_byte, "val_loss": held_out.nats_per_token}
-        if self.names:
-            entry["held_out"] = self.names
-        if held_out.counts is not None:
-            entry["expert_load"] = (held_out.counts / held_out.counts.sum(1, keepdim=True)).tolist()
-        return entry
+        measured = evaluate(model, self.batches, self.token_bytes, dtype, ranks)
+        return {**measured, "held_out": self.names} if self.names else measured
 
 
 @torch.no_grad()
 def evaluate(
     model: MiniDeepSeek, batches: Iterable[Batch], token_bytes: np.ndarray, dtype: torch.dtype, ranks: Ranks
-) -> HeldOut:
+) -> dict[str, Any]:
     """Measure the summed -log2 p of the labels over the bytes that they stand for, over all ranks.
+
+    Returns `val_bits_per_byte`, `val_loss` in nats per token and, of a model with experts, `expert_load`: each one's
+    share of its layer's.
 
     Args:
         batches: the same on every rank; each rank takes its share of them.
@@ -136,7 +98,7 @@ def evaluate(
     sizes = torch.from_numpy(np.ascontiguousarray(token_bytes)).to(ranks.device)
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     moe_layers = sum(layer.is_moe for layer in model.model.layers)
-    counts = torch.zeros(moe_layers, model.config.n_routed_experts, dtype=torch.float64, device=ranks.device)
+    counts_LE = torch.zeros(moe_layers, model.config.n_routed_experts, dtype=torch.float64, device=ranks.device)
     mine = [batch for index, batch in enumerate(batches) if index % ranks.world == ranks.rank]
     for batch in ranks.watch.track(mine, "validating", len(mine)):
         inputs = {key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()}
@@ -147,9 +109,13 @@ def evaluate(
         counted = labels >= 0
         sums += torch.stack([nats, counted.sum().double(), sizes[labels.clamp(min=0)][counted].double().sum()])
         if out.counts is not None:
-            counts += out.counts
+            counts_LE += out.counts
     nats, tokens, size = ranks.sum(sums).tolist()
-    return HeldOut(nats / math.log(2) / max(size, 1), nats / max(tokens, 1), ranks.sum(counts) if moe_layers else None)
+    measured = {"val_bits_per_byte": nats / math.log(2) / max(size, 1), "val_loss": nats / max(tokens, 1)}
+    if moe_layers:
+        ranks.sum(counts_LE)
+        measured["expert_load"] = (counts_LE / counts_LE.sum(1, keepdim=True)).tolist()
+    return measured
 
 
 def labels_name(sources: Sequence[Source | str | Path], batches: Iterable[Batch], tokenizer: Tokenizer) -> str:

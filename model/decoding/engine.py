@@ -74,9 +74,12 @@ class Engine:
         logits += self._admit()
         if not logits:
             return []
-        tokens, log_probs = self._choose(torch.cat(logits) if len(logits) > 1 else logits[0])
+        logits = torch.cat(logits) if len(logits) > 1 else logits[0]
+        tokens, log_probs = self._choose(logits)
         events = []
-        for completion, token, log_prob in zip(running, tokens, log_probs, strict=True):
+        for completion, token, log_prob, row in zip(running, tokens, log_probs, logits, strict=True):
+            if completion.request.observe:
+                completion.request.observe(row)
             completion.tokens.append(token)
             completion.log_probs.append(log_prob)
             if token in completion.request.stop:

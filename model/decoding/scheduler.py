@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Request:
         stop: tokens that end the completion, and belong to it.
         uniforms: numbers in [0, 1), one for each token that is sampled, of which the completion is then a function;
             drawn on torch's global generator when left out. Greedy requests need none.
+        observe: called with the (vocab,) logits that each token is chosen from, before its event.
     """
 
     prompt: Sequence[int]
@@ -31,6 +32,7 @@ class Request:
     sampling: Sampling = GREEDY
     stop: tuple[int, ...] = ()
     uniforms: Sequence[float] | None = None
+    observe: Callable[[Tensor], None] | None = None
 
 
 @dataclass(eq=False)
@@ -95,7 +97,7 @@ class Scheduler:
             if len(uniforms) < request.max_new_tokens:
                 raise ValueError(f"{len(uniforms)} uniforms for {request.max_new_tokens} tokens")
         ids = tuple(request.prompt)
-        completion = Completion(Request(ids, request.max_new_tokens, request.sampling, request.stop, uniforms))
+        completion = Completion(replace(request, prompt=ids, uniforms=uniforms))
         self._prompts.setdefault(ids, Prompt(ids)).waiting += 1
         self.waiting.append(completion)
         return completion

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import count, pairwise
@@ -20,8 +19,8 @@ from errors import UserError
 from model import MiniDeepSeek
 from model.ops import kernel_report
 from training.losses import Batch, NextTokenLoss
-from training.machine import Peak, machine_peak, measured_peak
-from training.optim.build import OptimSettings, build_optimizer
+from training.machine import machine_peak, measured_peak
+from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
 from training.router_bias import update_bias
 from training.run.log import read_metrics
@@ -31,46 +30,6 @@ from training.trainer import Trainer
 from training.validation import BitsPerByte
 
 CONTRACT = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
-
-
-@pytest.mark.parametrize("micro_rows", [1, 2, 3])
-def test_accumulation_changes_nothing(micro_rows, make):
-    # With a large epsilon AdamW does not turn the rounding of a tiny gradient into a whole step.
-    options = dict(max_steps=3, optim=OptimSettings(eps=1e-2), balance_weight=0.1)
-    whole, parts = make("whole", **options), make("parts", **options, micro_tokens=micro_rows * TIME)
-    for trainer in (whole, parts):
-        trainer.run()
-    for name, value in parts.model.state_dict().items():
-        torch.testing.assert_close(value, whole.model.state_dict()[name], rtol=1e-4, atol=1e-6)
-    assert torch.equal(biases(parts.model), biases(whole.model))
-    ours, theirs = (read_metrics(trainer.out / "metrics.jsonl")[1:] for trainer in (parts, whole))
-    for key in ("loss", "total_loss", "mtp_loss", "balance_loss", "grad_norm", "labels", "tokens", "val_loss"):
-        assert [e[key] for e in ours if key in e] == pytest.approx([e[key] for e in theirs if key in e], rel=1e-4)
-
-
-def test_labels_that_do_not_count_leave_the_mean_over_those_that_do(make):
-    """Micro-batches with few and with many labels: the step's loss is the mean over labels, not over micro-batches."""
-
-    class Uneven(Rows):
-        def batch(self, indices: Sequence[int]) -> Batch:
-            batch = super().batch(indices)
-            counted = torch.tensor([1 + index % ROWS for index in indices])
-            return {**batch, "labels": batch["labels"].masked_fill(torch.arange(TIME) >= counted[:, None], -100)}
-
-    one = make("one", Uneven(), max_steps=1, balance_weight=0.0)
-    four = make("four", Uneven(), max_steps=1, balance_weight=0.0, micro_tokens=2 * TIME)
-    entries = []
-    for trainer in (one, four):
-        trainer.run()
-        entries.append(read_metrics(trainer.out / "metrics.jsonl")[1])
-    assert entries[0]["labels"] == entries[1]["labels"] == sum(range(1, ROWS + 1))
-    for key in ("loss", "mtp_loss", "grad_norm"):
-        assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-4)
-    fresh = make("fresh")
-    total, labels, _ = NextTokenLoss(balance_weight=0.0)(fresh.model, Uneven().batch(range(ROWS)))
-    (total / labels).backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in fresh.model.parameters() if p.grad is not None])
-    assert entries[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_a_step_without_labels_changes_no_weight(make):
@@ -113,20 +72,6 @@ def test_validation_moves_nothing(make):
     entry = trainer._validate()
     assert entry["val_bits_per_byte"] > 0 and trainer.model.training
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-
-
-def test_weight_decay_is_on_matrices_only_and_the_bias_is_no_parameter(tiny_model):
-    model = tiny_model(attention_bias=True)
-    decayed, free = build_optimizer(model, OptimSettings(weight_decay=0.1)).param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    for name in [names[id(p)] for p in decayed["params"]]:
-        assert not name.endswith(("norm.weight", "layernorm.weight", "bias"))
-    for name in [names[id(p)] for p in free["params"]]:
-        assert name.endswith(("norm.weight", "layernorm.weight", "bias"))
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
-    pointers = {p.data_ptr() for group in (decayed, free) for p in group["params"]}
-    assert all(router.e_score_correction_bias.data_ptr() not in pointers for router in model.routers())
 
 
 def test_the_gradient_is_clipped(make):
@@ -186,14 +131,11 @@ def test_the_weights_follow_their_schedules(make, monkeypatch):
 @pytest.mark.parametrize(
     ("budget", "steps"),
     [
-        ({"max_steps": 6}, 6),
         ({"max_steps": None, "max_tokens": 5 * ROWS * TIME + 1}, 6),
-        ({"max_steps": 3, "max_tokens": 100 * ROWS * TIME}, 3),
         ({"max_steps": None}, 5),
-        ({"max_steps": None, "epochs": 0.5}, 3),
         ({"max_steps": 6, "epochs": 0.5, "max_minutes": 99.0}, 3),
     ],
-    ids=["steps", "tokens", "whichever is first", "one epoch", "half an epoch", "all of them"],
+    ids=["tokens", "one epoch", "all of them"],
 )
 def test_the_schedule_ends_with_the_budget(budget, steps, make):
     optim = OptimSettings(lr=1e-3, final_lr_ratio=0.25, warmup=0.0, decay_from=0.5)
@@ -266,51 +208,6 @@ def test_a_stage_may_have_its_own_loss_measures_and_validation(tiny_config, toke
         assert torch.equal(biases(model), before)  # the loss named no loads and the settings no speed
 
 
-class Answers(Rows):
-    """Rows that the model makes itself: every second step its greedy tokens after a prompt, kept for two steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: torch.Tensor | None = None
-        self.made: list[int] = []
-
-    def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, object]:
-        if step % 2 == 0:
-            with torch.no_grad():
-                prompts = Rows().batch(range(step * ROWS, (step + 1) * ROWS))["input_ids"]
-                self.held = model(prompts).logits.argmax(-1)
-            self.made.append(step)
-        return {"sum_of_tokens": self.held.sum().item()}
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        rows = self.held[[index % ROWS for index in indices]]
-        return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"held": self.held}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.held = state["held"]
-
-
-def test_rows_that_the_model_makes_are_made_before_the_step_and_survive_a_resume(make):
-    """Saved after step 3, in the middle of a pair of steps: the weights that made the rows exist no more."""
-    options = dict(max_steps=5, save_every=3)
-    whole = make("whole", Answers(), **options)
-    whole.run()
-    sums = [entry["sum_of_tokens"] for entry in read_metrics(whole.out / "metrics.jsonl")[1:]]
-    assert whole.dataset.made == [0, 2, 4] and sums[0] == sums[1] and sums[2] == sums[3] and len(set(sums)) == 3
-    shutil.rmtree(whole.out / "final")
-    want = read_metrics(whole.out / "metrics.jsonl")[-1]
-    again = make("whole", Answers(), **options, resume=True)
-    again.run()
-    assert again.dataset.made == [4]
-    now = read_metrics(whole.out / "metrics.jsonl")[-1]
-    assert (now["loss"], now["sum_of_tokens"]) == (want["loss"], want["sum_of_tokens"])
-    for name, value in again.model.state_dict().items():
-        assert torch.equal(value, whole.model.state_dict()[name]), name
-
-
 def test_rows_that_do_not_divide_among_the_ranks_are_refused(make):
     with pytest.raises(UserError, match=f"{ROWS} rows do not divide among 3 ranks; choose a multiple of {3 * TIME}"):
         make(world=3)
@@ -346,10 +243,6 @@ def test_bfloat16_products_keep_float32_weights(make):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01) and ours["loss"] != theirs["loss"]
 
 
-def test_the_peak_is_measured_once_at_least_however_slow_the_machine():
-    assert measured_peak(torch.float32, torch.device("cpu"), size=16, patience=0) > 0
-
-
 @pytest.fixture
 def unmeasured() -> Iterator[None]:
     """As if nothing were known of the machine yet, and again afterwards."""
@@ -358,13 +251,13 @@ def unmeasured() -> Iterator[None]:
     machine_peak.cache_clear()
 
 
-def test_a_step_beyond_the_peak_raises_it_and_says_so_once(unmeasured, monkeypatch, capsys):
-    monkeypatch.setattr(training.machine, "measured_peak", lambda *_, **__: 400e9)
-    peak = Peak(torch.float32, Ranks(0, 2, torch.device("cpu")))
-    assert peak.share(200e9) == 0.25 and peak.share(800e9) == 1.0 and not capsys.readouterr().out
-    assert peak.share(1000e9) == 1.0 and peak.share(500e9) == 0.5
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "1,000 GFLOP/s was faster" in said and "(800)" in said
+def test_a_step_beyond_the_measured_peak_raises_it(unmeasured, make, monkeypatch):
+    """MFU is a share: of what was measured while a neighbour was busy, it would be more than all."""
+    monkeypatch.setattr(training.machine, "measured_peak", lambda *_: 1.0)
+    trainer = make(max_steps=3)
+    trainer.run()
+    shares = [entry["mfu"] for entry in read_metrics(trainer.out / "metrics.jsonl")[1:]]
+    assert trainer.peak > 1 and max(shares) == 1 and min(shares) > 0
 
 
 def test_the_peak_is_measured_once_on_an_empty_device_and_memory_is_counted_from_there(unmeasured, make, monkeypatch):
@@ -394,7 +287,7 @@ def test_measuring_the_peak_leaves_the_random_numbers_alone():
     """It comes between taking up a checkpoint and the next step, whose dropout must be that of an unbroken run."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    measured_peak(torch.bfloat16, torch.device("cpu"), size=16, patience=0)
+    assert measured_peak(torch.bfloat16, torch.device("cpu"), size=16, patience=0) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -434,16 +327,6 @@ def test_the_routers_products_of_the_backward_pass_are_in_float32(recomputed, ma
 def test_float16_is_refused(make):
     with pytest.raises(UserError, match=r"--dtype fp16: one of auto, bf16, fp32 .float16 is not supported"):
         make(dtype="fp16")
-
-
-def test_every_layer_is_compiled_by_itself_when_asked(make, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **_: compiled.append(layer))
-    make("plain", max_steps=1).run()
-    assert not compiled
-    trainer = make("compiled", max_steps=1, compile=True)
-    trainer.run()
-    assert compiled == [*trainer.model.model.layers, *trainer.model.mtp]
 
 
 def test_wandb_is_told_each_step_and_stays_offline_without_a_key(make, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 
 from errors import UserError
 from model import MiniDeepSeek
+from text.tokenizer import Tokenizer
 from training.log_probs import label_log_probs
 from training.losses import IGNORE, Batch, Metric
 from training.machine import autocast
 from training.metrics import Tally
 from training.parallel.ranks import Ranks
 from training.validation import evaluate
+
+CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
 
 class Pairs(NamedTuple):
@@ -211,5 +215,30 @@ class HeldOutPairs:
             means = tally.means(max(tally.take("count").item(), 1))
             entry = {"val_loss": means.pop("main"), **{f"val_{name}": value for name, value in means.items()}}
         if self.text:
-            entry["val_bits_per_byte"] = evaluate(model, self.text, self.token_bytes, dtype, ranks).bits_per_byte
+            entry["val_bits_per_byte"] = evaluate(model, self.text, self.token_bytes, dtype, ranks)["val_bits_per_byte"]
         return {**entry, "held_out": self.names} if self.names else entry
+
+
+def text_batches(
+    path: Path, tokenizer: Tokenizer, sequence_length: int, most_tokens: int, micro_tokens: int
+) -> list[Batch]:
+    """Return a text file in windows of `sequence_length`, each token once; at most the first `most_tokens`.
+
+    Raises `UserError` for a file that cannot be read or is empty.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            ids = tokenizer.encode(file.read(CHARACTERS_A_TOKEN * most_tokens))[:most_tokens]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--val_text {path}: cannot be read ({error}); give a UTF-8 text file") from None
+    if not ids:
+        raise UserError(f"--val_text {path}: empty; give a file with text")
+    # The text follows the end of another document, as in pretraining.
+    rows = -(-len(ids) // sequence_length)
+    inputs = torch.full((rows * sequence_length,), tokenizer.eos_id)
+    labels = torch.full_like(inputs, IGNORE)
+    labels[: len(ids)] = torch.tensor(ids)
+    inputs[1 : len(ids)] = labels[: len(ids) - 1]
+    inputs, labels = inputs.view(rows, sequence_length), labels.view(rows, sequence_length)
+    size = max(micro_tokens // sequence_length, 1)
+    return [{"input_ids": inputs[i : i + size], "labels": labels[i : i + size]} for i in range(0, len(labels), size)]

@@ -259,15 +259,12 @@ def _fitted(parts: list[str], columns: Iterable[Column], values: dict[str, Any])
 
 def duration(seconds: float) -> str:
     """Write it with two units at most: 0.45s, 5.2s, 45s, 12m05s, 3h12m, 4d03h."""
-    if seconds < 9.95:
-        return f"{seconds:.2g}s"
     if seconds < 59.5:
-        return f"{seconds:.0f}s"
+        return f"{seconds:.2g}s" if seconds < 9.95 else f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02}h"
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02}h"
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 

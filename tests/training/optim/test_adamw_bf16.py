@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model.kernels import fused
 from training.optim.adamw import AdamWBF16, plain_adamw_
-from training.optim.build import OptimSettings, build_optimizer, load_state_tensors, state_tensors
 
 SIZES = [(3,), (16,), (5, 7), (64, 33), (3, 40, 50)]  # whole lanes or not
 
@@ -84,31 +82,3 @@ def test_two_threads_give_the_bits_of_one():
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(p, q) for p, q in zip(alone, together, strict=True))
-
-
-def test_a_run_goes_on_from_its_file_as_if_unbroken(tmp_path):
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30))
-
-    def step(network, optimizer, seed):
-        torch.manual_seed(seed)
-        network(torch.randn(4, 20)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    whole, broken, after = model(), model(), model()
-    settings = OptimSettings(kind="adamw_bf16")
-    one, two, three = (build_optimizer(network, settings) for network in (whole, broken, after))
-    for seed in range(4):
-        step(whole, one, seed)
-    for seed in range(2):
-        step(broken, two, seed)
-    save_file(state_tensors(two, broken), tmp_path / "state.safetensors")
-    after.load_state_dict(broken.state_dict())
-    load_state_tensors(three, after, load_file(tmp_path / "state.safetensors"))
-    for seed in range(2, 4):
-        step(after, three, seed)
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), after.parameters(), strict=True))
-    with pytest.raises(ValueError, match=r"torch\.bfloat16"):  # moments of another kind are not taken for these
-        load_state_tensors(build_optimizer(model(), OptimSettings()), broken, state_tensors(two, broken))

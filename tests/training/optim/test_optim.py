@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torchao.optim.subclass_8bit import OptimState8bit
 
 from errors import UserError
 from training.optim.build import OptimSettings, build_optimizer, load_state_tensors, set_learning_rate, state_tensors
@@ -22,6 +21,8 @@ def model() -> nn.Module:
 
 
 def test_moments_in_8_bits_survive_a_file(model, tmp_path):
+    from torchao.optim.subclass_8bit import OptimState8bit
+
     first, second = (build_optimizer(model, OptimSettings(kind="adamw8bit")) for _ in range(2))
     weight = model[0].weight
     for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
@@ -60,6 +61,16 @@ def test_rates_and_decay_go_by_name_and_shape(model):
     assert {name: found[p] for name, p in model.named_parameters()} == wanted
 
 
+def test_decay_is_on_matrices_only_and_the_routers_bias_is_no_parameter(tiny_model):
+    model = tiny_model(attention_bias=True)
+    decayed, free = ([*group["params"]] for group in build_optimizer(model, OptimSettings()).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    ends = ("norm.weight", "layernorm.weight", "bias")
+    assert not any(names[id(p)].endswith(ends) for p in decayed) and all(names[id(p)].endswith(ends) for p in free)
+    assert len(decayed) + len(free) == len(names)
+    assert not any(name.endswith("e_score_correction_bias") for name in names.values())
+
+
 def test_a_rate_that_is_a_tensor_is_changed_in_place(model):
     """torchao compiles its step for the tensor, not for the number."""
     optimizer = build_optimizer(model, OptimSettings(kind="adamw8bit"))
@@ -67,6 +78,14 @@ def test_a_rate_that_is_a_tensor_is_changed_in_place(model):
     set_learning_rate(optimizer, 0.25)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         assert group["lr"] is rate and rate.item() == 0.25
+
+
+def test_moments_of_another_kind_are_not_taken_for_these(model):
+    rough = build_optimizer(model, OptimSettings(kind="adamw_bf16"))
+    model(torch.randn(2, 64)).sum().backward()
+    rough.step()
+    with pytest.raises(ValueError, match=r"torch\.bfloat16"):
+        load_state_tensors(build_optimizer(model, OptimSettings()), model, state_tensors(rough, model))
 
 
 def test_moments_in_bfloat16_that_could_not_move_are_refused():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import call_main
 from forked import on_ranks
-from safetensors.torch import load_file
 from toy_stage import TIME
 
 import pretrain
@@ -22,21 +19,8 @@ from training.schedule import value_at
 
 # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
 RECIPE = [
-    "--micro_tokens", 256, "--save_every", 2, "--balance_weight", 0.01, "--mtp_weight", '{"0": 0, "0.3": 0.3}',
-    "--optim.eps", 1e-3, "--max_steps", 4,
+    "--micro_tokens", 256, "--mtp_weight", '{"0": 0, "0.5": 0.3}', "--optim.eps", 1e-3, "--max_steps", 3,
 ]  # fmt: skip
-MEASURED = ("loss", "total_loss", "mtp_loss", "balance_loss", "grad_norm", "val_bits_per_byte", "val_loss")
-
-
-def measured(out: Path) -> dict[str, list[float]]:
-    entries = read_metrics(out / "metrics.jsonl")
-    assert [entry["step"] for entry in entries] == [0, 1, 2, 3, 4]
-    return {name: [entry[name] for entry in entries if name in entry] for name in MEASURED}
-
-
-def biases(out: Path) -> dict[str, list[float]]:
-    weights = load_file(out / "final" / "model.safetensors")
-    return {name: value.tolist() for name, value in weights.items() if name.endswith("e_score_correction_bias")}
 
 
 def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
@@ -52,22 +36,11 @@ def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
     assert [rank.code for rank in ranks] == [0, 0], said
     assert "16 rows of 64 tokens = 2 ranks x 2 accumulated x 4 rows" in said[0]
     assert said[0].count("finished: ") == 1 and "finished" not in said[1]  # one process speaks
-
-    alone, together = measured(one), measured(two)
-    assert len(alone["mtp_loss"]) == 3
-    for name in MEASURED:
-        assert together[name] == pytest.approx(alone[name], rel=1e-4), name
-    assert biases(two) == biases(one) and len(biases(two)) == 2
-    assert [entry.get("max_vio") for entry in read_metrics(two / "metrics.jsonl")] == [
-        entry.get("max_vio") for entry in read_metrics(one / "metrics.jsonl")
-    ]
-
-    # The second half again, on one process, from what two had saved.
-    shutil.rmtree(two / "final")
-    assert run(pretrain.main, *pretrain_arguments, *RECIPE, "--out", two, "--resume").code == 0
-    again = measured(two)
-    for name in MEASURED:
-        assert again[name] == pytest.approx(alone[name], rel=1e-4), name
+    alone, together = (read_metrics(out / "metrics.jsonl") for out in (one, two))
+    assert ["mtp_loss" in entry for entry in alone] == [False, False, True, True]
+    for ours, theirs in zip(together, alone, strict=True):
+        for name in ours.keys() & {"step", "loss", "mtp_loss", "grad_norm", "val_bits_per_byte", "max_vio"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
 def test_one_process_needs_no_torchrun():

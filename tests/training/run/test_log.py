@@ -70,9 +70,9 @@ def test_what_utf8_cannot_hold_is_an_escape(text):
     assert "小镇" not in text or "小镇" in json_text(text)
 
 
-# Digests, headers and pipes, which only programs read.
+# Digests, keys, headers and pipes, which only programs read.
 FOR_PROGRAMS = {
-    "harness.py", "measured_rows.py", "tokenizer.py", "verifier.py", "dpo_train.py"
+    "comparison.py", "harness.py", "measured_rows.py", "tokenizer.py", "verifier.py", "dpo_train.py"
 }  # fmt: skip
 
 

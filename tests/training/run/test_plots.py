@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from matplotlib import pyplot
 
 import training.run.plots
 import training.trainer
@@ -18,6 +17,7 @@ from training.run.plots import draw_run, load_pyplot, plain
 @pytest.fixture
 def drawn(monkeypatch) -> list:
     """The figures that were drawn, kept from being closed until the test is over."""
+    pyplot = load_pyplot()
     figures, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", figures.append)
     yield figures
