@@ -119,16 +119,9 @@ def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) ->
                 )
     before, now = len(asks) - len(left), len(left) - failures.total()
     print(f"{len(asks)} questions: {before} answered before, {now} now")
-    for reason, count in most_common(failures):
+    for reason, count in failures.most_common(MOST_REASONS):
         print(f"  {count} without an answer: {reason}")
     return failures
-
-
-def most_common(reasons: Counter[str]) -> list[tuple[str, int]]:
-    """Return the most frequent ones, and all others together."""
-    shown = reasons.most_common(MOST_REASONS)
-    rest = reasons.total() - sum(count for _, count in shown)
-    return [*shown, *[("other reasons", rest)] * bool(rest)]
 
 
 def questions(prompts: Sequence[Prompt], samples: int, *facts: object) -> list[list[Ask]]:

@@ -160,11 +160,10 @@ def test_transformers_and_we_give_the_same_greedy_answers(pretrained, monkeypatc
 def test_a_checkpoint_writes_a_file_and_a_fresh_student_learns_it(pretrained, tmp_path, run):
     data = tmp_path / "p.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"数到{n}。"}) + "\n" for n in range(30)), encoding="utf8")
-    given = ["--method", "answers", "--teacher", pretrained / "final", "--data", data, "--max_new_tokens", 40]
-    given += ["--sequence_length", 64, "--batch_tokens", 256, "--dtype", "fp32", "--samples", 4]
+    given = collecting(pretrained, data, "--sequence_length", 64, "--batch_tokens", 256, "--samples", 4)
     fresh = ["--student", "{preset: demo, hidden_size: 32, num_hidden_layers: 2}", "--max_steps", 2]
     out: Path = tmp_path / "out"
-    done = run(distill.main, *given, "--out", out, *fresh)
+    done = run(distill.main, *given, "--max_new_tokens", 40, "--out", out, *fresh)
     assert done.code == 0, done.err
     assert MiniDeepSeek.from_pretrained(out / "final").config.hidden_size == 32
     assert (out / "final" / "tokenizer.json").read_text() == (pretrained / "final" / "tokenizer.json").read_text()
@@ -173,15 +172,5 @@ def test_a_checkpoint_writes_a_file_and_a_fresh_student_learns_it(pretrained, tm
 def test_many_ranks_do_not_ask(pretrained, tmp_path, run, monkeypatch):
     monkeypatch.setattr(distill, "begin", lambda settings: distill.Ranks(0, 2, CPU))
     monkeypatch.setattr(distill.Ranks, "on_main", lambda ranks, work: work())
-    done = run(
-        distill.main,
-        "--method",
-        "answers",
-        "--teacher",
-        pretrained / "final",
-        "--data",
-        "arithmetic:1",
-        "--out",
-        tmp_path,
-    )
+    done = run(distill.main, *collecting(pretrained, "arithmetic:1", "--out", tmp_path))
     assert done.code == 2 and "one process asks" in done.err
