@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from data_files import file_bytes
 
 from eval.score_files import read_scores, write_scores
 from eval.scores import Item, Measured, Score, score_items
@@ -25,19 +26,15 @@ def as_csv(rows: list[list[str]]) -> bytes:
     return text.getvalue().encode()
 
 
-def as_lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
 SCORES = [Score("all", "acc", 0.5, 0.4, 0.6, 0.25, 10), Score("all", "bits_per_byte", 2.0, items=10, share=False)]
 WORDS = Measured("words", {"kind": "text", "window": 2}, SCORES, 10, 0, 1.0, "ab")
 SCORED = json.dumps({"ckpt": "a", "weights": {}, "suites": {"words": asdict(WORDS)}}).encode()
 CHOICES = ["春天", "夏天, 也许", "autumn", "winter"]
 ASKED = [f"第{number}题：现在是什么季节？" for number in range(5)]
 HEADED = [[str(number), text, *CHOICES, "ABCD"[number % 4]] for number, text in enumerate(ASKED)]
-PROBLEMS = as_lines([{"question": f"{n} + 1?", "answer": f"It is {n} + 1 = {n + 1}.\n#### {n + 1}"} for n in range(5)])
-REPLIES = as_lines([{"question": f"{n}?", "answer": f"{n}", "kind": "$n$", "opening": "a", "closing": "b"}
-                    for n in range(5)])  # fmt: skip
+SUMS = [{"question": f"{n} + 1?", "answer": f"It is {n} + 1 = {n + 1}.\n#### {n + 1}"} for n in range(5)]
+SAID = [{"question": f"{n}?", "answer": f"{n}", "kind": "$n$", "opening": "a", "closing": "b"} for n in range(5)]
+PROBLEMS, REPLIES = file_bytes("a.jsonl", SUMS), file_bytes("a.jsonl", SAID)
 # What measures a layout, and its files.
 SUITES: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {
     "ceval": ({"multiple_choice": {"data": ".", "split": "val", "shots": 2, "chat": True}}, {
@@ -50,7 +47,7 @@ SUITES: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {
     }),
     "mmlu": ({"multiple_choice": {"data": ".", "split": "test", "intro": "About {subject}.\n\n"}},
              {"test/anatomy_test.csv": as_csv([row[1:] for row in HEADED])}),
-    "arc": ({"multiple_choice": {"data": "a.jsonl"}}, {"a.jsonl": as_lines(
+    "arc": ({"multiple_choice": {"data": "a.jsonl"}}, {"a.jsonl": file_bytes("a.jsonl", 
         [{"question": text, "choices": {"text": CHOICES, "label": list("ABCD")}, "answer": 1, "subject": "s"}
          for text in ASKED])}),
     "gsm8k": ({"exact_match": {"data": "test.jsonl", "max_new_tokens": 40}}, {"test.jsonl": PROBLEMS}),
@@ -58,7 +55,7 @@ SUITES: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {
                                  "k": [1, 2], "shots": 1, "max_new_tokens": 9}},
                 {"test.jsonl": PROBLEMS, "train.jsonl": PROBLEMS}),
     "text": ({"text": {"data": "a.jsonl", "window": 16, "stride": 8}},
-             {"a.jsonl": as_lines([{"text": t} for t in ASKED])}),
+             {"a.jsonl": file_bytes("a.jsonl", [{"text": t} for t in ASKED])}),
     "plain": ({"text": {"data": "a.txt", "window": 16, "stride": 8}}, {"a.txt": "\n".join(ASKED).encode()}),
     "questions": ({"questions": {"data": "q.jsonl", "max_new_tokens": 5}}, {"q.jsonl": REPLIES}),
     "style": ({"style": {"data": "q.jsonl", "max_new_tokens": 5}}, {"q.jsonl": REPLIES}),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from data_files import file_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
@@ -33,7 +34,7 @@ from eval.questions import read_questions
 from eval.style import read_polite_requests
 from fuzz.hostile import Outcome, Thrower, thrown
 from fuzz.mutations import damaged_folder, files_of, lay_out
-from fuzz.suites import SCORED, SUITES, as_lines, measured, suite
+from fuzz.suites import SCORED, SUITES, measured, suite
 from model import MiniDeepSeek
 from model.checkpoint.gguf_export import export_gguf
 from model.checkpoint.hf_import import import_folder
@@ -215,7 +216,7 @@ ENTRIES = [
     }
     for step in range(4)
 ]  # fmt: skip
-RUNS = {f"{name}/metrics.jsonl": as_lines(ENTRIES) for name in "ab"}
+RUNS = {f"{name}/metrics.jsonl": file_bytes("a.jsonl", ENTRIES) for name in "ab"}
 RUNS |= {f"{name}/eval/final/scores.json": SCORED for name in "ab"}
 LLAMA_FACTORY = {
     "alpaca": {"file_name": "a.json", "columns": {"prompt": "q", "response": "a"}, "num_samples": 10},
@@ -258,7 +259,7 @@ TARGETS = {
     "adapter": Target(adapted, saved_adapter),
     "shards": Target(read_shards, saved_shards),
     "journal": Target(read_journal, saved_journal),
-    "log": Target(logged, {"metrics.jsonl": as_lines(ENTRIES)}, 0.2),
+    "log": Target(logged, {"metrics.jsonl": file_bytes("a.jsonl", ENTRIES)}, 0.2),
     "comparison": Target(compared, RUNS, 0.3),
     "pretraining": Target(held_out, pretraining, 0.5, ("config.yaml",)),
     "datasets.yaml": Target(sources_of, {"datasets.yaml": (ROOT / "datasets.yaml").read_bytes()}),

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet
 import pytest
+from data_files import file_bytes
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -60,80 +55,23 @@ CONTENTS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def as_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Each column as text where the rows do not agree on its type."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            columns[name] = pa.array([None if value is None else json.dumps(value) for value in values])
-    return pa.table(columns)
-
-
-def as_csv(rows: list[dict[str, Any]]) -> bytes:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(names)
-    for row in rows:
-        values = [row.get(name, "") for name in names]
-        writer.writerow([value if isinstance(value, str) else str(value) for value in values])
-    return text.getvalue().encode()
-
-
-def as_parquet(rows: list[dict[str, Any]]) -> bytes:
-    sink = io.BytesIO()
-    pa.parquet.write_table(as_table(rows), sink)
-    return sink.getvalue()
-
-
-def as_arrow(rows: list[dict[str, Any]], opener: Any = pa.ipc.new_stream) -> bytes:
-    sink, table = io.BytesIO(), as_table(rows)
-    if opener is pa.ipc.new_file:  # as polars writes text
-        views = [field.with_type(pa.string_view()) if field.type == pa.string() else field for field in table.schema]
-        table = table.cast(pa.schema(views))
-    with opener(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-def as_lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def whole(kind: str, name: str) -> bytes:
-    """An undamaged file of a content and a format."""
-    rows = CONTENTS[kind]
-    if name == "a.jsonl.gz":
-        return gzip.compress(as_lines(rows))
-    if name == "a.txt":
-        return "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-    if name == "b.arrow":
-        return as_arrow(rows, pa.ipc.new_file)
-    writers = {"a.csv": as_csv, "a.parquet": as_parquet, "a.arrow": as_arrow, "a.jsonl": as_lines}
-    return writers[name](rows) if name in writers else json.dumps(rows).encode()
-
-
-NAMES = ("a.csv", "a.jsonl", "a.json", "a.parquet", "a.arrow", "b.arrow", "a.txt", "a.jsonl.gz")
+NAMES = ("a.csv", "a.jsonl", "a.json", "a.parquet", "a.arrow", "file.arrow", "a.txt", "a.jsonl.gz")
 
 
 @st.composite
 def data_files(draw: Any, kinds: tuple[str, ...] = tuple(CONTENTS)) -> tuple[str, bytes, str]:
     """(name, damaged content, what is in its place)"""
     kind, name = draw(st.sampled_from(kinds)), draw(st.sampled_from(NAMES))
-    original = whole(kind, name)
+    original = file_bytes(name, CONTENTS[kind])
     if name == "a.json":
-        content = draw(strange_json(original))
+        found = draw(strange_json(original))
     elif name == "a.jsonl":
-        content = draw(strange_lines(original))
+        found = draw(strange_lines(original))
     elif name == "a.jsonl.gz" and draw(st.booleans()):
-        content = gzip.compress(draw(damaged(gzip.decompress(original))))
+        found = gzip.compress(draw(damaged(gzip.decompress(original))))
     else:
-        content = draw(damaged(original))
-    return name, content, draw(st.sampled_from(PLACES))
+        found = draw(damaged(original))
+    return name, found, draw(st.sampled_from(PLACES))
 
 
 def read_all(reader: Any, path: Path, on_error: str) -> RowReport:

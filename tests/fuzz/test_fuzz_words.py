@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from data_files import file_bytes, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,12 +35,13 @@ from eval.questions import questions
 from eval.reasoning import reasoning
 from eval.report import report
 from eval.run import run
+from eval.serve import serve
 from eval.style import style
 from eval.tasks.opened import open_tasks
 from fuzz.hostile import thrown
 from fuzz.mutations import DEEP, PLACES, damaged, lay_out, put, strange, strange_json, written
 from fuzz.test_fuzz_files import ROOT, RUNS
-from fuzz.test_fuzz_rows import CONTENTS, as_lines, data_files
+from fuzz.test_fuzz_rows import CONTENTS, data_files
 from model.decoding.sampling import Sampling
 from text.chats.conversations import read_conversations
 from text.sources.registry import Source, find_sources
@@ -122,6 +124,7 @@ SCRIPTS: dict[Callable[..., None], dict[str, str]] = {
     reasoning: {"ckpt": "CKPT", "data": "FILE", "max_new_tokens": "2", "val_fraction": "0.5"},
     held_out: {"run": "OUT", "out": "OUT/held.jsonl"},
     report: {"out": "OUT"},
+    serve: {"ckpt": "CKPT", "port": "0"},
 }
 WORDS = ("", "0", "-1", "3", "0.5", "nan", "inf", "1e999", "9" * 400, "null", "true", "[1]", "{}", "x", "int8", "cpu",
          "fp32", "arithmetic:1", "CKPT", "FILE", "nowhere", "FILE,FILE", ",", "\ud800", "*a")  # fmt: skip
@@ -131,15 +134,16 @@ WORDS = ("", "0", "-1", "3", "0.5", "nan", "inf", "1e999", "9" * 400, "null", "t
 @thrown(0.15)
 @given(data=st.data())
 def test_the_options_of(throw, folder, script, data):
-    names = sorted(set(inspect.signature(script).parameters) - {"json", "show"})
+    names = sorted(set(inspect.signature(script).parameters) - {"json", "show", "host"})
     changes = data.draw(st.dictionaries(st.sampled_from(names), st.sampled_from(WORDS), max_size=2))
     chosen = {**SCRIPTS[script], **{name: "cpu" for name in names if name == "device"}, **changes}
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+        for name in ("matplotlib.figure.Figure.savefig", "uvicorn.Server.run", "eval.serve.Worker"):
+            patch.setattr(name, lambda *_, **__: None)
         patch.chdir(place)
         Path("OUT").mkdir()
         rows = [{"question": f"{n}?", "answer": f"{n}", "opening": "a", "closing": "b"} for n in range(3)]
-        Path("FILE.jsonl").write_bytes(as_lines(rows))
+        write(Path("FILE.jsonl"), rows)
         for name, word in {"CKPT": str(folder), "FILE": "FILE.jsonl"}.items():
             chosen = {option: value.replace(name, word) for option, value in chosen.items()}
         throw(call, script, "", [f"--{name}={value}" for name, value in chosen.items()])
@@ -263,7 +267,10 @@ def test_collecting(throw, folder, data):
     requested = {"strict_format": 1.0, "correct": 0.0}
     rewards = data.draw(st.just(requested) | strange(requested))
     with tempfile.TemporaryDirectory() as place:
-        files = {"problems.jsonl": as_lines(CONTENTS["prompt"]), "chats.jsonl": as_lines(CONTENTS["chat"])}
+        files = {
+            "problems.jsonl": file_bytes("a.jsonl", CONTENTS["prompt"]),
+            "chats.jsonl": file_bytes("a.jsonl", CONTENTS["chat"]),
+        }
         chosen = data.draw(st.sampled_from(sorted(files)))
         lay_out(Path(place), files)
         put(Path(place, chosen), data.draw(damaged(files[chosen])), data.draw(st.sampled_from(PLACES)))

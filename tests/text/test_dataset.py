@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from data_files import write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonl import write_texts
 
 from dataset import PretrainDataset
 from errors import UserError

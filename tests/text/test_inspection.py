@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from jsonl import write
+from data_files import write
 
 import dataset
 from cli import call_one_of
@@ -136,7 +136,7 @@ def test_a_check_counts_problems_by_kind_with_their_lines(look, tmp_path):
     ],
 )
 def test_a_check_of_nothing_usable_or_half_a_file_fails(look, rows, what, tmp_path):
-    path = write(tmp_path / "a.json", rows)
+    path = write(tmp_path / "a.jsonl", rows)
     done = look("check", path)
     assert done.code == 2 and done.err.count("error: ") == 1 and str(path) in done.err and what in done.err
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from jsonl import write
+from data_files import write
 
 import distill
 import dpo_train

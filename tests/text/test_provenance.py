@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from jsonl import write
+from data_files import write
 
 from dataset import ChatDataset, PreferenceDataset, PretrainDataset, PromptDataset
 from text.corpus.shards import prepare_shards

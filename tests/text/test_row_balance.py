@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from jsonl import write
+from data_files import write
 
 import dataset
 from dataset import ChatDataset, PreferenceDataset, PromptDataset

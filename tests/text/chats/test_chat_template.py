@@ -9,7 +9,6 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from errors import UserError
 from model.checkpoint.gguf_tokenizer import GENERATION_MARK
@@ -31,7 +30,9 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    from transformers import AutoTokenizer
+
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
     return AutoTokenizer.from_pretrained(folder)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from jsonl import write
+from data_files import write
 
 from dataset import PreferenceDataset
 from errors import UserError

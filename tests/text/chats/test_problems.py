@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from jsonl import write
+from data_files import write
 
 from dataset import PromptDataset
 from errors import UserError

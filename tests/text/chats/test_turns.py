@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from jsonl import write
+from data_files import write
 
 from dataset import ChatDataset
 from text.chats.conversations import read_conversations, to_messages

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from jsonl import write
+from data_files import write
 
 import grpo_train
 import pretrain

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_files import write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonl import write_texts
 
 import text.corpus.encoding
 import text.corpus.shards
@@ -216,10 +216,9 @@ def test_a_folder_without_finished_shards_is_named(made, copy):
         ShardSet.open(copy)
 
 
-@pytest.mark.parametrize("options", [{"val_fraction": 1.0}, {"shard_tokens": 0}])
-def test_impossible_options_are_named(corpus, tokenizer, tmp_path, options):
-    with pytest.raises(UserError, match=f"{next(iter(options))} .*: give"):
-        prepare_shards(str(corpus), tokenizer, tmp_path, **options)
+def test_an_impossible_share_is_named(corpus, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"val_fraction 1\.0: give a share from 0 to below 1"):
+        prepare_shards(str(corpus), tokenizer, tmp_path, val_fraction=1.0)
 
 
 def test_two_processes_do_not_prepare_the_same_folder(corpus, tokenizer, tmp_path):

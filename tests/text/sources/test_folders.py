@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 
 from errors import UserError
@@ -26,32 +25,40 @@ def texts(path: Path, split: str = "train") -> tuple[list[str], list[str]]:
     return rows, report.unread
 
 
-def data(*found: str) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"text": list(found)})
+@pytest.fixture
+def save(tmp_path):
+    """`save(train=["a"])`: texts by split, as `save_to_disk` writes them."""
+    datasets = pytest.importorskip("datasets")
+
+    def save(shards: dict[str, int] | None = None, **texts: list[str]) -> Path:
+        splits = {name: datasets.Dataset.from_dict({"text": found}) for name, found in texts.items()}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved", num_shards=shards)
+        return tmp_path / "saved"
+
+    return save
 
 
-def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(tmp_path):
-    splits = datasets.DatasetDict(train=data("a", "b"), test=data("c"))
-    splits.save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
-    loaded = datasets.load_from_disk(str(tmp_path / "saved"))
+def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(save):
+    import datasets
+
+    saved = save({"train": 2, "test": 1}, train=["a", "b"], test=["c"])
+    loaded = datasets.load_from_disk(str(saved))
     loaded.map(lambda row: {"text": row["text"] * 2}, load_from_cache_file=False)
-    assert list(tmp_path.glob("saved/train/cache-*"))
-    said = [f"{tmp_path / 'saved'}: only the split train is read, not test"]
-    assert texts(tmp_path / "saved") == (["a", "b"], said)
-    assert texts(tmp_path / "saved" / "test") == (["c"], [])
-    assert texts(tmp_path / "saved", "test")[0] == ["c"]
+    assert list(saved.glob("train/cache-*"))
+    assert texts(saved) == (["a", "b"], [f"{saved}: only the split train is read, not test"])
+    assert texts(saved / "test") == (["c"], []) and texts(saved, "test")[0] == ["c"]
     with pytest.raises(UserError, match="saved: no split 'validation', there are: test, train; name one of them"):
-        texts(tmp_path / "saved", "validation")
-    (tmp_path / "saved" / "train" / "state.json").write_text("{")
+        texts(saved, "validation")
+    (saved / "train" / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"state.json: not valid JSON \(.*\); fetch or save the data set again"):
-        texts(tmp_path / "saved")
+        texts(saved)
 
 
-def test_a_set_without_a_train_split_asks_for_one(tmp_path):
-    datasets.DatasetDict(train_sft=data("a"), train_gen=data("b")).save_to_disk(tmp_path / "saved")
+def test_a_set_without_a_train_split_asks_for_one(save):
+    saved = save(train_sft=["a"], train_gen=["b"])
     with pytest.raises(UserError, match="no split 'train', there are: train_gen, train_sft"):
-        texts(tmp_path / "saved")
-    assert texts(tmp_path / "saved", "train_sft")[0] == ["a"]
+        texts(saved)
+    assert texts(saved, "train_sft")[0] == ["a"]
 
 
 LAYOUTS = {

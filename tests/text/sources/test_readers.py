@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from data_files import table_bytes, write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
 from text.corpus.corpus import Cleaner, Corpus
-from text.sources import json_rows
+from text.sources import data_file, json_rows
 from text.sources.data_file import DataFile
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
@@ -26,6 +28,11 @@ from text.sources.rows import TEXT_DOCUMENT, read_rows
 
 CHINESE = "今天天气很好，我们去公园散步。"
 TEXTS = ["one", CHINESE, 'with "quotes", commas\nand lines', "last"]
+
+
+def write_table(path: Path, made: pa.Table) -> Path:
+    path.write_bytes(table_bytes(path.name, made))
+    return path
 
 
 def read(data: Path | str, **options) -> tuple[list[tuple[str, int]], dict[str, int]]:
@@ -46,32 +53,6 @@ def stop(data: Path | str, **options) -> str:
     return str(caught.value)
 
 
-def write_table(file: Path, table: pa.Table) -> Path:
-    if file.suffix == ".parquet":
-        pa.parquet.write_table(table, file)
-    else:
-        opener = pa.ipc.new_file if "file" in file.name else pa.ipc.new_stream
-        with opener(str(file), table.schema) as writer:
-            writer.write_table(table, max_chunksize=3)
-    return file
-
-
-def write_as(file: Path, texts: list[str]) -> Path:
-    rows, suffix = [{"text": text} for text in texts], file.suffixes[0]
-    if suffix == ".csv":
-        with open(file, "w", encoding="utf-8", newline="") as stream:
-            csv.writer(stream).writerows([["text"], *([text] for text in texts)])
-    elif suffix in (".jsonl", ".ndjson"):
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    elif suffix == ".json":
-        file.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
-    else:
-        write_table(file, pa.Table.from_pylist(rows))
-    if file.suffix.lower() == ".gz":
-        file.write_bytes(gzip.compress(file.read_bytes()))
-    return file
-
-
 LINES = {
     "a.csv": [2, 3, 4, 6], "a.jsonl": [1, 2, 3, 4], "a.ndjson": [1, 2, 3, 4], "a.json": [2, 5, 8, 11],
     "a.parquet": [1, 2, 3, 4], "stream.arrow": [1, 2, 3, 4], "file.arrow": [1, 2, 3, 4], "a.csv.GZ": [2, 3, 4, 6],
@@ -81,7 +62,7 @@ LINES = {
 
 @pytest.mark.parametrize("name", LINES)
 def test_each_format_gives_the_same_documents_with_an_editor_s_lines(tmp_path, name):
-    file = write_as(tmp_path / name, TEXTS)
+    file = write_texts(tmp_path / name, TEXTS)
     assert read(file) == (list(zip(TEXTS, LINES[name], strict=True)), {})
     with pytest.raises(UserError, match=r"\w+\..*no column 'content', the columns are: 'text'; name one of them"):
         read(file, column="content")
@@ -94,7 +75,7 @@ ANY = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories
 @settings(max_examples=50, deadline=None)
 @given(texts=ANY)
 def test_any_text_comes_back(tmp_path_factory, name, texts):
-    file = write_as(tmp_path_factory.getbasetemp() / name, texts)
+    file = write_texts(tmp_path_factory.getbasetemp() / name, texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_rows, "CHUNK", 8)
         assert [text for text, _ in read(file)[0]] == texts
@@ -164,24 +145,26 @@ def test_a_table_column_of_numbers_is_named(tmp_path):
 
 
 def test_a_wrong_column_ends_a_long_file_early(tmp_path):
-    corpus = Corpus(str(write_as(tmp_path / "a.jsonl", ["x"] * 5000)), "content")
+    corpus = Corpus((write_texts(tmp_path / "a.jsonl", ["x"] * 5000)), "content")
     with pytest.raises(UserError, match="no column 'content'"):
         list(corpus)
     assert corpus.report.problems["no such column"] == 99 and corpus.report.files["no such column"] == 1
 
 
-def test_a_broken_quote_in_a_large_file_is_noticed_at_the_limit(tmp_path):
+def test_a_broken_quote_in_a_large_file_is_noticed_at_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_file, "ROW_LIMIT", 1000)
     texts = [f"row {number}" for number in range(5000)]
     (tmp_path / "a.csv").write_text("\n".join(['text\n"not closed', *texts, ""]))
-    rows, counts = read(tmp_path / "a.csv", row_limit=1000)
+    rows, counts = read(tmp_path / "a.csv")
     assert [text for text, _ in rows] == texts and counts == {"broken quote": 1}
 
 
-def test_a_line_above_the_limit_is_counted_and_passed_over(tmp_path):
+def test_a_line_above_the_limit_is_counted_and_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_file, "ROW_LIMIT", 500)
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one"}\n{"text": "%s"}\n{"text": "two"}\n' % ("x" * 5000))
-    assert read(file, row_limit=500) == ([("one", 1), ("two", 3)], {"too long": 1})
-    assert "a.jsonl:2: a line of 500 characters or more" in stop(file, row_limit=500)
+    assert read(file) == ([("one", 1), ("two", 3)], {"too long": 1})
+    assert "a.jsonl:2: a line of 500 characters or more" in stop(file)
 
 
 @pytest.mark.parametrize(("line", "mark"), [("sep=;", ";"), ("sep=,", ","), ("SEP=\t", "\t"), ('"sep=|"', "|")])
@@ -218,7 +201,7 @@ def test_plain_text_is_cut_at_blank_lines_and_at_a_length(tmp_path):
 def test_a_folder_is_read_recursively_and_several_paths_in_their_order(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("b/1.csv", "a.jsonl", "c.parquet"):
-        write_as(tmp_path / name, [name])
+        write_texts(tmp_path / name, [name])
     (tmp_path / "README.md").write_text("no data")
     (tmp_path / "loop").symlink_to(tmp_path)
     corpus = Corpus(str(tmp_path))
@@ -236,7 +219,7 @@ def test_an_empty_file_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(gzip.compress(content) if content and name.endswith("gz") else content)
     with pytest.raises(UserError, match="is empty; name a file that has rows"):
         read(tmp_path / name)
-    write_as(tmp_path / "good.csv", ["x"])
+    write_texts(tmp_path / "good.csv", ["x"])
     assert read(tmp_path) == ([("x", 2)], {"empty file": 1})
 
 
@@ -263,9 +246,10 @@ def test_paths_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["b.parquet", "b.arrow", "b.csv.gz"])
 def test_a_truncated_file_is_counted_and_the_others_are_read(tmp_path, name):
-    content = write_as(tmp_path / name, [f"{number} {CHINESE}" for number in range(500)]).read_bytes()
+    write_texts(tmp_path / name, [f"{number} {CHINESE}" for number in range(500)])
+    content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    write_as(tmp_path / "a.csv", ["good"])
+    write_texts(tmp_path / "a.csv", ["good"])
     rows, counts = read(tmp_path)
     assert rows[0] == ("good", 2) and counts == {"unreadable file": 1}
     assert f"{name}: " in stop(tmp_path / name)
@@ -361,28 +345,21 @@ def test_every_type_of_list_is_read(kind, lists, name, tmp_path):
 
 
 def test_the_hub_is_streamed_or_refused_in_one_line(monkeypatch):
-    asked = []
+    def load(name: str, subset: str | None, **options: object) -> Iterator[dict]:
+        if name != "someone/corpus":
+            raise ConnectionError("Couldn't reach the Hub\nwith details")
+        return ({"text": text} for text in TEXTS)
 
-    def load(*arguments: object, **options: object) -> datasets.IterableDataset:
-        asked.append((arguments, options))
-        return datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS))
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
     assert read("someone/corpus:zh")[0] == list(zip(TEXTS, [1, 2, 3, 4], strict=True))
-    assert asked == [(("someone/corpus", "zh"), {"split": "train", "streaming": True})]
     with pytest.raises(UserError, match=r"someone/corpus:1: no column 'content', the columns are: 'text'"):
         read("someone/corpus", column="content")
-
-    def fail(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach the Hub\nwith details")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=r"^nobody/nothing: no such path here, and the Hub does not give it \(Couldn't"):
         read("nobody/nothing")
 
 
 def test_the_bytes_read_grow_to_the_size(tmp_path):
-    corpus = Corpus(str(write_as(tmp_path / "a.csv", ["a", "b"] * 2000)))
+    corpus = Corpus(write_texts(tmp_path / "a.csv", ["a", "b"] * 2000))
     read_bytes = [corpus.report.bytes_read for _ in corpus]
     assert read_bytes == sorted(read_bytes) and 0 < read_bytes[-1] <= corpus.report.bytes_read == corpus.size
 
@@ -474,13 +451,15 @@ def test_nan_is_missing_and_other_numbers_are_not(tmp_path):
 )
 def test_what_cannot_be_read_to_its_end_is_one_line(content, what, tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "CHUNK", 100)
+    monkeypatch.setattr(data_file, "ROW_LIMIT", 1000)
     (tmp_path / "a.json").write_text(content)
-    assert f"a.json{what}" in stop(tmp_path / "a.json", row_limit=1000)
+    assert f"a.json{what}" in stop(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("layout", ["a list", "a pretty list", "a list in an object", "pretty rows", "lines"])
 def test_no_more_of_a_file_is_read_than_its_first_rows_need(layout, tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "CHUNK", 1000)
+    monkeypatch.setattr(data_file, "ROW_LIMIT", 2000)
     rows = [{"text": "x" * 50}] * 5000
     whole = {
         "a list": json.dumps(rows),
@@ -490,6 +469,6 @@ def test_no_more_of_a_file_is_read_than_its_first_rows_need(layout, tmp_path, mo
         "lines": "\n".join(map(json.dumps, rows)),
     }[layout]
     (tmp_path / "a.json").write_text(whole)
-    file = DataFile(tmp_path / "a.json", RowReport(), "text", row_limit=2000)
+    file = DataFile(tmp_path / "a.json", RowReport(), "text")
     next(json_rows.json_rows(file))
     assert file.position < 20_000 < len(whole)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jsonl import write
+from data_files import write
 
 from errors import UserError
 from text.chats.conversations import read_conversations
