@@ -102,7 +102,8 @@ class Plan:
         tokens, top_k = indices_NK.shape
         expert_of_choice = indices_NK.flatten()
         sorted_experts, order = expert_of_choice.sort(stable=True)
-        counts = count_choices(expert_of_choice, experts)
+        counts = torch.zeros(experts, dtype=torch.int64, device=order.device)
+        counts.scatter_add_(0, expert_of_choice, torch.ones_like(order))  # bincount would wait for the device
         padded, rows = padded_rows(counts, tokens * top_k, block or row_block(indices_NK, experts))
         ends = padded.cumsum(0)
         first_row, first_sorted = ends - padded, counts.cumsum(0) - counts
@@ -110,12 +111,6 @@ class Plan:
         row_of_choice = torch.empty_like(expert_of_choice).scatter_(0, order, row_of_sorted)
         choice_of_row = torch.zeros(rows, dtype=order.dtype, device=order.device).scatter_(0, row_of_sorted, order)
         return Plan(counts, ends.int(), choice_of_row // top_k, choice_of_row, row_of_choice.view(tokens, top_k))
-
-
-def count_choices(indices: Tensor, experts: int) -> Tensor:
-    """Count how often each expert was chosen, (E,) int64; unlike bincount, without a host round trip."""
-    flat = indices.flatten()
-    return torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 class Dispatch(torch.autograd.Function):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import AttentionMask
-from model.cache import Cache
 from model.layer import DecoderLayer
 from model.moe import Routing
 from model.norm import RMSNorm
@@ -42,20 +41,13 @@ class MTPLayer(DecoderLayer):
         """Eq. 21. The released weights expect [embedding ; hidden]; the paper prints the other order."""
         return self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1))
 
-    def forward(
-        self,
-        hidden_BTD: Tensor,
-        embedding_BTD: Tensor,
-        rope: Tensor,
-        attention_mask: AttentionMask,
-        cache: Cache | None = None,
-        token_mask_BT: Tensor | None = None,
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, *others: Any) -> tuple[Tensor, Routing | None]:
         """Return the state for the next depth (before `shared_head.norm`), (batch, time, hidden), and the routing.
 
-        hidden: the state of depth k-1, before its final norm; embedding: of the token k places further on.
+        hidden: the state of depth k-1, before its final norm; embedding: of the token k places further on; the others
+        as in `DecoderLayer.forward`.
         """
-        return super().forward(self.join(hidden_BTD, embedding_BTD), rope, attention_mask, cache, token_mask_BT)
+        return super().forward(self.join(hidden_BTD, embedding_BTD), *others)
 
 
 class MTPOutput(NamedTuple):

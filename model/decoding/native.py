@@ -20,7 +20,7 @@ from model.cache import LatentCache
 from model.decoding.eager import EagerRunner, Step
 from model.experts import Experts
 from model.kernels.compiled import TYPES, compiled, floats, integers, scratch
-from model.kernels.decode import Ends, Layer, Matrix, Shape, Speculation, library
+from model.kernels.decode import Ends, Layer, Matrix, Shape, library
 from model.layer import DecoderLayer
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
@@ -162,23 +162,19 @@ class GreedyPass:
         main.prepare(most + 1)
         mtp.prepare(most + 1)
         self.library, self.known, self.fresh = main.library, len(tokens), 1
-        self.line = (ctypes.c_int64 * (main.cache.max_length + 1))(*tokens)
-        rows, hidden = most + 1, main.config.hidden_size
-        tensors = {"states": floats(rows, hidden), "x": floats(2 * rows, hidden), "choice": integers(rows)}
-        tensors |= {"logits": floats(rows, main.ends.vocab), "confidence": floats(1), "memory": main.memory}
-        tensors["states"][0] = state[0, 0]
-        structs = {"shape": main.shape, "ends": main.ends, "mtp_ends": mtp.ends}
-        structs |= {"layers": main.addresses, "mtp": mtp.addresses, "line": self.line}
-        self.room = main, mtp, tensors  # what the addresses below belong to
-        addresses = {name: ctypes.addressof(struct) for name, struct in structs.items()}
-        addresses |= {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        sizes = dict(count=len(main.layers), most=most, capacity=main.cache.max_length, threads=main.threads)
-        self.given = Speculation(**addresses, **sizes, likely=min_confidence)
+        capacity, rows, hidden = main.cache.max_length, most + 1, main.config.hidden_size
+        self.line, states = (ctypes.c_int64 * (capacity + 1))(*tokens), floats(rows, hidden)
+        states[0] = state[0, 0]
+        network = ctypes.byref(main.shape), main.memory, main.addresses, len(main.layers), ctypes.byref(main.ends)
+        room = states, floats(2 * rows, hidden), floats(rows, main.ends.vocab), floats(1), integers(rows)
+        sizes = most, capacity, min_confidence, main.threads
+        self.given = *network, mtp.addresses, ctypes.byref(mtp.ends), self.line, *room, *sizes
+        self.programs = main, mtp  # what the addresses belong to
 
     def run(self) -> tuple[list[int], int]:
         """Return the next tokens, the drafts that are accepted and one more, and how many drafts there were."""
         drafted, before = ctypes.c_int64(), self.known
-        self.known = self.library.speculate(ctypes.byref(self.given), before, self.fresh, ctypes.byref(drafted))
+        self.known = self.library.speculate(*self.given, before, self.fresh, ctypes.byref(drafted))
         self.fresh = self.known - before
         return self.line[before : self.known], drafted.value
 

@@ -36,10 +36,8 @@ def fits_graph(model: MiniDeepSeek, dtype: torch.dtype, device: torch.device) ->
     if device.type != "cuda" or not moe or without_host(dtype, device):
         return True
     kind, capability = str(dtype).removeprefix("torch."), ".".join(map(str, torch.cuda.get_device_capability(device)))
-    _report(
-        f"decoding without a CUDA graph: the experts' products in {kind} on compute capability {capability} wait "
-        "for the device; those in bfloat16 on 9.x and 10.x do not"
-    )
+    waits = f"the experts' products in {kind} on compute capability {capability} wait for the device"
+    _report(f"decoding without a CUDA graph: {waits}; those in bfloat16 on 9.x and 10.x do not")
     return False
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import compiled
-from model.kernels.compiled import floats, multiplies, readable, scratch
+from model.kernels.compiled import INTEGER, REAL, fields, floats, multiplies, opener, readable, scratch
 from model.kernels.fused import LANES, stride_of
 
 PREFILL_KEYS, PREFILL_PAIRS = 16, 32  # fused_attention.c pads keys and values to these
@@ -21,18 +21,12 @@ PREFILL_KEYS, PREFILL_PAIRS = 16, 32  # fused_attention.c pads keys and values t
 class Sizes(ctypes.Structure):
     """The struct of the same name in causal.c."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "queries", "keys", "heads", "nope", "rope", "value")),
-        *((name, ctypes.c_int64) for name in ("k_rope_stride", "k_rope_batch", "angles_batch")),
-        ("scale", ctypes.c_float),
-    ]
+    _fields_ = fields(
+        (INTEGER, "batch queries keys heads nope rope value k_rope_stride k_rope_batch angles_batch"), (REAL, "scale")
+    )
 
 
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Open causal.c for numbers of this type; None where that cannot be."""
-    signatures = {"attend": "tttttttpi", "attend_back": "ttttttttttpi", "scratch": "pi>"}
-    return compiled.library("causal.c", dtype, **signatures)
+library = opener("causal.c", attend="tttttttpi", attend_back="ttttttttttpi", scratch="pi>")
 
 
 @lru_cache(maxsize=1)

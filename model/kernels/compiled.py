@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def scratch(count: int) -> Tensor:
     return memory[-memory.data_ptr() % ALIGNMENT // 4 :]
 
 
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+def fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    """Return the fields of a C struct from their types and names, in their order."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
 class _Address:
     """The type of an argument that is a tensor, or None."""
 
@@ -86,7 +95,7 @@ class _Address:
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-ARGUMENTS = {"t": _Address, "p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+ARGUMENTS = {"t": _Address, "p": POINTER, "l": INTEGER, "i": ctypes.c_int, "f": REAL}
 
 
 def library(source: str, dtype: torch.dtype, *flags: str, **signatures: str) -> ctypes.CDLL | None:
@@ -109,6 +118,11 @@ def library(source: str, dtype: torch.dtype, *flags: str, **signatures: str) -> 
         function.argtypes = [ARGUMENTS[letter] for letter in signature.rstrip(">")]
         function.restype = ctypes.c_int64 if signature.endswith(">") else None
     return built
+
+
+def opener(source: str, **signatures: str) -> Callable[[torch.dtype], ctypes.CDLL | None]:
+    """Return `library` of this file as a function of the type, which opens each once."""
+    return lru_cache(lambda dtype: library(source, dtype, **signatures))
 
 
 @lru_cache

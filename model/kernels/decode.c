@@ -476,52 +476,41 @@ void step(const Shape *s, const Layer *layers, int64_t count, char *memory, cons
   }
 }
 
-// What a pass of speculative decoding works on. states, logits and choice have most + 1 rows, x twice as many.
-typedef struct {
-  const Shape *shape;
-  char *memory;  // see `scratch`; for most + 1 tokens
-  const Layer *layers, *mtp;  // of the main model, and its one MTP layer
-  int64_t count, most, capacity;  // of main layers; of drafts; of the cache
-  const Ends *ends, *mtp_ends;
-  int64_t *line;  // all tokens; drafts, then what takes their place, are written behind those that are known
-  float *states, *x, *logits, *confidence;
-  int64_t *choice;
-  float likely;  // a draft is continued while all of it comes true with this probability, by its own estimate
-  int32_t threads;
-} Speculation;
-
-// One greedy pass: up to `most` drafts of the MTP layer, all but the first from its own state and draft, and the main
-// model's reading of the last token and the drafts. The first `known` tokens of the line are known, the main model has
-// read all but one, and `states` holds what it made of the last `fresh` of those it has read, which the MTP layer has
+// One greedy pass of speculative decoding: up to `most` drafts of the MTP layer, all but the first from its own state and
+// draft, and the reading of the last token and the drafts by the `count` main layers. Drafts go on while all of them come
+// true with the probability `least`, by their own estimate. The first `known` tokens of the line are known, the main model
+// has read all but one, and `states` holds what it made of the last `fresh` of those it has read, which the MTP layer has
 // not. Returns how many tokens are known then, and in *drafted how many drafts there were; line and states are as the
-// next pass wants them.
-int64_t speculate(const Speculation *p, int64_t known, int64_t fresh, int64_t *drafted) {
-  const Shape *s = p->shape;
+// next pass wants them. memory: see `scratch`, for most + 1 tokens; so many rows have states, logits and choice, x twice.
+int64_t speculate(const Shape *s, char *memory, const Layer *layers, int64_t count, const Ends *ends, const Layer *mtp,
+                  const Ends *mtp_ends, int64_t *line, float *states, float *x, float *logits, float *confidence,
+                  int64_t *choice, int64_t most, int64_t capacity, float least, int threads, int64_t known,
+                  int64_t fresh, int64_t *drafted) {
   int64_t drafts = 0, kept = 0;
-#pragma omp parallel num_threads(p->threads)
+#pragma omp parallel num_threads(threads)
   {
-    Scratch t = own(p->memory, s, p->most + 1, p->capacity, p->threads);
+    Scratch t = own(memory, s, most + 1, capacity, threads);
     int64_t held = known - 1 - fresh, time = fresh, made = 0;
-    const float *state = p->states;
+    const float *state = states;
     float likely = 1;
-    while (made < p->most && likely >= p->likely) {
+    while (made < most && likely >= least) {
       // The state of this draft must outlive its turn as an input: two places take turns behind the fresh ones.
-      float *x = p->x + (made % 2) * (p->most + 1) * s->hidden;
-      whole(s, p->mtp, 1, &t, p->mtp_ends, p->line + held + 1, state, x, p->logits, p->choice, p->confidence, NULL, &held,
-            1, time, 1, p->capacity);
+      float *to = x + (made % 2) * (most + 1) * s->hidden;
+      whole(s, mtp, 1, &t, mtp_ends, line + held + 1, state, to, logits, choice, confidence, NULL, &held, 1, time, 1,
+            capacity);
 #pragma omp single
-      p->line[known + made] = *p->choice;
-      likely *= *p->confidence;
-      state = x + (time - 1) * s->hidden, held += time, time = 1, made++;
+      line[known + made] = *choice;
+      likely *= *confidence;
+      state = to + (time - 1) * s->hidden, held += time, time = 1, made++;
 #pragma omp barrier
     }
     held = known - 1;
-    whole(s, p->layers, p->count, &t, p->ends, p->line + held, NULL, p->states, p->logits, p->choice, NULL, NULL,
-          &held, 1, made + 1, made + 1, p->capacity);
+    whole(s, layers, count, &t, ends, line + held, NULL, states, logits, choice, NULL, NULL, &held, 1, made + 1, made + 1,
+          capacity);
 #pragma omp single
     {
-      while (kept < made && p->line[known + kept] == p->choice[kept]) kept++;
-      p->line[known + kept] = p->choice[kept];
+      while (kept < made && line[known + kept] == choice[kept]) kept++;
+      line[known + kept] = choice[kept];
       drafts = made;
     }
   }

@@ -10,15 +10,9 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.kernels import compiled
-from model.kernels.compiled import TYPES
+from model.kernels.compiled import INTEGER, POINTER, REAL, TYPES, fields
 
 MOST_ROWS = 128  # of the head's product; with more, large matrix products are faster
-POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-def fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
-    """Return the fields of a struct in decode.c from their types and names, in their order."""
-    return [(name, kind) for kind, names in groups for name in names.split()]
 
 
 class Shape(ctypes.Structure):
@@ -64,16 +58,6 @@ class Ends(ctypes.Structure):
     )
 
 
-class Speculation(ctypes.Structure):
-    _fields_ = fields(
-        (POINTER, "shape memory layers mtp"),
-        (INTEGER, "count most capacity"),
-        (POINTER, "ends mtp_ends line states x logits confidence choice"),
-        (REAL, "likely"),
-        (ctypes.c_int32, "threads"),
-    )
-
-
 def projects(x: Tensor, weight: Tensor) -> bool:
     """Whether `project` applies: without gradients, for a few positions, for a weight that is not wrapped."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() > MOST_ROWS * x.shape[-1]:
@@ -109,5 +93,5 @@ def library(
     flags += ["-DHALF_CACHE"] if held == torch.bfloat16 else []
     return compiled.library(
         *("decode.c", dtype, *flags),
-        step="ppltpttttttttlllli", speculate="pllp>", project="tttttllli", scratch="plli>",
+        step="ppltpttttttttlllli", speculate="ptplpppptttttllfillp>", project="tttttllli", scratch="plli>",
     )  # fmt: skip

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import compiled
-from model.kernels.compiled import floats, integers, readable
+from model.kernels.compiled import floats, integers, opener, readable
 
 LANES = 16  # rows are whole numbers of so many
 
-
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Open fused.c for numbers of this type; None where that cannot be."""
-    return compiled.library(
-        *("fused.c", dtype),
-        swiglu="ttttllli", swiglu_back="tttttttlllli", rms_norm="ttttlllfi", rms_norm_back="ttttttllli",
-        gather_sum="tttllli", causal_softmax="tllllfi", softmax_back="ttllfi", cross_entropy="tttlli",
-        adamw="ttttlffffffi", route="tttttllllllllfi",
-    )  # fmt: skip
+library = opener(
+    "fused.c",
+    swiglu="ttttllli", swiglu_back="tttttttlllli", rms_norm="ttttlllfi", rms_norm_back="ttttttllli",
+    gather_sum="tttllli", causal_softmax="tllllfi", softmax_back="ttllfi", cross_entropy="tttlli",
+    adamw="ttttlffffffi", route="tttttllllllllfi",
+)  # fmt: skip
 
 
 def available(x: Tensor) -> bool:

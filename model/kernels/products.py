@@ -6,25 +6,18 @@ Zen 5: 178 against 397 GFLOP/s). For gradients of weights, the slowest case of b
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model.kernels import compiled
-from model.kernels.compiled import multiplies, readable, scratch
+from model.kernels.compiled import multiplies, opener, readable, scratch
 
 LANES, TILE = 16, 8
 LEAST_ROWS = 64  # with fewer, generating oneDNN's kernels for a new shape costs more than they save
 
-
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Open products.c for numbers of this type; None where that cannot be."""
-    signatures = {"weight_gradient": "ttltlllliti", "multiply": "tttilllti", "scratch": "li>"}
-    return compiled.library("products.c", dtype, **signatures)
+library = opener("products.c", weight_gradient="ttltlllliti", multiply="tttilllti", scratch="li>")
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

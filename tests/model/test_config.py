@@ -169,22 +169,6 @@ def test_large_numbers_are_written_for_people(number, text):
     assert human(number, "B") == text
 
 
-@pytest.mark.parametrize("rope_scaling", [None, YARN])
-def test_config_json_of_transformers_4_is_read(rope_scaling, tiny_config):
-    data = tiny_config(rope_theta=5e5).to_dict()
-    del data["rope_parameters"]
-    data.update(rope_theta=5e5, rope_scaling=rope_scaling, transformers_version="4.49.0")
-    assert LMConfig.from_dict(data) == tiny_config(rope_theta=5e5, rope_scaling=rope_scaling)
-
-
-@pytest.mark.parametrize("yarn", [None, {**YARN, "rope_type": "yarn"}])
-def test_config_json_of_transformers_5_is_read(yarn, tiny_config):
-    data = tiny_config().to_dict()
-    del data["rope_theta"], data["torch_dtype"]
-    data.update(rope_parameters={**(yarn or {"rope_type": "default"}), "rope_theta": 5e5}, dtype="bfloat16")
-    assert LMConfig.from_dict(data) == tiny_config(rope_theta=5e5, rope_scaling=yarn)
-
-
 def test_a_pad_token_that_is_left_out_is_none(tiny_config):
     data = tiny_config().to_dict()
     del data["pad_token_id"]

@@ -25,12 +25,6 @@ def experts(tiny_config) -> Experts:
     return module
 
 
-@pytest.fixture
-def on_cuda(monkeypatch) -> None:
-    """Every tensor claims to be on CUDA: the branch that a GPU would take, in the CPU's memory."""
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-
-
 def plain_loop(experts: Experts, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Eq. 12, the routed part: one expert after the other, its own tokens only."""
     out = torch.zeros_like(x)

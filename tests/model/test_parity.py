@@ -35,30 +35,6 @@ SHAPES = {
 
 
 @pytest.fixture
-def their_model(tiny_config, transformers):
-    """`their_model(**changes)`: a DeepseekV3ForCausalLM with random norms, biases and router biases in +-0.3."""
-
-    def make(**changes):
-        torch.manual_seed(1)
-        rope = changes.pop("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
-        fields = {**vars(tiny_config(num_nextn_predict_layers=0)), **changes}
-        del fields["rope_theta"], fields["rope_scaling"]
-        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**fields, rope_parameters=rope)).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
-                elif name.endswith(".bias"):
-                    parameter.uniform_(-0.3, 0.3)
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
-                    buffer.uniform_(-0.3, 0.3)
-        return model
-
-    return make
-
-
-@pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(2))
 

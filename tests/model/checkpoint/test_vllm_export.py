@@ -51,17 +51,6 @@ def test_an_extended_context_stays_extended(tiny_model, export, tmp_path):
     assert LMConfig.from_pretrained(export()).rope_scaling == YARN
 
 
-def test_tokenizer_and_mtp_layer_come_along(tiny_model, tokenizer, export, tmp_path):
-    model = tiny_model(num_nextn_predict_layers=1, vocab_size=tokenizer.vocab_size)
-    model.save_pretrained(tmp_path / "plain")
-    tokenizer.save(tmp_path / "plain")
-    folder = export()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (folder / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-    state = MiniDeepSeek.from_pretrained(folder).state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-
-
 def test_the_type_of_a_gguf_is_refused(run, tmp_path):
     done = run(main, "export", "--format", "vllm-cpu", "--ckpt", tmp_path, "--out", tmp_path / "o", "--type", "f32")
     assert (done.code, done.err) == (2, "error: --type: is of --format gguf; leave it out\n")

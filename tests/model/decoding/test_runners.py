@@ -239,16 +239,16 @@ def test_without_a_working_compiler_pytorch_decodes(compiler, tiny_model, monkey
 def test_it_is_compiled_once_for_each_type(monkeypatch, tmp_path):
     monkeypatch.setattr("model.kernels.compiled.FLAGS", ("-O0", "-march=native", "-fopenmp", "-shared", "-fPIC"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    file = compiled("decode.c", FP32)
+    file = compiled("products.c", FP32)
     made = file.stat().st_mtime_ns
-    assert compiled("decode.c", FP32) == file and file.stat().st_mtime_ns == made
-    others = {compiled("decode.c", BF16, *flags) for flags in ([], ["-DHALF_CACHE"])}
+    assert compiled("products.c", FP32) == file and file.stat().st_mtime_ns == made
+    others = {compiled("products.c", BF16, *flags) for flags in ([], ["-DHALF_CACHE"])}
     assert len(others - {file}) == 2 and len(list(tmp_path.rglob("*"))) == 4
     monkeypatch.setenv("CC", "cc -DUNUSED")  # a compiler may come with words
-    assert compiled("decode.c", FP32).is_file()
+    assert compiled("products.c", FP32).is_file()
     monkeypatch.setenv("CC", "false -DUNUSED")
     with pytest.raises(subprocess.CalledProcessError):
-        compiled("decode.c", FP32)
+        compiled("products.c", FP32)
 
 
 @in_c

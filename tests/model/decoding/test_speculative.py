@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -40,23 +41,22 @@ def rule(rows: int, time: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def half_trained() -> Callable[[int], MiniDeepSeek]:
-    """A model of D MTP layers trained until its drafts are right now and then, but not always."""
-    made: dict[int, MiniDeepSeek] = {}
+    """`half_trained(D)`: trained until the drafts of its D MTP layers, of three, are right now and then."""
+    torch.manual_seed(1)
+    shape = LMConfig.preset("demo", num_hidden_layers=2, hidden_size=64, vocab_size=VOCAB, intermediate_size=96)
+    model = MiniDeepSeek(replace(shape, num_nextn_predict_layers=3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
+        ids = rule(16, 24)
+        total, count, _ = NextTokenLoss(mtp_weight=1.0)(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
 
     def make(depth: int) -> MiniDeepSeek:
-        if depth not in made:
-            torch.manual_seed(depth)
-            shape = LMConfig.preset("demo", num_hidden_layers=2, hidden_size=64, vocab_size=VOCAB, intermediate_size=96)
-            model = MiniDeepSeek(LMConfig(**{**vars(shape), "num_nextn_predict_layers": depth}))
-            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-            for _ in range(40):
-                ids = rule(16, 24)
-                total, count, _ = NextTokenLoss(mtp_weight=1.0)(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
-                optimizer.zero_grad()
-                (total / count).backward()
-                optimizer.step()
-            made[depth] = model.eval()
-        return made[depth]
+        made = copy.deepcopy(model).eval()
+        made.mtp, made.config = made.mtp[:depth], replace(made.config, num_nextn_predict_layers=depth)
+        return made
 
     return make
 
@@ -115,7 +115,7 @@ def test_a_pass_in_one_call_drafts_and_accepts_what_several_calls_do(most, dtype
         if not threads:
             monkeypatch.setattr(NativeRunner, "greedy_pass", EagerRunner.greedy_pass)
         passes: list[tuple[int, int]] = []
-        run_all = [list(stream_speculative(model, p, 40, accepted=passes, draft_tokens=most)) for p in prompts]
+        run_all = [list(stream_speculative(model, p, 24, accepted=passes, draft_tokens=most)) for p in prompts]
         found.append((run_all, passes))
     assert found[0] == found[1] == found[2]
     assert len(calls) == 2 * len(passes) and 0 < sum(kept for kept, _ in passes) < sum(drafts for _, drafts in passes)
