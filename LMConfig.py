@@ -101,8 +101,13 @@ class LMConfig:
             self.num_key_value_heads = self.num_attention_heads
         if isinstance(self.rope_scaling, dict):
             self.rope_scaling = _with_type(self.rope_scaling)
-        self._check_types()
-        self._check_values()
+        for name in (f.name for f in fields(self)):
+            self._check_field(name)
+        for holds, field, complaint in self._rules():
+            if not holds:
+                raise ConfigError(f"{field} = {getattr(self, field)!r}: {complaint}")
+        if self.rope_scaling is not None:
+            _check_yarn(self.rope_scaling)
 
     @property
     def qk_head_dim(self) -> int:
@@ -211,41 +216,29 @@ class LMConfig:
         return data
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `folder`/config.json, complete or not at all."""
-        partial = Path(folder) / ".config.json.partial"
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf8")
-        partial.replace(Path(folder) / "config.json")
+        """Write `folder`/config.json."""
+        write_json(self.to_dict(), Path(folder) / "config.json")
 
-    def _check_types(self) -> None:
-        """Check each value's type: YAML and JSON bring strings and floats where integers are meant."""
-        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, Any]": dict}
-        for f in fields(self):
-            value, (kind, *optional) = getattr(self, f.name), str(f.type).split(" | ")
-            wrong = not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool")
-            if wrong and not (value is None and optional):
-                raise ConfigError(f"{f.name} = {value!r}: of another type; set {f.type}")
-
-    def _check_values(self) -> None:
-        """Check signs first, then every rule that the network relies on."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, (bool, str, dict, type(None))):
-                continue
-            if value < 0 or (value == 0 and f.name not in MAY_BE_ZERO):
-                least = "0 or more" if f.name in MAY_BE_ZERO else "a positive number"
-                raise ConfigError(f"{f.name} = {value}: out of range; set {least}")
-            most = MOST_OF.get(f.name, MOST) if isinstance(value, int) else math.inf
-            if not value <= most or value == math.inf:  # the first is so of NaN too
-                raise ConfigError(f"{f.name} = {value}: out of range; set {most} or less")
-        for holds, field, complaint in self._rules():
-            if not holds:
-                raise ConfigError(f"{field} = {getattr(self, field)!r}: {complaint}")
-        if self.rope_scaling is not None:
-            _check_yarn(self.rope_scaling)
+    def _check_field(self, name: str) -> None:
+        """Check a value's type (YAML and JSON bring strings and floats where integers are meant) and its range."""
+        value, field = getattr(self, name), self.__dataclass_fields__[name].type
+        kind, *optional = str(field).split(" | ")
+        if value is None and optional:
+            return
+        types = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, Any]": dict}
+        if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise ConfigError(f"{name} = {value!r}: of another type; set {field}")
+        if kind not in ("int", "float"):
+            return
+        if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+            least = "0 or more" if name in MAY_BE_ZERO else "a positive number"
+            raise ConfigError(f"{name} = {value}: out of range; set {least}")
+        most = MOST_OF.get(name, MOST) if isinstance(value, int) else math.inf
+        if not value <= most or value == math.inf:  # the first is so of NaN too
+            raise ConfigError(f"{name} = {value}: out of range; set {most} or less")
 
     def _rules(self) -> list[tuple[bool, str, str]]:
-        """Return the rules: whether each holds, the field, what is wrong and what to change."""
+        """Return what the network relies on: whether it holds, the field, what is wrong and what to change."""
         heads, layers, experts = self.num_attention_heads, self.num_hidden_layers, self.n_routed_experts
         groups, chosen, per_group = self.n_group, self.topk_group, self.n_routed_experts // self.n_group
         rules = [
@@ -268,6 +261,13 @@ class LMConfig:
         return rules + [((getattr(self, name) or 0) < self.vocab_size, name, no_token) for name in TOKENS]
 
 
+def write_json(data: dict[str, Any], path: Path) -> None:
+    """Write a file of a checkpoint folder, complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf8")
+    partial.replace(path)
+
+
 def _with_type(scaling: dict[str, Any]) -> dict[str, Any]:
     """`rope_scaling` as DeepSeek writes it: with `type`, which is `rope_type` to transformers."""
     kind = scaling.get("rope_type", scaling.get("type"))
@@ -276,7 +276,7 @@ def _with_type(scaling: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_yarn(yarn: dict[str, Any]) -> None:
-    """The same for rope_scaling, where a misspelled key would silently change the attention."""
+    """Check rope_scaling, where a misspelled key would silently change the attention."""
     for key in yarn:
         if key == "rope_theta":
             raise ConfigError("rope_scaling.rope_theta: is a field of its own; set rope_theta beside rope_scaling")
@@ -340,4 +340,4 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 if __name__ == "__main__":
-    runpy.run_module("model.costs", run_name="__main__")
+    runpy.run_module("model.cost_table", run_name="__main__")

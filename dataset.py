@@ -22,8 +22,8 @@ from cli import call_one_of
 from errors import UserError, command_line
 from text.chats.packed_dataset import ChatDataset, PreferenceDataset
 from text.chats.prompt_dataset import PromptDataset
-from text.check import check_source
 from text.corpus.pretrain_dataset import PretrainDataset
+from text.inspection import check_source
 from text.judging.judged_rows import judged_rows
 from text.preview import show_rows
 from text.sources.registry import REGISTRY, find_sources

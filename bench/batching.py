@@ -34,13 +34,13 @@ def main() -> None:
         f"{'ours' if peer == LOCK_STEP else f'transformers {peer}'} in {LOCK_STEP}": peer for peer in options.peers
     }
     with harness.checkpoint(LMConfig.preset(options.preset, num_nextn_predict_layers=0)) as folder:
-        ours, *peers = harness.measured({"ours": "ours", **names}, options.rounds, folder)
+        ours, *baselines = harness.measured({"ours": "ours", **names}, options.rounds, folder)
     new = lengths(options)
     shape = f"{options.requests} prompts of {options.prompt} tokens, {options.slots} at a time"
     answers = f"completions of {sum(new) / len(new):.0f} tokens on average, {max(new)} at most"
     title = f"continuous batching, {options.preset}, {options.dtype}; {shape}; {answers}; medians of {options.rounds}"
-    verdicts = [Verdict.between(ours, peer, SPEED) for peer in peers]
-    harness.report(title, [ours, *peers], {SPEED: "{:,.0f}", MEMORY: "{:,.0f}"}, verdicts, {}, options.json)
+    verdicts = [Verdict.between(ours, one, SPEED) for one in baselines]
+    harness.report(title, [ours, *baselines], {SPEED: "{:,.0f}", MEMORY: "{:,.0f}"}, verdicts, {}, options.json)
 
 
 def lengths(options: argparse.Namespace) -> list[int]:
@@ -57,7 +57,7 @@ def work(options: argparse.Namespace) -> None:
     if options.worker in ("ours", LOCK_STEP):
         model = MiniDeepSeek.from_pretrained(options.folder, dtype=DTYPES[options.dtype])
     else:
-        model = harness.open_peer(options.folder, options.worker, DTYPES[options.dtype])
+        model = harness.open_baseline(options.folder, options.worker, DTYPES[options.dtype])
         model.generation_config.eos_token_id = None
     model = model.to(device).eval()
 

@@ -52,10 +52,10 @@ def main() -> None:
     with harness.checkpoint(config) as folder:
         workers |= {f"transformers {peer}": peer for peer in options.peers}
         found = harness.measured(workers, options.rounds, folder)
-    ours, peers = found[0], [one for one in found if one.name.startswith("transformers")]
+    ours, baselines = found[0], [one for one in found if one.name.startswith("transformers")]
     verdicts = [Verdict.between(found[1], ours, SPEED, f"{SPEED} in 8 bits")] if options.quantize else []
-    best = {key: max(peers, key=lambda peer: peer.median(key)) for key in (SPEED, PREFILL)} if peers else {}
-    verdicts += [Verdict.between(ours, peer, key) for key, peer in best.items()]
+    best = {key: max(baselines, key=lambda one: one.median(key)) for key in (SPEED, PREFILL)} if baselines else {}
+    verdicts += [Verdict.between(ours, one, key) for key, one in best.items()]
     read = Network.of(config, options.prompt).read_weights(options.batch) * DTYPES[options.dtype].itemsize
     expanded = count(config).mha_cache_bytes // 2 // config.num_hidden_layers
     theirs = f", transformers {best[SPEED].median(CACHED):,.0f}" if best else ""
@@ -89,7 +89,7 @@ def work(options: argparse.Namespace) -> None:
             tokens = stream(model, prompt, options.new, Sampling(temperature=0), static=options.static)
             return [harness.now(device) for _ in tokens]
     else:
-        model = harness.open_peer(options.folder, options.worker, dtype).to(device).eval()
+        model = harness.open_baseline(options.folder, options.worker, dtype).to(device).eval()
         model.generation_config.eos_token_id = None
         layer = model(prompt[:1, :1], use_cache=True).past_key_values.layers[0]
         cached = layer.keys.numel() + layer.values.numel()

@@ -3,7 +3,7 @@
 python bench/grpo.py [--preset demo] [--dtype fp32] [--prompts 8] [--group 8] [--new 64] [--rounds 5]
 python bench/grpo.py --dtype bf16 --data gsm8k_train.jsonl --longest 256        prompts of a real length
 
-trl is no requirement of the project: pip install trl accelerate, or give the folder that holds them as PYTHONPATH.
+trl is not a requirement of the project: pip install trl accelerate, or give the folder that holds them as PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import harness
 import torch
-from harness import MEMORY, Turns, Verdict
+from harness import MEMORY, Verdict
 
 from dataset import PromptDataset
 from errors import UserError, command_line
@@ -44,11 +44,7 @@ COLUMNS = {SPEED: "{:,.2f}", MEMORY: "{:,.0f}"}
 @reward
 def variety(sample: Sample) -> float:
     """A number that differs from text to text, so that no group is without variance."""
-    return distinct(sample.text)
-
-
-def distinct(text: str) -> float:
-    return float(len(set(text)))
+    return float(len(set(sample.text)))
 
 
 def main() -> None:
@@ -114,24 +110,14 @@ def trl(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"trl cannot be imported ({error}); pip install trl accelerate") from None
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    rows, device, start = options.prompts * options.group, harness.device_of(options.device), 0.0
+    rows, device = options.prompts * options.group, harness.device_of(options.device)
     prompts = PromptDataset([(options.data, 1.0)], Tokenizer.from_folder(options.folder), options.longest)
     chats = [{"prompt": [{"role": "user", "content": prompts.problem(i).question}]} for i in range(4000)]
-    turns = Turns(lambda: {SPEED: rows / (time.perf_counter() - start), MEMORY: harness.memory_mb(device)}, warm_up=2)
-
-    class Callback(TrainerCallback):
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            nonlocal start
-            turns.begin()
-            start = time.perf_counter()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            turns.end()
 
     def reward_funcs(completions: Sequence[list[dict[str, str]]], **_: object) -> list[float]:
-        return [distinct(completion[0]["content"]) for completion in completions]
+        return [float(len(set(completion[0]["content"]))) for completion in completions]
 
     config = GRPOConfig(
         output_dir=options.folder + "/trl", per_device_train_batch_size=rows, num_generations=options.group,
@@ -145,7 +131,7 @@ def trl(options: argparse.Namespace) -> None:
         args=config,
         train_dataset=Dataset.from_list(chats),
         processing_class=AutoTokenizer.from_pretrained(options.folder, padding_side="left"),
-        callbacks=[Callback()],
+        callbacks=[harness.serving_callback(lambda seconds: {SPEED: rows / seconds}, device, warm_up=2)],
     ).train()
 
 

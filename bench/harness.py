@@ -47,10 +47,9 @@ def parser_of(doc: str, preset: str = "64m", dtype: str = "bf16", **numbers: int
 
 
 def add_peers(parser: argparse.ArgumentParser, *peers: str) -> None:
-    """The option `--peers`, with these as its default."""
-    parser.add_argument(
-        "--peers", nargs="*", default=peers, help="transformers: experts_implementation, or that/attn_implementation"
-    )
+    """The option `--peers`: the baselines, with these as its default."""
+    text = "transformers: experts_implementation, or that/attn_implementation"
+    parser.add_argument("--peers", nargs="*", default=peers, help=text)
 
 
 def device_of(name: str) -> torch.device:
@@ -79,9 +78,9 @@ def checkpoint(config: LMConfig) -> Iterator[str]:
         yield folder
 
 
-def open_peer(folder: str, peer: str, dtype: torch.dtype) -> Any:
-    """transformers' model of a folder, quietly. peer: see `add_peers`; its own choices are grouped_mm and sdpa."""
-    experts, _, attention = peer.partition("/")
+def open_baseline(folder: str, name: str, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder, quietly. name: see `add_peers`; its own choices are grouped_mm and sdpa."""
+    experts, _, attention = name.partition("/")
     chosen = {"experts_implementation": experts} | ({"attn_implementation": attention} if attention else {})
     with quiet_imports():
         from transformers import AutoModelForCausalLM
@@ -130,7 +129,7 @@ class Contender:
 
 
 def measured(workers: dict[str, str], rounds: int, folder: str = "") -> list[Contender]:
-    """Measure this bench's workers in turn. workers: label -> what `--worker` says; folder: of their checkpoint."""
+    """Measure this bench's workers interleaved. workers: label -> what `--worker` says; folder: of their checkpoint."""
     command = [*sys.argv, *(["--folder", folder] if folder else [])]
     contenders = [Contender(name, [*command, f"--worker={worker}"]) for name, worker in workers.items()]
     for contender in contenders:
@@ -152,35 +151,37 @@ def serve(measure: Callable[[], dict[str, float]], device: torch.device, warm_up
         print(json.dumps({MEMORY: memory_mb(device), **measure()}), flush=True)
 
 
-class Turns:
-    """The same from inside a loop that is not ours: `begin` and `end` around each of its steps, the first warm up."""
+def serving_callback(result: Callable[[float], dict[str, float]], device: torch.device, warm_up: int) -> Any:
+    """The same from inside a loop of transformers. result: what was measured, of the seconds of a step."""
+    from transformers import TrainerCallback
 
-    def __init__(self, result: Callable[[], dict[str, float]], warm_up: int) -> None:
-        """result: what was measured, called at the end of a step."""
-        self.result, self.left = result, warm_up
+    class Callback(TrainerCallback):
+        left, start = warm_up, 0.0
 
-    def begin(self) -> None:
-        if self.left <= 0 and not sys.stdin.readline():
-            sys.exit(0)
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            if self.left <= 0 and not sys.stdin.readline():
+                sys.exit(0)
+            self.start = now(device)
 
-    def end(self) -> None:
-        found, self.left = self.result(), self.left - 1
-        if self.left <= 0:
-            print("{}" if self.left == 0 else json.dumps(found), flush=True)
+        def on_step_end(self, *_: object, **__: object) -> None:
+            found, self.left = {MEMORY: memory_mb(device), **result(now(device) - self.start)}, self.left - 1
+            if self.left <= 0:
+                print("{}" if self.left == 0 else json.dumps(found), flush=True)
+
+    return Callback()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Ours against a baseline in one quantity, each measured several times in turn.
+    """Ours against a baseline in one quantity, each measured several times, interleaved.
 
     Attributes:
-        quantity: its name and unit; peer: whom against.
         ours, theirs: medians; ratio: of the medians, ours over theirs.
         low, high: the least and the largest ratio that the measurements allow.
     """
 
     quantity: str
-    peer: str
+    baseline: str
     ours: float
     theirs: float
     ratio: float
@@ -188,14 +189,14 @@ class Verdict:
     high: float
 
     @staticmethod
-    def of(quantity: str, peer: str, ours: Sequence[float], theirs: Sequence[float]) -> Verdict:
+    def of(quantity: str, baseline: str, ours: Sequence[float], theirs: Sequence[float]) -> Verdict:
         mine, other = statistics.median(ours), statistics.median(theirs)
         low, high = min(ours) / max(theirs), max(ours) / min(theirs)
-        return Verdict(quantity, peer, mine, other, mine / other, low, high)
+        return Verdict(quantity, baseline, mine, other, mine / other, low, high)
 
     @staticmethod
-    def between(ours: Contender, peer: Contender, key: str, quantity: str = "") -> Verdict:
-        return Verdict.of(quantity or key, peer.name, ours.values(key), peer.values(key))
+    def between(ours: Contender, baseline: Contender, key: str, quantity: str = "") -> Verdict:
+        return Verdict.of(quantity or key, baseline.name, ours.values(key), baseline.values(key))
 
     @property
     def clear(self) -> bool:
@@ -219,8 +220,7 @@ def report(
 
     columns: key of the measurements -> format; facts: other figures by name, as text with their unit.
     """
-    print(title)
-    print(machine())
+    print(f"{title}\n{machine()}")
     width = max(len(contender.name) for contender in contenders)
     for contender in contenders:
         cells = []
@@ -229,14 +229,15 @@ def report(
             cells.append(f"{middle} ({low} - {high}) {key}")
         print(f"  {contender.name:<{width}}  " + "  ".join(cells))
     for verdict in verdicts:
-        print(f"{verdict.quantity} against {verdict.peer}: {verdict}")
+        print(f"{verdict.quantity} against {verdict.baseline}: {verdict}")
     for name, value in facts.items():
         print(f"{name}: {value}")
     if not file:
         return
-    content: dict[str, Any] = {"title": title, "command": _command(), "machine": machine()}
+    shown = " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    content: dict[str, Any] = {"title": title, "command": f"python {shown}", "machine": machine(), "facts": facts}
     content["verdicts"] = [{**asdict(verdict), "clear": verdict.clear} for verdict in verdicts]
-    content |= {"facts": facts, "measured": {contender.name: contender.results for contender in contenders}}
+    content["measured"] = {contender.name: contender.results for contender in contenders}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps(content, ensure_ascii=False, indent=2), "utf8")
 
@@ -252,12 +253,3 @@ def machine() -> str:
         units = [unit for unit in ("amx_bf16", "avx512_bf16") if unit in known.get("flags", "").split()]
         name = " ".join([known.get("model name", name), *units])
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _command() -> str:
-    """The command line, less where its result goes."""
-    shown = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
-    if "--json" in shown:
-        place = shown.index("--json")
-        del shown[place : place + 2]
-    return "python " + " ".join(part for part in shown if not part.startswith("--json="))

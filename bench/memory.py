@@ -2,22 +2,23 @@
 
 python bench/memory.py [--preset 64m] [--rows 8] [--length 512] [--targets attention] [--rounds 3]
 
-Ours and the peer each train all weights, an adapter, and an adapter with activations recomputed, also on a base in 4
+Ours and trl each train all weights, an adapter, and an adapter with activations recomputed, also on a base in 4
 bits (QLoRA; ours in 8 too). Memory is the peak of the process beyond what it held after its imports.
-trl and bitsandbytes are no requirements of the project: pip install trl bitsandbytes, or give the folder that has them
-as PYTHONPATH; without bitsandbytes the peer has no QLoRA.
+trl and bitsandbytes are not requirements of the project: pip install trl bitsandbytes, or give the folder that has them
+as PYTHONPATH; without bitsandbytes trl has no QLoRA.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import harness
 import psutil
 import torch
-from harness import MEMORY, SPEED, Contender, Turns, Verdict
+from harness import MEMORY, SPEED, Contender, Verdict
 
 from errors import UserError, command_line
 from LMConfig import LMConfig
@@ -48,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         who, way = options.worker.split(" ")
-        (ours if who == "ours" else peer)(way, options)
+        (ours if who == "ours" else baseline)(way, options)
         return
     found: dict[str, Contender] = {}
     without = set() if importlib.util.find_spec("bitsandbytes") else {"trl qlora-nf4"}
@@ -71,20 +72,11 @@ def main() -> None:
     harness.report(title, list(found.values()), COLUMNS, verdicts, {}, options.json)
 
 
-class Meter:
-    """Speed of a step, and the peak of the process beyond what it held when this was made."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.tokens, self.device = options.rows * options.length, harness.device_of(options.device)
-        self.held = psutil.Process().memory_info().rss / 2**20 if self.device.type == "cpu" else 0.0
-        self.start = 0.0
-
-    def begin(self) -> None:
-        self.start = harness.now(self.device)
-
-    def end(self) -> dict[str, float]:
-        seconds = harness.now(self.device) - self.start
-        return {SPEED: self.tokens / seconds, MEMORY: harness.memory_mb(self.device) - self.held}
+def beyond_imports(options: argparse.Namespace) -> Callable[[float], dict[str, float]]:
+    """From the seconds of a step: its speed, and the peak of the process beyond what it holds now."""
+    tokens, device = options.rows * options.length, harness.device_of(options.device)
+    held = psutil.Process().memory_info().rss / 2**20 if device.type == "cpu" else 0.0
+    return lambda seconds: {SPEED: tokens / seconds, MEMORY: harness.memory_mb(device) - held}
 
 
 def token_rows(options: argparse.Namespace, rows: int) -> torch.Tensor:
@@ -94,33 +86,33 @@ def token_rows(options: argparse.Namespace, rows: int) -> torch.Tensor:
 
 def ours(way: str, options: argparse.Namespace) -> None:
     """A step for each line on stdin."""
-    dtype, meter = DTYPES[options.dtype], Meter(options)
+    dtype, device, measured = DTYPES[options.dtype], harness.device_of(options.device), beyond_imports(options)
     model = MiniDeepSeek.from_pretrained(options.folder)
     model.gradient_checkpointing = way.endswith("recompute")
     if way != "full":
         dropout = 0.1 if options.targets == "attention" else 0.0
         Adapter.add(model, LoraSettings(targets=options.targets, dropout=dropout), options.folder)
         shrink_frozen(model, next((base for base in ("int8", "nf4") if base in way), "auto"), dtype)
-    model.to(meter.device).train()
+    model.to(device).train()
     loss = NextTokenLoss(mtp=False, balance_weight=0.0)
     optimizer = build_optimizer(model, OptimSettings(lr=1e-4, weight_decay=0.0))
-    ids = token_rows(options, options.rows).to(meter.device)
+    ids = token_rows(options, options.rows).to(device)
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
     def step() -> dict[str, float]:
-        meter.begin()
-        with autocast(dtype, meter.device):
+        start = harness.now(device)
+        with autocast(dtype, device):
             total, count, _ = loss(model, batch)
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return meter.end()
+        return measured(harness.now(device) - start)
 
-    harness.serve(step, meter.device, warm_up=3)
+    harness.serve(step, device, warm_up=3)
 
 
-def peer(way: str, options: argparse.Namespace) -> None:
+def baseline(way: str, options: argparse.Namespace) -> None:
     """A step of trl's own loop for each line on stdin."""
     try:
         from trl import SFTConfig, SFTTrainer
@@ -128,20 +120,10 @@ def peer(way: str, options: argparse.Namespace) -> None:
         raise UserError(f"trl cannot be imported ({error}); pip install trl") from None
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: F401 (an import counts for nobody)
 
-    meter = Meter(options)
-    turns = Turns(meter.end, warm_up=3)
-
-    class Callback(TrainerCallback):
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            turns.begin()
-            meter.begin()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            turns.end()
-
+    device, measured = harness.device_of(options.device), beyond_imports(options)
     lora, everywhere = None, options.targets == "all"
     if way != "full":
         lora = LoraConfig(
@@ -154,7 +136,7 @@ def peer(way: str, options: argparse.Namespace) -> None:
     config = SFTConfig(
         output_dir=f"{options.folder}/{way}", per_device_train_batch_size=options.rows, max_length=options.length,
         learning_rate=1e-4, max_steps=10**6, report_to=[], save_strategy="no", logging_strategy="no",
-        use_cpu=meter.device.type == "cpu", bf16=options.dtype == "bf16", disable_tqdm=True,
+        use_cpu=device.type == "cpu", bf16=options.dtype == "bf16", disable_tqdm=True,
         gradient_checkpointing=way.endswith("recompute"),
     )  # fmt: skip
     # What its users do: train all weights in float32 under autocast, adapters on a base in bfloat16.
@@ -166,7 +148,7 @@ def peer(way: str, options: argparse.Namespace) -> None:
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
         processing_class=PreTrainedTokenizerFast.from_pretrained(options.folder),
         peft_config=lora,
-        callbacks=[Callback()],
+        callbacks=[harness.serving_callback(measured, device, warm_up=3)],
     ).train()
 
 

@@ -17,7 +17,6 @@ import os
 import random
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ import yaml
 
 from errors import UserError, command_line
 from text.corpus.corpus import Corpus
+from training.run.plots import load_pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the time
 SHOWN = (0.1, 0.2, 0.5, 1.0)
-PEER_LENGTH = 340  # minimind's --max_seq_len, its default
+BASELINE_LENGTH = 340  # minimind's --max_seq_len, its default
 NEVER = 10**9
 
 
@@ -38,14 +38,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="the text: whatever pretrain.py reads")
     parser.add_argument("--out", required=True, help="a new folder for everything")
     parser.add_argument("--peer", help="folder of a checkout of minimind; left out: only ours runs")
-    parser.add_argument("--sizes", nargs="*", default=["512x8", "256x4"], help="of the peer: hidden size x layers")
+    parser.add_argument("--sizes", nargs="*", default=["512x8", "256x4"], help="of minimind: hidden size x layers")
     parser.add_argument("--peer_options", default="", help="further options of its train_pretrain.py, in one string")
     recipe = str(ROOT / "configs" / "minutes.yaml")
     parser.add_argument("--config", nargs="*", default=[recipe], help="ours, one or several")
     parser.add_argument("--vocab_size", type=int, default=6400, help="of our tokenizer")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--seed", type=int, default=0, help="of our weights and data order; the peer has its own")
+    parser.add_argument("--seed", type=int, default=0, help="of our weights and data order; minimind has its own")
     parser.add_argument("--held_out_kb", type=int, default=150)
     options = parser.parse_args()
     out = Path(options.out).resolve()
@@ -53,7 +53,7 @@ def main() -> None:
         raise UserError(f"--out {options.out}: not empty; choose another folder")
     contenders = [ours(Path(config).resolve(), out, options) for config in options.config]
     if options.peer:
-        contenders += [peer(Path(options.peer).resolve(), size, out, options) for size in options.sizes]
+        contenders += [minimind(Path(options.peer).resolve(), size, out, options) for size in options.sizes]
     out.mkdir(parents=True, exist_ok=True)
     print(split_text(options.data, out, options.held_out_kb * 1000), flush=True)
     tokenizer = ["--data", out / "train.jsonl", "--out", out / "tokenizer", "--vocab_size", options.vocab_size]
@@ -116,7 +116,7 @@ def ours(config: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]
     }  # fmt: skip
 
 
-def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+def minimind(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """train_pretrain.py from its own folder, as minimind's README starts it; its checkpoints are left out."""
     program = folder / "trainer" / "train_pretrain.py"
     if not program.is_file():
@@ -126,13 +126,13 @@ def peer(folder: Path, size: str, out: Path, options: argparse.Namespace) -> dic
         raise UserError(f"--sizes {size}: write hidden size x layers, such as 512x8")
     given = {
         "hidden_size": hidden, "num_hidden_layers": layers, "data_path": out / "train.jsonl",
-        "save_dir": out / f"minimind-{size}" / "run", "save_interval": NEVER, "max_seq_len": PEER_LENGTH,
+        "save_dir": out / f"minimind-{size}" / "run", "save_interval": NEVER, "max_seq_len": BASELINE_LENGTH,
     }  # fmt: skip
     return {
         "name": f"minimind {size}{', --peer_options' if options.peer_options else ''}", "program": str(program),
         "arguments": as_options(given) + options.peer_options.split(), "folder": str(program.parent),
         "modules": str(folder), "out": str(out / f"minimind-{size}"), "tokenizer": str(folder / "model"),
-        "begin": "bos", "window": PEER_LENGTH - 1,
+        "begin": "bos", "window": BASELINE_LENGTH - 1,
     }  # fmt: skip
 
 
@@ -152,48 +152,28 @@ def race(contender: dict[str, Any], out: Path, options: argparse.Namespace) -> d
     return json.loads((folder / "result.json").read_text(encoding="utf8"))
 
 
-def seconds_to(points: list[dict[str, float]], target: float) -> float | None:
-    """When the curve first falls to a value, straight between its points; None if it never does."""
-    if points[0]["bits_per_byte"] <= target:
-        return points[0]["seconds"]
-    for before, after in pairwise(points):
-        if after["bits_per_byte"] <= target:
-            fallen = (before["bits_per_byte"] - target) / (before["bits_per_byte"] - after["bits_per_byte"])
-            return before["seconds"] + fallen * (after["seconds"] - before["seconds"])
-    return None
-
-
 def table(results: dict[str, Any], seconds: float) -> str:
-    """Bits per byte at some moments, and when ours reach the end of the best peer."""
+    """Bits per byte at some moments, and how much fewer ours are at the end than the best baseline's."""
     lines = [f"{'':40}{'parameters':>12}" + "".join(f"{share * seconds / 60:>8.3g} min" for share in SHOWN)]
     for name, result in results.items():
         points = result["points"]
         bits = [min(points, key=lambda p: abs(p["seconds"] - share * seconds))["bits_per_byte"] for share in SHOWN]
         lines.append(f"{name:40}{result['parameters']:>12,}" + "".join(f"{value:>12.3f}" for value in bits))
     ends = {name: result["points"][-1]["bits_per_byte"] for name, result in results.items()}
-    peers = [name for name in ends if not name.startswith("ours")]
-    for name in (ends.keys() - peers) if peers else ():
-        best = min(peers, key=ends.get)
-        when = seconds_to(results[name]["points"], ends[best])
-        reached = "never" if when is None else f"after {when:.0f} s, {when / seconds:.1%} of the time"
-        lines.append(f"{name} reaches the {ends[best]:.3f} of {best} {reached}")
-        lines.append(f"  and ends with {1 - ends[name] / ends[best]:.1%} fewer bits")
+    best = min((bits for name, bits in ends.items() if not name.startswith("ours")), default=None)
+    for name in (name for name in ends if best and name.startswith("ours")):
+        lines.append(f"{name} ends with {1 - ends[name] / best:.1%} fewer bits than the best baseline")
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Bits per byte against minutes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for name, result in results.items():
-        minutes = [point["seconds"] / 60 for point in result["points"]]
-        bits = [point["bits_per_byte"] for point in result["points"]]
+        points = [(point["seconds"] / 60, point["bits_per_byte"]) for point in result["points"]]
         style = "o-" if name.startswith("ours") else "s--"
-        axes.plot(minutes, bits, style, markersize=4, label=f"{name} ({result['parameters'] / 1e6:.1f} M)")
+        axes.plot(*zip(*points, strict=True), style, markersize=4, label=f"{name} ({result['parameters'] / 1e6:.1f} M)")
     axes.set(xlabel="minutes of training", ylabel="bits per byte of held-out text")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2)

@@ -3,7 +3,7 @@
 python bench/roofline.py [--presets 64m 1b-moe deepseek-v3] [--tokens 32768] [--length 4096] [--prompt 4096]
 
 Nothing is measured: these are bounds with named assumptions, written as Markdown tables. A time is the larger of
-FLOPs / (attained share x peak) and bytes / (attained share x bandwidth), which presumes that both go on at once.
+FLOPs / (attained share x peak) and bytes / (attained share x bandwidth), which presumes that both overlap.
 """
 
 from __future__ import annotations

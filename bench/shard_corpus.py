@@ -3,24 +3,23 @@
     python bench/shard_corpus.py --megabytes 2000 --folder out/bench-shards
 
 writes a CSV of that size with varied Chinese and English rows, then, interleaved, tokenises it to shards and runs
-`tokenizers`' encode_batch on the same text in memory, each on all cores. Memory is the sum of the resident memory of
-the process, sampled 20 times a second; libraries that they share are counted once for each.
+`tokenizers`' encode_batch on the same text in memory, each on all cores. Memory is that of the process and of the
+largest of those that it started.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import resource
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import harness
 import numpy as np
-import psutil
 import torch
 from harness import MEMORY, Verdict
 
@@ -75,30 +74,12 @@ def work(options: argparse.Namespace, folder: Path, file: Path) -> None:
     def measure() -> dict[str, float]:
         shutil.rmtree(folder / "shards", ignore_errors=True)
         start = time.perf_counter()
-        size, peak = watching(encode if options.worker == "raw" else shard)
-        return {SPEED: size / 1e6 / (time.perf_counter() - start), MEMORY: peak / 2**20}
+        size = encode() if options.worker == "raw" else shard()
+        started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        memory = harness.memory_mb(torch.device("cpu")) + started
+        return {SPEED: size / 1e6 / (time.perf_counter() - start), MEMORY: memory}
 
     harness.serve(measure, torch.device("cpu"), warm_up=0)
-
-
-def watching(work: Callable[[], int]) -> tuple[int, int]:
-    """What `work` returns, and the peak memory of this process and its children meanwhile, in bytes."""
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        own = psutil.Process()
-        while not done.wait(0.05):
-            with suppress(psutil.NoSuchProcess):
-                peak = max(peak, sum(one.memory_info().rss for one in [own, *own.children(recursive=True)]))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        return work(), peak
-    finally:
-        done.set()
-        watcher.join()
 
 
 def beginning(file: Path, size: int) -> Iterator[str]:
@@ -126,27 +107,30 @@ def write_corpus(file: Path, size: int) -> None:
 def rows(generator: np.random.Generator, chinese: list[str], english: list[str], count: int) -> Iterator[str]:
     """Texts made of sentences."""
     for is_chinese in generator.random(count) < CHINESE_SHARE:
-        words, mark, gap = (chinese, "，", "") if is_chinese else (english, ",", " ")
+        words, mark, stop, gap = (chinese, "，", "。", "") if is_chinese else (english, ",", ".", " ")
         length = int(generator.integers(8, 160 if is_chinese else 80))
-        ranks = (len(words) ** generator.random(length)).astype(int) - 1  # P(rank) ~ 1 / rank
-        text = [words[rank] for rank in ranks.tolist()]
-        for stop in range(6, length, 7):
-            text[stop] += mark if stop % 2 else ("。" if is_chinese else ".")
+        text = [words[rank] for rank in zipf(generator, len(words), length).tolist()]
+        for place in range(6, length, 7):
+            text[place] += mark if place % 2 else stop
         if length % 5 == 0:
             text[length // 2] = f'"{length * 37}"'
         yield gap.join(text)
 
 
+def zipf(generator: np.random.Generator, most: int, *shape: int) -> np.ndarray:
+    """Ranks from 0 with P(rank) ~ 1 / rank."""
+    return (most ** generator.random(shape)).astype(int) - 1
+
+
 def chinese_words(generator: np.random.Generator, count: int) -> list[str]:
-    """Words of one to four of the 3500 first common ideographs, in a Zipf distribution too."""
-    ranks = (3500 ** generator.random((count, 4))).astype(int) - 1
-    order = generator.permutation(np.arange(0x4E00, 0x4E00 + 3500))
+    """Words of one to four of the 3500 first common ideographs."""
+    ranks, order = zipf(generator, 3500, count, 4), generator.permutation(np.arange(0x4E00, 0x4E00 + 3500))
     return ["".join(map(chr, order[row[: 1 + number % 4]])) for number, row in enumerate(ranks)]
 
 
 def english_words(generator: np.random.Generator, count: int) -> list[str]:
     """Pronounceable words of one to four syllables."""
-    syllables = [first + vowel + last for first in "bcdfglmnprst" for vowel in "aeiou" for last in ["", "n", "r", "s"]]
+    syllables = list(map("".join, product("bcdfglmnprst", "aeiou", ["", "n", "r", "s"])))
     chosen = generator.integers(0, len(syllables), (count, 4)).tolist()
     return ["".join(syllables[number] for number in row[: 1 + place % 4]) for place, row in enumerate(chosen)]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, command_line
+from training.run.plots import load_pyplot
 
 
 def main() -> None:
@@ -35,18 +36,14 @@ def table(benches: list[dict[str, Any]]) -> str:
         for v in bench["verdicts"]:
             ours, theirs = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (v["ours"], v["theirs"]))
             shown = f"{v['ratio']:.2f}x ({v['low']:.2f} - {v['high']:.2f})" + ("" if v["clear"] else ", not shown")
-            lines.append(f"| {v['quantity']} | {ours} | {theirs} | {v['peer']} | {shown} |")
+            lines.append(f"| {v['quantity']} | {ours} | {theirs} | {v['baseline']} | {shown} |")
         lines += ["", *(f"- {name}: {value}" for name, value in bench["facts"].items()), ""]
     return "\n".join(lines)
 
 
 def draw(benches: list[dict[str, Any]], file: Path) -> None:
     """A bar for each verdict, its range as a line: ours over the baseline, on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     bars = [(f"{bench['title'].split(';')[0]}: {v['quantity']}", v) for bench in benches for v in bench["verdicts"]]
     figure, axes = pyplot.subplots(figsize=(13, 1 + 0.32 * len(bars)), layout="constrained")
     for place, (_, v) in enumerate(bars):
@@ -54,7 +51,7 @@ def draw(benches: list[dict[str, Any]], file: Path) -> None:
         axes.barh(place, v["ratio"] - 1, left=1, color="tab:green" if better else "tab:gray", height=0.7)
         axes.plot((v["low"], v["high"]), (place, place), color="black", linewidth=1)
         axes.annotate(f" {v['ratio']:.2f}x", (max(v["high"], 1), place), va="center", fontsize=8)
-    axes.set_yticks(range(len(bars)), [f"{name}\nagainst {v['peer']}" for name, v in bars], fontsize=7)
+    axes.set_yticks(range(len(bars)), [f"{name}\nagainst {v['baseline']}" for name, v in bars], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)

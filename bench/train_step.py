@@ -38,9 +38,9 @@ def main() -> None:
     peak = measured_peak(*matrices)
     with harness.checkpoint(config) as folder:
         workers = {"ours": "ours", **{f"transformers {peer}": peer for peer in options.peers}}
-        ours, *peers = harness.measured(workers, options.rounds, folder)
+        ours, *baselines = harness.measured(workers, options.rounds, folder)
     peak = max(peak, measured_peak(*matrices))  # one may have been disturbed
-    best = max(peers, key=lambda peer: peer.median(SPEED))
+    best = max(baselines, key=lambda one: one.median(SPEED))
     facts = {}
     for contender in (ours, best):
         share = contender.median(SPEED) * count(config, options.length).flops / peak
@@ -48,7 +48,7 @@ def main() -> None:
     shape = f"{options.rows} x {options.length} tokens, {options.dtype}"
     title = f"training step, {options.preset} without MTP, {shape}, AdamW; medians of {options.rounds}"
     verdicts = [Verdict.between(ours, best, key) for key in COLUMNS]
-    harness.report(title, [ours, *peers], COLUMNS, verdicts, facts, options.json)
+    harness.report(title, [ours, *baselines], COLUMNS, verdicts, facts, options.json)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def work(options: argparse.Namespace) -> None:
     if options.worker == "ours":
         step = own_step(MiniDeepSeek.from_pretrained(options.folder).to(device), options)
     else:
-        model, tokens = harness.open_peer(options.folder, options.worker, torch.float32), tokens_of(options)
+        model, tokens = harness.open_baseline(options.folder, options.worker, torch.float32), tokens_of(options)
         inputs = tokens[:, :-1]
         model.train().to(device)
         step = step_of(lambda: model(input_ids=inputs, labels=inputs, use_cache=False).loss, model, options)

@@ -34,22 +34,17 @@ class Watch:
 
     def __init__(self, moments: list[float], folder: Path) -> None:
         self.moments, self.folder = moments, folder
-        self.kept: list[float] = []
+        self.moments_kept: list[float] = []
         self.model: nn.Module | None = None
         self._handle = register_module_forward_pre_hook(self._first_pass)
 
-    @property
-    def seconds(self) -> float:
-        """Of training so far."""
-        return time.perf_counter() - self._start
-
     def close(self) -> None:
         """Keep the last weights of a program that ended by itself."""
-        if self.kept[-1] < self.moments[-1]:
-            self._keep(min(self.seconds, self.moments[-1]))
+        if self.moments_kept[-1] < self.moments[-1]:
+            self._keep(min(self._seconds(), self.moments[-1]))
 
     def weights(self, seconds: float) -> dict[str, Tensor]:
-        """What was kept at one of `kept`, which is then given up."""
+        """Return what was kept at one of `moments_kept`, and delete the file."""
         weights = torch.load(self._file(seconds), weights_only=True, map_location="cpu")
         self._file(seconds).unlink()
         return weights
@@ -62,17 +57,21 @@ class Watch:
         self._keep(0.0)
 
     def _before_pass(self, module: nn.Module, inputs: object) -> None:
-        due = [moment for moment in self.moments if self.kept[-1] < moment <= self.seconds]
+        due = [moment for moment in self.moments if self.moments_kept[-1] < moment <= self._seconds()]
         if due and module.training:
-            self._keep(self.seconds)
+            self._keep(self._seconds())
             if due[-1] == self.moments[-1]:
                 raise TimeIsUp
 
     def _keep(self, seconds: float) -> None:
         begin = time.perf_counter()
         torch.save(self.model.state_dict(), self._file(seconds))
-        self.kept.append(seconds)
+        self.moments_kept.append(seconds)
         self._start += time.perf_counter() - begin
+
+    def _seconds(self) -> float:
+        """Of training so far."""
+        return time.perf_counter() - self._start
 
     def _file(self, seconds: float) -> Path:
         return self.folder / f"{seconds:.3f}.pt"
@@ -98,15 +97,10 @@ def main() -> None:
     watch.close()
     torch.set_num_threads(contender["threads"])
     rows = rows_of(texts, encoder(contender["tokenizer"], contender["begin"]), contender["window"])
-    points, before = [], {}
-    for seconds in watch.kept:
-        weights = watch.weights(seconds)
-        watch.model.load_state_dict(weights)
-        # Between two steps of an optimiser that takes minutes for one, nothing changes.
-        if not (before and all(torch.equal(weights[name], before[name]) for name in weights)):
-            bits = bits_per_byte(watch.model, rows, texts)
-        points.append({"seconds": seconds, "bits_per_byte": bits})
-        before = weights
+    points = []
+    for seconds in watch.moments_kept:
+        watch.model.load_state_dict(watch.weights(seconds))
+        points.append({"seconds": seconds, "bits_per_byte": bits_per_byte(watch.model, rows, texts)})
     result = {"parameters": sum(p.numel() for p in watch.model.parameters()), "points": points}
     (folder / "result.json").write_text(json.dumps(result, ensure_ascii=False, indent=2), encoding="utf8")
 
@@ -123,7 +117,7 @@ def encoder(folder: str, begin: str) -> Callable[[str], list[int]]:
 def rows_of(texts: Iterable[str], encode: Callable[[str], list[int]], window: int) -> list[tuple[list[int], int]]:
     """(tokens, number of the first that is scored), at most `window` inputs each: every token of a document once.
 
-    A longer document goes on in another row that repeats half a window as context.
+    A longer document continues in another row, which repeats half a window as context.
     """
     rows = []
     for text in texts:

@@ -56,8 +56,8 @@ class Conversation:
         seconds = time.perf_counter() - start
         speed = f"{count} tokens, {count / max(seconds, 1e-9):.1f} tok/s"
         if passes:
-            kept, drafted = (sum(numbers) for numbers in zip(*passes, strict=True))
-            speed += f", {kept} of {drafted} drafts kept ({kept / drafted:.0%})"
+            accepted, drafted = (sum(numbers) for numbers in zip(*passes, strict=True))
+            speed += f", {accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})"
         print(f"[{speed}]", file=sys.stderr)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 

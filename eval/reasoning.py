@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from cli import call
 from dataset import PromptDataset
 from errors import UserError, check_least, command_line
+from eval.score_files import table
 from text.sources.registry import find_sources
 from training.alignment.rewards import Rewards
 from training.alignment.sampler import sample_groups, to_samples
@@ -53,15 +52,11 @@ def reasoning(
     check_least(1, problems=problems, max_new_tokens=max_new_tokens)
     rows = [
         measure(folder, data, problems, val_fraction, max_new_tokens, system, device, dtype)
-        for folder in ckpt.split(",")
-        if folder
+        for folder in filter(None, ckpt.split(","))
     ]
-    table = Table(
-        "checkpoint", "right", "strict format", "one language", "tokens", title=f"held-out problems of {data}"
-    )
-    for row in rows:
-        table.add_row(row["name"], *(f"{row[name]:.1%}" for name in SHOWN), f"{row['tokens']:.1f}")
-    Console().print(table)
+    header = ["checkpoint", "right", "strict format", "one language", "tokens"]
+    cells = [[row["name"], *(f"{row[name]:.1%}" for name in SHOWN), f"{row['tokens']:.1f}"] for row in rows]
+    print("\n".join([f"held-out problems of {data}", "", *table(cells, header)]))
     if json:
         Path(json).write_text(js.dumps(rows, indent=2) + "\n", encoding="utf8")
 
@@ -74,14 +69,8 @@ def measure(
     model, tokenizer = open_checkpoint(folder)
     model = model.to(place, choose_dtype(dtype, place)).eval()
     longest = model.config.max_position_embeddings - new
-    prompts = PromptDataset(
-        find_sources(data, kind="prompt"),
-        tokenizer,
-        longest,
-        system=system,
-        val_fraction=val_fraction,
-        val_problems=problems,
-    )
+    held_out = {"val_fraction": val_fraction, "val_problems": problems}
+    prompts = PromptDataset(find_sources(data, kind="prompt"), tokenizer, longest, system=system, **held_out)
     if not prompts.validation:
         raise UserError(f"--data {data}: nothing is held out; raise --val_fraction")
     judge = Rewards.of(dict.fromkeys(SHOWN, 1.0))

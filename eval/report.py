@@ -81,7 +81,7 @@ def report(
             cells["exact answers"] = f"{shares.pop('all'):.0%}"
             cells |= {f"  {kind}": f"{share:.0%}" for kind, share in shares.items()}
         if styled:
-            cells["preferred style"] = f"{score_style(answerer, styled).preferred:.0%}"
+            cells["preferred style"] = f"{score_style(answerer, styled)['preferred']:.0%}"
         if sums:
             found = _solved(answerer, sums, val_fraction)
             cells |= {"held-out sums": f"{found['val_accuracy']:.0%}", "  sampled": f"{found['val_pass_1']:.0%}"}

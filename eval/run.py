@@ -12,13 +12,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from cli import call
 from errors import UserError, command_line
 from eval.model_path import ModelPath
-from eval.score_files import HEADER, cells, out_folder, weights_of, write_scores
+from eval.score_files import cells, out_folder, table, weights_of, write_scores
 from eval.tasks.docs import Docs
 from eval.tasks.opened import open_tasks
 from training.machine import choose_dtype
@@ -72,14 +69,7 @@ def run(
     for task, own in zip(found, docs, strict=True):
         measured.append(measure(task, own, lm, weights, folder, limit, shots, chat))
         written = write_scores(folder, ckpt, weights, measured)
-    table = Table(*HEADER, title=ckpt)
-    for one in measured:
-        for score in one.scores:
-            table.add_row(*cells(one.name, score))
-    console = Console()
-    # Without a terminal 80 columns are assumed, in which every cell would be cut.
-    console.width = max(console.width, 120)
-    console.print(table)
+    print("\n".join(table([cells(one.name, score) for one in measured for score in one.scores])))
     print(f"scores: {', '.join(map(str, written))}")
 
 

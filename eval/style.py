@@ -5,7 +5,7 @@ python eval/style.py --ckpt out/demo/dpo/final --file data/demo/heldout_favours.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli import call
@@ -26,15 +26,6 @@ class PoliteRequest:
     closing: str
 
 
-@dataclass(frozen=True)
-class StyleScore:
-    """Attributes: preferred: share of answers in the style; exact: share that are the preferred answer; answers."""
-
-    preferred: float
-    exact: float
-    answers: int
-
-
 def in_style(reply: str, request: PoliteRequest) -> bool:
     """Whether a reply has both ends of the style, white space aside; something must stand between them."""
     reply, opening, closing = reply.strip(), request.opening.strip(), request.closing.strip()
@@ -50,12 +41,16 @@ def read_polite_requests(path: Path) -> list[PoliteRequest]:
 
 def score_style(
     answerer: Answerer, requests: list[PoliteRequest], temperature: float = 0.7, seed: int = 0
-) -> StyleScore:
-    """Answers sampled as in a chat: greedy ones would show which style is likelier, not how likely it is."""
+) -> dict[str, float]:
+    """The shares of answers in the style, and of those that are the preferred answer, of so many answers.
+
+    Answers are sampled as in a chat: greedy ones would show which style is likelier, not how likely it is.
+    """
     asked = [Question(request.question, request.answer, "request") for request in requests]
-    results = ask(answerer, asked, sampling=Sampling(temperature=temperature), seed=seed)
+    results = ask(answerer, asked, Sampling(temperature=temperature), seed)
     styled = sum(in_style(result.reply, request) for result, request in zip(results, requests, strict=True))
-    return StyleScore(styled / len(requests), sum(result.correct for result in results) / len(requests), len(requests))
+    exact = sum(result.correct for result in results)
+    return {"preferred": styled / len(requests), "exact": exact / len(requests), "answers": len(requests)}
 
 
 def style(
@@ -85,9 +80,9 @@ def style(
         raise UserError(f"--temperature {temperature}: must be at least 0")
     score = score_style(Answerer.open(ckpt, device, dtype, lora), read_polite_requests(Path(file)), temperature, seed)
     if json:
-        print(json_text(asdict(score)))
-        return
-    print(f"{score.preferred:.1%} of {score.answers} answers in the preferred style, {score.exact:.1%} to the letter")
+        print(json_text(score))
+    else:
+        print("{preferred:.1%} of {answers} answers in the preferred style, {exact:.1%} to the letter".format(**score))
 
 
 if __name__ == "__main__":

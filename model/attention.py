@@ -23,11 +23,6 @@ class AttentionMask:
     segment_ids: Tensor | None = None
     padding: Tensor | None = None
 
-    @staticmethod
-    def within_segments(segment_ids: Tensor) -> AttentionMask:
-        """Causal within a segment, nothing across. segment_ids: (batch, time)."""
-        return AttentionMask(segment_ids=segment_ids)
-
     @property
     def plain(self) -> bool:
         """Return whether each position sees all that came before."""

@@ -17,7 +17,7 @@ class Cache(Protocol):
     """What a forward pass asks of the positions before its own.
 
     Attributes:
-        decoding: nothing is learnt from the pass, so attention may read the latents without expanding them.
+        decoding: without gradients, so attention may read the latents without expanding them.
         counts_loads: the tokens of the pass count in the experts' loads.
     """
 
@@ -40,8 +40,7 @@ class LatentCache:
     Ordinary multi-head attention would cache heads * (qk + v) numbers.
 
     Args:
-        config: the model's; the MTP layers get a cache too when `mtp` is set.
-        batch: rows; max_length: positions allocated at once.
+        batch: rows; max_length: positions allocated at once; mtp: for the MTP layers too.
         padding: (batch,) number of left-padding positions of each row, or None.
     """
 
@@ -60,7 +59,7 @@ class LatentCache:
         layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.latents = torch.zeros(layers, batch, max_length, width, dtype=dtype, device=device)
-        self.lengths = [0] * layers
+        self.device, self.lengths = self.latents.device, [0] * layers
         self.padding = None if padding is None else padding.long()
 
     @property
@@ -72,13 +71,9 @@ class LatentCache:
     def max_length(self) -> int:
         return self.latents.shape[2]
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Of all layers, for one position of one row."""
-        return self.latents.shape[0] * self.latents.shape[3] * self.latents.element_size()
-
     def begin(self, batch: int, time: int) -> Tensor:
-        return _unpadded(torch.arange(self.length, self.length + time, device=self.latents.device), self.padding)
+        places = torch.arange(self.length, self.length + time, device=self.device)  # counted from a row's first token
+        return places[None] if self.padding is None else (places - self.padding[:, None]).clamp(min=0)
 
     def mask(self, time: int) -> AttentionMask:
         if self.padding is None:
@@ -126,11 +121,8 @@ class LatentCache:
 class SlotCache(LatentCache):
     """Sequences of different lengths, each in a slot of its own from position 0: for `model.decoding.engine`.
 
-    The slots in use are the first ones, in the order of the rows of a pass. Further rows, which fill a batch up, leave
-    nothing behind.
+    The slots in use are the first ones, in the order of a pass's rows; further rows, which fill it up, leave nothing.
 
-    Args:
-        slots: sequences at once; max_length: most positions of one.
     Attributes:
         used: slots in use; held: (slots,) int64 on the host, positions that each of them holds.
     """
@@ -184,8 +176,7 @@ class SlotCache(LatentCache):
 class StaticCache(LatentCache):
     """A latent cache that continues a filled one, in its memory, by steps of one position and of one shape.
 
-    Where the position is, is a tensor: a CUDA graph can repeat a step. Every step attends to all positions allocated,
-    those not yet written behind a mask.
+    The position is a tensor, so a CUDA graph can repeat a step; positions not yet written are behind a mask.
     """
 
     def __init__(self, filled: LatentCache) -> None:
@@ -207,28 +198,19 @@ class StaticCache(LatentCache):
         return self.latents[layer]
 
 
-class PromptLatents:
+class PromptLatents(LatentCache):
     """The latents of prompts that several rows continue: a cache for training, through which gradients flow.
 
     `model(prompt_ids, cache=prompts)` fills it; `model(ids, cache=prompts.continued(of))` reads rows that continue the
-    prompts `of`. A prompt is computed once, however many completions it has.
-
-    Args:
-        padding: (prompts,) number of left-padding positions of each.
+    prompts `of`. A prompt is computed once, however many completions it has. padding: (prompts,) as in `LatentCache`.
     """
 
     decoding, counts_loads = False, False
     length = 0
 
     def __init__(self, padding: Tensor) -> None:
-        self.padding = padding
+        self.padding, self.device = padding, padding.device
         self.latents: dict[int, Tensor] = {}
-
-    def begin(self, batch: int, time: int) -> Tensor:
-        return _unpadded(torch.arange(self.length, self.length + time, device=self.padding.device), self.padding)
-
-    def mask(self, time: int) -> AttentionMask:
-        return AttentionMask.left_padded(time, self.length + time, self.padding)
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
         self.latents[layer] = latent_BTC
@@ -236,31 +218,22 @@ class PromptLatents:
 
     def continued(self, of: Tensor) -> ContinuedLatents:
         """of: (rows,) which prompt each row continues."""
-        return ContinuedLatents(self.latents, self.padding, of)
+        return ContinuedLatents(self, of)
 
 
 class ContinuedLatents(PromptLatents):
     """What rows that continue prompts see of them."""
 
-    def __init__(self, latents: dict[int, Tensor], padding: Tensor, of: Tensor) -> None:
-        self.latents, self.of = latents, of
-        self.padding = padding[of]
-        self.length = latents[0].shape[1]
+    def __init__(self, prompts: PromptLatents, of: Tensor) -> None:
+        super().__init__(prompts.padding[of])
+        self.latents, self.of, self.length = prompts.latents, of, prompts.latents[0].shape[1]
 
     def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
         return torch.cat((self.latents[layer].index_select(0, self.of), latent_BTC), dim=1)
 
 
-def _unpadded(positions_T: Tensor, padding_B: Tensor | None) -> Tensor:
-    """(batch or 1, time): positions counted from the first token of each row."""
-    return positions_T[None] if padding_B is None else (positions_T - padding_B[:, None]).clamp(min=0)
-
-
 def cache_dtype(model: nn.Module) -> torch.dtype:
-    """Return what a cache should hold: the type that the network computes in, under autocast or without.
-
-    On CPU the type of the weights: decoding computes with them as they are.
-    """
+    """Return what a cache should hold: the type that the network computes in; on CPU that of the weights."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" and torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)

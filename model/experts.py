@@ -1,8 +1,7 @@
 """The routed experts (DeepSeek-V3 section 2.1.2): plan, dispatch, products, combine. No token is dropped.
 
-A token meets K of E experts. The N * K choices are sorted by expert, so that each expert's tokens are rows that follow
-each other, and its products are large; what it made of them is summed again for each token. On CUDA no step waits for
-the host.
+The N * K choices are sorted by expert, so that each expert's tokens are neighbouring rows, and its products are large;
+what it made of them is summed again for each token. On CUDA no step waits for the host.
 
 Shapes: N tokens, K experts a token, E experts, D hidden, I intermediate, R rows sorted by expert, padding included.
 """
@@ -17,18 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model.kernels.fused import weighted_swiglu
 from model.kernels.grouped import GradBuffer
-from model.ops import (
-    autocast,
-    expert_rows,
-    gather_sum,
-    grouped_linear,
-    padded_rows,
-    row_block,
-    row_tile,
-    run_experts,
-    weighted_swiglu,
-)
+from model.ops import autocast, expert_rows, gather_sum, grouped_linear, padded_rows, row_block, row_tile, run_experts
 
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
 
@@ -67,9 +57,7 @@ class Experts(nn.Module):
         """
         return run_experts(self, autocast(x_ND), weights_NK, indices_NK, corrections)
 
-    def dispatched(
-        self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping[str, LowRank]
-    ) -> Tensor:
+    def dispatched(self, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping) -> Tensor:
         """Plan, products, combine."""
         plan = Plan.of(indices_NK, self.gate_up_proj.shape[0], row_tile(self, x_ND, corrections))
         weights_R = Permute.apply(weights_NK.flatten(), plan.choice_of_row, plan.row_of_choice.flatten())
@@ -114,7 +102,8 @@ class Plan:
         tokens, top_k = indices_NK.shape
         expert_of_choice = indices_NK.flatten()
         sorted_experts, order = expert_of_choice.sort(stable=True)
-        counts = count_choices(expert_of_choice, experts)
+        counts = torch.zeros(experts, dtype=torch.int64, device=order.device)
+        counts.scatter_add_(0, expert_of_choice, torch.ones_like(order))  # bincount would wait for the device
         padded, rows = padded_rows(counts, tokens * top_k, block or row_block(indices_NK, experts))
         ends = padded.cumsum(0)
         first_row, first_sorted = ends - padded, counts.cumsum(0) - counts
@@ -122,12 +111,6 @@ class Plan:
         row_of_choice = torch.empty_like(expert_of_choice).scatter_(0, order, row_of_sorted)
         choice_of_row = torch.zeros(rows, dtype=order.dtype, device=order.device).scatter_(0, row_of_sorted, order)
         return Plan(counts, ends.int(), choice_of_row // top_k, choice_of_row, row_of_choice.view(tokens, top_k))
-
-
-def count_choices(indices: Tensor, experts: int) -> Tensor:
-    """Count how often each expert was chosen, (E,) int64; unlike bincount, without a host round trip."""
-    flat = indices.flatten()
-    return torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 class Dispatch(torch.autograd.Function):

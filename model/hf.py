@@ -12,8 +12,7 @@ from pathlib import Path
 
 from errors import UserError, command_line
 from model.checkpoint.gguf_export import export_gguf
-from model.checkpoint.hf_import import import_folder
-from model.checkpoint.vllm_export import export_vllm_cpu
+from model.checkpoint.hf_import import export_vllm_cpu, import_folder
 
 
 def main() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.attention import AttentionMask
-from model.cache import Cache
 from model.layer import DecoderLayer
 from model.moe import Routing
 from model.norm import RMSNorm
@@ -42,22 +41,13 @@ class MTPLayer(DecoderLayer):
         """Eq. 21. The released weights expect [embedding ; hidden]; the paper prints the other order."""
         return self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1))
 
-    def forward(
-        self,
-        hidden_BTD: Tensor,
-        embedding_BTD: Tensor,
-        rope: Tensor,
-        attention_mask: AttentionMask,
-        cache: Cache | None = None,
-        token_mask_BT: Tensor | None = None,
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, *others: Any) -> tuple[Tensor, Routing | None]:
         """Return the state for the next depth (before `shared_head.norm`), (batch, time, hidden), and the routing.
 
-        Args:
-            hidden_BTD: the state of depth k-1, before its final norm.
-            embedding_BTD: the embedding of the token k places further on.
+        hidden: the state of depth k-1, before its final norm; embedding: of the token k places further on; the others
+        as in `DecoderLayer.forward`.
         """
-        return super().forward(self.join(hidden_BTD, embedding_BTD), rope, attention_mask, cache, token_mask_BT)
+        return super().forward(self.join(hidden_BTD, embedding_BTD), *others)
 
 
 class MTPOutput(NamedTuple):
@@ -72,10 +62,9 @@ class MTPChain(nn.ModuleList):
     """The depths 1 .. D over the tokens at hand, and the last one unrolled further.
 
     Beyond D the last layer can continue from its own state: for position u it joins its state of u-1, in place of depth
-    D-1's state of u, which needs a token that is not yet known, with token u+D, and predicts u+D+1. The paper has a
-    layer of its own for each further token; sharing one is what EAGLE (Li et al. 2024) does, and what serving engines
-    do with the one MTP layer of the released weights. A layer that has met its own states in training, over the latents
-    that it will then see (EAGLE-3, Li et al. 2025), drafts further tokens better.
+    D-1's of u, which needs a token not yet known, with token u+D, and predicts u+D+1. The paper has a layer for each
+    further token; sharing one is what EAGLE (Li et al. 2024) does, and serving engines with the released weights. A
+    layer that has met its own states in training (EAGLE-3, Li et al. 2025) drafts further tokens better.
     """
 
     def forward(
@@ -88,12 +77,9 @@ class MTPChain(nn.ModuleList):
         steps: int,
         run: Callable[..., tuple[Tensor, Routing | None]] = lambda layer, *inputs: layer(*inputs),
     ) -> MTPOutput:
-        """Run every depth, and the last one for `steps` in all, the second and later ones on its own state.
+        """Run every depth, and the last one for `steps` in all; the later ones do not count in the experts' loads.
 
-        Args:
-            state: (batch, time, hidden) of the main model, before its final norm; embedding: the tokens', as wide.
-            steps: the later ones are not counted in the experts' loads.
-            run: calls a layer; recomputation of activations comes in here.
+        state: (batch, time, hidden) of the main model, before its final norm; run: calls a layer.
         """
         batch, time, _ = embedding.shape
         places = torch.arange(time, device=embedding.device)
@@ -117,14 +103,10 @@ class MTPChain(nn.ModuleList):
 
 
 class UnrolledMTPStep:
-    """One step of the last MTP layer in training on its own state, as `model.decoding.speculative` chains it.
+    """Step j = 1, 2, ... of the last MTP layer in training on its own state, as `model.decoding.speculative` chains it.
 
     Step 1 is the layer's ordinary pass. In step j, position u stands for a draft whose chain began at u - (j-1): of the
     positions up to there the layer sees the latents of step 1, then of each following one that of the next step.
-
-    Args:
-        latents: of the steps before; this one's are added to it.
-        step: j, from 1.
     """
 
     decoding, counts_loads = False, True

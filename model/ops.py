@@ -47,11 +47,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return fused.SwiGLU.apply(None, gate, up)
 
 
-def weighted_swiglu(gate_up_R2I: Tensor, weight_R: Tensor) -> Tensor:
-    """silu(gate) * up * weight for [gate | up] = gate_up, keeping nothing else for the backward pass."""
-    return fused.weighted_swiglu(gate_up_R2I, weight_R)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: (..., in) -> (..., out)."""
     if not products.fits(x, weight, bias):
@@ -105,13 +100,7 @@ def causal_attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> Tensor:
-    """softmax(q k^T * scale) v.
-
-    Args:
-        q, k: (batch, time, heads, qk); v: (batch, time, heads, value).
-    Returns:
-        (batch, time, heads, value)
-    """
+    """softmax(q k^T * scale) v. q, k: (batch, time, heads, qk); v: (batch, time, heads, value), as the result is."""
     value_size, sizes = v.shape[-1], (q.shape[1], k.shape[1], q.device)
     if q.device.type == "cpu" and q.shape[1] <= attention.LONGEST_CHUNKED:
         # Causality alone needs no mask where the softmax knows of it.
@@ -189,18 +178,18 @@ def _in_turn(module: Experts, x_ND: Tensor, corrections: Mapping) -> bool:
     return plain and x_ND.device.type == "cpu" and not torch.is_grad_enabled()
 
 
+def row_tile(module: Experts, x_ND: Tensor, corrections: Mapping) -> int | None:
+    """The block that rows are padded to where one call computes all experts, whatever their number; else None."""
+    suits = grouped.suits(x_ND, module.gate_up_proj, module.down_proj)
+    return grouped.TILE if suits and not _in_turn(module, x_ND, corrections) else None
+
+
 def row_block(indices_NK: Tensor, experts: int) -> int:
-    """Choose the block that each expert's rows are padded to: little of its share is wasted, and few shapes occur."""
+    """The block elsewhere: little of each expert's share is wasted, and few shapes occur."""
     if indices_NK.is_cuda:
         return SMALL_ROW_BLOCK
     mean_rows, smallest = indices_NK.numel() / experts, SMALL_ROW_BLOCK if len(indices_NK) > 1 else 1
     return next((block for block in ROW_BLOCKS if mean_rows >= 4 * block), smallest)
-
-
-def row_tile(module: Experts, x_ND: Tensor, corrections: Mapping) -> int | None:
-    """The same where all experts' products are one call, which takes any number of tiles; else None."""
-    suits = grouped.suits(x_ND, module.gate_up_proj, module.down_proj)
-    return grouped.TILE if suits and not _in_turn(module, x_ND, corrections) else None
 
 
 def padded_rows(counts_E: Tensor, choices: int, block: int) -> tuple[Tensor, int]:
@@ -262,10 +251,7 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]
 
 
 def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, time: int, compiled: bool = False) -> str:
-    """Say in one line which kernels a model's attention and experts take in training on this machine.
-
-    dtype: of the products; time: positions of a row; compiled: by torch.compile.
-    """
+    """Say in one line which kernels training takes here. time: positions of a row; compiled: by torch.compile."""
     heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     q = torch.empty(1, 16, heads, nope + rope, dtype=dtype, device=device)  # no rule depends on how many positions
     if device.type == "cpu":
@@ -273,17 +259,10 @@ def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, ti
         isolated = "chunks of queries" if time <= attention.LONGEST_CHUNKED else SDPA
         whole = "causal.c" if not compiled and causal.fits(q, kv, k_rope) else isolated
     else:
-        whole, isolated = (_cuda_attention(q, config.v_head_dim, segments) for segments in (False, True))
+        whole, isolated = (attention.report(q, config.v_head_dim, segments) for segments in (False, True))
     report = f"attention by {whole}" + ("" if isolated == whole else f", of isolated samples by {isolated}")
     if device.type == "cpu" or not config.is_moe_layer(config.num_hidden_layers - 1):
         return report
     if grouped.without_host(dtype, device):
         return f"{report}; experts by grouped_mm"
     return f"{report}; experts one by one, waiting for the device (in one launch: bf16 on sm90 and sm100)"
-
-
-def _cuda_attention(q_BTHQ: Tensor, value_size: int, isolated: bool) -> str:
-    kernel = attention.cuda_kernel(q_BTHQ, value_size, plain=not isolated, isolated=isolated)
-    if kernel == FLASH_ATTN:
-        return f"{FLASH_ATTN} {attention.flash_attention().__version__}"
-    return f"{SDPA} ({attention.sdpa_backend(q_BTHQ, value_size, isolated)})" if kernel == SDPA else kernel

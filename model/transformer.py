@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,11 +66,7 @@ class Backbone(nn.Module):
 
 
 class MiniDeepSeek(nn.Module):
-    """DeepSeek-V3 as a plain module: `MiniDeepSeek(config)(input_ids).logits`.
-
-    Args:
-        config: the hyperparameters; weights start from a normal distribution of std `config.initializer_range`.
-    """
+    """DeepSeek-V3 as a plain module: `MiniDeepSeek(config)(input_ids).logits`. Weights start as the config says."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -141,15 +136,9 @@ class MiniDeepSeek(nn.Module):
         return generate(self, input_ids, **options)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        adapt: Callable[[LMConfig], LMConfig] = lambda config: config,
-    ) -> MiniDeepSeek:
+    def from_pretrained(cls, folder: str | Path, *options: Any, **named: Any) -> MiniDeepSeek:
         """Open a Hugging Face folder of a `deepseek_v3` model; see `model.checkpoint.folder.load_pretrained`."""
-        return load_pretrained(cls, folder, dtype, device, adapt)
+        return load_pretrained(cls, folder, *options, **named)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, the weights and generation_config.json; see `model.checkpoint.folder.save_pretrained`."""

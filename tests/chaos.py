@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from victim import Command, Victim, differences, prepare, stage_command, wait_until
+from victim import ProcessTree, Script, differences, prepare, stage_command, wait_until
 
 from errors import UserError, command_line
 
@@ -52,7 +52,7 @@ class Score:
 class Attack:
     """Kills of one stage on one number of ranks."""
 
-    def __init__(self, command: Command, folder: Path, seed: str) -> None:
+    def __init__(self, command: Script, folder: Path, seed: str) -> None:
         self.command, self.folder = command, folder
         self.random = random.Random(seed)
         self.kills = self.in_saves = 0
@@ -100,7 +100,7 @@ class Attack:
         self._finish(victim)
         return False
 
-    def _finish(self, victim: Victim) -> None:
+    def _finish(self, victim: ProcessTree) -> None:
         if victim.wait(LIMIT) != 0:
             raise UserError(f"a run failed by itself with code {victim.code}:\n{victim.output()[-3000:]}")
 

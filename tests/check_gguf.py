@@ -28,7 +28,7 @@ from model.norm import RMSNorm
 from text.chats.chat_template import Message, encode_chat
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-F32 = 0  # ggml's number of the type: llama.cpp keeps latents in f16 unless it is told
+F32 = 0  # ggml's number of the type: llama.cpp stores latents in f16 by default
 TEXTS = [
     "你好，世界！今天是2024年10月1日，星期二。",
     "The quick brown fox isn't here; we'll see THEY'RE late, he'd say.",
@@ -115,15 +115,8 @@ def opened(file: Path) -> object:
 
 def logits_differ(name: str, changes: dict, tokenizer: Tokenizer, folder: Path) -> bool:
     """Whether a small model with random weights, norms and router biases gives other logits over 200 random tokens."""
-    torch.manual_seed(0)
     changes = {**changes, **({"vocab_size": tokenizer.vocab_size + 7} if "vocab_size" in changes else {})}
-    model = MiniDeepSeek(LMConfig(**{"vocab_size": tokenizer.vocab_size, **SMALL, **changes})).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.uniform_(0.5, 1.5)
-        for router in model.routers():
-            router.e_score_correction_bias.uniform_(-0.3, 0.3)
+    model = random_model({"vocab_size": tokenizer.vocab_size, **SMALL, **changes})
     model.save_pretrained(folder)
     tokenizer.save(folder)
     with redirect_stdout(None), redirect_stderr(None):
@@ -137,6 +130,19 @@ def logits_differ(name: str, changes: dict, tokenizer: Tokenizer, folder: Path) 
     theirs.close()
     print(f"{name}: logits differ by at most {difference:.2g} where their deviation is {logits.std():.2g}")
     return not difference < 1e-4 * logits.std()
+
+
+def random_model(sizes: dict) -> MiniDeepSeek:
+    """A model of random weights, norms and router biases."""
+    torch.manual_seed(0)
+    model = MiniDeepSeek(LMConfig(**sizes)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.uniform_(0.5, 1.5)
+        for router in model.routers():
+            router.e_score_correction_bias.uniform_(-0.3, 0.3)
+    return model
 
 
 def tokens_differ(theirs: object, tokenizer: Tokenizer, random_texts: int) -> bool:

@@ -1,4 +1,4 @@
-"""eval/run.py with lm-eval: what it measures is written and goes on where it was stopped, for models of any make.
+"""eval/run.py with lm-eval: what it measures is written and resumes where it was stopped, for models of any make.
 
 pytest tests/check_harness.py, as `make check-lm-eval` does: lm-eval is not among the requirements of the other tests.
 """

@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from check_gguf import QUESTIONS, SMALL
+from check_gguf import QUESTIONS, SMALL, random_model
 
 from cli import call
 from errors import UserError, command_line
-from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.checkpoint.vllm_export import export_vllm_cpu
-from model.norm import RMSNorm
+from model.checkpoint.hf_import import export_vllm_cpu
 from text.chats.chat_template import encode_chat
 from text.tokenizer import Tokenizer
 
@@ -97,26 +95,13 @@ def of_random_weights(folder: Path) -> list[Case]:
     for mtp in (0, 1):
         end = "with MTP layer" if mtp else "without MTP layer"
         small, released = folder / f"small {end}", folder / f"released sizes {end}"
-        write_random({**UNTIED, "num_nextn_predict_layers": mtp}, folder / f"plain {end}")
+        random_model({**UNTIED, "num_nextn_predict_layers": mtp}).save_pretrained(folder / f"plain {end}")
         export_vllm_cpu(folder / f"plain {end}", small)
-        write_random({**RELEASED_SIZES, "num_nextn_predict_layers": mtp}, released)
+        random_model({**RELEASED_SIZES, "num_nextn_predict_layers": mtp}).save_pretrained(released)
         prompts = [torch.randint(13, 600, (length,)).tolist() for length in (1, 7, 60, 200)]
         cases.append(Case(f"small, untied, {end}", small, prompts, EXPANDED))
         cases.append(Case(f"released head sizes, YaRN, groups, {end}", released, prompts))
     return cases
-
-
-def write_random(sizes: dict, folder: Path) -> None:
-    """A model of random weights, norms and router biases."""
-    torch.manual_seed(0)
-    model = MiniDeepSeek(LMConfig(**sizes))
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.uniform_(0.5, 1.5)
-        for router in model.routers():
-            router.e_score_correction_bias.uniform_(-0.3, 0.3)
-    model.save_pretrained(folder)
 
 
 def differs(case: Case, vllm: str, folder: Path) -> bool:

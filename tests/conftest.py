@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import inspect
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +23,7 @@ from toy_stage import Maker
 import pretrain
 import training.machine
 import training.trainer
+from cli import call
 from errors import command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -129,6 +132,33 @@ def tiny_model(tiny_config) -> Callable[..., MiniDeepSeek]:
     return make
 
 
+@pytest.fixture
+def their_model(tiny_config, transformers) -> Callable[..., nn.Module]:
+    """`their_model(**changes)`: a DeepseekV3ForCausalLM with random norms, biases and router biases in +-0.3."""
+
+    def make(**changes: Any) -> nn.Module:
+        torch.manual_seed(1)
+        rope = changes.pop("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
+        fields = {**vars(tiny_config(num_nextn_predict_layers=0)), **changes}
+        del fields["rope_theta"], fields["rope_scaling"]
+        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**fields, rope_parameters=rope)).eval()
+        with torch.no_grad():
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                if "norm" in name:
+                    tensor.uniform_(0.5, 1.5)
+                elif name.endswith((".bias", "e_score_correction_bias")):
+                    tensor.uniform_(-0.3, 0.3)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor claims to be on CUDA: the branch that a GPU would take, in the CPU's memory."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+
+
 class Run(NamedTuple):
     """What a script left: its exit code and what it printed."""
 
@@ -158,6 +188,41 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., Run]:
         return Run(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """The reference implementation, whose import takes seconds."""
+    import transformers
+
+    return transformers
+
+
+@pytest.fixture
+def open_silently(transformers, caplog, monkeypatch) -> Callable[[Path], nn.Module]:
+    """`open_silently(folder)`: a folder in transformers, where every weight has its place and nothing is reported."""
+
+    def opened(folder: Path) -> nn.Module:
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        with caplog.at_level(logging.WARNING, logger="transformers"):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()) and not caplog.records
+        return model.eval()
+
+    return opened
+
+
+@pytest.fixture
+def script(run) -> Callable[..., Run]:
+    """`script(function, *arguments)`: `run` for a script of eval/, whose last line calls the function."""
+
+    def script(function: Callable[..., None], *arguments: object) -> Run:
+        def main() -> None:
+            call(function, "")
+
+        return run(main, *arguments)
+
+    return script
 
 
 @pytest.fixture(scope="session")
@@ -211,6 +276,14 @@ def pretrained(once, pretrain_arguments: list[str]) -> Path:
         assert call_main(pretrain.main, *pretrain_arguments, "--out", folder / "pretrain", "--max_steps", 40) == 0
 
     return once("stages", make) / "pretrain"
+
+
+@pytest.fixture(scope="session")
+def answerer(pretrained: Path) -> Any:
+    """What answers with the checkpoint of `pretrained`, in float32."""
+    from eval.answering import Answerer
+
+    return Answerer.open(str(pretrained / "final"), "cpu", "fp32")
 
 
 @pytest.fixture

@@ -278,7 +278,7 @@ def main() -> None:
     with (
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
-        patch("training.machine.machine_peak", lambda *_: 1e15),
+        patch("training.trainer.machine_peak", lambda *_: 1e15),
         patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
         patch.object(Tensor, "pin_memory", lambda self: self),
         patch.object(torch.nn.Module, "to", lambda self, *_, **__: self),  # all is made where it stays

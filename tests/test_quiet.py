@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,27 @@ def imported(body: list[ast.stmt]) -> list[str]:
     return names
 
 
+@cache
+def imports_of(path: Path) -> tuple[set[Path], set[str]]:
+    """The files of the project, and the names of other packages."""
+    files, others = set(), set()
+    for name in imported(ast.parse(path.read_text(encoding="utf8")).body):
+        place = ROOT.joinpath(*name.split("."))
+        found = {file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()}
+        files |= found
+        others |= set() if found else {name.split(".")[0]}
+    return files, others
+
+
 def closure(script: str) -> set[str]:
-    """All that importing a script imports, files of the project and names of other packages."""
-    found, todo = set(), [ROOT / script]
+    """The packages that importing a script imports, itself or through files of the project."""
+    seen, packages, todo = set(), set(), {ROOT / script}
     while todo:
-        path = todo.pop()
-        for name in imported(ast.parse(path.read_text(encoding="utf8")).body):
-            place = ROOT.joinpath(*name.split("."))
-            files = [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
-            todo += [file for file in files if str(file) not in found]
-            found |= {str(file) for file in files} or {name.split(".")[0]}
-    return found
+        files, others = imports_of(path := todo.pop())
+        seen.add(path)
+        todo |= files - seen
+        packages |= others
+    return packages
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

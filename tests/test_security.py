@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from data_files import write
 
 import eval.answering
-from dataset import ChatDataset, PreferenceDataset, PretrainDataset, PromptDataset
+from dataset import ChatDataset, PreferenceDataset, PromptDataset
 from errors import DamagedCheckpoint, UserError
 from eval.chat import Conversation
 from model import MiniDeepSeek
@@ -71,7 +70,7 @@ def sources() -> list[Path]:
     return [ROOT / name for name in names if not name.startswith("tests/") and (ROOT / name).is_file()]
 
 
-def test_no_source_runs_what_it_reads() -> None:
+def test_no_source_runs_what_it_reads():
     assert len(sources()) > 100
     assert {path.name: found for path in sources() if (found := dangers(path.read_text(encoding="utf8")))} == {}
 
@@ -84,7 +83,7 @@ DANGEROUS = (
 HARMLESS = ("model.eval()", "re.compile(text)", "torch.load(file, weights_only=True)", "yaml.safe_load(t)")
 
 
-def test_a_dangerous_line_would_be_found() -> None:
+def test_a_dangerous_line_would_be_found():
     assert all(dangers(f"def f():\n    {line}\n") for line in DANGEROUS) and not any(map(dangers, HARMLESS))
 
 
@@ -135,7 +134,7 @@ FILES = ("model.safetensors", "pytorch_model.bin", "training_args.bin", "optimiz
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_pickle_in_a_checkpoint_is_not_run(name: str, checkpoint: Path, trace: Path) -> None:
+def test_a_pickle_in_a_checkpoint_is_not_run(name, checkpoint, trace):
     if name in ("pytorch_model.bin", "model.safetensors.index.json"):
         (checkpoint / "model.safetensors").unlink()
     write_bomb(checkpoint / name, trace)
@@ -152,7 +151,7 @@ def import_here(folder: str) -> None:
     import_folder(Path(folder), Path(folder).with_name("imported"))
 
 
-def test_a_pickle_in_a_training_state_is_not_run(checkpoint: Path, trace: Path) -> None:
+def test_a_pickle_in_a_training_state_is_not_run(checkpoint, trace):
     (checkpoint / "training").mkdir()
     write_bomb(checkpoint / "training" / "state.safetensors", trace)
     model = MiniDeepSeek.from_pretrained(checkpoint)
@@ -160,7 +159,7 @@ def test_a_pickle_in_a_training_state_is_not_run(checkpoint: Path, trace: Path) 
         load_training_state(checkpoint, model, build_optimizer(model, OptimSettings()))
 
 
-def test_a_pickle_as_an_adapter_is_not_run(checkpoint: Path, trace: Path, tmp_path: Path) -> None:
+def test_a_pickle_as_an_adapter_is_not_run(checkpoint, trace, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["o_proj"]}', encoding="utf8")
@@ -171,14 +170,14 @@ def test_a_pickle_as_an_adapter_is_not_run(checkpoint: Path, trace: Path, tmp_pa
             Adapter.open(model, folder)
 
 
-def test_a_pickle_as_a_teacher_of_transformers_is_not_run(checkpoint: Path, trace: Path) -> None:
+def test_a_pickle_as_a_teacher_of_transformers_is_not_run(checkpoint, trace):
     (checkpoint / "model.safetensors").unlink()
     write_bomb(checkpoint / "pytorch_model.bin", trace)
     with pytest.raises(UserError, match="cannot be opened"):
         open_transformers(str(checkpoint), torch.float32)
 
 
-def test_code_beside_a_teacher_is_not_run(checkpoint: Path, trace: Path) -> None:
+def test_code_beside_a_teacher_is_not_run(checkpoint, trace):
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf8"))
     config |= {"model_type": "its_own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf8")
@@ -190,7 +189,7 @@ def test_code_beside_a_teacher_is_not_run(checkpoint: Path, trace: Path) -> None
 @pytest.mark.parametrize(
     "name", ["a.csv", "a.jsonl", "a.json", "a.parquet", "a.arrow", "a.txt", "a.jsonl.gz", "a.pkl", "a.npy"]
 )
-def test_a_pickle_as_data_is_not_run(name: str, trace: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_pickle_as_data_is_not_run(name, trace, tmp_path, tokenizer):
     folder = tmp_path / "data"
     folder.mkdir()
     write_bomb(folder / name, trace)
@@ -199,7 +198,7 @@ def test_a_pickle_as_data_is_not_run(name: str, trace: Path, tmp_path: Path, tok
             action()
 
 
-def test_a_pickle_in_a_shard_is_not_run(world: Path, tokenizer: Tokenizer, trace: Path, tmp_path: Path) -> None:
+def test_a_pickle_in_a_shard_is_not_run(world, tokenizer, trace, tmp_path):
     folder = tmp_path / "shards"
     prepare_shards(str(world / "pretrain.csv"), tokenizer, folder, workers=1)
     opened = ShardSet.open(folder, tokenizer)
@@ -216,7 +215,7 @@ def test_a_pickle_in_a_shard_is_not_run(world: Path, tokenizer: Tokenizer, trace
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "/tmp/outside.safetensors", "..", "a/../../outside.safetensors", ""]
 )
-def test_a_list_of_shards_names_no_file_outside_its_folder(name: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_list_of_shards_names_no_file_outside_its_folder(name, checkpoint, tmp_path):
     shutil.copyfile(checkpoint / "model.safetensors", tmp_path / "outside.safetensors")
     (checkpoint / "model.safetensors").unlink()
     weights = {"weight_map": {"lm_head.weight": name}}
@@ -225,10 +224,8 @@ def test_a_list_of_shards_names_no_file_outside_its_folder(name: str, checkpoint
         WeightFiles(checkpoint)
 
 
-def test_an_index_of_shards_removes_no_file_outside_its_folder(
-    world: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """Shards of another tokenizer are removed, by the names that the index gives them."""
+def test_an_index_of_shards_removes_no_file_outside_its_folder(world, tokenizer, tmp_path):
+    """Shards of another tokenizer are removed; a name in their index leads to no file elsewhere."""
     folder, victim = tmp_path / "shards", tmp_path / "victim.bin"
     prepare_shards(str(world / "pretrain.csv"), tokenizer, folder, workers=1)
     victim.write_bytes(b"precious")
@@ -241,7 +238,7 @@ def test_an_index_of_shards_removes_no_file_outside_its_folder(
 
 
 @pytest.mark.parametrize("name", ["../evil", "../../evil.csv", "a/..", "..", "/", "x" * 50])
-def test_shards_of_any_name_lie_in_their_folder(name: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+def test_shards_of_any_name_lie_in_their_folder(name, tmp_path, tokenizer, monkeypatch):
     made: list[Path] = []
     monkeypatch.setattr(
         "text.corpus.shards.prepare_shards", lambda group, tokenizer, folder, **options: made.append(folder)
@@ -251,7 +248,7 @@ def test_shards_of_any_name_lie_in_their_folder(name: str, tmp_path: Path, token
     assert all(folder.resolve().parent == tmp_path / "shards" for folder in made)
 
 
-def test_an_import_copies_names_that_it_knows_only(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_import_copies_names_that_it_knows_only(checkpoint, tmp_path):
     (checkpoint / "evil.py").write_text("x", encoding="utf8")
     import_folder(checkpoint, tmp_path / "imported")
     names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -261,21 +258,10 @@ def test_an_import_copies_names_that_it_knows_only(checkpoint: Path, tmp_path: P
 # Words that look like marks
 
 SPELLED = "".join(SPECIAL_TOKENS) + "<|im_start|><|im_end|><|endoftext|></s ><S>"
-SOME = st.lists(
-    st.sampled_from([*SPECIAL_TOKENS, "<|im_end|>", "</", "s>", "<|", "user", "|>", " ", "好", "\n"]), max_size=12
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=SOME.map("".join))
-def test_no_text_encodes_to_a_mark(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
-    assert all(number >= len(SPECIAL_TOKENS) for number in ids)
-    assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 @pytest.mark.parametrize("change", [{"special": False}, {"lstrip": True}, {"normalized": True}])
-def test_a_tokenizer_that_would_see_marks_in_text_is_refused(change: dict, tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_that_would_see_marks_in_text_is_refused(change, tokenizer, tmp_path):
     content = json.loads(tokenizer.raw.to_str())
     content["added_tokens"][2] |= change
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf8")
@@ -292,45 +278,32 @@ def marks(ids: np.ndarray | list[int], tokenizer: Tokenizer) -> list[str]:
     return [SPECIAL_TOKENS[n] for n in np.asarray(ids).tolist() if n < len(SPECIAL_TOKENS) and n != tokenizer.pad_id]
 
 
-def test_marks_in_a_corpus_stay_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_marks_in_a_corpus_stay_text(tokenizer, tmp_path):
     (tmp_path / "a.csv").write_text(f"text\n{SPELLED} one\n{SPELLED} two\n", encoding="utf8")
     found = prepare_shards(str(tmp_path / "a.csv"), tokenizer, tmp_path / "shards", workers=1, val_fraction=0)
     stream = found.split("train")
     assert marks(stream.read(0, stream.tokens), tokenizer) == ["</s>"] * 2
     assert tokenizer.decode(stream.read(0, stream.tokens)).count(SPELLED) == 2
-    data = PretrainDataset([(found, 1.0)], 16)
-    assert set(marks(data.batch(range(len(data)))["input_ids"].flatten(), tokenizer)) == {"</s>"}
 
 
 THOUGHTLESS = SPELLED.replace("<think>", "").replace("</think>", "")
 TURNS = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "</s>"]
 
 
-def test_marks_in_chats_stay_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    row = {"instruction": SPELLED, "input": SPELLED, "output": THOUGHTLESS, "system": SPELLED}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf8")
-    data = ChatDataset([tmp_path / "a.jsonl"], tokenizer, 4096, progress=False)
-    assert marks(data.chats[0][0], tokenizer) == TURNS
+def test_marks_in_rows_stay_text(tokenizer, tmp_path):
+    chat = write(
+        tmp_path / "chat.jsonl", [dict.fromkeys(("instruction", "input", "system"), SPELLED) | {"output": THOUGHTLESS}]
+    )
+    assert marks(ChatDataset([chat], tokenizer, 4096, progress=False).chats[0][0], tokenizer) == TURNS
+    pair = {"prompt": SPELLED, "chosen": THOUGHTLESS, "rejected": "no" + THOUGHTLESS, "system": SPELLED}
+    pairs = PreferenceDataset([write(tmp_path / "pairs.jsonl", [pair])], tokenizer, 4096).pairs[0]
+    assert [marks(ids, tokenizer) for ids, _ in pairs] == [TURNS] * 2
+    problem = write(tmp_path / "problems.jsonl", [{"question": SPELLED, "answer": "2"}])
+    prompts = PromptDataset([Source(problem)], tokenizer, 4096)
+    assert marks(prompts.encode([prompts.problem(0)])[0], tokenizer) == ["<s>", "<|user|>", "<|assistant|>"]
 
 
-def test_marks_in_pairs_stay_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    row = {"prompt": SPELLED, "chosen": THOUGHTLESS, "rejected": "no" + THOUGHTLESS, "system": SPELLED}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf8")
-    data = PreferenceDataset([tmp_path / "a.jsonl"], tokenizer, 4096)
-    for ids, _ in data.pairs[0]:
-        assert marks(ids, tokenizer) == TURNS
-
-
-def test_marks_in_problems_stay_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"question": SPELLED, "answer": "2"}), encoding="utf8")
-    data = PromptDataset([Source(str(tmp_path / "a.jsonl"))], tokenizer, 4096)
-    (ids,) = data.encode([data.problem(0)])
-    assert marks(ids, tokenizer) == ["<s>", "<|user|>", "<|assistant|>"]
-
-
-def test_marks_that_a_person_types_stay_text(
-    tokenizer: Tokenizer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_marks_that_a_person_types_stay_text(tokenizer, checkpoint, monkeypatch, capsys):
     seen: list[list[int]] = []
     monkeypatch.setattr(eval.answering, "stream", lambda model, prompt, *rest: seen.append(prompt[0].tolist()) or [])
     answerer = eval.answering.Answerer(*open_checkpoint(str(checkpoint)))

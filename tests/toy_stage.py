@@ -42,7 +42,8 @@ class Rows:
 class Maker:
     """`make(out, dataset, world, model fields, **settings)`: a trainer of a fresh model, validated on 4 rows.
 
-    It is rank 0 of `world`, or the one that `ranks` says.
+    It is rank 0 of `world`, or the one that `ranks` says. by_hand: names of settings that were on the command line; all
+    of them if it is left out.
     """
 
     def __init__(self, folder: Path, tiny_config: Callable[..., LMConfig], tokenizer: Tokenizer) -> None:
@@ -61,7 +62,9 @@ class Maker:
             batch_tokens=ROWS * TIME, micro_tokens=ROWS * TIME, sequence_length=TIME, log_every=1, save_every=0,
             dtype="fp32", bias_speed=0.01, max_steps=4,
         )  # fmt: skip
+        by_hand = changes.pop("by_hand", None)
         settings = NextTokenSettings(out=str(self.folder / out), **{**given, **changes})
+        settings.by_hand = by_hand
         torch.manual_seed(settings.seed)
         config = self.tiny_config(vocab_size=VOCAB, **(model or {}))
         ranks = ranks or Ranks(0, world, torch.device("cpu"))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -50,32 +50,12 @@ CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory", "train_tokens_per_sec
 CLOCKS += ("rollout_seconds", "rollout_tokens_per_second")
 
 
-class Victim(Protocol):
-    """A run as processes. Attributes: code: exit code, None while it runs."""
-
-    code: int | None
-
-    def aim(self) -> None:
-        """Find its processes now, so that a kill is quick."""
-
-    def kill(self) -> bool:
-        """SIGKILL to all of its processes. Returns whether it was still running."""
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit code, once it has ended; None after so many seconds."""
-
-    def output(self) -> str:
-        """What it said."""
-
-
-class Command(Protocol):
-    """Something that trains into a run folder, from the beginning or from where it was left."""
-
-    def start(self, out: Path) -> Victim: ...
-
-
 class ProcessTree:
-    """A command line and all processes that it starts."""
+    """A command line and all processes that it starts. tests/forked.py has others of the same methods.
+
+    `code` is None while it runs; `aim` finds its processes now, so that a kill is quick; `kill` sends SIGKILL to all of
+    them and returns whether it was still running; `wait` returns the exit code, or None after so many seconds.
+    """
 
     def __init__(self, command: list[str]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
@@ -167,7 +147,7 @@ def stage_command(stage: str, base: Path, ranks: int) -> Script:
     return Script(SCRIPTS[stage], tuple(map(str, options)), ranks)
 
 
-def wait_until(true: Callable[[], bool], victim: Victim, seconds: float) -> None:
+def wait_until(true: Callable[[], bool], victim: ProcessTree, seconds: float) -> None:
     """Poll until it is true, the run has ended, or so many seconds are over."""
     end = time.monotonic() + seconds
     while not true() and victim.code is None and time.monotonic() < end:

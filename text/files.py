@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import resource
@@ -17,7 +16,6 @@ import yaml
 from errors import UserError, with_home
 
 LARGEST_YAML = 1 << 20  # bytes
-MOST_VALUES = 100_000  # aliases of aliases repeat a few lines without end
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -39,7 +37,7 @@ def read_yaml(file: Path) -> Any:
     except ValueError as error:  # bytes that are not UTF-8, or NUL in the name
         raise UserError(f"{file}: cannot be read ({error}); write it in UTF-8") from error
     try:
-        return _at_home(yaml.safe_load(text), itertools.count())
+        return _at_home(yaml.safe_load(text))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{file}:{line}: not YAML ({error.problem}); fix it") from error
@@ -70,11 +68,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _at_home(value: Any, values: Iterator[int]) -> Any:
-    if next(values) == MOST_VALUES:
-        raise ValueError(f"more than {MOST_VALUES:,} values, aliases included")
+def _at_home(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _at_home(inner, values) for key, inner in value.items()}
+        return {key: _at_home(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_at_home(inner, values) for inner in value]
+        return [_at_home(inner) for inner in value]
     return with_home(value) if isinstance(value, str) else value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Tokenizer:
         for number, token in enumerate(SPECIAL_TOKENS):
             if raw.token_to_id(token) != number:
                 raise UserError(f"special token {token!r} has id {raw.token_to_id(token)}, not {number}; {OURS}")
-        # This flag is not part of tokenizer.json: it is lost by every copy, file or pickle, and is set again here.
+        # This flag is not part of tokenizer.json: it is set again here.
         raw.encode_special_tokens = True
         raw.no_truncation()
         raw.no_padding()
@@ -70,9 +70,6 @@ class Tokenizer:
             raise UserError(f"{file}: {error}") from error
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{file}: not a tokenizer ({error}); make it again with train_tokenizer.py") from error
-
-    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
-        return _from_json, (self.raw.to_str(),)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, each under a temporary name first."""
@@ -169,10 +166,6 @@ def _problem_with(raw: tokenizers.Tokenizer) -> str:
     if raw.decode(raw.encode(EVERY_BYTE, add_special_tokens=False).ids) != EVERY_BYTE:
         return "text does not come back from its tokens as it was"
     return ""
-
-
-def _from_json(content: str) -> Tokenizer:
-    return Tokenizer(tokenizers.Tokenizer.from_str(content))
 
 
 def characters(text: str) -> str:

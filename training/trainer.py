@@ -122,36 +122,33 @@ class Trainer:
         if self.samples:
             self.samples.begin(self.progress.step)
         log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
-        late = log.take_back() if self.progress.unmeasured else {}
         with self.ranks.watch.listening(self.ranks.say), log:
             self.ranks.watch.show = log.doing
             with suppress(Stopped):  # the step it was in has changed nothing yet
-                if self._measure_first(log, found is None, late):
+                if self._measure_first(log, found is None):
                     self._loop(log, counter)
         self.checkpoints.finish(self.progress, self._end(self.progress))
         if self.ranks.main:
             draw_run(self.out)
         return newest(self.out) or self.out
 
-    def _measure_first(self, log: RunLog, fresh: bool, late: dict[str, Any]) -> bool:
-        """Validate before a fresh run's first step, or after a step whose validation a signal prevented.
+    def _measure_first(self, log: RunLog, fresh: bool) -> bool:
+        """Validate before a fresh run's first step, or after a step whose validation a signal cut short.
 
-        late: the log entry of that step. Returns False when a signal came meanwhile: what was cut short says nothing.
+        Returns False when a signal came meanwhile: what was cut short says nothing.
         """
-        validates = fresh and self.validation is not None
+        late, validates = self.progress.late, fresh and self.validation is not None
         if validates:
             self.ranks.say("validating before the first step")
-        measured = self._validate() if validates or self.progress.unmeasured else {}
+        measured = self._validate() if validates or late else {}
         if self.ranks.asked_to_stop():
-            if self.progress.unmeasured:
-                log.write(late)
             return False
         if validates:
             log.write(untrained_entry(measured))
         if fresh and self.samples and self.samples.due(0, validates, False):
             self.samples.write(self.model, 0, partial(log.print, style="dim"))
-        if self.progress.unmeasured:
-            self.progress.unmeasured = False
+        if late:
+            self.progress.late = {}
             log.write({**late, **measured})
             self._judge(measured)
         return True
@@ -185,10 +182,12 @@ class Trainer:
                 entry = step_entry(result, progress, lr, rate, reached / self.peak, memory_used(self.ranks.device))
                 measured = self._validate() if validate and not stop else {}
                 stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
-                log.write(entry if stop else {**entry, **measured})
-                progress.unmeasured = validate and stop
-                if validate and not stop:
-                    self._judge(measured)
+                if stop and validate and self.validation and not progress.finished:
+                    progress.late = entry  # to be logged with its validation on resume
+                else:
+                    log.write(entry if stop else {**entry, **measured})
+                    if validate and not stop:
+                        self._judge(measured)
             else:
                 log.pulse(progress.step)
             validated = validate and self.validation is not None

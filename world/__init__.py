@@ -2,6 +2,6 @@
 
     python -m world --out data/demo [--seed 0] [--scale 1.0]        python -m world --preview
 
-Four in five characters are Chinese. What is held out, and how, is told in `cast.World` (facts), `numbers` and
+Four in five characters are Chinese. What is held out, and how, is explained in `cast.World` (facts), `numbers` and
 `text.chats.arithmetic` (numbers), `words` (classes, opposites) and `cast.reserved` (the rest).
 """

@@ -1,4 +1,4 @@
-"""Who lives in Crescent Town (月牙镇): 40 animals, seven attributes each, dealt anew by every seed."""
+"""Who lives in Crescent Town (月牙镇): 40 animals, seven attributes each, dealt by the seed."""
 
 from __future__ import annotations
 
@@ -120,14 +120,8 @@ class World:
         rng = random.Random(f"{seed}/cast")
         order = list(NAMES)
         rng.shuffle(order)  # neighbours 2i and 2i+1 are best friends
-        deals = {
-            "species": _deal(rng, SPECIES),
-            "colour": _deal(rng, COLOURS),
-            "home": _deal(rng, HOMES),
-            "food": _deal(rng, FOODS),
-            "job": _deal(rng, JOBS),
-            "hobby": _deal(rng, HOBBIES),
-        }
+        values = {"species": SPECIES, "colour": COLOURS, "home": HOMES, "food": FOODS, "job": JOBS, "hobby": HOBBIES}
+        deals = {attribute: _deal(rng, some) for attribute, some in values.items()}
         # Friendship is mutual: to ask one friend would tell the other's answer, so it is not among them.
         may_be_held_out = tuple(deals)
         characters = []
@@ -154,11 +148,9 @@ def companion(rng: random.Random, world: World, hero: Character, language: str =
 
 def roles(language: str, **cast: Character) -> dict[str, str]:
     """Template words of several characters: for a=阿橘, `{a}` is the name and `{a_food}` the favourite food."""
-    slots = {}
-    for role, character in cast.items():
-        slots[role] = character.words[language]["n"]
-        slots.update((f"{role}_{key}", word) for key, word in character.words[language].items())
-    return slots
+    words = {role: character.words[language] for role, character in cast.items()}
+    names = {role: own["n"] for role, own in words.items()}
+    return names | {f"{role}_{key}": word for role, own in words.items() for key, word in own.items()}
 
 
 def _deal(rng: random.Random, values: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
@@ -172,21 +164,12 @@ def _words(name: str, romanised: str, friend: tuple[str, ...], hand: dict[str, t
     species, measure, species_en = hand["species"]
     job, deed, job_en, deed_en = hand["job"]
     he, his = ("he", "his") if i % 2 else ("she", "her")
-    zh = {
-        "n": name,
-        "species": species,
-        "m": measure,
-        "job": job,
-        "deed": deed,
-        "friend": friend[0],
-        "romanised": romanised,
-    }
+    zh = {"n": name, "species": species, "m": measure, "job": job, "deed": deed, "friend": friend[0]}
+    zh["romanised"] = romanised
     en = {"n": romanised, "species": species_en, "job": job_en, "deed": deed_en, "friend": friend[1]}
     for key in ("colour", "home", "food", "hobby"):
         zh[key], en[key] = hand[key]
-    en["kind"] = article(species_en)
-    en["look"] = article(f"{en['colour']} {species_en}")
-    en["a_job"] = article(job_en)
-    en |= {"he": he, "his": his, "He": he.capitalize(), "Colour": en["colour"].capitalize()}
-    en["Hobby"] = en["hobby"].capitalize()
+    en |= {"kind": article(species_en), "look": article(f"{en['colour']} {species_en}"), "a_job": article(job_en)}
+    en |= {"he": he, "his": his, "He": he.capitalize()}
+    en |= {key.capitalize(): en[key].capitalize() for key in ("colour", "hobby")}
     return {"zh": zh, "en": en}

@@ -154,8 +154,7 @@ def held_out_questions(world: World) -> list[dict[str, str]]:
                 exchange = _held_out(rng, world, kind, language, level=1 + len(drawn) % 2)
                 drawn[exchange.question] = exchange
             for i, exchange in enumerate(drawn.values(), start=1):
-                name = f"{kind}-{language}-{i:03d}"
-                rows.append({"id": name, **exchange._asdict()})
+                rows.append({"id": f"{kind}-{language}-{i:03d}", **exchange._asdict()})
     return rows
 
 

@@ -193,9 +193,8 @@ def roll_call(rng: random.Random, world: World, language: str) -> str:
     sentences = []
     for attribute in rng.sample([a for a in ATTRIBUTES if a != "friend"], rng.randint(3, 4)):
         words = rng.choice(world.known(language)).words[language]
-        names = [
-            c.words[language]["n"] for c in world.known(language) if c.words[language][attribute] == words[attribute]
-        ]
+        known = [character.words[language] for character in world.known(language)]
+        names = [own["n"] for own in known if own[attribute] == words[attribute]]
         rng.shuffle(names)
         template = ROLL_CALLS[language][attribute][-1 if len(names) > 1 else 0]
         sentences.append(template.format(names=_listed(names, language), **words))

@@ -103,9 +103,8 @@ def _families(rng: random.Random, world: World, language: str) -> str:
 
 
 def _quiz(rng: random.Random, world: World, language: str) -> str:
-    return _asked(
-        rng, world, [arithmetic(rng, rng.choice(LEVELS), language) for _ in range(rng.randint(2, 4))], language
-    )
+    drawn = [arithmetic(rng, rng.choice(LEVELS), language) for _ in range(rng.randint(2, 4))]
+    return _asked(rng, world, drawn, language)
 
 
 def _columns(rng: random.Random, world: World, language: str) -> str:

@@ -38,12 +38,9 @@ def states_held_out(text: str) -> bool:
     if has_held_out_sum(numbers):
         return True
     for i in range(len(numbers) - 4):
-        step = numbers[i + 1] - numbers[i]
-        if (
-            step > 0
-            and numbers[i : i + 5] == [numbers[i] + k * step for k in range(5)]
-            and held_out_sequence(numbers[i], step)
-        ):
+        first, step = numbers[i], numbers[i + 1] - numbers[i]
+        in_steps = step > 0 and numbers[i : i + 5] == [first + k * step for k in range(5)]
+        if in_steps and held_out_sequence(first, step):
             return True
     for sentence in re.split(r"[。！？；\n.!?;]", text) if re.search("比|大于|小于|larger|smaller", text) else ():
         pair = [int(digits) for digits in re.findall(r"\d+", sentence)]

@@ -70,9 +70,8 @@ def conversation(rng: random.Random, world: World, language: str) -> str:
     name_a, name_b = (c.words[language]["n"] for c in (a, b))
     lines = [name_a + colon + rng.choice(GREETINGS[language]).format_map(a.words[language])]
     told = rng.choice(ATTRIBUTES)
-    lines.append(
-        name_b + colon + rng.choice(GREETINGS[language]).format_map(b.words[language]) + _self(b, told, language)
-    )
+    greeting = rng.choice(GREETINGS[language]).format_map(b.words[language])
+    lines.append(name_b + colon + greeting + _self(b, told, language))
     for speaker, asker in ((a, name_b), (b, name_a)):
         open_ones = [attribute for attribute in speaker.askable() if attribute != told]
         for attribute in rng.sample(open_ones, rng.randint(1, 2)):
@@ -88,9 +87,8 @@ def gossip(rng: random.Random, world: World, language: str) -> str:
     names = [x.words[language]["n"] for x in (a, b, c)]
     facts = [statement(rng, c, attribute, language) for attribute in rng.sample(ATTRIBUTES, 4)]
     if language == "zh":
-        opening = rng.choice(("你听说过{}吗？", "我今天在路上看见了{}。", "说说{}吧。", "我想给{}写一封信。")).format(
-            names[2]
-        )
+        openings = ("你听说过{}吗？", "我今天在路上看见了{}。", "说说{}吧。", "我想给{}写一封信。")
+        opening = rng.choice(openings).format(names[2])
         ending = rng.choice(("你知道的真多！", "我们去看看它吧。", "原来是这样，谢谢你告诉我。"))
         lines = [f"{names[0]}说：“{opening}”", f"{names[1]}说：“{facts[0]}{facts[1]}”"]
         lines += [f"“{rng.choice(REPLIES['zh'])}{facts[2]}”{names[0]}说。", f"{names[1]}想了想，又说：“{facts[3]}”"]
@@ -107,9 +105,8 @@ def letter(rng: random.Random, world: World, language: str) -> str:
     parts.append(statement(rng, c, rng.choice(ATTRIBUTES), language))
     names = [x.words[language]["n"] for x in (a, b)]
     if language == "zh":
-        opening = rng.choice(
-            ("你好！好久不见。", "收到你的信，我很高兴。", "你最近好吗？", "今天天气真好，我想起了你。")
-        )
+        openings = ("你好！好久不见。", "收到你的信，我很高兴。", "你最近好吗？", "今天天气真好，我想起了你。")
+        opening = rng.choice(openings)
         end = rng.choice(("盼望你的回信。", "有空来找我玩吧。", "祝你天天开心！"))
         return f"亲爱的{names[1]}：\n{opening}{''.join(parts)}{end}\n你的朋友{names[0]}"
     opening = rng.choice(("How are you?", "Thank you for your letter.", "The weather is fine today."))
@@ -157,13 +154,12 @@ def two_languages(rng: random.Random, world: World, language: str) -> str:
     character = rng.choice(world.english)
     words = character.words
     head = rng.choice(("{n}的英文名字是{romanised}。", "在英语里，{n}叫做{romanised}。")).format_map(words["zh"])
-    pairs = []
+    lines = [head]
     for attribute in rng.sample(ATTRIBUTES, 3):
-        zh, en = (STATEMENTS[language][attribute][0].format_map(words[language]) for language in ("zh", "en"))
-        pairs.append(
-            rng.choice(("{zh}用英语说就是：{en}", "{zh}（{en}）", "{en} 这句话的意思是：{zh}")).format(zh=zh, en=en)
-        )
-    return head + "\n" + "\n".join(pairs)
+        both = {own: STATEMENTS[own][attribute][0].format_map(words[own]) for own in ("zh", "en")}
+        form = rng.choice(("{zh}用英语说就是：{en}", "{zh}（{en}）", "{en} 这句话的意思是：{zh}"))
+        lines.append(form.format_map(both))
+    return "\n".join(lines)
 
 
 def romanised_names(rng: random.Random, world: World, language: str) -> str:

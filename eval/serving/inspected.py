@@ -53,7 +53,7 @@ class InspectedRun:
         length = len(self.tokens) + request.max_new_tokens + 2
         self.cache = LatentCache(model.config, 1, length, cache_dtype(model), device, mtp=bool(model.mtp))
         self.runner = EagerRunner(model, self.cache)
-        self.chain = DraftChain(model, self.cache, self.runner, Verifier(GREEDY, None), 1) if model.mtp else None
+        self.chain = DraftChain(self.runner, Verifier(GREEDY, None), 1) if model.mtp else None
         self.states: Tensor | None = None
 
     @torch.inference_mode()

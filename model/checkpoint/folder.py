@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -15,15 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import DamagedCheckpoint, waiting
-from LMConfig import LMConfig
+from LMConfig import TOKENS, LMConfig, write_json
 from model.checkpoint.weight_files import WEIGHTS, WeightFiles
+from model.costs import count
 
 if TYPE_CHECKING:
     from model.transformer import MiniDeepSeek
 
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # one weight where config.tie_word_embeddings
-
 MOST_TIMES = 4  # as many weights as the files hold, a network may have before it is built and compared
 
 
@@ -125,12 +124,8 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
         os.fsync(file.fileno())
     os.replace(temporary, folder / WEIGHTS)
     config.save_pretrained(folder)
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "do_sample": False}
-    if config.pad_token_id is not None:
-        generation["pad_token_id"] = config.pad_token_id
-    partial = folder / ".generation_config.json.partial"
-    partial.write_text(json.dumps(generation, ensure_ascii=False, indent=2) + "\n", encoding="utf8")
-    os.replace(partial, folder / "generation_config.json")
+    generation = {name: getattr(config, name) for name in TOKENS if getattr(config, name) is not None}
+    write_json({**generation, "do_sample": False}, folder / "generation_config.json")
 
 
 def load_pretrained(
@@ -148,8 +143,7 @@ def load_pretrained(
         cls: the class of the model; dtype: of the parameters; the router biases stay float32 whatever it is.
         adapt: given the configuration of the folder, returns the one to build; the shapes must be the same.
     Raises:
-        UserError: no such folder, or a config that is not of a DeepSeek-V3.
-        DamagedCheckpoint: weights cut short, missing, superfluous, or of another shape than config.json says.
+        UserError, DamagedCheckpoint: no such folder, not a DeepSeek-V3, or weights that config.json does not describe.
     """
     folder = Path(folder)
     config = LMConfig.from_pretrained(folder)
@@ -162,7 +156,13 @@ def load_pretrained(
             file=sys.stderr,
         )
         config.num_nextn_predict_layers = 0
-    check_size(cls, config, files, folder)
+    costs = count(config)
+    size = costs.total + costs.mtp
+    if size > MOST_TIMES * files.numbers:  # before memory is asked for; of a smaller difference `fill` says more
+        raise DamagedCheckpoint(
+            f"{folder}: config.json describes a network of {size:,} weights, the files hold {files.numbers:,}; "
+            "restore config.json, or use another checkpoint"
+        )
     model = cls(adapt(config))
     try:
         with waiting(f"reading {folder}"):
@@ -170,17 +170,3 @@ def load_pretrained(
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     return model.to(device=device, dtype=dtype)
-
-
-def check_size(cls: type[MiniDeepSeek], config: LMConfig, files: WeightFiles, folder: Path) -> None:
-    """Before memory is asked for: a network many times as large as its weights is not that of these files.
-
-    What is wrong with a smaller difference, `fill` can say better. Raises `DamagedCheckpoint`.
-    """
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in cls(config).parameters())
-    if size > MOST_TIMES * files.numbers:
-        raise DamagedCheckpoint(
-            f"{folder}: config.json describes a network of {size:,} weights, the files hold {files.numbers:,}; "
-            "restore config.json, or use another checkpoint"
-        )

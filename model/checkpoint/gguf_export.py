@@ -13,30 +13,8 @@ from torch import Tensor
 
 from errors import UserError
 from LMConfig import LMConfig
-from model.checkpoint.gguf_tokenizer import PRE_TOKENIZER, GGUFTokenizer
+from model.checkpoint.gguf_tokenizer import read_tokenizer
 from model.transformer import MiniDeepSeek
-
-WHOLE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-OF_A_LAYER = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.q_a_proj.weight": "attn_q_a.weight",
-    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
-    "self_attn.q_b_proj.weight": "attn_q_b.weight",
-    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
-    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "mlp.gate.weight": "ffn_gate_inp.weight",
-    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
-    "mlp.experts.down_proj": "ffn_down_exps.weight",
-    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
-    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
-    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
-}
 
 
 def export_gguf(folder: Path, out: Path, kind: str = "f16") -> None:
@@ -51,18 +29,19 @@ def export_gguf(folder: Path, out: Path, kind: str = "f16") -> None:
     config = LMConfig.from_pretrained(folder)
     if reasons := not_in_llama_cpp(config):
         raise UserError(f"{folder / 'config.json'}: llama.cpp cannot run this model: {'; '.join(reasons)}")
-    tokenizer = GGUFTokenizer.from_folder(folder, config.vocab_size)
+    tokenizer = read_tokenizer(folder, config)
     model = MiniDeepSeek.from_pretrained(folder)
     partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(partial, "deepseek2")
     try:
         add_config(writer, config, gguf)
-        add_tokenizer(writer, tokenizer, config)
+        for method, value in tokenizer.items():
+            getattr(writer, method)(value)
         file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[kind]
         writer.add_file_type(gguf.LlamaFileType[file_type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for name, tensor in gguf_tensors(model):
+        for name, tensor in gguf_tensors(model, gguf):
             numbers = gguf.GGMLQuantizationType[storage(name, tensor, kind).upper()]
             data = gguf.quants.quantize(np.ascontiguousarray(tensor.numpy()), numbers)
             writer.add_tensor(name, data, raw_dtype=numbers)
@@ -149,52 +128,29 @@ def add_config(writer: object, config: LMConfig, gguf: ModuleType) -> None:
         writer.add_rope_scaling_yarn_log_mul(0.1 * yarn["mscale_all_dim"])  # deepseek2 divides by 0.1 when it reads it
 
 
-def add_tokenizer(writer: object, tokenizer: GGUFTokenizer, config: LMConfig) -> None:
-    """Byte-level BPE is GGUF's model "gpt2"."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PRE_TOKENIZER)
-    writer.add_token_list(tokenizer.tokens)
-    writer.add_token_types(tokenizer.kinds)
-    writer.add_token_merges(tokenizer.merges)
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    if config.pad_token_id is not None:
-        writer.add_pad_token_id(config.pad_token_id)
-    if tokenizer.unknown is not None:
-        writer.add_unk_token_id(tokenizer.unknown)
-    writer.add_add_bos_token(tokenizer.add_bos)
-    writer.add_add_eos_token(False)
-    if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def gguf_tensors(model: MiniDeepSeek) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(model: MiniDeepSeek, gguf: ModuleType) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, with the last axis the one that a product runs over."""
     config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        if name.startswith("mtp."):
-            continue
-        if name == "lm_head.weight":
-            if not config.tie_word_embeddings:  # llama.cpp takes the embedding where there is no head
-                yield "output.weight", tensor
-        elif name in WHOLE:
-            yield WHOLE[name], tensor
-        else:
-            _, _, layer, part = name.split(".", 3)
-            for target, matrix in _of_a_layer(part, tensor, config):
-                yield f"blk.{layer}.{target}", matrix
+        if name.startswith("mtp.") or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue  # llama.cpp takes the embedding where there is no head
+        for part, matrix in _parts(name, tensor, config):
+            yield names.get_name(part, try_suffixes=(".weight", ".bias")), matrix
 
 
-def _of_a_layer(part: str, tensor: Tensor, config: LMConfig) -> list[tuple[str, Tensor]]:
-    if part == "self_attn.kv_b_proj.weight":
+def _parts(name: str, tensor: Tensor, config: LMConfig) -> list[tuple[str, Tensor]]:
+    """The tensor under the name that the package gguf knows, or what is apart there."""
+    prefix, _, kind = name.rpartition("experts.")
+    if name.endswith("kv_b_proj.weight"):
         # Absorbed: W^UK goes into the query, so it is stored the other way round; W^UV is applied to the latents' sum.
         sizes = [config.qk_nope_head_dim, config.v_head_dim]
         key, value = tensor.unflatten(0, (config.num_attention_heads, -1)).split(sizes, dim=1)
-        return [("attn_k_b.weight", key.transpose(1, 2)), ("attn_v_b.weight", value)]
-    if part == "mlp.experts.gate_up_proj":
-        gate, up = tensor.chunk(2, dim=1)
-        return [("ffn_gate_exps.weight", gate), ("ffn_up_exps.weight", up)]
-    return [(OF_A_LAYER[part], tensor)]
+        return [(name.replace("kv_b", "k_b"), key.transpose(1, 2)), (name.replace("kv_b", "v_b"), value)]
+    if kind == "gate_up_proj":
+        parts = zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True)
+        return [(f"{prefix}experts.{part}_proj.weight", matrix) for part, matrix in parts]
+    return [(f"{name}.weight" if kind == "down_proj" else name.replace("correction_bias", "correction.bias"), tensor)]
 
 
 def storage(name: str, tensor: Tensor, kind: str) -> str:

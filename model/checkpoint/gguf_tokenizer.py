@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from LMConfig import LMConfig
 
 # llama.cpp does not read a tokenizer's splitting rule, it knows some by name. This is the one it calls "qwen2".
 PRE_TOKENIZER = "qwen2"
@@ -20,64 +20,53 @@ GENERATION_MARK = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
-@dataclass(frozen=True)
-class GGUFTokenizer:
-    """Attributes: tokens, kinds: (vocab,), by id; merges: "left right", by rank; unknown: id of <unk>, if there is one;
-    add_bos: whether llama.cpp is to put <s> before every text; chat_template: Jinja, if there is one.
+def read_tokenizer(folder: Path, config: LMConfig) -> dict[str, Any]:
+    """Read a checkpoint folder's tokenizer: the methods of gguf's writer to call, each with its argument.
+
+    Raises:
+        UserError: no tokenizer, or one that splits text in another way than llama.cpp's "qwen2".
     """
-
-    tokens: list[str]
-    kinds: list[int]
-    merges: list[str]
-    unknown: int | None
-    add_bos: bool
-    chat_template: str | None
-
-    @classmethod
-    def from_folder(cls, folder: Path, vocab_size: int) -> GGUFTokenizer:
-        """Read the tokenizer of a checkpoint folder; ids from its last token to `vocab_size` become unused tokens.
-
-        Raises:
-            UserError: no tokenizer, or one that splits text in another way than llama.cpp's "qwen2".
-        """
-        try:
-            return cls._of(folder, vocab_size)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            path = folder / "tokenizer.json"
-            raise UserError(f"{path}: was not written by this project ({error!r}); restore the file") from error
-
-    @classmethod
-    def _of(cls, folder: Path, vocab_size: int) -> GGUFTokenizer:
+    try:
+        return _methods(folder, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         path = folder / "tokenizer.json"
-        content, settings = _read(path), _read(folder / "tokenizer_config.json")
+        raise UserError(f"{path}: was not written by this project ({error!r}); restore the file") from error
+
+
+def _methods(folder: Path, config: LMConfig) -> dict[str, Any]:
+    path = folder / "tokenizer.json"
+    content, settings = _read(path), _read(folder / "tokenizer_config.json")
+    if not _splits_like_qwen2(content):
         remedy = "convert this folder with llama.cpp's own convert_hf_to_gguf.py"
-        if not _splits_like_qwen2(content):
-            raise UserError(f"{path}: not a tokenizer of train_tokenizer.py, its rules are others; {remedy}")
-        model = content["model"]
-        names = {number: token for token, number in model["vocab"].items()}
-        added = {token["id"]: token for token in content["added_tokens"]}
-        names.update({number: token["content"] for number, token in added.items()})
-        if max(names) >= vocab_size:
-            raise UserError(
-                f"{path}: has {max(names) + 1} tokens, the model {vocab_size}; use the model's own tokenizer"
-            )
-        kinds = {number: CONTROL if token["special"] else USER_DEFINED for number, token in added.items()}
-        template_file = folder / "chat_template.jinja"
-        template = (
-            template_file.read_text(encoding="utf8") if template_file.is_file() else settings.get("chat_template")
-        )
-        found = cls(
-            tokens=[names.get(number, f"[PAD{number}]") for number in range(vocab_size)],
-            kinds=[kinds.get(number, NORMAL if number in names else UNUSED) for number in range(vocab_size)],
-            merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
-            unknown=next((number for number, token in added.items() if token["content"] == "<unk>"), None),
-            add_bos=bool(settings.get("add_bos_token", False)),
-            # The marks around what is learnt mean something to training only, and not every program knows them.
-            chat_template=GENERATION_MARK.sub("", template) if isinstance(template, str) else None,
-        )
-        for text in (*found.tokens, *found.merges, found.chat_template or ""):
-            text.encode()  # raises an error for what is no text, or none that can be written
-        return found
+        raise UserError(f"{path}: not a tokenizer of train_tokenizer.py, its rules are others; {remedy}")
+    model, vocab = content["model"], config.vocab_size
+    names = {number: token for token, number in model["vocab"].items()}
+    added = {token["id"]: token for token in content["added_tokens"]}
+    names.update({number: token["content"] for number, token in added.items()})
+    if max(names) >= vocab:
+        raise UserError(f"{path}: has {max(names) + 1} tokens, the model {vocab}; use the model's own tokenizer")
+    kinds = {number: CONTROL if token["special"] else USER_DEFINED for number, token in added.items()}
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf8") if file.is_file() else settings.get("chat_template")
+    # The marks around what is learnt mean something to training only, and not every program knows them.
+    template = GENERATION_MARK.sub("", template) if isinstance(template, str) else None
+    methods = {
+        "add_tokenizer_model": "gpt2",  # byte-level BPE
+        "add_tokenizer_pre": PRE_TOKENIZER,
+        "add_token_list": [names.get(number, f"[PAD{number}]") for number in range(vocab)],
+        "add_token_types": [kinds.get(number, NORMAL if number in names else UNUSED) for number in range(vocab)],
+        "add_token_merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        "add_bos_token_id": config.bos_token_id,
+        "add_eos_token_id": config.eos_token_id,
+        "add_pad_token_id": config.pad_token_id,
+        "add_unk_token_id": next((n for n, token in added.items() if token["content"] == "<unk>"), None),
+        "add_add_bos_token": bool(settings.get("add_bos_token", False)),
+        "add_add_eos_token": False,
+        "add_chat_template": template,
+    }
+    for text in (*methods["add_token_list"], *methods["add_token_merges"], template or ""):
+        text.encode()  # raises an error for what is no text, or none that can be written
+    return {method: value for method, value in methods.items() if value is not None}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Any `deepseek_v3` folder becomes one of this project's: float32, in one file, with its tokenizer if it has one."""
+"""Any `deepseek_v3` folder becomes one of this project's: float32, in one file, with its tokenizer if it has one.
+
+And a folder becomes one for vLLM's CPU build with `--enforce-eager`; compiled, vLLM opens any folder of this project.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from LMConfig import LMConfig
 from model.transformer import MiniDeepSeek
 
 TOKENIZER_FILES = (
@@ -33,6 +37,22 @@ def import_folder(source: Path, target: Path) -> None:
         print(f"notice: {source}: {foreign}", file=sys.stderr)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{target}: {parameters:,} parameters in float32, {len(model.mtp)} MTP layers")
+
+
+def export_vllm_cpu(source: Path, target: Path) -> None:
+    """Write the checkpoint folder `source` as `target`, with YaRN in its config. Raises as `import_folder` does.
+
+    vLLM's CPU kernel for plain RoPE rotates the queries and keys of MLA wrongly. Under YaRN vLLM rotates in PyTorch,
+    rightly, and YaRN by a factor of 1 is plain RoPE.
+    """
+    config = LMConfig.from_pretrained(source)
+    plain = {
+        "type": "yarn", "factor": 1.0, "original_max_position_embeddings": config.max_position_embeddings,
+        "mscale": 1.0, "mscale_all_dim": 1.0,
+    }  # fmt: skip
+    scaling = config.rope_scaling or plain
+    rewrite_folder(source, target, rope_scaling=scaling)
+    print(f"{target}: for vLLM's CPU build, with YaRN by a factor of {scaling['factor']:g}")
 
 
 def rewrite_folder(source: Path, target: Path, **changes: Any) -> MiniDeepSeek:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -28,11 +29,17 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.block = folder, block_size(folder)
-        found = {path: _sizes(path) for path in _files(folder)}
+        found = {path: self._sizes(path) for path in _files(folder)}
         # Each matrix right before its scales, so that the two meet at once where they are in one file.
         self._names = {path: sorted(sizes) for path, sizes in found.items()}
         self.names = {name for names in self._names.values() for name in names}
         self.numbers = sum(size for sizes in found.values() for size in sizes.values())
+
+    @staticmethod
+    def _sizes(path: Path) -> dict[str, int]:
+        """How many numbers each tensor of a file has."""
+        with _reading(path), safe_open(path, framework="pt") as file:
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor; FP8 matrices are dequantised to float32 and their scales left out.
@@ -43,32 +50,28 @@ class WeightFiles:
         for path, names in self._names.items():
             with safe_open(path, framework="pt") as file:
                 for name in names:
-                    tensor = _read(file, name, path)
+                    with _reading(path):
+                        tensor = file.get_tensor(name)
                     scales_of = name.removesuffix(SCALE)
                     if scales_of != name or tensor.dtype == FP8:
                         other = scales_of if scales_of != name else name + SCALE
                         if other not in waiting:
                             waiting[name] = tensor
                             continue
+                        if self.block is None:
+                            at = f"{self.folder / 'config.json'}: no quantization_config"
+                            raise DamagedCheckpoint(f"{at}, though {scales_of} is FP8; restore the file")
                         pair = {name: tensor, other: waiting.pop(other)}
-                        name, tensor = scales_of, self._dequantised(scales_of, pair)
+                        tensor = dequantise(scales_of, pair[scales_of], pair[scales_of + SCALE], self.block)
+                        name = scales_of
                     elif not tensor.is_floating_point():
-                        raise DamagedCheckpoint(
-                            f"{path}: weight {name} is of {tensor.dtype}; only floating point is read"
-                        )
+                        number = f"{tensor.dtype}; only floating point is read"
+                        raise DamagedCheckpoint(f"{path}: weight {name} is of {number}")
                     yield name, tensor
         for name in sorted(waiting):
             if name.endswith(SCALE):
                 raise DamagedCheckpoint(f"scales {name} are there without their FP8 matrix; fetch the files again")
             raise DamagedCheckpoint(f"weight {name} is FP8 without its scales {name}{SCALE}; fetch the files again")
-
-    def _dequantised(self, name: str, pair: dict[str, Tensor]) -> Tensor:
-        weight, scales = pair[name], pair[name + SCALE]
-        if self.block is None:
-            raise DamagedCheckpoint(
-                f"{self.folder / 'config.json'}: no quantization_config, though {name} is FP8; restore the file"
-            )
-        return dequantise(name, weight, scales, self.block)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -89,21 +92,9 @@ def _files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no {WEIGHTS} in it; give a checkpoint folder such as OUT/final or OUT/step-N")
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    """How many numbers each tensor of a file has."""
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from None
-
-
-def _read(file: safe_open, name: str, path: Path) -> Tensor:
-    try:
-        return file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"{path}: damaged or cut short ({error}); use an older checkpoint")
+        raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); use an older checkpoint") from None

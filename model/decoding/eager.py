@@ -1,8 +1,8 @@
-"""Decoding in plain PyTorch, which the other runners fall back on."""
+"""The interface of decoding, in plain PyTorch; the runners in C and as a CUDA graph take over what they do faster."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,11 @@ class Step(NamedTuple):
 
 
 class EagerRunner:
-    """A model over a cache; see `model.decoding.runner.Runner`."""
+    """A model over a cache, without gradients. While one is in use the weights stay as they are, and where they are.
+
+    Attributes:
+        any_rows: steps of up to so many rows take any number; of more, those of a few sizes are faster.
+    """
 
     any_rows = 0
 
@@ -46,6 +50,10 @@ class EagerRunner:
         self.model, self.cache, self.head = model, cache, model.lm_head.weight
 
     def prefill(self, ids: Tensor, last_positions: Tensor | None = None) -> Tensor:
+        """Read prompts (batch, time), some rows at a time; return logits (batch, vocab) float32 of what follows them.
+
+        last_positions: (batch,) where the last token of each row is; by default in the last column.
+        """
         batch, time = ids.shape
         if last_positions is None:
             last_positions = torch.full((batch,), time - 1, device=ids.device)
@@ -67,13 +75,16 @@ class EagerRunner:
         return model.model.norm(state).squeeze(1)
 
     def step(self, ids: Tensor, last: int = 1) -> Step:
+        """Read ids (batch, time), which follow what the cache holds. Return logits of the `last` positions."""
         out = self.model(ids, cache=self.cache)
         return Step.of(out.state, head_logits(out.hidden[:, -last:], self.head))
 
-    def greedy_pass(self, *_: object) -> None:
-        return None
-
     def draft(self, state: Tensor, ids: Tensor, depth: int) -> Step:
+        """Let the MTP layer `depth` (1 .. D) join state (batch, time, hidden) with ids (batch, time).
+
+        They are the tokens `depth` places after each position; the logits of the last position are about the token
+        after those. The cache has room for MTP.
+        """
         model, layer = self.model, self.model.mtp[depth - 1]
         held = self.cache.lengths[model.config.num_hidden_layers + depth - 1]
         positions = torch.arange(held, held + ids.shape[1], device=ids.device)[None]
@@ -81,3 +92,6 @@ class EagerRunner:
         embedding = model.model.embed_tokens(ids).to(state.dtype)
         state, _ = layer(state, embedding, model.rotary(positions), AttentionMask(), self.cache)
         return Step.of(state, head_logits(layer.shared_head.norm(state[:, -1:]), self.head))
+
+    def greedy_pass(self, *_: Any) -> Any:
+        """Return what drafts and verifies greedily in one call, or None; see `NativeRunner.greedy_pass`."""

@@ -1,7 +1,7 @@
-"""Continuous batching: requests join and leave a running batch, so that none waits for the longest of the others.
+"""Continuous batching (Orca, Yu et al. 2022, section 3): requests join and leave a running batch.
 
 Every sequence has a slot of a latent cache for as long as it runs. In each step the running ones get one token more in
-one pass, those that end free their slots, and waiting ones take these. (Orca, Yu et al. 2022, section 3.)
+one pass, those that end free their slots, and waiting ones take these.
 """
 
 from __future__ import annotations

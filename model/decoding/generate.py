@@ -34,7 +34,7 @@ def generate(
     draft_tokens: int = 0,
     static: bool = False,
 ) -> Tensor:
-    """Continue every row of a batch.
+    """Return prompt and completion of every row, (batch, time + new), filled up with the stop token.
 
     Args:
         input_ids: (batch, time) prompts, shorter ones padded on the left (any token; `attention_mask` says where).
@@ -45,12 +45,10 @@ def generate(
         seed: of the sampling; None draws on torch's global generator.
         attention_mask: (batch, time) 1 for tokens, 0 for left padding.
         draft_tokens: the most drafts a speculative pass; 0 means one for each MTP layer.
-        static: steps of one shape, on CUDA as a graph (see `cuda_graph`); plain steps, with a notice, where a step
-            cannot be one. The same tokens.
-    Returns:
-        (batch, time + new) prompt and completion; after its stop token a row holds the stop token's padding.
+        static: steps of one shape, on CUDA as a graph; plain steps, with a notice, where it cannot hold one.
     """
-    sampling, stop = Sampling(repetition_penalty, temperature, top_k, top_p, min_p), stop_tokens(eos_token_id)
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    stop = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
     if speculative:
         check_speculative(model, input_ids, sampling)
         if attention_mask is not None and not attention_mask.all():
@@ -67,13 +65,6 @@ def check_speculative(model: MiniDeepSeek, input_ids: Tensor, sampling: Sampling
         raise UserError("speculative generation: without repetition penalty and for a single prompt only")
     if not model.mtp:
         raise UserError("speculative generation: this checkpoint has no MTP layer; leave --speculative out")
-
-
-def stop_tokens(eos_token_id: int | Iterable[int] | None) -> tuple[int, ...]:
-    """None, one id or several as a tuple."""
-    if eos_token_id is None:
-        return ()
-    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
 
 
 @torch.inference_mode()

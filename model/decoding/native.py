@@ -19,8 +19,8 @@ from model.attention import select_positions
 from model.cache import LatentCache
 from model.decoding.eager import EagerRunner, Step
 from model.experts import Experts
-from model.kernels.compiled import floats, integers
-from model.kernels.decode import WEIGHT_TYPES, Ends, Layer, Matrix, Speculation, build, library, scratch_for, shape_of
+from model.kernels.compiled import TYPES, compiled, floats, integers, scratch
+from model.kernels.decode import Ends, Layer, Matrix, Shape, library
 from model.layer import DecoderLayer
 from model.mla import MultiHeadLatentAttention
 from model.moe import DeepseekMoE, Router, SwiGLU
@@ -80,7 +80,12 @@ class NativeRunner(EagerRunner):
     def greedy_pass(
         self, tokens: list[int], states: Tensor, most: int, min_confidence: float, drafter: Drafter | None = None
     ) -> GreedyPass | None:
-        """See `Runner`; None also with several MTP layers."""
+        """Return what drafts and verifies greedily in one call; None where C cannot, or with several MTP layers.
+
+        Args:
+            tokens: the known ones; states: (1, time, hidden) of the main model at all of them but the last.
+            most, min_confidence: see `GreedyPass`. drafter: a lighter copy of the MTP layer.
+        """
         few = torch.zeros(1, most + 1, dtype=torch.int64)
         main, mtp = (self.program(depth, few) if len(self.model.mtp) == 1 else None for depth in (0, 1))
         if main is None or mtp is None or main.library is not mtp.library:
@@ -95,11 +100,7 @@ class NativeRunner(EagerRunner):
 
 
 class Program:
-    """Neighbouring layers with what is before and after them, as decode.c reads them: weights where they are.
-
-    Args:
-        layers: plain ones, see `_is_plain`; norm, head: what follows the last of them.
-    """
+    """Plain layers (see `_is_plain`), and the norm and head after them, as decode.c reads them: where they are."""
 
     def __init__(
         self, model: MiniDeepSeek, layers: Layers, norm: RMSNorm, cache: LatentCache, head: Tensor | Int8Weight
@@ -108,7 +109,7 @@ class Program:
         first = layers[0]
         self.places = range(first.self_attn.layer, first.self_attn.layer + len(layers))
         self.library = library(*types(layers), cache.latents.dtype)
-        self.shape = shape_of(model.config, first.self_attn.scale)
+        self.shape = Shape.of(model.config, first.self_attn.scale)
         self.threads, self.tokens, self.latents = torch.get_num_threads(), 0, None
         self.angles = torch.view_as_real(model.rotary(torch.arange(cache.max_length)[None])).contiguous()
         tensors = {"embedding": model.model.embed_tokens.weight, "norm": norm.weight, "angles": self.angles}
@@ -124,13 +125,14 @@ class Program:
         """Make room for so many tokens, and take new addresses where the cache has let rows go."""
         if tokens > self.tokens:
             self.tokens = tokens
-            self.scratch, self._room = scratch_for(self.config, tokens, self.cache.max_length, self.threads)
+            room = self.library.scratch(ctypes.byref(self.shape), tokens, self.cache.max_length, self.threads)
+            self.memory = scratch(room // 4)
         if self.cache.latents is not self.latents:
             self.latents = self.cache.latents
             self.addresses = (Layer * len(self.layers))(*(_layer(layer, self.latents) for layer in self.layers))
 
     def run(self, ids: Tensor, last: int, state: Tensor | None = None) -> Step:
-        """As `Runner.step`, and with a state (batch, time, hidden) as `Runner.draft`; states are float32."""
+        """As `EagerRunner.step`, and with a state (batch, time, hidden) as its `draft`; states are float32."""
         batch, time = ids.shape
         self.prepare(batch * time)
         held, padding = self.cache.reserve_rows(self.places, batch, time), self.cache.padding
@@ -138,17 +140,14 @@ class Program:
         choice, confidence = integers(batch, last), floats(batch, last)
         ids = ids.long().contiguous()
         state = None if state is None else state.float().contiguous()
-        shape, scratch, ends = map(ctypes.byref, (self.shape, self.scratch, self.ends))
+        network = ctypes.byref(self.shape), self.addresses, len(self.layers), self.memory, ctypes.byref(self.ends)
         tensors = (ids, state, states, logits, choice, confidence, padding, held)
-        places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        sizes = (batch, time, last, self.cache.max_length, self.threads)
-        self.library.step(shape, self.addresses, len(self.layers), scratch, ends, *places, *sizes)
+        self.library.step(*network, *tensors, batch, time, last, self.cache.max_length, self.threads)
         return Step(states, logits, choice, confidence)
 
 
 class GreedyPass:
-    """Passes of speculative decoding with one MTP layer, which count the cache's positions: drafts and verification in
-    one call of C.
+    """Passes of speculative decoding with one MTP layer: drafts and verification in one call of C.
 
     Args:
         main, mtp: what runs the main model and the MTP layer, over one cache that has room for `most` drafts.
@@ -163,29 +162,25 @@ class GreedyPass:
         main.prepare(most + 1)
         mtp.prepare(most + 1)
         self.library, self.known, self.fresh = main.library, len(tokens), 1
-        self.line = (ctypes.c_int64 * (main.cache.max_length + 1))(*tokens)
-        rows, hidden = most + 1, main.config.hidden_size
-        tensors = {"states": floats(rows, hidden), "x": floats(2 * rows, hidden), "choice": integers(rows)}
-        tensors |= {"logits": floats(rows, main.ends.vocab), "confidence": floats(1)}
-        tensors["states"][0] = state[0, 0]
-        structs = {"shape": main.shape, "scratch": main.scratch, "ends": main.ends, "mtp_ends": mtp.ends}
-        structs |= {"layers": main.addresses, "mtp": mtp.addresses, "line": self.line}
-        self.room = main, mtp, tensors  # what the addresses below belong to
-        addresses = {name: ctypes.addressof(struct) for name, struct in structs.items()}
-        addresses |= {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        sizes = dict(count=len(main.layers), most=most, capacity=main.cache.max_length, threads=main.threads)
-        self.given = Speculation(**addresses, **sizes, likely=min_confidence)
+        capacity, rows, hidden = main.cache.max_length, most + 1, main.config.hidden_size
+        self.line, states = (ctypes.c_int64 * (capacity + 1))(*tokens), floats(rows, hidden)
+        states[0] = state[0, 0]
+        network = ctypes.byref(main.shape), main.memory, main.addresses, len(main.layers), ctypes.byref(main.ends)
+        room = states, floats(2 * rows, hidden), floats(rows, main.ends.vocab), floats(1), integers(rows)
+        sizes = most, capacity, min_confidence, main.threads
+        self.given = *network, mtp.addresses, ctypes.byref(mtp.ends), self.line, *room, *sizes
+        self.programs = main, mtp  # what the addresses belong to
 
     def run(self) -> tuple[list[int], int]:
         """Return the next tokens, the drafts that are accepted and one more, and how many drafts there were."""
         drafted, before = ctypes.c_int64(), self.known
-        self.known = self.library.speculate(ctypes.byref(self.given), before, self.fresh, ctypes.byref(drafted))
+        self.known = self.library.speculate(*self.given, before, self.fresh, ctypes.byref(drafted))
         self.fresh = self.known - before
         return self.line[before : self.known], drafted.value
 
 
 class Drafter:
-    """Copies of a model's last MTP layer and of its head in 8 bits: half the reading, and drafts are verified anyway.
+    """Copies of the last MTP layer and the head in 8 bits: half the reading, and drafts are verified anyway.
 
     Whoever generates often makes one and keeps it, while the weights stay as they are.
     """
@@ -209,16 +204,13 @@ def check_vocabulary(ids: Tensor, vocab: int) -> None:
 
 
 def types(layers: Layers) -> tuple[torch.dtype, torch.dtype] | None:
-    """Return the type of the matrices, and that of norms and routers, the same or float32; None for any others.
-
-    Where all matrices are in 8 bits, the vectors that they meet are of the type of the norms.
-    """
+    """Return the type of matrices (in 8 bits: of norms) and that of norms and routers, the same or float32; or None."""
     matrices, fine = set(), set()
     for module in (module for layer in layers for module in layer.modules()):
         found = fine if isinstance(module, (RMSNorm, Router)) else matrices
         found.update(weight.dtype for weight in module.parameters(recurse=False))
     matrices = matrices or set(fine)
-    if len(matrices) != 1 or len(fine) != 1 or not matrices <= set(WEIGHT_TYPES):
+    if len(matrices) != 1 or len(fine) != 1 or not matrices <= set(TYPES):
         return None
     return (matrices.pop(), fine.pop()) if fine <= matrices | {torch.float32} else None
 
@@ -228,7 +220,7 @@ def _is_plain(model: MiniDeepSeek, layers: Layers, norm: RMSNorm, held: torch.dt
     ours = {DecoderLayer, MTPLayer, SharedHead, MultiHeadLatentAttention, DeepseekMoE, SwiGLU}
     ours |= {Experts, Router, RMSNorm, Linear, QuantizedLinear, Int8Weight}
     modules = [module for layer in layers for module in layer.modules()]
-    found = types(layers) if layers and held in WEIGHT_TYPES else None
+    found = types(layers) if layers and held in TYPES else None
     if found is None or not all(type(module) in ours for module in modules):
         return False
     ends = {model.model.embed_tokens: (nn.Embedding, found[0]), model.lm_head: (nn.Linear, found[0])}
@@ -240,18 +232,16 @@ def _is_plain(model: MiniDeepSeek, layers: Layers, norm: RMSNorm, held: torch.dt
     if any(module.e_score_correction_bias.dtype != torch.float32 for module in modules if isinstance(module, Router)):
         return False
     weights = [*(weight for layer in layers for weight in layer.parameters()), *(module.weight for module in ends)]
-    plain = all(type(weight) is nn.Parameter and weight.is_contiguous() for weight in weights)
-    plain = plain and model.lm_head.bias is None and all(map(_wholly_quantized_or_not, layers))
-    return plain and library(*found, held) is not None
+    if not all(type(weight) is nn.Parameter and weight.is_contiguous() for weight in weights):
+        return False
+    return not any(map(_mixes_bits, layers)) and library(*found, held) is not None
 
 
-def _wholly_quantized_or_not(layer: DecoderLayer) -> bool:
-    """All matrices of a layer are in 8 bits, or none is."""
-    kinds = {type(module) is QuantizedLinear for module in layer.modules() if isinstance(module, nn.Linear)}
-    for module in layer.modules():
-        if isinstance(module, Experts):
-            kinds |= {type(weight) is Int8Weight for weight in (module.gate_up_proj, module.down_proj)}
-    return len(kinds) == 1
+def _mixes_bits(layer: DecoderLayer) -> bool:
+    """Some matrices of a layer are in 8 bits, and some are not."""
+    parts = [module for module in layer.modules() if type(module) is not Router]
+    dense = any(weight.dim() > 1 for module in parts for weight in module.parameters(recurse=False))
+    return dense and any(type(module) is Int8Weight for module in parts)
 
 
 def _layer(layer: DecoderLayer, latents: Tensor) -> Layer:
@@ -287,9 +277,9 @@ def _matrix(matrix: Tensor | Int8Weight | nn.Linear) -> Matrix:
 
 def main() -> None:
     """Tell whether decoding runs in C here."""
-    for dtype in WEIGHT_TYPES:
+    for dtype in TYPES:
         try:
-            print(f"{dtype}: {build(dtype, dtype, dtype)}")
+            print(f"{dtype}: {compiled('decode.c', dtype)}")
         except subprocess.CalledProcessError as error:
             print(f"{dtype}: PyTorch decodes; {' '.join(error.cmd)} failed:\n{error.stderr}", file=sys.stderr)
         except OSError as error:

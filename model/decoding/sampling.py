@@ -44,9 +44,7 @@ class Sampling:
     def choose_by_uniform(self, logits_BV: Tensor, seen_BT: Tensor | None, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
         """The same from a number in [0, 1) for each row, which greedy choice does not need.
 
-        Returns:
-            (batch,) ids and their (batch,) log-probabilities: of the distribution that is sampled from, or greedily of
-            the model's own.
+        Returns (batch,) ids and log-probabilities: of the distribution sampled from, or greedily of the model's own.
         """
         if self.temperature == 0:
             logits = self.penalise(logits_BV, seen_BT)
@@ -92,7 +90,7 @@ GREEDY = Sampling(temperature=0.0)
 def inverse_cumulative(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The first token of each row whose cumulative probability exceeds the row's uniform number. (B,) int64.
 
-    Blocks are summed and looked through first, then the tokens of one: running sums over all tokens are slow.
+    Blocks are summed first, then the tokens of one: running sums over all tokens are slow.
     """
     if missing := -probabilities_BV.shape[1] % BLOCK:
         probabilities_BV = F.pad(probabilities_BV, (0, missing))
@@ -105,10 +103,7 @@ def inverse_cumulative(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _first_above(weights_BN: Tensor, threshold_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of each row first exceeds its threshold, and how much of that is left there; both (B,).
-
-    Where rounding lets no sum exceed it: the largest weight.
-    """
+    """Where each row's running sum first exceeds its threshold, by rounding the largest weight; what is left there."""
     cumulative = weights_BN.cumsum(-1)
     found = torch.searchsorted(cumulative, threshold_B.unsqueeze(1), right=True)
     found = torch.where(found < weights_BN.shape[1], found, weights_BN.argmax(-1, keepdim=True))

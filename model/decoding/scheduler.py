@@ -22,8 +22,7 @@ class Request:
     Args:
         prompt: token ids, at least one.
         stop: tokens that end the completion, and belong to it.
-        uniforms: numbers in [0, 1), one for each token that is sampled, of which the completion is then a function;
-            drawn on torch's global generator when left out. Greedy requests need none.
+        uniforms: a number in [0, 1) for each token that is sampled; drawn on torch's global generator when left out.
         observe: called with the (vocab,) logits that each token is chosen from, before its event.
     """
 
@@ -61,14 +60,11 @@ class Prompt:
 
 
 class Scheduler:
-    """Requests in the order of their coming; at most `slots` run at a time.
+    """Requests in the order of their coming; at most `slots` run at a time, `running` in the order of the cache's.
 
     Args:
         max_length: most tokens of a prompt and its completion together.
-        prefill_tokens: of prompts that are read in one pass, at least one prompt: a bound on how long running
-            sequences wait for new ones.
-    Attributes:
-        running: in the order of the cache's slots.
+        prefill_tokens: most tokens of prompts read in one pass: a bound on how long running sequences wait.
     """
 
     def __init__(self, slots: int, max_length: int, prefill_tokens: int) -> None:

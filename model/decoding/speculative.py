@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from model.cache import LatentCache, cache_dtype
+from model.decoding.eager import EagerRunner
 from model.decoding.native import Drafter, check_vocabulary
-from model.decoding.runner import Runner, runner_for
+from model.decoding.runner import runner_for
 from model.decoding.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -33,14 +34,12 @@ def stream_speculative(
 ) -> Iterator[int]:
     """Yield the tokens of one prompt: greedy ones are plain decoding's, sampled ones of the same distribution.
 
-    The main model reads the last token and its drafts at once. It accepts drafts as far as they hold, and adds one
-    token of its own.
+    The main model reads the last token and its drafts at once, accepts them as far as they hold, and adds one.
 
     Args:
         input_ids: (1, time).
         accepted: receives of each pass how many drafts were accepted, and how many there were.
-        draft_tokens: the most drafts a pass; 0 means one for each MTP layer. Further ones chain the last layer on
-            itself.
+        draft_tokens: the most drafts a pass, 0: one for each MTP layer; further ones chain the last layer on itself.
         sampling: without repetition penalty.
         drafter: lighter copies of these weights, which greedy drafts on CPU are made with.
     """
@@ -50,7 +49,7 @@ def stream_speculative(
     cache = LatentCache(model.config, 1, time + max_new_tokens + most + 1, cache_dtype(model), device, mtp=True)
     runner = runner_for(model, cache)
     verifier = Verifier(sampling, None if seed is None else torch.Generator(device).manual_seed(seed))
-    chain = DraftChain(model, cache, runner, verifier, most)
+    chain = DraftChain(runner, verifier, most)
     step = runner.step(input_ids)
     tokens = [*input_ids[0].tolist(), verifier.pick(step.choice, step.logits)]
     states, written = step.states, 0
@@ -98,10 +97,7 @@ class Verifier:
 
         Sampling as in Leviathan et al. 2023, algorithm 1, and Chen et al. 2023: a draft x drawn from q is taken with
         probability min(1, p(x) / q(x)), else a token of (p - q)+, normalised, takes its place. So each token is one of
-        p, the distribution of plain sampling, however bad the drafts are.
-
-        Args:
-            choice: (1, drafts + 1) likeliest tokens after each; logits: (1, drafts + 1, vocab).
+        p, the distribution of plain sampling. choice: (1, drafts + 1) likeliest tokens; logits: (1, drafts + 1, vocab).
         """
         if self.greedy:
             likeliest = choice[0].tolist()
@@ -122,14 +118,14 @@ class Verifier:
 class DraftChain:
     """The MTP layers as drafters, each with its own latent cache.
 
-    With n tokens known, the main model has seen n-1 of them. Depth k joins, for position t, the state of depth k-1 with
-    token t+k, so its last k-1 positions rest on drafts: they are computed again once the tokens are known. The last
-    depth may continue from its own state and draft, one position further each time, for drafts beyond D.
+    With n tokens known, the main model has seen n-1. Depth k joins, for position t, the state of depth k-1 with token
+    t+k, so its last k-1 positions rest on drafts: they are computed again once the tokens are known. For drafts beyond
+    D the last depth continues from its own state and draft.
     """
 
-    def __init__(self, model: MiniDeepSeek, cache: LatentCache, runner: Runner, verifier: Verifier, most: int) -> None:
-        self.cache, self.runner, self.verifier, self.most = cache, runner, verifier, most
-        self.depths, self.layers = min(len(model.mtp), most), model.config.num_hidden_layers
+    def __init__(self, runner: EagerRunner, verifier: Verifier, most: int) -> None:
+        self.cache, self.runner, self.verifier, self.most = runner.cache, runner, verifier, most
+        self.depths, self.layers = min(len(runner.model.mtp), most), runner.model.config.num_hidden_layers
         # For each depth the state of the depth before at the first position that must be computed again.
         self.carried: list[Tensor | None] = [None] * (self.depths + 1)
 

@@ -23,11 +23,10 @@ FLASH_ATTN, VARLEN, SDPA = "flash-attn", "varlen_attn", "scaled_dot_product_atte
 class ChunkedAttention(torch.autograd.Function):
     """softmax(q k^T * scale) v on a CPU: rows of queries at a time, each against the keys that causality leaves it.
 
-    The plain products of a chunk run three times as fast, forward and backward, as torch's fused CPU kernel
-    (docs/lab-log.md), for the price of keeping the weights, time^2 / 2 numbers a head.
+    Three times as fast, forward and backward, as torch's fused CPU kernel (docs/lab-log.md), but the weights are kept,
+    time^2 / 2 numbers a head.
 
-    q, k, v: (batch, time, heads, size); mask: numbers to be added to the scores, or None; causal_only: the softmax
-    knows of causality, which is all that hides keys.
+    q, k, v: (batch, time, heads, size); mask: added to the scores, or None; causal_only: the softmax hides the keys.
     """
 
     @staticmethod
@@ -77,19 +76,15 @@ def _chunks(queries: int, past: int) -> list[tuple[slice, int]]:
 
 
 def segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Tensor) -> Tensor:
-    """Isolated packing by kernels for sequences of varying length: flash-attn's, or the ones that torch has on CUDA.
-
-    ends: (runs + 1,) int32, see `AttentionMask.segment_ends`.
-    """
+    """Isolated packing by flash-attn's kernels or torch's own; ends: (runs + 1,), see `AttentionMask.segment_ends`."""
     time, (q_flat, k_flat, v_flat) = q.shape[1], (x.flatten(0, 1) for x in (q, k, v))
     if flash is None:
         from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo: seconds, and only CUDA comes here
 
         out = varlen_attn(q_flat, k_flat, v_flat, ends, ends, time, time, scale=scale, window_size=(-1, 0))
     else:
-        out = flash.flash_attn_varlen_func(
-            q_flat, k_flat, v_flat, ends, ends, time, time, softmax_scale=scale, causal=True
-        )
+        given = (q_flat, k_flat, v_flat, ends, ends, time, time)
+        out = flash.flash_attn_varlen_func(*given, softmax_scale=scale, causal=True)
     return out.view_as(q)
 
 
@@ -107,9 +102,7 @@ def flash_attention() -> ModuleType | None:
     """The flash-attn package (requirements-cuda.txt); None where it is not installed, or broken, which is reported."""
     try:
         import flash_attn
-    except (
-        Exception
-    ) as error:  # ImportError or OSError where it was compiled for another torch, or what its imports raise
+    except Exception as error:  # ImportError or OSError where it was compiled for another torch, or any other
         if getattr(error, "name", None) != "flash_attn":
             print(
                 f"notice: flash-attn is installed but not used, as it cannot be imported ({one_line(str(error))}); "
@@ -130,13 +123,14 @@ def cuda_kernel(q: Tensor, value_size: int, plain: bool, isolated: bool) -> str:
     return VARLEN if isolated and q.shape[-1] % 8 == 0 else SDPA
 
 
-def sdpa_backend(q_BTHQ: Tensor, value_size: int, isolated: bool) -> str:
-    """Name what `scaled_dot_product_attention` takes in training, by torch's own choice: flash, efficient, cudnn, math.
-
-    v comes padded to the size of q and k, and isolated segments as a mask.
-    """
+def report(q_BTHQ: Tensor, value_size: int, isolated: bool) -> str:
+    """Name the kernel of `attend` in training on CUDA; of `scaled_dot_product_attention` torch's own choice as well."""
+    kernel = cuda_kernel(q_BTHQ, value_size, plain=not isolated, isolated=isolated)
+    if kernel != SDPA:
+        return kernel if kernel == VARLEN else f"{FLASH_ATTN} {flash_attention().__version__}"
+    # v comes padded to the size of q and k, and isolated segments as a mask.
     q = q_BTHQ.transpose(1, 2).requires_grad_()
     v = q if value_size <= q.shape[-1] else q.new_empty(*q.shape[:-1], value_size)
     mask = torch.ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device) if isolated else None
     choice = torch._fused_sdp_choice(q, q, v, attn_mask=mask, is_causal=mask is None)
-    return SDPBackend(choice).name.lower().removesuffix("_attention")
+    return f"{SDPA} ({SDPBackend(choice).name.lower().removesuffix('_attention')})"

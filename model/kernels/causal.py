@@ -1,7 +1,6 @@
 """MLA's causal attention over whole heads on a CPU: `causal.c` for training, `fused_attention.c` for prefill.
 
-Queries, keys and values are read where their projections wrote them. No key is copied and no score kept: the backward
-pass computes the softmax's weights again.
+Queries, keys and values are read where their projections wrote them; the backward pass computes the scores again.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import compiled
-from model.kernels.compiled import floats, multiplies, readable, scratch
+from model.kernels.compiled import INTEGER, REAL, fields, floats, multiplies, opener, readable, scratch
 from model.kernels.fused import LANES, stride_of
 
 PREFILL_KEYS, PREFILL_PAIRS = 16, 32  # fused_attention.c pads keys and values to these
@@ -22,18 +21,12 @@ PREFILL_KEYS, PREFILL_PAIRS = 16, 32  # fused_attention.c pads keys and values t
 class Sizes(ctypes.Structure):
     """The struct of the same name in causal.c."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "queries", "keys", "heads", "nope", "rope", "value")),
-        *((name, ctypes.c_int64) for name in ("k_rope_stride", "k_rope_batch", "angles_batch")),
-        ("scale", ctypes.c_float),
-    ]
+    _fields_ = fields(
+        (INTEGER, "batch queries keys heads nope rope value k_rope_stride k_rope_batch angles_batch"), (REAL, "scale")
+    )
 
 
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Open causal.c for numbers of this type; None where that cannot be."""
-    signatures = {"attend": "tttttttpi", "attend_back": "ttttttttttpi", "scratch": "pi>"}
-    return compiled.library("causal.c", dtype, **signatures)
+library = opener("causal.c", attend="tttttttpi", attend_back="ttttttttttpi", scratch="pi>")
 
 
 @lru_cache(maxsize=1)
@@ -100,10 +93,7 @@ def prefill_fits(q: Tensor) -> bool:
 def prefill(
     q_BTHQ: Tensor, kv_BSHE: Tensor, k_rope_BSR: Tensor, rope: Tensor, scale: float, padding: Tensor | None
 ) -> Tensor:
-    """softmax(q k^T * scale) v of the last T of S positions, causal, as in `CausalAttention`. All bfloat16.
-
-    padding: (B,) int64 positions on the left that nobody but themselves sees, or None. Returns (B, T, H, value).
-    """
+    """As `CausalAttention`, all bfloat16; padding: (B,) int64 positions hidden on the left of each row, or None."""
     batch, time, heads, query = q_BTHQ.shape
     held, rope_size = k_rope_BSR.shape[1:]
     nope = query - rope_size

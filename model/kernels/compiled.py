@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,20 +25,21 @@ TYPES = (torch.float32, torch.bfloat16)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
-def compiled(source: Path, *flags: str) -> Path:
-    """The shared library of a C file, compiled now or found compiled. Raises OSError or CalledProcessError."""
+def compiled(name: str, dtype: torch.dtype, *flags: str) -> Path:
+    """The shared library of a C file of this folder, compiled now or found. Raises OSError or CalledProcessError."""
+    source, flags = Path(__file__).parent / name, (*flags, *(["-DBF16"] if dtype == torch.bfloat16 else []))
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc or clang) found")
     headers = (header.read_text() for header in sorted(source.parent.glob("*.h")))
     # -march=native: what one processor got from another by a shared home folder might not run.
     facts = (source.read_text(), *headers, compiler, *FLAGS, *flags, platform.platform(), _processor())
-    name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    content = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-deepseek-v3"
     except RuntimeError as error:  # a user without a home
         raise FileNotFoundError(f"no cache folder; set XDG_CACHE_HOME ({error})") from error
-    file = folder / f"{source.stem}-{name}.so"
+    file = folder / f"{source.stem}-{content}.so"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
@@ -55,10 +57,7 @@ def compiled(source: Path, *flags: str) -> Path:
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Return whether C can read these: float32 or bfloat16 in a CPU's memory, outside of compiled graphs.
-
-    Tensors of other classes (fake, distributed) have no memory of their own.
-    """
+    """Return whether C can read these: in a CPU's memory (not fake, not distributed), outside of compiled graphs."""
     if torch.compiler.is_compiling():
         return False
     return all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in TYPES for x in tensors)
@@ -80,6 +79,14 @@ def scratch(count: int) -> Tensor:
     return memory[-memory.data_ptr() % ALIGNMENT // 4 :]
 
 
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+def fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    """Return the fields of a C struct from their types and names, in their order."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
 class _Address:
     """The type of an argument that is a tensor, or None."""
 
@@ -88,21 +95,20 @@ class _Address:
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-ARGUMENTS = {"t": _Address, "p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+ARGUMENTS = {"t": _Address, "p": POINTER, "l": INTEGER, "i": ctypes.c_int, "f": REAL}
 
 
-def library(source: str, dtype: torch.dtype, **signatures: str) -> ctypes.CDLL | None:
+def library(source: str, dtype: torch.dtype, *flags: str, **signatures: str) -> ctypes.CDLL | None:
     """Open a C file of this folder, compiled for numbers of a type, float32 or bfloat16.
+
+    None where it cannot be compiled, or leaves these functions out on this processor.
 
     Args:
         signatures: of each function, a letter an argument (t: tensor or None, p: array or struct, l: int64, i: int,
             f: float); one that returns an int64 ends in `>`.
-    Returns:
-        None where it cannot be compiled, or leaves these functions out on this processor.
     """
-    flags = ["-DBF16"] if dtype == torch.bfloat16 else []
     try:
-        built = ctypes.CDLL(str(compiled(Path(__file__).with_name(source), *flags)))
+        built = ctypes.CDLL(str(compiled(source, dtype, *flags)))
     except (OSError, subprocess.CalledProcessError):
         return None
     for name, signature in signatures.items():
@@ -114,12 +120,14 @@ def library(source: str, dtype: torch.dtype, **signatures: str) -> ctypes.CDLL |
     return built
 
 
+def opener(source: str, **signatures: str) -> Callable[[torch.dtype], ctypes.CDLL | None]:
+    """Return `library` of this file as a function of the type, which opens each once."""
+    return lru_cache(lambda dtype: library(source, dtype, **signatures))
+
+
 @lru_cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Return whether products in C are the fastest: AVX-512, for bfloat16 with its products, unless there is AMX.
-
-    AMX multiplies several times faster, and only libraries use it.
-    """
+    """Return whether products in C are the fastest: AVX-512, for bfloat16 with its products but not AMX's."""
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     return torch.cpu._is_avx512_supported()
@@ -131,6 +139,5 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return "".join(
-        next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Feat")
-    )
+    keys = ("model name", "flags", "Feat")
+    return "".join(next((line for line in lines if line.startswith(key)), "") for key in keys)

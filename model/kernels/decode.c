@@ -43,6 +43,8 @@ typedef struct {
   int64_t *choice, *token_of, *first_of, fixed_size;
 } Scratch;
 
+#define ROOM(count, width) (2 * (count) * ((width) + 31))  // numbers of 16 bits that so many vectors take, at most
+
 static void rms_norm(float *out, const float *x, const fine *w, int64_t n, float eps) {
   float by = 1 / sqrtf(dot(x, x, n) / n + eps);
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * by * get_fine(w + i);
@@ -312,14 +314,56 @@ static void experts(const Shape *s, const Layer *layer, Scratch *t, const Vector
 #pragma omp barrier
 }
 
-// What a thread works in: the rooms of its own are those of its number.
-static Scratch own(const Scratch *scratch, int64_t capacity) {
-  Scratch t = *scratch;
+// Cuts scratch memory into its parts for N tokens; returns how many bytes that is.
+static int64_t cut(Scratch *t, char *memory, const Shape *s, int64_t N, int64_t capacity, int threads) {
+  int64_t used = 0, choices = N * s->top_k, width = s->rank + s->rope, values = s->heads * s->value;
+  int64_t inner = s->dense_inner > s->shared_inner ? s->dense_inner : s->shared_inner;
+  int64_t widths[] = {2 * s->hidden, s->q_rank, s->rank, values, inner};
+  t->fixed_size = ROOM(choices, s->expert_inner);
+  for (int i = 0; i < 5; i++)
+    if (t->fixed_size < ROOM(N, widths[i])) t->fixed_size = ROOM(N, widths[i]);
+#define TAKE(name, count) t->name = (void *)(memory + used), used += WHOLE((count) * (int64_t)sizeof *t->name, 64)
+  TAKE(normed, N * s->hidden);
+  TAKE(q_a, N * s->q_rank);
+  TAKE(q, N * s->heads * (s->nope + s->rope));
+  TAKE(kv, N * width);
+  TAKE(attended, N * values);
+  TAKE(inner, N * inner);
+  TAKE(affinity, N * s->experts);
+  TAKE(choice_weight, choices);
+  TAKE(choice_inner, choices * s->expert_inner);
+  TAKE(joined, N * 2 * s->hidden);
+  TAKE(angles, N * s->rope);
+  TAKE(mixed, N * s->heads * s->rank);
+  TAKE(scores, HEADS * (capacity + 3) * threads);
+  TAKE(queries, N * WHOLE(s->heads, HEADS) * width);
+  TAKE(fixed, t->fixed_size * threads);
+  TAKE(choice, choices);
+  TAKE(token_of, choices);
+  TAKE(first_of, s->experts + 1);
+  return used;
+}
+
+int64_t scratch(const Shape *s, int64_t N, int64_t capacity, int threads) {
+  Scratch t;
+  return cut(&t, NULL, s, N, capacity, threads);
+}
+
+static int thread(void) {
 #ifdef _OPENMP
   extern int omp_get_thread_num(void);
-  t.scores += omp_get_thread_num() * HEADS * (capacity + 3);
-  t.fixed += omp_get_thread_num() * t.fixed_size;
+  return omp_get_thread_num();
+#else
+  return 0;
 #endif
+}
+
+// What a thread works in: some parts are its own.
+static Scratch own(char *memory, const Shape *s, int64_t N, int64_t capacity, int threads) {
+  Scratch t;
+  cut(&t, memory, s, N, capacity, threads);
+  t.scores += thread() * HEADS * (capacity + 3);
+  t.fixed += thread() * t.fixed_size;
   return t;
 }
 
@@ -418,66 +462,55 @@ static void whole(const Shape *s, const Layer *layers, int64_t count, Scratch *t
 
 // From tokens (rows * time,) to logits (rows * last, vocab) of each row's last positions, the likeliest tokens and
 // their probabilities (rows * last,), and in x (N, hidden) all states before the final norm. An MTP layer also reads
-// `state` (N, hidden). padding: (rows,) or NULL; held: (rows,) positions before the new ones; scratch.scores holds
-// HEADS * (capacity + 3) numbers for each thread.
-void step(const Shape *s, const Layer *layers, int64_t count, const Scratch *scratch, const Ends *ends,
+// `state` (N, hidden). padding: (rows,) or NULL; held: (rows,) positions before the new ones; memory: as
+// many bytes as `scratch` says.
+void step(const Shape *s, const Layer *layers, int64_t count, char *memory, const Ends *ends,
           const int64_t *tokens, const float *state, float *x, float *logits, int64_t *choice, float *confidence,
           const int64_t *padding, const int64_t *held, int64_t rows, int64_t time, int64_t last, int64_t capacity,
           int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Scratch t = own(scratch, capacity);
+    Scratch t = own(memory, s, rows * time, capacity, threads);
     whole(s, layers, count, &t, ends, tokens, state, x, logits, choice, confidence, padding, held, rows, time, last,
           capacity);
   }
 }
 
-// What a pass of speculative decoding works on. states, logits and choice have most + 1 rows, x twice as many.
-typedef struct {
-  const Shape *shape;
-  const Scratch *scratch;
-  const Layer *layers, *mtp;  // of the main model, and its one MTP layer
-  int64_t count, most, capacity;  // of main layers; of drafts; of the cache
-  const Ends *ends, *mtp_ends;
-  int64_t *line;  // all tokens; drafts, then what takes their place, are written behind those that are known
-  float *states, *x, *logits, *confidence;
-  int64_t *choice;
-  float likely;  // a draft is continued while all of it comes true with this probability, by its own estimate
-  int32_t threads;
-} Speculation;
-
-// One greedy pass: up to `most` drafts of the MTP layer, all but the first from its own state and draft, and the main
-// model's reading of the last token and the drafts. The first `known` tokens of the line are known, the main model has
-// read all but one, and `states` holds what it made of the last `fresh` of those it has read, which the MTP layer has
+// One greedy pass of speculative decoding: up to `most` drafts of the MTP layer, all but the first from its own state and
+// draft, and the reading of the last token and the drafts by the `count` main layers. Drafts go on while all of them come
+// true with the probability `least`, by their own estimate. The first `known` tokens of the line are known, the main model
+// has read all but one, and `states` holds what it made of the last `fresh` of those it has read, which the MTP layer has
 // not. Returns how many tokens are known then, and in *drafted how many drafts there were; line and states are as the
-// next pass wants them.
-int64_t speculate(const Speculation *p, int64_t known, int64_t fresh, int64_t *drafted) {
-  const Shape *s = p->shape;
+// next pass wants them. memory: see `scratch`, for most + 1 tokens; so many rows have states, logits and choice, x twice.
+int64_t speculate(const Shape *s, char *memory, const Layer *layers, int64_t count, const Ends *ends, const Layer *mtp,
+                  const Ends *mtp_ends, int64_t *line, float *states, float *x, float *logits, float *confidence,
+                  int64_t *choice, int64_t most, int64_t capacity, float least, int threads, int64_t known,
+                  int64_t fresh, int64_t *drafted) {
   int64_t drafts = 0, kept = 0;
-#pragma omp parallel num_threads(p->threads)
+#pragma omp parallel num_threads(threads)
   {
-    Scratch t = own(p->scratch, p->capacity);
+    Scratch t = own(memory, s, most + 1, capacity, threads);
     int64_t held = known - 1 - fresh, time = fresh, made = 0;
-    const float *state = p->states;
+    const float *state = states;
     float likely = 1;
-    while (made < p->most && likely >= p->likely) {
+    while (made < most && likely >= least) {
       // The state of this draft must outlive its turn as an input: two places take turns behind the fresh ones.
-      float *x = p->x + (made % 2) * (p->most + 1) * s->hidden;
-      whole(s, p->mtp, 1, &t, p->mtp_ends, p->line + held + 1, state, x, p->logits, p->choice, p->confidence, NULL, &held,
-            1, time, 1, p->capacity);
+      float *to = x + (made % 2) * (most + 1) * s->hidden;
+      whole(s, mtp, 1, &t, mtp_ends, line + held + 1, state, to, logits, choice, confidence, NULL, &held, 1, time, 1,
+            capacity);
 #pragma omp single
-      p->line[known + made] = *p->choice;
-      likely *= *p->confidence;
-      state = x + (time - 1) * s->hidden, held += time, time = 1, made++;
+      line[known + made] = *choice;
+      likely *= *confidence;
+      state = to + (time - 1) * s->hidden, held += time, time = 1, made++;
 #pragma omp barrier
     }
     held = known - 1;
-    whole(s, p->layers, p->count, &t, p->ends, p->line + held, NULL, p->states, p->logits, p->choice, NULL, NULL,
-          &held, 1, made + 1, made + 1, p->capacity);
+    whole(s, layers, count, &t, ends, line + held, NULL, states, logits, choice, NULL, NULL, &held, 1, made + 1, made + 1,
+          capacity);
 #pragma omp single
     {
-      while (kept < made && p->line[known + kept] == p->choice[kept]) kept++;
-      p->line[known + kept] = p->choice[kept];
+      while (kept < made && line[known + kept] == choice[kept]) kept++;
+      line[known + kept] = choice[kept];
       drafts = made;
     }
   }
@@ -485,14 +518,13 @@ int64_t speculate(const Speculation *p, int64_t known, int64_t fresh, int64_t *d
   return known + kept + 1;
 }
 
-// out (N, O) = x (N, I) w^T: the output head. scales: NULL, or those of its codes (O,); room: `vectors` for each thread.
+// out (N, O) = x (N, I) w^T: the output head. scales: NULL, or those of its codes (O,); room: ROOM for each thread.
 void project(float *out, const float *x, const void *w, const float *scales, int16_t *room, int64_t N, int64_t O,
              int64_t I, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    Scratch t = own(&(Scratch){.fixed = room, .fixed_size = 2 * N * (I + 31)}, 0);
     Vector vector[N];
-    vectors(vector, x, N, I, (Matrix){w, scales}, t.fixed);
+    vectors(vector, x, N, I, (Matrix){w, scales}, room + thread() * ROOM(N, I));
     product(out, vector, (Matrix){w, scales}, NULL, N, O, I, 0);
   }
 }

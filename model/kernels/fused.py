@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import compiled
-from model.kernels.compiled import floats, integers, readable
+from model.kernels.compiled import floats, integers, opener, readable
 
 LANES = 16  # rows are whole numbers of so many
 
-
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Open fused.c for numbers of this type; None where that cannot be."""
-    return compiled.library(
-        *("fused.c", dtype),
-        swiglu="ttttllli", swiglu_back="tttttttlllli", rms_norm="ttttlllfi", rms_norm_back="ttttttllli",
-        gather_sum="tttllli", causal_softmax="tllllfi", softmax_back="ttllfi", cross_entropy="tttlli",
-        adamw="ttttlffffffi", route="tttttllllllllfi",
-    )  # fmt: skip
+library = opener(
+    "fused.c",
+    swiglu="ttttllli", swiglu_back="tttttttlllli", rms_norm="ttttlllfi", rms_norm_back="ttttttllli",
+    gather_sum="tttllli", causal_softmax="tllllfi", softmax_back="ttllfi", cross_entropy="tttlli",
+    adamw="ttttlffffffi", route="tttttllllllllfi",
+)  # fmt: skip
 
 
 def available(x: Tensor) -> bool:
@@ -54,17 +46,14 @@ def stride_of(x: Tensor) -> int | None:
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up * weight, keeping only its inputs.
-
-    weight: (...) or None; parts: gate_up (..., 2 * n) = [gate | up], or gate and up, (..., n) each.
-    """
+    """silu(gate) * up * weight (...) or None, keeping only its inputs; parts: [gate | up] (..., 2 n), or both apart."""
 
     @staticmethod
     def forward(ctx, weight: Tensor | None, *parts: Tensor) -> Tensor:
+        weight = None if weight is None else weight.contiguous()
         ctx.save_for_backward(weight, *parts)
         gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
         out = gate.new_empty(gate.shape)
-        weight = None if weight is None else weight.contiguous()
         rows, inner = gate.numel() // gate.shape[-1], gate.shape[-1]
         library(gate.dtype).swiglu(out, gate, up, weight, rows, inner, stride_of(gate), torch.get_num_threads())
         return out
@@ -76,8 +65,7 @@ class SwiGLU(torch.autograd.Function):
         rows, inner = gate.numel() // gate.shape[-1], gate.shape[-1]
         both = gate.new_empty(*gate.shape[:-1], 2 * inner)
         to_gate, to_up = both.split(inner, dim=-1)
-        to_weight = None if weight is None else weight.new_empty(weight.shape)
-        weight = None if weight is None else weight.contiguous()
+        to_weight = None if weight is None else torch.empty_like(weight)
         tensors = (to_gate, to_up, to_weight, grad.contiguous(), gate, up, weight)
         strides = (stride_of(gate), 2 * inner)
         library(gate.dtype).swiglu_back(*tensors, rows, inner, *strides, torch.get_num_threads())
@@ -108,7 +96,7 @@ class WeightedSwiGLU(torch.autograd.Function):
 
 
 def weighted_swiglu(gate_up_R2I: Tensor, weight_R: Tensor) -> Tensor:
-    """silu(gate) * up * weight by `SwiGLU` where it fits, else in PyTorch."""
+    """silu(gate) * up * weight for [gate | up] = gate_up, keeping nothing else for the backward pass."""
     if fits(*gate_up_R2I.chunk(2, dim=-1)):
         return SwiGLU.apply(weight_R, gate_up_R2I)
     return WeightedSwiGLU.apply(gate_up_R2I, weight_R)
@@ -148,7 +136,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Choose experts for x, contiguous: weights (N, K) float32 and indices (N, K) int64, Eq. 13 to 16.
 
-    centroids, bias: float32; groups: how many there are, and how many of them may be chosen from.
+    centroids, bias: float32; groups: how many there are, and how many may be chosen from.
     """
     wide = F.pad(centroids_ED.t(), (0, -len(centroids_ED) % LANES)).contiguous()
     weights, choices = floats(len(x_ND), top_k), integers(len(x_ND), top_k)

@@ -1,8 +1,7 @@
 """Products of stacked experts' matrices with the rows of each, forward and backward.
 
 On CUDA torch's grouped_mm; on a CPU one expert after the other, or, in bfloat16 without AMX, all in one call of
-`grouped.c`: a library that is called for each expert arranges each matrix again, which with hundreds of experts and
-some dozens of rows for each takes as long as the products do.
+`grouped.c`: a library called for each expert arranges each matrix again, which can take as long as the products do.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ MIN_BUFFER_BYTES = 2**25  # glibc gives a larger block back to the system as soo
 class GradBuffer:
     """The memory of a gradient, used again in the next step once nobody else holds it.
 
-    The system finds and clears the pages of a new block one by one, which for the gradients of a hundred small experts
-    takes as long as their products.
+    The system clears a new block page by page: for a hundred small experts as long as their products take.
     """
 
     def __init__(self) -> None:
@@ -56,9 +54,8 @@ class GradBuffer:
 class GroupedLinear(torch.autograd.Function):
     """(R, D) x (E, O, D) -> (R, O): a loop over the experts that writes into one buffer, forward and backward.
 
-    A weight of another type is cast expert by expert, in the cache, in both passes: a copy of all would be written to
-    memory, read again twice, and kept. A frozen weight costs no product, nor are rows kept for its gradient; a
-    `QuantizedWeight` is made dense for each pass and never kept.
+    A weight of another type is cast expert by expert, in the cache, in both passes. For a frozen weight no rows are
+    kept; a `QuantizedWeight` is made dense for each pass and never kept.
     """
 
     @staticmethod
@@ -81,18 +78,19 @@ class GroupedLinear(torch.autograd.Function):
         x_RD, weight_EOD = ctx.saved_tensors
         weight_EOD = ctx.quantized.dense(ctx.dtype) if weight_EOD is None else weight_EOD
         ends, grad_RO, grad_x, grad_weight = ctx.ends, grad_RO.contiguous(), None, None
+        if ctx.needs_input_grad[1]:
+            grad_weight = ctx.buffer.like(weight_EOD)
         if ctx.quantized is None and fits(grad_RO, weight_EOD, ends):
             if ctx.needs_input_grad[0]:
                 grad_x = product(grad_RO, weight_EOD, ends, back=True)
-            if ctx.needs_input_grad[1]:
-                grad_weight = all_gradients_into(ctx.buffer.like(weight_EOD), grad_RO, x_RD.contiguous(), ends)
+            if grad_weight is not None:
+                all_gradients_into(grad_weight, grad_RO, x_RD.contiguous(), ends)
             return grad_x, grad_weight, None, None
         weight_of = Cast(weight_EOD, ctx.dtype)
         if ctx.needs_input_grad[0]:
             make = grad_RO.new_empty if ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
             grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
-        if ctx.needs_input_grad[1]:
-            grad_weight = ctx.buffer.like(weight_EOD)
+        if grad_weight is not None:
             for expert in set(range(len(ends))).difference(expert for expert, _ in spans(ends)):
                 grad_weight[expert].zero_()
         for expert, rows in spans(ends):
@@ -126,8 +124,7 @@ def experts_in_turn(
 ) -> Tensor:
     """weight * down(silu(gate) * up) of every row, (R, D), without a gradient, with the bits of the three steps apart.
 
-    The rows of one expert stay in the processor's cache from the first product to the last, in the place of those of
-    the expert before.
+    The rows of one expert stay in the processor's cache, in the place of those of the expert before.
     """
     most = max(rows.stop - rows.start for _, rows in spans(ends))
     x_of, gate_up_of = x_ND.new_empty(most, x_ND.shape[1]), x_ND.new_empty(most, gate_up.shape[1])
@@ -154,10 +151,9 @@ def few_experts(x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, gate_up: T
 
 
 def grouped_mm(x_RD: Tensor, weight_EOD, ends_E: Tensor) -> Tensor:
-    """The product of `GroupedLinear` in bfloat16 on CUDA.
+    """The product of `GroupedLinear` in bfloat16 on CUDA: in one launch on sm90 and sm100 (`without_host`).
 
-    In one launch on sm90 and sm100 (`without_host`); elsewhere, on sm80, 86, 89 and 120, torch loops over the groups on
-    the host, which waits for the device to read their ends.
+    Elsewhere torch loops over the groups on the host, which waits for the device to read their ends.
     """
     out, inner = (-size % ALIGNED for size in weight_EOD.shape[1:])
     if inner:  # adapters of a low rank
@@ -198,12 +194,12 @@ def without_host(dtype: torch.dtype, device: torch.device) -> bool:
 
 def suits(x_RF: Tensor, *weights_EOI) -> bool:
     """Return whether grouped.c takes rows like these, in bfloat16 and multiples of TILE, with weights in float32."""
-    if not all(isinstance(weight, Tensor) and readable(weight) for weight in weights_EOI):
-        return False
-    if not all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights_EOI):
-        return False
-    whole = not any(size % PANEL for weight in weights_EOI for size in weight.shape[1:])
-    return whole and x_RF.dtype == torch.bfloat16 and readable(x_RF) and library() is not None
+    for w in weights_EOI:
+        if not isinstance(w, Tensor) or not readable(w) or w.dtype != torch.float32 or not w.is_contiguous():
+            return False
+        if w.shape[1] % PANEL or w.shape[2] % PANEL:
+            return False
+    return x_RF.dtype == torch.bfloat16 and readable(x_RF) and library() is not None
 
 
 def fits(x_RF: Tensor, weight_EOI, ends: Sequence[int]) -> bool:
@@ -213,10 +209,7 @@ def fits(x_RF: Tensor, weight_EOI, ends: Sequence[int]) -> bool:
 
 
 def product(x_RF: Tensor, weight_EOI: Tensor, ends: Sequence[int], back: bool = False) -> Tensor:
-    """Each expert's rows (R, I) times its matrix transposed, (R, O), or `back` again: (R, O) -> (R, I).
-
-    ends: one past the last row of each expert.
-    """
+    """Each expert's rows (R, I) times its matrix transposed, (R, O), or `back` again; ends: one past its last row."""
     threads, (count, out, inner) = torch.get_num_threads(), weight_EOI.shape
     result, memory = x_RF.new_empty(len(x_RF), inner if back else out), scratch(threads * library().scratch(out, inner))
     library().grouped_product(result, x_RF, weight_EOI, _array(ends), count, out, inner, back, memory, threads)

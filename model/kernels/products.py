@@ -1,37 +1,27 @@
 """Products of training on a CPU: float32 by the faster of torch's two libraries, gradients of weights in C.
 
-torch hands float32 products to MKL, which on processors that are not Intel's runs at less than half the speed of oneDNN
-(AMD Zen 5: 178 against 397 GFLOP/s). Both compute in float32; only the order of the sums differs. In bfloat16 torch
-itself takes oneDNN. For gradients of weights, the slowest case of both, `products.c` is faster in either type.
+torch hands float32 products to MKL, which on processors that are not Intel's is less than half as fast as oneDNN (AMD
+Zen 5: 178 against 397 GFLOP/s). For gradients of weights, the slowest case of both, `products.c` is faster.
 """
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model.kernels import compiled
-from model.kernels.compiled import multiplies, readable, scratch
+from model.kernels.compiled import multiplies, opener, readable, scratch
 
 LANES, TILE = 16, 8
 LEAST_ROWS = 64  # with fewer, generating oneDNN's kernels for a new shape costs more than they save
 
-
-@lru_cache(maxsize=2)
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Open products.c for numbers of this type; None where that cannot be."""
-    signatures = {"weight_gradient": "ttltlllliti", "multiply": "tttilllti", "scratch": "li>"}
-    return compiled.library("products.c", dtype, **signatures)
+library = opener("products.c", weight_gradient="ttltlllliti", multiply="tttilllti", scratch="li>")
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether `LinearProduct` is the faster way in training: in float32 its products are; in bfloat16 under
-    autocast the gradient of the weight.
-    """
+    """Return whether `LinearProduct` trains faster: all in float32, or under autocast the gradient of the weight."""
     if not torch.is_grad_enabled() or type(weight) is not nn.Parameter:
         return False
     if faster(x):

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +83,7 @@ def test_bits_are_those_of_the_probabilities_whatever_the_padding():
     assert WATCHED.bits_per_byte(Even(), rows, texts) == pytest.approx((1 + 1 + 8 + 1) * math.log2(50) / (3 + 8))
 
 
-def test_a_program_without_an_end_is_stopped_and_its_weights_of_each_moment_scored(tokenizer_folder, tmp_path):
+def test_a_program_without_an_end_is_stopped_and_scored_at_each_moment(tokenizer_folder, tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf8")
     (tmp_path / "heldout.jsonl").write_text('{"text": "你好"}\n', encoding="utf8")
     contender = {
@@ -93,9 +92,9 @@ def test_a_program_without_an_end_is_stopped_and_its_weights_of_each_moment_scor
         "held_out": str(tmp_path / "heldout.jsonl"),
     }  # fmt: skip
     (tmp_path / "contender.json").write_text(json.dumps(contender), encoding="utf8")
-    command = [sys.executable, str(ROOT / "bench" / "watched.py"), str(tmp_path / "contender.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setattr(sys, "argv", ["watched.py", str(tmp_path / "contender.json")])
+    monkeypatch.chdir(tmp_path)
+    WATCHED.main()
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf8"))
     points = result["points"]
     seconds = [point["seconds"] for point in points]
@@ -106,11 +105,6 @@ def test_a_program_without_an_end_is_stopped_and_its_weights_of_each_moment_scor
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_when_a_curve_falls_to_a_value():
-    points = [{"seconds": s, "bits_per_byte": b} for s, b in ((0, 4.0), (10, 3.0), (30, 2.0))]
-    assert [RACE.seconds_to(points, target) for target in (5.0, 3.5, 2.5, 1.0)] == [0, 5.0, 20.0, None]
-
-
 @pytest.mark.parametrize(
     ("given", "what"),
     [
@@ -119,12 +113,9 @@ def test_when_a_curve_falls_to_a_value():
         (["--out", "."], r"--out \.: not empty; choose another folder"),
     ],
 )
-def test_nonsense_is_refused_before_anything_is_done(given, what, tmp_path, world):
+def test_nonsense_is_refused_before_anything_is_done(given, what, tmp_path, world, monkeypatch, run):
     (tmp_path / "something").touch()
-    options = ["--data", world / "pretrain.csv", "--out", "new", *given]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "race.py"), *map(str, options)],
-        capture_output=True, text=True, timeout=100, cwd=tmp_path, env=RACE.environment(ROOT, 1),
-    )  # fmt: skip
-    assert done.returncode == 2 and re.search(what, done.stderr) and done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    done = run(RACE.main, "--data", world / "pretrain.csv", "--out", "new", *given)
+    assert done.code == 2 and re.search(what, done.err) and done.err.count("\n") == 1
     assert not (tmp_path / "new").exists()

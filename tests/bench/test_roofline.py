@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.roofline import Machine, Network
+from bench.roofline import Machine, Network, main
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.kernels import causal, products
-
-PLACE = Path(__file__).resolve().parents[2] / "bench" / "roofline.py"
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +87,7 @@ def test_a_time_is_the_larger_of_two_and_a_ring_moves_all_but_a_share_twice():
     assert machine.all_reduce(16.0) == pytest.approx(2 * 0.75 * 16 / 4)
 
 
-def test_what_does_not_fit_is_said_in_the_tables():
-    done = subprocess.run(
-        [sys.executable, str(PLACE), "--presets", "demo", "deepseek-v3"], cwd=PLACE.parent.parent,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
+def test_what_does_not_fit_is_said_in_the_tables(run):
+    lines = run(main, "--presets", "demo", "deepseek-v3").out.splitlines()
     assert any(line.startswith("| deepseek-v3 | 8 |") and "too much" in line for line in lines)
     assert not any(line.startswith("| demo |") and "too much" in line for line in lines)

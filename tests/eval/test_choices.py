@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,42 +15,41 @@ from eval.tasks.choices import ChoiceItem, read_choices
 
 ITEM = ChoiceItem("law", "宪法，是什么？", ("法律", "a, b", "书", "花"), 1)
 QUOTED = '宪法，是什么？,法律,"a, b",书,花'
+HEADER = "id,question,A,B,C,D,answer\n"
 
 
-def ceval(folder: Path) -> Path:
-    for split in ("dev", "val", "test"):
-        (folder / split).mkdir(parents=True)
-    text = f"id,question,A,B,C,D,answer,explanation\n0,{QUOTED},B,因为\n"
-    (folder / "val" / "law_val.csv").write_text(text, encoding="utf-8-sig")
-    (folder / "dev" / "law_dev.csv").write_text(text.replace("宪法", "民法"), encoding="utf8")
-    (folder / "test" / "law_test.csv").write_text(f"id,question,A,B,C,D\n0,{QUOTED}\n", encoding="utf8")
-    return folder
+def write(folder: Path, files: dict[str, str]) -> str:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8-sig" if name.startswith("val") else "utf8")
+    return str(folder)
 
 
-def test_the_layout_of_ceval(tmp_path):
-    assert read_choices(str(ceval(tmp_path)), "val", []) == {"law": [ITEM]}
-    assert read_choices(str(tmp_path), "dev", [])["law"][0].question == "民法，是什么？"
+def row_of(path: Path, content: str) -> ChoiceItem:
+    path.write_text(content, encoding="utf8")
+    ((item,),) = read_choices(str(path), "test", []).values()
+    return item
 
 
-def test_the_layout_of_cmmlu(tmp_path):
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "law.csv").write_text(f",Question,A,B,C,D,Answer\n0,{QUOTED},B\n", encoding="utf8")
-    assert read_choices(str(tmp_path), "test", []) == {"law": [ITEM]}
+@pytest.mark.parametrize(
+    ("files", "split"),
+    [
+        ({"val/law_val.csv": HEADER[:-1] + f",explanation\n0,{QUOTED},B,因为\n", "dev/law_dev.csv": "never,read\n",
+          "test/law_test.csv": HEADER}, "val"),
+        ({"test/law.csv": f",Question,A,B,C,D,Answer\n0,{QUOTED},B\n"}, "test"),
+        ({"test/law_test.csv": f"{QUOTED},B\n"}, "test"),
+        ({"law_test.csv": f"{QUOTED},B\n", "law_dev.csv": "Q,1,2,3,4,A\n"}, "test"),
+    ],
+    ids=["C-Eval", "CMMLU", "MMLU", "files beside each other"],
+)  # fmt: skip
+def test_folders_are_read_as_published(files, split, tmp_path):
+    assert read_choices(write(tmp_path, files), split, []) == {"law": [ITEM]}
 
 
-def test_the_layout_of_mmlu_has_no_header(tmp_path):
-    (tmp_path / "test").mkdir()
-    text = f'{QUOTED},B\n"lines\nin quotes",1,2,3,4,d\n'
-    (tmp_path / "test" / "law_test.csv").write_text(text, encoding="utf8")
-    first, second = read_choices(str(tmp_path), "test", [])["law"]
-    assert first == ITEM
-    assert second == ChoiceItem("law", "lines\nin quotes", ("1", "2", "3", "4"), 3)
-
-
-def test_files_beside_each_other_are_told_apart_by_their_split(tmp_path):
-    (tmp_path / "law_test.csv").write_text(f"{QUOTED},B\n", encoding="utf8")
-    (tmp_path / "law_dev.csv").write_text("Q,1,2,3,4,A\n", encoding="utf8")
-    assert read_choices(str(tmp_path), "test", []) == {"law": [ITEM]}
+def test_a_file_without_a_header_may_have_lines_in_quotes(tmp_path):
+    (tmp_path / "law.csv").write_text(f'{QUOTED},B\n"lines\nin quotes",1,2,3,4,d\n', encoding="utf8")
+    found = read_choices(str(tmp_path / "law.csv"), "test", [])["law"]
+    assert found == [ITEM, ChoiceItem("law", "lines\nin quotes", ("1", "2", "3", "4"), 3)]
 
 
 def test_one_file_has_its_subjects_in_a_column(tmp_path):
@@ -61,17 +59,16 @@ def test_one_file_has_its_subjects_in_a_column(tmp_path):
         {"question": "R", "A": "x", "B": "y", "answer": "a"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    found = {
-        "art": [ChoiceItem("art", "Q", ("x", "y", "z"), 2)],
-        "mine": [ChoiceItem("mine", "R", ("x", "y"), 0)],
-    }
-    assert read_choices(str(path), "test", []) == found
-    assert read_choices(str(path), "test", ["art"]) == {"art": found["art"]}
+    art, mine = ChoiceItem("art", "Q", ("x", "y", "z"), 2), ChoiceItem("mine", "R", ("x", "y"), 0)
+    assert read_choices(str(path), "test", []) == {"art": [art], "mine": [mine]}
+    assert read_choices(str(path), "test", ["art"]) == {"art": [art]}
 
 
 @pytest.fixture
 def hub(monkeypatch) -> list:
     """What is asked of a Hub that has the data set some/exam with two subjects."""
+    import datasets
+
     asked: list = []
 
     def load(name: str, subset: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
@@ -97,7 +94,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     def fail(name: str) -> None:
         raise ConnectionError("Couldn't reach it\nwith details")
 
-    monkeypatch.setattr(datasets, "get_dataset_config_names", fail)
+    monkeypatch.setattr("datasets.get_dataset_config_names", fail)
     with pytest.raises(UserError, match=r"^some/exam: no such path here, and the Hub does not give it \(Couldn't"):
         read_choices("some/exam", "test", [])
 
@@ -120,8 +117,7 @@ def arc(*texts: str | None, labels: str, **answer: object) -> dict:
     ],
 )
 def test_the_labels_decide_which_choice_is_right(row, right, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf8")
-    ((item,),) = read_choices(str(tmp_path / "a.jsonl"), "test", []).values()
+    item = row_of(tmp_path / "a.jsonl", json.dumps(row))
     assert item.choices[item.answer] == right and item.choices == tuple(filter(None, row["choices"]["text"]))
 
 
@@ -136,10 +132,8 @@ def test_the_labels_decide_which_choice_is_right(row, right, tmp_path):
         ("question,A,B,C,answer\nQ,x,y,,B\n", [("x", "y"), 1]),
     ],
 )
-def test_a_null_choice_is_no_choice(content, found, tmp_path):
-    path = tmp_path / ("a.jsonl" if content.startswith("{") else "a.csv")
-    path.write_text(content, encoding="utf8")
-    ((item,),) = read_choices(str(path), "test", []).values()
+def test_a_null_is_not_a_choice(content, found, tmp_path):
+    item = row_of(tmp_path / ("a.jsonl" if content.startswith("{") else "a.csv"), content)
     assert [item.choices, item.answer] == found
 
 
@@ -155,13 +149,12 @@ def test_a_snapshot_of_the_hub_has_its_subjects_in_folders(tmp_path):
 
 
 def test_what_save_to_disk_wrote_has_its_splits(tmp_path):
+    import datasets
+
     rows = {name: datasets.Dataset.from_list([arc("x", "y", labels="AB", answer=name)]) for name in ("A", "B")}
     datasets.DatasetDict(train=rows["A"], test=rows["B"]).save_to_disk(tmp_path / "exam")
     for folder, subject in (("exam", "exam"), ("exam/test", "test")):
         assert read_choices(str(tmp_path / folder), "test", []) == {subject: [ChoiceItem(subject, "Q", ("x", "y"), 1)]}
-
-
-HEADER = "id,question,A,B,C,D,answer\n"
 
 
 @pytest.mark.parametrize(
@@ -196,24 +189,23 @@ def test_a_bad_row_is_named_with_file_and_line(content, what, tmp_path):
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"question": "Q", "choices": "xyz", "answer": 0}, "'choices' is not a list"),
-        ({"question": "Q", "choices": [{"text": "x"}, "y"], "answer": 0}, "'choices' is not a list of texts"),
-        ({"question": "Q", "choices": ["x", None, "z"], "answer": 1}, "the answer is 1, not one of A, C"),
-        ({"question": "Q", "choices": ["x", "y"], "answer": 0.5}, "the answer is 0.5, not one of A, B"),
+        ({"choices": "xyz", "answer": 0}, "'choices' is not a list"),
+        ({"choices": [{"text": "x"}, "y"], "answer": 0}, "'choices' is not a list of texts"),
+        ({"choices": ["x", None, "z"], "answer": 1}, "the answer is 1, not one of A, C"),
+        ({"choices": ["x", "y"], "answer": 0.5}, "the answer is 0.5, not one of A, B"),
         (arc("x", "y", labels="AB", answer=2), "the answer is 2, not one of A, B"),
         (arc("x", "y", labels="12", answer=0), "the answer is 0, not one of 1, 2"),
         (arc("x", "y", labels="A", answer="A"), "2 choices and not as many different labels"),
         (arc("x", "y", labels="AA", answer="A"), "2 choices and not as many different labels"),
-        ({"question": "Q", "choices": ["x", "y"], "answer": 2}, "the answer is 2, not one of A, B"),
-        ({"question": "Q", "choices": ["x", "y"], "answer": True}, "the answer is True"),
+        ({"choices": ["x", "y"], "answer": 2}, "the answer is 2, not one of A, B"),
+        ({"choices": ["x", "y"], "answer": True}, "the answer is True"),
         ([1], "not an object with question, choices and answer"),
     ],
 )
 def test_a_bad_json_row_is_named(row, what, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(row) + "\n", encoding="utf8")
-    with pytest.raises(UserError, match=f"^{re.escape(str(path))}:1: .*{what}"):
-        read_choices(str(path), "test", [])
+    row = {"question": "Q", **row} if isinstance(row, dict) else row
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/a.jsonl:1: .*{what}"):
+        row_of(tmp_path / "a.jsonl", json.dumps(row) + "\n")
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):
@@ -222,17 +214,18 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
         read_choices(str(tmp_path / "a.csv"), "test", [])
 
 
-def test_a_folder_without_the_split_and_a_subject_that_is_not_there_are_named(tmp_path):
-    ceval(tmp_path / "exam")
-    with pytest.raises(UserError, match=r"exam: no split 'validate', there are: dev, test, validation; name"):
-        read_choices(str(tmp_path / "exam"), "validate", [])
-    (tmp_path / "exam" / "dev" / "law_dev.csv").unlink()
-    with pytest.raises(UserError, match=r"exam: no split 'dev', there are: test, validation; name one of them"):
-        read_choices(str(tmp_path / "exam"), "dev", [])
-    with pytest.raises(UserError, match="exam: no subject 'art' in split 'val'; it has nothing"):
-        read_choices(str(tmp_path / "exam"), "val", ["art"])
+@pytest.mark.parametrize(
+    ("data", "split", "subjects", "what"),
+    [
+        ("exam", "validate", [], r"exam: no split 'validate', there are: test, validation; name"),
+        ("exam", "dev", [], r"exam: no split 'dev', there are: test, validation; name one of them"),
+        ("exam", "val", ["art"], "exam: no subject 'art' in split 'val'; it has nothing"),
+        ("empty", "val", [], "empty: no val/ folder"),
+        ("nowhere", "val", [], "nowhere: no such path"),
+    ],
+)
+def test_a_folder_without_the_split_and_a_subject_that_is_not_there_are_named(data, split, subjects, what, tmp_path):
+    write(tmp_path / "exam", {"val/law_val.csv": HEADER + f"0,{QUOTED},B\n", "test/law_test.csv": HEADER})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no val/ folder"):
-        read_choices(str(tmp_path / "empty"), "val", [])
-    with pytest.raises(UserError, match="nowhere: no such path"):
-        read_choices("nowhere", "val", [])
+    with pytest.raises(UserError, match=what):
+        read_choices(str(tmp_path / data) if data != "nowhere" else data, split, subjects)

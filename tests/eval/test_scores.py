@@ -23,12 +23,6 @@ def test_wilson_intervals_are_those_of_the_textbook(share, count, low, high):
     assert wilson(share, count) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_a_wilson_interval_holds_the_true_share_in_95_of_100_draws():
-    drawn = np.random.default_rng(0).binomial(40, 0.25, size=2000)
-    inside = [low <= 0.25 <= high for low, high in (wilson(right / 40, 40) for right in drawn)]
-    assert 0.93 < np.mean(inside) < 0.98
-
-
 def test_the_interval_of_a_ratio_is_near_the_delta_methods():
     numbers = np.random.default_rng(1)
     size = numbers.integers(50, 500, 400).astype(float)

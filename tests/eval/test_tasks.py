@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import yaml
 
 from errors import UserError
-from eval.questions import Question, Result, accuracy
 from eval.tasks.choices import MultipleChoice
 from eval.tasks.opened import FOLDER, KINDS, open_task, open_tasks
 from eval.tasks.problems import ExactMatch, judge
@@ -27,7 +24,6 @@ from eval.tasks.replies import (
     distinct,
     distinct_1,
     first_answer,
-    judge_answer,
     judge_style,
     repetition,
 )  # fmt: skip
@@ -60,18 +56,15 @@ def test_a_built_in_task_has_the_keys_that_follow_from_its_settings(name):
     assert {"target_delimiter": " ", **content} == {"target_delimiter": " ", **keys}
 
 
-def test_names_are_of_this_project_or_of_lm_eval():
-    assert {"ceval", "cmmlu-5-shot", "mmlu", "gsm8k", "demo-questions", "demo-text", "arithmetic-sampled"} <= set(
-        BUILT_IN
-    )
+def test_names_are_of_this_project_or_of_lm_eval(tmp_path):
+    names = {"ceval", "cmmlu-5-shot", "mmlu", "gsm8k", "demo-questions", "demo-text", "arithmetic-sampled"}
+    assert names <= set(BUILT_IN)
     assert open_task("ceval-5-shot=some/where").settings.data == "some/where"
     assert open_task("ceval-5-shot").settings.shots == 5 and open_task("arc_easy").settings is None
     assert open_task("mmlu").settings is None and open_task("mmlu=data/mmlu").settings.shots == 0
     assert open_task("mmlu", theirs_first=False).settings.data == "data/mmlu"
     assert open_task("demo-favours").name == "demo-style"
-
-
-def test_a_file_in_lm_evals_form_is_left_to_it(tmp_path):
+    # A file in lm-eval's form is left to it.
     (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function f.g\n")
     assert open_task(str(tmp_path / "mine.yaml")).settings is None
 
@@ -119,22 +112,21 @@ def test_a_few_shot_prompt_is_the_customary_text(tmp_path):
         (tmp_path / split / f"high_school_{split}.csv").write_text(text)
 
     def asked(**settings: Any) -> dict[str, Any]:
-        (doc,) = MultipleChoice(data=str(tmp_path), shots=2, intro="Questions about {subject}.\n\n", **settings).docs()
+        (doc,) = MultipleChoice(data=str(tmp_path), shots=2, intro="About {subject}.\n\n", **settings).docs()
         return doc
 
-    listed = "\nA. a\nB. b\nC. c\nD. d\nAnswer:"
-    doc = asked()
+    listed, doc = "\nA. a\nB. b\nC. c\nD. d\nAnswer:", asked()
     assert doc["prompt"] == (
-        f"Questions about high school.\n\nQ1{listed} C\n\nQ2{listed} A\n\nQ4\nA. k\nB. l\nC. m\nD. n\nAnswer:"
+        f"About high school.\n\nQ1{listed} C\n\nQ2{listed} A\n\nQ4\nA. k\nB. l\nC. m\nD. n\nAnswer:"
     )
     assert (doc["choices"], doc["answer"], doc["group"]) == (["A", "B", "C", "D"], 3, "high_school")
     doc = asked(form="text", separator="")
-    assert doc["prompt"] == "Questions about high school.\n\nQ1\nAnswer:c\n\nQ2\nAnswer:a\n\nQ4\nAnswer:"
+    assert doc["prompt"] == "About high school.\n\nQ1\nAnswer:c\n\nQ2\nAnswer:a\n\nQ4\nAnswer:"
     assert doc["choices"] == ["k", "l", "m", "n"] and "turns" not in doc
-    assert [(turn["role"], turn["content"]) for turn in asked(form="text", chat=True)["turns"]] == [
-        ("user", "Questions about high school.\n\nQ1\nAnswer:"), ("assistant", "c"), ("user", "Q2\nAnswer:"),
-        ("assistant", "a"), ("user", "Q4\nAnswer:"),
-    ]  # fmt: skip
+    turns = asked(form="text", chat=True)["turns"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
+    want = ["About high school.\n\nQ1\nAnswer:", "c", "Q2\nAnswer:", "a", "Q4\nAnswer:"]
+    assert [turn["content"] for turn in turns] == want
     with pytest.raises(UserError, match="high_school has 3 questions in split 'dev'; set shots to 3 or less"):
         MultipleChoice(data=str(tmp_path), shots=6).docs()
 
@@ -145,8 +137,8 @@ def test_one_list_of_worked_questions_serves_all_subjects(tmp_path):
         write_lines(tmp_path / f"{name}.jsonl", *part)
 
     def worked(name: str) -> set[tuple[str, ...]]:
-        settings = dict(data=str(tmp_path / "asked.jsonl"), shots_data=str(tmp_path / f"{name}.jsonl"), shots=2)
-        docs = MultipleChoice(**settings).docs()
+        data, shots = (str(tmp_path / f"{part}.jsonl") for part in ("asked", name))
+        docs = MultipleChoice(data=data, shots_data=shots, shots=2).docs()
         assert len(docs) == 6
         return {tuple(re.findall(r"Q\d", doc["prompt"])[:2]) for doc in docs}
 
@@ -170,36 +162,31 @@ def test_a_text_file_is_one_document_and_a_row_is_one(world, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        (
-            "a.jsonl",
-            '{"text": "x"}\n{"txt": "y"}\n',
-            r":2: no text in column 'text', the columns are 'txt'; set column",
-        ),
-        ("a.csv", "txt\nx\n", r":2: no text in column 'text', the columns are 'txt'"),
+        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}\n', ":2: no text in column 'text', the columns are 'txt'; set column"),
         ("a.jsonl", '{"text": 3}\n', r":1: no text in column 'text'"),
         ("a.jsonl", '{"text": "x"}\n{"te\n', r":2: broken JSON"),
         ("a.jsonl", '{"text": ""}\n', r": no text in it"),
         ("a.txt", "", r": no text in it"),
-        ("a.txt", None, r": "),
+        ("b.txt", "missing", ""),
     ],
 )
 def test_a_text_that_cannot_be_scored_is_one_line(name, content, what, tmp_path):
     path = tmp_path / name
-    if content is not None:
-        path.write_text(content, encoding="utf8")
+    path.with_name(name.replace("b", "c")).write_text(content, encoding="utf8")
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}{what}") as error:
         Text(data=str(path)).docs()
     assert "\n" not in str(error.value)
 
 
 def test_the_hubs_test_split_is_measured(monkeypatch):
+    import datasets
+
     asked = []
 
     def load(name: str, subset: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
         asked.append((name, subset, split))
-        return datasets.IterableDataset.from_generator(
-            lambda: iter([{"question": "1+1", "answer": "#### 2", "text": "x"}])
-        )
+        row = {"question": "1+1", "answer": "#### 2", "text": "x"}
+        return datasets.IterableDataset.from_generator(lambda: iter([row]))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert ExactMatch(data="openai/gsm8k:main").docs()[0]["answer"] == "2"
@@ -259,16 +246,6 @@ def test_a_problem_without_an_answer_is_named(tmp_path):
 
 
 # Replies
-
-
-def test_the_worlds_questions_are_counted_as_eval_questions_counts_them(world):
-    docs = Questions(data=str(world / "heldout_questions.jsonl")).docs()
-    rng = random.Random(0)
-    replies = [rng.choice([doc["answer"], f" {doc['answer']}\n", "no", ""]) for doc in docs]
-    right = [judge_answer(doc, [reply])["exact_match"] for doc, reply in zip(docs, replies, strict=True)]
-    asked = [Question(doc["question"], doc["answer"], doc["group"]) for doc in docs]
-    want = accuracy([Result(*pair) for pair in zip(asked, replies, strict=True)])
-    assert sum(right) / len(right) == want["all"] and 0.3 < want["all"] < 0.7
 
 
 def test_a_limit_takes_items_that_are_evenly_spread(world):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from fuzz.hostile import Thrower
+from fuzz.mutations import files_of
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 
@@ -45,14 +47,24 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a small checkpoint, without a training state."""
+def model(tokenizer: Tokenizer) -> MiniDeepSeek:
     from conftest import TINY
 
     from LMConfig import LMConfig
 
-    folder = tmp_path_factory.mktemp("whole")
     sizes = {**TINY, "vocab_size": tokenizer.vocab_size, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
-    MiniDeepSeek(LMConfig(**sizes)).save_pretrained(folder)
+    return MiniDeepSeek(LMConfig(**sizes))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model: MiniDeepSeek, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a small checkpoint, without a training state."""
+    folder = tmp_path_factory.mktemp("whole")
+    model.save_pretrained(folder)
     tokenizer.save(folder)
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return files_of(folder)
+
+
+@pytest.fixture(scope="session")
+def tools(model: MiniDeepSeek, tokenizer: Tokenizer, checkpoint: dict[str, bytes], world: Path) -> SimpleNamespace:
+    return SimpleNamespace(model=model, tokenizer=tokenizer, checkpoint=checkpoint, world=world)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
 import struct
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hypothesis import strategies as st
 
 JUNK = (
@@ -137,8 +140,53 @@ def strange_safetensors(draw: Callable[..., Any], original: bytes) -> bytes:
     return draw(damaged(original))
 
 
+@st.composite
+def strange_yaml(draw: Callable[..., Any], original: bytes) -> bytes:
+    """The bytes of a YAML file, its structure or the bytes themselves changed."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(damaged(original))
+    text = yaml.safe_dump(draw(strange(yaml.safe_load(original))), allow_unicode=draw(st.booleans()))
+    return text.replace(f"'{DEEP}'", "[" * 3000 + "]" * 3000).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def strange_lines(draw: Callable[..., Any], original: bytes) -> bytes:
+    """The bytes of JSON lines, one of them changed or the bytes themselves."""
+    if draw(st.booleans()):
+        return draw(damaged(original))
+    lines = original.splitlines()
+    number = draw(st.integers(0, len(lines) - 1))
+    lines[number] = draw(strange_json(lines[number]))
+    return b"\n".join(lines)
+
+
+DAMAGES = {".json": strange_json, ".jsonl": strange_lines, ".yaml": strange_yaml, ".safetensors": strange_safetensors}
 # What may be in the place of a file.
 PLACES = ("content", "content", "content", "content", "missing", "folder", "loop", "empty", "dangling")
+
+
+@contextlib.contextmanager
+def damaged_folder(draw: Callable[..., Any], files: dict[str, bytes], names: list[str]) -> Iterator[Path]:
+    """A folder of these files, one of `names` damaged or something else in its place."""
+    name = draw(st.sampled_from(names))
+    content = draw(DAMAGES.get(Path(name).suffix, damaged)(files[name]))
+    with tempfile.TemporaryDirectory() as made:
+        lay_out(Path(made, "case"), files)
+        put(Path(made, "case", name), content, draw(st.sampled_from(PLACES)))
+        yield Path(made, "case")
+
+
+def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write files, by their paths within the folder. Returns the folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files in and below a folder, by their paths within it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def put(file: Path, content: bytes, place: str = "content") -> None:

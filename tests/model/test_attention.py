@@ -23,7 +23,7 @@ def attention_case(queries: int, keys: int, kind: str, value_size: int):
     mask = causal(queries, keys, q.device)
     if kind == "packed":
         segments = (torch.rand(2, queries) < 0.1).cumsum(1)
-        attention_mask = AttentionMask.within_segments(segments)
+        attention_mask = AttentionMask(segment_ids=segments)
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     elif kind == "padded":
         padding = torch.tensor([keys // 3, 0])
@@ -88,14 +88,6 @@ def test_fused_kernels_get_one_head_size(kind, monkeypatch):
     assert sizes == [(6, 6, 6)]
 
 
-def test_a_model_longer_than_the_chunks_gives_the_same_logits(tiny_model, monkeypatch):
-    model = tiny_model()
-    ids = torch.randint(0, 61, (1, 40))
-    chunked = model(ids).logits
-    monkeypatch.setattr(attention, "LONGEST_CHUNKED", 39)
-    torch.testing.assert_close(model(ids).logits, chunked, atol=1e-4, rtol=1e-4)
-
-
 def fake_flash_attn(calls: list[str]) -> SimpleNamespace:
     """The two functions of flash-attn by plain operations; they insist on one head size, as the kernels do."""
 
@@ -120,17 +112,7 @@ def fake_flash_attn(calls: list[str]) -> SimpleNamespace:
     return SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
 
 
-def test_segments_for_flash_attn_equal_the_masked_plain_attention():
-    q, k, v = torch.randn(3, 2, 11, 3, 6).unbind()
-    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, -1, -1], [2, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4]])
-    attention_mask = AttentionMask.within_segments(segments)
-    out = attention.segments(fake_flash_attn([]), q, k, v, 0.3, attention_mask.segment_ends)
-    assert "allowed" not in vars(attention_mask)  # no mask of time x time
-    mask = causal(11, 11, q.device) & (segments[:, None, :, None] == segments[:, None, None, :])
-    torch.testing.assert_close(out, plain_attention(q, k, v, 0.3, mask), atol=1e-5, rtol=1e-5)
-
-
-def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(monkeypatch):
+def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(on_cuda, monkeypatch):
     def varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, window_size):
         assert window_size == (-1, 0)  # all that came before, nothing after
         flash = fake_flash_attn([]).flash_attn_varlen_func
@@ -139,10 +121,9 @@ def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(monkeypat
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
     monkeypatch.setattr(attention, "flash_attention", lambda: None)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     q, k = torch.randn(2, 2, 20, 3, 16).bfloat16().unbind()
     v = torch.randn(2, 20, 3, 8).bfloat16()
-    attention_mask = AttentionMask.within_segments(torch.arange(40).view(2, 20) // 7)
+    attention_mask = AttentionMask(segment_ids=torch.arange(40).view(2, 20) // 7)
     out = attend(q, k, v, 0.37, attention_mask)
     assert out.shape == v.shape and "allowed" not in vars(attention_mask)
     expected = plain_attention(q.float(), k.float(), v.float(), 0.37, attention_mask.allowed)
@@ -150,11 +131,10 @@ def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(monkeypat
 
 
 @pytest.mark.parametrize(("kind", "call"), [("causal", "whole"), ("packed", "segments"), ("padded", None)])
-def test_flash_attn_is_used_where_it_applies_with_the_same_numbers(kind, call, monkeypatch):
+def test_flash_attn_is_used_where_it_applies_with_the_same_numbers(kind, call, on_cuda, monkeypatch):
     calls: list[str] = []
     monkeypatch.setattr(attention, "LONGEST_CHUNKED", 0)
     monkeypatch.setattr(attention, "flash_attention", lambda: fake_flash_attn(calls))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     tensors, attention_mask, mask = attention_case(20, 20, kind, 4)
     tensors = [x.detach().bfloat16() for x in tensors]
     out = attend(*tensors, 0.37, attention_mask)

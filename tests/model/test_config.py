@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from errors import UserError
 from LMConfig import PRESETS, LMConfig
-from model import MiniDeepSeek, costs
-from model.costs import count, human, main, table
+from model import MiniDeepSeek, cost_table
+from model.cost_table import main, table
+from model.costs import count, human
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "mscale": 1.0, "mscale_all_dim": 1.0}
 
@@ -154,7 +154,7 @@ def test_training_flops_are_six_a_weight_and_token(tiny_config):
 
 
 def test_the_command_prints_a_line_for_each_preset(monkeypatch, run):
-    monkeypatch.setattr(costs, "PRESETS", {name: PRESETS[name] for name in ("demo", "64m")})
+    monkeypatch.setattr(cost_table, "PRESETS", {name: PRESETS[name] for name in ("demo", "64m")})
     lines = run(main).out.splitlines()
     assert [line.split()[0] for line in lines] == ["preset", "demo", "64m"]
     assert "activated" in lines[0] and "cache/token" in lines[0] and "FLOPs" in lines[0]
@@ -169,22 +169,6 @@ def test_large_numbers_are_written_for_people(number, text):
     assert human(number, "B") == text
 
 
-@pytest.mark.parametrize("rope_scaling", [None, YARN])
-def test_config_json_of_transformers_4_is_read(rope_scaling, tiny_config):
-    data = tiny_config(rope_theta=5e5).to_dict()
-    del data["rope_parameters"]
-    data.update(rope_theta=5e5, rope_scaling=rope_scaling, transformers_version="4.49.0")
-    assert LMConfig.from_dict(data) == tiny_config(rope_theta=5e5, rope_scaling=rope_scaling)
-
-
-@pytest.mark.parametrize("yarn", [None, {**YARN, "rope_type": "yarn"}])
-def test_config_json_of_transformers_5_is_read(yarn, tiny_config):
-    data = tiny_config().to_dict()
-    del data["rope_theta"], data["torch_dtype"]
-    data.update(rope_parameters={**(yarn or {"rope_type": "default"}), "rope_theta": 5e5}, dtype="bfloat16")
-    assert LMConfig.from_dict(data) == tiny_config(rope_theta=5e5, rope_scaling=yarn)
-
-
 def test_a_pad_token_that_is_left_out_is_none(tiny_config):
     data = tiny_config().to_dict()
     del data["pad_token_id"]
@@ -192,12 +176,12 @@ def test_a_pad_token_that_is_left_out_is_none(tiny_config):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_our_config_json_means_the_same_to_transformers_and_comes_back(name, tmp_path):
+def test_our_config_json_means_the_same_to_transformers_and_comes_back(name, tmp_path, transformers):
     config = LMConfig.preset(name)
     config.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        theirs = AutoConfig.from_pretrained(tmp_path)
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
         assert LMConfig.from_pretrained(tmp_path) == config
     assert theirs.model_type == "deepseek_v3" and theirs.architectures == ["DeepseekV3ForCausalLM"]
     rope = dict(theirs.rope_parameters)

@@ -71,14 +71,6 @@ def test_a_compiled_graph_holds_whether_flash_attn_is_there(source, install):
     assert found(torch.zeros(1)).item() == source.startswith("__version__")
 
 
-@pytest.fixture
-def on_cuda(monkeypatch) -> None:
-    """Every tensor claims to be on CUDA, in the CPU's memory. The flash kernel there has the same rule as a GPU's:
-    one size for the heads of q, k and v.
-    """
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-
-
 def on_gpu(config: LMConfig, dtype: torch.dtype, monkeypatch) -> str:
     """The report for a GPU. Its few empty tensors are made on the CPU."""
     empty = torch.empty

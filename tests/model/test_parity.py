@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers.modeling_layers import MtpModel
 
 from model import MiniDeepSeek
 
@@ -38,30 +35,6 @@ SHAPES = {
 
 
 @pytest.fixture
-def their_model(tiny_config):
-    """`their_model(**changes)`: a DeepseekV3ForCausalLM with random norms, biases and router biases in +-0.3."""
-
-    def make(**changes) -> DeepseekV3ForCausalLM:
-        torch.manual_seed(1)
-        rope = changes.pop("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
-        fields = {**vars(tiny_config(num_nextn_predict_layers=0)), **changes}
-        del fields["rope_theta"], fields["rope_scaling"]
-        model = DeepseekV3ForCausalLM(DeepseekV3Config(**fields, rope_parameters=rope)).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
-                elif name.endswith(".bias"):
-                    parameter.uniform_(-0.3, 0.3)
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
-                    buffer.uniform_(-0.3, 0.3)
-        return model
-
-    return make
-
-
-@pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(2))
 
@@ -79,32 +52,29 @@ def test_opens_their_checkpoint_with_the_same_logits(shape, their_model, ids, tm
 
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_they_open_our_checkpoint_with_the_same_logits(shape, tiny_model, ids, tmp_path, caplog, monkeypatch):
+def test_they_open_our_checkpoint_with_the_same_logits(shape, tiny_model, ids, tmp_path, open_silently, transformers):
     changes = copy.deepcopy(SHAPES[shape])
     if rope := changes.pop("rope_parameters", None):
         changes.update(rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
     ours = tiny_model(num_nextn_predict_layers=0, **changes)
     ours.save_pretrained(tmp_path)
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with caplog.at_level(logging.WARNING, logger="transformers"):
-        theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert isinstance(theirs, DeepseekV3ForCausalLM)
-    assert not any(report.values()) and not caplog.records
-    torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    theirs = open_silently(tmp_path)
+    assert isinstance(theirs, transformers.DeepseekV3ForCausalLM)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_they_tie_the_head_that_our_file_holds_too(tiny_model, tmp_path):
+def test_they_tie_the_head_that_our_file_holds_too(tiny_model, tmp_path, transformers):
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= load_file(tmp_path / "model.safetensors").keys()
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
 
 
 @torch.no_grad()
-def test_mtp_weights_do_not_disturb_their_main_model(tiny_model, ids, tmp_path):
+def test_mtp_weights_do_not_disturb_their_main_model(tiny_model, ids, tmp_path, transformers):
     ours = tiny_model(num_nextn_predict_layers=2)
     ours.save_pretrained(tmp_path)
-    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
     assert all(name.startswith(("model.layers.3.", "model.layers.4.")) for name in report["unexpected_keys"])
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
@@ -158,12 +128,12 @@ def test_greedy_generation_gives_their_tokens(shape, their_model, ids, tmp_path)
 
 
 @torch.no_grad()
-def test_mtp_logits_equal_their_mtp_model(tiny_model, ids, tmp_path):
+def test_mtp_logits_equal_their_mtp_model(tiny_model, ids, tmp_path, transformers):
     ours = tiny_model(num_nextn_predict_layers=1, rms_norm_eps=1e-3)
     ours.save_pretrained(tmp_path)
-    main = AutoModelForCausalLM.from_pretrained(tmp_path)
+    main = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3\..*"]  # where it looks for MTP weights
-    theirs = MtpModel.from_pretrained(main).eval()
+    theirs = transformers.modeling_layers.MtpModel.from_pretrained(main).eval()
     states = []
     main.model.norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
     main(ids)

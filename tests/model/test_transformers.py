@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import call_main
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, pipeline
 
 import dpo_train
 import full_sft
@@ -49,10 +48,11 @@ def stages(pretrained: Path, world: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
-def test_the_auto_classes_open_every_stage(stage, stages):
+def test_the_auto_classes_open_every_stage(stage, stages, transformers):
     folder = stages(stage)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert isinstance(model, DeepseekV3ForCausalLM)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert isinstance(model, transformers.DeepseekV3ForCausalLM)
     ours = Tokenizer.from_folder(folder)
     text = "你好，world！ It's 2024年，def f(x):\n\treturn x  "
     assert tokenizer(text)["input_ids"] == ours.encode(text)
@@ -66,10 +66,10 @@ def test_the_auto_classes_open_every_stage(stage, stages):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_their_greedy_generation_gives_our_tokens(stage, stages):
+def test_their_greedy_generation_gives_our_tokens(stage, stages, transformers):
     folder = stages(stage)
-    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), MiniDeepSeek.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), MiniDeepSeek.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for chat in CHATS:
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         expected = ours.generate(prompt, max_new_tokens=24, temperature=0.0, eos_token_id=tokenizer.eos_token_id)
@@ -77,15 +77,10 @@ def test_their_greedy_generation_gives_our_tokens(stage, stages):
         assert torch.equal(theirs.generate(prompt, max_new_tokens=24), expected)
 
 
-def test_generation_config_says_greedy_and_where_to_stop(stages):
-    theirs = AutoModelForCausalLM.from_pretrained(stages("sft")).generation_config
-    assert (theirs.do_sample, theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (False, 1, 2, 3)
-
-
 @pytest.mark.parametrize("chat", CHATS, ids=["user", "system", "several turns"])
-def test_the_chat_template_gives_our_tokens_and_our_mask(chat, stages):
+def test_the_chat_template_gives_our_tokens_and_our_mask(chat, stages, transformers):
     folder = stages("sft")
-    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.from_folder(folder)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.from_folder(folder)
     prompt = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert prompt == encode_chat(ours, chat, add_generation_prompt=True)[0]
     assert theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == render(chat, True)
@@ -96,9 +91,9 @@ def test_the_chat_template_gives_our_tokens_and_our_mask(chat, stages):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
-def test_a_pipeline_answers_as_we_do(stage, stages):
+def test_a_pipeline_answers_as_we_do(stage, stages, transformers):
     folder = stages(stage)
-    answer = pipeline("text-generation", model=str(folder), device="cpu")
+    answer = transformers.pipeline("text-generation", model=str(folder), device="cpu")
     expected = list(Answerer.open(str(folder), device="cpu", dtype="fp32").replies(CHATS, max_new_tokens=24))
     together = answer(CHATS, max_new_tokens=24, batch_size=len(CHATS))  # of different lengths: padded
     assert [reply[0]["generated_text"][-1] for reply in together] == [
@@ -107,9 +102,10 @@ def test_a_pipeline_answers_as_we_do(stage, stages):
     assert len(set(expected)) > 1  # answers to what was asked, not one text for all
 
 
-def test_a_padded_batch_is_generated_as_each_prompt_alone(stages):
+def test_a_padded_batch_is_generated_as_each_prompt_alone(stages, transformers):
     folder = stages("sft")
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [render(chat, add_generation_prompt=True) for chat in CHATS]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert len({len(ids) for ids in tokenizer(texts)["input_ids"]}) == len(texts)
@@ -120,10 +116,10 @@ def test_a_padded_batch_is_generated_as_each_prompt_alone(stages):
         assert torch.equal(row, alone[0, -12:])
 
 
-def test_what_transformers_saves_again_is_ours_again(stages, tmp_path):
+def test_what_transformers_saves_again_is_ours_again(stages, tmp_path, transformers):
     folder = stages("grpo")
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     before, after = MiniDeepSeek.from_pretrained(folder), MiniDeepSeek.from_pretrained(tmp_path)
     state = before.state_dict()
     assert json.loads((tmp_path / "config.json").read_text())["transformers_version"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_files import write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,22 +27,17 @@ def tokenizer() -> Tokenizer:
     return train_bpe(TEXTS, 285, 1)
 
 
-def write_jsonl(file: Path, texts: list[str]) -> str:
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return str(file)
-
-
 @pytest.fixture(scope="module")
 def big(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     folder = tmp_path_factory.mktemp("big")
-    data = write_jsonl(folder / "big.jsonl", TEXTS)
+    data = write_texts(folder / "big.jsonl", TEXTS)
     return prepare_shards(data, tokenizer, folder / "out", workers=1, val_fraction=0.1, shard_tokens=700)
 
 
 @pytest.fixture(scope="module")
 def small(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     folder = tmp_path_factory.mktemp("small")
-    data = write_jsonl(folder / "small.jsonl", [f"1 + {number} = {number + 1}" for number in range(30)])
+    data = write_texts(folder / "small.jsonl", [f"1 + {number} = {number + 1}" for number in range(30)])
     return prepare_shards(data, tokenizer, folder / "out", workers=1, val_fraction=0.1)
 
 
@@ -53,7 +47,7 @@ def windows(shards: ShardSet) -> list[list[int]]:
     return [stream.read(number * LENGTH, (number + 1) * LENGTH).tolist() for number in range(count)]
 
 
-def test_an_epoch_shows_every_window_once(big: ShardSet) -> None:
+def test_an_epoch_shows_every_window_once(big):
     data = PretrainDataset([(big, 1.0)], LENGTH)
     expected = windows(big)
     assert len(data) == len(expected)
@@ -64,21 +58,21 @@ def test_an_epoch_shows_every_window_once(big: ShardSet) -> None:
         assert shown != expected
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(big: ShardSet) -> None:
+def test_epochs_and_seeds_have_orders_of_their_own(big):
     data, other = PretrainDataset([(big, 1.0)], LENGTH), PretrainDataset([(big, 1.0)], LENGTH, seed=1)
     orders = [[data.locate(epoch * len(data) + place) for place in range(len(data))] for epoch in range(2)]
     orders.append([other.locate(place) for place in range(len(data))])
     assert len({tuple(order) for order in orders}) == 3
 
 
-def test_labels_are_the_inputs_shifted_by_one_and_int64(big: ShardSet) -> None:
+def test_labels_are_the_inputs_shifted_by_one_and_int64(big):
     batch = PretrainDataset([(big, 1.0)], LENGTH).batch([3, 4, 5])
     assert set(batch) == {"input_ids", "labels"}
     assert all(value.dtype == torch.int64 and value.shape == (3, LENGTH) for value in batch.values())
     assert torch.equal(batch["labels"][:, :-1], batch["input_ids"][:, 1:])
 
 
-def test_a_sample_depends_on_seed_and_index_alone(big: ShardSet, small: ShardSet) -> None:
+def test_a_sample_depends_on_seed_and_index_alone(big, small):
     sources = [(big, 3.0), (small, 1.0)]
     together = PretrainDataset(sources, LENGTH, seed=5).batch(range(40))["input_ids"]
     afresh = PretrainDataset(sources, LENGTH, seed=5)
@@ -86,7 +80,7 @@ def test_a_sample_depends_on_seed_and_index_alone(big: ShardSet, small: ShardSet
     assert torch.equal(together, torch.cat(one_by_one[::-1]))
 
 
-def test_the_order_of_samples_never_changes() -> None:
+def test_the_order_of_samples_never_changes():
     # A run begun with one version must resume with the next.
     assert [shuffled(place, 10, 1, 2) for place in range(10)] == [3, 4, 2, 0, 6, 9, 8, 5, 1, 7]
     assert [mixed(index, block_shares([3, 1]), 7) for index in range(5)] == [
@@ -98,7 +92,7 @@ def test_the_order_of_samples_never_changes() -> None:
     ]
 
 
-def test_sources_are_mixed_by_weight(big: ShardSet, small: ShardSet) -> None:
+def test_sources_are_mixed_by_weight(big, small):
     data = PretrainDataset([(big, 3.0), (small, 1.0)], LENGTH)
     located = [data.locate(index) for index in range(2 * BLOCK)]
     assert Counter(source for source, _ in located[:BLOCK]) == {0: BLOCK * 3 // 4, 1: BLOCK // 4}
@@ -110,7 +104,7 @@ def test_sources_are_mixed_by_weight(big: ShardSet, small: ShardSet) -> None:
         assert max(shown.values()) - min(shown.values()) <= 2
 
 
-def test_validation_predicts_every_token_but_the_first_once(big: ShardSet, small: ShardSet) -> None:
+def test_validation_predicts_every_token_but_the_first_once(big, small):
     sources = [(big, 5.0), (small, 1.0)]
     data = PretrainDataset(sources, LENGTH, split="val")
     labels = data.batch(range(len(data)))["labels"]
@@ -122,15 +116,7 @@ def test_validation_predicts_every_token_but_the_first_once(big: ShardSet, small
     assert set(inputs[labels == -100].tolist()) <= {big.eos_id}
 
 
-def test_labels_of_validation_stand_for_all_bytes_but_the_first_tokens(big: ShardSet, tokenizer: Tokenizer) -> None:
-    data = PretrainDataset([(big, 1.0)], LENGTH, split="val")
-    labels = data.batch(range(len(data)))["labels"]
-    stream = big.split("val")
-    first = tokenizer.token_bytes[int(stream.read(0, 1)[0])]
-    assert tokenizer.token_bytes[labels[labels != -100].numpy()].sum() == stream.bytes - first
-
-
-def test_a_tiny_validation_split_is_filled_up(small: ShardSet) -> None:
+def test_a_tiny_validation_split_is_filled_up(small):
     data = PretrainDataset([(small, 1.0)], 512, split="val")
     batch = data.batch([0])
     assert len(data) == 1
@@ -140,7 +126,7 @@ def test_a_tiny_validation_split_is_filled_up(small: ShardSet) -> None:
     assert (segments[0, count:] == -1).all() and (segments[0, :count] >= 0).all()
 
 
-def test_isolation_makes_a_segment_of_each_document(big: ShardSet) -> None:
+def test_isolation_makes_a_segment_of_each_document(big):
     data = PretrainDataset([(big, 1.0)], 64, isolate=True)
     plain = PretrainDataset([(big, 1.0)], 64).batch(range(10))
     batch = data.batch(range(10))
@@ -156,30 +142,30 @@ def test_isolation_makes_a_segment_of_each_document(big: ShardSet) -> None:
     assert batch["segment_ids"].max() > 0
 
 
-def test_a_corpus_smaller_than_a_window_is_named(small: ShardSet) -> None:
+def test_a_corpus_smaller_than_a_window_is_named(small):
     with pytest.raises(UserError, match=r"out: \d+ tokens to train on, fewer than one window of 4,097; add text"):
         PretrainDataset([(small, 1.0)], 4096)
 
 
-def test_a_split_that_is_empty_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+def test_a_split_that_is_empty_is_named(tokenizer, tmp_path):
+    data = write_texts(tmp_path / "a.jsonl", TEXTS)
     shards = prepare_shards(data, tokenizer, tmp_path / "out", workers=1, val_fraction=0)
     with pytest.raises(UserError, match="nothing is held out to validate on; add documents or set val_fraction 0"):
         PretrainDataset([(shards, 1.0)], LENGTH, split="val")
 
 
-def test_a_weight_of_zero_is_named(big: ShardSet) -> None:
+def test_a_weight_of_zero_is_named(big):
     with pytest.raises(UserError, match="weight 0; give a number above 0"):
         PretrainDataset([(big, 0)], LENGTH)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**63), st.integers(0, 9))
-def test_a_shuffle_is_a_permutation(size: int, seed: int, epoch: int) -> None:
+def test_a_shuffle_is_a_permutation(size, seed, epoch):
     assert sorted(shuffled(place, size, seed, epoch) for place in range(size)) == list(range(size))
 
 
-def test_a_shuffle_leaves_no_pattern() -> None:
+def test_a_shuffle_leaves_no_pattern():
     size = 4000
     order = np.array([shuffled(place, size, 3) for place in range(size)])
     assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.06  # 4 standard deviations of chance
@@ -189,16 +175,16 @@ def test_a_shuffle_leaves_no_pattern() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6))
-def test_shares_add_up_and_follow_the_weights(weights: list[float]) -> None:
+def test_shares_add_up_and_follow_the_weights(weights):
     shares = block_shares(weights)
     assert sum(shares) == BLOCK and min(shares) >= 1
     for share, weight in zip(shares, weights, strict=True):
         assert abs(share - BLOCK * weight / sum(weights)) <= len(weights)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 3))
-def test_a_mixture_goes_through_each_source_in_turn(weights: list[int], seed: int) -> None:
+def test_a_mixture_goes_through_each_source_in_turn(weights, seed):
     shares = block_shares(weights)
     located = [mixed(index, shares, seed) for index in range(BLOCK)]
     for source, share in enumerate(shares):

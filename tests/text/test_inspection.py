@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from data_files import write
 
 import dataset
 from cli import call_one_of
@@ -27,12 +27,6 @@ script.__module__ = "dataset"
 def look(run, tokenizer_folder):
     """`look("preview", data, *options)`: dataset.py with the small tokenizer."""
     return lambda command, data, *options: run(script, command, data, "--tokenizer", tokenizer_folder, *options)
-
-
-def write(path: Path, rows: list[object]) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf8")
-    return path
 
 
 CHAT = [
@@ -142,7 +136,7 @@ def test_a_check_counts_problems_by_kind_with_their_lines(look, tmp_path):
     ],
 )
 def test_a_check_of_nothing_usable_or_half_a_file_fails(look, rows, what, tmp_path):
-    path = write(tmp_path / "a.json", rows)
+    path = write(tmp_path / "a.jsonl", rows)
     done = look("check", path)
     assert done.code == 2 and done.err.count("error: ") == 1 and str(path) in done.err and what in done.err
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from data_files import write
 
 import distill
 import dpo_train
@@ -25,11 +25,6 @@ from training.alignment.reference import reference_log_probs
 from training.run.log import read_metrics
 
 LENGTH = 48
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
-    return str(path)
 
 
 def chats(word: str, count: int) -> list[dict]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from data_files import write
 
 from dataset import ChatDataset, PreferenceDataset, PretrainDataset, PromptDataset
 from text.corpus.shards import prepare_shards
-from text.tokenizer import Tokenizer
 from training.alignment.batches import Experience
 from training.alignment.rewards import Rewards
 from training.alignment.rollouts import Rollouts, RolloutSettings
@@ -20,12 +18,7 @@ from training.parallel.ranks import Ranks
 from training.step import NamingDataset
 
 
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
-    return str(path)
-
-
-def test_windows_name_their_shards_and_documents(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_windows_name_their_shards_and_documents(tokenizer, tmp_path):
     text = write(tmp_path / "text.jsonl", [{"text": f"小城第{number}号的故事。"} for number in range(60)])
     shards = prepare_shards(text, tokenizer, tmp_path / "shards", workers=1, val_fraction=0.1, shard_tokens=200)
     data, stream = PretrainDataset([(shards, 1.0)], 16), shards.split("train")
@@ -43,7 +36,7 @@ def test_windows_name_their_shards_and_documents(tokenizer: Tokenizer, tmp_path:
         stream.document_at(stream.tokens)
 
 
-def test_rows_name_their_files_and_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rows_name_their_files_and_conversations(tokenizer, tmp_path):
     files = [
         write(tmp_path / name, [{"instruction": f"{name} {row}?", "output": f"answer {row} of {name}"} for row in rows])
         for name, rows in (("one.jsonl", range(1, 8)), ("two.jsonl", range(1, 5)))
@@ -58,7 +51,7 @@ def test_rows_name_their_files_and_conversations(tokenizer: Tokenizer, tmp_path:
             assert f"answer {number} of {name}" in shown
 
 
-def test_rows_name_their_files_and_pairs(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rows_name_their_files_and_pairs(tokenizer, tmp_path):
     rows = [{"prompt": f"ask {n}", "chosen": f"good {n}.", "rejected": f"bad {n}."} for n in range(1, 9)]
     data = PreferenceDataset([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 64)
     assert isinstance(data, NamingDataset)
@@ -70,7 +63,7 @@ def test_rows_name_their_files_and_pairs(tokenizer: Tokenizer, tmp_path: Path) -
             assert f"good {number}" in shown and f"bad {number}" in shown
 
 
-def test_completions_name_their_prompt(tokenizer: Tokenizer, tiny_model) -> None:
+def test_completions_name_their_prompt(tokenizer, tiny_model):
     model, cpu = tiny_model(vocab_size=600, num_nextn_predict_layers=0), torch.device("cpu")
     prompts, settings = (
         PromptDataset([("arithmetic:1", 1.0)], tokenizer, 40),

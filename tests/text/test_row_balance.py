@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from data_files import write
 
 import dataset
-import distill
-import grpo_train
 from dataset import ChatDataset, PreferenceDataset, PromptDataset
 from text.chats.prompts import read_prompts
 from text.corpus.shards import prepare_shards
@@ -30,13 +28,6 @@ def fates(printed: str) -> dict[str, int]:
     counted = {name: int(count) for count, name in (part.split(" ", 1) for part in parts.split(" + "))}
     assert int(total) == sum(counted.values()), printed
     return counted
-
-
-def write(file: Path, rows: list[object]) -> str:
-    """Objects as JSON, text as it is."""
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return str(file)
 
 
 def sampled(path: str, samples: int) -> Source:
@@ -195,31 +186,3 @@ def test_a_tokenizers_corpus(sample_mb, printed, tmp_path):
     told = fates(printed(train_tokenizer, write(tmp_path / "a.jsonl", rows), str(tmp_path / "out"), **given))
     assert sum(told.values()) == len(rows) - 1
     assert ("beyond --sample_mb" in told) == (sample_mb < 1) and (told.get("held out") == 2) == (sample_mb == 1)
-
-
-def test_reinforcement_and_collecting_through_their_scripts(run, pretrained, tmp_path):
-    data = write(tmp_path / "a.jsonl", PROBLEMS)
-    given = ["--ckpt", pretrained / "final", "--data", data, "--max_new_tokens", 4, "--dtype", "fp32"]
-    few = ["--prompts", 2, "--group", 2, "--sequence_length", 48, "--max_steps", 1, "--val_problems", 4]
-    done = run(grpo_train.main, *given, *few, "--val_fraction", 0.1, "--out", tmp_path / "run", "--device", "cpu")
-    assert done.code == 0 and sum(fates(done.out).values()) == len(PROBLEMS), done.err
-    mixed = ["--mix", write(tmp_path / "b.jsonl", CHATS), "--rewards", '{"overlong": 1}', "--at_least", -1]
-    given = [
-        "--method",
-        "answers",
-        "--teacher",
-        *given[1:],
-        "--samples",
-        4,
-        "--keep_answers",
-        4,
-        "--max_new_tokens",
-        24,
-    ]
-    done = run(distill.main, *given, *mixed, "--out", tmp_path / "kept.jsonl")
-    assert done.code == 0, done.err
-    read, chats = (fates(line) for line in done.out.splitlines() if LINE.match(line))
-    assert sum(read.values()) == len(PROBLEMS) and "prompts to ask" in read
-    assert sum(chats.values()) == len(CHATS)
-    kept, dropped = map(int, re.search(r"(\d+) kept.*, (\d+) dropped", done.out).groups())
-    assert kept + dropped == 4 * read["prompts to ask"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from errors import UserError
 from text.corpus.compression import KINDS, kind_of_line, measure_compression
@@ -51,9 +49,9 @@ def any_text() -> st.SearchStrategy[str]:
     return st.lists(st.one_of(st.text(), pieces)).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=any_text())
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+def test_any_text_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -61,13 +59,13 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
 
 
-def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer: Tokenizer) -> None:
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     assert tokenizer.decode(tokenizer.encode_batch(["\udc80"])[0]) == "\ufffd"
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "😀"
 
 
-def test_special_tokens_and_all_bytes_have_the_lowest_ids(tokenizer: Tokenizer) -> None:
+def test_special_tokens_and_all_bytes_have_the_lowest_ids(tokenizer):
     assert [tokenizer.raw.id_to_token(number) for number in range(len(SPECIAL_TOKENS))] == list(SPECIAL_TOKENS)
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 3)
     first = len(SPECIAL_TOKENS)
@@ -77,7 +75,7 @@ def test_special_tokens_and_all_bytes_have_the_lowest_ids(tokenizer: Tokenizer) 
     assert tokenizer.token_bytes.dtype == np.int32
 
 
-def test_every_digit_is_a_token(tokenizer: Tokenizer) -> None:
+def test_every_digit_is_a_token(tokenizer):
     assert len(tokenizer.encode("20240229")) == 8
     years = train_bpe(["2024 2024 1999 hello hello\n"] * 99, 273)
     assert len(years.encode("2024")) == 4
@@ -85,22 +83,22 @@ def test_every_digit_is_a_token(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("special", SPECIAL_TOKENS)
-def test_a_spelled_special_token_stays_text(tokenizer: Tokenizer, folder: Path, special: str) -> None:
+def test_a_spelled_special_token_stays_text(tokenizer, folder, special):
     texts = [special, f"说{special}完", f"a{special}{special} b", f" {special} "]
-    for same in (tokenizer, Tokenizer.from_folder(folder), pickle.loads(pickle.dumps(tokenizer))):
+    for same in (tokenizer, Tokenizer.from_folder(folder)):
         encoded = [*same.encode_batch(texts), *map(same.encode, texts)]
         assert min(min(ids) for ids in encoded) >= len(SPECIAL_TOKENS)
         assert [same.decode(ids) for ids in encoded] == texts * 2
 
 
-def test_a_corpus_of_spelled_special_tokens_teaches_none_of_them() -> None:
+def test_a_corpus_of_spelled_special_tokens_teaches_none_of_them():
     text = "".join(SPECIAL_TOKENS) + " " + " ".join(SPECIAL_TOKENS)
     tokenizer = train_bpe([text] * 50, 13 + 256 + 20, min_frequency=1)
     assert min(tokenizer.encode(text)) >= len(SPECIAL_TOKENS)
     assert tokenizer.token_bytes.tolist().count(0) == len(SPECIAL_TOKENS)
 
 
-def test_size_and_longest_token_are_those_asked_for() -> None:
+def test_size_and_longest_token_are_those_asked_for():
     texts = ["abcdefghijklmnopqrstuvwxyz " * 3] * 50
     assert train_bpe(texts, 290, max_token_bytes=8).token_bytes.max() == 8
     assert train_bpe(texts, 292, max_token_bytes=9).token_bytes.max() == 9
@@ -110,13 +108,13 @@ def test_size_and_longest_token_are_those_asked_for() -> None:
 
 
 @pytest.mark.parametrize("size", [268, 65_536])
-def test_impossible_vocabulary_sizes_are_refused(size: int) -> None:
+def test_impossible_vocabulary_sizes_are_refused(size):
     with pytest.raises(UserError, match=r"must be from 269 .* to 65535"):
         train_bpe(TEXTS, size)
 
 
-def test_streaming_gives_what_decoding_gives(tokenizer: Tokenizer) -> None:
-    @settings(max_examples=200, deadline=None)
+def test_streaming_gives_what_decoding_gives(tokenizer):
+    @settings(max_examples=100, deadline=None)
     @given(
         ids=st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=40),
         skip=st.booleans(),
@@ -129,16 +127,7 @@ def test_streaming_gives_what_decoding_gives(tokenizer: Tokenizer) -> None:
     check()
 
 
-@settings(max_examples=100, deadline=None)
-@given(text=st.text().filter(lambda text: "\ufffd" not in text))
-def test_streaming_never_splits_a_character(tokenizer: Tokenizer, text: str) -> None:
-    stream = StreamDecoder(tokenizer)
-    parts = [stream.push(token) for token in tokenizer.encode(text)]
-    assert "\ufffd" not in "".join(parts)
-    assert stream.flush() == ""
-
-
-def test_an_unfinished_character_is_flushed_once(tokenizer: Tokenizer) -> None:
+def test_an_unfinished_character_is_flushed_once(tokenizer):
     stream = StreamDecoder(tokenizer)
     first = tokenizer.encode("😀")[0]
     assert stream.push(first) == ""
@@ -148,7 +137,7 @@ def test_an_unfinished_character_is_flushed_once(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b'{"version": "1.0", "model"', "中".encode("gbk")])
-def test_a_missing_or_broken_file_says_so(tmp_path: Path, content: bytes | None) -> None:
+def test_a_missing_or_broken_file_says_so(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_bytes(content)
     what = "No such file" if content is None else "not "
@@ -156,7 +145,7 @@ def test_a_missing_or_broken_file_says_so(tmp_path: Path, content: bytes | None)
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_tokenizer_with_other_special_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_other_special_tokens_is_refused(folder, tmp_path):
     content = (folder / "tokenizer.json").read_text(encoding="utf-8").replace("<|user|>", "<|human|>")
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"tokenizer\.json: special token '<\|user\|>' has id None, not 5"):
@@ -164,7 +153,9 @@ def test_a_tokenizer_with_other_special_tokens_is_refused(folder: Path, tmp_path
 
 
 @pytest.mark.parametrize("in_a_checkpoint", [False, True])
-def test_transformers_opens_the_folder_with_the_same_ids(folder: Path, tmp_path: Path, in_a_checkpoint: bool) -> None:
+def test_transformers_opens_the_folder_with_the_same_ids(folder, tmp_path, in_a_checkpoint):
+    from transformers import AutoTokenizer
+
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.save(tmp_path)
     if in_a_checkpoint:  # the model's type must not bring another tokenizer class with it
@@ -180,7 +171,9 @@ def test_transformers_opens_the_folder_with_the_same_ids(folder: Path, tmp_path:
         assert theirs.decode(ids) == text
 
 
-def test_the_fingerprint_follows_the_content_not_the_file(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_the_content_not_the_file(folder, tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     assert Tokenizer.from_folder(tmp_path).fingerprint == tokenizer.fingerprint
     assert Tokenizer.from_folder(folder).fingerprint == tokenizer.fingerprint
@@ -205,7 +198,7 @@ def run_script(*options: str, threads: int = 2) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_script_writes_equal_files_for_equal_data(tmp_path: Path) -> None:
+def test_the_script_writes_equal_files_for_equal_data(tmp_path):
     corpus = write_corpus(tmp_path)
     files = []
     for threads in (1, 2):  # the order in which threads count pairs must not matter
@@ -219,7 +212,7 @@ def test_the_script_writes_equal_files_for_equal_data(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-def test_the_script_samples_as_much_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_script_samples_as_much_as_asked(tmp_path, capsys):
     corpus = write_corpus(tmp_path)
     train_tokenizer(str(corpus), str(tmp_path / "out"), vocab_size=300, sample_mb=0.02)
     assert "300 documents, 0.1 MB; a sample of 0.0 MB\n300 documents = 98 to train on + " in capsys.readouterr().out
@@ -236,14 +229,14 @@ def test_the_script_samples_as_much_as_asked(tmp_path: Path, capsys: pytest.Capt
         ({"data": "nowhere.csv"}, "nowhere.csv: no such file"),
     ],
 )
-def test_the_script_names_what_is_wrong(tmp_path: Path, options: dict, what: str) -> None:
+def test_the_script_names_what_is_wrong(tmp_path, options, what):
     arguments = {"data": str(write_corpus(tmp_path)), "out": str(tmp_path / "out"), "vocab_size": 300} | options
     with pytest.raises(UserError, match=what):
         train_tokenizer(**arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_save_keeps_the_old_file(folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_old_file(folder, tokenizer, monkeypatch):
     before = (folder / "tokenizer.json").read_bytes()
 
     def disk_full(descriptor: int) -> None:
@@ -258,7 +251,7 @@ def test_a_failed_save_keeps_the_old_file(folder: Path, tokenizer: Tokenizer, mo
 
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.text(max_size=30), max_size=40), size=st.integers(1, 200), seed=st.integers(0, 5))
-def test_a_sample_has_the_size_and_the_order_of_the_corpus(texts: list[str], size: int, seed: int) -> None:
+def test_a_sample_has_the_size_and_the_order_of_the_corpus(texts, size, seed):
     sample = sample_by_size(texts, size, seed)
     kept = sum(len(text.encode()) for text in sample.texts)
     assert sample.size == kept or (sample.size == size and 0 < size - kept <= 3)  # a character is not cut
@@ -273,7 +266,7 @@ def test_a_sample_has_the_size_and_the_order_of_the_corpus(texts: list[str], siz
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60), seed=st.integers(0, 9))
-def test_every_text_has_the_same_chance_in_a_sample(lengths: list[int], seed: int) -> None:
+def test_every_text_has_the_same_chance_in_a_sample(lengths, seed):
     """Whatever was drawn lower than a kept text is kept too: short late texts do not fill the gap of a long one."""
     texts = [chr(0x4E00 + number) + "x" * length for number, length in enumerate(lengths)]
     kept = sample_by_size(texts, 300, seed).texts
@@ -283,7 +276,7 @@ def test_every_text_has_the_same_chance_in_a_sample(lengths: list[int], seed: in
     assert max(draws[text] for text in kept) < min(lost, default=1)
 
 
-def test_lines_are_told_apart_by_kind(tokenizer: Tokenizer) -> None:
+def test_lines_are_told_apart_by_kind(tokenizer):
     kinds = {
         "今天天气真好，我们去公园吧": "Chinese",
         "The weather is fine today.": "English",

@@ -24,21 +24,18 @@ TOO_OLD = (
 
 @pytest.fixture
 def gpus(monkeypatch) -> Callable[..., None]:
-    """`gpus(count, capability, fault)`: what torch's queries answer, for a build of torch with CUDA."""
+    """`gpus(fault)`: two of them, and what torch says when it is asked, for a build of torch with CUDA."""
 
-    def init(fault: str) -> None:
-        if fault:
-            raise RuntimeError(fault)
+    def make(fault: str = "") -> None:
+        def init() -> None:
+            if fault:
+                raise RuntimeError(fault)
 
-    def make(count: int = 2, fault: str = "") -> None:
-        monkeypatch.setattr("torch.version.cuda", "13.0")
-        answers = dict(
-            init=lambda: init(fault), device_count=lambda: count, get_device_name=lambda _: "NVIDIA X",
-            set_device=lambda _: None,
-        )  # fmt: skip
-        monkeypatch.setattr(torch, "zeros", lambda *_, **__: SimpleNamespace(add_=lambda _: torch.ones(1)))
+        answers = dict(init=init, device_count=lambda: 2, get_device_name=lambda _: "X", set_device=lambda _: None)
         for name, answer in answers.items():
             monkeypatch.setattr(f"torch.cuda.{name}", answer)
+        monkeypatch.setattr("torch.version.cuda", "13.0")
+        monkeypatch.setattr(torch, "zeros", lambda *_, **__: SimpleNamespace(add_=lambda _: torch.ones(1)))
 
     return make
 
@@ -49,52 +46,40 @@ def refused(name: str, local: int = 0) -> str:
     return str(caught.value)
 
 
-def test_a_gpu_that_torch_has_code_for_is_taken(gpus):
+def test_a_gpu_that_torch_has_code_for_is_taken_by_one_process(gpus):
     gpus()
     for name in ("auto", "cuda"):
-        assert choose_device(name, 1) == (torch.device("cuda", 1), "NVIDIA X")
+        assert choose_device(name, 1) == (torch.device("cuda", 1), "X")
+        said = refused(name, local=2)
+        assert said.startswith("LOCAL_RANK 2: this machine has 2 CUDA devices; ") and "--nproc_per_node 2" in said
     assert choose_device("cpu", 1) == (torch.device("cpu"), "")
 
 
-def test_more_processes_than_gpus_are_refused_whoever_chose_the_device(gpus):
-    gpus(count=2)
-    for name in ("auto", "cuda"):
-        said = refused(name, local=2)
-        assert said.startswith("LOCAL_RANK 2: this machine has 2 CUDA devices; ") and "--nproc_per_node 2" in said
+NO_CODE = "CUDA error: no kernel image is available for execution on the device"
+FAULTS = {
+    f"{NO_CODE}\nCUDA kernel errors might": NO_CODE,
+    TOO_OLD: "The NVIDIA driver on your system is too old (found version 11040)",
+    "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized": "",  # as it is
+}
 
 
-@pytest.mark.parametrize(
-    ("machine", "why"),
-    [
-        (
-            {"fault": "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might"},
-            "CUDA error: no kernel image is available for execution on the device",
-        ),
-        ({"fault": TOO_OLD}, "The NVIDIA driver on your system is too old (found version 11040)"),
-        ({"fault": "No CUDA GPUs are available"}, "No CUDA GPUs are available"),
-        (
-            {"fault": "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"},
-            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
-        ),
-    ],
-    ids=["no code for it", "old driver", "no GPU", "an error of its own"],
-)
-def test_a_gpu_that_cannot_be_used_is_explained(machine, why, gpus):
-    gpus(**machine)
+@pytest.mark.parametrize("fault", FAULTS, ids=["no code for it", "old driver", "an error of its own"])
+def test_a_gpu_that_cannot_be_used_is_explained(fault, gpus, capsys):
+    gpus(fault)
+    why = FAULTS[fault] or fault
     assert refused("cuda") == f"--device cuda: {why}; use --device cpu"
     assert choose_device("auto", 0) == (torch.device("cpu"), why)
+    assert Ranks.start("auto").device.type == "cpu"
+    assert capsys.readouterr().err == f"notice: computing on the CPU: {why}\n"
 
 
-@pytest.mark.parametrize(
-    ("versions", "why"),
-    [({"hip": "7.0", "cuda": None}, r"AMD GPUs \(ROCm\)"), ({"hip": None, "cuda": None}, "for CPUs only")],
-    ids=["ROCm", "CPU build"],
-)
-def test_another_build_of_torch_is_named(versions, why, monkeypatch):
-    for name, version in versions.items():
-        monkeypatch.setattr(f"torch.version.{name}", version)
+@pytest.mark.parametrize(("hip", "why"), [("7.0", r"AMD GPUs \(ROCm\)"), (None, "for CPUs only")])
+def test_another_build_of_torch_is_named(hip, why, monkeypatch):
+    monkeypatch.setattr("torch.version.hip", hip)
+    monkeypatch.setattr("torch.version.cuda", None)
     assert re.search(rf"--device cuda: .*{why}.*; use --device cpu", refused("cuda"))
-    assert choose_device("auto", 0)[0].type == "cpu" and re.search(why, choose_device("auto", 0)[1])
+    device, said = choose_device("auto", 0)
+    assert device.type == "cpu" and re.search(why, said)
 
 
 @pytest.mark.parametrize(("name", "what"), [("mps", "Apple's GPUs"), ("tpu", "one of auto, cpu, cuda")])
@@ -110,12 +95,6 @@ def test_products_in_float32_are_never_tf32(device, gpus, request):
     torch.set_float32_matmul_precision("high")
     Ranks.start(device)
     assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_falling_back_to_the_cpu_beside_a_gpu_is_said(gpus, capsys):
-    gpus(fault=TOO_OLD)
-    assert Ranks.start("auto").device.type == "cpu"
-    assert capsys.readouterr().err.startswith("notice: computing on the CPU: The NVIDIA driver on your system is too o")
 
 
 def test_ranks_that_chose_other_devices_do_not_wait_for_each_other(monkeypatch, tmp_path):

@@ -80,20 +80,16 @@ def test_training_goes_on_as_if_the_step_had_not_been(make):
     assert read_progress(trainer.out / "final").skipped == 1
 
 
-def test_the_samples_of_the_bad_micro_batch_are_written_down(make, capsys):
-    trainer = poisoned(make, Poison(ROWS + 5), max_steps=3, micro_tokens=2 * TIME)
+@pytest.mark.parametrize(("in_gradient", "named"), [(False, range(4, 6)), (True, range(ROWS))])
+def test_the_samples_of_the_bad_micro_batch_are_written_down(in_gradient, named, make, capsys):
+    """Those of the whole step, where the gradient alone overflows."""
+    poison = Poison(ROWS + 5, in_gradient=in_gradient)
+    trainer = poisoned(make, poison, max_steps=3, micro_tokens=2 * TIME)
     trainer.run()
     (entry,) = [json.loads(line) for line in (trainer.out / "skipped.jsonl").read_text().splitlines()]
-    assert (entry["step"], entry["loss"]) == (2, "inf")
-    assert entry["samples"] == [f"sample {ROWS + 4}", f"sample {ROWS + 5}"]
-    assert "skipped: loss inf" in capsys.readouterr().out
-
-
-def test_when_the_gradient_alone_overflows_all_samples_of_the_step_are_written_down(make):
-    trainer = poisoned(make, Poison(ROWS, in_gradient=True), max_steps=3, micro_tokens=2 * TIME)
-    trainer.run()
-    (entry,) = [json.loads(line) for line in (trainer.out / "skipped.jsonl").read_text().splitlines()]
-    assert entry["samples"] == [f"sample {ROWS + row}" for row in range(ROWS)] and entry["grad_norm"] in ("nan", "inf")
+    assert entry["step"] == 2 and entry["grad_norm" if in_gradient else "loss"] in ("nan", "inf")
+    assert entry["samples"] == [f"sample {ROWS + row}" for row in named]
+    assert "skipped: loss " in capsys.readouterr().out
 
 
 def test_too_many_in_a_row_end_the_run_with_what_is_known(make):

@@ -13,12 +13,13 @@ import hashlib
 import math
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from errors import UserError
 from text.chats.arithmetic import arithmetic_problem
@@ -63,63 +64,37 @@ class Problem:
         return "zh" if _CHINESE.search(self.question) else "en"
 
 
-class Problems(Protocol):
-    """A source: `len` problems an epoch; problem `index`, counted from the start, is a function of (seed, index).
+@dataclass(frozen=True)
+class Problems:
+    """A source: `len` problems an epoch; `problem(index, seed)`, the index counted from the start, is one to train on.
 
-    `content` is the same for the same problems; `problem` never gives those of `held_out`.
+    `content` is the same for the same problems, the held-out ones too; held_problem: number, from 0, to a problem that
+    is never trained on; held: how many there are of these.
     """
 
+    size: int
     content: str
+    problem: Callable[[int, int], Problem]
+    held_problem: Callable[[int], Problem]
+    held: int = sys.maxsize
 
-    def __len__(self) -> int: ...
+    @classmethod
+    def listed(cls, train: list[Problem], held: list[Problem]) -> Problems:
+        """Return problems of which each is shown once an epoch, in a new order."""
 
-    def problem(self, index: int, seed: int) -> Problem: ...
+        def problem(index: int, seed: int) -> Problem:
+            epoch, place = divmod(index, len(train))
+            return train[shuffled(place, len(train), seed, epoch)]
 
-    def held_out(self, count: int) -> list[Problem]: ...
-
-
-@dataclass
-class ListedProblems:
-    """Problems of a file, each once an epoch in a new order. `held`: kept for measuring."""
-
-    train: list[Problem]
-    held: list[Problem]
+        content = content_hash((one.question, one.answer, one.kind) for one in [*train, *held])
+        return cls(len(train), content, problem, held.__getitem__, len(held))
 
     def __len__(self) -> int:
-        return len(self.train)
-
-    @property
-    def content(self) -> str:
-        """The hash of the rows themselves, those held out too."""
-        return content_hash((one.question, one.answer, one.kind) for one in [*self.train, *self.held])
-
-    def problem(self, index: int, seed: int) -> Problem:
-        """Return a problem to train on."""
-        epoch, place = divmod(index, len(self.train))
-        return self.train[shuffled(place, len(self.train), seed, epoch)]
+        return self.size
 
     def held_out(self, count: int) -> list[Problem]:
-        """Return `count` held-out problems, or as many as there are."""
-        return self.held[:count]
-
-
-@dataclass(frozen=True)
-class GeneratedProblems:
-    """Problems made up as they are asked for. draw: (index, seed) to a problem; seed None: a held-out one."""
-
-    content: str
-    draw: Callable[[int, int | None], Problem]
-
-    def __len__(self) -> int:
-        return EPOCH
-
-    def problem(self, index: int, seed: int) -> Problem:
-        """Return a problem to train on."""
-        return self.draw(index, seed)
-
-    def held_out(self, count: int) -> list[Problem]:
-        """Return `count` problems for measuring, the same for every seed."""
-        return [self.draw(index, None) for index in range(count)]
+        """Return `count` held-out problems, the same for every seed, or as many as there are."""
+        return [self.held_problem(number) for number in range(min(count, self.held))]
 
 
 def is_generated(source: Source) -> bool:
@@ -127,29 +102,30 @@ def is_generated(source: Source) -> bool:
     return source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
 
 
-def open_problems(
-    source: Source | str | Path,
-    on_error: str = "skip",
-    report: RowReport | None = None,
-    val_fraction: float = 0.0,
-) -> Problems:
-    """Open a source of rows, `arithmetic:LEVELS` or `reasoning_gym:TASK`.
-
-    Rows without a question, or with an answer that no verifier can parse, are counted in `report` or, with
-    `on_error="stop"`, raise `UserError`. So does a source without any problem.
-    """
+def open_problems(source: Source | str | Path) -> Problems:
+    """Open a source of rows, `arithmetic:LEVELS` or `reasoning_gym:TASK`. Raises `UserError`."""
     source = Source.of(source)
     if is_generated(source):
         kind, _, which = source.path.partition(":")
         return {"arithmetic": _arithmetic, "reasoning_gym": _reasoning_gym}[kind](source.path, which)
-    report = RowReport() if report is None else report
+    return Problems.listed(*read_problems(source))
+
+
+def read_problems(
+    source: Source | str | Path, on_error: str = "skip", report: RowReport | None = None, val_fraction: float = 0.0
+) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems of a file to train on, and those held out.
+
+    Rows without a question, or with an answer that no verifier can parse, are counted in `report` or, with
+    `on_error="stop"`, raise `UserError`. So does a source without any problem.
+    """
+    source, report = Source.of(source), RowReport() if report is None else report
     problems = [problem for _, problem in placed_rows(source, problem_reader(source), on_error, report)]
-    held = [problem for problem in problems if _place(problem) < val_fraction]
     train = [problem for problem in problems if _place(problem) >= val_fraction]
     if not train:
         first = next((examples[0] for examples in report.examples.values()), "all of it is held out")
         raise UserError(f"{source.path}: no problem to train on; {first}")
-    return ListedProblems(train, sorted(held, key=_place))
+    return train, sorted((problem for problem in problems if _place(problem) < val_fraction), key=_place)
 
 
 def problem_reader(source: Source) -> Callable[[object], Problem]:
@@ -216,23 +192,23 @@ def written_number(value: object) -> object:
     return format(Decimal(repr(value)), "f") if math.isfinite(value) else repr(value)
 
 
-def _arithmetic(name: str, which: str) -> GeneratedProblems:
-    """Generated arithmetic, its levels in turn."""
+def _arithmetic(name: str, which: str) -> Problems:
+    """Return generated arithmetic, its levels in turn."""
     found = re.fullmatch(r"([1-4])(?:-([1-4]))?", which or "1-3")
     if not found or int(found[2] or found[1]) < int(found[1]):
         raise UserError(f"--data {name}: write arithmetic:LEVEL or arithmetic:FIRST-LAST, levels 1 to 4")
     levels = tuple(range(int(found[1]), int(found[2] or found[1]) + 1))
 
-    def draw(index: int, seed: int | None) -> Problem:
-        level, key = levels[index % len(levels)], "held out" if seed is None else seed
-        question, answer = arithmetic_problem(random.Random(f"{key}/{index}"), level, held_out=seed is None)
+    def draw(index: int, seed: int | str) -> Problem:
+        level, held_out = levels[index % len(levels)], seed == "held out"
+        question, answer = arithmetic_problem(random.Random(f"{seed}/{index}"), level, held_out)
         return Problem(question, re.findall(r"\d+", answer)[-1], f"level {level}")
 
-    return GeneratedProblems(f"arithmetic {levels}", draw)
+    return Problems(EPOCH, f"arithmetic {levels}", draw, lambda number: draw(number, "held out"))
 
 
-def _reasoning_gym(name: str, task: str) -> GeneratedProblems:
-    """A task of reasoning_gym; its own scoring decides."""
+def _reasoning_gym(name: str, task: str) -> Problems:
+    """Return a task of reasoning_gym; its own scoring decides."""
     try:
         import reasoning_gym
     except ImportError:
@@ -242,8 +218,8 @@ def _reasoning_gym(name: str, task: str) -> GeneratedProblems:
     def opened(seed: int) -> Any:
         return reasoning_gym.create_dataset(task, size=EPOCH, seed=seed % 2**31)
 
-    def draw(index: int, seed: int | None) -> Problem:
-        data = opened(-1 if seed is None else seed)  # training uses no negative seed
+    def draw(index: int, seed: int) -> Problem:
+        data = opened(seed)
         entry = data[index % len(data)]
         return Problem(entry["question"], str(entry["answer"]), task, lambda given: data.score_answer(given, entry))
 
@@ -251,7 +227,8 @@ def _reasoning_gym(name: str, task: str) -> GeneratedProblems:
         opened(0)
     except Exception as error:  # the package raises what it likes for a name that it does not know
         raise UserError(f"--data {name}: reasoning_gym does not make it ({error}); see its list of tasks") from None
-    return GeneratedProblems(f"reasoning_gym {task}", draw)
+    # Training uses no negative seed.
+    return Problems(EPOCH, f"reasoning_gym {task}", draw, lambda number: draw(number, -1))
 
 
 def _place(problem: Problem) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from errors import UserError
 from text.chats.chat_template import Message, encode_chats
-from text.chats.problems import ListedProblems, Problem, Problems, open_problems
+from text.chats.problems import Problem, Problems, is_generated, open_problems, read_problems
 from text.order import block_shares, content_hash, mixed, scramble
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
@@ -42,16 +42,23 @@ class PromptDataset:
         """
         self.tokenizer, self.longest, self.seed, self.system = tokenizer, longest, seed, system
         self.report, self.too_long = RowReport(), 0
-        self._of_rows: list[ListedProblems] = []
         sources = [Source.of(source) for source in sources]
         self._shares = block_shares([source.weight or 1.0 for source in sources])
         self._sources: list[Problems] = []
+        self._used = self._held = 0
         self.validation: list[Problem] = []
         for source in sources:
-            problems = open_problems(source, on_error, self.report, val_fraction)
-            if isinstance(problems, ListedProblems):
-                problems = self._fitting(source, problems)
-                self._of_rows.append(problems)
+            if is_generated(source):
+                problems = open_problems(source)
+            else:
+                train, held = map(self._fitting, read_problems(source, on_error, self.report, val_fraction))
+                if not train:
+                    raise UserError(
+                        f"{source.path}: all prompts have more than {self.longest} tokens; raise --sequence_length or "
+                        "lower --max_new_tokens"
+                    )
+                self._used, self._held = self._used + len(train), self._held + len(held)
+                problems = Problems.listed(train, held)
             self._sources.append(problems)
             self.validation += problems.held_out(-(-val_problems // len(sources)))
 
@@ -77,8 +84,7 @@ class PromptDataset:
 
     def encode(self, problems: Sequence[Problem]) -> list[list[int]]:
         """Return the token ids of each prompt, up to where the answer begins. Raises `UserError` for a long one."""
-        conversations = [self._messages(problem) for problem in problems]
-        encoded = [ids for ids, _ in encode_chats(self.tokenizer, conversations, add_generation_prompt=True)]
+        encoded = self._encoded(problems)
         for ids, problem in zip(encoded, problems, strict=True):
             if len(ids) > self.longest:
                 raise UserError(
@@ -93,25 +99,18 @@ class PromptDataset:
         if self.too_long:
             lines.append(f"  {self.too_long} left out: longer than {self.longest} tokens; raise --sequence_length")
         if self.report.rows:
-            used, held = (sum(len(getattr(rows, part)) for rows in self._of_rows) for part in ("train", "held"))
-            fates = {use: used, "held out": held, "left out": self.too_long, **self.report.unused}
+            fates = {use: self._used, "held out": self._held, "left out": self.too_long, **self.report.unused}
             lines.append(balance(self.report.rows, "rows", fates))
         measured = f"; {len(self.validation)} of those held out are measured on" if self.validation else ""
         print("\n".join([*lines, f"{len(self)} problems an epoch{measured}"]))
 
-    def _fitting(self, source: Source, problems: ListedProblems) -> ListedProblems:
-        parts = []
-        for part in (problems.train, problems.held):
-            encoded = encode_chats(self.tokenizer, [self._messages(problem) for problem in part], True)
-            parts.append([problem for problem, (ids, _) in zip(part, encoded, strict=True) if len(ids) <= self.longest])
-            self.too_long += len(part) - len(parts[-1])
-        if not parts[0]:
-            raise UserError(
-                f"{source.path}: all prompts have more than {self.longest} tokens; raise --sequence_length or lower "
-                "--max_new_tokens"
-            )
-        return ListedProblems(*parts)
+    def _fitting(self, problems: list[Problem]) -> list[Problem]:
+        encoded = self._encoded(problems)
+        kept = [problem for problem, ids in zip(problems, encoded, strict=True) if len(ids) <= self.longest]
+        self.too_long += len(problems) - len(kept)
+        return kept
 
-    def _messages(self, problem: Problem) -> list[Message]:
+    def _encoded(self, problems: Sequence[Problem]) -> list[list[int]]:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": problem.question}]
+        asked = [[*system, {"role": "user", "content": problem.question}] for problem in problems]
+        return [ids for ids, _ in encode_chats(self.tokenizer, asked, add_generation_prompt=True)]

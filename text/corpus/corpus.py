@@ -13,7 +13,7 @@ from typing import NamedTuple
 import xxhash
 
 from errors import UserError
-from text.sources.data_file import ROW_LIMIT, DataFile
+from text.sources.data_file import DataFile
 from text.sources.registry import Source, find_sources
 from text.sources.row_report import RowReport
 from text.sources.rows import READERS, row_files, sample_by_count, text_rows
@@ -42,7 +42,6 @@ class Corpus:
         column: str | None = None,
         on_error: str = "skip",
         encoding: str = "utf-8",
-        row_limit: int = ROW_LIMIT,
         report: RowReport | None = None,
     ) -> None:
         if on_error not in ("skip", "stop"):
@@ -52,7 +51,7 @@ class Corpus:
         except LookupError as error:
             raise UserError(f"encoding: {encoding!r} is not known; use utf-8, gb18030 or another codec") from error
         self.report = RowReport() if report is None else report
-        self._column, self._settings = column or "text", (on_error, encoding, row_limit)
+        self._column, self._settings = column or "text", (on_error, encoding)
         data = find_sources(data, kind="text") if isinstance(data, str) else data
         self.sources = [(path, source) for source in data for path in row_files(source, READERS, self.report)]
         self.data = ", ".join(map(str, data))

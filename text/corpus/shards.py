@@ -53,8 +53,6 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction {self.val_fraction}: give a share from 0 to below 1")
-        if not 0 < self.shard_tokens <= 1 << 30:
-            raise UserError(f"shard_tokens {self.shard_tokens}: give 1 to {1 << 30}")
 
     def begun(self, data: str | Sequence[Source], tokenizer: Tokenizer) -> tuple[Corpus, dict[str, Any]]:
         """Return the corpus, and the index of a folder in which nothing is finished."""

@@ -49,7 +49,6 @@ class DataFile:
     column: str | None = None
     on_error: str = "skip"
     encoding: str = "utf-8"
-    row_limit: int = ROW_LIMIT
     position: int = field(default=0, init=False)
     element: int = field(default=0, init=False)
     _tries: int = field(default=0, init=False)
@@ -137,7 +136,7 @@ class DataFile:
 
     def lines(self, stream: TextIOWrapper) -> Iterator[tuple[int, str]]:
         """Yield numbered lines, each with its line end. A line above the limit is counted and passed over."""
-        limit, number = self.row_limit, 0
+        limit, number = ROW_LIMIT, 0
         while line := stream.readline(limit):
             number += 1
             if len(line) == limit and line[-1] != "\n":

@@ -24,12 +24,14 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".txt")
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 GENERATORS = ("arithmetic", "reasoning_gym")
 
-KEYS = ("path", "hub", "format", "columns", "tags", "subset", "split", "folder", "samples", "seed", "weight", "about")
-LLAMA_FACTORY_KEYS = (
-    "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking",
-    "subset", "split", "folder", "num_samples", "columns", "tags",
-)  # fmt: skip
-# What LLaMA-Factory calls a format.
+TEXTS = ("path", "hub", "format", "subset", "split", "folder")
+KEYS = (*TEXTS, "columns", "tags", "samples", "seed", "weight", "about")
+# What LLaMA-Factory calls a key and a format.
+LLAMA_FACTORY_KEYS = {
+    "hf_hub_url": "hub", "file_name": "path", "subset": "subset", "split": "split", "folder": "folder",
+    "num_samples": "samples", "formatting": "", "ranking": "", "columns": "", "tags": "",
+    **dict.fromkeys(("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"), ""),
+}  # fmt: skip
 LLAMA_FACTORY_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 
 
@@ -76,8 +78,6 @@ def find_sources(data: str, registry: str | Path = REGISTRY, kind: str | None = 
     for entry in entries:
         path, weight = _split_weight(entry)
         source = _find(path, Path(registry), kind)
-        sources.append(source if weight is None else replace(source, weight=weight))
-    for source in sources:
         known = FORMATS.get(source.layout.format)
         if known and kind and known.kind != kind:
             fitting = ", ".join(name for name, other in FORMATS.items() if other.kind == kind)
@@ -85,6 +85,7 @@ def find_sources(data: str, registry: str | Path = REGISTRY, kind: str | None = 
                 f"--data {source}: its format {source.layout.format} is {KINDS[known.kind]}, and this reads "
                 f"{KINDS[kind]} ({fitting}); name other data"
             )
+        sources.append(source if weight is None else replace(source, weight=weight))
     return sources
 
 
@@ -108,16 +109,16 @@ def _split_weight(entry: str) -> tuple[str, float | None]:
 
 
 def _find(entry: str, registry: Path, kind: str | None) -> Source:
-    exists, is_word = Path(entry).exists(), not Path(entry).suffix and "/" not in entry
+    exists, suffix = Path(entry).exists(), Path(entry).suffix
+    is_word = not suffix and "/" not in entry
     names = Registry.read(registry) if registry.is_file() and (is_word or not exists) else None
-    is_name = names is not None and entry in names.entries
-    if exists and is_name:  # a downloaded folder gsm8k, an entry text beside a folder text: each would be a surprise
-        hint = f"write ./{entry} for the path, or give the entry another name"
-        raise UserError(f"--data {entry}: is a path here and a name in {registry}; {hint}")
-    if is_name:
+    if names is not None and entry in names.entries:
+        if exists:  # a downloaded folder gsm8k, an entry text beside a folder text: each would be a surprise
+            hint = f"write ./{entry} for the path, or give the entry another name"
+            raise UserError(f"--data {entry}: is a path here and a name in {registry}; {hint}")
         return names.source(entry)
-    has_suffix = Path(entry).suffix.lower() in (*SUFFIXES, ".gz")
-    if exists or has_suffix or (kind in ("prompt", None) and entry.partition(":")[0] in GENERATORS):
+    is_generator = kind in ("prompt", None) and entry.partition(":")[0] in GENERATORS
+    if exists or suffix.lower() in (*SUFFIXES, ".gz") or is_generator:
         return Source(entry)  # a reader raises an error for a path that is not there
     # With a folder data here, data/chatz is a slip of the pen; asking the Hub for it would take half a minute.
     if not Path(entry).parent.is_dir() and (hub := HUB_NAME.fullmatch(entry)):
@@ -137,11 +138,8 @@ class Registry:
     entries: Mapping[str, Any]
 
     @classmethod
-    def read(cls, file: str | Path) -> Registry:
-        """Open a registry. Raises `UserError` for a file that is not there, or is not a table of names."""
-        file = Path(file)
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; name the registry with --datasets")
+    def read(cls, file: Path) -> Registry:
+        """Open a registry. Raises `UserError` for a file that is not a table of names."""
         try:
             entries = json.loads(file.read_text("utf-8-sig")) if file.suffix == ".json" else read_yaml(file)
         except json.JSONDecodeError as error:
@@ -154,18 +152,17 @@ class Registry:
         return cls(file, {str(name): entry for name, entry in entries.items()})
 
     def source(self, name: str) -> Source:
-        """Return the entry of a name. Raises `UserError` where the name, or something in the entry, is unknown."""
-        if name not in self.entries:
-            raise UserError(f"{self.file}: no entry {name}{_hint(name, self.entries)}")
+        """Return the entry of a name that is there. Raises `UserError` where something in the entry is unknown."""
         place, entry = f"{self.file}: {name}", self.entries[name]
         if not isinstance(entry, dict):
             raise UserError(f"{place}: must have keys such as path and format")
+        _check_table(place, entry)
         if self.file.suffix == ".json":
             entry = _from_llama_factory(place, entry)
         _check_known(place, "key", entry, KEYS)
         if ("path" in entry) == ("hub" in entry):
             raise UserError(f"{place}: give either path, a file or folder, or hub, a data set's owner/name")
-        for key in ("path", "hub", "format", "subset", "split", "folder"):
+        for key in TEXTS:
             if key in entry and not (isinstance(entry[key], str) and entry[key]):
                 raise UserError(f"{place}: {key} must be text")
         is_hub = "hub" in entry
@@ -185,7 +182,6 @@ class Registry:
 
 def _layout(place: str, entry: Mapping[str, Any]) -> Layout:
     name, columns, tags = entry.get("format", ""), entry.get("columns") or {}, entry.get("tags") or {}
-    _check_names(place, columns, tags)
     if name:
         _check_known(place, "format", [name], FORMATS)
         _check_known(place, f"column of {name}", columns, FORMATS[name].columns)
@@ -195,8 +191,9 @@ def _layout(place: str, entry: Mapping[str, Any]) -> Layout:
     return Layout(name, columns, tags)
 
 
-def _check_names(place: str, columns: Any, tags: Any) -> None:
-    for key, names in (("columns", columns), ("tags", tags)):
+def _check_table(place: str, entry: Mapping[str, Any]) -> None:
+    for key in ("columns", "tags"):
+        names = entry.get(key) or {}
         if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):
             raise UserError(f"{place}: {key} must name one thing each, as in {{prompt: question, response: reply}}")
 
@@ -213,12 +210,10 @@ def _from_llama_factory(place: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     _check_known(place, "key", entry, LLAMA_FACTORY_KEYS)
     if not entry.get("hf_hub_url") and not entry.get("file_name"):
         raise UserError(f"{place}: has neither hf_hub_url nor file_name; download the data and give its file_name")
-    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
-    _check_names(place, columns, tags)
+    columns, layout = entry.get("columns") or {}, entry.get("formatting", "alpaca")
     for role in ("images", "videos", "audios", "kto_tag"):
         if role in columns:
             raise UserError(f"{place}: has {role}, which no stage of this project reads; name a data set of text pairs")
-    layout = entry.get("formatting", "alpaca")
     _check_known(place, "formatting", [layout], LLAMA_FACTORY_FORMATS)
     name = LLAMA_FACTORY_FORMATS[layout]
     if entry.get("ranking"):
@@ -226,10 +221,9 @@ def _from_llama_factory(place: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         name, columns = "preference", {**given.get(layout, {}), **columns}
     elif layout == "alpaca" and list(columns) == ["prompt"]:  # how its entries for pretraining look
         name, columns = "text", {"text": columns["prompt"]}
-    made = {"hub": entry["hf_hub_url"]} if entry.get("hf_hub_url") else {"path": entry["file_name"]}
-    given = {"subset": "subset", "split": "split", "folder": "folder", "num_samples": "samples"}
-    made |= {ours: entry[theirs] for theirs, ours in given.items() if entry.get(theirs) is not None}
-    return {**made, "format": name, "columns": columns, "tags": tags}
+    taken = ("hf_hub_url" if entry.get("hf_hub_url") else "file_name", "subset", "split", "folder", "num_samples")
+    made = {LLAMA_FACTORY_KEYS[key]: entry[key] for key in taken if entry.get(key) is not None}
+    return {**made, "format": name, "columns": columns, "tags": entry.get("tags") or {}}
 
 
 def _check_known(place: str, what: str, names: Iterable[Any], known: Iterable[str]) -> None:

@@ -46,7 +46,7 @@ class Progress:
         finished: the budget is spent. run: settings that must not change between sittings.
         skipped: steps among `step` that were left out, since their loss or gradient was not finite.
         best: measure, value and step of the best validation; stale: how many have come since.
-        unmeasured: a signal came before the validation that was due after `step`.
+        late: the log's entry of `step`, where a signal came before the validation that was due: it is logged with it.
     """
 
     step: int = 0
@@ -57,14 +57,15 @@ class Progress:
     skipped: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     stale: int = 0
-    unmeasured: bool = False
+    late: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
         counts = (self.step, self.skipped, self.stale)
         numbers = (*counts, self.tokens, self.seconds, abs(self.best.get("value", 0)))
         fits = all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers)
-        fits = fits and all(type(value) is int for value in counts) and isinstance(self.run, dict)
+        fits = fits and all(type(value) is int for value in counts)
+        fits = fits and isinstance(self.run, dict) and isinstance(self.late, dict)
         if not fits or self.best.keys() not in (set(), {"measure", "value", "step"}):
             raise ValueError("not the progress of a run")
 
@@ -192,7 +193,9 @@ def read_progress(folder: Path) -> Progress:
     """Return how far the run was at this checkpoint. Raises `DamagedCheckpoint`, without a remedy."""
     path = folder / PROGRESS_FILE
     try:
-        return Progress(**json.loads(path.read_text(encoding="utf8")))
+        facts = json.loads(path.read_text(encoding="utf8"))
+        facts.pop("unmeasured", None)  # of checkpoints from before `late`
+        return Progress(**facts)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
 

@@ -159,24 +159,12 @@ class RunLog:
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
         self._spoke = time.monotonic()
 
-    def take_back(self) -> dict[str, Any]:
-        """Remove the last entry, to be written again with what it lacks. Call it before the log is entered."""
-        entries = read_metrics(self.path) if self.active else []
-        last = entries.pop() if entries else {}
-        if self.active:
-            rewrite(self.path, entries)
-        return last
-
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the entries that a resumed run writes again, and a line that a crash cut short."""
-    rewrite(path, [entry for entry in read_metrics(path) if entry["step"] <= step] if step else [])
-
-
-def rewrite(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Write these entries in the place of those of a file."""
+    kept = [json_text(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= step] if step else []
     with naming(path), replacing(path) as file:
-        file.write("".join(json_text(entry) + "\n" for entry in entries).encode())
+        file.write("".join(kept).encode())
 
 
 def shown(entry: dict[str, Any]) -> dict[str, Any]:

@@ -273,14 +273,3 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(saved, run, t
     failed = run(main, "export", "--format", "gguf", "--ckpt", folder, "--out", out)
     assert failed.code == 2 and "No space left" in failed.err and failed.err.count("\n") == 1
     assert out.read_bytes() == b"old" and sorted(tmp_path.iterdir()) == [folder, out]
-
-
-def test_a_trained_checkpoint_is_exported_whole(pretrained, export):
-    folder = pretrained / "final"
-    fields, tensors, _ = export(folder)
-    config = json.loads((folder / "config.json").read_text())
-    expected = released(folder, config)
-    assert "output.weight" not in tensors and config["tie_word_embeddings"]  # llama.cpp takes the embedding
-    assert all(np.array_equal(tensors[name], weight) for name, weight in expected.items())
-    assert any(weight.any() for name, weight in expected.items() if "exp_probs_b" in name)
-    assert len(fields["tokenizer.ggml.tokens"]) == config["vocab_size"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -263,15 +261,3 @@ def test_what_is_wrong_with_a_folder_is_named_in_one_line(damage, saved):
     message = str(caught.value)
     assert caught.value.exit_code == code and isinstance(caught.value, DamagedCheckpoint) == (code == 3)
     assert message.startswith(str(saved)) and said in message and "\n" not in message
-
-
-@pytest.mark.parametrize(("change", "code"), [(truncate, 3), (misspell, 2)], ids=["damaged", "misspelled"])
-def test_a_command_ends_in_one_line_and_the_errors_exit_code(change, code, saved):
-    change(saved)
-    program = (
-        "from errors import command_line; from model import MiniDeepSeek; "
-        f"command_line(lambda: MiniDeepSeek.from_pretrained({str(saved)!r}))"
-    )
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == code and run.stdout == ""
-    assert run.stderr.startswith(f"error: {saved}") and run.stderr.count("\n") == 1

@@ -52,7 +52,7 @@ def path(request, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("slots", "tokens"), [(1, 1), (3, 64), (20, 4096)])
 def test_greedy_tokens_are_those_of_each_request_alone(slots, tokens, path, tiny_model):
-    model, asked = stopping(tiny_model), requests(20)
+    model, asked = stopping(tiny_model), requests(12)
     made = list(Engine(model, slots, LONGEST, tokens).run(asked))
     assert [each.tokens for each in made] == [alone(model, request) for request in asked]
     assert {each.finish for each in made} == {"stop", "length"}
@@ -68,9 +68,9 @@ def test_greedy_tokens_are_those_of_each_request_alone(slots, tokens, path, tiny
     "sampling", [Sampling(), Sampling(temperature=0.7, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3)]
 )
 def test_a_sampled_completion_depends_on_its_own_uniforms_only(sampling, path, tiny_model):
-    model, asked = stopping(tiny_model), requests(16, sampling)
+    model, asked = stopping(tiny_model), requests(8, sampling)
     single = [next(Engine(model, 1, LONGEST).run([request])) for request in asked]
-    mixed = [*asked[::-1], *requests(8)]
+    mixed = [*asked[::-1], *requests(4)]
     together = list(Engine(model, 5, LONGEST, 100).run(mixed))[: len(asked)][::-1]
     assert [each.tokens for each in together] == [each.tokens for each in single]
     other = [Request(each.prompt, each.max_new_tokens, sampling, each.stop) for each in asked]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 
 from model import MiniDeepSeek, ops
 from model.cache import LatentCache, SlotCache
-from model.decoding import cuda_graph, eager, native
-from model.decoding.cuda_graph import GraphRunner, fits_graph
+from model.decoding import eager, native, runner
 from model.decoding.eager import EagerRunner, Step
 from model.decoding.native import NativeRunner, Program
-from model.decoding.runner import runner_for
+from model.decoding.runner import GraphRunner, fits_graph, runner_for
 from model.kernels import decode
 from model.kernels.compiled import compiled
 from model.moe import Router
@@ -177,44 +175,33 @@ def test_a_sequence_that_outgrows_its_slot_is_an_error(tiny_model):
         cache.begin(1, 1)
 
 
-def wrapped(model: MiniDeepSeek) -> None:
-    model.model.layers[1].self_attn.o_proj = nn.Sequential(model.model.layers[1].self_attn.o_proj, nn.Linear(32, 32))
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
 
 
-def hooked(model: MiniDeepSeek) -> None:
-    model.model.layers[0].register_forward_hook(lambda *_: None)
+CHANGES = {
+    "wrapped": lambda model, layer: setattr(layer.self_attn, "o_proj", nn.Sequential(layer.self_attn.o_proj)),
+    "of another class": lambda model, layer: setattr(layer.self_attn, "o_proj", Doubled(40, 32, bias=False)),
+    "hooked": lambda model, layer: layer.register_forward_hook(lambda *_: None),
+    "mixed": lambda model, layer: layer.mlp.shared_experts.bfloat16(),
+    "another head": lambda model, layer: model.lm_head.bfloat16(),
+    "another bias": lambda model, layer: layer.mlp.gate.register_buffer(
+        "e_score_correction_bias", torch.ones(8).half()
+    ),
+}
 
 
-def mixed(model: MiniDeepSeek) -> None:
-    model.model.layers[2].mlp.shared_experts.bfloat16()
-
-
-def scaled(model: MiniDeepSeek) -> None:
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 2
-
-    model.model.layers[2].self_attn.o_proj = Doubled(40, 32, bias=False)
-
-
-def other_head(model: MiniDeepSeek) -> None:
-    model.lm_head.bfloat16()
-
-
-def other_bias(model: MiniDeepSeek) -> None:
-    for layer in model.model.layers[1:]:
-        layer.mlp.gate.e_score_correction_bias = layer.mlp.gate.e_score_correction_bias.bfloat16()
-
-
-@pytest.mark.parametrize("change", [wrapped, hooked, scaled, mixed, other_head, other_bias])
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_layers_that_are_not_plain_run_in_pytorch(change, tiny_model):
     model = tiny_model()
-    change(model)
+    layer = model.model.layers[2]
+    CHANGES[change](model, layer)
     assert NativeRunner(model, cache_of(model, 1, 8)).program(0, torch.zeros(1, 1)) is None
-    if change is other_bias:
-        gate, x = model.model.layers[1].mlp.gate, torch.randn(3, 32)
-        assert torch.equal(ops.route(gate, x)[1], gate(x)[1])
+    if change == "another bias":
+        x = torch.randn(3, 32)
+        assert torch.equal(ops.route(layer.mlp.gate, x)[1], layer.mlp.gate(x)[1])
 
 
 @in_c
@@ -252,22 +239,22 @@ def test_without_a_working_compiler_pytorch_decodes(compiler, tiny_model, monkey
 def test_it_is_compiled_once_for_each_type(monkeypatch, tmp_path):
     monkeypatch.setattr("model.kernels.compiled.FLAGS", ("-O0", "-march=native", "-fopenmp", "-shared", "-fPIC"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    file = decode.build(FP32, FP32, FP32)
+    file = compiled("products.c", FP32)
     made = file.stat().st_mtime_ns
-    assert decode.build(FP32, FP32, FP32) == file and file.stat().st_mtime_ns == made
-    others = {decode.build(BF16, BF16, held) for held in (FP32, BF16)}
+    assert compiled("products.c", FP32) == file and file.stat().st_mtime_ns == made
+    others = {compiled("products.c", BF16, *flags) for flags in ([], ["-DHALF_CACHE"])}
     assert len(others - {file}) == 2 and len(list(tmp_path.rglob("*"))) == 4
     monkeypatch.setenv("CC", "cc -DUNUSED")  # a compiler may come with words
-    assert compiled(decode.SOURCE).is_file()
+    assert compiled("products.c", FP32).is_file()
     monkeypatch.setenv("CC", "false -DUNUSED")
     with pytest.raises(subprocess.CalledProcessError):
-        compiled(decode.SOURCE)
+        compiled("products.c", FP32)
 
 
 @in_c
-def test_the_module_says_where_the_library_is():
-    done = subprocess.run([sys.executable, "-m", "model.decoding.native"], capture_output=True, text=True, check=True)
-    assert done.stdout.count("decode-") == 2
+def test_the_module_says_where_the_library_is(capsys):
+    native.main()
+    assert capsys.readouterr().out.count("decode-") == 2
 
 
 def test_a_user_without_a_home_gets_pytorch(monkeypatch):
@@ -277,7 +264,7 @@ def test_a_user_without_a_home_gets_pytorch(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
     with pytest.raises(FileNotFoundError, match="set XDG_CACHE_HOME"):
-        compiled(decode.SOURCE)
+        compiled("decode.c", FP32)
 
 
 @pytest.fixture
@@ -367,7 +354,7 @@ def test_a_graph_holds_only_steps_that_never_wait_for_the_device(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model, device = tiny_model(), torch.device("cuda", 0)
-    cuda_graph._report.cache_clear()
+    runner._report.cache_clear()
     assert fits_graph(model, dtype, device) == fits_graph(model, dtype, device) == fits
     said = capsys.readouterr().err
     assert said.count("notice: decoding without a CUDA graph") == (not fits) == said.count("\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -40,23 +41,22 @@ def rule(rows: int, time: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def half_trained() -> Callable[[int], MiniDeepSeek]:
-    """A model of D MTP layers trained until its drafts are right now and then, but not always."""
-    made: dict[int, MiniDeepSeek] = {}
+    """`half_trained(D)`: trained until the drafts of its D MTP layers, of three, are right now and then."""
+    torch.manual_seed(1)
+    shape = LMConfig.preset("demo", num_hidden_layers=2, hidden_size=64, vocab_size=VOCAB, intermediate_size=96)
+    model = MiniDeepSeek(replace(shape, num_nextn_predict_layers=3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
+        ids = rule(16, 24)
+        total, count, _ = NextTokenLoss(mtp_weight=1.0)(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
 
     def make(depth: int) -> MiniDeepSeek:
-        if depth not in made:
-            torch.manual_seed(depth)
-            shape = LMConfig.preset("demo", num_hidden_layers=2, hidden_size=64, vocab_size=VOCAB, intermediate_size=96)
-            model = MiniDeepSeek(LMConfig(**{**vars(shape), "num_nextn_predict_layers": depth}))
-            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-            for _ in range(40):
-                ids = rule(16, 24)
-                total, count, _ = NextTokenLoss(mtp_weight=1.0)(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
-                optimizer.zero_grad()
-                (total / count).backward()
-                optimizer.step()
-            made[depth] = model.eval()
-        return made[depth]
+        made = copy.deepcopy(model).eval()
+        made.mtp, made.config = made.mtp[:depth], replace(made.config, num_nextn_predict_layers=depth)
+        return made
 
     return make
 
@@ -97,7 +97,7 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
         cache = LatentCache(model.config, 1, len(tokens) + most + 1, torch.float32, "cpu", mtp=True)
         with torch.no_grad():
             states = model(torch.tensor([tokens[:-1]])).state
-            chain = DraftChain(model, cache, runner_for(model, cache), Verifier(GREEDY, None), most)
+            chain = DraftChain(runner_for(model, cache), Verifier(GREEDY, None), most)
             assert chain.draft(states, tokens) == drafts
 
 
@@ -115,7 +115,7 @@ def test_a_pass_in_one_call_drafts_and_accepts_what_several_calls_do(most, dtype
         if not threads:
             monkeypatch.setattr(NativeRunner, "greedy_pass", EagerRunner.greedy_pass)
         passes: list[tuple[int, int]] = []
-        run_all = [list(stream_speculative(model, p, 40, accepted=passes, draft_tokens=most)) for p in prompts]
+        run_all = [list(stream_speculative(model, p, 24, accepted=passes, draft_tokens=most)) for p in prompts]
         found.append((run_all, passes))
     assert found[0] == found[1] == found[2]
     assert len(calls) == 2 * len(passes) and 0 < sum(kept for kept, _ in passes) < sum(drafts for _, drafts in passes)
@@ -125,7 +125,7 @@ def test_further_drafts_follow_from_the_last_layers_own_state(half_trained):
     model, tokens = half_trained(1).requires_grad_(False), rule(1, 12)[0].tolist()
     cache = LatentCache(model.config, 1, 16, torch.float32, "cpu", mtp=True)
     states = model(torch.tensor([tokens[:-1]])).state
-    chain = DraftChain(model, cache, runner_for(model, cache), Verifier(GREEDY, None), 3)
+    chain = DraftChain(runner_for(model, cache), Verifier(GREEDY, None), 3)
     drafts, _ = chain.draft(states, tokens)
     assert len(drafts) > 1
     line = list(tokens)
@@ -240,24 +240,6 @@ def test_judging_drafts_keeps_the_distribution(kind):
     assert judged(KINDS[kind]) < 4
 
 
-def kept_always(verifier, drafts, probabilities, choice, logits):
-    return [*drafts, int(verifier._draw(verifier.sampling.probabilities(logits[0])[-1]))]
-
-
-def replaced_from_p(verifier, drafts, probabilities, choice, logits):
-    targets = verifier.sampling.probabilities(logits[0])
-    for i, (token, q) in enumerate(zip(drafts, probabilities, strict=True)):
-        if torch.rand((), generator=verifier.generator) * q[token] >= targets[i, token]:
-            return [*drafts[:i], int(verifier._draw(targets[i]))]
-    return [*drafts, int(verifier._draw(targets[-1]))]
-
-
-@pytest.mark.parametrize("wrong", [kept_always, replaced_from_p])
-def test_a_wrong_rule_is_noticed(wrong, monkeypatch):
-    monkeypatch.setattr(Verifier, "accept", wrong)
-    assert judged(KINDS["free"]) > 10
-
-
 def test_sampled_texts_come_as_often_as_the_model_says(tiny_model):
     model, prompt, sampling = tiny_model(), torch.tensor([[5, 17, 3]]), Sampling(temperature=1.3, top_k=3)
     expected = {(): 1.0}
@@ -290,12 +272,3 @@ def test_generate_hands_the_sampling_on(tiny_model):
     assert torch.equal(first, model.generate(prompt, seed=1, **options))
     assert not torch.equal(first, model.generate(prompt, seed=2, **options))
     assert not torch.equal(first, model.generate(prompt, max_new_tokens=24))
-
-
-def test_equal_distributions_keep_every_draft():
-    verifier = Verifier(Sampling(), torch.Generator().manual_seed(0))
-    logits = torch.randn(1, 3, 11)
-    probabilities = verifier.sampling.probabilities(logits[0])
-    for first, second in product(range(11), range(11)):
-        kept = verifier.accept([first, second], list(probabilities[:2]), logits.argmax(-1), logits)
-        assert kept[:2] == [first, second] and len(kept) == 3

@@ -16,7 +16,6 @@ from model.attention import causal as causal_mask
 from model.cache import LatentCache
 from model.decoding.runner import runner_for
 from model.kernels import causal
-from model.rope import rotate
 
 NOPE, ROPE, VALUE, HEADS = 32, 16, 64, 3
 needs_dots = pytest.mark.skipif(causal.prefill_library() is None, reason="no dot products of bfloat16 here")
@@ -103,14 +102,6 @@ def test_what_it_cannot_compute_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) 
         assert not causal.fits(*other)
     monkeypatch.setattr(causal, "multiplies", lambda dtype: False)
     assert not causal.fits(q, kv, k_rope)
-
-
-def test_queries_are_turned_as_rotate_turns_them() -> None:
-    """With one key each, the weights are 1 whatever the query; with two, they tell how it was turned."""
-    (q, kv, latent), rope = inputs(2, 2, 2, torch.float32)
-    turned = torch.cat((q[..., :NOPE], rotate(q[..., NOPE:], rope)), dim=-1)
-    unturned = attend(turned, kv, latent, torch.ones_like(rope), 1.0)
-    torch.testing.assert_close(attend(q, kv, latent, rope, 1.0), unturned, rtol=1e-5, atol=1e-6)
 
 
 def test_prefill_is_compiled_where_the_processor_multiplies_bfloat16() -> None:

@@ -57,27 +57,21 @@ def seen(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("case", WAITS)
-def test_every_stage_runs_on_cuda_by_shape(case, seen):
+def test_every_stage_runs_on_cuda_by_shape_and_waits_for_the_device_at_these_places_only(case, seen):
     assert seen[case]["error"] == ""
-
-
-@pytest.mark.parametrize("case", WAITS)
-def test_the_host_waits_for_the_device_at_these_places_only(case, seen):
     waits = seen[case]["waits"]
     assert len(waits) == len(WAITS[case])
     assert all(place.startswith(known) for place, known in zip(waits, sorted(WAITS[case]), strict=True)), waits
 
 
-@pytest.mark.parametrize("case", WAITS)
-def test_experts_are_grouped_products(case, seen):
-    assert "_grouped_mm" in seen[case]["kernels"]
+KERNELS = {
+    "_grouped_mm": tuple(WAITS),
+    "_varlen_attn": ("packed_step", "preference_loss"),
+    "_varlen_attn_backward": ("packed_step", "preference_loss"),
+    "_fused_adamw_": ("training_step", "packed_step", "recomputed_step"),
+}
 
 
-@pytest.mark.parametrize("case", ["packed_step", "preference_loss"])
-def test_isolated_packing_takes_the_kernel_for_varying_lengths_both_ways(case, seen):
-    assert {"_varlen_attn", "_varlen_attn_backward"} <= set(seen[case]["kernels"])
-
-
-@pytest.mark.parametrize("case", ["training_step", "packed_step", "recomputed_step"])
-def test_the_optimiser_is_fused(case, seen):
-    assert "_fused_adamw_" in seen[case]["kernels"]
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_experts_are_grouped_isolated_packing_and_the_optimiser_have_kernels_of_their_own(kernel, seen):
+    assert {case for case in WAITS if kernel in seen[case]["kernels"]} >= set(KERNELS[kernel])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
+from data_files import write
 
 from dataset import PreferenceDataset
 from errors import UserError
@@ -16,7 +16,7 @@ from text.chats.chat_template import encode_chat
 from text.chats.encoded import EncodedPairs
 from text.chats.packed_dataset import CUT
 from text.chats.preferences import Preference, read_preferences, to_preference
-from text.sources.row_report import RowError, RowReport
+from text.sources.row_report import RowError
 
 USER = {"role": "user", "content": "Q"}
 GOOD, BAD = {"role": "assistant", "content": "A"}, {"role": "assistant", "content": "B"}
@@ -58,11 +58,6 @@ def spelled(literal: Callable[[object], str]) -> dict[str, dict]:
 def numpy_literal(value: object) -> str:
     """As pandas writes a cell that came from a Parquet file: no commas between the items of an array."""
     return str(np.array(value, dtype=object)) if isinstance(value, list) else str(value)
-
-
-def write(path: Path, rows: list[object]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
-    return path
 
 
 def some_pairs(count: int, words: int = 3) -> list[dict[str, str]]:
@@ -173,17 +168,6 @@ def test_a_row_without_a_pair_is_named(row, kind, what):
     assert caught.value.kind == kind
 
 
-def test_bad_rows_are_counted_with_their_places(tmp_path):
-    same = {"prompt": "Q", "chosen": "A", "rejected": "A"}
-    path = write(tmp_path / "pairs.jsonl", [LAYOUTS["strings"], same, LAYOUTS["messages"], {"chosen": "A"}, same])
-    report = RowReport()
-    assert len(list(read_preferences(path, "skip", report))) == 2
-    assert (report.rows, report.kept, report.problems) == (5, 2, {"nothing to prefer": 3})
-    assert f"{path}:2: 'chosen' and 'rejected' are identical" in "\n".join(report.lines())
-    with pytest.raises(UserError, match=rf"{path}:2: .*identical; fix or drop the row"):
-        list(read_preferences(path, "stop"))
-
-
 def test_a_pair_with_a_side_that_is_too_long_is_dropped_and_counted(tmp_path, tokenizer):
     rows = [LAYOUTS["strings"], {"prompt": "Q", "chosen": "A", "rejected": "长" * 60}]
     pairs = EncodedPairs([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 40)
@@ -215,20 +199,6 @@ def test_a_pair_that_is_too_long_loses_the_oldest_turns_of_its_prompt(tmp_path, 
     for length, cut in ((shortest - 1, True), (shortest, False)):
         with pytest.raises(UserError, match="no pairs to train on; all 1 dropped: the last turns alone"):
             EncodedPairs([path], tokenizer, length, cut=cut)
-
-
-def test_a_pair_that_just_fits_is_kept(tmp_path, tokenizer):
-    ids, _ = encode_chat(tokenizer, [USER, GOOD])
-    path = write(tmp_path / "pairs.jsonl", [LAYOUTS["strings"]])
-    assert len(EncodedPairs([path], tokenizer, len(ids) - 1)) == 1  # its last token is never read
-    with pytest.raises(UserError, match="no pairs to train on"):
-        EncodedPairs([path], tokenizer, len(ids) - 2)
-
-
-def test_data_without_a_pair_says_why(tmp_path, tokenizer):
-    path = write(tmp_path / "pairs.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "A"}] * 2)
-    with pytest.raises(UserError, match=r"no pairs to train on; 2 rows, all skipped: 2 x nothing to prefer; the first"):
-        EncodedPairs([path], tokenizer, 40)
 
 
 def test_only_the_last_answer_and_its_end_are_compared(tmp_path, tokenizer):

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from data_files import write
 
 from dataset import PromptDataset
 from errors import UserError
 from text.chats.arithmetic import arithmetic_problem
-from text.chats.problems import open_problems, to_problem
+from text.chats.problems import Problems, open_problems, read_problems, to_problem
 from text.sources.row_report import RowError, RowReport
 from training.alignment.rewards import is_correct
 
 GSM8K = {"question": "How many clips?", "answer": "Natalia sold 48/2 = <<48/2=24>>24.\n48+24 = 72\n#### 1,072"}
 CHINESE = {"question": "How many?", "question_zh-cn": "一共卖出多少个？", "answer": "...", "answer_only": "72"}
-
-
-def write(path: Path, rows: list[object]) -> str:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf8")
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -69,19 +63,18 @@ def test_rows_that_cannot_be_used_are_named(row, kind, what):
 def test_bad_rows_are_counted_with_their_places_or_stop_the_reading(tmp_path):
     rows = [GSM8K, {"question": "Q"}, {"question": "R", "answer": "1"}, GSM8K, {"question": "S", "answer": "\n####"}]
     path, report = write(tmp_path / "p.jsonl", rows), RowReport()
-    problems = open_problems(path, report=report)
-    assert len(problems) == 2 and (report.rows, report.kept) == (5, 2)
+    assert len(read_problems(path, report=report)[0]) == 2 and (report.rows, report.kept) == (5, 2)
     assert dict(report.problems) == {"no answer": 1, "question asked before": 1, "unparsable answer": 1}
     assert report.examples["no answer"][0].startswith(f"{path}:2: ")
     with pytest.raises(UserError, match=r"p.jsonl:2: .*fix or drop the row or pass --on_error skip"):
-        open_problems(path, on_error="stop")
+        read_problems(path, on_error="stop")
     with pytest.raises(UserError, match=r"no problem to train on; .*has 'question'"):
         open_problems(write(tmp_path / "empty.jsonl", [{"question": "Q"}]))
 
 
 def test_a_file_is_shown_once_an_epoch_and_never_what_is_held_out(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"question": f"Q{i}", "answer": str(i)} for i in range(50)])
-    problems = open_problems(path, val_fraction=0.2)
+    problems = Problems.listed(*read_problems(path, val_fraction=0.2))
     held = {problem.question for problem in problems.held_out(100)}
     epochs = [
         [problems.problem(len(problems) * epoch + i, 3).question for i in range(len(problems))] for epoch in (0, 1)
@@ -89,10 +82,8 @@ def test_a_file_is_shown_once_an_epoch_and_never_what_is_held_out(tmp_path):
     assert 3 <= len(held) <= 20 and len(problems) + len(held) == 50
     assert set(epochs[0]) == set(epochs[1]) == {f"Q{i}" for i in range(50)} - held
     assert epochs[0] != epochs[1] and len(set(epochs[0])) == len(epochs[0])
-    more = open_problems(
-        write(tmp_path / "more.jsonl", [{"question": f"Q{i}", "answer": "1"} for i in range(90)]), val_fraction=0.2
-    )
-    assert held < {problem.question for problem in more.held_out(100)}
+    write(tmp_path / "p.jsonl", [{"question": f"Q{i}", "answer": "1"} for i in range(90)])
+    assert held < {problem.question for problem in read_problems(path, val_fraction=0.2)[1]}
 
 
 def test_arithmetic_takes_its_levels_in_turn_and_measures_on_held_out_sums():

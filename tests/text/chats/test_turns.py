@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from data_files import write
 
 from dataset import ChatDataset
 from text.chats.conversations import read_conversations, to_messages
@@ -13,7 +14,7 @@ from text.chats.encoded import EncodedChats
 from text.chats.preferences import read_preferences
 from text.chats.problems import to_problem
 from text.chats.prompts import to_prompt
-from text.check import check_source
+from text.inspection import check_source
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport
 from training.distill.answers import Answer, questions
@@ -23,11 +24,6 @@ USER = {"role": "user", "content": "ping?"}
 TOOL = {"role": "tool", "content": "pong"}
 DONE = {"role": "assistant", "content": "It answers."}
 TOOLS = [{"type": "function", "function": {"name": "ping", "description": "是否在线"}}]
-
-
-def write(path: Path, rows: list[object]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
-    return path
 
 
 def answer_of(**turn: object) -> str:

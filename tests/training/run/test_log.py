@@ -107,6 +107,15 @@ def test_a_line_shows_how_far_the_run_is_and_how_long_it_still_takes():
     assert " left" not in step_line(PRETRAINING, 2.5, 1.0, 0.0)
 
 
+def test_what_is_left_follows_from_the_pace_of_this_sitting(tmp_path, capsys):
+    """A fifth of the budget took 50 s; what was done before the run was resumed does not count."""
+    with RunLog(tmp_path, 0, True, "", {}) as log:
+        for share, seconds in ((0.2, 1000.0), (0.4, 1050.0)):
+            log.stepped(share, seconds)
+        log.write({"step": 2, "tokens": 10})
+    assert "step      2   40%  2m30s left" in capsys.readouterr().out
+
+
 def test_a_validation_has_its_units():
     assert held_out_line(PRETRAINING) == "step 120000   val  1.2345 bits/byte  loss 3.4000 nats"
     assert held_out_line({"step": 3, "loss": 1.0}) == ""
@@ -114,16 +123,9 @@ def test_a_validation_has_its_units():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [
-        (0.0123, "0.012s"),
-        (5.23, "5.2s"),
-        (59.4, "59s"),
-        (59.6, "1m00s"),
-        (725, "12m05s"),
-        (11_530, "3h12m"),
-        (356_400, "4d03h"),
-    ],
-)
+    [(0.0123, "0.012s"), (5.23, "5.2s"), (59.4, "59s"), (59.6, "1m00s"), (725, "12m05s"), (11_530, "3h12m"),
+     (356_400, "4d03h")],
+)  # fmt: skip
 def test_durations_have_two_units_at_most(seconds, text):
     assert duration(seconds) == text
 

@@ -25,6 +25,7 @@ from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import Snapshot, newest
 from training.run.log import RunLog, read_metrics
+from training.trainer import Trainer
 from training.validation import BitsPerByte
 
 CLOCKS = {"seconds", "tokens_per_second", "mfu", "memory"}
@@ -161,48 +162,35 @@ def test_the_last_checkpoints_are_kept(make):
     assert sorted(path.name for path in trainer.out.iterdir() if path.is_dir()) == ["final", "step-5", "step-6"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step_and_resume_goes_on(number, make, capsys):
-    whole = make("whole")
-    whole.run()
-    handler = signal.getsignal(number)
-    trainer = make(dataset=interrupt_at(2, number))
-    assert trainer.run() == trainer.out / "step-2"
-    assert signal.getsignal(number) is handler
-    assert "the same command with --resume goes on from there" in capsys.readouterr().out
-    assert steps_logged(trainer) == [0, 1, 2] and not (trainer.out / "final").exists()
-    make(resume=True).run()
-    assert files(trainer.out / "final") == files(whole.out / "final")
-    assert steps_logged(trainer) == [0, 1, 2, 3, 4]
-
-
 def test_signals_that_arrive_together_are_one_request(make):
     """Ctrl-C reaches the workers of torchrun from the terminal, and from torchrun once more."""
     trainer = make(dataset=interrupt_at(2, signal.SIGINT, signal.SIGINT, signal.SIGTERM))
     assert trainer.run() == trainer.out / "step-2"
 
 
-def cut_at(step: int, number: int, asked: list[list[int]], rank: int = 0) -> Rows:
+def cut_at(step: int, number: int, asked: list[list[int]], rank: int = 0, by: int = signal.SIGINT) -> Rows:
     """Rows of two-row micro-batches; a signal arrives in `number` of `step`, both from 0. `asked`: all that were."""
 
     def before(indices: Sequence[int]) -> None:
         asked.append(list(indices))
         if indices[0] == step * ROWS + rank * ROWS // 2 + 2 * number:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), by)
 
     return Rows(before)
 
 
-def test_a_signal_is_obeyed_at_the_next_micro_batch_and_the_step_is_as_if_it_had_not_begun(make, capsys):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_obeyed_at_the_next_micro_batch_and_the_step_is_as_if_it_had_not_begun(by, make, capsys):
     cut = dict(micro_tokens=2 * TIME)
     whole = make("whole", **cut)
     whole.run()
-    asked: list[list[int]] = []
-    trainer = make(dataset=cut_at(2, 1, asked), **cut)
+    asked, handler = [], signal.getsignal(by)
+    trainer = make(dataset=cut_at(2, 1, asked, by=by), **cut)
     assert trainer.run() == trainer.out / "step-2"
-    assert asked[-2:] == [[16, 17], [18, 19]] and len(asked) == 2 * 4 + 2
-    assert f"interrupted: saved {trainer.out / 'step-2'}; the same command" in capsys.readouterr().out
-    assert steps_logged(trainer) == [0, 1, 2]
+    assert asked[-2:] == [[16, 17], [18, 19]] and len(asked) == 2 * 4 + 2 and signal.getsignal(by) is handler
+    said = f"interrupted: saved {trainer.out / 'step-2'}; the same command with --resume goes on from there"
+    assert said in capsys.readouterr().out
+    assert steps_logged(trainer) == [0, 1, 2] and not (trainer.out / "final").exists()
     make(resume=True, **cut).run()
     assert files(trainer.out / "final") == files(whole.out / "final")
     assert entries(trainer.out) == entries(whole.out)
@@ -226,33 +214,32 @@ def test_ranks_leave_a_step_together_wherever_the_signal_came(make, tmp_path):
     assert [entry["step"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
 
 
-def test_a_validation_is_cut_short_by_a_signal_and_not_logged(make):
-    trainer = make(val_every=2)
-    batch, seen, forward = trainer.validation.batches[0], [], trainer.model.forward
+def measured(trainer: Trainer, number: int = 0) -> Trainer:
+    """Validated on three batches; before the one of this number, counted over all validations, a signal comes."""
+    seen, forward = [], trainer.model.forward
 
     def counted(*given: object, **named: object) -> object:
-        if not trainer.model.training:
-            seen.append(1)
-            if len(seen) == 3 + 1:  # the first of the second validation
-                os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(trainer.model.training)
+        if seen.count(False) == number and not trainer.model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
         return forward(*given, **named)
 
-    trainer.validation = BitsPerByte([batch] * 3, trainer.validation.token_bytes)
+    trainer.validation = BitsPerByte(trainer.validation.batches * 3, trainer.validation.token_bytes)
     trainer.model.forward = counted
-    assert trainer.run() == trainer.out / "step-2" and len(seen) == 4
-    logged = read_metrics(trainer.out / "metrics.jsonl")
-    assert [entry["step"] for entry in logged if "val_loss" in entry] == [0] and logged[-1]["step"] == 2
+    return trainer
+
+
+def test_a_validation_that_is_cut_short_by_a_signal_is_made_on_resume(make):
+    whole, trainer = measured(make("whole", val_every=2)), measured(make(val_every=2), 3 + 1)
+    whole.run()
+    assert trainer.run() == trainer.out / "step-2"
+    assert steps_logged(trainer) == [0, 1]
+    measured(make(val_every=2, resume=True)).run()
+    assert entries(trainer.out) == entries(whole.out) and files(trainer.out / "final") == files(whole.out / "final")
 
 
 def test_a_first_validation_that_is_cut_short_is_not_logged(make):
-    trainer = make()
-    forward = trainer.model.forward
-
-    def interrupted(*given: object, **named: object) -> object:
-        os.kill(os.getpid(), signal.SIGINT)
-        return forward(*given, **named)
-
-    trainer.model.forward = interrupted
+    trainer = measured(make(), 2)
     assert trainer.run() == trainer.out and not read_metrics(trainer.out / "metrics.jsonl")
 
 
