@@ -32,9 +32,13 @@ SMALL = ["--sequence_length", 64, "--dtype", "fp32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def stages(pretrained: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def stages(pretrained: Path, world: Path, once) -> Callable[[str], Path]:
     """`stages(name)`: the final folder of a stage, each trained from the one before it."""
-    out = tmp_path_factory.mktemp("stages of transformers")
+    out = once("stages of transformers", lambda out: train_stages(pretrained, world, out))
+    return lambda name: (pretrained if name == "pretrain" else out / name) / "final"
+
+
+def train_stages(pretrained: Path, world: Path, out: Path) -> None:
     tuned, preferred = out / "sft" / "final", out / "dpo" / "final"
     sft = ["--ckpt", pretrained / "final", "--data", world / "sft.jsonl", "--batch_tokens", 1024, "--max_steps", 25]
     dpo = ["--ckpt", tuned, "--data", world / "preferences.jsonl", "--batch_tokens", 512, "--max_steps", 2]
@@ -43,7 +47,6 @@ def stages(pretrained: Path, world: Path, tmp_path_factory: pytest.TempPathFacto
     assert call_main(full_sft.main, *sft, *SMALL, "--optim.lr", "5e-3", "--out", out / "sft") == 0
     assert call_main(dpo_train.main, *dpo, *SMALL, "--out", out / "dpo") == 0
     assert call_main(grpo_train.main, *grpo, *SMALL, "--out", out / "grpo") == 0
-    return lambda name: (pretrained if name == "pretrain" else out / name) / "final"
 
 
 @pytest.mark.parametrize("stage", STAGES)
