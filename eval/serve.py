@@ -117,6 +117,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen(2048)  # whoever reads the printed line may connect at once
         return listening
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error

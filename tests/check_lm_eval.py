@@ -1,9 +1,10 @@
 """lm-evaluation-harness on a checkpoint: the same log-likelihoods, accuracies and bits per byte as eval/run.py.
 
-python tests/check_lm_eval.py --ckpt out/demo/grpo/final [--questions data/demo/heldout_questions.jsonl]
+python tests/check_lm_eval.py --ckpt out/demo/grpo/final [--questions data/demo/heldout_questions.jsonl] [--server URL]
 
 lm-eval's own command reads the same questions from JSON lines with templates written here, and the checkpoint through
-transformers. Needs lm-eval: `make check-lm-eval` installs it. Nothing is fetched. Ends with code 1 if anything differs.
+transformers or from a server of this project (`make check-server`). Needs lm-eval: `make check-lm-eval` installs it.
+Nothing is fetched. Ends with code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from eval.model_path import ModelPath
 from eval.tasks.choices import ChoiceItem
 from eval.tasks.opened import open_task
 from text.chats.arithmetic import arithmetic_problem
+from text.tokenizer import SPECIAL_TOKENS
 
 DIGITS = 4  # that lm-eval prints
 RELATIVE = 1e-5  # of a log-likelihood: what the order of float32 sums may change
@@ -40,13 +42,14 @@ SHOTS = 5
 WINDOW = 1024  # tokens that texts are scored in
 
 
-def check(ckpt: str, questions: str = "", count: int = 100) -> None:
+def check(ckpt: str, questions: str = "", count: int = 100, server: str = "") -> None:
     """Compare a checkpoint's scores with those of lm-eval's own model, each from its own reading of the same files.
 
     Args:
         ckpt: checkpoint folder, of this project or any that transformers opens.
         questions: JSONL with question, answer and kind; wrong choices are other answers of the kind.
         count: questions of a subject.
+        server: URL/NAME of eval/serve.py with this checkpoint as the model NAME, in float32; empty: transformers.
     """
     lm = open_lm(ModelPath.find(ckpt), torch.device("cpu"), torch.float32)
     with tempfile.TemporaryDirectory() as name:
@@ -55,8 +58,16 @@ def check(ckpt: str, questions: str = "", count: int = 100) -> None:
         if questions:
             subjects["a small world"] = from_questions(Path(questions), count + SHOTS)
         names = [task for subject, items in subjects.items() for task in write_choices(folder, subject, items)]
-        names += [write_texts(folder, subjects)]
-        theirs = run_lm_eval(ckpt, min(WINDOW, lm.max_length), folder, names)
+        window = min(WINDOW, lm.max_length) - (2 if server else 0)  # requests ask for a token more than they score
+        names += [write_texts(folder, subjects, window)]
+        if server:
+            url, _, model = server.rpartition("/")
+            options = f"base_url={url}/v1/completions,model={model},tokenizer_backend=remote,num_concurrent=8"
+            options += f",max_length={window + 2},custom_prefix_token_id={SPECIAL_TOKENS.index('<s>')}"
+            theirs = run_lm_eval("local-completions", options, folder, names)
+        else:
+            options = f"pretrained={Path(ckpt).absolute()},dtype=float32,max_length={window}"
+            theirs = run_lm_eval("hf", options, folder, names)
         failed, found = False, []
         evaluate = eval.harness.simple_evaluate
         eval.harness.simple_evaluate = lambda *given, **more: found.append(evaluate(*given, **more)) or found[0]
@@ -126,7 +137,7 @@ def write_choices(folder: Path, subject: str, items: Sequence[ChoiceItem]) -> li
     return names
 
 
-def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> str:
+def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]], window: int) -> str:
     """Documents of several lengths, the last one longer than a window."""
     lines = [f"{item.question} {item.choices[item.answer]}" for items in subjects.values() for item in items]
     texts = [*lines[:20], "\n".join(lines[20:60]), "\n".join(lines * 3)]
@@ -139,7 +150,7 @@ def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]]) -> str:
         "metric_list": [{"metric": "bits_per_byte"}],
     }
     # lm-eval lets a text follow <s>, and scores windows that share one token.
-    settings = {"data": str(folder / "texts.jsonl"), "window": WINDOW, "stride": WINDOW, "start": "bos"}
+    settings = {"data": str(folder / "texts.jsonl"), "window": window, "stride": window, "start": "bos"}
     write_task(folder, "texts", {"text": settings}, task)
     return "texts"
 
@@ -155,11 +166,10 @@ def write_lines(path: Path, rows: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
 
 
-def run_lm_eval(ckpt: str, context: int, folder: Path, tasks: Sequence[str]) -> dict[str, dict]:
-    """Its metrics by task, and under `nats` the log-likelihoods of all items."""
+def run_lm_eval(model: str, options: str, folder: Path, tasks: Sequence[str]) -> dict[str, dict]:
+    """Its metrics of one of its kinds of model, by task, and under `nats` the log-likelihoods of all items."""
     out = folder / "lm-eval"
-    arguments = f"pretrained={Path(ckpt).absolute()},dtype=float32,max_length={context}"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks)]
+    command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", options, "--tasks", ",".join(tasks)]
     command += ["--include_path", str(folder / "theirs"), "--device", "cpu", "--batch_size", "8", "--log_samples"]
     command += ["--output_path", str(out)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}

@@ -19,7 +19,6 @@ from model.decoding.engine import Engine
 from model.decoding.scheduler import Completion, Request
 
 Result = TypeVar("Result")
-LOGITS = 2**24  # numbers at once when a prompt is scored
 
 
 class Alternatives(NamedTuple):
@@ -62,7 +61,7 @@ class Job:
 
     def observed(self, token: int) -> Alternatives | None:
         """Return the alternatives to a token that was chosen, where they were asked for."""
-        return None if self.logits is None else alternatives(self.logits, token, self.top or 0)
+        return None if self.logits is None else alternatives(self.logits[None], [token], self.top or 0)[0]
 
 
 @dataclass
@@ -194,7 +193,8 @@ class Worker(threading.Thread):
                 self.metrics.accepted.labels(name).inc(inside.draft == token)
             if finish:
                 served.inspected.remove(job)
-            self._deliver(job, Token(token, finish, alternatives(logits, token, job.top or 0), inside))
+            found = alternatives(logits[None], [token], job.top or 0)[0]
+            self._deliver(job, Token(token, finish, found, inside))
 
     def _deliver(self, job: Job, token: Token) -> None:
         self.metrics.made.labels(job.model).inc()
@@ -218,19 +218,17 @@ class Worker(threading.Thread):
 
 
 @torch.inference_mode()
-def alternatives(logits_V: Tensor, token: int, top: int) -> Alternatives:
-    """The log-probability of a token in the model's own distribution, and of the `top` likeliest ones."""
-    log_probs = logits_V.float().log_softmax(-1)
-    best = log_probs.topk(min(top, len(log_probs)))
-    return Alternatives(float(log_probs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+def alternatives(logits_NV: Tensor, tokens: list[int], top: int) -> list[Alternatives]:
+    """The log-probabilities of N tokens in the model's own distributions, and of the `top` likeliest ones there."""
+    log_probs = logits_NV.float().log_softmax(-1)
+    best, places = log_probs.topk(min(top, log_probs.shape[-1]))
+    chosen = log_probs.gather(1, torch.tensor(tokens, device=log_probs.device).unsqueeze(1)).squeeze(1)
+    rows = zip(chosen.tolist(), places.tolist(), best.tolist(), strict=True)
+    return [Alternatives(log_prob, list(zip(*top, strict=True))) for log_prob, *top in rows]
 
 
 @torch.inference_mode()
 def score_prompt(answerer: Answerer, ids: list[int], top: int) -> list[Alternatives]:
     """The same for each token of a prompt but the first."""
-    state = answerer.model(torch.tensor([ids], device=answerer.device))
-    step, found = max(LOGITS // answerer.model.config.vocab_size, 1), []
-    for start in range(0, len(ids) - 1, step):
-        logits = state.logits[0, start : min(start + step, len(ids) - 1)]
-        found += [alternatives(row, ids[start + place + 1], top) for place, row in enumerate(logits)]
-    return found
+    logits = answerer.model(torch.tensor([ids], device=answerer.device)).logits[0]
+    return alternatives(logits[:-1], ids[1:], top)

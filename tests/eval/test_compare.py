@@ -156,6 +156,7 @@ def test_curves_of_all_lengths_are_drawn_and_losses_of_stages_apart(runs, tmp_pa
     assert [list(line.get_ydata()) for line in panels["training loss: preferences"].lines] == [[0.69, 0.2]]
     assert {line.get_color() for line in panels["learning rate"].lines} == {"C0", "C1", "C2"}
     scores = panels["scores (black: 95%, red: chance)"]
+    assert [0.2, 0.4] in [list(line.get_xdata()) for line in scores.lines]  # an interval
     assert [label.get_text() for label in scores.get_yticklabels()] == ["exam acc", "sums acc"]
     assert "rewards" not in panels
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from errors import UserError
-from eval.answering import Answerer
 from eval.likelihood import CacheScorer, rolling
 from model.decoding.sampling import Sampling
 
 
-@pytest.fixture(scope="module")
-def scorer(pretrained) -> CacheScorer:
-    return CacheScorer(Answerer.open(str(pretrained / "final"), "cpu", "fp32"))
+@pytest.fixture
+def scorer(answerer) -> CacheScorer:
+    return CacheScorer(answerer)
 
 
 def line(rng: random.Random, length: int) -> list[int]:
