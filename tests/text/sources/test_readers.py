@@ -233,8 +233,6 @@ def test_paths_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=what):
             Corpus(str(data))
-    with pytest.raises(UserError, match="must be 'skip' or 'stop'"):
-        Corpus(str(tmp_path), on_error="ignore")
 
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path))
