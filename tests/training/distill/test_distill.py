@@ -98,9 +98,9 @@ def test_what_was_asked_once_trains_like_what_is_asked_at_every_step(arguments, 
     more = [*options, "--precompute_top_k", 600, "--max_steps", 3, "--resume"]
     done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more)
     assert done.code == 0 and "asking the teacher" not in done.out
-    for change in (["--temperature", 3], ["--precompute_top_k", 500]):  # what it said before is of no use
-        done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more, *change)
-        assert "asking the teacher about" in done.out, (change, done.err)
+    # What it said before, at another temperature, is of no use.
+    done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more, "--temperature", 3)
+    assert "asking the teacher about" in done.out, done.err
 
 
 def chat_data(world, tokenizer, length: int = 96) -> ChatDataset:
