@@ -30,7 +30,7 @@ CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
 
 class Pairs(NamedTuple):
-    """What the losses compare; each (pairs,) float32: log pi and log pi_ref of both answers, and their tokens."""
+    """What the losses compare, (pairs,) float32 each: log pi and log pi_ref of both answers, and their tokens."""
 
     chosen: Tensor
     rejected: Tensor
@@ -120,7 +120,7 @@ class PreferenceLoss:
     reference: nn.Module | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-        """Returns the sum over pairs, their number, and what is logged.
+        """Return the sum over pairs, their number, and what is logged.
 
         `main` is the loss without the term of the chosen answer, `nll` that term a token, `kl` half the squared
         log-ratio of a token of the chosen answer: near the reference this is the divergence from it (Schulman 2020,
@@ -159,7 +159,7 @@ class PreferenceLoss:
 
 
 def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """log pi of every label, (rows, time) float32, 0 where nothing counts."""
+    """Return log pi of every label, (rows, time) float32, 0 where nothing counts."""
     out = model(**{name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")})
     return label_log_probs(out.hidden, out.head, batch["labels"])
 
@@ -184,8 +184,8 @@ class HeldOutPairs:
     """Validation: how often, and by how much, the chosen answer of held-out pairs is preferred.
 
     Attributes:
-        loss: the one in training; pairs: batches of held-out pairs; text: batches of held-out text, or none.
-        token_bytes: (vocab,) bytes of each token. names: of the data, for the log: {"pairs": ..., "text": ...}.
+        pairs, text: held-out batches; either may be empty. token_bytes: (vocab,) bytes of each token.
+        names: of the data, for the log: {"pairs": ..., "text": ...}.
     """
 
     loss: PreferenceLoss
