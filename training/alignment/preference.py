@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, require
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.log_probs import label_log_probs
@@ -59,16 +59,12 @@ class PreferenceSettings:
     nll_weight: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UserError(f"--preference.loss {self.loss}: one of {', '.join(LOSSES)}")
-        if self.beta <= 0:
-            raise UserError(f"--preference.beta {self.beta}: must be positive")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--preference.label_smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
-        if self.label_smoothing and self.loss == "ipo":
-            raise UserError("--preference.label_smoothing: ipo has none; leave it at 0")
-        if self.nll_weight < 0:
-            raise UserError(f"--preference.nll_weight {self.nll_weight}: must be at least 0")
+        require(self.loss in LOSSES, f"--preference.loss {self.loss}: one of {', '.join(LOSSES)}")
+        require(self.beta > 0, f"--preference.beta {self.beta}: must be positive")
+        smoothing = f"--preference.label_smoothing {self.label_smoothing}"
+        require(0 <= self.label_smoothing < 0.5, f"{smoothing}: must be at least 0 and below 0.5")
+        require(not self.label_smoothing or self.loss != "ipo", f"{smoothing}: ipo has none; leave it at 0")
+        require(self.nll_weight >= 0, f"--preference.nll_weight {self.nll_weight}: must be at least 0")
 
     @property
     def needs_reference(self) -> bool:
@@ -127,7 +123,10 @@ class PreferenceLoss:
         k2), were the answer drawn from the policy.
         """
         log_probs = answer_log_probs(model, batch)
-        known = self._reference(batch)
+        known = torch.zeros_like(log_probs)  # where nothing is compared with a reference
+        if self.settings.needs_reference:
+            with torch.no_grad():
+                known = batch["reference"] if "reference" in batch else answer_log_probs(self.reference, batch)
         counted = batch["labels"] != IGNORE
         drift = (log_probs - known).detach().square() / 2
         sides = sums_by_side(torch.stack([log_probs, known, counted.float(), drift]), batch["segment_ids"])
@@ -148,14 +147,6 @@ class PreferenceLoss:
         if self.settings.needs_reference:
             metrics["kl"] = (chosen_drift.sum(), pairs.chosen_tokens.sum())
         return total, torch.full((), len(losses), device=total.device), metrics
-
-    def _reference(self, batch: Batch) -> Tensor:
-        if not self.settings.needs_reference:
-            return torch.zeros(batch["labels"].shape, device=batch["labels"].device)
-        if "reference" in batch:
-            return batch["reference"]
-        with torch.no_grad():
-            return answer_log_probs(self.reference, batch)
 
 
 def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:

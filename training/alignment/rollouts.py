@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dataset import PromptDataset
-from errors import UserError, check_least
+from errors import UserError, check_least, require
 from model import MiniDeepSeek
 from training.alignment.advantages import advantages
 from training.alignment.rewards import Rewards, Sample
@@ -50,12 +50,10 @@ class RolloutSettings:
         check_least(1, prompts=self.prompts, max_new_tokens=self.max_new_tokens, mu=self.mu)
         check_least(1, rollout_rows=self.rollout_rows)
         check_least(0, resample=self.resample)
-        if self.group < 2:
-            raise UserError(f"--group {self.group}: a completion is compared with its group; give at least 2")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be above 0; greedy answers of a group are equal")
-        if self.overlong not in ("keep", "filter"):
-            raise UserError(f"--overlong {self.overlong}: one of keep, filter")
+        require(self.group >= 2, f"--group {self.group}: a completion is compared with its group; give at least 2")
+        warm = 0 < self.temperature < float("inf")
+        require(warm, f"--temperature {self.temperature}: must be above 0; greedy answers of a group are equal")
+        require(self.overlong in ("keep", "filter"), f"--overlong {self.overlong}: one of keep, filter")
 
 
 @dataclass

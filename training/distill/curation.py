@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import UserError, check_least
+from errors import UserError, check_least, require
 from text.chats.chat_template import Message
 from text.chats.conversations import read_conversations, write_chats
 from text.chats.prompts import Prompt, read_prompts
@@ -59,10 +59,9 @@ class AnswerSettings(AnswerFilter):
         """Raises `UserError` for a value that makes no sense."""
         self.check_filter()
         check_least(1, samples=self.samples, keep_answers=self.keep_answers, concurrency=self.concurrency)
-        if self.prompts < 0 or self.timeout <= 0:
-            raise UserError(f"--prompts {self.prompts}, --timeout {self.timeout:g}: must be at least 0 and above 0")
-        if not 0 <= self.mix_share < 1:
-            raise UserError(f"--mix_share {self.mix_share:g}: must be at least 0 and below 1")
+        limits = f"--prompts {self.prompts}, --timeout {self.timeout:g}"
+        require(self.prompts >= 0 and self.timeout > 0, f"{limits}: must be at least 0 and above 0")
+        require(0 <= self.mix_share < 1, f"--mix_share {self.mix_share:g}: must be at least 0 and below 1")
 
 
 def gather_answers(

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import require
 from model.transformer import Output
 from training.distill.divergences import (
     Divergence,
@@ -46,17 +46,12 @@ class DistillationSettings:
 
     def check(self) -> None:
         """Raises `UserError` for a value that makes no sense."""
-        if self.loss not in LOSSES:
-            raise UserError(f"--loss {self.loss}: one of {', '.join(LOSSES)}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature:g}: must be above 0")
+        require(self.loss in LOSSES, f"--loss {self.loss}: one of {', '.join(LOSSES)}")
+        require(0 < self.temperature < float("inf"), f"--temperature {self.temperature:g}: must be above 0")
         nothing = "where the loss is 0 for every student"
-        if not 0 <= self.skew < 1:
-            raise UserError(f"--skew {self.skew:g}: must be at least 0 and below 1, {nothing}")
-        if not 0 < self.beta < 1:
-            raise UserError(f"--beta {self.beta:g}: must be between 0 and 1, {nothing}")
-        if not 0 <= self.ce_weight <= 1:
-            raise UserError(f"--ce_weight {self.ce_weight:g}: a share, from 0 to 1")
+        require(0 <= self.skew < 1, f"--skew {self.skew:g}: must be at least 0 and below 1, {nothing}")
+        require(0 < self.beta < 1, f"--beta {self.beta:g}: must be between 0 and 1, {nothing}")
+        require(0 <= self.ce_weight <= 1, f"--ce_weight {self.ce_weight:g}: a share, from 0 to 1")
 
     @property
     def divergence(self) -> Divergence:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dataset import ChatDataset
-from errors import UserError, check_least
+from errors import check_least, require
 from model import MiniDeepSeek
 from text.chats.packing import pack_best_fit, write_row
 from text.order import WORD, scramble
@@ -47,11 +47,10 @@ class OnPolicySettings:
 
     def check_sampling(self) -> None:
         """Raises `UserError` for a value that makes no sense."""
-        if not 0 <= self.on_policy <= 1:
-            raise UserError(f"--on_policy {self.on_policy:g}: a share of the steps, from 0 to 1")
+        require(0 <= self.on_policy <= 1, f"--on_policy {self.on_policy:g}: a share of the steps, from 0 to 1")
         check_least(1, max_new_tokens=self.max_new_tokens, rollout_rows=self.rollout_rows)
-        if not 0 <= self.sample_temperature < float("inf"):
-            raise UserError(f"--sample_temperature {self.sample_temperature:g}: must be at least 0")
+        finite = 0 <= self.sample_temperature < float("inf")
+        require(finite, f"--sample_temperature {self.sample_temperature:g}: must be at least 0")
 
 
 class TaughtChats:

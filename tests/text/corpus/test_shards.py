@@ -215,6 +215,12 @@ def test_a_folder_without_finished_shards_is_named(made, copy):
     (copy / "index.json").write_text(json.dumps(index)[:100])
     with pytest.raises(UserError, match=r"index.json: damaged"):
         ShardSet.open(copy)
+    for count in ("tokens", "documents"):
+        part = {**index["parts"][0]["train"], count: 1 << 20}
+        changed = index | {"parts": [index["parts"][0] | {"train": part}]}
+        (copy / "index.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"damaged \(counts of train-00000\)"):
+            ShardSet.open(copy)
 
 
 def test_what_cannot_be_made_is_named(corpus, tokenizer, tmp_path):
