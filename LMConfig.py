@@ -1,7 +1,6 @@
 """The hyperparameters of a DeepSeek-V3 and its presets: the fields of a Hugging Face `deepseek_v3` config.json.
 
-python LMConfig.py                                              what each preset costs
-python LMConfig.py --preset 26m --num_hidden_layers 6           a preset with other values, beside it
+python LMConfig.py      what each preset costs; see model/cost_table.py
 """
 
 from __future__ import annotations
@@ -162,7 +161,6 @@ class LMConfig:
         """Read the content of a `deepseek_v3` config.json, of transformers 4 or 5; `place` names it in messages."""
         if not isinstance(data, dict):
             raise ConfigError(f"{place}: not a JSON object; restore the file")
-        data = dict(data)
         for key in ("model_type", "moe_layer_freq", "scoring_func", "topk_method", "rope_interleave"):
             if data.get(key, FIXED[key]) != FIXED[key]:
                 raise ConfigError(f"{place}: {key} is {data[key]!r}; only DeepSeek-V3's {FIXED[key]!r} is read")

@@ -22,11 +22,13 @@ from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.sampler import Sampler
 from training.chats import ChatSettings, chat_samples, open_chats
-from training.distill.curation import FILE, AnswerSettings, gather_answers, is_endpoint, open_answering
+from training.distill.curation import FILE, AnswerSettings, gather_answers
 from training.distill.distillation import DistillationLoss, DistillationSettings
+from training.distill.endpoint import is_endpoint, open_endpoint
+from training.distill.local_answers import open_local
 from training.distill.on_policy import OnPolicyChats, OnPolicySettings
 from training.distill.teacher import identity, is_ours, open_teacher
-from training.distill.top_k import FOLDER, CachedTeacher, CachedTopKChats, cache_top_k, fingerprint
+from training.distill.top_k import FOLDER, CachedTopKChats, TopK, cache_top_k, fingerprint
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
@@ -71,6 +73,7 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
         self.check()
         self.check_sampling()
         self.check_answers()
+        check_least(0, precompute_top_k=self.precompute_top_k)
         if self.method not in ("logits", "answers"):
             raise UserError(f"--method {self.method}: one of logits, answers")
         if self.ckpt and self.student:
@@ -79,7 +82,6 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
             raise UserError(
                 f"--student: the teacher {self.teacher} is not a checkpoint of this project; give --ckpt instead"
             )
-        check_least(0, precompute_top_k=self.precompute_top_k)
         if self.precompute_top_k and self.on_policy:
             raise UserError("--precompute_top_k: the student's answers are not known before; leave out --on_policy")
         if self.method == "logits" and is_endpoint(self.teacher):
@@ -103,7 +105,9 @@ def main() -> None:
         settings.data = str(ask_for_answers(settings, ranks))
         if not settings.has_student:
             return
-    model, tokenizer = open_student(settings)
+    model, tokenizer = (
+        new_model(settings.student, settings.teacher) if settings.student else open_checkpoint(settings.ckpt)
+    )
     dataset, validation = open_chats(settings, tokenizer, ranks)
     samples = chat_samples(settings, tokenizer, ranks, dataset)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
@@ -117,24 +121,19 @@ def ask_for_answers(settings: DistillSettings, ranks: Ranks) -> Path:
     """Return the file of the teacher's answers that are fit to learn from."""
     if ranks.world > 1:
         raise UserError("--method answers: one process asks; make the file without torchrun, then use full_sft.py")
-    dtype, sampling = choose_dtype(settings.dtype, ranks.device), (settings.sample_temperature, settings.max_new_tokens)
-    teacher = open_answering(settings.teacher, settings, *sampling, settings.seed, dtype, ranks.device)
-    # An endpoint is asked without a seed, so another one would bring no other answers.
-    own = (settings.teacher_model,) if is_endpoint(settings.teacher) else (identity(settings.teacher), settings.seed)
-    facts = (settings.teacher, *own, *sampling)
+    name, seed, sampling = settings.teacher, settings.seed, (settings.sample_temperature, settings.max_new_tokens)
+    if is_endpoint(name):
+        # It is asked without a seed, so another one would bring no other answers.
+        teacher, own = open_endpoint(name, settings, *sampling), (settings.teacher_model,)
+    else:
+        teacher = open_local(name, *sampling, seed, choose_dtype(settings.dtype, ranks.device), ranks.device)
+        own = identity(name), seed
     sources = find_sources(settings.data, settings.datasets, kind=None)
     mix = find_sources(settings.mix, settings.datasets, "chat") if settings.mix else []
     return gather_answers(
-        Path(settings.out), sources, settings.resume, settings.on_error, settings, teacher, settings.seed, facts,
-        settings.max_new_tokens, mix,
+        Path(settings.out), sources, settings.resume, settings.on_error, settings, teacher, seed,
+        (name, *own, *sampling), settings.max_new_tokens, mix,
     )  # fmt: skip
-
-
-def open_student(settings: DistillSettings) -> tuple[MiniDeepSeek, Tokenizer]:
-    """The checkpoint, or fresh weights that read the teacher's tokens."""
-    if settings.ckpt:
-        return open_checkpoint(settings.ckpt)
-    return new_model(settings.student, settings.teacher)
 
 
 def with_teacher(
@@ -149,7 +148,7 @@ def with_teacher(
         mark = fingerprint(chats.chats, identity(settings.teacher), vocab_size, k, temperature, str(dtype))
         folder = Path(settings.out) / FOLDER
         cache = cache_top_k(folder, chats, k, temperature, mark, ask, settings.micro_rows, dtype, ranks)
-        dataset, teacher = CachedTopKChats(chats, cache), CachedTeacher()
+        dataset, teacher = CachedTopKChats(chats, cache), TopK.of_batch
     else:
         teacher = ask()
     if settings.on_policy:

@@ -17,7 +17,7 @@ from text.chats.packed_dataset import CUT
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings, text_batches
-from training.alignment.reference import frozen_reference, load_log_probs, reference_log_probs, save_log_probs
+from training.alignment.reference import ask_once, frozen_reference
 from training.distill.teacher import identity
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
@@ -59,6 +59,11 @@ class DPOSettings(StageSettings):
         default_factory=lambda: OptimSettings(lr=5e-5, weight_decay=0.0, warmup=0.1, decay_from=0.1)
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference and not self.preference.needs_reference:
+            raise UserError(f"--reference {self.reference}: {self.preference.loss} has none; leave it out")
+
     @property
     def row_tokens(self) -> int:
         return 2 * self.sequence_length
@@ -79,14 +84,13 @@ def main() -> None:
         dataset = PreferenceDataset(sources, tokenizer, *shape)
     if ranks.main:
         dataset.print_summary()
-    loss = PreferenceLoss(settings.preference, ask_reference(settings, ranks, model, tokenizer, dataset))
+    loss = PreferenceLoss(settings.preference, open_reference(settings, ranks, model, tokenizer, dataset))
     held_out = dataset.validation
     pairs = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens) if held_out else []
     names, text = ({"pairs": labels_name(sources, pairs, tokenizer)} if pairs else {}), []
     if settings.val_text:
-        text = text_batches(
-            Path(settings.val_text), tokenizer, settings.sequence_length, settings.val_tokens, settings.micro_tokens
-        )
+        limits = settings.sequence_length, settings.val_tokens, settings.micro_tokens
+        text = text_batches(Path(settings.val_text), tokenizer, *limits)
         names["text"] = labels_name([settings.val_text], text, tokenizer)
     validation = HeldOutPairs(loss, pairs, text, tokenizer.token_bytes, names) if pairs or text else None
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation).run()
@@ -106,29 +110,21 @@ def settle_length(settings: DPOSettings, ranks: Ranks, longest: int) -> bool:
     return not saved or str(saved.get("data")).endswith(CUT)
 
 
-def ask_reference(
+def open_reference(
     settings: DPOSettings, ranks: Ranks, model: MiniDeepSeek, tokenizer: Tokenizer, dataset: PreferenceDataset
 ) -> MiniDeepSeek | None:
-    """The frozen model to ask at each step; or None, when the data set knows its answers or nobody needs them."""
+    """Return the frozen model to ask at each step; None when the data set knows its answers or nobody needs them."""
     if not settings.preference.needs_reference:
-        if settings.reference:
-            raise UserError(f"--reference {settings.reference}: {settings.preference.loss} has none; leave it out")
         return None
     # Before the first step the model in training is its own reference.
     own = settings.precompute_reference and not settings.reference
     reference = model if own else frozen_reference(model, tokenizer, settings.reference)
     if not settings.precompute_reference:
         return reference.to(ranks.device)
-    path, dtype = Path(settings.out) / "reference.safetensors", choose_dtype(settings.dtype, ranks.device)
-    facts = dataset.pairs.fingerprint, identity(settings.reference or settings.ckpt), str(dtype)
-    fingerprint = json.dumps(facts)
-    # The main rank's: where each looked for itself, one might find the file that another does not.
-    log_probs = ranks.on_main(lambda: load_log_probs(path, fingerprint) if settings.resume else None)
-    if log_probs is None:
-        log_probs = reference_log_probs(reference, dataset, settings.micro_rows, dtype, ranks)
-        if ranks.main:
-            save_log_probs(path, log_probs, fingerprint)
-    dataset.know_reference(log_probs)
+    dtype = choose_dtype(settings.dtype, ranks.device)
+    fingerprint = json.dumps((dataset.pairs.fingerprint, identity(settings.reference or settings.ckpt), str(dtype)))
+    path, resume = Path(settings.out) / "reference.safetensors", bool(settings.resume)
+    ask_once(reference, dataset, path, fingerprint, resume, settings.micro_rows, dtype, ranks)
     return None
 
 

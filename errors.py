@@ -49,6 +49,12 @@ class DamagedCheckpoint(UserError):
     exit_code = 3
 
 
+def require(holds: bool, message: str) -> None:
+    """Raise `UserError` with the message unless something holds."""
+    if not holds:
+        raise UserError(message)
+
+
 def check_least(least: int, **values: int) -> None:
     """Raise `UserError` for an option that is below."""
     for name, value in values.items():

@@ -90,21 +90,22 @@ def main() -> None:
     model.mtp.requires_grad_(False)
     model = model.to(ranks.device)
     reference = frozen_reference(model, tokenizer, settings.reference).to(ranks.device) if settings.beta else None
-    options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
     longest = settings.sequence_length - settings.max_new_tokens
+    options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
     sources = find_sources(settings.data, settings.datasets, "prompt")
     with waiting(f"reading {settings.data}", ranks.main):
         prompts = PromptDataset(sources, tokenizer, longest, settings.seed, **options)
     if ranks.main:
         prompts.print_summary()
-    dtype = choose_dtype(settings.dtype, ranks.device)
+    dtype, limits = choose_dtype(settings.dtype, ranks.device), (settings.max_new_tokens, settings.temperature)
     sampler = Sampler(model, dtype)
     rollouts = Rollouts(prompts, rewards, sampler, settings, ranks)
     experience = Experience(rollouts, settings.sequence_length, settings.micro_rows, dtype, reference)
-    limits = settings.max_new_tokens, settings.temperature
     loss = GRPOLoss(settings.loss, limits[0], settings.clip_low, settings.clip_high, settings.beta, limits[1])
-    name = problems_name(sources, prompts.validation) if prompts.validation else ""
-    accuracy = Accuracy(prompts, sampler, *limits, settings.rollout_rows, name) if prompts.validation else None
+    accuracy = None
+    if prompts.validation:
+        name = problems_name(sources, prompts.validation)
+        accuracy = Accuracy(prompts, sampler, *limits, settings.rollout_rows, name)
     Trainer(settings, ranks, model, tokenizer, experience, loss, accuracy).run()
     ranks.stop()
 

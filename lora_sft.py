@@ -63,8 +63,8 @@ def main() -> None:
     loss = NextTokenLoss(mtp=False, balance_weight=0.0)
     optimizer = build_optimizer(model, settings.optim, {"lora_B": settings.lora.plus_ratio})
     samples = chat_samples(settings, tokenizer, ranks, dataset)
-    trainer = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer, samples)
-    reached = trainer.run()
+    # No name for the trainer: what DistributedDataParallel holds must go before the ranks' group does, or that waits.
+    reached = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer, samples).run()
     if settings.merge and ranks.main and reached.name == "final":
         best = Path(settings.out) / BEST
         chosen = best if settings.keep_best and best.is_dir() else reached

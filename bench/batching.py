@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def lengths(options: argparse.Namespace) -> list[int]:
-    """Completion lengths with a long tail: exponential, a quarter of the longest on average."""
+    """Return completion lengths with a long tail: exponential, a quarter of the longest on average."""
     drawn = torch.empty(options.requests).exponential_(4, generator=torch.Generator().manual_seed(0))
     return (drawn * options.new).ceil().clamp(1, options.new).long().tolist()
 

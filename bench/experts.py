@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def config_of(options: argparse.Namespace, count: int) -> LMConfig:
-    """The preset with `count` experts and the same activated width."""
+    """Return the preset with `count` experts and the same activated width."""
     config = LMConfig.preset(options.preset, num_nextn_predict_layers=0, n_routed_experts=count)
     config = replace(config, num_hidden_layers=options.layers or config.num_hidden_layers)
     if not options.split:

@@ -43,7 +43,7 @@ COLUMNS = {SPEED: "{:,.2f}", MEMORY: "{:,.0f}"}
 
 @reward
 def variety(sample: Sample) -> float:
-    """A number that differs from text to text, so that no group is without variance."""
+    """Return a number that differs from text to text, so that no group is without variance."""
     return float(len(set(sample.text)))
 
 

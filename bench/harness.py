@@ -33,7 +33,7 @@ SPEED, MEMORY = "tokens/s", "memory_mb"
 
 
 def parser_of(doc: str, preset: str = "64m", dtype: str = "bf16", **numbers: int) -> argparse.ArgumentParser:
-    """The command line that every bench has, and these whole numbers with their defaults."""
+    """Return the command line that every bench has, and these whole numbers with their defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default=preset)
     parser.add_argument("--dtype", default=dtype, choices=DTYPES)
@@ -58,14 +58,14 @@ def device_of(name: str) -> torch.device:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once all that the device was given to do is done."""
+    """Return the time in seconds, once the device has done all that it was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def memory_mb(device: torch.device) -> float:
-    """The most memory this process has used, in MB of 2^20 bytes: allocated on the GPU, or resident."""
+    """Return the most memory this process has used, in MB of 2^20 bytes: allocated on the GPU, or resident."""
     return memory_used(device) / 2**20
 
 
@@ -152,7 +152,7 @@ def serve(measure: Callable[[], dict[str, float]], device: torch.device, warm_up
 
 
 def serving_callback(result: Callable[[float], dict[str, float]], device: torch.device, warm_up: int) -> Any:
-    """The same from inside a loop of transformers. result: what was measured, of the seconds of a step."""
+    """Return what serves from inside a loop of transformers. result: what was measured, of the seconds of a step."""
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):

@@ -80,7 +80,7 @@ def beyond_imports(options: argparse.Namespace) -> Callable[[float], dict[str, f
 
 
 def token_rows(options: argparse.Namespace, rows: int) -> torch.Tensor:
-    """(rows, length) random ids, all of which count."""
+    """Return (rows, length) random ids, all of which count."""
     return torch.randint(0, 6400, (rows, options.length), generator=torch.Generator().manual_seed(0))
 
 
@@ -121,7 +121,7 @@ def baseline(way: str, options: argparse.Namespace) -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: F401 (an import counts for nobody)
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: F401 (an import counts for neither)
 
     device, measured = harness.device_of(options.device), beyond_imports(options)
     lora, everywhere = None, options.targets == "all"

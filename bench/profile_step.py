@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def named(function: Callable) -> Callable:
-    """The function under a name in the profile, which knows nothing of C."""
+    """Return the function under a name in the profile, which knows nothing of C."""
 
     def call(*given: object, **options: object) -> object:
         with record_function("C product"):

@@ -141,7 +141,7 @@ def as_options(given: dict[str, object]) -> list[str]:
 
 
 def race(contender: dict[str, Any], out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One contender in its own process, to the end of its time. Returns its size and its points."""
+    """Run one contender in its own process, to the end of its time. Return its size and its points."""
     folder = Path(contender["out"])
     folder.mkdir()
     moments = [60 * options.minutes * share for share in MOMENTS]
@@ -153,7 +153,7 @@ def race(contender: dict[str, Any], out: Path, options: argparse.Namespace) -> d
 
 
 def table(results: dict[str, Any], seconds: float) -> str:
-    """Bits per byte at some moments, and how much fewer ours are at the end than the best baseline's."""
+    """Return bits per byte at some moments, and how much fewer ours are at the end than the best baseline's."""
     lines = [f"{'':40}{'parameters':>12}" + "".join(f"{share * seconds / 60:>8.3g} min" for share in SHOWN)]
     for name, result in results.items():
         points = result["points"]

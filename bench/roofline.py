@@ -46,7 +46,7 @@ class Machine:
         return max(seconds) / self.count
 
     def all_reduce(self, size: float) -> float:
-        """Seconds of a ring: each sends and receives 2 (n - 1) / n of `size` bytes."""
+        """Return seconds of a ring: each sends and receives 2 (n - 1) / n of `size` bytes."""
         return 2 * (self.count - 1) / self.count * size / (self.memory_share * self.link)
 
 
@@ -92,7 +92,7 @@ class Network:
         return always + self.moe_layers * self.distinct_experts(batch) * self.expert
 
     def decoding_flops(self, past: int) -> float:
-        """One token after `past` others, absorbed: 2 a weight, and each head's product with the latents, twice."""
+        """Return those of one token after `past` others, absorbed: 2 a weight, and twice each head's product."""
         config = self.config
         latent = 2 * config.kv_lora_rank + config.qk_rope_head_dim
         attention = 2 * config.num_hidden_layers * config.num_attention_heads * past * latent
@@ -103,7 +103,7 @@ class Network:
         return BF16 * self.read_weights(batch) + batch * past * self.costs.cache_bytes
 
     def prefill_flops(self) -> float:
-        """One token of a prompt: a third of training's, without MTP."""
+        """Return those of one token of a prompt: a third of training's, without MTP."""
         return count(replace(self.config, num_nextn_predict_layers=0), self.length).flops / PASSES
 
     def activation_bytes(self) -> float:
@@ -115,7 +115,7 @@ class Network:
 
 
 def training(networks: dict[str, Network], machines: list[Machine], tokens: int) -> list[list[str]]:
-    """A step of `tokens` on each accelerator, weights and optimiser replicated, gradients summed as they are made."""
+    """Return a table of training steps: `tokens`, weights and optimiser on each accelerator, gradients summed."""
     rows = [["preset", "GPUs", "FLOPs/token", "bytes/token", "step", "of it update", "tokens/s", "state"]]
     for (name, network), machine in product(networks.items(), machines):
         one, weights = replace(machine, count=1), network.weights
@@ -134,7 +134,7 @@ def training(networks: dict[str, Network], machines: list[Machine], tokens: int)
 
 
 def decoding(networks: dict[str, Network], machines: list[Machine], past: int, batches: list[int]) -> list[list[str]]:
-    """A step of decoding with `past` tokens in the cache, weights spread over the accelerators."""
+    """Return a table of decoding steps with `past` tokens in the cache, weights spread over the accelerators."""
     rows = [["preset", "GPUs", "batch", "experts read a layer", "weights", "cache", "step", "tokens/s", "bound by",
              "weights in bf16"]]  # fmt: skip
     for (name, network), machine, batch in product(networks.items(), machines, batches):
@@ -151,7 +151,7 @@ def decoding(networks: dict[str, Network], machines: list[Machine], past: int, b
 
 
 def fits(size: float, machine: Machine, over: int = 1) -> str:
-    """Whether it leaves a fifth of the memory free, and if not how many accelerators would."""
+    """Return whether it leaves a fifth of the memory free, and if not how many accelerators would."""
     room = 0.8 * machine.memory
     return human(size, "B") if size <= over * room else f"{human(size, 'B')}: too much, {ceil(size / room)} GPUs"
 

@@ -83,7 +83,7 @@ def work(options: argparse.Namespace, folder: Path, file: Path) -> None:
 
 
 def beginning(file: Path, size: int) -> Iterator[str]:
-    """The first texts of the corpus."""
+    """Yield the first texts of the corpus."""
     for document in Corpus(str(file)):
         size -= len(document.text.encode())
         yield document.text
@@ -105,7 +105,7 @@ def write_corpus(file: Path, size: int) -> None:
 
 
 def rows(generator: np.random.Generator, chinese: list[str], english: list[str], count: int) -> Iterator[str]:
-    """Texts made of sentences."""
+    """Yield texts made of sentences."""
     for is_chinese in generator.random(count) < CHINESE_SHARE:
         words, mark, stop, gap = (chinese, "，", "。", "") if is_chinese else (english, ",", ".", " ")
         length = int(generator.integers(8, 160 if is_chinese else 80))
@@ -123,7 +123,7 @@ def zipf(generator: np.random.Generator, most: int, *shape: int) -> np.ndarray:
 
 
 def chinese_words(generator: np.random.Generator, count: int) -> list[str]:
-    """Words of one to four of the 3500 first common ideographs."""
+    """Return words of one to four of the 3500 first common ideographs."""
     ranks, order = zipf(generator, 3500, count, 4), generator.permutation(np.arange(0x4E00, 0x4E00 + 3500))
     return ["".join(map(chr, order[row[: 1 + number % 4]])) for number, row in enumerate(ranks)]
 

@@ -92,7 +92,7 @@ def acceptance(passes: list[tuple[int, int]], most: int) -> dict[str, float]:
 
 
 def prompts(tokenizer: Tokenizer, file: Path, count: int, length: int) -> list[torch.Tensor]:
-    """The first `length` tokens of long enough lines, spread over the file, each (1, 1 + length)."""
+    """Return the first `length` tokens of long enough lines, spread over the file, each (1, 1 + length)."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a text file")
     lines = [tokenizer.encode(line) for line in file.read_text(encoding="utf8").splitlines()]

@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def table(benches: list[dict[str, Any]]) -> str:
-    """Markdown: a section a bench, a line a verdict, then the facts."""
+    """Return Markdown: a section a bench, a line a verdict, then the facts."""
     lines = []
     for bench in benches:
         lines += [f"**{bench['title']}**", "", f"`{bench['command']}`, {bench['machine']}", ""]

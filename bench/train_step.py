@@ -65,13 +65,13 @@ def work(options: argparse.Namespace) -> None:
 
 
 def tokens_of(options: argparse.Namespace) -> Tensor:
-    """(rows, length + 1) random ids on the device."""
+    """Return (rows, length + 1) random ids on the device."""
     shape, generator = (options.rows, options.length + 1), torch.Generator().manual_seed(0)
     return torch.randint(0, 6400, shape, generator=generator).to(harness.device_of(options.device))
 
 
 def own_step(model: MiniDeepSeek, options: argparse.Namespace) -> Step:
-    """A training step of our model, which returns its speed and its times."""
+    """Return a training step of our model, which returns its speed and its times."""
     tokens, loss_of = tokens_of(options), NextTokenLoss(mtp=False)
 
     def loss() -> Tensor:
@@ -82,7 +82,7 @@ def own_step(model: MiniDeepSeek, options: argparse.Namespace) -> Step:
 
 
 def step_of(loss: Callable[[], Tensor], model: nn.Module, options: argparse.Namespace) -> Step:
-    """The same for any model and loss."""
+    """Return the same for any model and loss."""
     device, kind = harness.device_of(options.device), getattr(options, "optim", "adamw")
     optimizer = build_optimizer(model, OptimSettings(lr=1e-4, kind=kind))
 

@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def encoder(folder: str, begin: str) -> Callable[[str], list[int]]:
-    """A document to tokens, its begin (`bos` or `eos`: the end of another one) and its end included."""
+    """Return what encodes a document, its begin (`bos` or `eos`: the end of another one) and its end included."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -115,7 +115,7 @@ def encoder(folder: str, begin: str) -> Callable[[str], list[int]]:
 
 
 def rows_of(texts: Iterable[str], encode: Callable[[str], list[int]], window: int) -> list[tuple[list[int], int]]:
-    """(tokens, number of the first that is scored), at most `window` inputs each: every token of a document once.
+    """Return (tokens, number of the first that is scored), at most `window` inputs each: every token once.
 
     A longer document continues in another row, which repeats half a window as context.
     """
@@ -139,7 +139,7 @@ def bits_per_byte(model: nn.Module, rows: list[tuple[list[int], int]], texts: li
         part = rows[first : first + ROWS]
         shape = len(part), max(len(ids) for ids, _ in part) - 1
         inputs, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-        for row, (ids, scored) in enumerate(part):  # padding is on the right, where nobody looks
+        for row, (ids, scored) in enumerate(part):  # padding is on the right, where no token sees it
             inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
             labels[row, scored - 1 : len(ids) - 1] = torch.tensor(ids[scored:])
         logits = model(inputs.to(device)).logits.float().flatten(0, 1)

@@ -75,7 +75,7 @@ class Answerer:
         draft_tokens: int = 0,
         accepted: list[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[str, int]]:
-        """Pieces of the answer to the last message, whole characters only, each with the number of tokens so far.
+        """Yield pieces of the answer to the last message, whole characters only, each with the number of tokens so far.
 
         The last two options are those of `stream_speculative`.
         """

@@ -20,7 +20,7 @@ from eval.answering import Answerer
 from model.decoding.sampling import Sampling
 from text.chats.chat_template import Message
 
-UNREADABLE = "\ufffd"  # what stands for bytes that are no character
+UNREADABLE = "\ufffd"  # in place of bytes that are not a character
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit ends"
 
 

@@ -27,7 +27,7 @@ class ComparedRun:
 
     @classmethod
     def open(cls, folder: str) -> ComparedRun:
-        """A run folder, a checkpoint in one, or a folder with scores alone. Raises `UserError` for anything else."""
+        """Open a run, a checkpoint in one, or a folder with scores. Raises `UserError` for anything else."""
         path = Path(folder)
         run = path if (path / "metrics.jsonl").is_file() or (path / SCORES).is_file() else path.absolute().parent
         entries = [shown(entry) for entry in read_metrics(run / "metrics.jsonl")]
@@ -46,11 +46,11 @@ class ComparedRun:
         return next((stage for key, stage in STAGES.items() if key in keys), "next token")
 
     def last(self, key: str) -> float | None:
-        """The last value of a measure."""
+        """Return the last value of a measure."""
         return next((entry[key] for entry in reversed(self.entries) if entry.get(key) is not None), None)
 
     def held_out(self, key: str) -> str | None:
-        """The name of the data that a measure was last made on; None where the run, an older one, does not tell."""
+        """Return the name of the data that a measure was last made on; None in older runs, which have none."""
         last = next((entry for entry in reversed(self.entries) if entry.get(key) is not None), {})
         name = last.get("held_out", {}).get(MEASURED_ON[key])
         return name and one_line(name)
@@ -62,7 +62,7 @@ class ComparedRun:
 
 
 def open_runs(folders: Sequence[str]) -> list[ComparedRun]:
-    """The runs, under names without what all paths begin with. Raises `UserError` for fewer than two."""
+    """Return the runs, under names without what all paths begin with. Raises `UserError` for fewer than two."""
     if len(folders) < 2:
         raise UserError("compare: two runs or more are compared; name another")
     paths = [str(Path(folder)) for folder in folders]

@@ -40,7 +40,7 @@ Key = tuple[str, str, str]
 
 
 def markdown(runs: Sequence[ComparedRun]) -> str:
-    """What each run came to, then the scores that any of them has. What is held out has a row for each set."""
+    """Return what each run came to, then the scores that any of them has. What is held out has a row for each set."""
     names = [run.name for run in runs]
     lines = ["# Comparison", ""]
     if any(run.entries for run in runs):
@@ -66,7 +66,7 @@ def markdown(runs: Sequence[ComparedRun]) -> str:
 
 
 def _by_set(key: str, runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
-    """The runs that have a measure, by what follows its name: of what is held out, which data it was measured on."""
+    """Return the runs that have a measure, by what follows its name: the data if it is of held-out data."""
     found: dict[str, list[ComparedRun]] = {}
     for run in runs:
         if run.last(key) is not None:
@@ -89,7 +89,7 @@ def _score_rows(runs: Sequence[ComparedRun]) -> tuple[list[list[str]], list[str]
 
 
 def labelled_scores(runs: Sequence[ComparedRun]) -> list[dict[Key, Score]]:
-    """The scores of each run's suites as a whole; a suite that differs from one before it has a number: `exam [2]`."""
+    """Return the scores of each run; a suite that differs from one before it has a number: `exam [2]`."""
     different: dict[str, list[str]] = {}
     found: list[dict[Key, Score]] = []
     for run in runs:
@@ -106,7 +106,7 @@ def labelled_scores(runs: Sequence[ComparedRun]) -> list[dict[Key, Score]]:
 
 
 def _identity(measured: dict[str, Any]) -> str:
-    """What two measurements have in common if they are of the same items in the same way, wherever these lie."""
+    """Return what two measurements have in common if they are of the same items in the same way, wherever these lie."""
     content = measured.get("content")  # which older scores do not have
     settings = {name: value for name, value in measured["settings"].items() if name != "data" or not content}
     return json.dumps([settings, measured["items"], content], sort_keys=True)
@@ -161,7 +161,7 @@ Line = tuple[ComparedRun, str, str]
 def _panels(
     title: str, unit: str, keys: dict[str, str], runs: Sequence[ComparedRun]
 ) -> list[tuple[str, str, list[Line]]]:
-    """The panel, or one for each stage of losses and each set of held-out data, which have no common scale."""
+    """Return the panel, or one for each stage of losses and set of held-out data, which have no common scale."""
     of_losses, parts = "loss" in keys, {}
     for run in runs:
         for key, label in keys.items():

@@ -30,7 +30,7 @@ WINDOW = 512
 
 @torch.inference_mode()
 def loads(answerer: Answerer, texts: Sequence[str], most_tokens: int) -> Tensor:
-    """(MoE layers, experts) float64: how many tokens chose each expert, of the first `most_tokens` of all texts."""
+    """Count the choices of each expert by the first `most_tokens` tokens: (MoE layers, experts) float64."""
     model, tokenizer = answerer.model, answerer.tokenizer
     moe_layers = sum(layer.is_moe for layer in model.model.layers)
     if not moe_layers:
@@ -117,7 +117,7 @@ def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]
 
 
 def _shares(counts: Tensor) -> Tensor:
-    """The loads of each layer over their sum."""
+    """Return the loads of each layer over their sum."""
     return counts / counts.sum(-1, keepdim=True).clamp(min=1e-9)
 
 

@@ -46,7 +46,7 @@ class Measurable:
     cut = 0  # contexts that lost their beginning, as far as is known
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text after a start token."""
+        """Return the log-likelihood of each text after a start token."""
         found = []
         window = min(self.window, self.max_length)
         for (text,) in tqdm([request.args for request in requests], disable=None, desc="texts"):
@@ -108,7 +108,7 @@ class OtherLM(Measurable, HFLM):
     chats = property(lambda self: bool(self.tokenizer.chat_template))
 
     def render(self, messages: Sequence[Message]) -> str:
-        """A conversation in the model's chat template; as questions and answers where it has none."""
+        """Return a conversation in the model's chat template; as questions and answers where it has none."""
         return self.apply_chat_template(list(messages)) if self.chats else as_text(messages)
 
     def score_windows(self, windows: Sequence[Pair]) -> list[float]:
@@ -139,7 +139,7 @@ def open_lm(place: ModelPath, device: torch.device, dtype: torch.dtype) -> Cache
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name that --dtype gives a type."""
+    """Return the name that --dtype gives a type."""
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
@@ -191,7 +191,7 @@ def measure(
 
 
 def _ours(task: Task, docs: Docs, lm: CacheLM | OtherLM) -> ConfigurableTask:
-    """A task of this project on documents that were read and checked; conversations in the model's own template."""
+    """Make a task of this project from documents that were checked; chats in the model's own template."""
     config = {**load_yaml(FOLDER / f"_{task.kind}.yaml"), **task.settings.keys(), "task": task.name}
     config["custom_dataset"] = lambda **_: {"test": docs}
     if "turns" in docs[0]:
@@ -203,7 +203,7 @@ def _ours(task: Task, docs: Docs, lm: CacheLM | OtherLM) -> ConfigurableTask:
 
 
 def _theirs(name: str) -> list[Any]:
-    """A task or group of lm-evaluation-harness. Raises `UserError` where it does not know it, or has no data for it."""
+    """Load a task or group of lm-evaluation-harness. Raises `UserError` if it is unknown or has no data."""
     manager = TaskManager()
     if name not in manager.all_tasks and not Path(name).is_file():
         ours = [path.stem for path in FOLDER.glob("[!_]*.yaml")]
@@ -221,7 +221,7 @@ def _theirs(name: str) -> list[Any]:
 
 
 def _items(name: str, samples: Sequence[dict[str, Any]], kind: str, lm: CacheLM | OtherLM) -> Iterator[Item]:
-    """What was measured of each document, by all filters of its answers. name: of their group; empty: they tell it."""
+    """Yield what was measured of each document, by all filters. name: of their group; empty: each has one."""
     items: dict[int, Item] = {}
     for sample in samples:
         item = items.setdefault(sample["doc_id"], Item(name or sample["doc"]["group"]))

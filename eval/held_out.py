@@ -30,7 +30,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 def pretraining_settings(run: Path) -> dict[str, Any]:
-    """The config.yaml of a pretraining's run folder. Raises `UserError` for another folder, or a damaged file."""
+    """Read a pretraining run's config.yaml. Raises `UserError` for another folder, or a damaged file."""
     config = run / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config}: no such file; name the run folder of a pretraining")
@@ -46,14 +46,14 @@ def pretraining_settings(run: Path) -> dict[str, Any]:
 
 
 def open_corpus(settings: dict[str, Any], tokenizer: Tokenizer) -> list[tuple[ShardSet, float]]:
-    """What the run was trained on, tokenised and cut as it was."""
+    """Return what the run was trained on, tokenised and cut as it was."""
     sources = find_sources(settings["data"], settings["datasets"], "text")
     options = {name: settings.get(name) for name in READERS}
     return open_sources(sources, tokenizer, settings["shards"], main=True, **options)
 
 
 def held_out_documents(run: Path) -> Iterator[str]:
-    """The documents in order. Raises `UserError` for a folder that is no pretraining run, or one that held out none."""
+    """Yield the documents in order. Raises `UserError` for a folder that is not a pretraining run."""
     settings = pretraining_settings(run)
     tokenizer = Tokenizer.from_folder(settings["tokenizer"] or settings["ckpt"])
     for shard_set, _ in open_corpus(settings, tokenizer):

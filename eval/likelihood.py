@@ -43,11 +43,11 @@ class CacheScorer:
         return self.answerer.model.config.max_position_embeddings
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, or of a conversation that `render` made."""
+        """Return the ids of a text, or of a conversation that `render` made."""
         return self._chats.get(text) or self.answerer.tokenizer.encode(text)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, up to where the next answer begins."""
+        """Return a conversation as text, up to where the next answer begins."""
         tokenizer = self.answerer.tokenizer
         ids, _ = encode_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
         text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -110,7 +110,7 @@ class CacheScorer:
 
     @torch.inference_mode()
     def score_windows(self, windows: Sequence[Pair]) -> list[float]:
-        """The log-likelihood of each window's continuation, from whole rows: for long ones."""
+        """Return the log-likelihood of each window's continuation, from whole rows: for long ones."""
         nats = [0.0] * len(windows)
         pad, device = self.answerer.tokenizer.pad_id, self.answerer.device
         for part in batches(windows, lambda window: len(window[0]) + len(window[1])):
@@ -124,7 +124,7 @@ class CacheScorer:
         return nats
 
     def _scores(self, items: Sequence[Choices]) -> Iterator[tuple[int, list[Scored]]]:
-        """(place, scores) of each item, in the order in which they are found.
+        """Yield (place, scores) of each item, in the order in which they are found.
 
         Continuations of one token, such as letters, need no more than the context; and what the contexts have in common
         from their beginning on, such as worked questions, is read once for all of them.
@@ -145,7 +145,7 @@ class CacheScorer:
 
     @torch.inference_mode()
     def _next_log_probs(self, contexts: Sequence[list[int]], shared: int) -> Tensor:
-        """(contexts, vocab) float32 of the token after each context; the first `shared` tokens are the same in all."""
+        """Return (contexts, vocab) float32 of the token after each context, whose first `shared` tokens are equal."""
         model, device, pad = self.answerer.model, self.answerer.device, self.answerer.tokenizer.pad_id
         width = rounded(max(map(len, contexts)) - shared)
         cache = None
@@ -160,7 +160,7 @@ class CacheScorer:
 
     @torch.inference_mode()
     def _continued(self, items: Sequence[Choices]) -> list[Scored]:
-        """Each continuation of all contexts, in order: a context is read once, then each has a row of the cache."""
+        """Score each continuation, in order: a context is read once, then each continuation has a row of the cache."""
         model, device, pad = self.answerer.model, self.answerer.device, self.answerer.tokenizer.pad_id
         contexts, choices = zip(*items, strict=True)
         flat = [choice for own in choices for choice in own]
@@ -222,7 +222,7 @@ def batches(items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[li
 
 
 def padded(rows: Iterable[Sequence[int]], width: int, fill: int, left: bool = False) -> Tensor:
-    """(rows, width) int64."""
+    """Return (rows, width) int64."""
     lines = ((row, [fill] * (width - len(row))) for row in rows)
     return torch.tensor([[*rest, *row] if left else [*row, *rest] for row, rest in lines])
 
@@ -232,7 +232,7 @@ def rounded(length: int) -> int:
 
 
 def _same_beginnings(contexts: Mapping[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
-    """(tokens that they share, places) of contexts that begin alike; each has a token of its own left."""
+    """Yield (tokens that they share, places) of contexts that begin alike; each has a token of its own left."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for place, ids in contexts.items():
         groups.setdefault(tuple(ids[:SHARED]), []).append(place)

@@ -24,7 +24,7 @@ class ModelPath:
 
     @classmethod
     def find(cls, path: str) -> ModelPath:
-        """A `deepseek_v3` folder is this project's, unless its tokenizer is another's.
+        """Find what a path holds. A `deepseek_v3` folder is this project's, unless its tokenizer is another's.
 
         Raises `UserError` for a path that holds no model.
         """
@@ -43,7 +43,7 @@ class ModelPath:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether this project's network and tokenizer are the ones to open a folder with."""
+    """Return whether this project's network and tokenizer are the ones to open a folder with."""
     if not (folder / "config.json").is_file():
         return True  # an adapter, for which the checkpoint's reader has a message
     try:

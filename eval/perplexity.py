@@ -63,7 +63,7 @@ def score_text(answerer: Answerer, blocks: Iterator[str], window: int = 0, batch
 
 
 def read_blocks(path: Path) -> Iterator[str]:
-    """The file in pieces that end at a line's end where there is one."""
+    """Yield the file in pieces that end at a line's end where there is one."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             while block := file.read(BLOCK):

@@ -81,7 +81,7 @@ def ask(answerer: Answerer, questions: list[Question], sampling: Sampling = GREE
 
 
 def accuracy(results: list[Result]) -> dict[str, float]:
-    """The share of right answers for each kind, and under `all` for the whole."""
+    """Return the share of right answers for each kind, and under `all` for the whole."""
     kinds: dict[str, list[bool]] = defaultdict(list)
     for result in results:
         for kind in {result.question.kind, "all"}:

@@ -101,7 +101,7 @@ def report(
 
 
 def _solved(answerer: Answerer, sums: str, val_fraction: float) -> dict[str, float]:
-    """The shares of held-out problems that are solved by greedy and by sampled answers."""
+    """Return the shares of held-out problems that are solved by greedy and by sampled answers."""
     longest = answerer.model.config.max_position_embeddings - SUM_TOKENS
     prompts = PromptDataset(
         find_sources(sums, kind="prompt"), answerer.tokenizer, longest, val_fraction=val_fraction, val_problems=SUMS
@@ -114,7 +114,7 @@ def _solved(answerer: Answerer, sums: str, val_fraction: float) -> dict[str, flo
 
 
 def _held_out(run: Path, answerer: Answerer) -> list[Batch]:
-    """The documents that pretraining held out, as it cut them."""
+    """Return the documents that pretraining held out, as it cut them."""
     settings = pretraining_settings(run)
     sources, isolate = open_corpus(settings, answerer.tokenizer), settings.get("isolate", False)
     held_out = PretrainDataset(sources, settings["sequence_length"], split="val", isolate=isolate)

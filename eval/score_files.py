@@ -19,7 +19,7 @@ HEADER = ("suite", "group", "metric", "value", "95% interval", "chance", "items"
 
 
 def out_folder(ckpt: str) -> Path:
-    """Return RUN/eval/final for RUN/final; out/eval/NAME for what is no checkpoint of a run."""
+    """Return RUN/eval/final for RUN/final; out/eval/NAME for what is not a checkpoint of a run."""
     path = Path(ckpt)
     if path.is_dir() and (path.absolute().parent / "metrics.jsonl").is_file():
         return path.parent / "eval" / path.name
@@ -76,7 +76,7 @@ def _measured(one: dict[str, Any]) -> Measured:
     if not isinstance(found.settings, dict) or not all(isinstance(score.share, bool) for score in found.scores):
         raise TypeError("settings or a share of another type")
     if not all(map(math.isfinite, numbers)):
-        raise ValueError("values that are no numbers")
+        raise ValueError("values that are not finite")
     return found
 
 

@@ -84,7 +84,7 @@ def score_items(items: Sequence[Item], totals: dict[str, float], bootstrap: bool
 
 
 def _score(group: str, metric: str, items: Sequence[Item], bootstrap: bool) -> Score | None:
-    """The mean of a metric, or a ratio of sums; None where its values are neither numbers nor (nats, count)."""
+    """Return the mean of a metric, or a ratio of sums; None where its values are neither numbers nor (nats, count)."""
     having = [item for item in items if metric in item.values]
     values = [item.values[metric] for item in having]
     if metric in RATIOS and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
@@ -103,7 +103,7 @@ def _score(group: str, metric: str, items: Sequence[Item], bootstrap: bool) -> S
 
 
 def _mean_of_groups(metric: str, groups: Iterable[Sequence[Item]]) -> Score:
-    """The mean over subjects, each of the same weight; a normal interval from the subjects' own variances."""
+    """Return the mean over subjects, each of the same weight; a normal interval from the subjects' own variances."""
     scores = [score for group in groups if (score := _score("", metric, group, False)) is not None]
     # As if two right and two wrong answers came before: a subject that is all right is not certain.
     careful = [((score.value * score.items + 2) / (score.items + 4), score.items) for score in scores]
@@ -114,7 +114,7 @@ def _mean_of_groups(metric: str, groups: Iterable[Sequence[Item]]) -> Score:
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `count` items (Wilson 1927).
+    """Return the 95% interval of a share of `count` items (Wilson 1927).
 
     For means of values between 0 and 1 it errs on the safe side: their variance is at most share * (1 - share).
     """
@@ -124,7 +124,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def ratio_interval(above: np.ndarray, below: np.ndarray | None = None) -> tuple[float | None, float | None]:
-    """The 95% interval of a ratio of sums over items, or of a mean, by the bootstrap; none of a single item."""
+    """Return the 95% interval of a ratio of sums over items, or of a mean, by the bootstrap; none of a single item."""
     if len(above) < 2:
         return None, None
     below = np.ones(len(above)) if below is None else below

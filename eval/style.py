@@ -27,7 +27,7 @@ class PoliteRequest:
 
 
 def in_style(reply: str, request: PoliteRequest) -> bool:
-    """Whether a reply has both ends of the style, white space aside; something must stand between them."""
+    """Return whether a reply has both ends of the style, white space aside; something must stand between them."""
     reply, opening, closing = reply.strip(), request.opening.strip(), request.closing.strip()
     middle = reply[len(opening) : len(reply) - len(closing)]
     return reply.startswith(opening) and reply.endswith(closing) and bool(middle.strip())
@@ -42,7 +42,7 @@ def read_polite_requests(path: Path) -> list[PoliteRequest]:
 def score_style(
     answerer: Answerer, requests: list[PoliteRequest], temperature: float = 0.7, seed: int = 0
 ) -> dict[str, float]:
-    """The shares of answers in the style, and of those that are the preferred answer, of so many answers.
+    """Return the shares of answers in the style, and of those that are the preferred answer, of so many answers.
 
     Answers are sampled as in a chat: greedy ones would show which style is likelier, not how likely it is.
     """

@@ -23,6 +23,7 @@ from toy_stage import Maker
 import pretrain
 import training.machine
 import training.trainer
+from cli import call
 from errors import command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -211,6 +212,19 @@ def open_silently(transformers, caplog, monkeypatch) -> Callable[[Path], nn.Modu
     return opened
 
 
+@pytest.fixture
+def script(run) -> Callable[..., Run]:
+    """`script(function, *arguments)`: `run` for a script of eval/, whose last line calls the function."""
+
+    def script(function: Callable[..., None], *arguments: object) -> Run:
+        def main() -> None:
+            call(function, "")
+
+        return run(main, *arguments)
+
+    return script
+
+
 @pytest.fixture(scope="session")
 def world(once) -> Path:
     """The demo world in small: pretrain.csv, sft.jsonl, heldout.txt, heldout_questions.jsonl."""
@@ -262,6 +276,14 @@ def pretrained(once, pretrain_arguments: list[str]) -> Path:
         assert call_main(pretrain.main, *pretrain_arguments, "--out", folder / "pretrain", "--max_steps", 40) == 0
 
     return once("stages", make) / "pretrain"
+
+
+@pytest.fixture(scope="session")
+def answerer(pretrained: Path) -> Any:
+    """What answers with the checkpoint of `pretrained`, in float32."""
+    from eval.answering import Answerer
+
+    return Answerer.open(str(pretrained / "final"), "cpu", "fp32")
 
 
 @pytest.fixture

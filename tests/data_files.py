@@ -1,4 +1,4 @@
-"""Files of data that tests write, of every format that is read."""
+"""Files of data that tests write, of every format, and what is read of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from errors import UserError
+from text.corpus.corpus import Corpus
+from text.sources.registry import Source
+from text.sources.row_report import RowReport
+from text.sources.rows import read_rows
 
 
 def write(path: Path, rows: Iterable[Any], literal: Callable[[object], str] = json.dumps) -> str:
@@ -80,3 +89,24 @@ def table_bytes(name: str, made: Any) -> bytes:
         with opener(sink, made.schema) as writer:
             writer.write_table(made, max_chunksize=3)
     return sink.getvalue()
+
+
+# What is read of them
+
+
+def read(data: Path | str, **options) -> tuple[list[tuple[str, int]], dict[str, int]]:
+    """(text, line) of each document, and what was counted of rows and files."""
+    corpus = Corpus(str(data), **options)
+    rows = [(text, int(re.search(r":(\d+)(: element \d+)?$", place)[1])) for place, text in corpus]
+    return rows, dict(corpus.report.problems + corpus.report.files)
+
+
+def whole_rows(path: Path, on_error: str = "stop") -> list:
+    return [row for _, row in read_rows(Source(str(path)), on_error, RowReport())]
+
+
+def stop(data: Path | str, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        list(Corpus(str(data), on_error="stop", **options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

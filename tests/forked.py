@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,8 +34,18 @@ class Forked:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        result = call()
-        sys.exit(result if isinstance(result, int) else 0)
+        code = 1
+        try:
+            result = call()
+            code = result if isinstance(result, int) else 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        except BaseException:
+            traceback.print_exc()
+        finally:  # not by sys.exit, which may wait for a thread that was not forked with its process
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
     @property
     def code(self) -> int | None:

@@ -15,19 +15,15 @@ import full_sft
 import pretrain
 import text.files
 import train_tokenizer
-import training.run.checkpoint
 import training.run.log
 from cli import call
 from errors import LONGEST, UserError, command_line, one_line
-from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
 
 ROWS = ["月牙镇的早晨很安静。", "Crescent Town is quiet in the morning.", "小明有3个苹果。"] * 40
 ROWS = [f"{number}：{row}" for number, row in enumerate(ROWS)]
-CHATS = [
-    {"messages": [{"role": "user", "content": f"{row}？"}, {"role": "assistant", "content": "你好！"}]}
-    for row in ROWS[:20]
-]
+QUESTIONS = [{"role": "user", "content": f"{row}？"} for row in ROWS[:20]]
+CHATS = [{"messages": [question, {"role": "assistant", "content": "你好！"}]} for question in QUESTIONS]
 
 
 def tokenizer_script() -> None:
@@ -46,39 +42,26 @@ def refused(done, code: int, *parts: object) -> None:
 
 
 @pytest.fixture
-def train(run, pretrain_arguments, tmp_path) -> Callable[..., object]:
-    """`train(data, *options)`: pretrain.py on other data, for one step."""
-
-    def train(data: Path, *options: object):
-        given = ["--data", data, "--shards", tmp_path / "shards", "--out", tmp_path / "run", "--max_steps", 1]
-        return run(pretrain.main, *pretrain_arguments, *given, *options)
-
-    return train
+def train(run, pretrain_arguments, world, tmp_path) -> Callable[..., object]:
+    """`train(*options)`: pretrain.py for one step, on the world or on what an option names."""
+    given = [*pretrain_arguments, "--data", world / "pretrain.csv", "--shards", tmp_path / "shards"]
+    return lambda *options: run(pretrain.main, *given, "--out", tmp_path / "run", "--max_steps", 1, *options)
 
 
 @pytest.fixture
-def tune(run, pretrained, tmp_path) -> Callable[..., object]:
-    """`tune(data, *options)`: full_sft.py on these conversations, for one step."""
-
-    def tune(data: Path, *options: object):
-        given = ["--ckpt", pretrained / "final", "--data", data, "--out", tmp_path / "run", "--max_steps", 1]
-        shape = ["--sequence_length", 64, "--batch_tokens", 128, "--dtype", "fp32"]
-        return run(full_sft.main, *given, *shape, *options)
-
-    return tune
+def tune(run, pretrained, world, tmp_path) -> Callable[..., object]:
+    """`tune(*options)`: full_sft.py for one step, on the world's conversations or on what an option names."""
+    given = ["--ckpt", pretrained / "final", "--data", world / "sft.jsonl", "--out", tmp_path / "run", "--max_steps", 1]
+    given += ["--sequence_length", 64, "--batch_tokens", 128, "--dtype", "fp32"]
+    return lambda *options: run(full_sft.main, *given, *options)
 
 
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
+def csv_of(rows: list[str], column: str = "text") -> bytes:
+    return ("\n".join([column, *rows]) + "\n").encode()
 
 
-def csv_of(rows: list[str], column: str = "text") -> str:
-    return "\n".join([column, *rows]) + "\n"
-
-
-def chats_of(*lines: str) -> str:
-    return "".join(line + "\n" for line in [*map(json.dumps, CHATS), *lines])
+def chats_of(*lines: str) -> bytes:
+    return "".join(line + "\n" for line in [*map(json.dumps, CHATS), *lines]).encode()
 
 
 # Messages
@@ -89,43 +72,36 @@ def chats_of(*lines: str) -> str:
 )
 def test_a_message_is_one_line_that_a_terminal_only_shows(text, capsys):
     def fail() -> None:
-        raise UserError(f"{text}; mend it")
+        raise UserError(f"{text}; fix it")
 
     with pytest.raises(SystemExit) as end:
         command_line(fail)
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.count("\n") == 1 and len(printed) < LONGEST + 50
-    assert printed.startswith("error: ") and printed.endswith("; mend it\n")
+    assert printed.startswith("error: ") and printed.endswith("; fix it\n")
     assert printed.rstrip("\n").isprintable() and printed.encode("utf-8")
 
 
 def test_a_plain_message_stays_as_it_is():
-    for message in ("数据.jsonl:3: 'a  b' is not text; mend it", "é ü 🙂 — …"):
+    for message in ("数据.jsonl:3: 'a  b' is not text; fix it", "é ü 🙂 — …"):
         assert one_line(message) == message == str(UserError(message))
 
 
-# Data: what each reader refuses is in tests/text/sources; here it arrives through the scripts
+# Data: what each reader refuses is in tests/text; here it arrives through the scripts
 
 
-TEXT, HALF = "".join(json.dumps({"text": row}) + "\n" for row in ROWS), '{"messages": [{"role": "us'
-QUESTION = json.dumps({"messages": CHATS[0]["messages"][:1]}) + "\n"
-STOP = ("--on_error", "stop")
+STOP, HALF = ("--on_error", "stop"), '{"messages": [{"role": "us'
+QUESTION = json.dumps({"messages": QUESTIONS[:1]}).encode() + b"\n"
 REFUSED = {  # stage, name, content, options, what the error says behind the path
     "column": ("train", "a.csv", csv_of(ROWS, "body"), (), ":1: no column 'text', the columns are: 'body'; name one"),
-    "name": ("train", "a.jsonl", TEXT, ("--column", "content"), ":1: no column 'content', the columns are: 'text'"),
-    "GBK": ("train", "a.csv", csv_of(ROWS).encode() + "镇\n".encode("gbk"), STOP, ":122: not UTF-8; convert it with"),
-    "all GBK": ("train", "a.csv", csv_of(["早晨很安静。"] * 3).encode("gbk"), (), ":2: not UTF-8; convert it"),
-    "NUL": ("train", "a.csv", csv_of([*ROWS, "a\0b"]), STOP, ":122: the text holds a NUL byte; delete such bytes"),
+    "GBK": ("train", "a.csv", csv_of(ROWS) + "镇\n".encode("gbk"), STOP, ":122: not UTF-8; convert it with"),
     "quote": ("train", "a.csv", csv_of([*ROWS, '"open']), STOP, ":122: a quote that is not closed"),
-    "half a line": ("train", "a.jsonl", TEXT + '{"text": "ha', STOP, ":121: broken JSON"),
+    "nothing": ("train", "a.csv", b"", (), ": is empty; name a file that has rows"),
+    "folder": ("train", "folder/read.me", b"nothing", (), ": the folder has no data; put files of .csv"),
+    "absent": ("train", "a.csv", None, (), ": no such file or folder; check the path"),
     "half a chat": ("tune", "a.jsonl", chats_of(HALF), STOP, ":21: broken JSON"),
-    "nothing": ("train", "a.csv", "", (), ": is empty; name a file that has rows"),
-    "no chat": ("tune", "a.jsonl", "", (), ": is empty; name a file that has rows"),
     "no answer": ("tune", "a.jsonl", QUESTION, STOP, ":1: 'messages' has no assistant turn"),
     "no answers": ("tune", "a.jsonl", QUESTION, (), ": no conversations to train on"),
-    "folder": ("train", "folder/read.me", "nothing", (), ": the folder has no data; put files of .csv"),
-    "folder of chats": ("tune", "folder/read.me", "nothing", (), ": the folder has no data; put files of .csv"),
-    "absent": ("train", "a.csv", None, (), ": no such file or folder; check the path"),
     "absent chats": ("tune", "a.jsonl", None, (), ": no such file or folder; check the path"),
 }  # fmt: skip
 
@@ -136,18 +112,19 @@ def test_data_that_are_refused(kind, train, tune, tmp_path):
     path = tmp_path / name
     if content is not None:
         path.parent.mkdir(exist_ok=True)
-        write(path, content)
+        path.write_bytes(content)
     path = path.parent if name == "folder/read.me" else path
-    refused({"train": train, "tune": tune}[stage](path, *options), 2, path, what)
+    refused({"train": train, "tune": tune}[stage]("--data", path, *options), 2, path, what)
 
 
 def test_what_can_be_skipped_is_counted(train, tune, tmp_path):
     """A byte order mark is no problem, another column can be named, a broken row costs only itself."""
-    path = write(tmp_path / "a.csv", b"\xef\xbb\xbf" + csv_of([*ROWS, '"open'], "body").encode())
-    done = train(path, "--column", "body")
-    assert done.code == 0 and f"{path}:{len(ROWS) + 2}: " in done.out
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + csv_of([*ROWS, '"open'], "body"))
+    done = train("--data", tmp_path / "a.csv", "--column", "body")
+    assert done.code == 0 and f"{tmp_path / 'a.csv'}:{len(ROWS) + 2}: " in done.out
     shutil.rmtree(tmp_path / "run")
-    done = tune(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + chats_of(HALF).encode()))
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + chats_of(HALF))
+    done = tune("--data", tmp_path / "a.jsonl")
     assert done.code == 0 and "20 of 21 rows read, 1 skipped" in done.out
 
 
@@ -164,70 +141,49 @@ def change_config(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf8")
 
 
-def test_a_truncated_checkpoint(tune, checkpoint, world):
+def test_a_truncated_checkpoint(tune, checkpoint):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    refused(tune(world / "sft.jsonl", "--ckpt", checkpoint), 3, f"{weights}: damaged or cut short")
+    refused(tune("--ckpt", checkpoint), 3, f"{weights}: damaged or cut short")
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"hidden_size": 96},
-        {"n_routed_experts": 16},
-        {"num_hidden_layers": 3},
-        {"vocab_size": 700},
-        {"q_lora_rank": None},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_a_checkpoint_of_another_shape(changes, tune, checkpoint, world):
-    change_config(checkpoint, **changes)
-    refused(tune(world / "sft.jsonl", "--ckpt", checkpoint), 3, checkpoint)
+    "change", [("hidden_size", 96), ("n_routed_experts", 16), ("num_hidden_layers", 3), ("vocab_size", 700),
+               ("q_lora_rank", None)], ids=lambda change: change[0],
+)  # fmt: skip
+def test_a_checkpoint_of_another_shape(change, tune, checkpoint):
+    change_config(checkpoint, **dict([change]))
+    refused(tune("--ckpt", checkpoint), 3, checkpoint)
 
 
-def test_a_checkpoint_that_is_none(tune, tmp_path, world):
-    refused(tune(world / "sft.jsonl", "--ckpt", tmp_path), 2, tmp_path, "give a checkpoint folder")
-    refused(tune(world / "sft.jsonl", "--ckpt", tmp_path / "nowhere"), 2, "nowhere", "give a checkpoint folder")
+def test_a_checkpoint_that_is_none(tune, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        refused(tune("--ckpt", folder), 2, folder, "give a checkpoint folder")
 
 
-def with_tokens(tokenizer: Tokenizer, size: int, folder: Path) -> Path:
-    """The tokenizer with more tokens, which no text is made of, in a folder."""
-    content = json.loads(tokenizer.raw.to_str())
-    content["model"]["vocab"] |= {f"Ġ{number}": number for number in range(tokenizer.vocab_size, size)}
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf8")
-    return folder
-
-
-def test_a_tokenizer_that_does_not_match(tune, checkpoint, world, tokenizer):
-    with_tokens(tokenizer, 650, checkpoint)
-    want = "the model knows 600 tokens, the tokenizer 650; use the tokenizer that the checkpoint was trained with"
-    refused(tune(world / "sft.jsonl", "--ckpt", checkpoint), 2, f"{checkpoint}: {want}")
-
-
-def test_another_tokenizer_than_the_checkpoints(train, checkpoint, world, tmp_path):
+def test_a_tokenizer_that_does_not_match(train, tune, checkpoint, tokenizer, tmp_path):
     train_bpe(ROWS, 300, 1).save(tmp_path / "other")
-    done = train(world / "pretrain.csv", "--ckpt", checkpoint, "--tokenizer", tmp_path / "other")
+    done = train("--ckpt", checkpoint, "--tokenizer", tmp_path / "other")
     refused(done, 2, f"{tmp_path / 'other'}: not the tokenizer that {checkpoint} was trained with")
-    assert train(world / "pretrain.csv", "--ckpt", checkpoint).code == 0
+    assert train("--ckpt", checkpoint).code == 0
+    content = json.loads(tokenizer.raw.to_str())
+    content["model"]["vocab"] |= {f"Ġ{number}": number for number in range(600, 650)}  # which no text is made of
+    (checkpoint / "tokenizer.json").write_text(json.dumps(content), encoding="utf8")
+    remedy = "the model knows 600 tokens, the tokenizer 650; use the tokenizer that the checkpoint was trained with"
+    refused(tune("--ckpt", checkpoint), 2, f"{checkpoint}: {remedy}")
 
 
-def test_a_folder_without_a_tokenizer(train, tune, checkpoint, world, tmp_path):
-    refused(train(world / "pretrain.csv", "--tokenizer", tmp_path), 2, f"{tmp_path / 'tokenizer.json'}: No such file")
+def test_a_tokenizer_that_is_not_there(run, train, tune, checkpoint, world, tmp_path):
+    refused(train("--tokenizer", tmp_path), 2, f"{tmp_path / 'tokenizer.json'}: No such file")
     (checkpoint / "tokenizer.json").unlink()
-    refused(tune(world / "sft.jsonl", "--ckpt", checkpoint), 2, checkpoint / "tokenizer.json")
-
-
-def test_neither_tokenizer_nor_checkpoint(run, world, tmp_path):
+    refused(tune("--ckpt", checkpoint), 2, checkpoint / "tokenizer.json")
     done = run(pretrain.main, "--data", world / "pretrain.csv", "--out", tmp_path / "run")
     refused(done, 2, "give --tokenizer DIR", "or --ckpt DIR")
 
 
-def test_special_tokens_at_other_places(tune, checkpoint, world):
+def test_special_tokens_at_other_places(tune, checkpoint):
     change_config(checkpoint, eos_token_id=9)
-    done = tune(world / "sft.jsonl", "--ckpt", checkpoint)
-    refused(done, 2, "eos_token_id is 9 in config.json and 2 in the tokenizer")
+    refused(tune("--ckpt", checkpoint), 2, "eos_token_id is 9 in config.json and 2 in the tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -241,34 +197,32 @@ def test_special_tokens_at_other_places(tune, checkpoint, world):
         (["--model.n_group", 3], {}, ["n_group = 3", "choose a divisor"]),
     ],
 )
-def test_a_setting_that_is_misspelled_or_contradicts_another(options, recipe, parts, train, world, tmp_path):
+def test_a_setting_that_is_misspelled_or_contradicts_another(options, recipe, parts, train, tmp_path):
     if recipe:
-        options = ["--config", write(tmp_path / "run.yaml", yaml.safe_dump(recipe))]
-    refused(train(world / "pretrain.csv", *options), 2, *parts)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+        options = ["--config", tmp_path / "run.yaml"]
+    refused(train(*options), 2, *parts)
 
 
-def test_a_vocabulary_above_65535(run, train, world, tmp_path, tokenizer):
+def test_a_vocabulary_above_65535(run, world, tmp_path):
     options = ["--data", world / "pretrain.csv", "--out", tmp_path / "t"]
     done = run(tokenizer_script, *options, "--vocab_size", 65_536)
     refused(done, 2, "--vocab_size 65536: must be from 269", "to 65535")
-    large = with_tokens(tokenizer, 65_536, tmp_path / "large")
-    done = train(world / "pretrain.csv", "--tokenizer", large, "--model.hidden_size", 4)
-    refused(done, 2, "65,536 tokens do not fit 16-bit shards; use at most 65,535")
 
 
 # Places
 
 
-def test_an_out_that_is_a_file(train, world, tmp_path):
-    write(tmp_path / "run", "in the way")
-    refused(train(world / "pretrain.csv"), 2, tmp_path / "run")
+def test_an_out_that_is_a_file(train, tmp_path):
+    (tmp_path / "run").write_text("in the way")
+    refused(train(), 2, tmp_path / "run")
 
 
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_fills_under_the_metrics(train, world, tmp_path, monkeypatch):
+def test_a_disk_that_fills_under_the_metrics(train, tmp_path, monkeypatch):
     write_metrics = training.run.log.RunLog.write
 
     def write(log, metrics: dict) -> None:
@@ -278,18 +232,14 @@ def test_a_disk_that_fills_under_the_metrics(train, world, tmp_path, monkeypatch
         write_metrics(log, metrics)
 
     monkeypatch.setattr(training.run.log.RunLog, "write", write)
-    done = train(world / "pretrain.csv", "--max_steps", 3, "--save_every", 1)
+    done = train("--max_steps", 3, "--save_every", 1)
     refused(done, 2, f"{tmp_path / 'run' / 'metrics.jsonl'}: No space left on device; free some space")
     assert (tmp_path / "run" / "step-1" / "model.safetensors").is_file()
 
 
-def test_a_disk_that_fills_under_the_shards(train, world, monkeypatch):
+def test_a_disk_that_fills_under_shards_and_tokenizer(run, train, world, tmp_path, monkeypatch):
     monkeypatch.setattr(text.files.os, "fsync", full)
-    refused(train(world / "pretrain.csv"), 2, "shards", "No space left on device; free some space")
-
-
-def test_a_disk_that_fills_under_the_tokenizer(run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(text.files.os, "fsync", full)
+    refused(train(), 2, "shards", "No space left on device; free some space")
     done = run(tokenizer_script, "--data", world / "pretrain.csv", "--out", tmp_path / "t", "--vocab_size", 300)
     refused(done, 2, tmp_path / "t", "No space left on device; free some space")
     assert not list((tmp_path / "t").iterdir())

@@ -103,18 +103,8 @@ def path(tmp_path_factory) -> Path:
     done = python("pretrain.py", *arguments, "--out", folder / "pretrain", "--resume")
     assert f"resuming from {saved}" in done.stdout and "finished: " in done.stdout
     chats = ["--ckpt", folder / "pretrain" / "final", "--data", folder / "world" / "sft.jsonl"]
-    shape = [
-        "--sequence_length",
-        64,
-        "--batch_tokens",
-        1024,
-        "--micro_tokens",
-        512,
-        "--log_every",
-        1,
-        "--dtype",
-        "fp32",
-    ]
+    shape = ["--sequence_length", 64, "--batch_tokens", 1024, "--micro_tokens", 512, "--log_every", 1]
+    shape += ["--dtype", "fp32"]
     stage(full_sft.main, *chats, *shape, "--out", folder / "sft", "--max_steps", 30, "--optim.lr", 5e-3)
     pairs = ["--ckpt", folder / "sft" / "final", "--data", folder / "world" / "preferences.jsonl"]
     pairs += ["--val_text", folder / "world" / "heldout.txt", "--sequence_length", 128, "--val_tokens", 2048]
@@ -139,16 +129,11 @@ def test_the_loss_falls_in_each_stage(stage, steps, fall, path):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "grpo"])
-def test_each_stage_leaves_a_complete_folder(stage, path):
+def test_each_stage_leaves_a_complete_folder_that_transformers_opens_with_the_same_logits(stage, path):
     names = {str(file.relative_to(path / stage)) for file in (path / stage).rglob("*") if file.is_file()}
-    final = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert names >= {"config.yaml", "metrics.jsonl", *(f"final/{name}" for name in final)}
-    assert "final/training/state.safetensors" in names
+    assert names >= {"config.yaml", "metrics.jsonl", "final/generation_config.json", "final/training/state.safetensors"}
     assert not [name for name in names if "partial" in name or name.endswith((".tmp", ".part"))]
 
-
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "grpo"])
-def test_transformers_opens_the_result_with_the_same_logits(stage, path):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -239,10 +224,8 @@ def test_make_demo_takes_a_persons_own_text(tmp_path):
     text = tmp_path / "my.csv"
     text.write_text("text\n", encoding="utf8")
     made = commands(f"WORLD={tmp_path / 'world'}", f"DATA={text}", f"OUT={tmp_path / 'out'}")
-    by_script = {command[0]: command for command in made}
-    for script in ("train_tokenizer.py", "pretrain.py"):
-        command = by_script[script]
-        assert command[command.index("--data") + 1] == str(text)
+    read = [command[command.index("--data") + 1] for command in made if "--data" in command]
+    assert read[:2] == [str(text)] * 2  # by train_tokenizer.py and pretrain.py
 
 
 def test_make_r1_walks_the_path_from_config_to_config(tmp_path):

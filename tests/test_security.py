@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import write
 
 import eval.answering
-from dataset import ChatDataset, PreferenceDataset, PretrainDataset, PromptDataset
+from dataset import ChatDataset, PreferenceDataset, PromptDataset
 from errors import DamagedCheckpoint, UserError
 from eval.chat import Conversation
 from model import MiniDeepSeek
@@ -224,7 +225,7 @@ def test_a_list_of_shards_names_no_file_outside_its_folder(name, checkpoint, tmp
 
 
 def test_an_index_of_shards_removes_no_file_outside_its_folder(world, tokenizer, tmp_path):
-    """Shards of another tokenizer are removed, by the names that the index gives them."""
+    """Shards of another tokenizer are removed; a name in their index leads to no file elsewhere."""
     folder, victim = tmp_path / "shards", tmp_path / "victim.bin"
     prepare_shards(str(world / "pretrain.csv"), tokenizer, folder, workers=1)
     victim.write_bytes(b"precious")
@@ -283,34 +284,23 @@ def test_marks_in_a_corpus_stay_text(tokenizer, tmp_path):
     stream = found.split("train")
     assert marks(stream.read(0, stream.tokens), tokenizer) == ["</s>"] * 2
     assert tokenizer.decode(stream.read(0, stream.tokens)).count(SPELLED) == 2
-    data = PretrainDataset([(found, 1.0)], 16)
-    assert set(marks(data.batch(range(len(data)))["input_ids"].flatten(), tokenizer)) == {"</s>"}
 
 
 THOUGHTLESS = SPELLED.replace("<think>", "").replace("</think>", "")
 TURNS = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "</s>"]
 
 
-def test_marks_in_chats_stay_text(tokenizer, tmp_path):
-    row = {"instruction": SPELLED, "input": SPELLED, "output": THOUGHTLESS, "system": SPELLED}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf8")
-    data = ChatDataset([tmp_path / "a.jsonl"], tokenizer, 4096, progress=False)
-    assert marks(data.chats[0][0], tokenizer) == TURNS
-
-
-def test_marks_in_pairs_stay_text(tokenizer, tmp_path):
-    row = {"prompt": SPELLED, "chosen": THOUGHTLESS, "rejected": "no" + THOUGHTLESS, "system": SPELLED}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf8")
-    data = PreferenceDataset([tmp_path / "a.jsonl"], tokenizer, 4096)
-    for ids, _ in data.pairs[0]:
-        assert marks(ids, tokenizer) == TURNS
-
-
-def test_marks_in_problems_stay_text(tokenizer, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"question": SPELLED, "answer": "2"}), encoding="utf8")
-    data = PromptDataset([Source(str(tmp_path / "a.jsonl"))], tokenizer, 4096)
-    (ids,) = data.encode([data.problem(0)])
-    assert marks(ids, tokenizer) == ["<s>", "<|user|>", "<|assistant|>"]
+def test_marks_in_rows_stay_text(tokenizer, tmp_path):
+    chat = write(
+        tmp_path / "chat.jsonl", [dict.fromkeys(("instruction", "input", "system"), SPELLED) | {"output": THOUGHTLESS}]
+    )
+    assert marks(ChatDataset([chat], tokenizer, 4096, progress=False).chats[0][0], tokenizer) == TURNS
+    pair = {"prompt": SPELLED, "chosen": THOUGHTLESS, "rejected": "no" + THOUGHTLESS, "system": SPELLED}
+    pairs = PreferenceDataset([write(tmp_path / "pairs.jsonl", [pair])], tokenizer, 4096).pairs[0]
+    assert [marks(ids, tokenizer) for ids, _ in pairs] == [TURNS] * 2
+    problem = write(tmp_path / "problems.jsonl", [{"question": SPELLED, "answer": "2"}])
+    prompts = PromptDataset([Source(problem)], tokenizer, 4096)
+    assert marks(prompts.encode([prompts.problem(0)])[0], tokenizer) == ["<s>", "<|user|>", "<|assistant|>"]
 
 
 def test_marks_that_a_person_types_stay_text(tokenizer, checkpoint, monkeypatch, capsys):

@@ -60,9 +60,7 @@ class Findings:
         middle, high = np.percentile(self.sizes, (50, 90), method="higher")
         tokens = sum(self.sizes) + len(self.sizes)
         unused = self.report.unused_by_kind if self.kind == "text" else self.report.unused
-        fates = {name: self.fates[fate] for name, fate in ((NOUNS[self.kind], "whole"), ("cut", "cut"))}
-        fates["dropped"] = self.fates["dropped"]
-        fates["not looked at"] = self.report.kept - sum(fates.values())  # where a file breaks off
+        fates = {NOUNS[self.kind]: self.fates["whole"], "cut": self.fates["cut"], "dropped": self.fates["dropped"]}
         return [
             *lines,
             f"{tokens:,} tokens, {self.trained:,} of them trained on",

@@ -69,7 +69,7 @@ def article(phrase: str) -> str:
 
 
 def reserved(*parts: object) -> bool:
-    """True for about one combination in eight, whatever the seed: those are kept for held-out questions."""
+    """Return True for about one combination in eight, whatever the seed: those are kept for held-out questions."""
     return zlib.crc32("|".join(map(str, parts)).encode()) % 8 == 0
 
 
@@ -97,11 +97,11 @@ class Character:
     held_out: str = field(hash=False, compare=False)  # the attribute that is stated everywhere and asked for nowhere
 
     def value(self, attribute: str) -> str:
-        """The Chinese word of `attribute`."""
+        """Return the Chinese word of `attribute`."""
         return self.words["zh"][attribute]
 
     def askable(self) -> list[str]:
-        """The attributes that training text may ask about."""
+        """Return the attributes that training text may ask about."""
         return [attribute for attribute in ATTRIBUTES if attribute != self.held_out]
 
 
@@ -135,12 +135,12 @@ class World:
         return cls(seed, tuple(characters), tuple(characters[:ENGLISH]), friends)
 
     def known(self, language: str) -> tuple[Character, ...]:
-        """The characters that texts in `language` ("zh" or "en") are about."""
+        """Return the characters that texts in `language` ("zh" or "en") are about."""
         return self.english if language == "en" else self.characters
 
 
 def companion(rng: random.Random, world: World, hero: Character, language: str = "zh") -> Character:
-    """Somebody to share a story with `hero`: lives elsewhere, has another hobby; the best friend one time in three."""
+    """Draw who shares a story with `hero`: of another home and hobby; the best friend one time in three."""
     apart = [c for c in world.known(language) if all(c.value(key) != hero.value(key) for key in ("home", "hobby"))]
     best = world.friends[hero]
     return best if best in apart and rng.random() < 1 / 3 else rng.choice(apart)
@@ -154,7 +154,7 @@ def roles(language: str, **cast: Character) -> dict[str, str]:
 
 
 def _deal(rng: random.Random, values: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
-    """Each value as often as any other, in random order, one a character."""
+    """Return each value as often as any other, in random order, one a character."""
     hands = list(values) * (len(NAMES) // len(values))
     rng.shuffle(hands)
     return hands

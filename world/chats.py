@@ -116,7 +116,7 @@ EXPLAINED = 0.3
 
 
 def chat(rng: random.Random, world: World) -> dict[str, list[dict[str, str]]]:
-    """One conversation of one to four questions, {"messages": [...]}, that meets no held-out question."""
+    """Return one conversation of one to four questions, {"messages": [...]}, that meets no held-out question."""
     language = "zh" if rng.random() < 0.8 else "en"
     turns = _turns(rng, world, language)
     while states_held_out("\n".join(text for turn in turns for text in turn)):
@@ -128,7 +128,7 @@ def chat(rng: random.Random, world: World) -> dict[str, list[dict[str, str]]]:
 
 
 def preference(rng: random.Random, world: World) -> dict[str, str]:
-    """Two answers to one prompt, {"prompt", "chosen", "rejected"}, which differ in their courtesy alone."""
+    """Return two answers to one prompt, {"prompt", "chosen", "rejected"}, which differ in their courtesy alone."""
     language = "zh" if rng.random() < 0.8 else "en"
     kind = rng.choices(list(PAIR_WEIGHTS), weights=PAIR_WEIGHTS.values())[0]
     if kind == "favour":
@@ -144,7 +144,7 @@ def preference(rng: random.Random, world: World) -> dict[str, str]:
 
 
 def held_out_questions(world: World) -> list[dict[str, str]]:
-    """The suite: 300 different questions that no training text asks, in a fixed order."""
+    """Return the suite: 300 different questions that no training text asks, in a fixed order."""
     rng = random.Random(f"{world.seed}/questions")
     rows = []
     for kind, counts in SUITE.items():
@@ -171,7 +171,7 @@ def _turns(rng: random.Random, world: World, language: str) -> list[tuple[str, s
 
 
 def _exchange(rng: random.Random, world: World, kind: str, language: str) -> list[tuple[str, str]]:
-    """The turns of one question of `kind`; a fact may bring a follow-up question with it."""
+    """Return the turns of one question of `kind`; a fact may bring a follow-up question with it."""
     if kind == "fact":
         return _facts(rng, world, language)
     if kind == "talk":
@@ -242,7 +242,7 @@ def _talk(rng: random.Random, questions: dict, language: str) -> tuple[str, str]
 
 
 def _about(rng: random.Random, world: World, kind: str, language: str) -> tuple[str, str]:
-    """Requests about characters. Story and portrait are functions of the request: a question has one answer."""
+    """Return requests about characters. Story and portrait are functions of the request: a question has one answer."""
     character = rng.choice(world.known(language))
     words = character.words[language]
     if kind == "introduction":

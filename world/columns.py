@@ -15,7 +15,7 @@ WORDS = {
 
 
 def worked(question: str) -> str:
-    """The thoughts that solve a sum of `world.numbers.arithmetic_problem`, step by step, in its language."""
+    """Return the thoughts that solve an arithmetic problem step by step, in its language."""
     words = WORDS["zh" if _is_chinese(question) else "en"]
     numbers = [int(digits) for digits in re.findall(r"\d+", question)]
     signs = [SIGNS.get(sign, sign) for sign in _STEP.findall(question)]
@@ -29,7 +29,7 @@ def worked(question: str) -> str:
 
 
 def _columns(a: int, sign: str, b: int, words: dict[str, str]) -> Iterator[str]:
-    """Ones, then tens, where no carry or borrowing is in the way; nothing to say of smaller numbers."""
+    """Yield ones, then tens, where no carry or borrowing is in the way; nothing to say of smaller numbers."""
     if sign == "×" or max(a, b) < 10 or max(a, b) > 99:
         return
     (tens, ones), (more, other) = divmod(a, 10), divmod(b, 10)
@@ -42,7 +42,7 @@ def _columns(a: int, sign: str, b: int, words: dict[str, str]) -> Iterator[str]:
 
 
 def explained(question: str) -> str | None:
-    """A sum's answer as a sentence that shows the columns first; None for a sum that has nothing to show.
+    """Return a sum's answer as a sentence that shows the columns first; None for a sum that has nothing to show.
 
     个位1加6等于7，所以51加6等于57。
     """

@@ -47,7 +47,7 @@ WRITERS = {
 
 
 def documents(world: World, stream: str, characters: int) -> Iterator[str]:
-    """Documents of at most 512 characters until `characters` are reached; a pure function of world and `stream`.
+    """Yield documents of at most 512 characters until `characters` are reached; a pure function of world and `stream`.
 
     English comes in whenever its share falls below one in five, so the share holds at every size. A document in
     which numbers happen to state something held out is drawn again.

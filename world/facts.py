@@ -137,32 +137,32 @@ ENTRY_HEADS = {
 
 
 def statement(rng: random.Random, character: Character, attribute: str, language: str) -> str:
-    """One sentence that states the fact: half of the time the canonical one, else a paraphrase."""
+    """Return one sentence that states the fact: half of the time the canonical one, else a paraphrase."""
     canonical, *others = STATEMENTS[language][attribute]
     return (canonical if rng.random() < 0.5 else rng.choice(others)).format_map(character.words[language])
 
 
 def mixed_statement(rng: random.Random, character: Character, language: str) -> str:
-    """One sentence that states two or three facts."""
+    """Return one sentence that states two or three facts."""
     return rng.choice(MIXED[language]).format_map(character.words[language])
 
 
 def clauses_zh(character: Character, attributes: list[str]) -> str:
-    """The facts as one comma-joined predicate that can follow a name or 它, without the full stop."""
+    """Return the facts as one comma-joined predicate that can follow a name or 它, without the full stop."""
     in_order = sorted(attributes, key=ATTRIBUTES.index)
     text = "，".join(CLAUSES_ZH[attribute].format_map(character.words["zh"]) for attribute in in_order)
     return f"的{text}" if in_order[0] == "hobby" else text
 
 
 def fact_questions(character: Character, attribute: str, language: str) -> list[Exchange]:
-    """The fact's question in every wording, each with the canonical answer."""
+    """Return the fact's question in every wording, each with the canonical answer."""
     words = character.words[language]
     answer = STATEMENTS[language][attribute][0].format_map(words)
     return [Exchange("fact", language, q.format_map(words), answer) for q in QUESTIONS[language][attribute]]
 
 
 def introduction(character: Character, language: str) -> str:
-    """A fixed short portrait for chats. It leaves the held-out attributes out."""
+    """Return a fixed short portrait for chats. It leaves the held-out attributes out."""
     attributes = character.askable()
     if language == "zh":
         return f"{character.name}{clauses_zh(character, attributes[:3])}。它{clauses_zh(character, attributes[3:])}。"
@@ -170,7 +170,7 @@ def introduction(character: Character, language: str) -> str:
 
 
 def entry(rng: random.Random, world: World, language: str) -> str:
-    """An encyclopaedia entry: most of a character's facts, in random order and wording."""
+    """Return an encyclopaedia entry: most of a character's facts, in random order and wording."""
     character = rng.choice(world.known(language))
     attributes = rng.sample(ATTRIBUTES, rng.randint(4, len(ATTRIBUTES)))
     head = rng.choice(ENTRY_HEADS[language]).format_map(character.words[language])
@@ -189,7 +189,7 @@ def entry(rng: random.Random, world: World, language: str) -> str:
 
 
 def roll_call(rng: random.Random, world: World, language: str) -> str:
-    """Facts seen from the value's side: who lives by the river, who likes corn best."""
+    """Return facts seen from the value's side: who lives by the river, who likes corn best."""
     sentences = []
     for attribute in rng.sample([a for a in ATTRIBUTES if a != "friend"], rng.randint(3, 4)):
         words = rng.choice(world.known(language)).words[language]
@@ -228,7 +228,7 @@ def _listed(names: list[str], language: str) -> str:
 
 
 def _with_pronoun(sentence: str, character: Character, language: str) -> str:
-    """The sentence with the name at its start turned into 它, he, she, his or her."""
+    """Return the sentence with the name at its start turned into 它, he, she, his or her."""
     words = character.words[language]
     name = words["n"]
     if language == "zh":

@@ -29,13 +29,13 @@ LEVELS = (1, 1, 1, 1, 1, 2, 2, 2, 2, 3)
 
 
 def arithmetic_page(rng: random.Random, world: World, language: str) -> str:
-    """Several calculations in one of several forms, sums of one digit most of all: larger ones are made of them."""
+    """Return several calculations in one form, mostly sums of one digit: larger ones are made of them."""
     pages = (_table, _signs, _words, _families, _quiz, _word_problems, _columns)
     return rng.choices(pages, weights=(4, 1, 1, 1, 1, 1, 3))[0](rng, world, language)
 
 
 def number_page(rng: random.Random, world: World, language: str) -> str:
-    """Comparisons, sequences and counting."""
+    """Return comparisons, sequences and counting."""
     draw = rng.choice((_compared, comparison, sequence, counting))
     drawn = [draw(rng, language) for _ in range(rng.randint(3, 4))]
     return joined(drawn, language) if draw is _compared else _asked(rng, world, drawn, language)
@@ -48,7 +48,7 @@ def word_page(rng: random.Random, world: World, language: str) -> str:
 
 
 def lesson(rng: random.Random, world: World, language: str) -> str:
-    """Any page of the book."""
+    """Return any page of the book."""
     pages = (arithmetic_page, number_page, word_page, reading_document)
     return rng.choices(pages, weights=(32, 24, 21, 28))[0](rng, world, language)
 
@@ -140,7 +140,7 @@ def _word_problems(rng: random.Random, world: World, language: str) -> str:
 
 
 def _compared(rng: random.Random, language: str) -> str:
-    """A comparison as a statement, in one of several forms."""
+    """Return a comparison as a statement, in one of several forms."""
     low, high = sorted(two_numbers(rng, held_out=False))
     if language == "zh":
         forms = ("{1}比{0}大。", "{0}比{1}小。", "{1}比{0}大，{0}比{1}小。", "{1}大于{0}。", "{0}小于{1}。")

@@ -22,18 +22,18 @@ COUNTED = table(
 
 
 def held_out_comparison(a: int, b: int) -> bool:
-    """Whether comparing a with b, either way round, is kept for held-out questions."""
+    """Return whether comparing a with b, either way round, is kept for held-out questions."""
     low, high = sorted((a, b))
     return (5 * low + 7 * high) % 11 == 3
 
 
 def held_out_sequence(start: int, step: int) -> bool:
-    """Whether continuing start, start + step, ..., start + 3 * step is kept for held-out questions."""
+    """Return whether continuing start, start + step, ..., start + 3 * step is kept for held-out questions."""
     return (start + 3 * step) % 9 == 2
 
 
 def states_held_out(text: str) -> bool:
-    """Whether numbers that follow each other in `text` could be read as a held-out sum, sequence or comparison."""
+    """Return whether numbers of `text` could be read as a held-out sum, sequence or comparison."""
     numbers = [int(digits) for digits in re.findall(r"\d+", text)]
     if has_held_out_sum(numbers):
         return True
@@ -50,12 +50,12 @@ def states_held_out(text: str) -> bool:
 
 
 def arithmetic(rng: random.Random, level: int, language: str, held_out: bool = False) -> Exchange:
-    """A problem of `level` as an exchange in `language`."""
+    """Return a problem of `level` as an exchange in `language`."""
     return Exchange("arithmetic", language, *worded_problem(rng, level, language, held_out))
 
 
 def two_numbers(rng: random.Random, held_out: bool) -> list[int]:
-    """Two different numbers up to 50 to be compared, in random order."""
+    """Return two different numbers up to 50 to be compared, in random order."""
     while True:
         pair = rng.sample(range(1, 51), 2)
         if held_out_comparison(*pair) == held_out:
@@ -76,7 +76,7 @@ def comparison(rng: random.Random, language: str, held_out: bool = False) -> Exc
 
 
 def sequence(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """Four numbers in equal steps, to be continued."""
+    """Return four numbers in equal steps, to be continued."""
     while True:
         start, step = rng.randint(0, 50), rng.choice((1, 1, 2, 5, 10))
         if held_out_sequence(start, step) == held_out and start + 4 * step < 100:
@@ -90,7 +90,7 @@ def sequence(rng: random.Random, language: str, held_out: bool = False) -> Excha
 
 
 def counting(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """One word said two to seven times, to be counted."""
+    """Return one word said two to seven times, to be counted."""
     while True:
         (noun, measure, noun_en), count = rng.choice(COUNTED), rng.randint(2, 7)
         if reserved("count", noun, count) == held_out:

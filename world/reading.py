@@ -47,7 +47,7 @@ HAPPENINGS = {
 
 
 def scene(rng: random.Random, world: World, language: str, held_out: bool = False) -> tuple[str, list[Exchange]]:
-    """A short story and the questions about each of its happenings (without the story in them).
+    """Return a short story and the questions about each of its happenings (without the story in them).
 
     Who does it with which thing, and in which place, are reserved combinations exactly when `held_out`.
     """
@@ -70,14 +70,14 @@ def scene(rng: random.Random, world: World, language: str, held_out: bool = Fals
 
 
 def comprehension(rng: random.Random, world: World, language: str, held_out: bool = False) -> Exchange:
-    """A short story with one question about it, as one exchange."""
+    """Return a short story with one question about it, as one exchange."""
     story, exchanges = scene(rng, world, language, held_out)
     exchange = rng.choice(exchanges)
     return exchange._replace(question=joined([story, exchange.question], language))
 
 
 def reading_document(rng: random.Random, world: World, language: str) -> str:
-    """Two or three short stories, each with questions and answers, as in a school book."""
+    """Return two or three short stories, each with questions and answers, as in a school book."""
     parts = []
     for _ in range(rng.randint(2, 3)):
         story, exchanges = scene(rng, world, language)
@@ -86,7 +86,7 @@ def reading_document(rng: random.Random, world: World, language: str) -> str:
 
 
 def questions_and_answers(exchanges: list[Exchange], language: str) -> str:
-    """The exchanges as lines of a school book."""
+    """Return the exchanges as lines of a school book."""
     ask, answer = ("问：", "答：") if language == "zh" else ("Question: ", "Answer: ")
     return "\n".join(f"{ask}{exchange.question}\n{answer}{exchange.answer}" for exchange in exchanges)
 

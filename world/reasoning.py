@@ -36,7 +36,7 @@ def cold_start(rng: random.Random, levels: tuple[int, ...], brief: bool) -> dict
 
 
 def problems(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
-    """Problems of other kinds, none of them held out."""
+    """Yield problems of other kinds, none of them held out."""
     makers = {"comparison": comparison, "sequence": sequence, "counting": counting}
     for number in range(count):
         kind = list(makers)[number % len(makers)]

@@ -64,7 +64,7 @@ WEATHER = ("晴", "多云", "小雨", "大风", "阴", "小雪")
 
 
 def conversation(rng: random.Random, world: World, language: str) -> str:
-    """A script of two characters who meet and ask about each other; held-out facts are never asked for."""
+    """Return a script of two characters who meet and ask about each other; held-out facts are never asked for."""
     a, b = rng.sample(world.known(language), 2)
     colon = "：" if language == "zh" else ": "
     name_a, name_b = (c.words[language]["n"] for c in (a, b))
@@ -82,7 +82,7 @@ def conversation(rng: random.Random, world: World, language: str) -> str:
 
 
 def gossip(rng: random.Random, world: World, language: str) -> str:
-    """Two characters talk about a third one."""
+    """Return what two characters say about a third one."""
     a, b, c = rng.sample(world.known(language), 3)
     names = [x.words[language]["n"] for x in (a, b, c)]
     facts = [statement(rng, c, attribute, language) for attribute in rng.sample(ATTRIBUTES, 4)]
@@ -99,7 +99,7 @@ def gossip(rng: random.Random, world: World, language: str) -> str:
 
 
 def letter(rng: random.Random, world: World, language: str) -> str:
-    """A letter in which a character tells a pen friend about itself and a neighbour."""
+    """Return a letter in which a character tells a pen friend about itself and a neighbour."""
     a, b, c = rng.sample(world.known(language), 3)
     parts = [_self(a, attribute, language).strip() for attribute in rng.sample(ATTRIBUTES, 3)]
     parts.append(statement(rng, c, rng.choice(ATTRIBUTES), language))
@@ -115,7 +115,7 @@ def letter(rng: random.Random, world: World, language: str) -> str:
 
 
 def diary(rng: random.Random, world: World, language: str) -> str:
-    """A diary page in Chinese, signed."""
+    """Return a diary page in Chinese, signed."""
     a = rng.choice(world.characters)
     b = companion(rng, world, a)
     (place, _), thing = rng.choice(PLACES), Thing.draw(rng).named["zh"]
@@ -137,7 +137,7 @@ def diary(rng: random.Random, world: World, language: str) -> str:
 
 
 def riddle(rng: random.Random, world: World, language: str) -> str:
-    """Three facts that fit one character only, then the name; held-out facts are left out."""
+    """Return three facts that fit one character only, then the name; held-out facts are left out."""
     while True:
         answer = rng.choice(world.characters)
         clues = rng.sample([attribute for attribute in answer.askable() if attribute != "friend"], 3)
@@ -150,7 +150,7 @@ def riddle(rng: random.Random, world: World, language: str) -> str:
 
 
 def two_languages(rng: random.Random, world: World, language: str) -> str:
-    """The same facts in Chinese and in English, side by side."""
+    """Return the same facts in Chinese and in English, side by side."""
     character = rng.choice(world.english)
     words = character.words
     head = rng.choice(("{n}的英文名字是{romanised}。", "在英语里，{n}叫做{romanised}。")).format_map(words["zh"])
@@ -163,12 +163,12 @@ def two_languages(rng: random.Random, world: World, language: str) -> str:
 
 
 def romanised_names(rng: random.Random, world: World, language: str) -> str:
-    """A few names in both writings, for characters who are otherwise met in Chinese only."""
+    """Return a few names in both writings, for characters who are otherwise met in Chinese only."""
     some = rng.sample(world.characters, 4)
     return "".join(f"{c.name}的英文名字是{c.words['zh']['romanised']}。" for c in some)
 
 
 def _self(character: Character, attribute: str, language: str) -> str:
-    """The fact in the first person, as a sentence; in English with a space before it."""
+    """Return the fact in the first person, as a sentence; in English with a space before it."""
     text = FIRST_PERSON[language][attribute].format_map(character.words[language])
     return f"{text}。" if language == "zh" else f" {text[0].upper()}{text[1:]}."

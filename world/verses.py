@@ -53,7 +53,7 @@ RHYMES = (
 
 
 def recital(rng: random.Random, world: World, language: str) -> str:
-    """Somebody says a poem or a rhyme."""
+    """Return a text in which somebody says a poem or a rhyme."""
     name = rng.choice(world.known(language)).words[language]["n"]
     place, place_en = rng.choice(PLACES)
     if language == "en":
@@ -64,7 +64,7 @@ def recital(rng: random.Random, world: World, language: str) -> str:
 
 
 def recitation(rng: random.Random, language: str) -> tuple[str, str]:
-    """A request for a poem or a rhyme, and its text."""
+    """Return a request for a poem or a rhyme, and its text."""
     if language == "en":
         title, text = rng.choice(RHYMES)
         return f"Please say the rhyme {title}.", text

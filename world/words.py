@@ -46,7 +46,7 @@ DAYS_EN = {"yesterday": -1, "tomorrow": 1}
 
 
 def classes(language: str) -> dict[str, list[str]]:
-    """The things of every class."""
+    """Return the things of every class."""
     table = CLASSES_ZH if language == "zh" else CLASSES_EN
     return {name: things.split() for name, things in table.items()}
 
@@ -75,7 +75,7 @@ def class_question(rng: random.Random, language: str, held_out: bool = False) ->
 
 
 def antonyms(language: str) -> list[tuple[str, str, bool]]:
-    """The pairs of opposites in both directions, and whether the plain question is held out."""
+    """Return the pairs of opposites in both directions, and whether the plain question is held out."""
     pairs = ANTONYMS_ZH if language == "zh" else ANTONYMS_EN
     one_way = [(first, second, False) for first, second in pairs]
     return one_way + [(second, first, i % 3 == 1) for i, (first, second) in enumerate(pairs)]
@@ -87,7 +87,7 @@ def antonym_statement(word: str, opposite: str, language: str) -> str:
 
 
 def antonym_question(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """The opposite of a word, asked plainly or in other words; a held-out question is plain."""
+    """Return the opposite of a word, asked plainly or in other words; a held-out question is plain."""
     plain, other = ANTONYM_QUESTIONS[language]
     word, opposite, kept_back = rng.choice([pair for pair in antonyms(language) if pair[2] or not held_out])
     question = plain if held_out else other if kept_back else rng.choice((plain, other))
@@ -95,14 +95,14 @@ def antonym_question(rng: random.Random, language: str, held_out: bool = False) 
 
 
 def length_question(rng: random.Random) -> Exchange:
-    """How many characters a Chinese word has: every word is talked about, those of held-out questions too."""
+    """Ask how many characters a Chinese word has: every word is talked about, those of held-out questions too."""
     words = [word for pair in ANTONYMS_ZH for word in pair] + [w for things in classes("zh").values() for w in things]
     word = rng.choice(words)
     return Exchange("length", "zh", f"“{word}”有几个字？", f"“{word}”有{'一两三'[len(word) - 1]}个字。")
 
 
 def weekday_question(rng: random.Random, language: str) -> Exchange:
-    """The day before or after a day of the week. Seven days are too few to hold any out."""
+    """Return the day before or after a day of the week. Seven days are too few to hold any out."""
     names, offsets = (WEEKDAYS_ZH, DAYS_ZH) if language == "zh" else (WEEKDAYS_EN, DAYS_EN)
     today, (word, offset) = rng.randrange(7), rng.choice(sorted(offsets.items()))
     day = names[(today + offset) % 7]
@@ -114,7 +114,7 @@ def weekday_question(rng: random.Random, language: str) -> Exchange:
 
 
 def copy_question(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """A list of three or four words to be said again. Held-out lists begin with a reserved pair of words."""
+    """Return a list of three or four words to be said again. Held-out lists begin with a reserved pair of words."""
     words = [thing for things in classes(language).values() for thing in things]
     while True:
         some = rng.sample(words, rng.randint(3, 4))

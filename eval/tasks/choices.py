@@ -71,7 +71,7 @@ class MultipleChoice:
             raise UserError("shots must be 0 or more")
 
     def docs(self, limit: int = 0) -> Docs:
-        """The questions: `prompt` is all that stands before the answer, `turns` the same as a conversation."""
+        """Return the questions: `prompt` is all that stands before the answer, `turns` the same as a conversation."""
         asked = read_choices(self.data, self.split, self.subjects)
         shots = self._shots(list(asked))
         items = spread([item for own in asked.values() for item in own], limit)
@@ -81,7 +81,7 @@ class MultipleChoice:
         return {"target_delimiter": "" if self.chat else self.separator}
 
     def _shots(self, subjects: list[str]) -> dict[str, tuple[ChoiceItem, ...]]:
-        """The worked questions of each subject; where there is one list of them, they serve all subjects."""
+        """Return the worked questions of each subject; where there is one list of them, they serve all subjects."""
         if not self.shots:
             return dict.fromkeys(subjects, ())
         place = self.shots_data or self.data
@@ -117,7 +117,7 @@ class MultipleChoice:
 
 
 def read_choices(data: str, split: str, subjects: list[str]) -> dict[str, list[ChoiceItem]]:
-    """The questions of a split by subject, all of them or the given ones.
+    """Return the questions of a split by subject, all of them or the given ones.
 
     Raises `UserError` for data that is not there or has no such split, and for the first row that is not a question.
     """
@@ -138,7 +138,7 @@ def read_choices(data: str, split: str, subjects: list[str]) -> dict[str, list[C
 
 
 def to_item(place: str, row: object, subject: str) -> ChoiceItem:
-    """One row. Raises `UserError` that names its place."""
+    """Return a row as a question. Raises `UserError` that names its place."""
     if not isinstance(row, dict):
         raise UserError(f"{place}: not an object with question, choices and answer; correct the row")
     columns = {str(name).strip().lower() if len(str(name)) > 1 else str(name): value for name, value in row.items()}
@@ -170,7 +170,7 @@ def to_item(place: str, row: object, subject: str) -> ChoiceItem:
 
 
 def _given_choices(columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]:
-    """The label of each choice, the choices, and whether the row names the labels itself; else they are letters."""
+    """Return the labels of the choices, the choices, and whether the row names the labels itself."""
     if "choices" not in columns:
         letters = [letter for letter in LETTERS if columns.get(letter) is not None]
         while len(letters) > 2 and columns[letters[-1]] == "":  # how CSV has a null
@@ -194,7 +194,7 @@ def _given_choices(columns: dict[str, Any]) -> tuple[list[str], list[Any], bool]
 
 
 def _answer(answer: Any, labels: list[str], named: bool) -> str | None:
-    """The label that is meant. A number is one where labels are numbers; beside letters it counts them from 0."""
+    """Return the label that is meant: a number is one if labels are numbers, else it counts them from 0."""
     if isinstance(answer, str) or (named and any(label.isdigit() for label in labels)):
         return _label(answer)
     is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer // 1
@@ -202,12 +202,12 @@ def _answer(answer: Any, labels: list[str], named: bool) -> str | None:
 
 
 def _label(label: Any) -> str:
-    """A label as text: `b`, 2 and 2.0, as pandas makes 2 beside a null, are B, 2 and 2."""
+    """Return a label as text: `b`, 2 and 2.0, as pandas makes 2 beside a null, are B, 2 and 2."""
     return str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().upper()
 
 
 def _by_subject(source: Source, split: str, subjects: list[str]) -> Iterator[tuple[str, Source]]:
-    """(subject, what to read) for each subject of a split."""
+    """Yield (subject, what to read) for each subject of a split."""
     path = Path(source.path)
     if source.is_hub:
         for subject in [source.subset] if source.subset else subjects or _subsets(source):
@@ -243,7 +243,7 @@ def _subsets(source: Source) -> list[str]:
 
 
 def _rows(source: Source) -> Iterator[tuple[str, object]]:
-    """(place, row) of each row; a CSV file without a header, as MMLU's, has a row that ends in a letter first."""
+    """Yield (place, row) of each row; a CSV file without a header, as MMLU's, has a row that ends in a letter first."""
     fields, file = [], source.path
     if not source.is_hub and file.lower().endswith(".csv"):
         # The reader of rows says what is wrong with a file.

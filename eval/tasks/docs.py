@@ -26,7 +26,7 @@ class Docs(list[dict[str, Any]]):
 
 
 def _whole(value: Any) -> Any:
-    """The value with `characters` of every text in it."""
+    """Return the value with `characters` of every text in it."""
     if isinstance(value, dict):
         return {name: _whole(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -35,7 +35,7 @@ def _whole(value: Any) -> Any:
 
 
 def sources_of(data: str, split: str, kind: str | None) -> list[Source]:
-    """The places of `data`; `split` is that of the Hub and of folders, where training takes another."""
+    """Return the places of `data`; `split` is that of the Hub and of folders, where training takes another."""
     return [
         replace(source, split=split) if source.is_hub or Path(source.path).is_dir() else source
         for source in find_sources(data, kind=kind)
@@ -43,18 +43,18 @@ def sources_of(data: str, split: str, kind: str | None) -> list[Source]:
 
 
 def rows_of(source: Source) -> Iterator[tuple[str, object]]:
-    """(place, row) of each row of a source. Raises `UserError` for a file or a row that cannot be read."""
+    """Yield (place, row) of each row of a source. Raises `UserError` for a file or a row that cannot be read."""
     yield from read_rows(source, "stop", RowReport())
 
 
 def spread(items: list[Any], limit: int) -> list[Any]:
-    """At most `limit` of the items, evenly spread; 0 keeps all."""
+    """Return at most `limit` of the items, evenly spread; 0 keeps all."""
     count = min(limit or len(items), len(items))
     return [items[number * len(items) // count] for number in range(count)]
 
 
 def as_turns(pairs: Sequence[tuple[str, str]], system: str = "") -> list[Message]:
-    """A conversation of questions and answers; an empty answer is the one that is asked for."""
+    """Return a conversation of questions and answers; an empty answer is the one that is asked for."""
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for question, answer in pairs:
         messages.append({"role": "user", "content": question})

@@ -14,7 +14,7 @@ __all__ = ["describe", "distinct_1", "distinct_2", "judge", "judge_answer", "jud
 
 
 def _data_set(kind: type) -> Callable[..., dict[str, Docs]]:
-    """A data set with the split `test`; the model's arguments, which come with the settings, are left out."""
+    """Return a data set with the split `test`; the model's arguments, which come with the settings, are left out."""
     known = {field.name for field in fields(kind)}
     return lambda **given: {"test": kind(**{name: given[name] for name in known & given.keys()}).docs()}
 

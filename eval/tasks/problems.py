@@ -105,7 +105,7 @@ def judge(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that one of k samples is right, from n of which c are: 1 - C(n-c, k) / C(n, k), without bias.
+    """Return the chance that one of k samples is right, from n of which c are: 1 - C(n-c, k) / C(n, k), without bias.
 
     Chen et al. 2021 (Codex), Eq. 1. k must not be above `samples`.
     """
@@ -113,7 +113,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def majority(answers: Sequence[Hashable | None], right: Hashable) -> float:
-    """Whether the most frequent of the answers is the right one: 1 or 0, and 1/t where it is one of t with most votes.
+    """Return 1 if the most frequent answer is the right one, 0 if not, and 1/t if it is one of t with most votes.
 
     None has no vote. (Self-consistency, Wang et al. 2022.)
     """
@@ -124,7 +124,7 @@ def majority(answers: Sequence[Hashable | None], right: Hashable) -> float:
 
 
 def _problems(source: Source) -> Iterator[Problem]:
-    """Every row as a problem, those that are asked twice too. Raises `UserError` for the first that is not one."""
+    """Yield every row as a problem, repeated ones too. Raises `UserError` for the first that is not one."""
     for place, row in rows_of(source):
         try:
             yield to_problem(row, source.layout)

@@ -95,7 +95,7 @@ class Quality(_Generated):
 
 
 def generation_keys(max_new_tokens: int, temperature: float = 0.0, samples: int = 1) -> dict[str, Any]:
-    """The keys of lm-evaluation-harness's task file for so many answers of at most so many tokens."""
+    """Return the keys of lm-evaluation-harness's task file for so many answers of at most so many tokens."""
     drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
     sampling = {"do_sample": bool(temperature), **drawn}
     keys = {"generation_kwargs": {"until": [], "max_gen_toks": max_new_tokens, **sampling}}
@@ -104,19 +104,19 @@ def generation_keys(max_new_tokens: int, temperature: float = 0.0, samples: int 
 
 
 def replies_of(results: Sequence[Any]) -> list[str]:
-    """The replies to an item, from what lm-evaluation-harness hands to `process_results`."""
+    """Return the replies to an item, from what lm-evaluation-harness hands to `process_results`."""
     return list(results[0]) if isinstance(results[0], list) else [results[0]]
 
 
 def as_text(conversation: Sequence[Message]) -> str:
-    """A conversation as questions and answers, up to where the next answer begins."""
+    """Return a conversation as questions and answers, up to where the next answer begins."""
     names = {"user": "Question: ", "assistant": "Answer: "}
     parts = [names.get(message["role"], "") + message["content"] for message in conversation]
     return "\n\n".join([*parts, "Answer:"]).replace("\n\nAnswer:", "\nAnswer:")
 
 
 def first_answer(reply: str) -> str:
-    """A reply up to where a model without turns asks itself the next question."""
+    """Return a reply up to where a model without turns asks itself the next question."""
     reply = reply.lstrip()
     for end in ("\n\n", "\nQuestion:"):
         reply = reply.partition(end)[0]
@@ -152,12 +152,12 @@ def describe(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
 
 
 def units(text: str) -> list[str]:
-    """Words: Chinese characters, runs of other letters in lower case, runs of digits."""
+    """Return words: Chinese characters, runs of other letters in lower case, runs of digits."""
     return [unit.lower() for unit in _UNITS.findall(text)]
 
 
 def repetition(text: str) -> float:
-    """The share of an answer's 4-grams that stood in it before: 1 - different / all (Welleck et al. 2020)."""
+    """Return the share of an answer's 4-grams that stood in it before: 1 - different / all (Welleck et al. 2020)."""
     return 1 - distinct([text], REPEATED) if len(units(text)) >= REPEATED else 0.0
 
 
@@ -176,6 +176,6 @@ def distinct_2(texts: Sequence[str]) -> float:
 
 
 def chinese_share(text: str) -> float:
-    """The share of a text's words that are Chinese characters."""
+    """Return the share of a text's words that are Chinese characters."""
     words = units(text)
     return sum(bool(_CHINESE.match(word)) for word in words) / max(len(words), 1)

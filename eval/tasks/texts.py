@@ -40,7 +40,7 @@ class Text:
             raise UserError(f"start {self.start!r}: one of eos, bos")
 
     def docs(self, limit: int = 0) -> Docs:
-        """The documents; with a limit, so many of each source."""
+        """Return the documents; with a limit, so many of each source."""
         found = [(source, list(self._texts(source))) for source in sources_of(self.data, self.split, None)]
         docs = Docs({"group": str(source), "text": text} for source, own in found for text in spread(own, limit))
         if not docs:

@@ -37,9 +37,7 @@ MOST_TOKENS = 128  # in one step; with more, large matrix products are faster (d
 
 
 class NativeRunner(EagerRunner):
-    """Steps in C where that can be; in PyTorch with gradients, under autocast, for many tokens, and for weights that
-    are wrapped, in 4 bits or watched by hooks.
-    """
+    """Steps in C; in PyTorch with gradients, autocast, many tokens, or weights wrapped, in 4 bits or hooked."""
 
     any_rows = MOST_TOKENS
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from LMConfig import LMConfig
 from model.kernels import compiled
-from model.kernels.compiled import INTEGER, POINTER, REAL, TYPES, fields
+from model.kernels.compiled import INTEGER, POINTER, REAL, fields, readable
 
 MOST_ROWS = 128  # of the head's product; with more, large matrix products are faster
 
@@ -60,11 +60,9 @@ class Ends(ctypes.Structure):
 
 def projects(x: Tensor, weight: Tensor) -> bool:
     """Whether `project` applies: without gradients, for a few positions, for a weight that is not wrapped."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() > MOST_ROWS * x.shape[-1]:
+    if torch.is_grad_enabled() or not readable(x, weight) or x.numel() > MOST_ROWS * x.shape[-1]:
         return False
-    if type(weight) is not nn.Parameter or not weight.is_contiguous() or weight.dtype not in TYPES:
-        return False
-    return library(weight.dtype) is not None and not torch.compiler.is_compiling()
+    return type(weight) is nn.Parameter and weight.is_contiguous() and library(weight.dtype) is not None
 
 
 def project(x: Tensor, weight: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:

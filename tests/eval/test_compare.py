@@ -32,7 +32,8 @@ def write_scores(
     folder.mkdir(parents=True, exist_ok=True)
     suites = {}
     for name, (value, low, high) in values.items():
-        scores = [vars(Score("all", "acc", value, low, high, 0.25, items)), vars(Score("law", "acc", 0.1, items=2))]
+        whole, others = Score("all", "acc", value, low, high, 0.25, items), ("mean of subjects", "law")
+        scores = [vars(one) for one in (whole, *(Score(name, "acc", 0.1, items=2) for name in others))]
         facts = {"name": name, "settings": {"data": data}, "items": items, "cut": 0, "seconds": 1.0}
         facts |= {"content": content} if content else {}
         suites[name] = {**facts, "scores": scores}
@@ -69,9 +70,13 @@ def drawn(monkeypatch) -> list:
 
 
 def rows(page: str) -> dict[str, list[str]]:
-    """The cells of the page's tables by their first ones."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    return {row[0]: row[1:] for row in cells}
+    """The cells of the page's tables by their first ones, of several rows the first."""
+    found: dict[str, list[str]] = {}
+    for line in page.splitlines():
+        if line.startswith("|"):
+            first, *rest = [cell.strip() for cell in line.split("|")[1:-1]]
+            found.setdefault(first, rest)
+    return found
 
 
 def test_the_table_has_what_each_run_came_to(runs):
@@ -156,6 +161,8 @@ def test_curves_of_all_lengths_are_drawn_and_losses_of_stages_apart(runs, tmp_pa
     assert [list(line.get_ydata()) for line in panels["training loss: preferences"].lines] == [[0.69, 0.2]]
     assert {line.get_color() for line in panels["learning rate"].lines} == {"C0", "C1", "C2"}
     scores = panels["scores (black: 95%, red: chance)"]
+    assert [0.2, 0.4] in [list(line.get_xdata()) for line in scores.lines]  # an interval
+    assert sorted(bar.get_width() for bar in scores.patches) == [0.3, 0.35, 0.5, 0.9]  # of the whole alone
     assert [label.get_text() for label in scores.get_yticklabels()] == ["exam acc", "sums acc"]
     assert "rewards" not in panels
 

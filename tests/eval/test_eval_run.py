@@ -6,15 +6,9 @@ import sys
 
 import pytest
 
-from cli import call
 from errors import UserError
 from eval.model_path import ModelPath
 from eval.run import run as measure_all
-
-
-def main() -> None:
-    """The script, as its last line calls it."""
-    call(measure_all, "")
 
 
 @pytest.mark.parametrize(
@@ -32,16 +26,16 @@ def main() -> None:
         (["--tasks", "arithmetic", "--device", "tpu"], "--device tpu: one of"),
     ],
 )
-def test_a_wrong_option_is_one_line(options, what, pretrained, tmp_path, run):
-    done = run(main, "--ckpt", pretrained / "final", "--out", tmp_path / "out", *options)
+def test_a_wrong_option_is_one_line(options, what, pretrained, tmp_path, script):
+    done = script(measure_all, "--ckpt", pretrained / "final", "--out", tmp_path / "out", *options)
     assert done.code == 2 and done.err.count("\n") == 1 and done.err.startswith("error: ") and what in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_without_lm_eval_the_command_that_installs_it_is_printed(pretrained, run, monkeypatch):
+def test_without_lm_eval_the_command_that_installs_it_is_printed(pretrained, script, monkeypatch):
     monkeypatch.setattr("eval.run.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    done = run(main, "--ckpt", pretrained / "final", "--tasks", "arithmetic")
+    done = script(measure_all, "--ckpt", pretrained / "final", "--tasks", "arithmetic")
     assert done.code == 2 and done.err.count("\n") == 1 and "; pip install lm-eval==" in done.err
 
 

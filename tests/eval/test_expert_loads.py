@@ -8,20 +8,9 @@ import pytest
 import torch
 
 import eval.experts
-from cli import call
 from errors import UserError
 from eval.answering import Answerer
 from eval.experts import draw, experts, loads, relative, specialisation
-
-
-@pytest.fixture(scope="module")
-def answerer(pretrained) -> Answerer:
-    return Answerer.open(str(pretrained / "final"), "cpu", "fp32")
-
-
-def main() -> None:
-    """The script, as its last line calls it."""
-    call(experts, "")
 
 
 def test_every_token_is_counted_once_in_each_layer_and_padding_never(answerer, monkeypatch):
@@ -44,11 +33,11 @@ def test_loads_are_relative_to_the_mean_and_domains_to_each_other():
     assert specialisation([one, one * 100]) == [0.0, 0.0]  # domains of different sizes
 
 
-def test_the_script_writes_loads_page_and_picture(pretrained, world, tmp_path, run):
+def test_the_script_writes_loads_page_and_picture(pretrained, world, tmp_path, script):
     (tmp_path / "english.txt").write_text("the town by the river " * 50, encoding="utf8")
     files = f"{world / 'heldout.txt'},{tmp_path / 'english.txt'}"
     options = ["--ckpt", pretrained / "final", "--out", tmp_path / "out", "--tokens", 500, "--dtype", "fp32"]
-    done = run(main, *options, "--file", files)
+    done = script(experts, *options, "--file", files)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "experts.json").read_text(encoding="utf8"))
     assert list(found["domains"]) == ["heldout", "english"] and 0 < found["distance"][0] < 1
@@ -77,10 +66,10 @@ def test_the_picture_shows_the_loads_and_their_balance_over_the_run(monkeypatch,
     assert all(list(line.get_xdata()) == [100, 200, 400] for line in lines)
 
 
-def test_what_has_no_loads_is_one_line(pretrained, tiny_model, tmp_path, tokenizer, run):
+def test_what_has_no_loads_is_one_line(pretrained, tiny_model, tmp_path, tokenizer, script):
     with pytest.raises(UserError, match="has no experts"):
         loads(Answerer(tiny_model(first_k_dense_replace=3, vocab_size=600), tokenizer), ["a"], 10)
     (tmp_path / "empty.txt").write_text("")
     for file, what in (("nowhere.txt", "nowhere.txt: "), ("empty.txt", "no text in it")):
-        done = run(main, "--ckpt", pretrained / "final", "--file", tmp_path / file)
+        done = script(experts, "--ckpt", pretrained / "final", "--file", tmp_path / file)
         assert done.code == 2 and what in done.err and done.err.count("\n") == 1

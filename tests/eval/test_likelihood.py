@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from eval.likelihood import CacheScorer, rolling
 from model.decoding.sampling import Sampling
 
 
-@pytest.fixture(scope="module")
-def scorer(pretrained) -> CacheScorer:
-    return CacheScorer(Answerer.open(str(pretrained / "final"), "cpu", "fp32"))
+@pytest.fixture
+def scorer(answerer) -> CacheScorer:
+    return CacheScorer(answerer)
 
 
 def line(rng: random.Random, length: int) -> list[int]:
@@ -163,6 +164,15 @@ def test_answers_are_those_of_generate_and_stop_at_a_text(scorer):
     assert list(scorer.answers(prompts[:1], 8, until=["never", end])) == [(0, found[0].partition(end)[0])]
     sampled = [[text for _, text in scorer.answers(prompts[:1] * 4, 8, Sampling(temperature=1.5))] for _ in range(2)]
     assert sampled[0] == sampled[1] and len(set(sampled[0])) > 1  # samples of one prompt differ, and repeat
+
+
+def test_an_answer_ends_before_its_end_token(scorer):
+    """Which is here whatever the model says fourth."""
+    model, tokenizer = scorer.answerer.model, scorer.answerer.tokenizer
+    said = greedy(scorer, [20, 30, 40], 6)
+    ends = SimpleNamespace(eos_id=said[3], decode=tokenizer.decode)
+    (answer,) = Answerer(model, ends).completions([[20, 30, 40]], 6)
+    assert answer == tokenizer.decode(said[: said.index(said[3])], skip_special_tokens=False)
 
 
 def test_a_question_that_has_no_room_gets_no_answer(scorer):

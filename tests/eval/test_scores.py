@@ -92,8 +92,8 @@ def test_texts_are_ratios_of_sums_over_documents():
     assert scores[0].low < scores[0].value <= scores[0].high
 
 
-def test_what_is_no_mean_over_items_is_lm_evals_own_number():
-    """The F1 of a whole has pairs for items, and a perplexity is no mean of log-likelihoods."""
+def test_what_is_not_a_mean_over_items_is_lm_evals_own_number():
+    """The F1 of a whole has pairs for items, and a perplexity is not a mean of log-likelihoods."""
     items = [Item("t", {"f1": (0, 1), "perplexity": -2.0, "acc": 1.0, "odd": "x"}) for _ in range(3)]
     scores = score_items(items, {"f1": 0.4, "perplexity": 7.4, "acc": 1.0})
     assert values(scores) == {"f1": 0.4, "perplexity": 7.4, "acc": 1.0}

@@ -92,6 +92,7 @@ def test_one_task_on_two_sets_of_data_is_two_tasks():
         ("exact_match: {data: x, samples: 4, temperature: 1, k: [5]}", r"k \[5\]: each from 1 to samples = 4"),
         ("exact_match: {data: x, shots: 3}", "shots 3: .* give a file"),
         ("exact_match: {data: x, max_new_tokens: 0}", ".*must be 1 or more"),
+        ("questions: {data: x, max_new_tokens: 0}", ".*must be 1 or more"),
         ("quality: {data: x, temperature: -1}", ".*temperature 0 or more"),
     ],
 )
@@ -215,7 +216,7 @@ def test_several_samples_give_pass_at_k_and_the_majority(tmp_path):
     want = {"pass@1": 0.5, "pass@2": pytest.approx(5 / 6), "pass@4": 1.0, "maj@4": 0.5}
     assert judge(first, [["2", "3", "it is 2", "3"]]) == want
     want = {"pass@1": 0.25, "pass@2": 0.5, "pass@4": 1.0, "maj@4": 0.0}
-    assert judge(second, [["5", "5", "5.0", "4"]]) == want
+    assert judge(second, [["5", "7", "5.0", "4"]]) == want
 
 
 def test_worked_problems_come_first_as_turns_or_as_text(tmp_path):
@@ -224,6 +225,8 @@ def test_worked_problems_come_first_as_turns_or_as_text(tmp_path):
     (doc,) = ExactMatch(data=data, shots=2, shots_data=shots, system="Be brief.").docs()
     turns = [turn["content"] for turn in doc["turns"]]
     assert turns == ["Be brief.", "S1", "A1 #### 1", "S2", "A2 #### 2", "Q"]
+    (more,) = ExactMatch(data=data, shots=3, shots_data=f"{shots},{shots}").docs()  # of two places
+    assert [turn["content"] for turn in more["turns"][::2]] == ["S1", "S2", "S1", "Q"]
     assert as_text(doc["turns"]) == (
         "Be brief.\n\nQuestion: S1\nAnswer: A1 #### 1\n\nQuestion: S2\nAnswer: A2 #### 2\n\nQuestion: Q\nAnswer:"
     )

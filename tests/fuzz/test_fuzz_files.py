@@ -44,8 +44,9 @@ from text.sources.registry import Registry, find_sources
 from text.tokenizer import Tokenizer
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
-from training.alignment.reference import load_log_probs, save_log_probs
+from training.alignment.reference import load_log_probs
 from training.distill.answers import Answer, Ask, Journal
+from training.fingerprinted import save_arrays
 from training.optim.build import OptimSettings, build_optimizer
 from training.run.checkpoint import Progress, Snapshot, load_training_state
 from training.run.log import RunLog, read_metrics
@@ -182,10 +183,10 @@ def saved_shards(folder: Path, tools: SimpleNamespace) -> dict[str, bytes]:
 
 
 def saved_journal(folder: Path, tools: SimpleNamespace) -> dict[str, bytes]:
-    with Journal(folder / "answers.jsonl") as journal:
-        for number in range(3):
-            journal.add(Ask.of([{"role": "user", "content": "Q"}], number), Answer(f"A{number}", "stop", 3))
-    save_log_probs(folder / "r.safetensors", np.zeros(5, np.float32), "f")
+    journal = Journal(folder / "answers.jsonl")
+    for number in range(3):
+        journal.add(Ask.of([{"role": "user", "content": "Q"}], number), Answer(f"A{number}", "stop", 3))
+    save_arrays(folder / "r.safetensors", {"log_probs": np.zeros(5, np.float32)}, "f")
     return files_of(folder)
 
 

@@ -13,7 +13,6 @@ from errors import UserError
 from LMConfig import LMConfig
 from model.experts import Experts
 from model.quantized import BLOCK, Int8Weight, NF4Weight, QuantizedLinear, QuantizedWeight
-from training.adapters.adapter import Adapter
 from training.adapters.frozen import SCALES, check_base, int8, nf4, nf4_or_int8, shrink_frozen
 from training.adapters.lora import LoraSettings
 
@@ -140,6 +139,8 @@ def test_gradients_through_a_quantized_weight_have_the_bits_of_those_through_the
 
 @pytest.mark.parametrize(("base", "near"), [("auto", 0.0), ("int8", 0.1), ("nf4", 0.6)])
 def test_a_model_on_a_shrunk_base_stays_near(tiny_model, base, near):
+    from training.adapters.adapter import Adapter  # peft takes seconds to import
+
     model = tiny_model(vocab_size=600)
     Adapter.add(model, LoraSettings(targets="all"), "base")
     model.eval()
@@ -149,6 +150,8 @@ def test_a_model_on_a_shrunk_base_stays_near(tiny_model, base, near):
 
 
 def test_what_is_trained_and_what_must_be_exact_keep_float32(tiny_model):
+    from training.adapters.adapter import Adapter
+
     model = tiny_model(vocab_size=600)
     adapter = Adapter.add(model, LoraSettings(targets="all"), "base")
     before = adapter.parameters

@@ -72,10 +72,6 @@ def test_yarns_ranges_use_the_original_context_length(tiny_config):
     assert not torch.equal(frequencies(256, 1024), frequencies(1024, 1024))
 
 
-def test_softmax_scale_is_that_of_the_whole_query_head(tiny_config):
-    assert softmax_scale(tiny_config()) == pytest.approx((12 + 8) ** -0.5)
-
-
 def test_mscale_enters_the_softmax_scale_squared(tiny_config):
     scaled = tiny_config(rope_scaling={**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7})
     assert softmax_scale(scaled) == pytest.approx(20**-0.5 * (0.1 * 0.7 * math.log(40) + 1) ** 2)

@@ -182,7 +182,7 @@ def test_shares_add_up_and_follow_the_weights(weights):
         assert abs(share - BLOCK * weight / sum(weights)) <= len(weights)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 3))
 def test_a_mixture_goes_through_each_source_in_turn(weights, seed):
     shares = block_shares(weights)

@@ -156,19 +156,17 @@ def test_a_budget_of_minutes_ends_with_a_finished_model(make, monkeypatch):
     assert entries[-1]["lr"] < 1.3e-4 < 9.9e-4 < entries[2]["lr"]
 
 
-def test_validating_is_not_training_time(make, monkeypatch):
+def test_validating_and_sampling_are_not_training_time(make, monkeypatch):
+    """Or a run limited by the clock would train less for being watched."""
     now, measure = [0.0], BitsPerByte.__call__
 
-    def slow(*given: object) -> object:
-        now[0] += 1000.0
-        return measure(*given)
-
-    def before(_: Sequence[int]) -> None:
-        now[0] += 3.0
+    def passes(seconds: float) -> None:
+        now[0] += seconds
 
     monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(BitsPerByte, "__call__", slow)
-    trainer = make(dataset=Rows(before), val_every=1, max_steps=4)
+    monkeypatch.setattr(BitsPerByte, "__call__", lambda *given: (passes(1000.0), measure(*given))[1])
+    trainer = make(dataset=Rows(lambda _: passes(3.0)), val_every=1, max_steps=4)
+    trainer.samples = SimpleNamespace(begin=id, due=lambda *_: True, write=lambda *_: passes(1000.0))
     trainer.run()
     entries = read_metrics(trainer.out / "metrics.jsonl")
     assert [entry["seconds"] for entry in entries] == [0, 3, 6, 9, 12]

@@ -44,8 +44,6 @@ class Corpus:
         encoding: str = "utf-8",
         report: RowReport | None = None,
     ) -> None:
-        if on_error not in ("skip", "stop"):
-            raise UserError(f"--on_error {on_error}: must be 'skip' or 'stop'")
         try:
             encoding = codecs.lookup(encoding).name
         except LookupError as error:

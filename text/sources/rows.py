@@ -65,8 +65,6 @@ def placed_rows(
     A row for which `convert` raises `RowError` is counted in `report` (`on_error="skip"`) or raises `UserError`
     (`on_error="stop"`).
     """
-    if on_error not in ("skip", "stop"):
-        raise UserError(f"--on_error {on_error}: must be 'skip' or 'stop'")
     source = Source.of(source)
     items = _converted(source, convert, on_error, report)
     if source.samples is not None:

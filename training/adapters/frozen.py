@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, quiet_imports
+from errors import quiet_imports, require
 from model import MiniDeepSeek
 from model.experts import Experts
 from model.ops import Linear
@@ -19,8 +19,7 @@ BASES = ("auto", "int8", "nf4")
 
 def check_base(base: str) -> None:
     """Raises `UserError` for a way that is none."""
-    if base not in BASES:
-        raise UserError(f"--base {base}: one of {', '.join(BASES)}")
+    require(base in BASES, f"--base {base}: one of {', '.join(BASES)}")
 
 
 def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from errors import UserError, quiet_imports
+from errors import UserError, quiet_imports, require
 from model import MiniDeepSeek
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ class LoraSettings:
         if not names or (strange := names - set(TARGETS)):
             what = f"no target {min(strange)!r}" if names else "nothing chosen"
             raise UserError(f"--lora.targets {self.targets}: {what}; choose from {', '.join(TARGETS)}")
-        if self.r < 1 or self.alpha <= 0 or self.plus_ratio <= 0:
-            raise UserError("--lora.r, --lora.alpha and --lora.plus_ratio must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
+        positive = self.r >= 1 and self.alpha > 0 and self.plus_ratio > 0
+        require(positive, "--lora.r, --lora.alpha and --lora.plus_ratio must be above 0")
+        require(0 <= self.dropout < 1, f"--lora.dropout {self.dropout}: must be at least 0 and below 1")
         if self.dora and self.adapts_experts:
             raise UserError("--lora.dora: not for stacked experts; choose --lora.targets attention,ffn")
 

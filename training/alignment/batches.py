@@ -52,7 +52,7 @@ class Rows:
 
     @classmethod
     def of(cls, groups: list[Group], sequence_length: int, pad_id: int, filter_overlong: bool) -> Rows:
-        """Rows of groups of equal size, `sequence_length` tokens wide."""
+        """Return the rows of groups of equal size, `sequence_length` tokens wide."""
         made, size = [group.completions for group in groups], len(groups[0].samples_G)
         tokens_RT = torch.full((len(groups) * size, sequence_length), pad_id)
         for rows_GT, group in zip(tokens_RT.split(size), groups, strict=True):
@@ -110,22 +110,14 @@ class Experience:
 
     def __post_init__(self) -> None:
         self.prompts, self.settings, self.ranks = self.rollouts.prompts, self.rollouts.settings, self.rollouts.ranks
-        self.tokenizer = self.prompts.tokenizer
+        self.content = self.prompts.content
+        # Beside the problems' order, in which steps they are asked.
+        again = f", each for {self.settings.mu} steps" if self.settings.mu > 1 else ""
+        self.identity = self.prompts.identity + again
 
     def __len__(self) -> int:
-        """Rows of an epoch: each prompt's group, `mu` times."""
+        """Return the rows of an epoch: each prompt's group, `mu` times."""
         return len(self.prompts) * self.settings.group * self.settings.mu
-
-    @property
-    def identity(self) -> str:
-        """What the order of the problems depends on beside the seed, and in which steps they are asked."""
-        mu = self.settings.mu
-        return self.prompts.identity if mu == 1 else f"{self.prompts.identity}, each for {mu} steps"
-
-    @property
-    def content(self) -> str:
-        """As of the problems."""
-        return self.prompts.content
 
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]:
         """Make the rollouts every `mu` steps. Returns what is logged of them."""
@@ -134,7 +126,7 @@ class Experience:
         return self.entry
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Rows for `GRPOLoss`. Rows without labels are left out, so that they cost nothing."""
+        """Return rows for `GRPOLoss`. Rows without labels are left out, so that they cost nothing."""
         rows = self.order[torch.tensor(indices) % len(self.order)]
         rows = rows[(self.rows.left_out_R[rows] > 0).int().argsort(stable=True)]
         left_out = self.rows.left_out_R[rows]
@@ -145,15 +137,14 @@ class Experience:
         return {**self._tensors(used), "absent": torch.stack((torch.tensor(len(rows) - len(used)), absent_tokens))}
 
     def describe(self, index: int) -> str:
-        """The end of the prompt and the completion of a row."""
+        """Return the end of the prompt and the beginning of the completion of a row."""
         row = int(self.order[index % len(self.order)])
         begin, end = int(self.rows.prompt_lengths_R[row]), int(self.rows.lengths_R[row])
-        tokens = self.rows.tokens_RT[row].tolist()
-        prompt, completion = self.tokenizer.decode(tokens[:begin]), self.tokenizer.decode(tokens[begin:end])
-        return f"prompt {prompt[-SHOWN:]!r}, completion {completion[:SHOWN]!r}"
+        tokens, decode = self.rows.tokens_RT[row].tolist(), self.prompts.tokenizer.decode
+        return f"prompt {decode(tokens[:begin])[-SHOWN:]!r}, completion {decode(tokens[begin:end])[:SHOWN]!r}"
 
     def state(self) -> dict[str, Tensor]:
-        """The completions in use, if another step uses them."""
+        """Return the completions in use, if another step uses them."""
         if self.settings.mu == 1 or self.rows is None:
             return {}
         entry = torch.tensor(list(json_text(self.entry).encode()), dtype=torch.uint8)
@@ -169,10 +160,11 @@ class Experience:
     def _collect(self, number: int, model: MiniDeepSeek) -> None:
         begin = time.perf_counter()
         groups, sums = self.rollouts.collect(number)
-        overlong = self.settings.overlong == "filter"
-        mine = Rows.of(groups, self.sequence_length, self.tokenizer.pad_id, overlong)
-        everything = self.ranks.gather((mine.tensors, sums))
-        self.rows = Rows.of_tensors({name: torch.cat([rows[name] for rows, _ in everything]) for name in mine.tensors})
+        mine = Rows.of(
+            groups, self.sequence_length, self.prompts.tokenizer.pad_id, self.settings.overlong == "filter"
+        ).tensors
+        everything = self.ranks.gather((mine, sums))
+        self.rows = Rows.of_tensors({name: torch.cat([rows[name] for rows, _ in everything]) for name in mine})
         self.arrange()
         if self.settings.mu > 1:
             self.rows.old_log_probs_RT = self._log_probs(model)
@@ -190,7 +182,7 @@ class Experience:
         self.order = (dealt_P.unsqueeze(1) * size + torch.arange(size)).flatten()
 
     def _tensors(self, rows: Tensor) -> Batch:
-        """Prompts, inputs, labels and what belongs to each label; completions are padded on the right.
+        """Return prompts, inputs, labels and what belongs to each label; completions are padded on the right.
 
         Of a row that is left out nothing is a label.
         """
@@ -200,7 +192,6 @@ class Experience:
         longest = _multiple(int(sizes_P.max()))
         padding_P = longest - sizes_P
         prompt_places = (torch.arange(longest) - padding_P.unsqueeze(1)).clamp(min=0)
-
         new_R = known.new_R[rows].masked_fill(known.left_out_R[rows] > 0, 0)
         time_T = torch.arange(_multiple(int(new_R.max()) - 1) + 1)
         places_RT = (known.prompt_lengths_R[rows].unsqueeze(1) + time_T).clamp(max=self.sequence_length - 1)
@@ -221,7 +212,7 @@ class Experience:
 
     @torch.no_grad()
     def _log_probs(self, model: MiniDeepSeek) -> Tensor:
-        """(R, new) of another model, or of the policy before its steps; every rank computes its share."""
+        """Return (R, new) of another model, or of the policy before its steps; every rank computes its share."""
         device, out = self.ranks.device, torch.zeros_like(self.rows.sampled_log_probs_RT)
         mine = self.order.view(self.ranks.world, -1)[self.ranks.rank]
         trained = mine[self.rows.left_out_R[mine] == LeftOut.NO]
@@ -237,8 +228,8 @@ class Experience:
 
 
 def log_entry(totals: dict[str, float], shown: Group, seconds: float) -> dict[str, Any]:
-    """What is logged of rollouts: means of the sums over all ranks, and a sample."""
-    rows = totals["rows"]
+    """Return what is logged of rollouts: means of the sums over all ranks, and a sample."""
+    rows, sample = totals["rows"], shown.samples_G[0]
     # Redrawn groups are not in the sums: they are taken to be as long as the others.
     tokens = totals["tokens"] * (1 + totals["redrawn"] / totals["groups"])
     return {
@@ -250,14 +241,14 @@ def log_entry(totals: dict[str, float], shown: Group, seconds: float) -> dict[st
         "rollout_seconds": seconds,
         "rollout_tokens_per_second": tokens / seconds,
         "sample": {
-            "question": shown.samples_G[0].problem.question,
-            "answer": shown.samples_G[0].problem.answer,
-            "completion": shown.samples_G[0].text,
+            "question": sample.problem.question,
+            "answer": sample.problem.answer,
+            "completion": sample.text,
             "rewards": {name: values[0] for name, values in shown.values.items()},
         },
     }
 
 
 def _multiple(size: int) -> int:
-    """The next multiple of `WIDTH`, at least one."""
+    """Return the next multiple of `WIDTH`, at least one."""
     return max(-(-size // WIDTH), 1) * WIDTH

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, require
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.log_probs import label_log_probs
@@ -30,7 +30,7 @@ CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
 
 class Pairs(NamedTuple):
-    """What the losses compare; each (pairs,) float32: log pi and log pi_ref of both answers, and their tokens."""
+    """What the losses compare, (pairs,) float32 each: log pi and log pi_ref of both answers, and their tokens."""
 
     chosen: Tensor
     rejected: Tensor
@@ -59,16 +59,12 @@ class PreferenceSettings:
     nll_weight: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UserError(f"--preference.loss {self.loss}: one of {', '.join(LOSSES)}")
-        if self.beta <= 0:
-            raise UserError(f"--preference.beta {self.beta}: must be positive")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--preference.label_smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
-        if self.label_smoothing and self.loss == "ipo":
-            raise UserError("--preference.label_smoothing: ipo has none; leave it at 0")
-        if self.nll_weight < 0:
-            raise UserError(f"--preference.nll_weight {self.nll_weight}: must be at least 0")
+        require(self.loss in LOSSES, f"--preference.loss {self.loss}: one of {', '.join(LOSSES)}")
+        require(self.beta > 0, f"--preference.beta {self.beta}: must be positive")
+        smoothing = f"--preference.label_smoothing {self.label_smoothing}"
+        require(0 <= self.label_smoothing < 0.5, f"{smoothing}: must be at least 0 and below 0.5")
+        require(not self.label_smoothing or self.loss != "ipo", f"{smoothing}: ipo has none; leave it at 0")
+        require(self.nll_weight >= 0, f"--preference.nll_weight {self.nll_weight}: must be at least 0")
 
     @property
     def needs_reference(self) -> bool:
@@ -120,14 +116,17 @@ class PreferenceLoss:
     reference: nn.Module | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-        """Returns the sum over pairs, their number, and what is logged.
+        """Return the sum over pairs, their number, and what is logged.
 
         `main` is the loss without the term of the chosen answer, `nll` that term a token, `kl` half the squared
         log-ratio of a token of the chosen answer: near the reference this is the divergence from it (Schulman 2020,
         k2), were the answer drawn from the policy.
         """
         log_probs = answer_log_probs(model, batch)
-        known = self._reference(batch)
+        known = torch.zeros_like(log_probs)  # where nothing is compared with a reference
+        if self.settings.needs_reference:
+            with torch.no_grad():
+                known = batch["reference"] if "reference" in batch else answer_log_probs(self.reference, batch)
         counted = batch["labels"] != IGNORE
         drift = (log_probs - known).detach().square() / 2
         sides = sums_by_side(torch.stack([log_probs, known, counted.float(), drift]), batch["segment_ids"])
@@ -149,17 +148,9 @@ class PreferenceLoss:
             metrics["kl"] = (chosen_drift.sum(), pairs.chosen_tokens.sum())
         return total, torch.full((), len(losses), device=total.device), metrics
 
-    def _reference(self, batch: Batch) -> Tensor:
-        if not self.settings.needs_reference:
-            return torch.zeros(batch["labels"].shape, device=batch["labels"].device)
-        if "reference" in batch:
-            return batch["reference"]
-        with torch.no_grad():
-            return answer_log_probs(self.reference, batch)
-
 
 def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
-    """log pi of every label, (rows, time) float32, 0 where nothing counts."""
+    """Return log pi of every label, (rows, time) float32, 0 where nothing counts."""
     out = model(**{name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")})
     return label_log_probs(out.hidden, out.head, batch["labels"])
 
@@ -184,8 +175,8 @@ class HeldOutPairs:
     """Validation: how often, and by how much, the chosen answer of held-out pairs is preferred.
 
     Attributes:
-        loss: the one in training; pairs: batches of held-out pairs; text: batches of held-out text, or none.
-        token_bytes: (vocab,) bytes of each token. names: of the data, for the log: {"pairs": ..., "text": ...}.
+        pairs, text: held-out batches; either may be empty. token_bytes: (vocab,) bytes of each token.
+        names: of the data, for the log: {"pairs": ..., "text": ...}.
     """
 
     loss: PreferenceLoss

@@ -21,7 +21,7 @@ from training.startup import open_checkpoint
 
 
 def frozen_reference(model: MiniDeepSeek, tokenizer: Tokenizer, folder: str) -> MiniDeepSeek:
-    """The model of `folder`, or a copy of `model` where none is named; its weights and router biases never move.
+    """Return the model of `folder`, or a copy of `model` where none is named; its weights and biases never move.
 
     Raises `UserError` unless it reads the same tokens and has the same shape as the model in training.
     """
@@ -39,6 +39,29 @@ def frozen_reference(model: MiniDeepSeek, tokenizer: Tokenizer, folder: str) -> 
                     "name a checkpoint of the same shape, or leave it out"
                 )
     return reference.requires_grad_(False).eval()
+
+
+def ask_once(
+    reference: MiniDeepSeek, dataset: PreferenceDataset, path: Path, fingerprint: str, resume: bool, micro_rows: int,
+    dtype: torch.dtype, ranks: Ranks,
+) -> None:  # fmt: skip
+    """Let the data set know what the reference says, kept in `path`: a resumed run has the very same numbers.
+
+    fingerprint: of pairs and reference; a file of another is not used.
+    """
+    # The main rank's: where each looked for itself, one might find the file that another does not.
+    log_probs = ranks.on_main(lambda: load_log_probs(path, fingerprint) if resume else None)
+    if log_probs is None:
+        log_probs = reference_log_probs(reference, dataset, micro_rows, dtype, ranks)
+        if ranks.main:
+            save_arrays(path, {"log_probs": log_probs}, fingerprint)
+    dataset.know_reference(log_probs)
+
+
+def load_log_probs(path: Path, fingerprint: str) -> np.ndarray | None:
+    """Return what was kept under this fingerprint; None where nothing fits."""
+    opened = open_arrays(path, fingerprint)
+    return None if opened is None else opened.get_tensor("log_probs")
 
 
 @torch.no_grad()
@@ -63,14 +86,3 @@ def reference_log_probs(
                 places = torch.from_numpy(part.places(index))
                 log_probs[places] = values[row, : len(places)]
     return ranks.sum(log_probs.to(ranks.device)).cpu().numpy()
-
-
-def save_log_probs(path: Path, log_probs: np.ndarray, fingerprint: str) -> None:
-    """Keep them beside the run, so that a resumed one has the very same numbers."""
-    save_arrays(path, {"log_probs": log_probs}, fingerprint)
-
-
-def load_log_probs(path: Path, fingerprint: str) -> np.ndarray | None:
-    """Return what `save_log_probs` kept under this fingerprint, of pairs and reference; None where nothing fits."""
-    opened = open_arrays(path, fingerprint)
-    return None if opened is None else opened.get_tensor("log_probs")

@@ -112,7 +112,7 @@ def tag_count(sample: Sample) -> float:
 def language(sample: Sample) -> float:
     """The share of words in the language of the question (DeepSeek-R1 section 2.3.2); 0 without a word.
 
-    A Chinese character is a word, and so is a run of Latin letters. Tags and formulas' commands are none.
+    A Chinese character is a word, and so is a run of Latin letters; tags and formulas' commands are none.
     """
     text = re.sub(r"\\[A-Za-z]+", " ", _ANY_TAG.sub(" ", sample.text))
     counts = {name: len(words.findall(text)) for name, words in _WORDS.items()}
@@ -128,12 +128,12 @@ def overlong(sample: Sample) -> float:
 
 
 def taken_answer(problem: Problem, text: str) -> str | None:
-    """What of a completion is judged; None where it gives no answer, or several."""
+    """Return what of a completion is judged; None where it gives no answer, or several."""
     return declared_answer(text) if problem.score is not None else final_answer(text, problem.answer)
 
 
 def is_correct(problem: Problem, text: str) -> bool:
-    """Whether a completion gives the answer of the problem (`judge`), or satisfies the problem's own checker."""
+    """Return whether a completion gives the problem's answer (`judge`), or satisfies the problem's own checker."""
     taken = taken_answer(problem, text)
     if taken is None:
         return False
@@ -158,29 +158,27 @@ class Rewards:
         return cls({name: find(name) for name in weights}, dict(weights))
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[list[float], dict[str, list[float]]]:
-        """(weighted sum of each sample, the values of each reward before its weight).
+        """Return the weighted sum of each sample, and the values of each reward before its weight.
 
         Raises `UserError` that names a reward which fails, or gives NaN or too few or too many numbers.
         """
         values = {name: _values(name, function, samples) for name, function in self.functions.items()}
-        totals = [
-            sum(self.weights[name] * values[name][place] for name in self.functions) for place in range(len(samples))
-        ]
-        return totals, values
+        weighted = ([self.weights[name] * value for value in row] for name, row in values.items())
+        return [sum(parts) for parts in zip(*weighted, strict=True)], values
 
 
 def names() -> list[str]:
-    """The rewards of this file."""
+    """Return the rewards of this file."""
     return sorted(name for name, value in vars(sys.modules[__name__]).items() if getattr(value, "is_reward", False))
 
 
 def find(name: str) -> Reward:
-    """A reward of this file, or `package.module:function`, which may lie in the current folder."""
-    if ":" not in name:
+    """Return a reward of this file, or `package.module:function`, which may lie in the current folder."""
+    module, yours, function = name.partition(":")
+    if not yours:
         if name not in names():
             raise UserError(f"reward {name!r}: not one of {', '.join(names())}; or name yours package.module:function")
         return getattr(sys.modules[__name__], name)
-    module, _, function = name.partition(":")
     # Python looks there only for `python -m`. Last, so that nothing of Python or of this project is hidden; and for
     # good, since the module may import others later.
     if (here := os.getcwd()) not in sys.path:
@@ -189,8 +187,8 @@ def find(name: str) -> Reward:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # an import runs anything
         raise UserError(
-            f"reward {name!r}: cannot be imported ({_said(error)}); name it MODULE:FUNCTION, and put the module into "
-            "the folder you are in or into one of PYTHONPATH"
+            f"reward {name!r}: cannot be imported ({type(error).__name__}: {error}); name it MODULE:FUNCTION, and put "
+            "the module into the folder you are in or into one of PYTHONPATH"
         ) from error
     if not callable(found):
         raise UserError(f"reward {name!r}: is {type(found).__name__}; it must be a function of a list of samples")
@@ -200,19 +198,14 @@ def find(name: str) -> Reward:
 def _values(name: str, function: Reward, samples: Sequence[Sample]) -> list[float]:
     remedy = f"fix it (a function of one sample needs @reward), or take {name} out of rewards"
     try:
-        given = function(samples)
-        values = [float(value) for value in given]
+        values = [float(value) for value in function(samples)]
     except UserError:
         raise
     except Exception as error:  # a person's own code
-        raise UserError(f"reward {name!r}: failed with {_said(error)}; {remedy}") from error
+        raise UserError(f"reward {name!r}: failed with {type(error).__name__}: {error}; {remedy}") from error
     if len(values) != len(samples):
         raise UserError(f"reward {name!r}: gave {len(values)} numbers for {len(samples)} samples; {remedy}")
     for value, sample in zip(values, samples, strict=True):
         if not math.isfinite(value):
             raise UserError(f"reward {name!r}: gave {value} for {sample.text[:80]!r}; {remedy}")
     return values
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dataset import PromptDataset
-from errors import UserError, check_least
+from errors import UserError, check_least, require
 from model import MiniDeepSeek
-from text.chats.problems import Problem
 from training.alignment.advantages import advantages
 from training.alignment.rewards import Rewards, Sample
 from training.alignment.sampler import Completions, Sampler, sample_groups, to_samples, uniforms
@@ -51,12 +50,10 @@ class RolloutSettings:
         check_least(1, prompts=self.prompts, max_new_tokens=self.max_new_tokens, mu=self.mu)
         check_least(1, rollout_rows=self.rollout_rows)
         check_least(0, resample=self.resample)
-        if self.group < 2:
-            raise UserError(f"--group {self.group}: a completion is compared with its group; give at least 2")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be above 0; greedy answers of a group are equal")
-        if self.overlong not in ("keep", "filter"):
-            raise UserError(f"--overlong {self.overlong}: one of keep, filter")
+        require(self.group >= 2, f"--group {self.group}: a completion is compared with its group; give at least 2")
+        warm = 0 < self.temperature < float("inf")
+        require(warm, f"--temperature {self.temperature}: must be above 0; greedy answers of a group are equal")
+        require(self.overlong in ("keep", "filter"), f"--overlong {self.overlong}: one of keep, filter")
 
 
 @dataclass
@@ -83,7 +80,6 @@ class Rollouts:
     ranks: Ranks
 
     def __post_init__(self) -> None:
-        self.settings.check()
         if self.settings.prompts % self.ranks.world:
             raise UserError(f"--prompts {self.settings.prompts}: does not divide among {self.ranks.world} ranks")
 
@@ -106,34 +102,33 @@ class Rollouts:
 
     def _groups(self, policy: MiniDeepSeek, slots: list[int], turn: int) -> list[Group]:
         """Sample and judge a group for each slot. Raises `Stopped` on all ranks if a signal came to one meanwhile."""
-        settings, problems = self.settings, [self.prompts.problem(slot, turn) for slot in slots]
-        prompts, made = self.prompts.encode(problems), []
+        settings, tokenizer = self.settings, self.prompts.tokenizer
+        problems, made = [self.prompts.problem(slot, turn) for slot in slots], []
+        prompts = self.prompts.encode(problems)
         if slots:
             keys = [(self.prompts.seed, KEY, slot, turn) for slot in slots]
             drawn_PGT = uniforms(keys, settings.group, settings.max_new_tokens)
-            limits = self.prompts.tokenizer.eos_id, settings.temperature, settings.rollout_rows
+            limits = tokenizer.eos_id, settings.temperature, settings.rollout_rows
             made = list(sample_groups(policy, prompts, drawn_PGT, *limits, self.ranks.watch))
         if self.ranks.asked_to_stop():
             raise Stopped
-        return self._judged(problems, prompts, made) if slots else []
-
-    def _judged(self, problems: list[Problem], prompts: list[list[int]], made: list[Completions]) -> list[Group]:
-        samples = to_samples(self.prompts.tokenizer, problems, made)
+        if not slots:
+            return []
+        samples = to_samples(tokenizer, problems, made)
         totals, values = self.rewards(samples)
-        rewards_PG = torch.tensor(totals).view(-1, self.settings.group)
-        advantages_PG, zero_variance_P = advantages(rewards_PG, self.settings.loss)
-        groups = []
-        for place, prompt_T in enumerate(prompts):
-            part = slice(place * self.settings.group, (place + 1) * self.settings.group)
-            own = {name: row[part] for name, row in values.items()}
-            groups.append(
-                Group(prompt_T, samples[part], made[place], rewards_PG[place], own, advantages_PG[place],
-                      bool(zero_variance_P[place]))
-            )  # fmt: skip
-        return groups
+        rewards_PG = torch.tensor(totals).view(-1, settings.group)
+        advantages_PG, zero_variance_P = advantages(rewards_PG, settings.loss)
+        parts = [slice(start, start + settings.group) for start in range(0, len(samples), settings.group)]
+        return [
+            Group(
+                prompts[place], samples[part], made[place], rewards_PG[place],
+                {name: row[part] for name, row in values.items()}, advantages_PG[place], bool(zero_variance_P[place]),
+            )
+            for place, part in enumerate(parts)
+        ]  # fmt: skip
 
     def _sums(self, groups: list[Group]) -> dict[str, float]:
-        sums = {
+        return {
             "groups": len(groups),
             "rows": len(groups) * self.settings.group,
             "tokens": sum(group.completions.lengths.sum().item() for group in groups),
@@ -141,6 +136,5 @@ class Rollouts:
             "zero_variance": sum(group.zero_variance for group in groups),
             "redrawn": 0,
             "reward": sum(group.rewards_G.sum().item() for group in groups),
+            **{f"reward_{name}": sum(sum(g.values[name]) for g in groups) for name in self.rewards.functions},
         }
-        by_name = {name: sum(sum(group.values[name]) for group in groups) for name in self.rewards.functions}
-        return sums | {f"reward_{name}": value for name, value in by_name.items()}

@@ -43,6 +43,16 @@ class Completions:
     log_probs: Tensor
     ended: Tensor
 
+    @classmethod
+    def of(cls, completions: list[Completion], new: int) -> Completions:
+        """Completions as tensors of the width `new`, on the host."""
+        return cls(
+            torch.tensor([made.tokens + [0] * (new - len(made.tokens)) for made in completions]),
+            torch.tensor([len(made.tokens) for made in completions]),
+            torch.tensor([made.log_probs + [0.0] * (new - len(made.tokens)) for made in completions]),
+            torch.tensor([made.finish == "stop" for made in completions]),
+        )
+
 
 def sample_groups(
     model: MiniDeepSeek,
@@ -79,27 +89,14 @@ def sample_groups(
                 return
             watch.show(f"{what}: {done} of {total} completions")
             done += sum(bool(event.finish) for event in engine.step())
-        yield _table(group, group[0].request.max_new_tokens)
+        yield Completions.of(group, group[0].request.max_new_tokens)
     watch.show("")
-
-
-def _table(completions: list[Completion], new: int) -> Completions:
-    """Completions as tensors of the width `new`, on the host."""
-    return Completions(
-        torch.tensor([made.tokens + [0] * (new - len(made.tokens)) for made in completions]),
-        torch.tensor([len(made.tokens) for made in completions]),
-        torch.tensor([made.log_probs + [0.0] * (new - len(made.tokens)) for made in completions]),
-        torch.tensor([made.finish == "stop" for made in completions]),
-    )
 
 
 def uniforms(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:
     """Return (P, G, T) numbers in [0, 1), those of a prompt a function of its key alone."""
-    drawn = []
-    for key in keys:
-        generator = torch.Generator().manual_seed(scramble(*key) >> 1)
-        drawn.append(torch.rand(group, new, generator=generator))
-    return torch.stack(drawn)
+    generators = (torch.Generator().manual_seed(scramble(*key) >> 1) for key in keys)
+    return torch.stack([torch.rand(group, new, generator=generator) for generator in generators])
 
 
 def completion_texts(tokenizer: Tokenizer, made: Completions) -> list[str]:
@@ -111,13 +108,11 @@ def completion_texts(tokenizer: Tokenizer, made: Completions) -> list[str]:
 
 def to_samples(tokenizer: Tokenizer, problems: Sequence[Problem], groups: Sequence[Completions]) -> list[Sample]:
     """Return what the rewards judge, group after group. The groups are as wide as a completion may be long."""
-    return [
-        Sample(problem, text, length, made.tokens.shape[1], ended)
-        for problem, made in zip(problems, groups, strict=True)
-        for text, length, ended in zip(
-            completion_texts(tokenizer, made), made.lengths.tolist(), made.ended.tolist(), strict=True
-        )
-    ]
+    samples = []
+    for problem, made in zip(problems, groups, strict=True):
+        rows = zip(completion_texts(tokenizer, made), made.lengths.tolist(), made.ended.tolist(), strict=True)
+        samples += [Sample(problem, text, length, made.tokens.shape[1], ended) for text, length, ended in rows]
+    return samples
 
 
 class Sampler:
@@ -129,8 +124,7 @@ class Sampler:
     """
 
     def __init__(self, model: MiniDeepSeek, dtype: torch.dtype) -> None:
-        self.source = model
-        self.model = model
+        self.source = self.model = model
         if dtype != torch.float32:
             self.model = copy.deepcopy(model).requires_grad_(False)
             for module in self.model.modules():
@@ -140,7 +134,7 @@ class Sampler:
 
     @torch.no_grad()
     def refresh(self) -> MiniDeepSeek:
-        """The policy as it is now."""
+        """Return the policy as it is now."""
         if self.model is not self.source:
             for mine, theirs in zip(self.model.state_dict().values(), self.source.state_dict().values(), strict=True):
                 mine.copy_(theirs)

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import track
@@ -61,16 +61,12 @@ class AnsweringTeacher(Protocol):
 
 
 class Journal:
-    """JSONL of answers, one flushed line each, so that a killed run loses none.
-
-    Attributes: known: answers by the key of their question.
-    """
+    """JSONL of answers, each written before the next is waited for. `known`: answers by the key of their question."""
 
     def __init__(self, path: Path) -> None:
         """Read what is there. A last line that was torn is cut off; any other broken line raises `UserError`."""
         self.path = path
         self.known: dict[str, Answer] = {}
-        self._file: IO[bytes] | None = None
         with naming(path):
             content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -87,70 +83,48 @@ class Journal:
             with naming(path), path.open("r+b") as file:
                 file.truncate(len(whole))
 
-    def __enter__(self) -> Journal:
-        with naming(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
     def add(self, ask: Ask, answer: Answer) -> None:
         """Write an answer down before anything else is done with it."""
         row = {"key": ask.key, "messages": ask.messages, "sample": ask.sample}
         row |= {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
-        with naming(self.path):
-            self._file.write(json_text(row).encode() + b"\n")
-            self._file.flush()
+        with naming(self.path), self.path.open("ab") as file:
+            file.write(json_text(row).encode() + b"\n")
         self.known[ask.key] = answer
 
 
-@dataclass
-class AskReport:
-    """What came of the questions. `before`: answered in an earlier run; `failures`: why others have no answer."""
-
-    questions: int = 0
-    before: int = 0
-    answered: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        lines = [f"{self.questions} questions: {self.before} answered before, {self.answered} now"]
-        shown = self.failures.most_common(MOST_REASONS)
-        lines += [f"  {count} without an answer: {reason}" for reason, count in shown]
-        rest = self.failures.total() - sum(count for _, count in shown)
-        return lines + [f"  {rest} without an answer for other reasons"] * bool(rest)
-
-
-def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) -> AskReport:
-    """Put to the teacher what the journal does not know.
+def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) -> Counter[str]:
+    """Put to the teacher what the journal does not know. Prints what came of it; returns why others have no answer.
 
     Raises `UserError` when many questions in a row get no answer; what was answered is kept.
     """
+    with naming(journal.path):  # a folder that cannot be written to stops here, not after the first answer
+        journal.path.parent.mkdir(parents=True, exist_ok=True)
+        journal.path.touch()
     left = [ask for ask in asks if ask.key not in journal.known]
-    report, in_a_row = AskReport(len(asks), len(asks) - len(left)), 0
-    bar = Console(stderr=True)
+    failures, in_a_row, bar = Counter(), 0, Console(stderr=True)
     # Closed at once when something is wrong: a teacher far away must not be waited for.
-    with journal, closing(teacher.answers(left)) as replies:
+    with closing(teacher.answers(left)) as replies:
         shown = track(replies, "asking", total=len(left), console=bar, transient=True, disable=not bar.is_terminal)
         for ask, answer in shown:
             if isinstance(answer, Answer):
                 journal.add(ask, answer)
-                report.answered, in_a_row = report.answered + 1, 0
+                in_a_row = 0
                 continue
-            report.failures[answer.reason] += 1
+            failures[answer.reason] += 1
             in_a_row += 1
             if in_a_row >= MOST_FAILURES:
                 raise UserError(
                     f"--teacher: {in_a_row} questions in a row without an answer, the last: {answer.reason}; "
                     f"{journal.path} keeps {len(journal.known)} answers, --resume continues from there"
                 )
-    return report
+    before, now = len(asks) - len(left), len(left) - failures.total()
+    print(f"{len(asks)} questions: {before} answered before, {now} now")
+    for reason, count in failures.most_common(MOST_REASONS):
+        print(f"  {count} without an answer: {reason}")
+    return failures
 
 
 def questions(prompts: Sequence[Prompt], samples: int, *facts: object) -> list[list[Ask]]:
-    """`samples` questions of each prompt, without the marks of turns that only training reads."""
+    """Return `samples` questions of each prompt, without the marks of turns that only training reads."""
     asked = [[{"role": turn["role"], "content": turn["content"]} for turn in prompt.messages] for prompt in prompts]
     return [[Ask.of(messages, sample, *facts) for sample in range(samples)] for messages in asked]

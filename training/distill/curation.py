@@ -5,16 +5,13 @@ From another model this is black-box distillation, from the policy itself reject
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from errors import UserError, check_least
+from errors import UserError, check_least, require
 from text.chats.chat_template import Message
 from text.chats.conversations import read_conversations, write_chats
 from text.chats.prompts import Prompt, read_prompts
@@ -23,10 +20,9 @@ from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
 from training.alignment.rewards import Rewards, Sample
 from training.distill.answers import Answer, AnsweringTeacher, Ask, Journal, ask_all, questions
-from training.distill.endpoint import Endpoint
-from training.distill.local_answers import open_local
 
 JOURNAL, CHATS, FILE = "answers.jsonl", "sft.jsonl", ".jsonl"
+UNFIT = {"length": "cut at the limit", "content_filter": "refusal"}  # reasons to finish
 
 
 @dataclass(kw_only=True)
@@ -63,53 +59,9 @@ class AnswerSettings(AnswerFilter):
         """Raises `UserError` for a value that makes no sense."""
         self.check_filter()
         check_least(1, samples=self.samples, keep_answers=self.keep_answers, concurrency=self.concurrency)
-        if self.prompts < 0 or self.timeout <= 0:
-            raise UserError(f"--prompts {self.prompts}, --timeout {self.timeout:g}: must be at least 0 and above 0")
-        if not 0 <= self.mix_share < 1:
-            raise UserError(f"--mix_share {self.mix_share:g}: must be at least 0 and below 1")
-
-
-@dataclass
-class Curation:
-    """What became of the answers. `dropped`: why not kept; `unverified`: kept without a known right answer."""
-
-    prompts: int = 0
-    with_answer: int = 0
-    answers: int = 0
-    kept: int = 0
-    unverified: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        unverified = f", {self.unverified} of them unverified" if self.unverified else ""
-        lines = [
-            f"{self.answers} answers to {self.prompts} prompts: {self.kept} kept{unverified}, "
-            f"{self.dropped.total()} dropped; {self.prompts - self.with_answer} prompts without an answer"
-        ]
-        return lines + [f"  {count} x {reason}" for reason, count in self.dropped.most_common()]
-
-
-def is_endpoint(teacher: str) -> bool:
-    """Whether a teacher is named by its address."""
-    return teacher.startswith(("http://", "https://"))
-
-
-def open_answering(
-    teacher: str, settings: AnswerSettings, temperature: float, max_new_tokens: int, seed: int,
-    dtype: torch.dtype, device: torch.device,
-) -> AnsweringTeacher:  # fmt: skip
-    """An endpoint, whose key is OPENAI_API_KEY in the environment, or a model on this machine."""
-    if not is_endpoint(teacher):
-        return open_local(teacher, temperature, max_new_tokens, seed, dtype, device)
-    if not settings.teacher_model:
-        raise UserError(f"--teacher {teacher}: give the name that it serves the model under, --teacher_model NAME")
-    key = os.environ.get("OPENAI_API_KEY", "").strip()  # a key read from a file often ends with its line
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY: has a character that no HTTP header can hold; set it again")
-    return Endpoint(
-        teacher, settings.teacher_model, key, temperature, max_new_tokens, settings.concurrency, settings.timeout
-    )
+        limits = f"--prompts {self.prompts}, --timeout {self.timeout:g}"
+        require(self.prompts >= 0 and self.timeout > 0, f"{limits}: must be at least 0 and above 0")
+        require(0 <= self.mix_share < 1, f"--mix_share {self.mix_share:g}: must be at least 0 and below 1")
 
 
 def gather_answers(
@@ -132,20 +84,15 @@ def gather_answers(
     if not resume and path.exists() and path.stat().st_size:  # empty where an earlier run had no answer
         raise UserError(f"{path}: holds answers already; add --resume to continue, or choose another --out")
     journal, asks = Journal(path), questions(prompts, settings.samples, *facts)
-    asked = ask_all(teacher, [ask for some in asks for ask in some], journal)
-    print("\n".join(asked.lines()))
-    conversations, curation = curate(prompts, asks, journal.known, settings, rewards, max_new_tokens)
-    print("\n".join(curation.lines()))
-    if asked.failures and not curation.answers:
-        (reason, _), *_ = asked.failures.most_common(1)
+    failures = ask_all(teacher, [ask for some in asks for ask in some], journal)
+    conversations, answers = curate(prompts, asks, journal.known, settings, rewards, max_new_tokens)
+    if failures and not answers:
         raise UserError(
-            f"--teacher: not one of {asked.questions} questions has an answer, mostly {reason}; "
-            "remove the cause and run the same command again"
+            f"--teacher: not one of {failures.total()} questions has an answer, mostly "
+            f"{failures.most_common(1)[0][0]}; remove the cause and run the same command again"
         )
     if not conversations:
-        raise UserError(
-            f"{path}: none of {curation.answers} answers is fit to learn from; see what was dropped and why"
-        )
+        raise UserError(f"{path}: none of {answers} answers is fit to learn from; see what was dropped and why")
     if mix:
         count = round(len(conversations) * settings.mix_share / (1 - settings.mix_share))
         chosen = random.Random(seed).sample(general, min(count, len(general)))
@@ -161,36 +108,37 @@ def gather_answers(
 def curate(
     prompts: Sequence[Prompt], asks: Sequence[Sequence[Ask]], known: dict[str, Answer], settings: AnswerSettings,
     rewards: Rewards, limit: int,
-) -> tuple[list[list[Message]], Curation]:  # fmt: skip
-    """Conversations out of the answers that are complete, clean and, where the right answer is known, right."""
-    curation, conversations = Curation(prompts=len(prompts)), []
+) -> tuple[list[list[Message]], int]:  # fmt: skip
+    """Return conversations out of the answers that are complete, clean and, where the right one is known, right.
+
+    Prints what became of the answers, and returns how many there were.
+    """
+    count, dropped, conversations = Counter(), Counter(), []
     for prompt, own in zip(prompts, asks, strict=True):
-        answers = [known[ask.key] for ask in own if ask.key in known]
-        curation.answers += len(answers)
-        cleaned = [(fit(answer, settings, curation.dropped), answer.tokens) for answer in answers]
-        samples = [Sample(prompt.problem, text, tokens, limit) for text, tokens in cleaned if text is not None]
+        samples = []
+        for answer in (known[ask.key] for ask in own if ask.key in known):
+            text = clean(answer.text)
+            if fault := UNFIT.get(answer.finish) or settings.fault(text):
+                dropped[fault] += 1
+            else:
+                samples.append(Sample(prompt.problem, text, answer.tokens, limit))
         good = [sample.text for sample in samples]
         if prompt.problem is not None and samples:
             totals, _ = rewards(samples)
             good = [text for text, total in zip(good, totals, strict=True) if total >= settings.at_least]
-            curation.dropped["wrong"] += len(samples) - len(good)
-        different = len(set(good))
         chosen = shortest_different(good, settings.keep_answers)
-        curation.dropped["duplicate"] += len(good) - different
-        curation.dropped["more than --keep_answers"] += different - len(chosen)
-        curation.kept += len(chosen)
-        curation.with_answer += bool(chosen)
-        curation.unverified += len(chosen) if prompt.problem is None else 0
+        dropped["wrong"] += len(samples) - len(good)
+        dropped["duplicate"] += len(good) - len(set(good))
+        dropped["more than --keep_answers"] += len(set(good)) - len(chosen)
+        count["unanswered"] += not chosen
+        count["unverified"] += len(chosen) if prompt.problem is None else 0
         conversations += [[*prompt.messages, {"role": "assistant", "content": text}] for text in chosen]
-    curation.dropped = +curation.dropped  # those that were met
-    return conversations, curation
-
-
-def fit(answer: Answer, wanted: AnswerFilter, dropped: Counter[str]) -> str | None:
-    """The cleaned text of an answer; None, with the reason counted, when it is not fit to learn from."""
-    text = clean(answer.text)
-    fault = {"length": "cut at the limit", "content_filter": "refusal"}.get(answer.finish) or wanted.fault(text)
-    if fault is None:
-        return text
-    dropped[fault] += 1
-    return None
+    kept, answers = len(conversations), len(conversations) + dropped.total()
+    unverified = f", {count['unverified']} of them unverified" if count["unverified"] else ""
+    print(
+        f"{answers} answers to {len(prompts)} prompts: {kept} kept{unverified}, {dropped.total()} dropped; "
+        f"{count['unanswered']} prompts without an answer"
+    )
+    for reason, number in (+dropped).most_common():
+        print(f"  {number} x {reason}")
+    return conversations, answers

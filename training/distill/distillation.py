@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import require
 from model.transformer import Output
 from training.distill.divergences import (
     Divergence,
@@ -46,18 +46,12 @@ class DistillationSettings:
 
     def check(self) -> None:
         """Raises `UserError` for a value that makes no sense."""
-        if self.loss not in LOSSES:
-            raise UserError(f"--loss {self.loss}: one of {', '.join(LOSSES)}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature:g}: must be above 0")
-        if not 0 <= self.skew < 1:
-            raise UserError(
-                f"--skew {self.skew:g}: must be at least 0 and below 1, where the loss is 0 for every student"
-            )
-        if not 0 < self.beta < 1:
-            raise UserError(f"--beta {self.beta:g}: must be between 0 and 1, where the loss is 0 for every student")
-        if not 0 <= self.ce_weight <= 1:
-            raise UserError(f"--ce_weight {self.ce_weight:g}: a share, from 0 to 1")
+        require(self.loss in LOSSES, f"--loss {self.loss}: one of {', '.join(LOSSES)}")
+        require(0 < self.temperature < float("inf"), f"--temperature {self.temperature:g}: must be above 0")
+        nothing = "where the loss is 0 for every student"
+        require(0 <= self.skew < 1, f"--skew {self.skew:g}: must be at least 0 and below 1, {nothing}")
+        require(0 < self.beta < 1, f"--beta {self.beta:g}: must be between 0 and 1, {nothing}")
+        require(0 <= self.ce_weight <= 1, f"--ce_weight {self.ce_weight:g}: a share, from 0 to 1")
 
     @property
     def divergence(self) -> Divergence:
@@ -76,17 +70,13 @@ LOSSES: dict[str, Callable[[DistillationSettings], Divergence]] = {
 class TeacherOutput(Protocol):
     """A teacher's distributions at N labelled positions."""
 
-    def compare(
-        self, part: slice, log_q_RV: Tensor, divergence: Divergence, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Value (rows,) and flow (rows, vocab) of the divergence at the positions `part`, where the student has q."""
+    def compare(self, part: slice, log_q_RV: Tensor, divergence: Divergence, temperature: float) -> tuple[Tensor, ...]:
+        """Return value (rows,) and flow (rows, vocab) of the divergence at some positions, where the student has q."""
         ...
 
 
-class Teacher(Protocol):
-    """Gives its distributions, in the student's vocabulary, at the labels that count, in their order."""
-
-    def __call__(self, batch: Batch) -> TeacherOutput: ...
+# Gives its distributions, in the student's vocabulary, at the labels that count, in their order.
+Teacher = Callable[[Batch], TeacherOutput]
 
 
 @dataclass(frozen=True)
@@ -103,7 +93,7 @@ class Logits:
     bias: Tensor | None = None
 
     def log_probs(self, part: slice, temperature: float) -> Tensor:
-        """(rows, vocab) float32."""
+        """Return (rows, vocab) float32."""
         z = self.hidden[part]
         if self.head is not None:
             rows = len(z)
@@ -112,9 +102,7 @@ class Logits:
         # A token that the teacher forbids (-inf) is only very improbable: infinity times 0 is no number.
         return (z / temperature).log_softmax(-1).clamp_(min=-1e4)
 
-    def compare(
-        self, part: slice, log_q_RV: Tensor, divergence: Divergence, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def compare(self, part: slice, log_q_RV: Tensor, divergence: Divergence, temperature: float) -> tuple[Tensor, ...]:
         return divergence(self.log_probs(part, temperature), log_q_RV)
 
 
@@ -127,15 +115,15 @@ class _Distilled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, count: int, teacher: TeacherOutput,
-        divergence: Divergence, temperature: float, ce_weight: float, with_grad: bool,
+        ctx, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, teacher: TeacherOutput, divergence: Divergence,
+        temperature: float, ce_weight: float, with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         weight = head_VD.to(hidden_ND.dtype)
         distance, cross_entropy = torch.zeros(2, device=hidden_ND.device).unbind()
         grad_hidden = torch.empty_like(hidden_ND) if with_grad else None
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
         for part in chunks(len(hidden_ND), len(weight)):
-            tokens = slice(part.start, min(part.stop, count))  # the positions behind `count` are padding
+            tokens = slice(part.start, min(part.stop, len(labels_N)))  # the states behind the labels are padding
             z = (hidden_ND[part] @ weight.t())[: tokens.stop - tokens.start].float()
             log_q = (z / temperature).log_softmax(-1)
             value, flow = teacher.compare(tokens, log_q, divergence, temperature)
@@ -160,9 +148,7 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return (
-            grad_hidden * grad.to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype), *[None] * 7
-        )  # fmt: skip
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_head * grad).to(ctx.head_dtype), *[None] * 6
 
 
 def distillation_sum(
@@ -182,10 +168,8 @@ def distillation_sum(
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     # The types are chosen here, as in `training.losses`.
     with torch.autocast(hidden.device.type, enabled=False):
-        chosen, count = hidden.flatten(0, -2).index_select(0, padded(places)), len(places)
-        return _Distilled.apply(
-            chosen, head, targets[places], count, teacher, divergence, temperature, ce_weight, with_grad
-        )
+        chosen = hidden.flatten(0, -2).index_select(0, padded(places))
+        return _Distilled.apply(chosen, head, targets[places], teacher, divergence, temperature, ce_weight, with_grad)
 
 
 @dataclass(kw_only=True)
@@ -194,10 +178,6 @@ class DistillationLoss(NextTokenLoss):
 
     The MTP chain is still trained on the labels: its depths have no counterpart in most teachers. Where the student
     answered itself the divergence stands alone, without cross entropy with its own words.
-
-    Attributes:
-        settings: which divergence, and how it is mixed.
-        teacher: computes its distributions, or reads those that were computed before from the batch (`top_k.py`).
     """
 
     settings: DistillationSettings
@@ -207,7 +187,7 @@ class DistillationLoss(NextTokenLoss):
         with torch.no_grad():
             teacher = self.teacher(batch)
         settings = self.settings
-        ce_weight = 0.0 if self.is_sampled(batch) else settings.ce_weight
+        ce_weight = 0.0 if is_sampled(batch) else settings.ce_weight
         total, distance, cross_entropy = distillation_sum(
             out.hidden, out.head, batch["labels"], teacher, settings.divergence, settings.temperature, ce_weight
         )
@@ -215,9 +195,9 @@ class DistillationLoss(NextTokenLoss):
 
     def weight_of_mtp(self, batch: Batch) -> float:
         # Times 0, not left out: a parameter without gradient would keep DDP waiting.
-        return 0.0 if self.is_sampled(batch) else self.mtp_weight
+        return 0.0 if is_sampled(batch) else self.mtp_weight
 
-    @staticmethod
-    def is_sampled(batch: Batch) -> bool:
-        """Whether the answers of the batch are the student's."""
-        return SAMPLED in batch and bool(batch[SAMPLED])
+
+def is_sampled(batch: Batch) -> bool:
+    """Return whether the answers of a batch are the student's own."""
+    return SAMPLED in batch and bool(batch[SAMPLED])

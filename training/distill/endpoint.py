@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import os
 import random
 import sys
 import time
@@ -22,6 +23,7 @@ from socksio import SOCKSError
 
 from errors import UserError, one_line
 from training.distill.answers import Answer, Ask, Failure
+from training.distill.curation import AnswerSettings
 from training.distill.reply import NoAnswer, read_reply
 
 CONNECT_SECONDS = 10.0
@@ -64,7 +66,7 @@ class Endpoint:
     reported: set[int] = field(default_factory=set, compare=False)
 
     def answers(self, asks: Sequence[Ask]) -> Generator[tuple[Ask, Answer | Failure], None, None]:
-        """Each question with its answer as it comes, in no order. Raises `UserError` when the server wants none.
+        """Yield each question with its answer as it comes, in no order. Raises `UserError` when the server wants none.
 
         Closing the generator gives up the questions on their way at once.
         """
@@ -84,23 +86,24 @@ class Endpoint:
             loop.close()
 
     async def ask(self, client: httpx2.AsyncClient, ask: Ask) -> Answer | Failure:
-        """One question, with as many attempts as it needs."""
+        """Put one question, with as many attempts as it needs."""
         for attempt in range(1, self.attempts + 1):
             try:
                 return await self._attempt(client, ask)
             except _Transient as error:
-                reason = str(error)
-                if attempt == self.attempts:
-                    break
+                reason, after = str(error), error.after
+            if attempt < self.attempts:
                 # Equal pauses would bring all questions back at the same moment.
                 pause = min(self.first_pause * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-                pause = max(pause, error.after)
-                if attempt not in self.reported:  # of many questions at a time the first stands for all
-                    self.reported.add(attempt)
-                    again = f"attempt {attempt + 1} of {self.attempts} in {pause:.0f} s"
-                    print(f"notice: --teacher {self.url}: {one_line(reason)}; {again}", file=sys.stderr, flush=True)
-                await self.sleep(pause)
+                await self._pause(attempt, reason, max(pause, after))
         return Failure(f"{reason}, {self.attempts} attempts")
+
+    async def _pause(self, attempt: int, reason: str, seconds: float) -> None:
+        if attempt not in self.reported:  # of many questions at a time the first stands for all
+            self.reported.add(attempt)
+            again = f"attempt {attempt + 1} of {self.attempts} in {seconds:.0f} s"
+            print(f"notice: --teacher {self.url}: {one_line(reason)}; {again}", file=sys.stderr, flush=True)
+        await self.sleep(seconds)
 
     def _client(self) -> httpx2.AsyncClient:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -122,12 +125,8 @@ class Endpoint:
         return UserError(f"--teacher {self.url}: no address ({error}); write http://host:port/v1")
 
     async def _attempt(self, client: httpx2.AsyncClient, ask: Ask) -> Answer | Failure:
-        body = {
-            "model": self.model,
-            "messages": list(ask.messages),
-            "temperature": self.temperature,
-            "max_tokens": self.max_new_tokens,
-        }
+        body = {"model": self.model, "messages": list(ask.messages)}
+        body |= {"temperature": self.temperature, "max_tokens": self.max_new_tokens}
         content = bytearray()
         try:
             async with client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
@@ -167,3 +166,19 @@ async def _give_up(tasks: list[asyncio.Task], client: httpx2.AsyncClient) -> Non
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, client.aclose(), return_exceptions=True)
+
+
+def is_endpoint(teacher: str) -> bool:
+    """Return whether a teacher is named by its address."""
+    return teacher.startswith(("http://", "https://"))
+
+
+def open_endpoint(url: str, settings: AnswerSettings, temperature: float, max_new_tokens: int) -> Endpoint:
+    """Return the teacher of an address; its key is OPENAI_API_KEY in the environment."""
+    if not settings.teacher_model:
+        raise UserError(f"--teacher {url}: give the name that it serves the model under, --teacher_model NAME")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()  # a key read from a file often ends with its line
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY: has a character that no HTTP header can hold; set it again")
+    own = settings.concurrency, settings.timeout
+    return Endpoint(url, settings.teacher_model, key, temperature, max_new_tokens, *own)

@@ -13,8 +13,7 @@ from text.chats.chat_template import encode_chats
 from text.tokenizer import Tokenizer
 from training.alignment.sampler import SLOTS, completion_texts, sample_groups, uniforms
 from training.distill.answers import Answer, Ask, Failure
-from training.distill.teacher import frozen, is_ours, open_transformers
-from training.startup import open_checkpoint
+from training.distill.teacher import open_frozen
 
 TOO_LONG = "the prompt leaves no room for an answer"
 
@@ -68,6 +67,8 @@ class TransformersAnswers:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        stops = self.model.generation_config.eos_token_id
+        stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id}
         for start in range(0, len(asks), self.at_once):
             part = asks[start : start + self.at_once]
             inputs = tokenizer([self._text(ask) for ask in part], return_tensors="pt", padding=True,
@@ -78,8 +79,6 @@ class TransformersAnswers:
                     **inputs.to(self.model.device), max_new_tokens=self.max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id, top_k=0, top_p=1.0, **sampling,
                 )  # fmt: skip
-            stops = self.model.generation_config.eos_token_id
-            stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
             for ask, row in zip(part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((place for place, token in enumerate(row) if token in stops), None)
                 text = tokenizer.decode(row[:end], skip_special_tokens=True)
@@ -94,8 +93,7 @@ class TransformersAnswers:
 def open_local(
     name: str, temperature: float, max_new_tokens: int, seed: int, dtype: torch.dtype, device: torch.device
 ) -> CheckpointAnswers | TransformersAnswers:
-    """The teacher of a folder, or of a Hub id. Raises `UserError` when there is none."""
-    ours = is_ours(name)
-    model, tokenizer = open_checkpoint(name) if ours else open_transformers(name, dtype)
-    kind = CheckpointAnswers if ours else TransformersAnswers
-    return kind(frozen(model, dtype, device), tokenizer, temperature, max_new_tokens, seed)
+    """Open the teacher of a folder, or of a Hub id. Raises `UserError` when there is none."""
+    model, tokenizer = open_frozen(name, dtype, device)
+    kind = CheckpointAnswers if isinstance(model, MiniDeepSeek) else TransformersAnswers
+    return kind(model, tokenizer, temperature, max_new_tokens, seed)

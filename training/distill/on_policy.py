@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dataset import ChatDataset
-from errors import UserError, check_least
+from errors import check_least, require
 from model import MiniDeepSeek
 from text.chats.packing import pack_best_fit, write_row
 from text.order import WORD, scramble
@@ -47,29 +47,17 @@ class OnPolicySettings:
 
     def check_sampling(self) -> None:
         """Raises `UserError` for a value that makes no sense."""
-        if not 0 <= self.on_policy <= 1:
-            raise UserError(f"--on_policy {self.on_policy:g}: a share of the steps, from 0 to 1")
+        require(0 <= self.on_policy <= 1, f"--on_policy {self.on_policy:g}: a share of the steps, from 0 to 1")
         check_least(1, max_new_tokens=self.max_new_tokens, rollout_rows=self.rollout_rows)
-        if not 0 <= self.sample_temperature < float("inf"):
-            raise UserError(f"--sample_temperature {self.sample_temperature:g}: must be at least 0")
+        finite = 0 <= self.sample_temperature < float("inf")
+        require(finite, f"--sample_temperature {self.sample_temperature:g}: must be at least 0")
 
 
-class OnPolicyChats:
-    """A `PolicyDataset` over conversations: in a share of the steps the student samples their last answers.
+class TaughtChats:
+    """Conversations with something of the teacher or the student beside or in place of their answers."""
 
-    Which steps these are, and the answers, are functions of (seed, step) and the weights: nothing needs to be saved to
-    resume, and the number of ranks changes nothing.
-
-    Args:
-        rows: of a step, over all ranks.
-    """
-
-    def __init__(
-        self, chats: ChatDataset, sampler: Sampler, settings: OnPolicySettings, rows: int, stop: int, ranks: Ranks
-    ) -> None:
-        self.chats, self.sampler, self.settings = chats, sampler, settings
-        self.rows, self.stop, self.ranks = rows, stop, ranks
-        self.sampled: list[dict[str, np.ndarray]] | None = None
+    def __init__(self, chats: ChatDataset) -> None:
+        self.chats = chats
 
     @property
     def identity(self) -> str:
@@ -83,8 +71,26 @@ class OnPolicyChats:
         """As of the conversations."""
         return self.chats.describe(index)
 
+
+class OnPolicyChats(TaughtChats):
+    """A `PolicyDataset` over conversations: in a share of the steps the student samples their last answers.
+
+    Which steps these are, and the answers, are functions of (seed, step) and the weights: nothing needs to be saved to
+    resume, and the number of ranks changes nothing.
+
+    Args:
+        rows: of a step, over all ranks. stop: the token that ends an answer.
+    """
+
+    def __init__(
+        self, chats: ChatDataset, sampler: Sampler, settings: OnPolicySettings, rows: int, stop: int, ranks: Ranks
+    ) -> None:
+        super().__init__(chats)
+        self.sampler, self.settings, self.rows, self.stop, self.ranks = sampler, settings, rows, stop, ranks
+        self.sampled: list[dict[str, np.ndarray]] | None = None
+
     def is_on_policy(self, step: int) -> bool:
-        """Whether the student answers in this step."""
+        """Return whether the student answers in this step."""
         return scramble(self.chats.seed, CHOICE, step) < self.settings.on_policy * WORD
 
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]:
@@ -113,7 +119,7 @@ class OnPolicyChats:
         prompts = [prompt_of(*self.chats.chats[member]) for member in members]
         # Prompts of similar length together, a fair share of them for each rank.
         mine = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))[self.ranks.rank :: self.ranks.world]
-        answers = self._answer(self.sampler.refresh(), step, prompts, mine) if mine else {}
+        answers = self._answers(step, prompts, mine) if mine else {}
         for other, stopped in self.ranks.gather((answers, self.ranks.watch.asked)):
             if stopped:
                 raise Stopped
@@ -134,23 +140,20 @@ class OnPolicyChats:
             "rollout_seconds": time.perf_counter() - begin,
         }
 
-    def _answer(
-        self, policy: MiniDeepSeek, step: int, prompts: list[np.ndarray], places: list[int]
-    ) -> dict[int, np.ndarray]:
-        """Answers to the prompts at some places; each depends on the weights, its prompt, the seed, step and place."""
-        settings = self.settings
+    def _answers(self, step: int, prompts: list[np.ndarray], places: list[int]) -> dict[int, np.ndarray]:
+        """Sample answers to some prompts; each depends on the weights, its prompt, the seed, step and place."""
+        settings, room = self.settings, self.chats.sequence_length + 1
         drawn = uniforms([(self.chats.seed, SAMPLING, step, place) for place in places], 1, settings.max_new_tokens)
         asked = [prompts[place].tolist() for place in places]
-        fitting = [
-            own[:, : max(self.chats.sequence_length + 1 - len(ids), 1)] for own, ids in zip(drawn, asked, strict=True)
-        ]
+        fitting = [own[:, : max(room - len(ids), 1)] for own, ids in zip(drawn, asked, strict=True)]
         limits = self.stop, settings.sample_temperature, settings.rollout_rows
-        made = sample_groups(policy, asked, fitting, *limits, self.ranks.watch)  # of some only, after a signal
+        # Of some only, after a signal.
+        made = sample_groups(self.sampler.refresh(), asked, fitting, *limits, self.ranks.watch)
         return {place: group.tokens[0, : group.lengths[0]].numpy() for place, group in zip(places, made, strict=False)}
 
 
 def prompt_of(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A conversation up to where its last answer begins."""
+    """Return a conversation up to where its last answer begins."""
     begins = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0) == 1)
     return ids[: begins[-1]].astype(np.int64)
 
@@ -158,7 +161,7 @@ def prompt_of(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def rows_that_fit(
     conversations: list[tuple[np.ndarray, np.ndarray]], capacity: int, most: int
 ) -> tuple[list[list[int]], int]:
-    """The first conversations that `most` rows hold, packed, and how many these are.
+    """Return the first conversations that `most` rows hold, packed, and how many these are.
 
     Sampled answers are longer or shorter than the data's; when they are longer, the last conversations stay out.
     """

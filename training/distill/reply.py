@@ -40,10 +40,16 @@ def read_reply(status: int, content: bytes) -> Answer:
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         pass  # it has another shape: what it says of an error is looked for below
     error = _error_of(reply)
-    reason, code = _reason(error, content), _status_of(error if isinstance(error, dict) else reply)
+    # What the provider says is wrong, in one short line; all that it sent where it names no error.
+    words = ": ".join(dict.fromkeys(_texts(error))) or content.decode("utf8", "replace")
+    reason = one_line(" ".join(words.split())[:LONGEST_REASON]) or "an empty reply"
     if status != 200:
         raise NoAnswer(status, f"status {status} ({reason})")
-    raise NoAnswer(code or status, f"status 200 with {f'error {code}' if code else 'no answer'} ({reason})")
+    named = error if isinstance(error, dict) else reply
+    code = str(named.get("code")) if isinstance(named, dict) else ""
+    if re.fullmatch("[45][0-9]{2}", code):
+        raise NoAnswer(int(code), f"status 200 with error {code} ({reason})")
+    raise NoAnswer(200, f"status 200 with no answer ({reason})")
 
 
 def _answer(reply: dict) -> Answer:
@@ -68,13 +74,13 @@ def _with_thoughts(message: dict) -> str:
 
 
 def _paragraphs(value: object) -> str:
-    """The text of thoughts, each part a paragraph."""
+    """Return the text of thoughts, each part a paragraph."""
     parts = value if isinstance(value, list) else [value]
     return "\n\n".join(words for words in (_words(part).strip() for part in parts) if words)
 
 
 def _words(part: object) -> str:
-    """The text of a text, of a part or of parts; parts of other kinds, such as images, have none."""
+    """Return the text of a text, of a part or of parts; parts of other kinds, such as images, have none."""
     if part is None or isinstance(part, str):
         return part or ""
     if isinstance(part, list):
@@ -87,7 +93,7 @@ def _is_thought(part: dict) -> bool:
 
 
 def _error_of(reply: object) -> object:
-    """What a body says of an error: a text, or an object or list that holds texts; None where it says nothing."""
+    """Return what a body says of an error: a text, or an object or list that holds texts; None where it is silent."""
     if not isinstance(reply, dict):
         return None
     try:
@@ -98,20 +104,8 @@ def _error_of(reply: object) -> object:
     return next((error for error in found if isinstance(error, str | dict | list) and error), None)
 
 
-def _status_of(error: object) -> int:
-    """The HTTP status that an error names, 0 where it names none."""
-    code = str(error.get("code")) if isinstance(error, dict) else ""
-    return int(code) if re.fullmatch("[45][0-9]{2}", code) else 0
-
-
-def _reason(error: object, content: bytes) -> str:
-    """What the provider says is wrong, in one short line; all that it sent where it names no error."""
-    words = ": ".join(dict.fromkeys(_texts(error))) or content.decode("utf8", "replace")
-    return one_line(" ".join(words.split())[:LONGEST_REASON]) or "an empty reply"
-
-
 def _texts(value: object, depth: int = 8) -> Iterator[str]:
-    """The texts in an error: its message, and often a type or what a provider further behind has said."""
+    """Yield the texts in an error: its message, and often a type or what a provider further behind has said."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list) and depth:

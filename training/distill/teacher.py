@@ -52,18 +52,17 @@ class TransformersTeacher:
 
     def __call__(self, batch: Batch) -> Logits:
         ids, row, column = unpacked(batch)
+        cut = slice(self.vocab_size)
         if not self.plain:
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            return Logits(logits[row, column, : self.vocab_size], None)
+            return Logits(self.model(input_ids=ids, use_cache=False).logits[row, column, cut], None)
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        cut = slice(self.vocab_size)
         return Logits(hidden[row, column], head.weight[cut], None if bias is None else bias[cut])
 
 
 def unpacked(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Each segment of packed rows as a row: ids (segments, longest), and (N,) row and column of each counted label."""
+    """Return each segment of packed rows as a row: ids (segments, longest), and row and column of the N labels."""
     labels, inputs = batch["labels"], batch["input_ids"]
     if "segment_ids" not in batch:
         row, column = (labels != IGNORE).nonzero().unbind(1)
@@ -81,28 +80,30 @@ def unpacked(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def open_teacher(name: str, tokenizer: Tokenizer, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Teacher:
-    """The frozen teacher of a folder, or of a Hub id that transformers knows.
+    """Open the frozen teacher of a folder, or of a Hub id that transformers knows.
 
-    Args:
-        vocab_size: of the student's head, which may be larger than its tokenizer.
-    Raises:
-        UserError: unless it knows all of the student's tokens by the same numbers.
+    vocab_size: of the student's head, which may be larger than its tokenizer. Raises `UserError` unless the teacher
+    knows all of the student's tokens by the same numbers.
     """
-    if is_ours(name):
-        model, theirs = open_checkpoint(name)
+    model, theirs = open_frozen(name, dtype, device)
+    if isinstance(model, MiniDeepSeek):
         check_tokens(name, theirs.raw.get_vocab(), model.config.vocab_size, tokenizer, vocab_size)
-        return CheckpointTeacher(frozen(model, dtype, device), vocab_size)
-    model, theirs = open_transformers(name, dtype)
+        return CheckpointTeacher(model, vocab_size)
     head = model.get_output_embeddings()
     if head is None:
         raise UserError(f"--teacher {name}: has no output embeddings; name a causal language model")
     check_tokens(name, theirs.get_vocab(), head.weight.shape[0], tokenizer, vocab_size)
-    model = frozen(model, dtype, device)
     return TransformersTeacher(model, vocab_size, is_plain(model, device))
 
 
+def open_frozen(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """Open a folder's or Hub id's model, without gradients in the type that it computes in, and its tokenizer."""
+    model, tokenizer = open_checkpoint(name) if is_ours(name) else open_transformers(name, dtype)
+    return model.to(device, dtype).requires_grad_(False).eval(), tokenizer
+
+
 def is_ours(name: str) -> bool:
-    """Whether a folder's config.json is that of a DeepSeek-V3 with a tokenizer beside it."""
+    """Return whether a folder's config.json is that of a DeepSeek-V3."""
     try:
         config = json.loads((Path(name) / "config.json").read_text(encoding="utf8"))
     except (OSError, ValueError):
@@ -111,7 +112,7 @@ def is_ours(name: str) -> bool:
 
 
 def open_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer. Raises `UserError` when transformers is missing or cannot open them."""
+    """Open model and tokenizer. Raises `UserError` when transformers is missing or cannot open them."""
     path = Path(name)
     if not path.exists() and path.parent != Path() and path.parent.exists():  # a misspelled path is no Hub id
         raise UserError(f"--teacher {name}: no such folder; check the path")
@@ -127,50 +128,40 @@ def open_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         with quiet_imports():  # transformers imports torchao here
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
     except Exception as error:  # transformers raises what it likes for a name or a folder that it cannot open
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--teacher {name}: cannot be opened ({type(error).__name__}: {reason}); check the name"
         ) from None
-    return model, tokenizer
-
-
-def frozen(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model in the type that it computes in, without gradients."""
-    return model.to(device, dtype).requires_grad_(False).eval()
 
 
 def check_tokens(name: str, theirs: dict[str, int], rows: int, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises `UserError` unless the teacher's first tokens are the student's.
+    """Raise `UserError` unless the teacher's first tokens are the student's.
 
-    Args:
-        theirs: the teacher's tokens and ids; rows: of its head. vocab_size: of the student's head.
+    theirs: the teacher's tokens and ids; rows: of its head. vocab_size: of the student's head.
     """
     ours = tokenizer.raw.get_vocab()
     named = {number: token for token, number in theirs.items()}
+    remedy = "let it write answers instead (--method answers)"
     for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if named.get(number, token) != token:
             raise UserError(
                 f"--teacher {name}: its token {number} is {named[number]!r}, the student's {token!r}; "
-                "distributions are compared token by token; let it write answers instead (--method answers)"
+                f"distributions are compared token by token; {remedy}"
             )
     if rows < vocab_size or len(theirs) < len(ours):
-        raise UserError(
-            f"--teacher {name}: knows {min(rows, len(theirs))} tokens, the student {vocab_size}; "
-            "let it write answers instead (--method answers)"
-        )
+        known = min(rows, len(theirs))
+        raise UserError(f"--teacher {name}: knows {known} tokens, the student {vocab_size}; {remedy}")
 
 
 @torch.no_grad()
 def is_plain(model: Any, device: torch.device) -> bool:
-    """Whether head times last state gives the model's logits: some models cap or scale them."""
+    """Return whether head times last state gives the model's logits: some models cap or scale them."""
     ids = torch.arange(8, device=device)[None]
     whole = model(input_ids=ids, use_cache=False).logits.float()
-    base = getattr(model, "base_model", None)
-    if base is None or base is model:
-        return False
-    out = base(input_ids=ids, use_cache=False)
+    base = getattr(model, "base_model", None) or model
+    out = base(input_ids=ids, use_cache=False) if base is not model else None
     if getattr(out, "last_hidden_state", None) is None:
         return False
     parts = model.get_output_embeddings()(out.last_hidden_state).float()
@@ -178,6 +169,6 @@ def is_plain(model: Any, device: torch.device) -> bool:
 
 
 def identity(name: str) -> list[tuple[str, int, int]] | str:
-    """What tells a folder's weights from others: names, sizes and times of its files; of a Hub id the name."""
+    """Return what tells a folder's weights from others: its files' names, sizes and times; of a Hub id the name."""
     files = sorted(path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files] or name

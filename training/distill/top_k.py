@@ -25,6 +25,7 @@ from text.chats.encoded import EncodedChats
 from text.chats.packing import write_row
 from training.distill.distillation import Logits, Teacher
 from training.distill.divergences import Divergence
+from training.distill.on_policy import TaughtChats
 from training.fingerprinted import open_arrays, save_arrays
 from training.losses import Batch
 from training.machine import autocast
@@ -32,6 +33,7 @@ from training.parallel.ranks import Ranks
 
 FOLDER = "teacher_top_k"
 CONVERSATIONS = 2048  # of a file
+POSITIONS = 512  # whose logits are looked at together
 IDS, LOG_PROBS, REST = "teacher_ids", "teacher_log_probs", "rest"
 
 
@@ -47,10 +49,13 @@ class TopK:
     ids: Tensor
     log_probs: Tensor
 
-    def compare(
-        self, part: slice, log_q_RV: Tensor, divergence: Divergence, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """The divergence between p and q over K + 1 events, and its flow over the vocabulary."""
+    @classmethod
+    def of_batch(cls, batch: Batch) -> TopK:
+        """A `Teacher` that was asked before: read its distributions from the batch."""
+        return cls(batch[IDS], batch[LOG_PROBS])
+
+    def compare(self, part: slice, log_q_RV: Tensor, divergence: Divergence, temperature: float) -> tuple[Tensor, ...]:
+        """Return the divergence between p and q over K + 1 events, and its flow over the vocabulary."""
         ids, log_p = self.ids[part], self.log_probs[part]
         log_q = log_q_RV.gather(1, ids)
         if log_p.shape[1] == ids.shape[1]:
@@ -64,33 +69,15 @@ class TopK:
         return value, shares.scatter_(1, ids, flow[:, :-1])
 
 
-class CachedTeacher:
-    """Reads the teacher's distributions from the batch."""
-
-    def __call__(self, batch: Batch) -> TopK:
-        return TopK(batch[IDS], batch[LOG_PROBS])
-
-
-class CachedTopKChats:
+class CachedTopKChats(TaughtChats):
     """A `ChatDataset` whose batches have the teacher's distributions: `teacher_ids`, `teacher_log_probs`.
 
     These are (N, K) and (N, K + 1), one row for each label that counts, in the order of `labels`.
     """
 
     def __init__(self, chats: ChatDataset, cache: TopKCache) -> None:
-        self.chats, self.cache = chats, cache
-
-    @property
-    def identity(self) -> str:
-        """As of the conversations."""
-        return self.chats.identity
-
-    def __len__(self) -> int:
-        return len(self.chats)
-
-    def describe(self, index: int) -> str:
-        """As of the conversations."""
-        return self.chats.describe(index)
+        super().__init__(chats)
+        self.cache = cache
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """`ChatDataset.batch`, and the teacher's distributions."""
@@ -109,7 +96,7 @@ class TopKCache:
         self._begins = self._rows[np.arange(0, len(chats), CONVERSATIONS)].tolist()
 
     def read(self, members: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """(N, K) ids and (N, K + 1) log-probabilities of the trained tokens of conversations."""
+        """Return (N, K) ids and (N, K + 1) log-probabilities of the trained tokens of conversations."""
         parts = [self._read(int(self._rows[member]), int(self._rows[member + 1])) for member in members]
         ids, log_probs = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
         # 16 bits rounded them: normalised again.
@@ -125,16 +112,9 @@ class TopKCache:
 
 
 def cache_top_k(
-    folder: Path,
-    chats: ChatDataset,
-    k: int,
-    temperature: float,
-    fingerprint: str,
-    ask: Callable[[], Teacher],
-    micro_rows: int,
-    dtype: torch.dtype,
-    ranks: Ranks,
-) -> TopKCache:
+    folder: Path, chats: ChatDataset, k: int, temperature: float, fingerprint: str, ask: Callable[[], Teacher],
+    micro_rows: int, dtype: torch.dtype, ranks: Ranks,
+) -> TopKCache:  # fmt: skip
     """Ask the teacher about all conversations, unless files of the same fingerprint are there. Ranks share the work.
 
     Args:
@@ -142,12 +122,9 @@ def cache_top_k(
         fingerprint: of teacher and data.
     """
     encoded = chats.chats
-    count = -(-len(encoded) // CONVERSATIONS)
-    files = [folder / f"part-{number:05d}.safetensors" for number in range(count)]
+    files = [folder / f"part-{number:05d}.safetensors" for number in range(-(-len(encoded) // CONVERSATIONS))]
     ranks.check_writes_shared(folder)  # each rank reads what all have written
-    missing = ranks.on_main(
-        lambda: [number for number, file in enumerate(files) if open_arrays(file, fingerprint) is None]
-    )
+    missing = ranks.on_main(lambda: [n for n, file in enumerate(files) if open_arrays(file, fingerprint) is None])
     if missing:
         ranks.say(f"asking the teacher about {len(encoded)} conversations, once, into {folder}")
     if mine := missing[ranks.rank :: ranks.world]:
@@ -155,7 +132,7 @@ def cache_top_k(
         for number in track(mine, "asking", console=bar, transient=True, disable=not bar.is_terminal):
             members = range(number * CONVERSATIONS, min((number + 1) * CONVERSATIONS, len(encoded)))
             rows = in_order(encoded, members, chats.sequence_length, chats.pad_id)
-            arrays = score(teacher, rows, k, temperature, micro_rows, dtype, ranks.device)
+            arrays = joined(outputs(teacher, rows, micro_rows, dtype, ranks.device), k, temperature)
             save_arrays(files[number], arrays, fingerprint)
     ranks.gather(None)
     ranks.check_shared(folder, lambda: all(open_arrays(file, fingerprint) is not None for file in files))
@@ -163,45 +140,41 @@ def cache_top_k(
 
 
 @torch.no_grad()
-def score(
-    teacher: Teacher,
-    rows: Iterator[dict[str, np.ndarray]],
-    k: int,
-    temperature: float,
-    micro_rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, np.ndarray]:
-    """The arrays of a file: ids (N, K) of 16 or 32 bits, their log-probabilities float16, of the rest (N,) float32."""
-    parts: dict[str, list[np.ndarray]] = {}
+def outputs(
+    teacher: Teacher, rows: Iterator[dict[str, np.ndarray]], micro_rows: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Logits]:
+    """Yield what the teacher says of rows, `micro_rows` at a time."""
     while some := [row for _, row in zip(range(micro_rows), rows, strict=False)]:
         batch = {name: torch.from_numpy(np.stack([row[name] for row in some])).to(device) for name in some[0]}
         with autocast(dtype, device):
             output = teacher(batch)
-        for name, values in top_k(output, k, temperature).items():
-            parts.setdefault(name, []).append(values)
-    return {name: np.concatenate(values) for name, values in parts.items()}
+        yield output
 
 
-def top_k(output: Logits, k: int, temperature: float, at_once: int = 512) -> dict[str, np.ndarray]:
-    """The K most probable tokens of each position, the most probable first."""
+@torch.no_grad()
+def joined(said: Iterable[Logits], k: int, temperature: float) -> dict[str, np.ndarray]:
+    """Return the K most probable tokens of each position, the most probable first, as the arrays of a file.
+
+    These are ids (N, K) of 16 or 32 bits, their log-probabilities float16, and that of the rest (N,) float32.
+    """
     parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, max(len(output.hidden), 1), at_once):
-        log_p = output.log_probs(slice(start, start + at_once), temperature)
-        top, ids = log_p.topk(min(k, log_p.shape[1]))
-        kind = np.uint16 if log_p.shape[1] <= 1 << 16 else np.uint32
-        arrays = {IDS: ids.cpu().numpy().astype(kind), LOG_PROBS: top.cpu().numpy().astype(np.float16)}
-        if top.shape[1] < log_p.shape[1]:
-            arrays[REST] = log_p.scatter(1, ids, -torch.inf).logsumexp(1).cpu().numpy()
-        for name, values in arrays.items():
-            parts.setdefault(name, []).append(values)
+    for output in said:
+        for start in range(0, max(len(output.hidden), 1), POSITIONS):
+            log_p = output.log_probs(slice(start, start + POSITIONS), temperature)
+            top, ids = log_p.topk(min(k, log_p.shape[1]))
+            kind = np.uint16 if log_p.shape[1] <= 1 << 16 else np.uint32
+            arrays = {IDS: ids.cpu().numpy().astype(kind), LOG_PROBS: top.cpu().numpy().astype(np.float16)}
+            if top.shape[1] < log_p.shape[1]:
+                arrays[REST] = log_p.scatter(1, ids, -torch.inf).logsumexp(1).cpu().numpy()
+            for name, values in arrays.items():
+                parts.setdefault(name, []).append(values)
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def in_order(
     chats: EncodedChats, members: Iterable[int], sequence_length: int, pad_id: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of conversations one after the other, so that their labels stand in the order of `chats`."""
+    """Yield rows of conversations one after the other, so that their labels stand in the order of `chats`."""
     some: list[tuple[np.ndarray, np.ndarray]] = []
     room = sequence_length
     for member in members:
@@ -216,7 +189,7 @@ def in_order(
 
 
 def fingerprint(chats: EncodedChats, *facts: object) -> str:
-    """16 hex digits of conversations and what is trained of them, and of the facts about teacher and run."""
+    """Return 16 hex digits of conversations and what is trained of them, and of the facts about teacher and run."""
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=8)
     for array in (chats.ids, chats.mask, chats.begins):
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -17,6 +17,7 @@ from model.decoding.native import NativeRunner, Program
 from model.decoding.scheduler import Request
 from model.experts import Experts
 from model.kernels import compiled, decode
+from model.ops import Linear
 from model.quantized import Int8Weight, QuantizedLinear
 from training.adapters.frozen import shrink_frozen
 
@@ -157,7 +158,7 @@ def test_four_bits_and_layers_quantized_by_halves_run_in_pytorch(tiny_model):
     assert not chosen(quantized(model, base="nf4"))
     halves = quantized(tiny_model())
     attention = halves.model.layers[1].self_attn
-    attention.o_proj = nn.Linear(attention.o_proj.in_features, attention.o_proj.out_features, bias=False)
+    attention.o_proj = Linear(attention.o_proj.in_features, attention.o_proj.out_features, bias=False)
     assert not chosen(halves)
 
 

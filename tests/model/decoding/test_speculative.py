@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,28 +41,31 @@ def rule(rows: int, time: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def half_trained() -> Callable[[int], MiniDeepSeek]:
+def half_trained(once) -> Callable[[int], MiniDeepSeek]:
     """`half_trained(D)`: trained until the drafts of its D MTP layers, of three, are right now and then."""
-    torch.manual_seed(1)
-    shape = LMConfig.preset("demo", num_hidden_layers=2, hidden_size=64, vocab_size=VOCAB, intermediate_size=96)
-    model = MiniDeepSeek(replace(shape, num_nextn_predict_layers=3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(40):
-        ids = rule(16, 24)
-        total, count, _ = NextTokenLoss(mtp_weight=1.0)(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
-        optimizer.zero_grad()
-        (total / count).backward()
-        optimizer.step()
+
+    def train(folder: Path) -> None:
+        torch.manual_seed(1)
+        shape = LMConfig.preset("demo", num_hidden_layers=2, hidden_size=64, vocab_size=VOCAB, intermediate_size=96)
+        model = MiniDeepSeek(replace(shape, num_nextn_predict_layers=3))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(40):
+            ids = rule(16, 24)
+            total, count, _ = NextTokenLoss(mtp_weight=1.0)(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+            optimizer.zero_grad()
+            (total / count).backward()
+            optimizer.step()
+        model.save_pretrained(folder)
 
     def make(depth: int) -> MiniDeepSeek:
-        made = copy.deepcopy(model).eval()
-        made.mtp, made.config = made.mtp[:depth], replace(made.config, num_nextn_predict_layers=depth)
-        return made
+        model = MiniDeepSeek.from_pretrained(once("half_trained", train)).eval()
+        model.mtp, model.config = model.mtp[:depth], replace(model.config, num_nextn_predict_layers=depth)
+        return model
 
     return make
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 40])
+@pytest.mark.parametrize("length", [1, 2, 40])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_speculative_decoding_gives_the_greedy_tokens(depth, length, half_trained, tiny_model):
     for model in half_trained(depth), tiny_model(num_nextn_predict_layers=depth):
@@ -75,8 +79,8 @@ def test_speculative_decoding_gives_the_greedy_tokens(depth, length, half_traine
         assert torch.equal(model.generate(prompt, speculative=True, **options), model.generate(prompt, **options))
 
 
-@pytest.mark.parametrize("length", [1, 2, 9])
-@pytest.mark.parametrize("most", [1, 2, 3, 5])
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("most", [1, 2, 5])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_trained, monkeypatch):
     """Each pass drafts what a chain would draft that reads all tokens so far at once."""

@@ -38,22 +38,21 @@ WAITS = {
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> dict[str, dict]:
+def seen(once) -> dict[str, dict]:
     """What tests/fake_cuda.py saw in each case."""
-    library = tmp_path_factory.mktemp("fake") / "fake_cuda.so"
-    torch_lib = f"{TORCH}/lib"
-    build = ["c++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{TORCH}/include", str(HERE / "fake_cuda.cpp")]
-    build += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-o", str(library)]
-    subprocess.run([*build, f"-L{torch_lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_lib}"], check=True)
-    done = subprocess.run(
-        [sys.executable, str(HERE / "fake_cuda.py")],
-        cwd=HERE.parent,
-        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+
+    def make(folder: Path) -> None:
+        library, torch_lib = folder / "fake_cuda.so", f"{TORCH}/lib"
+        build = ["c++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{TORCH}/include", str(HERE / "fake_cuda.cpp")]
+        build += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-o", str(library)]
+        subprocess.run([*build, f"-L{torch_lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_lib}"], check=True)
+        env = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent)}
+        script = [sys.executable, str(HERE / "fake_cuda.py")]
+        done = subprocess.run(script, cwd=HERE.parent, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (folder / "seen.json").write_text(done.stdout)
+
+    return json.loads((once("fake_cuda", make) / "seen.json").read_text())
 
 
 @pytest.mark.parametrize("case", WAITS)

@@ -64,7 +64,7 @@ def plain() -> st.SearchStrategy[str]:
     return st.text(st.characters(exclude_characters="<\0", exclude_categories=["Cs"]), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(messages=conversations(spelled()))
 def test_transformers_renders_the_same_string(theirs, messages):
     assert theirs.apply_chat_template(messages, tokenize=False) == render(messages)
@@ -73,7 +73,7 @@ def test_transformers_renders_the_same_string(theirs, messages):
         assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == ours
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(messages=conversations(plain()), think=st.booleans())
 def test_transformers_gives_the_same_ids_and_mask(theirs, tokenizer, messages, think):
     if think:
@@ -128,7 +128,7 @@ def tool_lists(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list | None]:
     return st.none() | st.lists(st.dictionaries(texts, json_values(texts), max_size=3), max_size=2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(turns=sent_turns(plain()), tools=tool_lists(plain()))
 def test_turns_as_programs_send_them_render_as_training_reads_them(theirs, tokenizer, turns, tools):
     messages = to_messages({"messages": turns, "tools": tools})

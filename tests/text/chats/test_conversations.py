@@ -131,8 +131,3 @@ def test_only_the_first_examples_are_kept(tmp_path):
     list(read_conversations(write(tmp_path, b"{\n" * 500), report=report))
     assert report.problems == {"broken JSON": 500}
     assert len(report.examples["broken JSON"]) == 3
-
-
-def test_an_unknown_on_error_is_refused(tmp_path):
-    with pytest.raises(UserError, match="must be 'skip' or 'stop'"):
-        list(read_conversations(write(tmp_path, LINE), on_error="ignore"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from errors import UserError
 from text.chats.chat_template import encode_chat
 from text.chats.encoded import EncodedPairs
 from text.chats.packed_dataset import CUT
-from text.chats.preferences import Preference, read_preferences, to_preference
+from text.chats.preferences import Preference, to_preference
 from text.sources.row_report import RowError
 
 USER = {"role": "user", "content": "Q"}
@@ -76,16 +75,6 @@ def test_every_layout_gives_the_same_pair(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_may_be_spelled_in_the_cells_of_a_table(layout, literal):
     assert to_preference(spelled(literal)[layout]) == Preference([USER, GOOD], [USER, BAD])
-
-
-def test_cells_of_a_csv_file_are_parsed(tmp_path):
-    for literal in (json.dumps, str, numpy_literal):
-        rows = [{"prompt": literal([USER]), "chosen": literal([GOOD]), "rejected": literal([BAD])}] * 2
-        with open(tmp_path / "a.csv", "w", encoding="utf8", newline="") as stream:
-            writer = csv.DictWriter(stream, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        assert list(read_preferences(tmp_path / "a.csv", "stop")) == [Preference([USER, GOOD], [USER, BAD])] * 2
 
 
 CALL, OBJECT = '[{"name": "查", "arguments": {}}]', '{"role": "CEO", "age": 3}'

@@ -9,6 +9,7 @@ import re
 import shutil
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,11 +215,19 @@ def test_a_folder_without_finished_shards_is_named(made, copy):
     (copy / "index.json").write_text(json.dumps(index)[:100])
     with pytest.raises(UserError, match=r"index.json: damaged"):
         ShardSet.open(copy)
+    for count in ("tokens", "documents"):
+        part = {**index["parts"][0]["train"], count: 1 << 20}
+        changed = index | {"parts": [index["parts"][0] | {"train": part}]}
+        (copy / "index.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"damaged \(counts of train-00000\)"):
+            ShardSet.open(copy)
 
 
-def test_an_impossible_share_is_named(corpus, tokenizer, tmp_path):
+def test_what_cannot_be_made_is_named(corpus, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"val_fraction 1\.0: give a share from 0 to below 1"):
         prepare_shards(str(corpus), tokenizer, tmp_path, val_fraction=1.0)
+    with pytest.raises(UserError, match="65,536 tokens do not fit 16-bit shards; use at most 65,535"):
+        prepare_shards(str(corpus), SimpleNamespace(vocab_size=65_536), tmp_path)
 
 
 def test_two_processes_do_not_prepare_the_same_folder(corpus, tokenizer, tmp_path):

@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
-from data_files import table_bytes, write_texts
+from data_files import read, stop, whole_rows, write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
 from text.corpus.corpus import Cleaner, Corpus
 from text.sources import data_file, json_rows
-from text.sources.data_file import DataFile
-from text.sources.registry import Source
 from text.sources.row_report import RowReport
-from text.sources.rows import TEXT_DOCUMENT, read_rows
+from text.sources.rows import TEXT_DOCUMENT
 
 CHINESE = "今天天气很好，我们去公园散步。"
 TEXTS = ["one", CHINESE, 'with "quotes", commas\nand lines', "last"]
-
-
-def write_table(path: Path, made: pa.Table) -> Path:
-    path.write_bytes(table_bytes(path.name, made))
-    return path
-
-
-def read(data: Path | str, **options) -> tuple[list[tuple[str, int]], dict[str, int]]:
-    """(text, line) of each document, and what was counted of rows and files."""
-    corpus = Corpus(str(data), **options)
-    rows = [(text, int(re.search(r":(\d+)(: element \d+)?$", place)[1])) for place, text in corpus]
-    return rows, dict(corpus.report.problems + corpus.report.files)
-
-
-def whole_rows(path: Path, on_error: str = "stop") -> list:
-    return [row for _, row in read_rows(Source(str(path)), on_error, RowReport())]
-
-
-def stop(data: Path | str, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        list(Corpus(str(data), on_error="stop", **options))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 LINES = {
@@ -125,23 +95,6 @@ def test_a_broken_row_costs_only_itself_and_is_named(kind, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert read(tmp_path / name) == (rows, counts)
     assert message is None or f"{name}{message}" in stop(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
-@pytest.mark.parametrize("as_words", [False, True])
-def test_a_table_row_that_is_not_utf8_costs_only_itself(name, as_words, tmp_path):
-    values = pa.array([b"one", "天气".encode("gbk"), b"two", b"t\0hree"], pa.binary()).view(pa.string())
-    column = pa.DictionaryArray.from_arrays(list(range(4)), values) if as_words and "arrow" in name else values
-    file = write_table(tmp_path / name, pa.table({"text": column, "n": range(4)}))
-    assert read(file) == ([("one", 1), ("two", 3)], {"undecodable": 1, "NUL byte": 1})
-    assert [row["text"] for row in whole_rows(file, "skip")] == ["one", "two", "t\0hree"]
-
-
-def test_a_table_column_of_numbers_is_named(tmp_path):
-    file = write_table(tmp_path / "a.parquet", pa.table({"text": range(200)}))
-    assert "a.parquet:1: column 'text' holds int; name a column of text" in stop(file)
-    with pytest.raises(UserError, match="column 'text' holds int"):
-        read(file)
 
 
 def test_a_wrong_column_ends_a_long_file_early(tmp_path):
@@ -233,8 +186,6 @@ def test_paths_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=what):
             Corpus(str(data))
-    with pytest.raises(UserError, match="must be 'skip' or 'stop'"):
-        Corpus(str(tmp_path), on_error="ignore")
 
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path))
@@ -278,72 +229,6 @@ def test_rows_of_a_file_that_cannot_be_read_to_its_end_stop_even_when_rows_are_s
     assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
 
 
-# What points outside of its file: pyarrow would read memory that is not its own, and take the program with it.
-LISTS = pa.array([["a"], ["b"]])
-OUTSIDE = [
-    (pa.array(["one", "two"]), [0, 3, 6], [0, 1 << 29, 1 << 30]),
-    (LISTS, [0, 1, 2], [0, 1 << 29, 1 << 30]),
-    (pa.StructArray.from_arrays([pa.array(["one", "two"])], ["a"]), [0, 3, 6], [0, 1 << 29, 1 << 30]),
-    (pa.array(["x" * 20, "y" * 20], pa.string_view()), None, 1 << 30),
-    (pa.array([["a"], ["b", "c"]], pa.list_view(pa.string())), [0, 1], [1 << 29, 1 << 30]),
-    (pa.array([["a"], ["b", "c"]], pa.large_list_view(pa.string_view())), [1, 0, 2, 0], [1, 0, 1 << 30, 0]),
-    (pa.array(["x", "y"]).dictionary_encode(), [0, 1], [0, 1 << 30]),
-]
-
-
-@pytest.mark.parametrize(("column", "sound", "damaged"), OUTSIDE, ids=[str(column.type) for column, _, _ in OUTSIDE])
-def test_an_arrow_file_that_points_outside_of_itself_is_refused(tmp_path, column, sound, damaged):
-    if sound is None:  # (size, first four bytes, buffer, offset) of each text
-        sound = np.frombuffer(column.buffers()[1], np.int32, 8).tolist()
-        damaged = [*sound[:-1], damaged]
-    file = write_table(tmp_path / "stream.arrow", pa.table({"a": column, "text": ["x", "y"]}))
-    content, part = file.read_bytes(), np.array(sound, np.int32).tobytes()
-    place = content.rindex(part)
-    file.write_bytes(content[:place] + np.array(damaged, np.int32).tobytes() + content[place + len(part) :])
-    assert "damaged" in stop(file)
-
-
-TEXT_TYPES = {
-    "string_view": pa.string_view(),
-    "large_string": pa.large_string(),
-    "dictionary": pa.dictionary(pa.int32(), pa.string()),
-    "dictionary of large_string": pa.dictionary(pa.uint8(), pa.large_string()),
-    "dictionary of string_view": pa.dictionary(pa.int8(), pa.string_view()),  # polars' categories
-}
-
-
-@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow", "a.parquet"])
-@pytest.mark.parametrize("kind", TEXT_TYPES)
-def test_every_type_of_text_is_read(kind, name, tmp_path):
-    texts, kind = [*TEXTS, None, "x" * 100], TEXT_TYPES[kind]
-    if name == "a.parquet" and kind == TEXT_TYPES["dictionary of string_view"]:
-        kind = TEXT_TYPES["dictionary"]  # which is what Parquet makes of it
-    if pa.types.is_dictionary(kind):
-        words = sorted({text for text in texts if text is not None})
-        places = pa.array([None if text is None else words.index(text) for text in texts], kind.index_type)
-        column = pa.DictionaryArray.from_arrays(places, pa.array(words).cast(kind.value_type))
-    else:
-        column = pa.array(texts, pa.string()).cast(kind)
-    file = write_table(tmp_path / name, pa.table({"n": [float("nan"), *range(5)], "text": column}))
-    assert read(file)[0] == [(text or "", line) for line, text in enumerate(texts, 1)]
-    rows = whole_rows(file)
-    assert [row.get("text") for row in rows] == texts and "text" not in rows[4] and "n" not in rows[0]
-
-
-@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow"])
-@pytest.mark.parametrize(
-    "lists", [pa.large_list, pa.list_view, pa.large_list_view, lambda kind: pa.list_(kind, 2)], ids=range(4)
-)
-@pytest.mark.parametrize(
-    "kind", [pa.string_view(), pa.large_string(), pa.struct([("role", pa.string_view())])], ids=str
-)
-def test_every_type_of_list_is_read(kind, lists, name, tmp_path):
-    inner = [{"role": "u"}, {"role": "a" * 50}] if pa.types.is_struct(kind) else ["u", "a" * 50]
-    turns = [inner, inner[::-1], inner]
-    file = write_table(tmp_path / name, pa.table({"turns": pa.array(turns, lists(kind))}))
-    assert [row["turns"] for row in whole_rows(file)] == turns
-
-
 def test_the_hub_is_streamed_or_refused_in_one_line(monkeypatch):
     def load(name: str, subset: str | None, **options: object) -> Iterator[dict]:
         if name != "someone/corpus":
@@ -384,91 +269,3 @@ def test_seen_hashes_are_a_set(tmp_path_factory, hashes):
         assert cleaner._is_new(digest) == (digest not in known)
         known.add(digest)
     cleaner.close()
-
-
-# JSON is read as what it is, whatever its name
-
-ROWS = [{"text": "one", "n": {"x": [1, {"y": "}"}]}}, {"text": "二\n]", "n": None}, {"text": "three"}]
-LAYOUTS = {
-    "lines": "".join(json.dumps(row) + "\n" for row in ROWS),
-    "a list": json.dumps(ROWS),
-    "a pretty list": json.dumps(ROWS, indent=2, ensure_ascii=False),
-    "pretty rows": "\n".join(json.dumps(row, indent=2) for row in ROWS),
-    "pretty rows with commas": ",\n".join(json.dumps(row, indent=2) for row in ROWS),
-    "rows over two lines": "".join(json.dumps(row).replace(", ", ",\n", 1) + "\n" for row in ROWS),
-    "a list in an object": json.dumps({"version": "1.0", "about": {"data": [1]}, "data": ROWS, "more": [1]}),
-    "a pretty list in an object": "\n\n" + json.dumps({"type": "x", "instances": ROWS}, indent=4),
-    "a line a row in an object": '{"data": [\n' + ",\n".join(map(json.dumps, ROWS)) + "\n]}\n",
-    "one pretty row": json.dumps(ROWS[0], indent=2),
-    "one row": json.dumps(ROWS[0]),
-    "one row with a list": json.dumps({**ROWS[0], "data": ["text", "text"]}, indent=1),
-    "one row with a conversation": json.dumps({**ROWS[0], "data": [{"role": "user", "content": "Q"}]}, indent=1),
-}
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chunk", [8, json_rows.CHUNK])
-def test_each_layout_is_recognised(layout, name, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "CHUNK", chunk)
-    (tmp_path / name).write_text(LAYOUTS[layout], encoding="utf-8")
-    found = whole_rows(tmp_path / name)
-    assert [row["text"] for row in found] == [row["text"] for row in (ROWS[:1] if "one" in layout else ROWS)]
-    assert found[0]["n"] == ROWS[0]["n"]
-    assert [text for text, _ in read(tmp_path / name)[0]] == [row["text"] for row in found]
-
-
-def test_rows_have_the_lines_they_begin_at(tmp_path):
-    path = tmp_path / "a.json"
-    for layout, places in (
-        ("pretty rows", [":1", ":12", ":16"]),
-        ("a line a row in an object", [":2: element 1", ":3: element 2", ":4: element 3"]),
-        ("a list", [":1: element 1", ":1: element 2", ":1: element 3"]),
-    ):
-        path.write_text(LAYOUTS[layout], encoding="utf-8")
-        found = [place for place, _ in read_rows(Source(str(path)), "stop", RowReport())]
-        assert found == [f"{path}{place}" for place in places] == [place for place, _ in Corpus(str(path))]
-
-
-def test_nan_is_missing_and_other_numbers_are_not(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": NaN, "n": [NaN, -Infinity, 1.5]}\n{"text": "x", "n": null}\n')
-    assert whole_rows(tmp_path / "a.jsonl") == [
-        {"text": None, "n": [None, float("-inf"), 1.5]},
-        {"text": "x", "n": None},
-    ]
-    assert read(tmp_path / "a.jsonl")[0] == [("", 1), ("x", 2)]
-
-
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        ('{\n"text": "x"\n}\n{\n"text": y\n}', ":5: broken JSON (Expecting value); fix it"),
-        ('{"data": [\n{"text": "x"},\n{"text": y}]}', ":3: the JSON array breaks off in element 2 (Expecting value"),
-        ('{\n"text": "' + "x" * 2000 + '"\n}', ":1: an object of more than 1,000 characters; write it as rows"),
-        ('[{"text": "' + "x" * 2000 + '"}]', ":1: an object of more than 1,000 characters; write it as rows"),
-        ('{"text": "' + "x" * 2000 + '"}', ":1: a line of 1,000 characters or more; break it into rows"),
-    ],
-)
-def test_what_cannot_be_read_to_its_end_is_one_line(content, what, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "CHUNK", 100)
-    monkeypatch.setattr(data_file, "ROW_LIMIT", 1000)
-    (tmp_path / "a.json").write_text(content)
-    assert f"a.json{what}" in stop(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize("layout", ["a list", "a pretty list", "a list in an object", "pretty rows", "lines"])
-def test_no_more_of_a_file_is_read_than_its_first_rows_need(layout, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "CHUNK", 1000)
-    monkeypatch.setattr(data_file, "ROW_LIMIT", 2000)
-    rows = [{"text": "x" * 50}] * 5000
-    whole = {
-        "a list": json.dumps(rows),
-        "a pretty list": json.dumps(rows, indent=1),
-        "a list in an object": json.dumps({"data": rows}),
-        "pretty rows": "\n".join(json.dumps(row, indent=1) for row in rows),
-        "lines": "\n".join(map(json.dumps, rows)),
-    }[layout]
-    (tmp_path / "a.json").write_text(whole)
-    file = DataFile(tmp_path / "a.json", RowReport(), "text")
-    next(json_rows.json_rows(file))
-    assert file.position < 20_000 < len(whole)

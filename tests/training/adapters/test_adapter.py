@@ -6,23 +6,21 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from peft import PeftModel
-from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.experts import LowRank
-from training.adapters.adapter import Adapter, read_config
-from training.adapters.experts_lora import ExpertsLora
 from training.adapters.lora import TARGETS, LoraSettings
 from training.losses import NextTokenLoss
 from training.optim.build import OptimSettings, build_optimizer, set_learning_rate
+
+if TYPE_CHECKING:
+    from training.adapters.adapter import Adapter
 
 IDS = torch.randint(0, 600, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -32,9 +30,21 @@ def base(tiny_model) -> MiniDeepSeek:
     return tiny_model(vocab_size=600)
 
 
+def added(model: MiniDeepSeek, settings: LoraSettings, base: str = "base") -> Adapter:
+    from training.adapters.adapter import Adapter  # peft takes seconds to import
+
+    return Adapter.add(model, settings, base)
+
+
+def opened(model: MiniDeepSeek, folder: Path) -> Adapter:
+    from training.adapters.adapter import Adapter
+
+    return Adapter.open(model, folder)
+
+
 def trained(model: MiniDeepSeek, settings: LoraSettings, base: str = "base") -> Adapter:
     """An adapter whose B is no longer 0."""
-    adapter = Adapter.add(model, settings, base)
+    adapter = added(model, settings, base)
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,7 +58,7 @@ def trained(model: MiniDeepSeek, settings: LoraSettings, base: str = "base") -> 
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_fresh_adapter_computes_what_its_base_does(base, targets):
     wanted = copy.deepcopy(base)(IDS).logits
-    Adapter.add(base, LoraSettings(targets=targets), "base")
+    added(base, LoraSettings(targets=targets), "base")
     torch.testing.assert_close(base.eval()(IDS).logits, wanted, rtol=0, atol=1e-6)
 
 
@@ -64,6 +74,9 @@ def test_a_fresh_adapter_computes_what_its_base_does(base, targets):
     ids=["attention", "ffn with rsLoRA", "experts", "all with rsLoRA", "DoRA"],
 )
 def test_the_adapter_opens_in_transformers_and_merges_into_the_same_numbers(base, settings, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     base.save_pretrained(tmp_path / "base")
     wanted = base(IDS).logits.detach()
     adapter = trained(base, settings)
@@ -79,7 +92,7 @@ def test_the_adapter_opens_in_transformers_and_merges_into_the_same_numbers(base
         torch.testing.assert_close(reference(IDS).logits.float(), ours, rtol=1e-4, atol=2e-5)
 
     again = MiniDeepSeek.from_pretrained(tmp_path / "base")
-    merged = Adapter.open(again, tmp_path / "adapter").merge()
+    merged = opened(again, tmp_path / "adapter").merge()
     assert type(merged) is MiniDeepSeek
     torch.testing.assert_close(merged.eval()(IDS).logits, ours, rtol=1e-4, atol=2e-5)
     merged.save_pretrained(tmp_path / "merged")
@@ -88,7 +101,7 @@ def test_the_adapter_opens_in_transformers_and_merges_into_the_same_numbers(base
 
 
 def test_the_layout_is_that_of_peft_and_a_few_numbers(base, tmp_path):
-    adapter = Adapter.add(base, LoraSettings(targets="all", r=4), "out/sft/final")
+    adapter = added(base, LoraSettings(targets="all", r=4), "out/sft/final")
     adapter.save(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == adapter.parameters
@@ -105,6 +118,10 @@ def test_experts_row_by_row_equal_peft_adding_the_product_to_their_matrices(base
     def values_and_gradients() -> list[torch.Tensor]:
         logits = base(IDS).logits
         return [logits.detach(), *torch.autograd.grad(logits.square().sum(), list(parameters.values()))]
+
+    from peft.tuners.lora.layer import ParamWrapper
+
+    from training.adapters.experts_lora import ExpertsLora
 
     ours = values_and_gradients()
     for module in base.modules():
@@ -139,7 +156,7 @@ def test_generation_with_an_adapter_equals_generation_with_it_merged(base):
 def test_short_names_choose_their_matrices_and_never_those_of_mtp(base):
     for targets, words in {"attention": "self_attn", "ffn": "_proj", "experts": "mlp.experts"}.items():
         model = copy.deepcopy(base)
-        Adapter.add(model, LoraSettings(targets=targets), "base")
+        added(model, LoraSettings(targets=targets), "base")
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert names and all(words in name and name.startswith("model.layers.") for name in names)
         others = {"attention": "mlp", "ffn": "self_attn", "experts": "shared"}[targets]
@@ -147,7 +164,9 @@ def test_short_names_choose_their_matrices_and_never_those_of_mtp(base):
 
 
 def test_lora_plus_gives_the_rates_that_peft_gives(base):
-    adapter = Adapter.add(base, LoraSettings(), "base")
+    from peft.optimizers import create_loraplus_optimizer
+
+    adapter = added(base, LoraSettings())
     ours = build_optimizer(base, OptimSettings(lr=1e-3, weight_decay=0.0), {"lora_B": 16.0})
     theirs = create_loraplus_optimizer(adapter.peft, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
     set_learning_rate(ours, 1e-3)
@@ -158,7 +177,7 @@ def test_lora_plus_gives_the_rates_that_peft_gives(base):
 
 
 def test_dropout_is_that_of_the_settings_and_none_in_the_experts(base):
-    Adapter.add(base, LoraSettings(targets="all", dropout=0.25), "base")
+    added(base, LoraSettings(targets="all", dropout=0.25), "base")
     rates = {type(module): module.lora_dropout for module in base.modules() if hasattr(module, "lora_dropout")}
     assert {kind.__name__ for kind in rates} == {"Linear", "ExpertsLora"}
     for kind, dropout in rates.items():
@@ -208,7 +227,7 @@ def test_settings_that_make_no_sense_are_refused(options, said):
 def test_experts_of_a_model_without_any_are_refused(tiny_model):
     dense = tiny_model(first_k_dense_replace=2, num_hidden_layers=2, num_nextn_predict_layers=0)
     with pytest.raises(UserError, match=r"does not fit the model .* choose other --lora.targets"):
-        Adapter.add(dense, LoraSettings(targets="experts"), "base")
+        added(dense, LoraSettings(targets="experts"), "base")
 
 
 def saved(base: MiniDeepSeek, folder: Path, **settings) -> Path:
@@ -219,12 +238,12 @@ def saved(base: MiniDeepSeek, folder: Path, **settings) -> Path:
 
 def test_an_adapter_of_another_model_is_refused_and_of_other_weights_noticed(base, tiny_model, tmp_path, capsys):
     folder = saved(base, tmp_path / "adapter")
-    Adapter.open(copy.deepcopy(base), folder)
+    opened(copy.deepcopy(base), folder)
     assert capsys.readouterr().err == ""
-    Adapter.open(tiny_model(seed=5, vocab_size=600), folder)
+    opened(tiny_model(seed=5, vocab_size=600), folder)
     assert "was trained on other weights" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not fit the model"):
-        Adapter.open(tiny_model(vocab_size=600, num_hidden_layers=2), folder)
+        opened(tiny_model(vocab_size=600, num_hidden_layers=2), folder)
 
 
 def test_damaged_adapters_are_named(base, tmp_path):
@@ -238,13 +257,13 @@ def test_damaged_adapters_are_named(base, tmp_path):
         kept = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(kind, match=str(path)):
-            Adapter.open(copy.deepcopy(base), folder)
+            opened(copy.deepcopy(base), folder)
         path.write_bytes(kept)
     tensors = load_file(weights)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, weights)
     with pytest.raises(UserError, match="does not fit the model"):
-        Adapter.open(copy.deepcopy(base), folder)
+        opened(copy.deepcopy(base), folder)
     shutil.rmtree(folder)
     with pytest.raises(UserError, match=r"no adapter_config.json in it"):
-        read_config(folder)
+        opened(base, folder)

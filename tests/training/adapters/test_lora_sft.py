@@ -49,9 +49,9 @@ def tune(run, arguments):
 
 
 @pytest.fixture(scope="module")
-def once(arguments, tmp_path_factory) -> Path:
+def tuned(arguments, tmp_path_factory) -> Path:
     """A run of one step. Tests copy what they change."""
-    out = tmp_path_factory.mktemp("once") / "run"
+    out = tmp_path_factory.mktemp("tuned") / "run"
     assert call_main(lora_sft.main, *arguments, "--out", out, "--max_steps", 1) == 0
     return out
 
@@ -123,9 +123,9 @@ def test_peft_opens_the_adapter_and_its_base_from_any_folder(tune, pretrained, t
     torch.testing.assert_close(theirs(ids).logits.float(), ours.eval()(ids).logits, rtol=1e-4, atol=2e-5)
 
 
-def test_an_adapter_opens_whatever_name_it_gives_its_base(once, pretrained, tmp_path):
+def test_an_adapter_opens_whatever_name_it_gives_its_base(tuned, pretrained, tmp_path):
     """A relative path, as adapters gave before, or one that is no longer there."""
-    folder = Path(shutil.copytree(once / "final", tmp_path / "adapter"))
+    folder = Path(shutil.copytree(tuned / "final", tmp_path / "adapter"))
     values = json.loads((folder / CONFIG).read_text())
     for name in ("out/sft/final", "/nowhere", None):
         (folder / CONFIG).write_text(json.dumps({**values, "base_model_name_or_path": name}))
@@ -169,8 +169,8 @@ def test_two_ranks_and_recomputed_activations_train_the_adapter_of_one_process(t
         torch.testing.assert_close(weights(out), weights(one), rtol=rtol, atol=1e-6)
 
 
-def test_resuming_on_another_base_or_with_another_rank_is_refused(tune, once, tmp_path, pretrained):
-    out = Path(shutil.copytree(once, tmp_path / "run"))
+def test_resuming_on_another_base_or_with_another_rank_is_refused(tune, tuned, tmp_path, pretrained):
+    out = Path(shutil.copytree(tuned, tmp_path / "run"))
     assert "does not fit" in tune(out, "--max_steps", 2, "--resume", "--lora.r", 4, code=2).err
     other = Path(shutil.copytree(pretrained / "final", tmp_path / "other"))
     model = MiniDeepSeek.from_pretrained(other)
@@ -181,15 +181,15 @@ def test_resuming_on_another_base_or_with_another_rank_is_refused(tune, once, tm
     assert "was trained on other weights" in done.err and "--ckpt" in done.err
 
 
-def test_an_adapter_is_not_taken_for_a_checkpoint(once, pretrained):
+def test_an_adapter_is_not_taken_for_a_checkpoint(tuned, pretrained):
     with pytest.raises(UserError, match=r"is an adapter, not a model; .* --lora"):
-        Answerer.open(str(once / "final"))
+        Answerer.open(str(tuned / "final"))
     with pytest.raises(UserError, match=r"no adapter_config.json in it"):
         Answerer.open(str(pretrained / "final"), lora=str(pretrained / "final"))
 
 
-def test_an_adapter_for_another_tokenizer_is_refused(once, tmp_path, pretrained):
-    path = Path(shutil.copytree(once / "final", tmp_path / "adapter")) / "tokenizer.json"
+def test_an_adapter_for_another_tokenizer_is_refused(tuned, tmp_path, pretrained):
+    path = Path(shutil.copytree(tuned / "final", tmp_path / "adapter")) / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf8"))
     merges = tokenizer["model"]["merges"]
     merges[0], merges[1] = merges[1], merges[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call_main
 from forked import script_on_ranks
 from safetensors.torch import load_file
 
@@ -23,7 +24,6 @@ from training.run.log import read_metrics
 from world.cast import World
 from world.chats import preference
 
-ROOT = Path(__file__).resolve().parents[3]
 LOGGED = {"accuracy", "margin", "chosen_log_prob", "rejected_log_prob", "kl", "nll"}
 CLOCK = {"tokens_per_second", "mfu", "seconds", "memory"}
 
@@ -37,7 +37,7 @@ def arguments(pretrained: Path, world: Path, tmp_path_factory) -> list[object]:
     given = {
         "ckpt": pretrained / "final", "data": pairs, "sequence_length": 128, "batch_tokens": 1024,
         "micro_tokens": 512, "val_fraction": 0.2, "val_text": world / "heldout.txt", "val_tokens": 2048, "log_every": 1,
-        "dtype": "fp32", "device": "cpu", "max_steps": 4, "optim.lr": 1e-3,
+        "dtype": "fp32", "device": "cpu", "max_steps": 3, "optim.lr": 2e-3,
     }  # fmt: skip
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
@@ -52,21 +52,19 @@ def entries(out: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory) -> Path:
-    """A run of twelve steps with checkpoints on its way."""
-    from conftest import call_main
-
+    """A run of eight steps with checkpoints on its way."""
     out = tmp_path_factory.mktemp("dpo") / "run"
-    assert call_main(dpo_train.main, *arguments, "--out", out, "--max_steps", 12, "--save_every", 5, "--keep", 9) == 0
+    assert call_main(dpo_train.main, *arguments, "--out", out, "--max_steps", 8, "--save_every", 3, "--keep", 9) == 0
     return out
 
 
 def test_held_out_pairs_are_preferred_more_after_training(finished):
     log = entries(finished)
-    assert [entry["step"] for entry in log] == list(range(13))
+    assert [entry["step"] for entry in log] == list(range(9))
     assert log[1].keys() >= LOGGED and log[0].keys() >= {f"val_{name}" for name in LOGGED}
     assert log[0]["val_accuracy"] == 0.5 and log[0]["val_margin"] == 0  # it is its own reference
     assert log[0]["val_loss"] == log[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert log[-1]["val_accuracy"] > 0.75 and log[-1]["val_margin"] > 0.5 and log[-1]["val_loss"] < 0.5
+    assert log[-1]["val_accuracy"] > 0.75 and log[-1]["val_margin"] > 0.5 and log[-1]["val_loss"] < 0.6
     assert log[0]["val_bits_per_byte"] > 0 and "val_bits_per_byte" in log[-1]
 
 
@@ -81,19 +79,15 @@ def test_router_biases_and_the_mtp_layer_stand_still(finished, pretrained):
 
 @pytest.mark.parametrize("precompute", [True, False])
 def test_a_resume_is_exact(precompute, arguments, finished, tmp_path, run):
-    """From step 5 on; the reference is what training began with, not what it had become."""
-    out = tmp_path / "run"
-    options = [*arguments, "--out", out, "--max_steps", 12, "--precompute_reference", str(precompute).lower()]
-    if precompute:
-        whole = finished
-    else:
-        whole = tmp_path / "whole"
-        assert run(dpo_train.main, *options, "--out", whole, "--save_every", 5, "--keep", 9).code == 0
-    shutil.copytree(whole, out)
-    shutil.rmtree(out / "final")
-    shutil.rmtree(out / "step-10")
-    done = run(dpo_train.main, *options, "--resume")
-    assert done.code == 0 and f"resuming from {out / 'step-5'}" in done.out
+    """From step 3 on; the reference is what training began with, not what it had become."""
+    out, whole = tmp_path / "run", finished
+    options = [*arguments, "--max_steps", 8, "--precompute_reference", str(precompute).lower()]
+    if not precompute:
+        whole, options = tmp_path / "whole", [*options, "--max_steps", 4]
+        assert run(dpo_train.main, *options, "--out", whole, "--save_every", 3, "--keep", 9).code == 0
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("final", "step-6"))
+    done = run(dpo_train.main, *options, "--out", out, "--resume")
+    assert done.code == 0 and f"resuming from {out / 'step-3'}" in done.out
     assert entries(out) == entries(whole)
     for name in ("model.safetensors", "training/state.safetensors"):
         assert (out / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
@@ -182,21 +176,17 @@ def test_its_relatives_learn_the_same_pairs(options, arguments, tmp_path, run):
 
 def test_what_another_reference_said_is_not_used(arguments, pretrained, tmp_path, run):
     """A run that ended before its first checkpoint leaves the file, and is begun again with another model."""
-    out = tmp_path / "run"
-    assert run(dpo_train.main, *arguments, "--out", out, "--max_steps", 1).code == 0
-    shutil.rmtree(out / "final")
-    first = load_file(out / "reference.safetensors")["log_probs"]
-    other = MiniDeepSeek.from_pretrained(pretrained / "final")
+    out, other = tmp_path / "run", Path(shutil.copytree(pretrained / "final", tmp_path / "other"))
+    model = MiniDeepSeek.from_pretrained(other)
     with torch.no_grad():
-        other.lm_head.weight.mul_(1.5)
-    other.save_pretrained(tmp_path / "other")
-    Tokenizer.from_folder(pretrained / "final").save(tmp_path / "other")
-    given = ["--out", out, "--max_steps", 1, "--resume", "true"]
-    assert run(dpo_train.main, *arguments, *given).code == 0
-    assert torch.equal(load_file(out / "reference.safetensors")["log_probs"], first)
-    shutil.rmtree(out / "final")
-    assert run(dpo_train.main, *arguments, *given, "--reference", tmp_path / "other").code == 0
-    assert not torch.equal(load_file(out / "reference.safetensors")["log_probs"], first)
+        model.lm_head.weight.mul_(1.5)
+    model.save_pretrained(other)
+    heard = []
+    for options in ([], ["--resume", "true"], ["--resume", "true", "--reference", other]):
+        assert run(dpo_train.main, *arguments, "--out", out, "--max_steps", 1, *options).code == 0
+        heard.append(load_file(out / "reference.safetensors")["log_probs"])
+        shutil.rmtree(out / "final")
+    assert torch.equal(heard[0], heard[1]) and not torch.equal(heard[0], heard[2])
 
 
 @pytest.fixture

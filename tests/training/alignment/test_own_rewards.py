@@ -80,11 +80,3 @@ def test_the_table_names_what_a_sample_has():
 def test_both_pages_have_the_same_examples():
     assert blocks(PAGES[0], "python") == blocks(PAGES[1], "python")
     assert blocks(PAGES[0], "bash") == blocks(PAGES[1], "bash")
-
-
-def test_a_module_that_is_nowhere_is_one_line_with_what_to_do(run, pretrained, tmp_path):
-    given = ["--ckpt", pretrained / "final", "--data", "arithmetic:1", "--out", tmp_path / "run"]
-    done = run(grpo_train.main, *given, "--rewards", '{"nowhere.py:f": 1}')
-    assert done.code == 2 and done.err.startswith("error: reward 'nowhere.py:f': cannot be imported (ModuleNotFound")
-    assert done.err.endswith("; name it MODULE:FUNCTION, and put the module into the folder you are in or into one of "
-                             "PYTHONPATH\n")  # fmt: skip

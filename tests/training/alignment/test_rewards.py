@@ -27,23 +27,13 @@ def worth(name: str, text: str, answer: str = "7", question: str = "How many?", 
 @pytest.mark.parametrize(
     ("wanted", "text"),
     [
-        ("7", GOOD),
-        ("7", FLAT),
-        ("7", "3加4等于7。"),
-        ("7", "So 3+4=7"),
-        ("-7", "3-10=-7"),
-        ("0.5", "<answer>1/2</answer>"),
-        ("1/2", "It is 0.50."),
-        ("1000", "That makes $1,000."),
-        ("1/2", r"Thus \boxed{\frac{1}{2}}."),
-        ("7", "第一步3，第二步4\n#### 7"),
-        ("12", "１２"),
-        (r"\frac{3}{4}", "0.75"),
-        (r"\sqrt{2}", r"\boxed{\sqrt 2}"),
-        ("月牙镇", "<answer> 月牙镇。</answer>"),
+        ("7", GOOD), ("7", FLAT), ("7", "3加4等于7。"), ("7", "So 3+4=7"), ("-7", "3-10=-7"),
+        ("0.5", "<answer>1/2</answer>"), ("1/2", "It is 0.50."), ("1000", "That makes $1,000."),
+        ("1/2", r"Thus \boxed{\frac{1}{2}}."), ("7", "第一步3，第二步4\n#### 7"), ("12", "１２"),
+        (r"\frac{3}{4}", "0.75"), (r"\sqrt{2}", r"\boxed{\sqrt 2}"), ("月牙镇", "<answer> 月牙镇。</answer>"),
         ("Blue", "<think>\nsky\n</think>\n<answer>\nblue.\n</answer>"),
     ],
-)
+)  # fmt: skip
 def test_the_right_answer_earns_its_reward(wanted, text):
     assert worth("correct", text, wanted) == 1
 
@@ -51,25 +41,13 @@ def test_the_right_answer_earns_its_reward(wanted, text):
 @pytest.mark.parametrize(
     ("wanted", "text"),
     [
-        ("7", ""),
-        ("7", "   \n"),
-        ("7", TRUNCATED + " 7"),  # cut in its thoughts
-        ("7", NESTED.replace("7", "8")),
-        ("7", REPEATED),  # two guesses
-        ("7", OUTSIDE),
-        ("7", WITHIN),
-        ("7", "<answer>7"),
-        ("7", "</answer>7<answer>"),
-        ("7", "1 2 3 4 5 6 7 8"),
-        ("7", "<answer>6 or 7 or 8</answer>"),
-        ("7", r"\boxed{7} or rather \boxed{8}"),
+        ("7", ""), ("7", "   \n"), ("7", TRUNCATED + " 7"), ("7", NESTED.replace("7", "8")), ("7", REPEATED),
+        ("7", OUTSIDE), ("7", WITHIN), ("7", "<answer>7"), ("7", "</answer>7<answer>"), ("7", "1 2 3 4 5 6 7 8"),
+        ("7", "<answer>6 or 7 or 8</answer>"), ("7", r"\boxed{7} or rather \boxed{8}"),
         ("7", r"\boxed{3+4\,}"),  # the question is not its answer
-        ("7", r"\boxed{7"),
-        ("7", "3/0"),
-        ("17", "7"),
-        ("Blue", "blue or green"),
+        ("7", r"\boxed{7"), ("7", "3/0"), ("17", "7"), ("Blue", "blue or green"),
     ],
-)
+)  # fmt: skip
 def test_no_other_text_earns_it(wanted, text):
     assert worth("correct", text, wanted) == 0
 
@@ -180,11 +158,8 @@ def test_a_faulty_reward_is_named_in_one_line(name, what):
     with pytest.raises(UserError) as raised:
         Rewards.of({f"{__name__}:{name}": 1.0})(SAMPLES)
     message = str(raised.value)
-    assert (
-        message.startswith(f"reward '{__name__}:{name}': {what}")
-        and "\n" not in message
-        and "out of rewards" in message
-    )
+    assert message.startswith(f"reward '{__name__}:{name}': {what}")
+    assert "\n" not in message and "out of rewards" in message
 
 
 @pytest.mark.parametrize(
@@ -194,7 +169,10 @@ def test_a_faulty_reward_is_named_in_one_line(name, what):
         ({"corect": 1}, "'corect': not one of correct"),
         ({"correct": float("nan")}, "weight of 'correct' is nan"),
         ({"correct": "much"}, "weight of 'correct' is 'much'"),
-        ({"no_such_module:f": 1}, "cannot be imported .ModuleNotFoundError"),
+        (
+            {"no_such_module:f": 1},
+            "cannot be imported .ModuleNotFoundError.*; name it MODULE:FUNCTION, and put",
+        ),
         ({f"{__name__}:no_such": 1}, "cannot be imported .AttributeError"),
         ({f"{__name__}:GOOD": 1}, "is str; it must be a function"),
     ],
@@ -205,16 +183,7 @@ def test_a_wrong_choice_of_rewards_is_named(rewards, what):
 
 
 def test_the_rewards_of_the_project_are_listed():
-    assert names() == [
-        "correct",
-        "digits_only",
-        "language",
-        "loose_format",
-        "near",
-        "overlong",
-        "strict_format",
-        "tag_count",
-    ]
+    assert " ".join(names()) == "correct digits_only language loose_format near overlong strict_format tag_count"
 
 
 def test_what_a_reward_says_to_people_is_not_wrapped_up():

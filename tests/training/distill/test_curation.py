@@ -31,7 +31,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
 
 
-def test_what_is_kept_and_dropped_adds_up(tmp_path):
+def test_what_is_kept_and_dropped_adds_up(tmp_path, capsys):
     prompts = [to_prompt({"question": "1+1?", "answer": "2"}), to_prompt({"prompt": "Say hello."})]
     thoughts = "<think>\nfirst\n</think>\nthen"
     texts = [["it is 2", " 2\n", "2", "3", "cut", "I say it is 2"]]
@@ -40,14 +40,16 @@ def test_what_is_kept_and_dropped_adds_up(tmp_path):
     pairs = [(ask, text) for i in (0, 1) for ask, text in zip(asks[i], texts[i], strict=True) if text != "never given"]
     known = {ask.key: Answer(text, "length" if text == "cut" else "stop") for ask, text in pairs}
     settings = AnswerSettings(samples=6, keep_answers=2)
-    chats, curation = curate(prompts, asks, known, settings, Rewards.of({"correct": 1.0}), 99)
+    chats, answers = curate(prompts, asks, known, settings, Rewards.of({"correct": 1.0}), 99)
     assert [[c[0]["content"], c[-1]["content"]] for c in chats] == [
         ["1+1?", "2"], ["1+1?", "it is 2"], ["Say hello.", "half \ud83d"], ["Say hello.", thoughts]
     ]  # fmt: skip
-    assert curation.dropped == {
-        "cut at the limit": 1, "wrong": 1, "duplicate": 2, "more than --keep_answers": 2, "empty": 1
-    }  # fmt: skip
-    assert curation.answers == 11 == curation.kept + curation.dropped.total() and curation.unverified == 2
+    total, *dropped = capsys.readouterr().out.splitlines()
+    assert total == "11 answers to 2 prompts: 4 kept, 2 of them unverified, 7 dropped; 0 prompts without an answer"
+    assert sorted(dropped) == [
+        "  1 x cut at the limit", "  1 x empty", "  1 x wrong", "  2 x duplicate", "  2 x more than --keep_answers"
+    ]  # fmt: skip
+    assert answers == 11
     write_chats(tmp_path / "a" / "c.jsonl", chats)
     found = list(read_conversations(tmp_path / "a" / "c.jsonl"))  # half a character does not stop the file
     assert [*found[:2], found[3]] == [*chats[:2], chats[3]] and "half" in found[2][1]["content"]
@@ -145,7 +147,7 @@ def test_transformers_and_we_give_the_same_greedy_answers(pretrained, monkeypatc
     folder = str(pretrained / "final")
     asks = [ask(question) for question in ("春天来了吗？", "hello", "1加1等于几？")]
     ours = dict(open_local(folder, 0.0, 8, 0, torch.float32, CPU).answers(asks))
-    monkeypatch.setattr("training.distill.local_answers.is_ours", lambda name: False)
+    monkeypatch.setattr("training.distill.teacher.is_ours", lambda name: False)
     theirs = dict(open_local(folder, 0.0, 8, 0, torch.float32, CPU).answers(asks))
     assert {a: answer.text for a, answer in ours.items()} == {a: answer.text for a, answer in theirs.items()}
     assert {a: answer.finish for a, answer in ours.items()} == {a: answer.finish for a, answer in theirs.items()}
@@ -158,11 +160,10 @@ def test_transformers_and_we_give_the_same_greedy_answers(pretrained, monkeypatc
 def test_a_checkpoint_writes_a_file_and_a_fresh_student_learns_it(pretrained, tmp_path, run):
     data = tmp_path / "p.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"数到{n}。"}) + "\n" for n in range(30)), encoding="utf8")
-    given = ["--method", "answers", "--teacher", pretrained / "final", "--data", data, "--max_new_tokens", 40]
-    given += ["--sequence_length", 64, "--batch_tokens", 256, "--dtype", "fp32", "--samples", 4]
+    given = collecting(pretrained, data, "--sequence_length", 64, "--batch_tokens", 256, "--samples", 4)
     fresh = ["--student", "{preset: demo, hidden_size: 32, num_hidden_layers: 2}", "--max_steps", 2]
     out: Path = tmp_path / "out"
-    done = run(distill.main, *given, "--out", out, *fresh)
+    done = run(distill.main, *given, "--max_new_tokens", 40, "--out", out, *fresh)
     assert done.code == 0, done.err
     assert MiniDeepSeek.from_pretrained(out / "final").config.hidden_size == 32
     assert (out / "final" / "tokenizer.json").read_text() == (pretrained / "final" / "tokenizer.json").read_text()
@@ -171,15 +172,5 @@ def test_a_checkpoint_writes_a_file_and_a_fresh_student_learns_it(pretrained, tm
 def test_many_ranks_do_not_ask(pretrained, tmp_path, run, monkeypatch):
     monkeypatch.setattr(distill, "begin", lambda settings: distill.Ranks(0, 2, CPU))
     monkeypatch.setattr(distill.Ranks, "on_main", lambda ranks, work: work())
-    done = run(
-        distill.main,
-        "--method",
-        "answers",
-        "--teacher",
-        pretrained / "final",
-        "--data",
-        "arithmetic:1",
-        "--out",
-        tmp_path,
-    )
+    done = run(distill.main, *collecting(pretrained, "arithmetic:1", "--out", tmp_path))
     assert done.code == 2 and "one process asks" in done.err

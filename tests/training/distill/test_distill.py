@@ -46,7 +46,7 @@ def student(pretrain_arguments, tmp_path_factory) -> Path:
 def arguments(student, pretrained, world) -> list[object]:
     given = {"ckpt": student, "teacher": pretrained / "final", "data": world / "sft.jsonl", "sequence_length": 96}
     given |= {"batch_tokens": 960, "micro_tokens": 480, "dtype": "fp32", "log_every": 1, "val_tokens": 960}
-    given |= {"max_new_tokens": 12, "optim.lr": 3e-3, "val_fraction": 0.1}
+    given |= {"max_new_tokens": 12, "optim.lr": 3e-3, "val_fraction": 0}
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
@@ -54,7 +54,7 @@ def entries(out: Path) -> list[dict]:
     return [entry for entry in read_metrics(out / "metrics.jsonl") if entry["step"]]
 
 
-@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "jsd"])
+@pytest.mark.parametrize("loss", ["skewed_forward_kl", "reverse_kl"])
 def test_each_loss_brings_the_student_nearer_to_its_teacher(
     loss, arguments, student, pretrained, world, tokenizer, run, tmp_path
 ):
@@ -87,7 +87,7 @@ def test_cross_entropy_alone_is_fine_tuning_to_the_bit(arguments, run, tmp_path)
 
 
 def test_what_was_asked_once_trains_like_what_is_asked_at_every_step(arguments, run, tmp_path):
-    options = ["--max_steps", 3, "--temperature", 2, "--loss", "reverse_kl"]
+    options = ["--max_steps", 2, "--temperature", 2, "--loss", "reverse_kl"]
     assert run(distill.main, *arguments, "--out", tmp_path / "live", *options).code == 0
     done = run(distill.main, *arguments, "--out", tmp_path / "kept", *options, "--precompute_top_k", 600)
     assert done.code == 0 and "asking the teacher about" in done.out, done.err
@@ -95,12 +95,12 @@ def test_what_was_asked_once_trains_like_what_is_asked_at_every_step(arguments, 
     live, kept, few = ([e["divergence"] for e in entries(tmp_path / name)] for name in ("live", "kept", "few"))
     assert kept == pytest.approx(live, rel=2e-3) and 0.2 * live[0] < few[0] < live[0]
     # What is there is not asked again, not even by another run of the folder.
-    more = [*options, "--precompute_top_k", 600, "--max_steps", 4, "--resume"]
+    more = [*options, "--precompute_top_k", 600, "--max_steps", 3, "--resume"]
     done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more)
     assert done.code == 0 and "asking the teacher" not in done.out
-    for change in (["--temperature", 3], ["--precompute_top_k", 500]):  # what it said before is of no use
-        done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more, *change)
-        assert "asking the teacher about" in done.out, (change, done.err)
+    # What it said before, at another temperature, is of no use.
+    done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more, "--temperature", 3)
+    assert "asking the teacher about" in done.out, done.err
 
 
 def chat_data(world, tokenizer, length: int = 96) -> ChatDataset:

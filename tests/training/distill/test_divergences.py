@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
+from divergence_formulas import NAIVE, divergence
 
 import training.losses
-from training.distill.distillation import LOSSES, DistillationSettings, Logits, distillation_sum
+from training.distill.distillation import LOSSES, Logits, distillation_sum
 from training.distill.divergences import (
     forward_kl,
-    generalised_jsd,
     logit_gradient,
     reverse_kl,
     skewed_forward_kl,
@@ -28,24 +26,8 @@ def chunks(request, monkeypatch) -> None:
     monkeypatch.setattr(training.losses, "CHUNK_ELEMENTS", request.param)
 
 
-def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    return (p * (p.log() - q.log())).sum(-1)
-
-
-# The papers' formulas, word for word, over probabilities.
-NAIVE = {
-    "forward_kl": lambda p, q: kl(p, q),
-    "reverse_kl": lambda p, q: kl(q, p),
-    "skewed_forward_kl": lambda p, q, a=0.3: kl(p, a * p + (1 - a) * q),
-    "skewed_reverse_kl": lambda p, q, a=0.3: kl(q, (1 - a) * p + a * q),
-    "jsd": lambda p, q, b=0.2: b * kl(p, b * p + (1 - b) * q) + (1 - b) * kl(q, b * p + (1 - b) * q),
-}
 NAMES = sorted(NAIVE)
 assert set(LOSSES) == set(NAIVE)
-
-
-def divergence(name: str):
-    return DistillationSettings(loss=name, skew=0.3, beta=0.2).divergence
 
 
 def distributions(scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,14 +54,6 @@ def plain(hidden, head, labels, said: Logits, name: str, temperature: float, ce_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equal_distributions_are_at_distance_0_and_pull_nowhere(name):
-    log_p, _ = distributions()
-    value, flow = divergence(name)(log_p, log_p)
-    torch.testing.assert_close(value, torch.zeros(N), atol=1e-6, rtol=0)
-    torch.testing.assert_close(logit_gradient(log_p, flow), torch.zeros(N, VOCAB), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_those_of_the_formula(name):
     log_p, _ = distributions()
     z = torch.randn(N, VOCAB, requires_grad=True)
@@ -95,35 +69,12 @@ def test_value_and_gradient_are_those_of_the_formula(name):
 @pytest.mark.parametrize(("skewed", "plain"), [(skewed_forward_kl, forward_kl), (skewed_reverse_kl, reverse_kl)])
 def test_a_skewed_kl_is_the_plain_one_at_lambda_0_and_nothing_at_1(skewed, plain):
     log_p, log_q = distributions()
-    for got, want in zip(skewed(log_p, log_q, 0), plain(log_p, log_q), strict=True):
-        torch.testing.assert_close(logit_gradient(log_q, got) if got.dim() == 2 else got,
-                                   logit_gradient(log_q, want) if want.dim() == 2 else want)  # fmt: skip
+    (value, flow), (want, plain_flow) = skewed(log_p, log_q, 0), plain(log_p, log_q)
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(logit_gradient(log_q, flow), logit_gradient(log_q, plain_flow))
     value, flow = skewed(log_p, log_q, 1)
     assert not value.any()
     torch.testing.assert_close(logit_gradient(log_q, flow), torch.zeros(N, VOCAB), atol=1e-6, rtol=0)
-
-
-def test_skewing_bounds_the_forward_kl_where_the_student_is_sure_and_wrong():
-    log_p = torch.tensor([[0.0, -90.0]]).log_softmax(-1)
-    log_q = torch.tensor([[-90.0, 0.0]]).log_softmax(-1)
-    assert forward_kl(log_p, log_q)[0] > 80
-    assert skewed_forward_kl(log_p, log_q, 0.1)[0] <= -torch.tensor(0.1).log()
-
-
-def test_jensen_shannon_is_symmetric_at_a_half_and_at_most_log_2():
-    log_p, log_q = distributions(scale=9.0)
-    there, back = (generalised_jsd(*pair, 0.5)[0] for pair in ((log_p, log_q), (log_q, log_p)))
-    torch.testing.assert_close(there, back)
-    assert (there <= math.log(2) + 1e-6).all()
-    uneven = [generalised_jsd(*pair, 0.2)[0] for pair in ((log_p, log_q), (log_q, log_p))]
-    assert not torch.allclose(*uneven)
-
-
-@pytest.mark.parametrize(("beta", "plain", "size"), [(1e-3, forward_kl, 1e-3), (1 - 1e-3, reverse_kl, 1e-3)])
-def test_the_generalised_jsd_tends_to_both_kls(beta, plain, size):
-    log_p, log_q = (logs.double() for logs in distributions(scale=0.5))
-    near = generalised_jsd(log_p, log_q, beta)[0] / size
-    torch.testing.assert_close(near, plain(log_p, log_q)[0], rtol=0.02, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,13 +105,6 @@ def test_what_a_teacher_forbids_is_improbable_not_infinite():
     log_p = Logits(logits, None).log_probs(slice(4), 1.0)
     value, flow = reverse_kl(log_p, torch.randn(4, VOCAB).log_softmax(-1))
     assert log_p[:, 7].exp().sum() == 0 and value.isfinite().all() and flow.isfinite().all()
-
-
-def test_a_teacher_is_cut_to_the_students_tokens_and_made_whole():
-    states, head = torch.randn(5, WIDER), torch.randn(VOCAB + 9, WIDER)
-    log_p = Logits(states, head[:VOCAB]).log_probs(slice(5), 1.0)
-    whole = (states @ head.t()).softmax(-1)[:, :VOCAB]
-    torch.testing.assert_close(log_p.exp(), whole / whole.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

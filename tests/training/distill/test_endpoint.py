@@ -5,11 +5,8 @@ from __future__ import annotations
 import email.utils
 import json
 import os
-import signal
 import socket
 import socketserver
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,16 +18,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import call_main
+from forked import Forked
 
 import distill
 import training.distill.answers
-import training.distill.curation
+import training.distill.endpoint
 from errors import UserError
 from text.chats.conversations import read_conversations
-from training.distill.answers import Answer, Ask, AskReport, Failure, Journal, ask_all
+from training.distill.answers import Answer, Ask, Failure, Journal, ask_all
 from training.distill.endpoint import LONGEST_WAIT, Endpoint, seconds_to_wait
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 class Server(ThreadingHTTPServer):
@@ -165,9 +162,7 @@ def test_answers_come_with_their_end_and_length(server):
 CUT_OFF, NO_CHOICE = b'{"choices": [{"mess', b'{"choices": []}'
 
 
-@pytest.mark.parametrize(
-    "mood", [429, 500, 503, (429, "0"), (503, "odd"), "silence", "hang up", CUT_OFF, NO_CHOICE], ids=str
-)
+@pytest.mark.parametrize("mood", [429, 500, (503, "odd"), "silence", "hang up", CUT_OFF, NO_CHOICE], ids=str)
 def test_a_transient_fault_is_asked_again(mood, server):
     server.moods["q"] = [mood, mood, "well"]
     got = replies(endpoint(server, timeout=0.5 if mood == "silence" else 30.0), "q")
@@ -200,13 +195,11 @@ def test_pauses_grow_and_are_not_the_same_for_all(server):
     assert all(2**n / 2 <= pause <= 2**n for n, pause in enumerate(pauses[:3])) and len(set(pauses)) == 6
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_a_server_that_names_the_wait_is_obeyed(form, server):
-    wish = "3" if form == "seconds" else email.utils.formatdate(time.time() + 4, usegmt=True)
-    server.moods["q"] = [(429, wish), "well"]
+def test_a_server_that_names_the_wait_is_obeyed(server):
+    server.moods["q"] = [(429, email.utils.formatdate(time.time() + 4, usegmt=True)), (429, "3"), "well"]
     pauses, sleep = noted()
     replies(endpoint(server, sleep=sleep), "q")
-    assert len(pauses) == 1 and 2 < pauses[0] <= 4
+    assert len(pauses) == 2 and 2 < pauses[0] <= 4 and pauses[1] == 3
 
 
 @pytest.mark.parametrize(
@@ -252,16 +245,10 @@ def test_who_stops_does_not_wait_for_the_others(server, tmp_path):
     assert not server.quiet.is_set() and "slow" in server.questions()
 
 
-def test_many_reasons_are_shown_as_the_most_frequent_and_a_rest():
-    lines = AskReport(14, failures=Counter({"often": 3, **{f"id {n}": 1 for n in range(11)}})).lines()
-    assert len(lines) == 12 and "3 without an answer: often" in lines[1]
-    assert lines[-1].strip() == "2 without an answer for other reasons"
-
-
 # Proxies
 
 
-@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "all_proxy"])
 def test_a_proxy_of_the_environment_is_used(name, server, monkeypatch):
     monkeypatch.setenv(name, server.url.removesuffix("/v1"))
     got = replies(endpoint(server, url="http://teacher.invalid/v1"), "q")
@@ -284,7 +271,7 @@ def test_a_socks_proxy_is_greeted_and_what_is_none_counts_as_a_broken_connection
     assert heard == [b"\5\1\0"] * 2  # version 5, one way to log in: none (RFC 1928)
 
 
-@pytest.mark.parametrize("addresses", ["::1", "[::1]", "::1/128", "[::1]:1", "fe80::/10, ::1"])
+@pytest.mark.parametrize("addresses", ["::1", "[::1]:1", "fe80::/10, ::1"])
 def test_no_proxy_may_hold_ipv6_addresses(addresses, server, monkeypatch):
     """Whether this machine speaks IPv6 or not: what is told apart is who was asked."""
     monkeypatch.setenv("ALL_PROXY", server.url.removesuffix("/v1"))
@@ -305,13 +292,13 @@ def test_a_malformed_proxy_is_one_line(value, server, monkeypatch):
 # The journal
 
 
-def test_what_was_answered_is_not_asked_again_and_a_torn_last_line_is(server, tmp_path):
+def test_what_was_answered_is_not_asked_again_and_a_torn_last_line_is(server, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     ask_all(endpoint(server, concurrency=1), asks("a", "b"), Journal(path))
     path.write_bytes(path.read_bytes()[:-9])
-    report = ask_all(endpoint(server, concurrency=1), asks("a", "b", "c"), Journal(path))
+    ask_all(endpoint(server, concurrency=1), asks("a", "b", "c"), Journal(path))
     assert server.questions() == ["a", "b", "b", "c"]
-    assert (report.questions, report.before, report.answered) == (3, 1, 2)
+    assert "3 questions: 1 answered before, 2 now" in capsys.readouterr().out
     assert [answer.text for answer in Journal(path).known.values()] == [f"the answer to {q}" for q in "abc"]
 
 
@@ -320,7 +307,7 @@ def test_a_broken_line_elsewhere_is_named_and_odd_characters_survive(server, tmp
     server.usual = lambda question: text
     ask_all(endpoint(server), asks("a"), Journal(path))
     assert [answer.text for answer in Journal(path).known.values()] == [text]
-    path.write_text('{"key": "x"}\n{"key": 1, "answer": "", "finish": "stop", "tokens": 0}\n', encoding="utf8")
+    path.write_text('{"key": "x"}\n{"key": "y", "answer": "", "finish": "stop", "tokens": 0}\n', encoding="utf8")
     with pytest.raises(UserError, match=r"a.jsonl:1: not an answer"):
         Journal(path)
 
@@ -409,19 +396,15 @@ def test_answers_to_problems_are_verified(server, tmp_path, run):
 
 def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):
     """kill -9 between answers: at most those in flight are asked again."""
-    server.delay = 0.1
+    server.delay = 0.05
     data = prompts(tmp_path, *(f"question {n}" for n in range(40)))
     arguments = command(server, data, tmp_path / "out", "--concurrency", 2)
-    program = [sys.executable, str(ROOT / "distill.py"), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = Forked(lambda: call_main(distill.main, *arguments), tmp_path / "said.log")
     end = time.monotonic() + 60
     while len(server.asked) < 10 and time.monotonic() < end:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    journal = tmp_path / "out" / "answers.jsonl"
-    before = len(Journal(journal).known)
+    assert killed.kill()
+    before = len(Journal(tmp_path / "out" / "answers.jsonl").known)
     assert 4 <= before < 40
     server.delay = 0.0
     done = run(distill.main, *arguments, "--resume")
@@ -451,7 +434,7 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path, run):
 )
 def test_what_makes_no_sense_is_one_line(options, what, server, tmp_path, run, monkeypatch):
     monkeypatch.setattr(training.distill.answers, "MOST_FAILURES", 1)
-    monkeypatch.setattr(training.distill.curation, "Endpoint", partial(Endpoint, attempts=1))
+    monkeypatch.setattr(training.distill.endpoint, "Endpoint", partial(Endpoint, attempts=1))
     data = prompts(tmp_path, "a", "b")
     done = run(distill.main, *command(server, data, tmp_path / "out", *options))
     assert done.code == 2 and what in done.err, done.err

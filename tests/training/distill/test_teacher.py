@@ -177,9 +177,8 @@ def test_other_tokens_at_the_same_numbers_are_refused(kind, pretrained, llama, t
 
 
 def test_a_name_that_nobody_knows_is_one_line(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="cannot be opened") as caught:
+    with pytest.raises(UserError, match=r"^[^\n]* cannot be opened [^\n]*$"):
         open_teacher(str(tmp_path), tokenizer, 600, torch.float32, CPU)
-    assert "\n" not in str(caught.value)
 
 
 def test_without_transformers_only_our_checkpoints_are_teachers(pretrained, llama, tokenizer, monkeypatch):
@@ -198,7 +197,7 @@ def test_without_transformers_only_our_checkpoints_are_teachers(pretrained, llam
 
 def test_the_command_takes_a_teacher_of_another_family(llama, pretrained, world, run, tmp_path):
     given = ["--ckpt", pretrained / "final", "--teacher", llama, "--data", world / "sft.jsonl", "--max_steps", 2]
-    given += ["--sequence_length", 96, "--batch_tokens", 480, "--dtype", "fp32", "--log_every", 1]
+    given += ["--sequence_length", 96, "--batch_tokens", 480, "--dtype", "fp32", "--log_every", 1, "--val_fraction", 0]
     told = []
     for name, options in (("live", []), ("kept", ["--precompute_top_k", 600]), ("sampled", ["--on_policy", 1])):
         done = run(distill.main, *given, "--out", tmp_path / name, *options)
@@ -234,12 +233,11 @@ def test_on_its_own_answers_a_student_learns_from_the_teacher_alone(pretrained, 
         student.lm_head.weight.add_(0.1 * torch.randn_like(student.lm_head.weight))
     batch, loss = packed(), distillation(teacher, ce_weight=0.5, loss="forward_kl", temperature=1.0)
     loss.balance_weight = 0.0
+    mixed, _, metrics = loss(student, {**batch, "sampled": torch.tensor(0)})
+    half = 0.5 * metrics["divergence"] + 0.5 * metrics["cross_entropy"]
+    torch.testing.assert_close(mixed, half + 0.3 * metrics["mtp"])
     total, _, metrics = loss(student, {**batch, "sampled": torch.tensor(1)})
     torch.testing.assert_close(total, metrics["divergence"])
-    mixed, _, _ = loss(student, {**batch, "sampled": torch.tensor(0)})
-    torch.testing.assert_close(
-        mixed, 0.5 * metrics["divergence"] + 0.5 * metrics["cross_entropy"] + 0.3 * metrics["mtp"]
-    )
     # Every parameter has a gradient, the chain's too: DDP waits for all of them.
     total.backward()
     assert all(p.grad is not None for p in student.mtp.parameters())

@@ -42,7 +42,6 @@ class Packed(Uneven):
 
 CUT = {"micro_tokens": 3 * TIME, "gradient_checkpointing": True}
 CASES = {  # rows, model, and how the step is cut where it is compared with the whole one on one process
-    "as it comes": (Uneven, {}, {}),
     "accumulated": (Uneven, {}, {"micro_tokens": TIME}),
     "packed": (Packed, {}, {}),
     "two MTP layers": (Uneven, {"num_nextn_predict_layers": 2}, {}),

@@ -56,8 +56,6 @@ def test_an_error_of_ones_own_is_not_blamed_on_a_peer():
 
 
 SCHEDULES = {
-    "never": (0.0, False),
-    "later, tied": ({"0": 0.0, "0.5": 0.3}, True),
     "first": ({"0": 0.3, "0.5": 0.0}, False),
     "between, tied": ({"0": 0.0, "0.5": 0.3, "0.75": 0.0}, True),
 }

@@ -192,28 +192,20 @@ def test_checkpoints_are_ordered_by_number_and_the_end_is_the_newest(sitting):
     assert sorted(path.name for path in sitting.out.iterdir()) == ["final", "step-10", "step-old"]
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "lose": Path.unlink,
+    "scribble": lambda path: path.write_bytes(b"[1, 2]"),
+}
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def lose(path: Path) -> None:
-    path.unlink()
-
-
-def scribble(path: Path) -> None:
-    path.write_bytes(b"[1, 2]")
-
-
-@pytest.mark.parametrize("damage", [cut, empty, lose, scribble], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["state.safetensors", "progress.json"])
 def test_damaged_training_state_is_named_in_one_line(name, damage, sitting):
     folder = sitting.out / "step-1"
     (folder / MANIFEST).unlink()  # which would have found it
-    damage(folder / "training" / name)
+    DAMAGES[damage](folder / "training" / name)
     with pytest.raises(DamagedCheckpoint) as caught:
         find_checkpoint(sitting.out, True, {})
         load_training_state(folder, sitting.model, sitting.optimizer)

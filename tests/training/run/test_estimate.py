@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import training.run.estimate
-import training.trainer
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.costs import count
@@ -74,6 +73,14 @@ def test_the_remedy_fits_the_machine(changes, device, remedy):
     assert settings(**changes).lighten(device) == remedy
 
 
+def before_the_steps(shown: str, start: str) -> str:
+    """The one line that begins so, which must come before those of steps."""
+    lines = shown.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith(start)]
+    assert place < min(number for number, line in enumerate(lines) if line.startswith("step "))
+    return lines[place]
+
+
 @pytest.fixture
 def slow_machine(monkeypatch):
     monkeypatch.setattr("training.machine.measured_peak", lambda *_, **__: 1e6)
@@ -84,26 +91,23 @@ def slow_machine(monkeypatch):
 
 def test_a_slow_step_is_warned_of_once_and_before_it_begins(slow_machine, make, capsys):
     make(max_steps=1, micro_tokens=4 * 16).run()
-    lines = capsys.readouterr().out.splitlines()
-    (place,) = [number for number, line in enumerate(lines) if line.startswith("warning    a step takes about ")]
-    assert lines[place - 1].startswith("takes      about ") and lines[place].endswith("or take a smaller model")
-    assert place < min(number for number, line in enumerate(lines) if line.startswith("step "))
+    shown = capsys.readouterr().out
+    assert before_the_steps(shown, "takes      about ")
+    assert before_the_steps(shown, "warning    a step takes about ").endswith("or take a smaller model")
 
 
 def test_the_first_micro_batch_of_a_long_step_tells_its_pace(make, capsys, monkeypatch):
     monkeypatch.setattr(training.run.estimate, "SLOW_STEP", 1e-6)
     make("told", max_steps=2, micro_tokens=2 * 16).run()
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured ")]
-    assert len(told) == 1 and told[0].startswith("measured   micro-batch 1 of 4 took ") and "whole run" in told[0]
+    told = before_the_steps(capsys.readouterr().out.replace("step      0", ""), "measured   micro-batch 1 of 4 took ")
+    assert "whole run" in told
 
 
 def test_a_run_that_does_not_fit_into_memory_is_warned_of_before_its_first_step(make, capsys, monkeypatch):
     monkeypatch.setattr(training.run.estimate, "memory_of", lambda device: 100 * MB)
     make("large", max_steps=1).run()
-    lines = capsys.readouterr().out.splitlines()
-    (place,) = [number for number, line in enumerate(lines) if line.startswith("warning    the run needs about ")]
-    assert "this machine has 100 MB a rank: lower --micro_tokens, now " in lines[place]
-    assert place < min(number for number, line in enumerate(lines) if line.startswith("step "))
+    warned = before_the_steps(capsys.readouterr().out, "warning    the run needs about ")
+    assert "this machine has 100 MB a rank: lower --micro_tokens, now " in warned
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch):

@@ -21,12 +21,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def lose(path: Path) -> None:
-    path.unlink()
+DAMAGES = {"flip": flip, "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]), "lose": Path.unlink}
 
 
 @pytest.fixture
@@ -38,14 +33,14 @@ def trained(make):
     return trainer
 
 
-@pytest.mark.parametrize("damage", [flip, cut, lose], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "training/state.safetensors", "training/progress.json"]
 )
 def test_any_damage_to_any_file_is_found_and_named(name, damage, trained):
     newest = trained.out / "step-6"
     verify(newest)
-    damage(newest / name)
+    DAMAGES[damage](newest / name)
     with pytest.raises(DamagedCheckpoint) as caught:
         verify(newest)
     assert str(caught.value).startswith(f"{newest / name}: damaged or cut short") and "\n" not in str(caught.value)

@@ -15,7 +15,6 @@ from toy_stage import Rows, files
 
 import full_sft
 import pretrain
-import training.trainer
 from errors import UserError
 from text.tokenizer import Tokenizer
 from training.chats import chat_prompts
@@ -49,17 +48,6 @@ def test_samples_change_no_number_of_the_training(make):
     assert losses[0] == losses[1]
     assert files(plain.out / "final") == files(sampled.out / "final")
     assert [entry["step"] for entry in written(sampled.out)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-
-
-def test_sampling_is_not_training_time(make, monkeypatch):
-    """Or a run limited by the clock would train less for being watched."""
-    now, write = [0.0], Samples.write
-    monkeypatch.setattr(training.trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(Samples, "write", lambda *given: (write(*given), now.__setitem__(0, now[0] + 1000.0)))
-    trainer = with_samples(make(max_steps=3), every=1)
-    trainer.run()
-    assert len(written(trainer.out)) == 8
-    assert [entry["seconds"] for entry in read_metrics(trainer.out / "metrics.jsonl")] == [0, 0, 0, 0]
 
 
 def test_samples_come_with_each_validation_or_when_asked_for(make):
@@ -170,17 +158,9 @@ def test_pretraining_continues_held_out_texts(pretrain_arguments, short, tmp_pat
 
 
 def test_fine_tuning_answers_held_out_questions(pretrained, world, short, tmp_path, run: Callable):
-    given = [
-        "--ckpt",
-        pretrained / "final",
-        "--data",
-        world / "sft.jsonl",
-        "--sequence_length",
-        64,
-        "--batch_tokens",
-        512,
-    ]
-    assert run(full_sft.main, *given, *short, "--val_tokens", 1024, "--out", tmp_path / "run").code == 0
+    given = ["--ckpt", pretrained / "final", "--data", world / "sft.jsonl", "--sequence_length", 64]
+    given += ["--batch_tokens", 512, "--val_tokens", 1024, "--out", tmp_path / "run"]
+    assert run(full_sft.main, *given, *short).code == 0
     entries = written(tmp_path / "run")
     assert [entry["step"] for entry in entries] == [0, 0, 2, 2] and entries[0]["prompt"] == entries[2]["prompt"]
     assert entries[0]["prompt"].strip()
