@@ -13,6 +13,7 @@
 # make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
 # make samples   the sample answers of README and docs, asked again of the demo's models      make figure   docs/model.svg
+# make notebook  JupyterLab with the eight notebooks      make check-notebooks  run them all (half an hour; installs jupyter on demand)
 # make lint   make clean-demo
 
 SHELL := /bin/bash
@@ -28,7 +29,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
+.PHONY: notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -88,6 +89,16 @@ samples: $(OUT)/grpo/final/config.json
 
 figure:
 	$(PYTHON) docs/figure.py
+
+notebook check-notebooks: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+notebook: $(VENV)/installed
+	@$(RUN) -c 'import jupyterlab' 2>/dev/null || $(RUN) -m pip install -r requirements-notebooks.txt
+	$(RUN) -m jupyterlab --notebook-dir=notebooks
+
+check-notebooks: $(VENV)/installed-dev
+	@$(RUN) -c 'import nbclient, ipykernel' 2>/dev/null || $(RUN) -m pip install -r requirements-notebooks.txt
+	$(RUN) notebooks/build.py --check
+	$(RUN) tests/check_notebooks.py
 
 chaos: $(VENV)/installed-dev
 	$(RUN) tests/chaos.py --kills 100 --jobs 2

@@ -1,7 +1,7 @@
 """The notebooks in both languages, each from one source: python notebooks/build.py [--check]
 
 `notebooks/N_name.md` is jupytext's Markdown; a region marked `lang="zh"` or `lang="en"` is for that language alone. It
-becomes notebooks/zh/N_name.ipynb and notebooks/en/N_name.ipynb, without outputs. --check: fail where one is not current.
+becomes notebooks/zh/N_name.ipynb and notebooks/en/N_name.ipynb, without outputs. --check: fail where one is old.
 """
 
 from __future__ import annotations

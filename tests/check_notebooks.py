@@ -36,7 +36,9 @@ def check_notebooks(language: str = "en", only: str = "", figures: str = "", lim
             continue
         book, start = nbformat.read(path, as_version=4), time.monotonic()
         try:
-            client = NotebookClient(book, timeout=limit, kernel_name="python3", resources={"metadata": {"path": folder}})
+            client = NotebookClient(
+                book, timeout=limit, kernel_name="python3", resources={"metadata": {"path": folder}}
+            )
             client.execute()
         except CellExecutionError as error:
             failed.append(path.name)
