@@ -200,11 +200,10 @@ class NextTokenSettings(StageSettings):
         return {name: getattr(self, name) for name in ("mtp_weight", "balance_weight", "bias_speed")}
 
 
-def model_config(choice: dict[str, Any], **forced: Any) -> LMConfig:
-    """Make `{preset: 64m, num_hidden_layers: 4}` a configuration; `forced` fields (the tokenizer's) win."""
+def model_config(choice: dict[str, Any]) -> LMConfig:
+    """Make `{preset: 64m, num_hidden_layers: 4}` a configuration."""
     changes = dict(choice)
-    preset = changes.pop("preset", "demo")
-    return LMConfig.preset(preset, **{**changes, **forced})
+    return LMConfig.preset(changes.pop("preset", "demo"), **changes)
 
 
 def save_resolved(settings: StageSettings, path: Path) -> None:

@@ -76,12 +76,19 @@ def continue_checkpoint(
 
 
 def new_model(choice: dict[str, Any], folder: str) -> tuple[MiniDeepSeek, Tokenizer]:
-    """Make random weights for the tokenizer of a folder. choice: as in `model_config`."""
+    """Make random weights for the tokenizer of a folder. choice: as in `model_config`.
+
+    Raises `UserError` for a vocabulary that is smaller than the tokenizer's, or for other special tokens.
+    """
     tokenizer = Tokenizer.from_folder(folder)
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-    config = model_config(choice, vocab_size=tokenizer.vocab_size, **tokens)
-    check_vocabulary(config, tokenizer, folder)
-    return MiniDeepSeek(config), tokenizer
+    fixed = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    wrong = [name for name, value in fixed.items() if choice.get(name, value) != value]
+    if "vocab_size" in choice and choice["vocab_size"] < tokenizer.vocab_size:
+        wrong.append("vocab_size")
+    fixed["vocab_size"] = tokenizer.vocab_size
+    for name in wrong:
+        raise UserError(f"--model.{name} {choice[name]}: it is {fixed[name]} in {folder}; leave it out")
+    return MiniDeepSeek(model_config({**fixed, **choice})), tokenizer
 
 
 def check_vocabulary(config: LMConfig, tokenizer: Tokenizer, place: str | Path) -> None:

@@ -16,6 +16,7 @@ from cli import parse
 from errors import UserError
 from pretrain import PretrainSettings
 from training.settings import model_config
+from training.startup import new_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,9 +94,18 @@ def test_fewer_than_no_processes_are_refused():
         PretrainSettings(data="d", out="o", workers=-1)
 
 
-def test_a_preset_can_be_changed_field_by_field_and_the_tokenizer_wins():
-    config = model_config({"preset": "26m", "num_hidden_layers": 3, "vocab_size": 7}, vocab_size=600)
-    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (384, 3, 600)
+def test_a_preset_can_be_changed_field_by_field():
+    config = model_config({"preset": "26m", "num_hidden_layers": 3, "vocab_size": 7})
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (384, 3, 7)
+
+
+def test_a_new_model_knows_the_tokenizers_tokens_and_more_where_asked(tokenizer_folder):
+    sizes = {"preset": "demo", "num_hidden_layers": 2}
+    assert new_model(sizes, str(tokenizer_folder))[0].config.vocab_size == 600
+    assert new_model({**sizes, "vocab_size": 640}, str(tokenizer_folder))[0].config.vocab_size == 640
+    for name, value in (("vocab_size", 599), ("eos_token_id", 1)):
+        with pytest.raises(UserError, match=f"--model.{name} {value}: it is (600|2) in "):
+            new_model({**sizes, name: value}, str(tokenizer_folder))
 
 
 @pytest.mark.parametrize("script", ["pretrain", "full_sft", "dpo_train", "distill"])
