@@ -364,9 +364,11 @@ def test_a_full_queue_says_when_to_come_again(serving):
             client.chat.completions.create(model="one", messages=asked(q), stream=True, max_tokens=80, temperature=1.5)
             for q in QUESTIONS[:2]
         ]
-        answers = [httpx.post(f"{server.url}/v1/completions", json={"model": "one", "prompt": "a", "n": 3})]
-        assert answers[0].status_code == 429 and int(answers[0].headers["retry-after"]) >= 1
-        assert answers[0].json()["error"]["code"] == "queue_full"
+        full = httpx.post(f"{server.url}/v1/completions", json={"model": "one", "prompt": "a"})
+        assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+        assert full.json()["error"]["code"] == "queue_full"
+        never = httpx.post(f"{server.url}/v1/completions", json={"model": "one", "prompt": "a", "n": 3})
+        assert never.status_code == 400 and "at most 2" in never.json()["error"]["message"]
         for stream in streams:
             list(stream)
         assert settled(server)
