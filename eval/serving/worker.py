@@ -98,7 +98,7 @@ class Worker(threading.Thread):
         self.failure: BaseException | None = None
 
     def submit(self, jobs: list[Job]) -> bool:
-        """Take jobs of one model, all or none; False where more would wait than may. Safe in any thread, as `cancel`."""
+        """Take jobs of one model, all or none; False where too many would wait. Safe in any thread, as is `cancel`."""
         with self._lock:
             begun = [job.begun for job in self._unfinished if jobs and job.model == jobs[0].model]
             waiting = begun.count(False)
