@@ -79,7 +79,7 @@ def paths(text: str) -> list[str]:
 
 
 def names(folders: list[str]) -> list[str]:
-    """What each folder's model is called: the folder of its run; where that is another's too, more of its path."""
+    """Return each folder's model name: the folder of its run; where that is another's too, more of its path."""
     parts = []
     for folder in folders:
         whole = list(Path(folder).absolute().parts[1:])
@@ -97,7 +97,7 @@ def names(folders: list[str]) -> list[str]:
 
 
 def base_of(adapter: str, folders: list[str]) -> str:
-    """The checkpoint that an adapter was trained on, or the only one."""
+    """Return the checkpoint that an adapter was trained on, or the only one."""
     if len(folders) == 1:
         return folders[0]
     file = Path(adapter) / "adapter_config.json"

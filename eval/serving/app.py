@@ -193,13 +193,13 @@ class Guard:
 
 
 def failure(error: ApiError) -> JSONResponse:
-    """OpenAI's error object."""
+    """Return the response that holds OpenAI's error object."""
     headers = {429: {"Retry-After": str(RETRY_AFTER)}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
     return JSONResponse(error.body, error.status, headers)
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The first field that is wrong, by its name."""
+    """Return the error of the first field that is wrong, by its name."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
@@ -211,5 +211,5 @@ def _invalid(error: RequestValidationError) -> ApiError:
 
 
 def _is_type(part: str | int) -> bool:
-    """Whether a part of a place names one of several types that a value may have, as `list[str]`."""
+    """Return whether a part of a place names one of several types that a value may have, as `list[str]`."""
     return isinstance(part, str) and ("[" in part or part in ("str", "function-after"))

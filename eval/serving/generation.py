@@ -36,7 +36,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -139,13 +139,13 @@ class Generation:
         return Job(body.model, request, lambda token: self._arrive(index, token), top, body.inspect)
 
     def _arrive(self, index: int, token: Token) -> None:
-        """In the worker's thread: hand a token over."""
+        """Hand a token over; called in the worker's thread."""
         with suppress(RuntimeError):  # the server is ending, its loop is closed
             self.loop.call_soon_threadsafe(self.arrived.put_nowait, (index, token))
 
 
 def chat_prompt(served: Served, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
-    """The token ids of a conversation up to where the reply begins, as in training."""
+    """Return the token ids of a conversation up to where the reply begins, as in training."""
     try:
         turns: list[Message] = [read_turn(number, _turn(one)) for number, one in enumerate(messages, start=1)]
         turns = with_system({"tools": list(tools)} if tools else {}, turns)
@@ -155,13 +155,13 @@ def chat_prompt(served: Served, messages: Sequence[dict[str, Any]], tools: Seque
 
 
 def _turn(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as clients send it, as data has it: newer ones call the system `developer`."""
+    """Return a message of a client as data has it: newer ones call the system `developer`."""
     kept = {name: value for name, value in message.items() if name not in ("name", "tool_call_id", "refusal", "audio")}
     return {**kept, "role": "system"} if message.get("role") == "developer" else kept
 
 
 def tool_names(tools: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of the functions that a reply may call."""
+    """Return the names of the functions that a reply may call."""
     names = []
     for number, tool in enumerate(tools):
         function = tool.get("function", tool)

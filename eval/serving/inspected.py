@@ -35,7 +35,7 @@ class Inside(NamedTuple):
     position: int
 
     def cache(self, model: MiniDeepSeek) -> dict[str, int]:
-        """Bytes in bfloat16 of the latent cache so far, and of what multi-head attention would hold."""
+        """Return the bytes in bfloat16 of the latent cache so far, and of what multi-head attention would hold."""
         costs = count(model.config)
         return {"mla_bytes": self.position * costs.cache_bytes, "mha_bytes": self.position * costs.mha_cache_bytes}
 
@@ -102,7 +102,7 @@ def router_inputs(model: MiniDeepSeek) -> Iterator[dict[int, tuple[DeepseekMoE, 
 
 
 def _experts(inputs: dict[int, tuple[DeepseekMoE, Tensor]]) -> list[dict[str, Any]]:
-    """The routers' choices from their inputs, by the plain lines of the paper."""
+    """Compute the routers' choices from their inputs, by the plain lines of the paper."""
     found = []
     for number, (moe, x) in sorted(inputs.items()):
         weights, indices, scores = moe.gate(x)

@@ -18,7 +18,7 @@ class TokenObjects:
         self.model, self.decoder = model, decoder
 
     def text(self, token: int) -> str:
-        """A token as text; as OpenAI spells it, `bytes:\\\\xe4\\\\xbd`, where its bytes are no whole characters."""
+        """Return a token as text; as OpenAI spells it, `bytes:\\\\xe4\\\\xbd`, where its bytes are no whole characters."""
         data = self.decoder.bytes_of(token)
         try:
             return data.decode()
@@ -29,12 +29,12 @@ class TokenObjects:
         return {"token": self.text(token), "logprob": log_prob, "bytes": list(self.decoder.bytes_of(token))}
 
     def chat_entry(self, token: Token, top: int) -> dict[str, Any]:
-        """One element of a chat's `logprobs.content`, with `top` alternatives."""
+        """Return one element of a chat's `logprobs.content`, with `top` alternatives."""
         found = token.alternatives
         return {**self.named(token.id, found.log_prob), "top_logprobs": [self.named(*one) for one in found.top[:top]]}
 
     def legacy(self, tokens: Sequence[int], found: Sequence[Alternatives | None], start: int = 0) -> dict[str, Any]:
-        """A completion's `logprobs`. The first token of an echoed prompt has none. start: of the text's offsets."""
+        """Return a completion's `logprobs`. The first token of an echoed prompt has none. start: of the text's offsets."""
         texts = [self.text(token) for token in tokens]
         offsets = [start]
         for text in texts:
@@ -47,7 +47,7 @@ class TokenObjects:
         return {"tokens": texts, "token_logprobs": log_probs, "top_logprobs": top, "text_offset": offsets[:-1]}
 
     def inspected(self, token: Token) -> dict[str, Any]:
-        """What a request with `inspect` gets beside each token."""
+        """Return what a request with `inspect` gets beside each token."""
         found, inside = token.alternatives, token.inside
         top = [{"token": self.text(id), "id": id, "prob": math.exp(log_prob)} for id, log_prob in found.top]
         draft = None

@@ -43,26 +43,26 @@ class Replies(ABC):
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
     def choice(self, index: int, finish: str) -> dict[str, Any]:
-        """What both forms, whole or in chunks, have of a reply: the rest is the caller's."""
+        """Return what both forms, whole or in chunks, have of a reply: the rest is the caller's."""
         return {"index": index, "finish_reason": finish or None}
 
     def inspected(self, reply: Reply, last: int = 0) -> dict[str, Any]:
-        """The `inspect` field of the last tokens, by default all, where it was asked for."""
+        """Return the `inspect` field of the last tokens, by default all, where it was asked for."""
         if not self.generation.body.inspect:
             return {}
         return {"inspect": [self.objects.inspected(token) for token in reply.tokens[-last:]]}
 
     @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
-        """The choices of the chunks before the first token."""
+        """Return the choices of the chunks before the first token."""
 
     @abstractmethod
     def chunk(self, step: Step) -> dict[str, Any] | None:
-        """The choice of a step's chunk; None where nothing is to be sent yet."""
+        """Return the choice of a step's chunk; None where nothing is to be sent yet."""
 
     @abstractmethod
     def whole(self, index: int, pieces: list[Piece], finish: str) -> dict[str, Any]:
-        """The choice of a reply that is complete."""
+        """Return the choice of a reply that is complete."""
 
     async def gather(self) -> dict[str, Any]:
         """Wait for all replies, and return them as one object."""
@@ -75,7 +75,7 @@ class Replies(ABC):
         return {**self.envelope(choices), "usage": self.usage()}
 
     async def events(self) -> AsyncIterator[str]:
-        """The same as server-sent events."""
+        """Yield the same as server-sent events."""
         try:
             for choice in self.opening():
                 yield event(self.envelope([choice], chunk=True))
@@ -178,7 +178,7 @@ class CompletionReplies(Replies):
 
 
 def spoken(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Pieces as the fields of a message."""
+    """Return pieces as the fields of a message."""
     fields: dict[str, Any] = {}
     for piece in pieces:
         if piece.kind == "tool_calls":

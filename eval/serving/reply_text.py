@@ -121,7 +121,7 @@ class ChatSplitter:
             yield Piece("content", text)
 
     def _line(self, line: str) -> Iterator[Piece]:
-        """A line, or the rest of one, that is whole."""
+        """Yield a line, or the rest of one, that is whole."""
         call = None if self.in_line else self._call(line)
         if call:
             self.space = ""
@@ -178,6 +178,6 @@ class ReplyText:
 
 
 def overlap(text: str, mark: str) -> int:
-    """How many of the last characters of a text may be the beginning of a mark that is not whole yet."""
+    """Count the last characters of a text that may be the beginning of a mark."""
     longest = min(len(text), len(mark) - 1)
     return next((count for count in range(longest, 0, -1) if text.endswith(mark[:count])), 0)

@@ -42,7 +42,7 @@ class SampledRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def given(cls, body: Any) -> Any:
-        """A field that is null is one that is left out."""
+        """Leave out fields that are null."""
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     @field_validator("stop", mode="before")
@@ -59,7 +59,7 @@ class SampledRequest(BaseModel):
 
     @property
     def refused(self) -> str:
-        """The name of a field that asks for what this server cannot do; empty where there is none."""
+        """Return the name of a field that asks for what this server cannot do; empty where there is none."""
         extra = self.model_extra or {}
         return next((name for name, values in NEUTRAL.items() if name in extra and extra[name] not in values), "")
 

@@ -177,7 +177,7 @@ class Worker(threading.Thread):
             served.jobs[job.running] = job
 
     def _step(self, name: str, served: Served) -> None:
-        """One token more for each request of a model."""
+        """Make one token more for each request of a model."""
         if served.engine.busy:
             events = served.engine.step()
             self.metrics.batch.labels(name).observe(len(events))
@@ -220,7 +220,7 @@ class Worker(threading.Thread):
 
 @torch.inference_mode()
 def alternatives(logits_NV: Tensor, tokens: list[int], top: int) -> list[Alternatives]:
-    """The log-probabilities of N tokens in the model's own distributions, and of the `top` likeliest ones there."""
+    """Compute the log-probabilities of N tokens in the model's own distributions, and of the `top` likeliest there."""
     log_probs = logits_NV.float().log_softmax(-1)
     best, places = log_probs.topk(min(top, log_probs.shape[-1]))
     chosen = log_probs.gather(1, torch.tensor(tokens, device=log_probs.device).unsqueeze(1)).squeeze(1)
@@ -230,6 +230,6 @@ def alternatives(logits_NV: Tensor, tokens: list[int], top: int) -> list[Alterna
 
 @torch.inference_mode()
 def score_prompt(answerer: Answerer, ids: list[int], top: int) -> list[Alternatives]:
-    """The same for each token of a prompt but the first."""
+    """Compute the same for each token of a prompt but the first."""
     logits = answerer.model(torch.tensor([ids], device=answerer.device)).logits[0]
     return alternatives(logits[:-1], ids[1:], top)
