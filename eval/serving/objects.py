@@ -18,7 +18,7 @@ class TokenObjects:
         self.model, self.decoder = model, decoder
 
     def text(self, token: int) -> str:
-        """Return a token as text; as OpenAI spells it, `bytes:\\\\xe4\\\\xbd`, where its bytes are no whole characters."""
+        """Return a token as text; where its bytes are no whole characters, as OpenAI spells it: `bytes:\\\\xe4`."""
         data = self.decoder.bytes_of(token)
         try:
             return data.decode()
@@ -34,7 +34,7 @@ class TokenObjects:
         return {**self.named(token.id, found.log_prob), "top_logprobs": [self.named(*one) for one in found.top[:top]]}
 
     def legacy(self, tokens: Sequence[int], found: Sequence[Alternatives | None], start: int = 0) -> dict[str, Any]:
-        """Return a completion's `logprobs`. The first token of an echoed prompt has none. start: of the text's offsets."""
+        """Return a completion's `logprobs`; a prompt's first token has none. start: of the text's offsets."""
         texts = [self.text(token) for token in tokens]
         offsets = [start]
         for text in texts:
