@@ -44,7 +44,7 @@ chat: $(VENV)/installed
 STAGES := $(OUT)/pretrain/final,$(OUT)/sft/final,$(OUT)/dpo/final,$(OUT)/grpo/final
 PORT ?= 8000
 web check-web: CKPT := $(STAGES)
-web: $(OUT)/grpo/final/config.json
+web: $(VENV)/installed $(OUT)/grpo/final/config.json
 	@$(RUN) eval/serve.py --ckpt $(CKPT) --port $(PORT)
 
 check-server: $(VENV)/installed-dev
