@@ -44,10 +44,13 @@ def check_installed(names: Sequence[str]) -> None:
 
 def open_trackers(names: Sequence[str], out: Path, step: int, project: str, config: dict[str, Any]) -> list[Tracker]:
     """Open trackers in a run folder; a run that is resumed after `step` continues its curves from there."""
-    return [TRACKERS[name](out, step, project or PROJECT, config) for name in names]
+    if not names:
+        return []
+    run = {"project": project or PROJECT, "name": out.name, "id": _run_id(out, step), "resume": "allow"}
+    return [TRACKERS[name](out, step, run, config) for name in names]
 
 
-def _tensorboard(out: Path, step: int, project: str, config: dict[str, Any]) -> Tracker:
+def _tensorboard(out: Path, step: int, run: dict[str, str], config: dict[str, Any]) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     # Later events of the same folder are hidden: they are about to be written again.
@@ -67,39 +70,34 @@ def _tensorboard(out: Path, step: int, project: str, config: dict[str, Any]) -> 
     return Tracker(log, sample, writer.close)
 
 
-def _wandb(out: Path, step: int, project: str, config: dict[str, Any]) -> Tracker:
+def _wandb(out: Path, step: int, run: dict[str, str], config: dict[str, Any]) -> Tracker:
     import wandb
 
-    mode = _mode("WANDB", "online")
-    name = {"project": project, "name": out.name, "dir": str(out), "id": _run_id(out, step), "resume": "allow"}
-    run = wandb.init(**name, config=config, mode=mode)
+    opened = wandb.init(dir=str(out), mode=_mode("WANDB"), config=config, **run)
 
     def sample(rows: Sequence[dict[str, str]], step: int) -> None:
         table = wandb.Table(columns=["prompt", "text"], data=[[row["prompt"], row["text"]] for row in rows])
-        run.log({"samples": table}, step=step)
+        opened.log({"samples": table}, step=step)
 
-    return Tracker(lambda values, step: run.log(values, step=step), sample, run.finish)
+    return Tracker(lambda values, step: opened.log(values, step=step), sample, opened.finish)
 
 
-def _swanlab(out: Path, step: int, project: str, config: dict[str, Any]) -> Tracker:
+def _swanlab(out: Path, step: int, run: dict[str, str], config: dict[str, Any]) -> Tracker:
     import swanlab
 
-    mode = _mode("SWANLAB", "cloud")
-    resumed = {"id": _run_id(out, step), "resume": "allow"} if mode == "cloud" else {}
-    name = {"project": project, "experiment_name": out.name, "logdir": str(out / "swanlab"), **resumed}
-    run = swanlab.init(**name, config=config, mode=mode)
+    opened = swanlab.init(log_dir=str(out / "swanlab"), mode=_mode("SWANLAB"), config=config, **run)
 
     def sample(rows: Sequence[dict[str, str]], step: int) -> None:
-        run.log({"samples": [swanlab.Text(row["text"], caption=row["prompt"]) for row in rows]}, step=step)
+        opened.log({"samples": [swanlab.Text(row["text"], caption=row["prompt"]) for row in rows]}, step=step)
 
-    return Tracker(lambda values, step: run.log(values, step=step), sample, run.finish)
+    return Tracker(lambda values, step: opened.log(values, step=step), sample, opened.finish)
 
 
 TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab}
 
 
-def _mode(library: str, online: str) -> str:
-    return os.environ.get(f"{library}_MODE") or (online if os.environ.get(f"{library}_API_KEY") else "offline")
+def _mode(library: str) -> str:
+    return os.environ.get(f"{library}_MODE") or ("online" if os.environ.get(f"{library}_API_KEY") else "offline")
 
 
 def _run_id(out: Path, step: int) -> str:
@@ -107,5 +105,5 @@ def _run_id(out: Path, step: int) -> str:
     file = out / "tracker_id"
     with naming(file):
         if not step or not file.is_file():
-            file.write_text(uuid4().hex[:21], encoding="utf8")
+            file.write_text(uuid4().hex[:21], encoding="utf8")  # SwanLab wants 21 letters and digits
         return file.read_text(encoding="utf8").strip()
