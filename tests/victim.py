@@ -21,8 +21,8 @@ import yaml
 from safetensors.torch import load_file
 
 from errors import UserError
-from training.alignment.batches import ENTRY
 from model.checkpoint.card import CARD
+from training.alignment.batches import ENTRY
 from training.run.checkpoint import DATA, MANIFEST
 from training.run.log import read_metrics
 

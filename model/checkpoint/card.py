@@ -238,7 +238,8 @@ def _size(config: LMConfig) -> list[str]:
         "## Size",
         "",
         f"- {human(costs.total)} parameters, {human(costs.activated)} of which a token activates{mtp}",
-        f"- {layers} layers of width {config.hidden_size}, {sparse} of them with {routed} and {config.n_shared_experts} shared experts",
+        f"- {layers} layers of width {config.hidden_size}; in {sparse} of them a token uses {routed} experts "
+        f"and {config.n_shared_experts} shared",
         f"- vocabulary of {config.vocab_size:,}, context of {config.max_position_embeddings:,} tokens",
         f"- cache of a token in bfloat16: {human(costs.cache_bytes, 'B')} "
         f"(multi-head attention with these heads: {human(costs.mha_cache_bytes, 'B')})",
@@ -264,11 +265,11 @@ def _use(chats: bool, hello: tuple[str, str]) -> list[str]:
 
 
 def _languages(folder: Path) -> list[str]:
-    """Return the languages that a twentieth of the vocabulary is of: it was made of the training text."""
+    """Return the languages of a twentieth and more of the vocabulary's words: it was made of the training text."""
     with suppress(*FACTS):
         words = json.loads((folder / "tokenizer.json").read_text(encoding="utf8"))["model"]["vocab"]
         found = {name: sum(1 for word in words if sign.search(word)) for name, sign in LANGUAGES.items()}
-        return [name for name, number in found.items() if 20 * number >= len(words) > 0]
+        return [name for name, number in found.items() if 20 * number >= sum(found.values()) > 0]
     return []
 
 

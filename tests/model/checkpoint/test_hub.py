@@ -84,17 +84,19 @@ class Hub:
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     import uvicorn
-    from fastapi import FastAPI, Request, Response
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
 
     listening = socket.create_server(("127.0.0.1", 0))
-    hub, app = Hub(f"http://127.0.0.1:{listening.getsockname()[1]}"), FastAPI()
+    hub = Hub(f"http://127.0.0.1:{listening.getsockname()[1]}")
 
-    @app.api_route("/{path:path}", methods=["GET", "POST", "PUT"])
-    async def answer(path: str, request: Request) -> Response:
+    async def answer(request) -> JSONResponse:
         token = request.headers.get("authorization", "")
-        status, content = hub.answer(request.method, f"/{path}", await request.body(), token)
-        return Response(json.dumps(content), status, media_type="application/json")
+        status, content = hub.answer(request.method, request.url.path, await request.body(), token)
+        return JSONResponse(content, status)
 
+    app = Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST", "PUT"])])
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

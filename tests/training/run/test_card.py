@@ -158,7 +158,9 @@ def test_an_imported_folder_keeps_its_card_or_has_one_of_its_size(tiny_model, tm
 
 
 DAMAGE = (b"", b"\xff\xfe", b"[]", b"{}", b"[[", b"null", b'{"step": "x", "seconds": []}', b'{"step": 1e999}')
-FILES = ("metrics.jsonl", "config.yaml", "final/training/progress.json", "final/tokenizer.json", "eval/final/scores.json")
+FILES = (
+    "metrics.jsonl", "config.yaml", "final/training/progress.json", "final/tokenizer.json", "eval/final/scores.json",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("content", DAMAGE)
