@@ -176,3 +176,9 @@ def test_damaged_files_of_a_run_leave_their_part_out(content, copied, capsys):
         (copied / name).write_bytes(content)
     write_card(final)
     assert "## Size" in text_of(final) and not capsys.readouterr().err
+
+
+def test_a_line_of_the_log_that_was_cut_short_hides_no_other(copied):
+    before, log = card(copied / "final"), copied / "metrics.jsonl"
+    log.write_bytes(b'{"step": 0, "val_l\n' + log.read_bytes() + b"[]\n")
+    assert card(copied / "final") == before and "## Held-out data" in before
