@@ -162,12 +162,12 @@ def talk(page: Page, models: list[str], questions: tuple[str, str], folder: Path
 
 def look(page: Page, models: list[str], question: str, folder: Path) -> None:
     """The inside of a reply, in English and the dark."""
-    page.choose(models[-1])
+    page.choose(*models)
     page.set("temperature", 0)
     page.ask(question)
-    page.until(page.finished, "a reply")
-    page.click(".look")
-    tokens, said = page.text(".token .word"), page.text(".said")[0]
+    page.until(page.finished, "replies")
+    page.click(".look", len(models) - 1)
+    tokens, said = page.text(".token .word"), page.text(".said")[-1]
     assert len(tokens) > 3 and all(text.rstrip("✓✗") in said for text in tokens[:2]), (tokens, said)
     page.click(".token", 2)
     assert page.all(".token")[2].get_attribute("class") == "token chosen"

@@ -88,8 +88,10 @@ def create_app(worker: Worker, api_key: str = "", cors: Sequence[str] = (), host
     async def chat(body: ChatRequest, request: Request) -> Response:
         check(body)
         tools = body.tools if body.tool_choice == "auto" else []
-        prompt = chat_prompt(served(body.model), body.messages, tools)
-        return await respond(request, ChatReplies(Generation(worker, body, [prompt], tool_names(tools))))
+        names = tool_names(tools)
+        # In a thread: a text of megabytes takes seconds, in which all other streams would stand still.
+        prompt = await asyncio.to_thread(chat_prompt, served(body.model), body.messages, tools)
+        return await respond(request, ChatReplies(Generation(worker, body, [prompt], names)))
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -97,7 +99,9 @@ def create_app(worker: Worker, api_key: str = "", cors: Sequence[str] = (), host
         answerer = served(body.model).answerer
         if body.suffix:
             raise ApiError(400, f"{body.model} was not trained to fill in the middle; leave suffix out", "suffix")
-        prompts = [answerer.tokenizer.encode(one) if isinstance(one, str) else one for one in body.prompts]
+        prompts = body.prompts
+        if isinstance(prompts[0], str):
+            prompts = await asyncio.to_thread(answerer.tokenizer.encode_batch, prompts)
         prompts = [ids or [answerer.tokenizer.bos_id] for ids in prompts]
         if (most := max(map(max, prompts))) >= answerer.tokenizer.vocab_size:
             raise ApiError(

@@ -61,7 +61,7 @@ class Reply:
 
 
 class Generation:
-    """A request being answered: iterate over `steps` once, and `close` it however that ends.
+    """A request being answered: iterate over `steps` once, and `close` it however that ends. `made`: tokens so far.
 
     Args:
         prompts: token ids of each; every one is answered `body.n` times.
@@ -84,17 +84,14 @@ class Generation:
         jobs = [self._job(index, reply.prompt) for index, reply in enumerate(self.replies)]
         self.jobs = {index: job for index, job in enumerate(jobs) if job.request.max_new_tokens}
         self.unfinished = set(self.jobs)
-        self.prompt_tokens = sum(map(len, prompts))
+        self.prompt_tokens, self.made = sum(map(len, prompts)), 0
+        if len(self.jobs) > (most := worker.slots + worker.queue_size):
+            raise ApiError(400, f"n: {len(self.jobs)} replies in one request; this server takes at most {most}", "n")
         if not worker.submit(list(self.jobs.values())):
             if worker.failure:
                 raise ApiError(500, ENDED)
             raise ApiError(429, f"{worker.queue_size} requests wait already; try again", code="queue_full")
         worker.metrics.prompt.labels(body.model).inc(self.prompt_tokens)
-
-    @property
-    def made(self) -> int:
-        """Tokens generated so far."""
-        return sum(len(reply.tokens) for reply in self.replies)
 
     async def steps(self) -> AsyncIterator[Step]:
         """Yield what comes, of all replies as they grow."""
@@ -106,6 +103,7 @@ class Generation:
                 continue
             if not self.made:
                 self.worker.metrics.first.labels(self.body.model).observe(time.monotonic() - self.begun)
+            self.made += 1
             reply = self.replies[index]
             reply.tokens.append(token)
             pieces, finish = reply.text.push(token.id, token.finish)

@@ -98,10 +98,11 @@ class Worker(threading.Thread):
         self.failure: BaseException | None = None
 
     def submit(self, jobs: list[Job]) -> bool:
-        """Take jobs, all or none; False where more would wait than may. Safe in any thread, as is `cancel`."""
+        """Take jobs of one model, all or none; False where too many would wait. Safe in any thread, as is `cancel`."""
         with self._lock:
-            waiting = sum(not job.begun for job in self._unfinished)
-            free = max(self.slots - (len(self._unfinished) - waiting), 0)
+            begun = [job.begun for job in self._unfinished if jobs and job.model == jobs[0].model]
+            waiting = begun.count(False)
+            free = max(self.slots - begun.count(True), 0)
             if self.failure or waiting + len(jobs) > self.queue_size + free:
                 return False
             self._unfinished.update(jobs)
@@ -168,7 +169,6 @@ class Worker(threading.Thread):
     def _start(self, job: Job) -> None:
         served, request = self.models[job.model], job.request
         if job.inspect:
-            job.running = InspectedRun(served.answerer.model, request)
             served.inspected.append(job)
         else:
             if job.top is not None:
@@ -186,7 +186,8 @@ class Worker(threading.Thread):
                 if event.finish:
                     del served.jobs[event.completion]
                 self._deliver(job, Token(event.token, event.finish, job.observed(event.token)))
-        for job in list(served.inspected):
+        for job in served.inspected[: self.slots]:
+            job.running = job.running or InspectedRun(served.answerer.model, job.request)
             token, finish, logits, inside = job.running.step()
             if inside.draft is not None:
                 self.metrics.drafts.labels(name).inc()

@@ -80,9 +80,9 @@ async function loadModels() {
     $("settings").hidden = false;
     return;
   }
-  const last = state.models.at(-1);
+  const all = state.models.length <= 4; // side by side as far as they fit, else the last
   $("models").replaceChildren(
-    ...state.models.map((id) => make("label", {}, make("input", { type: "checkbox", value: id, checked: id === last }), id)),
+    ...state.models.map((id) => make("label", {}, make("input", { type: "checkbox", value: id, checked: all || id === state.models.at(-1) }), id)),
   );
 }
 

@@ -357,16 +357,33 @@ def test_a_key_is_asked_for_everywhere_but_on_the_page(serving):
         assert [model.id for model in right.models.list()] == ["one", "two"]
 
 
-def test_a_full_queue_says_when_to_come_again(serving):
+def slowed(server: Server, monkeypatch) -> list[str]:
+    """Let a reply take longer than any client waits; returns the steps as they are made."""
+    steps, step = [], server.worker._step
+
+    def slowly(name, served):
+        if served.engine.busy or served.inspected:
+            steps.append(name)
+            time.sleep(0.02)
+        step(name, served)
+
+    monkeypatch.setattr(server.worker, "_step", slowly)
+    return steps
+
+
+def test_a_full_queue_says_when_to_come_again(serving, monkeypatch):
     with serving(slots=1, queue=1) as server:
+        slowed(server, monkeypatch)
         client = server.client()
         streams = [
-            client.chat.completions.create(model="one", messages=asked(q), stream=True, max_tokens=80, temperature=1.5)
+            client.chat.completions.create(model="one", messages=asked(q), stream=True, max_tokens=60, temperature=0)
             for q in QUESTIONS[:2]
         ]
-        answers = [httpx.post(f"{server.url}/v1/completions", json={"model": "one", "prompt": "a", "n": 3})]
-        assert answers[0].status_code == 429 and int(answers[0].headers["retry-after"]) >= 1
-        assert answers[0].json()["error"]["code"] == "queue_full"
+        full = httpx.post(f"{server.url}/v1/completions", json={"model": "one", "prompt": "a"})
+        assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+        assert full.json()["error"]["code"] == "queue_full"
+        never = httpx.post(f"{server.url}/v1/completions", json={"model": "one", "prompt": "a", "n": 3})
+        assert never.status_code == 400 and "at most 2" in never.json()["error"]["message"]
         for stream in streams:
             list(stream)
         assert settled(server)
@@ -378,15 +395,7 @@ def test_a_full_queue_says_when_to_come_again(serving):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("inspect", [False, True])
 def test_a_client_that_hangs_up_frees_its_slot(server, stream, inspect, monkeypatch):
-    steps, step = [], server.worker._step
-
-    def slowly(name, served):  # a reply would take longer than the client waits
-        if served.engine.busy or served.inspected:
-            steps.append(name)
-            time.sleep(0.02)
-        step(name, served)
-
-    monkeypatch.setattr(server.worker, "_step", slowly)
+    steps = slowed(server, monkeypatch)
     body = {"model": "one", "prompt": "a", "n": 3, "max_tokens": 90, "stream": stream, "inspect": inspect}
     with httpx.Client(timeout=0.5) as client:
         if stream:
