@@ -62,12 +62,15 @@ def write_page(
 
 def _described(run: ComparedRun) -> dict[str, Any]:
     """Return what the page shows of one run: facts, curves, samples, command line and settings."""
+    config = run.folder / "config.yaml"
+    settings = config.read_text(encoding="utf8", errors="replace") if config.is_file() else ""
+    first = settings.partition("\n")[0]
     return {
         "facts": _facts(run),
         "curves": _curves(run.folder),
         "samples": _samples(run),
-        "command": _text(run.folder / "command.txt"),
-        "settings": _text(run.folder / "config.yaml"),
+        "command": first.removeprefix("# ") if first.startswith("# ") else "",
+        "settings": settings,
     }
 
 
@@ -114,10 +117,6 @@ def _samples(run: ComparedRun) -> list[dict[str, Any]]:
     last = len(steps) - 1
     chosen = {steps[round(place * last / (STEPS - 1))] for place in range(STEPS)} if steps else set()
     return [row for step in sorted(chosen) for row in [row for row in rows if row["step"] == step][:SAMPLES]]
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf8", errors="replace") if file.is_file() else ""
 
 
 def _inline(picture: bytes) -> str:

@@ -218,9 +218,9 @@ def model_config(choice: dict[str, Any]) -> LMConfig:
 
 
 def save_resolved(settings: StageSettings, path: Path) -> None:
-    """Keep what the run really used beside its results, ready for `--config`; and the command line, for people."""
-    text = yaml.safe_dump(asdict(settings), allow_unicode=True, sort_keys=False)
+    """Keep what the run really used beside its results, ready for `--config`, under the command line as a comment."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in command)  # YAML refuses others, in comments too
+    text = f"# python {command}\n" + yaml.safe_dump(asdict(settings), allow_unicode=True, sort_keys=False)
     with naming(path):
         path.write_text(text, encoding="utf8")
-        command = shlex.join(["python", *sys.argv]) + "\n"
-        path.with_name("command.txt").write_text(command, encoding="utf8", errors="backslashreplace")

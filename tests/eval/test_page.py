@@ -57,14 +57,14 @@ def write_run(folder: Path, *entries: dict, samples: tuple[dict, ...] = ()) -> P
 def test_whatever_a_run_holds_is_text_on_the_page_and_nothing_is_loaded(tmp_path):
     sample = {"step": 1, "prompt": HOSTILE + "1", "text": HOSTILE + "2"}
     a = write_run(tmp_path / "<b>a", entry(1), entry(2), samples=(sample,))
-    (a / "command.txt").write_text(HOSTILE + "3", encoding="utf8")
-    (a / "config.yaml").write_text(HOSTILE + "4", encoding="utf8")
+    (a / "config.yaml").write_text(f"# {HOSTILE}3\n{HOSTILE}4", encoding="utf8")
     b = write_run(tmp_path / "b", entry(1), entry(3))
     measured = PageTable([HOSTILE + "5", "x"], [[HOSTILE + "6", HOSTILE + "7"]], [HOSTILE + "8"])
     answer = {"question": HOSTILE + "9", "reply": HOSTILE + "10", "answer": HOSTILE + "11", "correct": False}
     write_page([str(a), str(b)], tmp_path / "out" / "report.html", [measured], [answer])
     page = Page(tmp_path / "out" / "report.html")
-    assert {HOSTILE + str(number) for number in range(1, 12)} | {"<b>a"} <= set(page.texts)
+    assert {HOSTILE + str(number) for number in range(1, 12) if number != 4} | {"<b>a"} <= set(page.texts)
+    assert f"# {HOSTILE}3\n{HOSTILE}4" in page.texts
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "link", "iframe", "object", "b", "base"}
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
