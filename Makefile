@@ -1,4 +1,4 @@
-# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, sums with rewards, report  (DATA=my.csv: your own text)
+# make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, sums with rewards, report.html  (DATA=my.csv: your own text)
 # make chat   talk to the result
 # make web    the same in a browser: the four stages side by side, with a look inside every token  (CKPT=DIR,DIR: other checkpoints; PORT=8000)
 # make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL

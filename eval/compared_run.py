@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,33 @@ STAGES = {"reward": "rewards", "margin": "preferences", "divergence": "distillat
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """Attributes: entries: of metrics.jsonl, in order; suites: of scores.json, by name. Either may be empty."""
+    """Attributes: entries: of metrics.jsonl, in order; suites: of scores.json, by name; folder: the run's.
+
+    Entries or suites may be empty.
+    """
 
     name: str
     entries: list[dict[str, Any]]
     suites: dict[str, dict[str, Any]]
+    folder: Path = Path()
 
     @classmethod
-    def open(cls, folder: str) -> ComparedRun:
-        """Open a run, a checkpoint in one, or a folder with scores. Raises `UserError` for anything else."""
+    def open(cls, folder: str, live: bool = False) -> ComparedRun:
+        """Open a run, a checkpoint in one, or a folder with scores. Raises `UserError` for anything else.
+
+        live: a run that has logged nothing yet is one too.
+        """
         path = Path(folder)
         run = path if (path / "metrics.jsonl").is_file() or (path / SCORES).is_file() else path.absolute().parent
         entries = [shown(entry) for entry in read_metrics(run / "metrics.jsonl")]
         found = [path] if (path / SCORES).is_file() else _measured(run, path)
-        if not path.is_dir() or not (entries or found):
+        begun = live and (run / "metrics.jsonl").is_file()
+        if not path.is_dir() or not (entries or found or begun):
             raise UserError(
                 f"{folder}: neither metrics.jsonl nor {SCORES} in it; name a run folder, or measure it first"
             )
         suites = read_scores(found[0])["suites"] if found else {}
-        return cls(folder, entries, suites)
+        return cls(folder, entries, suites, run)
 
     @property
     def stage(self) -> str:
@@ -61,19 +69,21 @@ class ComparedRun:
         return [entry for entry in self.entries if entry["step"] > 0]
 
 
-def open_runs(folders: Sequence[str]) -> list[ComparedRun]:
-    """Return the runs, under names without what all paths begin with. Raises `UserError` for fewer than two."""
-    if len(folders) < 2:
+def open_runs(folders: Sequence[str], live: bool = False) -> list[ComparedRun]:
+    """Return the runs, under names without what all paths begin with. Raises `UserError` for fewer than two.
+
+    live: one is enough, and may have logged nothing yet.
+    """
+    if len(folders) < 2 and not live:
         raise UserError("compare: two runs or more are compared; name another")
     paths = [str(Path(folder)) for folder in folders]
     if len(set(paths)) < len(paths):
         raise UserError(f"compare: {max(paths, key=paths.count)} is named twice")
     common = os.path.commonpath([os.path.abspath(path) for path in paths])
-    runs = [ComparedRun.open(folder) for folder in folders]
+    runs = [ComparedRun.open(folder, live) for folder in folders]
     names = [os.path.relpath(os.path.abspath(path), common) for path in paths]
     return [
-        ComparedRun(path if name == "." else name, run.entries, run.suites)
-        for path, name, run in zip(paths, names, runs, strict=True)
+        replace(run, name=path if name == "." else name) for path, name, run in zip(paths, names, runs, strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from eval.compared_run import ComparedRun
 from eval.score_files import draw_bars, shown, table
@@ -41,8 +41,15 @@ Key = tuple[str, str, str]
 
 def markdown(runs: Sequence[ComparedRun]) -> str:
     """Return what each run came to, then the scores that any of them has. What is held out has a row for each set."""
-    names = [run.name for run in runs]
     lines = ["# Comparison", ""]
+    for header, rows, notes in tables(runs):
+        lines += [*table(rows, header), "", *(line for note in notes for line in (note, ""))]
+    return "\n".join(lines)
+
+
+def tables(runs: Sequence[ComparedRun]) -> list[tuple[list[str], list[list[str]], list[str]]]:
+    """Return header, rows and notes of what each run came to, and of the scores; neither where there are none."""
+    names, found = [run.name for run in runs], []
     if any(run.entries for run in runs):
         rows = [["stage", *(run.stage if run.entries else NONE for run in runs)]]
         for key, (label, form) in ENDS.items():
@@ -50,19 +57,17 @@ def markdown(runs: Sequence[ComparedRun]) -> str:
             for held_out, measured in _by_set(key, runs).items():
                 cells = [NONE if run not in measured else form.format(values[n]) for n, run in enumerate(runs)]
                 rows.append([label + held_out, *cells])
-        lines += [*table(rows, ["at the end of training", *names]), ""]
-        if len({run.stage for run in runs if run.entries}) > 1:
-            lines += ["The losses are of different stages: they are not of one unit.", ""]
-    rows, notes = _score_rows(runs)
+        several = len({run.stage for run in runs if run.entries}) > 1
+        notes = ["The losses are of different stages: they are not of one unit."] if several else []
+        found.append((["at the end of training", *names], rows, notes))
+    rows, differing = _score_rows(runs)
     if rows:
-        lines += [*table(rows, ["suite", "group", "metric", "chance", *names]), ""]
-        lines += [
-            "In brackets: the 95% interval. *: the intervals of the first run and of this one have nothing in common.",
-            "",
-        ]
-    if any(row[2] == "perplexity" for row in rows):
-        notes.append("Perplexity is a token's: it compares models of one tokenizer only. Bits per byte compare any.\n")
-    return "\n".join([*lines, *notes])
+        notes = ["In brackets: the 95% interval. *: the intervals of the first run and of this one do not overlap."]
+        notes += differing
+        if any(row[2] == "perplexity" for row in rows):
+            notes.append("Perplexity is a token's: it compares models of one tokenizer. Bits per byte compare any.")
+        found.append((["suite", "group", "metric", "chance", *names], rows, notes))
+    return found
 
 
 def _by_set(key: str, runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
@@ -80,7 +85,7 @@ def _score_rows(runs: Sequence[ComparedRun]) -> tuple[list[list[str]], list[str]
     found, notes, rows = labelled_scores(runs), [], []
     for suite in dict.fromkeys(suite for run in runs for suite in run.suites):
         if len({_identity(run.suites[suite]) for run in runs if suite in run.suites}) > 1:
-            notes.append(f"{suite}: settings or items differ between the runs; its numbers are not to be compared.\n")
+            notes.append(f"{suite}: settings or items differ between the runs; its numbers are not to be compared.")
     for key in dict.fromkeys(key for scores in found for key in scores):
         scores = [own.get(key) for own in found]
         chance = next((shown(score.chance, score) for score in scores if score and score.chance is not None), "")
@@ -122,7 +127,7 @@ def _cell(score: Score | None, first: Score | None) -> str:
     return f"{text} *" if apart else text
 
 
-def draw(runs: Sequence[ComparedRun], path: Path, x: str) -> None:
+def draw(runs: Sequence[ComparedRun], path: Path | BinaryIO, x: str = "tokens") -> None:
     """A panel for each measure that a run logged, with a line for each run, and bars for the scores."""
     pyplot = load_pyplot()
     panels = [panel for title, unit, keys in PANELS for panel in _panels(title, unit, keys, runs)]

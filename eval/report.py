@@ -1,13 +1,16 @@
-"""What the stages of one run folder achieved: a table, sample answers and curves.
+"""What the stages of one run folder achieved: a table, sample answers and curves; or one page of any runs.
 
 python eval/report.py --out out/demo --questions data/demo/heldout_questions.jsonl \\
     --favours data/demo/heldout_favours.jsonl --sums arithmetic:1-2
+python eval/report.py --html out/a out/b --out out/report        report.html of what these runs logged; measures nothing
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from dataset import PretrainDataset, PromptDataset
 from errors import UserError, command_line
 from eval.answering import Answerer
 from eval.held_out import open_corpus, pretraining_settings
+from eval.page import PageTable, write_page
 from eval.questions import Result, accuracy, ask, read_questions
 from eval.score_files import table as markdown_table
 from eval.style import read_polite_requests, score_style
@@ -98,6 +102,10 @@ def report(
     _print(header, lines, shown)
     curves = ", ".join(str(folder / f"{run.name}.png") for run in runs)
     Console().print(f"report: {folder / 'report.md'}, curves: {curves}")
+    answers = [vars(result.question) | {"reply": result.reply, "correct": result.correct} for result in shown]
+    page = Path(out) / "report.html"
+    write_page([str(run) for run in runs], page, [PageTable(header, lines)], answers)
+    print(f"all on one page: {page}")
 
 
 def _solved(answerer: Answerer, sums: str, val_fraction: float) -> dict[str, float]:
@@ -140,5 +148,18 @@ def _markdown(header: list[str], lines: list[list[str]], shown: list[Result], ru
     return "\n".join(["# Report", "", *markdown_table(lines, header), "", title, "", *talk, *pictures])
 
 
+def main() -> None:
+    """Write the page of the runs that `--html` names, or report on the stages of one folder."""
+    if not any(word.partition("=")[0] == "--html" for word in sys.argv[1:]):
+        return call(report, __doc__ or "")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--html", nargs="+", required=True, metavar="RUN", help="run folders, or checkpoints in them")
+    parser.add_argument("--out", default="out/report", help="folder for report.html (out/report)")
+    given = parser.parse_args()
+    page = Path(given.out) / "report.html"
+    write_page(given.html, page)
+    print(f"written: {page}")
+
+
 if __name__ == "__main__":
-    command_line(lambda: call(report, __doc__ or ""))
+    command_line(main)

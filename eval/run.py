@@ -18,6 +18,7 @@ from eval.model_path import ModelPath
 from eval.score_files import cells, out_folder, table, weights_of, write_scores
 from eval.tasks.docs import Docs
 from eval.tasks.opened import open_tasks
+from model.checkpoint.card import CARD, write_card
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
 
@@ -69,6 +70,8 @@ def run(
     for task, own in zip(found, docs, strict=True):
         measured.append(measure(task, own, lm, weights, folder, limit, shots, chat))
         written = write_scores(folder, ckpt, weights, measured)
+    if (Path(ckpt) / CARD).is_file():
+        write_card(Path(ckpt))
     print("\n".join(table([cells(one.name, score) for one in measured for score in one.scores])))
     print(f"scores: {', '.join(map(str, written))}")
 

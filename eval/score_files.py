@@ -11,6 +11,7 @@ from typing import Any
 
 from errors import UserError, naming
 from eval.scores import WHOLE, Measured, Score
+from model.checkpoint.card import CARD
 from text.files import json_text, replacing
 from training.run.plots import load_pyplot, plain
 
@@ -30,6 +31,7 @@ def weights_of(ckpt: str, dtype: str) -> dict[str, Any]:
     """Return what tells a model's measurements from those of another: its place, and sizes and times of its files."""
     path = Path(ckpt)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    files = [file for file in files if file.name != CARD]  # which is renewed with the scores
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return {"ckpt": str(path.absolute()), "dtype": dtype, "files": stamps}
 

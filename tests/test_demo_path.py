@@ -181,6 +181,11 @@ def test_the_report_shows_every_stage(path, run):
     assert table[-1][0] == "preferred style" and all(cell.endswith("%") for cell in table[-1][1:])
     for stage in ("pretrain", "sft", "dpo", "grpo"):
         assert (path / "report" / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
+    whole = (path / "report.html").read_text(encoding="utf8")
+    assert done.out.endswith(f"all on one page: {path / 'report.html'}\n")
+    # All stages together, and each; what pretraining wrote on the way, and the command line that began it.
+    assert whole.count("data:image/png;base64,") == 5 and "What the model wrote on the way" in whole
+    assert "<pre>python pretrain.py --config" in whole and "activated, MTP adds" in whole
 
 
 def test_a_finished_stage_is_not_trained_again(path, run):

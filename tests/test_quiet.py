@@ -14,7 +14,7 @@ from errors import quiet_compiler, quiet_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py")])
-SLOW = {"transformers", "peft", "torchao", "matplotlib", "datasets", "bitsandbytes", "wandb"}
+SLOW = {"transformers", "peft", "torchao", "matplotlib", "datasets", "bitsandbytes", "wandb", "swanlab", "tensorboard"}
 
 
 def imported(body: list[ast.stmt]) -> list[str]:

@@ -252,6 +252,7 @@ def test_an_import_copies_names_that_it_knows_only(checkpoint, tmp_path):
     (checkpoint / "evil.py").write_text("x", encoding="utf8")
     import_folder(checkpoint, tmp_path / "imported")
     names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    names = (*names, "README.md")  # a card, made here
     assert {path.name for path in (tmp_path / "imported").iterdir()} == set(names)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +17,7 @@ from text.sources.registry import REGISTRY
 from training.optim.build import OptimSettings
 from training.parallel.ranks import DistSettings
 from training.run.log import legend
+from training.run.trackers import tracker_names
 from training.schedule import Budget, Schedule
 
 
@@ -53,7 +56,8 @@ class StageSettings:
         background_save: write checkpoints while training goes on, from a copy of weights and optimiser state.
         max_skipped: steps in a row without a finite loss and gradient, each left out, that end the run.
         dist: how ranks work together.
-        wandb: name of a wandb project; empty: no wandb.
+        log_to: where curves and samples go beside metrics.jsonl: tensorboard, wandb, swanlab, separated by commas.
+        wandb: name of a wandb project, which implies --log_to wandb.
         on_error: skip or stop, for a row of data that cannot be read.
         datasets: YAML file that gives data sets names; LLaMA-Factory's dataset_info.json will do.
     """
@@ -85,6 +89,7 @@ class StageSettings:
     background_save: bool = True
     max_skipped: int = 10
     dist: DistSettings = field(default_factory=DistSettings)
+    log_to: str = ""
     wandb: str = ""
     on_error: str = "skip"
     datasets: str = REGISTRY
@@ -100,6 +105,7 @@ class StageSettings:
         check_least(0, threads=self.threads, val_every=self.val_every, save_every=self.save_every)
         check_least(0, patience=self.patience)
         check_seed(self.seed)
+        tracker_names(self.log_to, self.wandb)
         for name in ("max_steps", "max_tokens", "max_minutes", "epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -114,6 +120,11 @@ class StageSettings:
     def holds(self, name: str) -> bool:
         """Return whether a person chose this value for this run, rather than a recipe or the default."""
         return self.by_hand is None or name in self.by_hand
+
+    @property
+    def trackers(self) -> list[str]:
+        """Return where curves and samples go beside metrics.jsonl."""
+        return tracker_names(self.log_to, self.wandb)
 
     @property
     def uneven(self) -> bool:
@@ -207,7 +218,9 @@ def model_config(choice: dict[str, Any]) -> LMConfig:
 
 
 def save_resolved(settings: StageSettings, path: Path) -> None:
-    """Keep what the run really used beside its results, ready for `--config`."""
-    text = yaml.safe_dump(asdict(settings), allow_unicode=True, sort_keys=False)
+    """Keep what the run really used beside its results, ready for `--config`, under the command line as a comment."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in command)  # YAML refuses others, in comments too
+    text = f"# python {command}\n" + yaml.safe_dump(asdict(settings), allow_unicode=True, sort_keys=False)
     with naming(path):
         path.write_text(text, encoding="utf8")

@@ -6,7 +6,6 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from training.run.plots import draw_run
 from training.run.resume import WholeModel, carry_optimizer, identity
 from training.run.samples import Samples
 from training.run.saver import RunCheckpoints
+from training.run.trackers import open_trackers
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
 from training.step import Dataset, OptimizerStep, Skipping
@@ -121,7 +121,9 @@ class Trainer:
             save_resolved(self.settings, self.out / "config.yaml")
         if self.samples:
             self.samples.begin(self.progress.step)
-        log = RunLog(self.out, self.progress.step, self.ranks.main, self.settings.wandb, asdict(self.settings))
+        step, named, project = self.progress.step, self.settings.trackers, self.settings.wandb
+        trackers = open_trackers(named, self.out, step, project, asdict(self.settings)) if self.ranks.main else []
+        log = RunLog(self.out, step, self.ranks.main, trackers)
         with self.ranks.watch.listening(self.ranks.say), log:
             self.ranks.watch.show = log.doing
             with suppress(Stopped):  # the step it was in has changed nothing yet
@@ -146,7 +148,7 @@ class Trainer:
         if validates:
             log.write(untrained_entry(measured))
         if fresh and self.samples and self.samples.due(0, validates, False):
-            self.samples.write(self.model, 0, partial(log.print, style="dim"))
+            self.samples.write(self.model, 0, log.sampled)
         if late:
             self.progress.late = {}
             log.write({**late, **measured})
@@ -192,7 +194,7 @@ class Trainer:
                 log.pulse(progress.step)
             validated = validate and self.validation is not None
             if self.samples and not stop and self.samples.due(progress.step, validated, progress.finished):
-                self.samples.write(self.model, progress.step, partial(log.print, style="dim"))
+                self.samples.write(self.model, progress.step, log.sampled)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
             origin += time.perf_counter() - pause

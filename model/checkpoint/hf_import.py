@@ -15,6 +15,7 @@ from typing import Any
 
 from errors import UserError
 from LMConfig import LMConfig
+from model.checkpoint.card import CARD, write_card
 from model.transformer import MiniDeepSeek
 
 TOKENIZER_FILES = (
@@ -65,12 +66,14 @@ def rewrite_folder(source: Path, target: Path, **changes: Any) -> MiniDeepSeek:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, CARD):  # the card has the licence of the weights
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if not (target / CARD).is_file():
+        write_card(target)
     return model
 
 

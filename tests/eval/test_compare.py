@@ -187,6 +187,39 @@ def test_the_script_writes_a_page_and_a_picture(runs, tmp_path, run):
     assert page in done.out and (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_watched_run_is_drawn_again_when_it_has_logged_more_until_ctrl_c(runs, tmp_path, run, monkeypatch):
+    drawn, slept = [], []
+    begun = write_run(tmp_path / "begun")
+
+    def log_more() -> None:
+        with open(begun / "metrics.jsonl", "a", encoding="utf8") as file:
+            file.write(json.dumps(entry(7, loss=2.0)) + "\n")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    meanwhile = iter([lambda: None, log_more, lambda: None, interrupt])
+    monkeypatch.setattr("eval.compare.time.sleep", lambda seconds: slept.append(seconds) or next(meanwhile)())
+    monkeypatch.setattr("eval.compare.draw", lambda *given: drawn.append(given) or given[1].write(b"picture"))
+    done = run(main, "--watch", begun, runs[1], "--every", 3, "--x", "step", "--out", tmp_path / "out")
+    assert done.code == 0 and not done.err and slept == [3.0] * 4
+    assert [[opened.last("step") for opened in given[0]] for given in drawn] == [[None, 2], [7, 2]]
+    assert {given[2] for given in drawn} == {"step"}
+    assert "steps: begun 0, b 2\n" in done.out and "steps: begun 7, b 2\n" in done.out
+    assert (tmp_path / "out" / "comparison.png").read_bytes() == b"picture"
+    assert "| 2.0000 |" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf8")
+
+
+def test_one_run_may_be_watched_and_a_folder_that_is_none_may_not(runs, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("eval.compare.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    done = run(main, "--watch", runs[1], "--out", tmp_path / "out")
+    assert done.code == 0 and (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    done = run(main, "--watch", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.code == 2 and "nowhere: neither metrics.jsonl" in done.err
+    done = run(main, "--watch", runs[1], "--every", 0)
+    assert done.code == 2 and "--every 0: give a number of seconds" in done.err
+
+
 def test_real_runs_are_compared(pretrained, tmp_path):
     other = write_run(tmp_path / "other", entry(1, loss=3.0))
     name = read_metrics(pretrained / "metrics.jsonl")[-1]["held_out"]["text"]

@@ -111,6 +111,9 @@ def test_the_report_compares_the_stages_on_held_out_text(pretrained, world, tmp_
     untrained, trained = (float(cell) for cell in rows[2][1:])
     assert trained == pytest.approx(last["val_bits_per_byte"], abs=0.001) and untrained > trained + 0.5
     assert page.count("> **") == 2 and "![pretrain](pretrain.png)" in page
+    whole = (tmp_path / "report.html").read_text(encoding="utf8")
+    assert f'<td class="number">{rows[2][1]}</td>' in whole and "right answer" in whole
+    assert f"all on one page: {tmp_path / 'report.html'}\n" in done.out
     assert (tmp_path / "report" / "pretrain.png").read_bytes().startswith(b"\x89PNG")
     assert "untrained" in done.out and str(tmp_path / "report" / "report.md") in done.out.replace("\n", "")
 

@@ -98,7 +98,7 @@ def test_a_line_of_a_log_that_no_run_wrote(line, throw, tmp_path):
     """They ended in a traceback when a run was resumed, compared or drawn."""
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "tokens": 9, "loss": 2.0}}\n{line}\n')
     assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-    assert throw(RunLog, tmp_path, 5, True, "", {}).code == 0
+    assert throw(RunLog, tmp_path, 5, True).code == 0
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from eval.compared_run import open_runs
 from eval.comparison import markdown
 from eval.experts import draw as draw_loads
 from eval.held_out import held_out_documents
+from eval.page import write_page
 from eval.perplexity import read_blocks
 from eval.questions import read_questions
 from eval.style import read_polite_requests
@@ -112,7 +113,7 @@ def read_shards(folder: Path, tools: SimpleNamespace) -> bytes:
 
 def logged(folder: Path, tools: SimpleNamespace) -> None:
     """The log of a run: resumed, drawn as a script does at its end, and beside the loads of experts."""
-    RunLog(folder, 2, True, "", {})
+    RunLog(folder, 2, True)
     assert all(entry["step"] <= 2 for entry in read_metrics(folder / "metrics.jsonl"))
     draw_run(folder)
     domains = {"a$b$": torch.ones(2, 4), "b": torch.ones(2, 4)}
@@ -123,6 +124,7 @@ def compared(folder: Path, tools: SimpleNamespace) -> None:
     runs = open_runs(["a", "b"])
     markdown(runs)
     eval.comparison.draw(runs, Path("c.png"), "tokens")
+    write_page(["a", "b"], Path("page", "report.html"))
 
 
 def held_out(folder: Path, tools: SimpleNamespace) -> None:

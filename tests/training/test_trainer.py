@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import count, pairwise
 from types import SimpleNamespace
@@ -325,20 +324,6 @@ def test_the_routers_products_of_the_backward_pass_are_in_float32(recomputed, ma
 def test_float16_is_refused(make):
     with pytest.raises(UserError, match=r"--dtype fp16: one of auto, bf16, fp32 .float16 is not supported"):
         make(dtype="fp16")
-
-
-def test_wandb_is_told_each_step_and_stays_offline_without_a_key(make, monkeypatch):
-    told = SimpleNamespace(options={}, steps=[], finished=0)
-    library = SimpleNamespace(
-        log=lambda values, step: told.steps.append((step, values)), finish=lambda: setattr(told, "finished", 1)
-    )
-    library.init = lambda **options: told.options.update(options) or library
-    monkeypatch.setitem(sys.modules, "wandb", library)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    make(wandb="mini", max_steps=2).run()
-    assert (told.options["project"], told.options["mode"], told.finished) == ("mini", "offline", 1)
-    assert [step for step, _ in told.steps] == [0, 1, 2]
-    assert "max_vio/layer_2" in told.steps[1][1] and told.steps[1][1]["loss"] > 0
 
 
 def test_a_run_says_at_its_start_which_kernels_compute(make, capsys):

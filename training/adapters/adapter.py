@@ -15,6 +15,7 @@ from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError, naming, quiet_imports
 from model import MiniDeepSeek
+from model.checkpoint.card import CARD, write_card
 from model.experts import Experts
 from text.tokenizer import Tokenizer
 from training.adapters.dropout import Dropout
@@ -180,6 +181,9 @@ def save_merged(ckpt: str, folder: Path, out: Path) -> None:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
         tokenizer.save(temporary)
+        if (out / CARD).is_file():
+            shutil.copyfile(out / CARD, temporary / CARD)
         shutil.rmtree(out, ignore_errors=True)
         temporary.replace(out)
+    write_card(out)
     print(f"merged: {out}, with the adapter of {folder}", flush=True)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
+from model.checkpoint.card import CARD
 from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors
@@ -132,6 +133,8 @@ class Snapshot:
             save_file(state, temporary / STATE_FILE)
             (temporary / PROGRESS_FILE).write_text(json_text(self._progress, indent=2), encoding="utf8")
             write_manifest(temporary)
+            if (folder / CARD).is_file():  # a person may have edited it, so it is in no manifest
+                shutil.copyfile(folder / CARD, temporary / CARD)
             for path in [*temporary.rglob("*"), temporary]:
                 _flush(path)
             if folder.is_dir():  # the end of a run that was given a larger budget

@@ -1,12 +1,11 @@
-"""What a run reports: a progress bar, a short line now and then, metrics.jsonl, and wandb when asked."""
+"""What a run reports: a progress bar, a short line now and then, metrics.jsonl, and to trackers when asked."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,15 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from errors import naming
+from errors import naming, one_line
 from text.files import json_text, replacing
+from training.run.trackers import Tracker
 
 STRUCTURED = ("sample", "max_vio", "expert_load", "held_out", "prompt", "text")  # not one number
 QUIET = 30.0  # seconds after which the next step has a line, whatever --log_every says
 LARGEST = 1e300  # beyond it pictures cannot be scaled
 WIDTH = 100
+SHOWN, PROMPT, TEXT = 2, 32, 52  # samples; characters of a prompt's end, and of what follows it
 ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
 
 
@@ -68,11 +69,11 @@ class RunLog:
 
     Args:
         out: the run folder; step: metrics of later steps are dropped, they are about to be made again.
-        wandb: name of a wandb project, or empty. Without a key or a network it logs offline into the run folder.
+        trackers: where numbers and samples go besides; closed with the log.
     """
 
-    def __init__(self, out: Path, step: int, active: bool, wandb: str, config: dict[str, Any]) -> None:
-        self.active, self.path, self.wandb = active, out / "metrics.jsonl", None
+    def __init__(self, out: Path, step: int, active: bool, trackers: Sequence[Tracker] = ()) -> None:
+        self.active, self.path, self.trackers = active, out / "metrics.jsonl", trackers
         if not active:
             return
         forget_after(self.path, step)
@@ -84,12 +85,6 @@ class RunLog:
             TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=Console(), transient=True,
         )  # fmt: skip
         self.task = self.bar.add_task(out.name, total=1.0)
-        if wandb:
-            import wandb as library  # slow to import, and rarely asked for
-
-            online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE") != "offline"
-            mode = "online" if online else "offline"
-            self.wandb = library.init(project=wandb, name=out.name, dir=str(out), config=config, mode=mode)
 
     def __enter__(self) -> RunLog:
         if self.active:
@@ -102,8 +97,8 @@ class RunLog:
             self.bar.stop()
             with naming(self.path):
                 self.file.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+            for tracker in self.trackers:
+                tracker.close()
 
     def stepped(self, share: float, seconds: float, loss: float | None = None) -> None:
         """Take note of a step: `share` of the budget is spent after `seconds` of training. First of where it begins."""
@@ -140,14 +135,24 @@ class RunLog:
             self._print_step(metrics)
         if line := held_out_line(shown(metrics)):
             self.print(line)
+        if self.trackers:
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+            numbers |= {f"max_vio/layer_{index}": value for index, value in enumerate(metrics.get("max_vio") or [])}
+            for tracker in self.trackers:
+                tracker.log(numbers, metrics["step"])
         if "sample" in metrics and "val_accuracy" in metrics:
             sample = metrics["sample"]
             worth = ", ".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
             self.print(f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})")
-        if self.wandb is not None:
-            flat = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-            flat |= {f"max_vio/layer_{index}": value for index, value in enumerate(metrics.get("max_vio") or [])}
-            self.wandb.log(flat, step=metrics["step"])
+            for tracker in self.trackers:
+                tracker.sample([{"prompt": sample["question"], "text": sample["completion"]}], metrics["step"])
+
+    def sampled(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Print the first samples of the model's text, rows of prompt and text, and give all to the trackers."""
+        for row in rows[:SHOWN]:
+            self.print(f"sample     {one_line(row['prompt'])[-PROMPT:]} | {one_line(row['text'])[:TEXT]}", style="dim")
+        for tracker in self.trackers if rows else ():
+            tracker.sample(rows, step)
 
     def _print_step(self, metrics: dict[str, Any]) -> None:
         mean = sum(self._losses) / len(self._losses) if self._losses else None

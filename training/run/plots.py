@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,8 +37,11 @@ CHINESE = (
 )  # fmt: skip
 
 
-def draw_run(out: Path) -> Path | None:
-    """Draw `out`/curves.png: losses, held-out measures, learning rate, speed, expert loads. None without metrics."""
+def draw_run(out: Path, file: BinaryIO | None = None) -> Path | None:
+    """Draw losses, held-out measures, learning rate, speed, expert loads into `out`/curves.png, or into an open file.
+
+    Returns the path; None without metrics.
+    """
     pyplot = load_pyplot()
     entries = [shown(entry) for entry in read_metrics(out / "metrics.jsonl") if entry.get("tokens") is not None]
     if not entries:
@@ -58,7 +61,7 @@ def draw_run(out: Path) -> Path | None:
     for unused in places:
         unused.set_axis_off()
     path = out / "curves.png"
-    figure.savefig(path, dpi=100)
+    figure.savefig(file or path, dpi=100)
     pyplot.close(figure)
     return path
 

@@ -8,11 +8,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from errors import UserError, check_least, naming, one_line
+from errors import UserError, check_least, naming
 from model import MiniDeepSeek
 from model.decoding.generate import stream
 from model.decoding.sampling import Sampling
@@ -21,14 +21,13 @@ from text.tokenizer import Tokenizer
 from training.losses import Batch
 from training.machine import autocast
 from training.parallel.ranks import Ranks
-from training.run.log import forget_after
+from training.run.log import TEXT, forget_after
 from training.settings import StageSettings
 
-BUILT_IN, SHOWN = 2, 2  # prompts where no file gives any; those on the console
+BUILT_IN = 2  # prompts where no file gives any
 BEGINNING, LONGEST, NEW = 16, 256, 48  # tokens: of a text to continue, of a prompt at most, of what is written
 TRIED = 64  # rows looked at for them
 PATIENCE = 0.25  # share of --dist.timeout that the other ranks wait for all samples together
-PROMPT, TEXT = 32, 52  # characters of a prompt's end, and of what follows it, on the console
 
 
 @dataclass(kw_only=True)
@@ -81,23 +80,23 @@ class Samples:
         """Return whether they are to be written after this step."""
         return validated if not self._every else last or step % self._every == 0
 
-    def write(self, model: MiniDeepSeek, step: int, show: Callable[[str], None]) -> None:
-        """Write one line of JSON a prompt; `show` is given the first ones. Leaves the model in training."""
+    def write(self, model: MiniDeepSeek, step: int, show: Callable[[int, list[dict[str, Any]]], None]) -> None:
+        """Write one line of JSON a prompt; `show` is given the step and all of them. Leaves the model in training."""
         if not self._ranks.main:
             return
         model.eval()
+        rows = []
         end = time.monotonic() + PATIENCE * self._ranks.timeout
         eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
         # Under an adapter in float32 the frozen weights are in the type of the products.
         products = autocast(model.lm_head.weight.dtype, self._ranks.device)
         with naming(self._path), open(self._path, "a", encoding="utf8") as file, eager, products:
-            for number, ids in enumerate(self._prompts):
+            for ids in self._prompts:
                 text = self._tokenizer.decode(self._continue(model, ids, end))
-                prompt = self._tokenizer.decode(ids)
-                file.write(json_text({"step": step, "prompt": prompt, "text": text}) + "\n")
-                if number < SHOWN:
-                    show(f"sample     {one_line(prompt)[-PROMPT:]} | {one_line(text)[:TEXT]}")
+                rows.append({"step": step, "prompt": self._tokenizer.decode(ids), "text": text})
+                file.write(json_text(rows[-1]) + "\n")
         model.train()
+        show(step, rows)
 
     def _continue(self, model: MiniDeepSeek, ids: list[int], end: float) -> list[int]:
         """Return what follows a prompt; less of it after a signal, or past `end` on the monotonic clock."""

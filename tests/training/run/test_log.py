@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def console_line(out: Path, capsys: pytest.CaptureFixture, **metrics: object) -> str:
     out.mkdir(exist_ok=True)
-    with RunLog(out, 0, True, "", {}) as log:
+    with RunLog(out, 0, True) as log:
         log.write({"step": 1, "tokens": 10, **metrics})
     return capsys.readouterr().out
 
@@ -58,7 +58,7 @@ def test_chinese_stays_chinese_in_the_log(tmp_path, capsys):
     """Through a resume too, which writes the lines again."""
     sample = {"question": "三加四等于几？", "completion": "七", "answer": "7", "rewards": {"correct": 1.0}}
     for step in (0, 1):
-        with RunLog(tmp_path, step, True, "", {}) as log:
+        with RunLog(tmp_path, step, True) as log:
             log.write({"step": step + 1, "tokens": 10, "val_accuracy": 1.0, "sample": sample})
         assert "三加四等于几？" in (tmp_path / "metrics.jsonl").read_text(encoding="utf8").splitlines()[0]
     assert [entry["sample"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [sample, sample]
@@ -109,7 +109,7 @@ def test_a_line_shows_how_far_the_run_is_and_how_long_it_still_takes():
 
 def test_what_is_left_follows_from_the_pace_of_this_sitting(tmp_path, capsys):
     """A fifth of the budget took 50 s; what was done before the run was resumed does not count."""
-    with RunLog(tmp_path, 0, True, "", {}) as log:
+    with RunLog(tmp_path, 0, True) as log:
         for share, seconds in ((0.2, 1000.0), (0.4, 1050.0)):
             log.stepped(share, seconds)
         log.write({"step": 2, "tokens": 10})
