@@ -135,7 +135,6 @@ def test_tensorboard_hides_what_is_logged_again(make, monkeypatch):
 
 
 def test_the_real_tensorboard_reads_one_curve_of_a_resumed_run(make):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # the web page's
     from tensorboard.util.tensor_util import make_ndarray
 
