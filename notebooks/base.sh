@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What several notebooks start from, made once: a small world, a tokenizer, two minutes of pretraining, one of fine-tuning.
-# bash notebooks/base.sh world|tokenizer|pretrain|sft
+# bash notebooks/base.sh world|tokenizer|pretrain|sft|sums
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=out/notebooks
@@ -17,5 +17,19 @@ sft() {
     pretrain
     test -d $OUT/sft/final || $PYTHON full_sft.py --config configs/demo/sft.yaml --ckpt $OUT/pretrain/final --data $OUT/world/sft.jsonl \
         --out $OUT/sft --max_minutes 1 --resume true
+}
+# A model that knows what a sum looks like, and little else: rewards need answers that are sometimes right.
+sums() {
+    pretrain
+    test -f $OUT/sums.jsonl || $PYTHON - > $OUT/sums.jsonl <<'END'
+import json, random
+from text.chats.arithmetic import arithmetic_problem
+rng = random.Random(0)
+for _ in range(20_000):
+    question, answer = arithmetic_problem(rng, 1)
+    print(json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}))
+END
+    test -d $OUT/sums/final || $PYTHON full_sft.py --config configs/demo/sft.yaml --ckpt $OUT/pretrain/final --data $OUT/sums.jsonl \
+        --out $OUT/sums --max_minutes 1 --resume true
 }
 "$1"
