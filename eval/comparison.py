@@ -188,10 +188,10 @@ def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[s
     names = {key: label for _, key, label in lines}
     styles = dict(zip(names, ("-", "--", ":"), strict=False))
     for run, key, label in lines:
-        told = [entry for entry in run.trained if entry.get(x) is not None and entry.get(key) is not None]
-        if told:
-            marker = "o" if len(told) == 1 else ""  # a line of one point would not be seen
-            points = [entry[x] for entry in told], [entry[key] for entry in told]
+        reported = [entry for entry in run.trained if entry.get(x) is not None and entry.get(key) is not None]
+        if reported:
+            marker = "o" if len(reported) == 1 else ""  # a line of one point would not be seen
+            points = [entry[x] for entry in reported], [entry[key] for entry in reported]
             axis.plot(*points, styles[key] + marker, color=colours[run.name], linewidth=1.2, label=label)
     axis.set(title=plain(title), xlabel=AXES[x], ylabel=unit)
     axis.xaxis.set_major_formatter(EngFormatter(sep=" "))

@@ -50,7 +50,7 @@ def serve(
         api_key: what clients must send as their key; empty: none
         cors: origins whose pages may use the server, separated by commas; * is any
         slots: replies of a model that are generated at a time
-        queue: requests that may wait for a slot; more are told to come again
+        queue: requests that may wait for a slot; more are refused with 429
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32
     """

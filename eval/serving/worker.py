@@ -146,7 +146,7 @@ class Worker(threading.Thread):
             while self._obey():
                 for name, served in self.models.items():
                     self._step(name, served)
-        except BaseException as error:  # whoever waits is told; the server reports itself as unhealthy
+        except BaseException as error:  # whoever waits gets an error, and /health fails
             self.failure = error
             for job in list(self._unfinished):
                 self._finish(job)

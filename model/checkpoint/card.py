@@ -255,7 +255,7 @@ def _chats(folder: Path) -> bool:
 
 
 def _use(chats: bool, hello: tuple[str, str]) -> list[str]:
-    """Return the lines that run a model that chats, or one that goes on with a text."""
+    """Return the lines that run a model that chats, or one that continues a text."""
     if chats:
         chat = json.dumps([{"role": "user", "content": hello[0]}], ensure_ascii=False)
         command = f'python eval/chat.py --ckpt FOLDER --once "{hello[0]}"'

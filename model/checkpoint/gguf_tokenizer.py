@@ -48,7 +48,7 @@ def _methods(folder: Path, config: LMConfig) -> dict[str, Any]:
     kinds = {number: CONTROL if token["special"] else USER_DEFINED for number, token in added.items()}
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf8") if file.is_file() else settings.get("chat_template")
-    # The marks around what is learnt mean something to training only, and not every program knows them.
+    # The marks around what is trained on mean something to training only, and not every program knows them.
     template = GENERATION_MARK.sub("", template) if isinstance(template, str) else None
     methods = {
         "add_tokenizer_model": "gpt2",  # byte-level BPE

@@ -76,20 +76,20 @@ TEXTS = [
 def test_conversations(samples, tokenizer, printed, tmp_path):
     source = sampled(write(tmp_path / "a.jsonl", CHATS), samples)
     found = ChatDataset([source], tokenizer, 64, progress=False, val_fraction=0.1)
-    told = fates(printed(found.print_summary))
-    assert sum(told.values()) == len(CHATS) and told["skipped"] == 2 and told["held out"] > 0
+    reported = fates(printed(found.print_summary))
+    assert sum(reported.values()) == len(CHATS) and reported["skipped"] == 2 and reported["held out"] > 0
     if samples is None:
-        assert told["dropped"] == 1 and (found.report.fates["cut"], found.report.fates["unanswered"]) == (1, 1)
+        assert reported["dropped"] == 1 and (found.report.fates["cut"], found.report.fates["unanswered"]) == (1, 1)
     else:
-        assert told["more than were asked for"] == len(CHATS) - 2 - samples
+        assert reported["more than were asked for"] == len(CHATS) - 2 - samples
 
 
 @pytest.mark.parametrize("samples", [None, 30])
 def test_pairs(samples, tokenizer, printed, tmp_path):
     found = PreferenceDataset([sampled(write(tmp_path / "a.jsonl", PAIRS), samples)], tokenizer, 64, val_fraction=0.1)
-    told = fates(printed(found.print_summary))
-    assert sum(told.values()) == len(PAIRS) and told["skipped"] == 2 and told["held out"] > 0
-    assert samples is not None or told["dropped"] == 1
+    reported = fates(printed(found.print_summary))
+    assert sum(reported.values()) == len(PAIRS) and reported["skipped"] == 2 and reported["held out"] > 0
+    assert samples is not None or reported["dropped"] == 1
 
 
 @pytest.mark.parametrize("samples", [None, 60])
@@ -97,10 +97,10 @@ def test_problems_to_learn_from(samples, tokenizer, printed, tmp_path):
     sources = [sampled(write(tmp_path / "a.jsonl", PROBLEMS), samples), Source("arithmetic:1")]
     found = PromptDataset(sources, tokenizer, 64, val_fraction=0.2, val_problems=8)
     shown = printed(found.print_summary)
-    told = fates(shown)
-    assert sum(told.values()) == len(PROBLEMS) and told["skipped"] == 3 and told["held out"] > 4
+    reported = fates(shown)
+    assert sum(reported.values()) == len(PROBLEMS) and reported["skipped"] == 3 and reported["held out"] > 4
     assert "; 8 of those held out are measured on" in shown
-    assert samples is not None or told["left out"] == 1
+    assert samples is not None or reported["left out"] == 1
 
 
 @pytest.mark.parametrize("most", [0, 20])
@@ -109,8 +109,8 @@ def test_prompts_to_ask(most, samples, tmp_path):
     report = RowReport()
     sources = [sampled(write(tmp_path / "a.jsonl", PROBLEMS), samples), Source("arithmetic:1")]
     found = list(read_prompts(sources, most=most, report=report))
-    told = fates(balance(report.rows, "rows", {"prompts to ask": len(found), **report.unused}))
-    assert report.kept == len(found) == told["prompts to ask"]
+    reported = fates(balance(report.rows, "rows", {"prompts to ask": len(found), **report.unused}))
+    assert report.kept == len(found) == reported["prompts to ask"]
     if not most:
         assert report.rows == len(PROBLEMS) + 10_000 and report.problems["question asked before"] > 1000
 
@@ -126,10 +126,10 @@ def test_a_teachers_prompts(printed, tmp_path):
     source = Source(write(tmp_path / "a.jsonl", [*PROBLEMS, {"prompt": "Say 2."}]))
     settings = AnswerSettings(rewards={"overlong": 1.0}, at_least=-1)
     shown = printed(gather_answers, tmp_path / "out", [source], False, "skip", settings, Silent(), 0, (), 4)
-    told = fates(shown)
-    assert sum(told.values()) == len(PROBLEMS) + 1 and told["skipped"] == 2
+    reported = fates(shown)
+    assert sum(reported.values()) == len(PROBLEMS) + 1 and reported["skipped"] == 2
     answers, kept, dropped = map(int, re.search(r"(\d+) answers to .*: (\d+) kept.*, (\d+) dropped", shown).groups())
-    assert answers == kept + dropped == told["prompts to ask"]
+    assert answers == kept + dropped == reported["prompts to ask"]
 
 
 @pytest.mark.parametrize("samples", [None, 30])
@@ -140,12 +140,12 @@ def test_text_of_pretraining_and_of_check_is_the_same(samples, tokenizer, tokeni
     )
     source = Source(path, layout=Layout("text"), samples=samples)
     shown = printed(prepare_shards, [source], tokenizer, tmp_path / "out", workers=1, val_fraction=0.1)
-    told = fates(shown)
-    assert sum(told.values()) == len(TEXTS) - 1 and told["held out"] > 0  # a blank line is no row
+    reported = fates(shown)
+    assert sum(reported.values()) == len(TEXTS) - 1 and reported["held out"] > 0  # a blank line is no row
     done = run(dataset.main, "check", "a", "--datasets", registry, "--tokenizer", tokenizer_folder)
     checked = fates(done.out)
-    assert done.code == 0 and checked.pop("documents") == told.pop("to train on") + told.pop("held out")
-    assert checked == told and (samples or checked["exact duplicate"] == 2)
+    assert done.code == 0 and checked.pop("documents") == reported.pop("to train on") + reported.pop("held out")
+    assert checked == reported and (samples or checked["exact duplicate"] == 2)
     assert re.search(r"([\d,]+) tokens, ", done.out)[1] == re.search(r"tokens +([\d,]+), ", shown)[1]
 
 
@@ -156,11 +156,11 @@ def test_whole_files_are_no_rows(tokenizer, tokenizer_folder, run, printed, tmp_
     (folder / "empty.jsonl").touch()
     (folder / "c.csv").write_text("title,body\na,b\n", encoding="utf8")
     (folder / "notes.md").touch()
-    told = fates(printed(prepare_shards, str(folder), tokenizer, tmp_path / "out", workers=1, val_fraction=0.1))
-    assert sum(told.values()) == len(TEXTS) - 1 and told["no such column"] == 1
+    reported = fates(printed(prepare_shards, str(folder), tokenizer, tmp_path / "out", workers=1, val_fraction=0.1))
+    assert sum(reported.values()) == len(TEXTS) - 1 and reported["no such column"] == 1
     done = run(dataset.main, "check", folder, "--tokenizer", tokenizer_folder)
     checked = fates(done.out)
-    assert checked.pop("documents") == told.pop("to train on") + told.pop("held out") and checked == told
+    assert checked.pop("documents") == reported.pop("to train on") + reported.pop("held out") and checked == reported
     assert "1 x file not read to its end: empty file" in done.out
 
 
@@ -183,6 +183,6 @@ def test_a_check_of_a_file_that_breaks_off(tokenizer_folder, run, tmp_path):
 def test_a_tokenizers_corpus(sample_mb, printed, tmp_path):
     rows = [*TEXTS, *({"text": f"number {n}"} for n in range(200))]
     given = dict(vocab_size=290, sample_mb=sample_mb, min_frequency=1)
-    told = fates(printed(train_tokenizer, write(tmp_path / "a.jsonl", rows), str(tmp_path / "out"), **given))
-    assert sum(told.values()) == len(rows) - 1
-    assert ("beyond --sample_mb" in told) == (sample_mb < 1) and (told.get("held out") == 2) == (sample_mb == 1)
+    reported = fates(printed(train_tokenizer, write(tmp_path / "a.jsonl", rows), str(tmp_path / "out"), **given))
+    assert sum(reported.values()) == len(rows) - 1
+    assert ("beyond --sample_mb" in reported) == (sample_mb < 1) and (reported.get("held out") == 2) == (sample_mb == 1)

@@ -14,7 +14,7 @@ QUESTION, REPLY = {"role": "user", "content": "Q"}, {"role": "assistant", "conte
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
+    """User and assistant, alternating."""
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
 
 
