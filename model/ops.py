@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model import kernels
+import model.kernels as kernels
 from model.attention import AttentionMask
 from model.kernels import attention, causal, decode, fused, grouped, products
 from model.kernels.attention import FLASH_ATTN, SDPA

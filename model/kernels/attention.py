@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from errors import one_line
-from model import kernels
+import model.kernels as kernels
 from model.kernels.fused import causal_softmax_, softmax_back_
 
 CHUNK = 128  # query rows at a time on a CPU

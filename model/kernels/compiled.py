@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import waiting
-from model import kernels
+import model.kernels as kernels
 
 ALIGNMENT = 64  # bytes of a cache line
 TYPES = (torch.float32, torch.bfloat16)
