@@ -68,6 +68,11 @@ class LatentCache:
         return self.lengths[0]
 
     @property
+    def end(self) -> int:
+        """One past the last position that any row of the open pass sees."""
+        return self.length
+
+    @property
     def max_length(self) -> int:
         return self.latents.shape[2]
 
@@ -131,8 +136,12 @@ class SlotCache(LatentCache):
         self, config: LMConfig, slots: int, max_length: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         super().__init__(config, slots, max_length, dtype, device)
-        self.used = 0
+        self.used = self._end = 0
         self.held = torch.zeros(slots, dtype=torch.int64)
+
+    @property
+    def end(self) -> int:
+        return self._end
 
     def occupy(self, latents_LTC: Tensor) -> None:
         """Put a sequence of which every layer's latents are known, (layers, time, C), into the next free slot."""

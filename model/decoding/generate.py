@@ -102,7 +102,7 @@ def stream(
         yield tokens
         for token in stop:
             running, unfinished = running & (chosen != token), unfinished & (tokens != token)
-        if not unfinished.any():
+        if stop and not unfinished.any():
             return
         ids = chosen.unsqueeze(1)
         if sampling.repetition_penalty != 1 and count < max_new_tokens:

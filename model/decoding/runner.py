@@ -1,4 +1,4 @@
-"""The choice of what runs a model over a cache; and steps as CUDA graphs, each recorded once and one launch from then on.
+"""The choice of what runs a model over a cache; and steps as CUDA graphs, each recorded once, then one launch.
 
 At batch 1 a small model's step is hundreds of kernels of a few microseconds: starting them one by one takes the host
 longer than the GPU computes. Shapes are few: rows come in powers of two from the engine, and the positions that they
@@ -74,7 +74,7 @@ class GraphRunner(EagerRunner):
         if time > 1 or torch.is_grad_enabled() or rows > self.cache.latents.shape[1]:
             return super().step(ids, last)
         starts = self.cache.reserve_rows(range(self.model.config.num_hidden_layers), rows, 1)
-        length = positions_seen(int(starts.max()) + 1, self.cache.max_length)
+        length = positions_seen(self.cache.end, self.cache.max_length)
         if self.cache.latents is not self._latents:
             self._prepare()
         if (rows, length) not in self._steps:
