@@ -3,25 +3,23 @@
 LD_PRELOAD=fake_cuda.so python tests/fake_cuda.py      fake_cuda.so: fake_cuda.cpp; used by test_cuda_shapes.py
 
 What a kernel for CUDA asks of its inputs is checked by torch's own rules for it, such as the strides of grouped_mm. A
-call that waits for the device, because the host wants a number of it or copies to it from memory that is not pinned, is
-written down with its place in this project.
-Prints {case: {"error": line or "", "waits": [places], "kernels": [names]}}.
+call that waits for the device is written down with its line in this project (host_waits.py).
+Prints {case: {"error": line or "", "waits": [lines], "kernels": [names]}}.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import traceback
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from host_waits import HostWaits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -40,7 +38,6 @@ from training.parallel.ranks import Ranks
 from training.settings import NextTokenSettings
 from training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 CUDA, TIME, ROWS, VOCAB = torch.device("cuda", 0), 32, 4, 96
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
@@ -198,79 +195,57 @@ def generation() -> None:
     assert tokens.shape == (ROWS, 9) and tokens.device == CUDA
 
 
-def static_decoding() -> None:
-    with bf16():
-        tokens = model().eval().generate(ids(ROWS, 5), max_new_tokens=4, static=True)
-    assert tokens.shape == (ROWS, 9) and tokens.device == CUDA
-
-
 CASES: list[Callable[[], None]] = [
     moe_layer, training_step, packed_step, recomputed_step, policy_loss, preference_loss, distillation_loss,
-    lora_on_experts, quantized_experts, decoding, generation, static_decoding,
+    lora_on_experts, quantized_experts, decoding, generation,
 ]  # fmt: skip
 
 
-class Kernels(TorchDispatchMode):
-    """Writes down the names of what is called, and the places of copies between host and device that are waited for."""
-
-    def __init__(self, places: list[str]) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-        self.places = places
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        named = named or {}
-        name = str(function).split(".")[1]
-        self.names.add(name)
-        if name == "_to_copy" and not named.get("non_blocking"):
-            to = torch.device(named.get("device") or arguments[0].device)
-            if to.type != arguments[0].device.type:
-                self.places.append(place())
-        return function(*arguments, **named)
+def on_device(call: Callable[[Tensor], object]) -> None:
+    call(torch.zeros(4, device=CUDA))
 
 
-def place() -> str:
-    """The line of this project that called."""
-    here = next(frame for frame in reversed(traceback.extract_stack()[:-1]) if not outside(frame.filename))
-    return f"{Path(here.filename).relative_to(ROOT)}: {here.line}"
+# Each way to wait for the device, in one line; what does not wait, in the last ones.
+WAITING: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.sum()),
+    "int": lambda x: int(x.sum()),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "blocking to": lambda x: torch.zeros(4).pin_memory().to(x.device),
+    "copy_": lambda x: x.copy_(torch.zeros(4).pin_memory()),
+    "not pinned": lambda x: torch.zeros(4).to(x.device, non_blocking=True),
+    "tensor": lambda x: torch.tensor([1.0], device=x.device),
+    "as_tensor": lambda x: torch.as_tensor([1.0], device=x.device),
+    "nonzero": lambda x: x.nonzero(),
+    "nonzero of torch": lambda x: torch.nonzero(x),
+    "mask": lambda x: x[x > 0],
+    "assigned by mask": lambda x: x.__setitem__(x > 0, torch.ones(4, device=x.device)),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.long().bincount(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "equal": lambda x: torch.equal(x, x),
+    "synchronize": lambda x: torch.cuda.synchronize(),
+}
+RUNNING_ON: dict[str, Callable[[Tensor], object]] = {
+    "pinned": lambda x: torch.zeros(4).pin_memory().to(x.device, non_blocking=True),
+    "full": lambda x: torch.full((), 3.0, device=x.device),
+    "integers": lambda x: x[torch.arange(2, device=x.device)],
+    "masked_fill": lambda x: x.masked_fill(x > 0, 0.0),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long(), output_size=4),
+    "on the host": lambda x: (torch.tensor([1.0]), torch.zeros(2).sum()),
+}
 
 
-def waiting(answer: Callable[[Tensor], object], places: list[str]) -> Callable[..., object]:
-    """A method that writes down who called it for a number of the device's, and answers by shape alone."""
-
-    def method(tensor: Tensor, *_: object, **__: object) -> object:
-        if tensor.device == CUDA:
-            places.append(place())
-        return answer(tensor)
-
-    return method
-
-
-def outside(file: str) -> bool:
-    return not file.startswith(str(ROOT)) or "site-packages" in file or file == __file__
-
-
-def every_place(tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.numel(), tensor.dim(), dtype=torch.long, device=tensor.device)
-
-
-def run(case: Callable[[], None]) -> dict[str, object]:
-    places: list[str] = []
-    numbers = {"item": 1.0, "__bool__": True, "__int__": 1, "__float__": 1.0, "__index__": 1}
-    patches = [patch.object(Tensor, name, waiting(lambda _, n=n: n, places)) for name, n in numbers.items()]
-    patches.append(patch.object(Tensor, "nonzero", waiting(every_place, places)))
-    patches.append(patch.object(Tensor, "tolist", waiting(lambda x: [1] * x.numel(), places)))
-    kernels, error = Kernels(places), ""
-    for each in patches:
-        each.start()
+def run(case: Callable[[], object]) -> dict[str, object]:
+    waits, error = HostWaits(), ""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), kernels:
+        with FakeTensorMode(allow_non_fake_inputs=True), waits.counting():
             case()
     except Exception as wrong:
         error = f"{type(wrong).__name__}: {str(wrong).partition(chr(10))[0]}"
-    for each in patches:
-        each.stop()
-    return {"error": error, "waits": sorted(set(places)), "kernels": sorted(kernels.names)}
+    return {"error": error, "waits": waits.waits, "kernels": sorted(waits.names)}
 
 
 def main() -> None:
@@ -280,11 +255,13 @@ def main() -> None:
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
         patch("training.trainer.machine_peak", lambda *_: 1e15),
         patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
-        patch.object(Tensor, "pin_memory", lambda self: self),
         patch.object(torch.nn.Module, "to", lambda self, *_, **__: self),  # all is made where it stays
         torch.autograd.set_multithreading_enabled(False),
     ):
-        print(json.dumps({case.__name__: run(case) for case in CASES}))
+        seen = {case.__name__: run(case) for case in CASES}
+        for kind, calls in (("waits", WAITING), ("runs on", RUNNING_ON)):
+            seen |= {f"{kind}: {name}": run(partial(on_device, call)) for name, call in calls.items()}
+        print(json.dumps(seen))
 
 
 if __name__ == "__main__":

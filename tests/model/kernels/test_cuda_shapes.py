@@ -13,27 +13,26 @@ import torch
 
 HERE = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
-# A step waits for the device where the host needs a number of it: how many labels the gradients are divided by,
-# whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many segments, how
-# many answers there are.
-LABELS, LOGGED = "training/step.py: count = max(labels.item(), 1)", "training/step.py: return StepResult("
-FINITE = "training/step.py: norm = torch.nn.utils.get_total_norm(gradients).item()"
-MEANS, SEGMENTS = "training/metrics.py: name: value.item()", "model/attention.py: starts = new.flatten().nonzero()"
-ANSWERS, TEACHER = "training/log_probs.py: places = ", "training/distill/teacher.py: places = "
-COMPARED = "training/distill/distillation.py: places = "
+# A step of two micro-batches waits for the device where the host needs a number of it: how many labels the gradients
+# are divided by, whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many
+# segments, how many answers there are.
+LABELS, NORM = "count = max(labels.item(), 1)", "norm = torch.nn.utils.get_total_norm(gradients).item() * scale"
+LOGGED, MEANS = "return StepResult(", "name: value.item() / "
+STEP = [LABELS, NORM, *4 * [MEANS], *2 * [LOGGED]]
+SEGMENTS, ANSWERS = "starts = new.flatten().nonzero()", "places = (targets != IGNORE).nonzero()"
+TEACHER = 'places = (batch["labels"] != IGNORE).flatten().nonzero()'
 WAITS = {
-    "moe_layer": (),
-    "training_step": (MEANS, LABELS, FINITE, LOGGED),
-    "packed_step": (SEGMENTS, MEANS, LABELS, FINITE, LOGGED),
-    "recomputed_step": (MEANS, LABELS, FINITE, LOGGED),
-    "policy_loss": (ANSWERS,),
-    "preference_loss": (SEGMENTS, ANSWERS),
-    "distillation_loss": (COMPARED, TEACHER),
-    "lora_on_experts": (),
-    "quantized_experts": (),
-    "decoding": (),
-    "generation": (),
-    "static_decoding": (),
+    "moe_layer": [],
+    "training_step": STEP,
+    "packed_step": [SEGMENTS, SEGMENTS, *STEP],
+    "recomputed_step": STEP,
+    "policy_loss": [ANSWERS],
+    "preference_loss": 2 * [SEGMENTS, ANSWERS],
+    "distillation_loss": [TEACHER, ANSWERS],
+    "lora_on_experts": [],
+    "quantized_experts": [],
+    "decoding": [],
+    "generation": 4 * ["tokens = chosen.cpu()"],  # one a step
 }
 
 
@@ -56,11 +55,24 @@ def seen(once) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("case", WAITS)
-def test_every_stage_runs_on_cuda_by_shape_and_waits_for_the_device_at_these_places_only(case, seen):
+def test_every_stage_runs_on_cuda_by_shape_and_waits_for_the_device_at_these_lines_only(case, seen):
     assert seen[case]["error"] == ""
-    waits = seen[case]["waits"]
-    assert len(waits) == len(WAITS[case])
-    assert all(place.startswith(known) for place, known in zip(waits, sorted(WAITS[case]), strict=True)), waits
+    waits, known = seen[case]["waits"], list(WAITS[case])
+    for wait in waits:
+        line = next((line for line in known if f": {line}" in wait), None)
+        assert line, f"the host waits for the device where it did not before, or more often: {wait}"
+        known.remove(line)
+    assert not known, f"no longer waited for: {known}"
+
+
+def test_every_way_to_wait_is_counted_once_and_nothing_else_is(seen):
+    calls = {name: case for name, case in seen.items() if ": " in name}
+    assert {case["error"] for case in calls.values()} == {""}
+    assert len(calls) >= 25 and all(len(case["waits"]) == name.startswith("waits") for name, case in calls.items())
+    source = (HERE / "fake_cuda.py").read_text(encoding="utf8").splitlines()
+    for name, case in calls.items():
+        for wait in case["waits"]:  # "tests/fake_cuda.py:216: code (kind)"
+            assert f'"{name.partition(": ")[2]}": lambda' in source[int(wait.split(":")[1]) - 1], (name, wait)
 
 
 KERNELS = {
