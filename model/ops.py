@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
+from model import kernels
 from model.attention import AttentionMask
 from model.kernels import attention, causal, decode, fused, grouped, products
 from model.kernels.attention import FLASH_ATTN, SDPA
@@ -102,7 +103,7 @@ def causal_attention(
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> Tensor:
     """softmax(q k^T * scale) v. q, k: (batch, time, heads, qk); v: (batch, time, heads, value), as the result is."""
     value_size, sizes = v.shape[-1], (q.shape[1], k.shape[1], q.device)
-    if q.device.type == "cpu" and q.shape[1] <= attention.LONGEST_CHUNKED:
+    if kernels.on_cpu(q) and q.shape[1] <= attention.LONGEST_CHUNKED:
         # Causality alone needs no mask where the softmax knows of it.
         causal_only = mask.allowed is None and fused.available(q)
         allowed = None if causal_only else mask.as_bool(*sizes)
@@ -127,7 +128,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -
 
 def small_products(x: Tensor) -> Tensor:
     """x in the type of products with a few rows: on a CPU bfloat16's kernels cost more than they save."""
-    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+    return x.float() if kernels.on_cpu(x) and x.dtype == torch.bfloat16 else x
 
 
 def route(router: Router, x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +152,7 @@ def run_experts(module: Experts, x_ND: Tensor, *routed: Tensor | Mapping) -> Ten
 
     routed: weights_NK, indices_NK, corrections.
     """
-    return module.dispatched(x_ND, *routed) if x_ND.is_cuda else _experts_on_cpu(module, x_ND, *routed)
+    return module.dispatched(x_ND, *routed) if kernels.on_cuda(x_ND) else _experts_on_cpu(module, x_ND, *routed)
 
 
 @torch._disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported at the first call
@@ -175,7 +176,7 @@ def expert_rows(module: Experts, x_ND: Tensor, weights_R: Tensor, plan: Plan, co
 
 def _in_turn(module: Experts, x_ND: Tensor, corrections: Mapping) -> bool:
     plain = not corrections and isinstance(module.gate_up_proj, Tensor)
-    return plain and x_ND.device.type == "cpu" and not torch.is_grad_enabled()
+    return plain and kernels.on_cpu(x_ND) and not torch.is_grad_enabled()
 
 
 def row_tile(module: Experts, x_ND: Tensor, corrections: Mapping) -> int | None:
@@ -186,7 +187,7 @@ def row_tile(module: Experts, x_ND: Tensor, corrections: Mapping) -> int | None:
 
 def row_block(indices_NK: Tensor, experts: int) -> int:
     """The block elsewhere: little of each expert's share is wasted, and few shapes occur."""
-    if indices_NK.is_cuda:
+    if kernels.on_cuda(indices_NK):
         return SMALL_ROW_BLOCK
     mean_rows, smallest = indices_NK.numel() / experts, SMALL_ROW_BLOCK if len(indices_NK) > 1 else 1
     return next((block for block in ROW_BLOCKS if mean_rows >= 4 * block), smallest)
@@ -195,7 +196,7 @@ def row_block(indices_NK: Tensor, experts: int) -> int:
 def padded_rows(counts_E: Tensor, choices: int, block: int) -> tuple[Tensor, int]:
     """The rows of each expert, whole blocks, and how many there are of all or, on CUDA, can be at most."""
     blocks, experts = (counts_E + block - 1) // block, len(counts_E)
-    if not counts_E.is_cuda:
+    if not kernels.on_cuda(counts_E):
         return blocks * block, int(blocks.sum()) * block
     # On sm100 the weight gradient of a group without rows is garbage (pytorch/pytorch#172439): where gradients are
     # recorded each expert has a block, of padding whose weight is 0. Decoding reads the chosen experts only.
@@ -214,14 +215,14 @@ def grouped_linear(
         weight_EOD: a tensor or a `QuantizedWeight`; ends_E: one past the last row of each expert.
         buffer: memory for the weight's gradient.
     """
-    if x_RD.is_cuda and x_RD.dtype == torch.bfloat16:
+    if kernels.on_cuda(x_RD) and x_RD.dtype == torch.bfloat16:
         return grouped.grouped_mm(x_RD, weight_EOD, ends_E)
     return grouped.GroupedLinear.apply(x_RD, weight_EOD, ends_E.tolist(), buffer or GradBuffer())
 
 
 def gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
     """(R, D), (N, K) -> (N, D): the sum of each token's K rows."""
-    if rows_RD.is_cuda:
+    if kernels.on_cuda(rows_RD):
         rows_NKD = rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape)
         return rows_NKD.sum(1, dtype=rows_RD.dtype)  # autocast would make it float32, and the residual stream with it
     if fused.fits(rows_RD) and rows_RD.is_contiguous():

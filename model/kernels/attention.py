@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from errors import one_line
+from model import kernels
 from model.kernels.fused import causal_softmax_, softmax_back_
 
 CHUNK = 128  # query rows at a time on a CPU
@@ -115,7 +116,7 @@ def flash_attention() -> ModuleType | None:
 
 def cuda_kernel(q: Tensor, value_size: int, plain: bool, isolated: bool) -> str:
     """The kernel of `attend` for q (batch, time, heads, qk) that sees all before it or its own segment; else SDPA."""
-    fits = q.is_cuda and q.dtype == torch.bfloat16 and value_size <= q.shape[-1] <= LARGEST_HEAD
+    fits = kernels.on_cuda(q) and q.dtype == torch.bfloat16 and value_size <= q.shape[-1] <= LARGEST_HEAD
     if not fits or not (plain or isolated):
         return SDPA
     if has_flash_attention():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import waiting
+from model import kernels
 
 ALIGNMENT = 64  # bytes of a cache line
 TYPES = (torch.float32, torch.bfloat16)
@@ -60,7 +61,7 @@ def readable(*tensors: Tensor) -> bool:
     """Return whether C can read these: in a CPU's memory (not fake, not distributed), outside of compiled graphs."""
     if torch.compiler.is_compiling():
         return False
-    return all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in TYPES for x in tensors)
+    return all(type(x) in (Tensor, nn.Parameter) and kernels.on_cpu(x) and x.dtype in TYPES for x in tensors)
 
 
 def floats(*shape: int) -> Tensor:
