@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 AHEAD = 2  # micro-batches
 
 
+def is_made_ahead(device: torch.device) -> bool:
+    """Return whether a thread makes batches for this device: on a CPU it would take the cores that compute."""
+    return device.type == "cuda"
+
+
 class Batches:
     """Gives the micro-batches of this rank in their order. Samples are functions of their numbers: nothing to save.
 
-    On CUDA a thread makes the next ones and puts them into pinned memory, from which copies to the device go on by
-    themselves. On a CPU it would only take the cores from the computation.
+    For a GPU a thread makes the next ones and puts them into pinned memory, from which copies to the device go on by
+    themselves.
 
     Args:
         whole_run: whether they may be made ahead of their step; those of a `PolicyDataset` may not.
@@ -36,7 +41,7 @@ class Batches:
         self._whole_run = whole_run
         self._ahead: deque[tuple[range, Future[Batch]]] = deque()
         self._thread: ThreadPoolExecutor | None = None
-        if ranks.device.type == "cuda":
+        if is_made_ahead(ranks.device):
             # Pinning needs the context of a device, and each thread has a current one: the first, unless it is told.
             self._thread = ThreadPoolExecutor(1, "batches", lambda: torch.cuda.set_device(ranks.device))
 

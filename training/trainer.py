@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,6 @@ class Trainer:
         self.optimizer = optimizer or build_optimizer(self.model, settings.optim)
         weights = weights or WholeModel(self.model)
         self.checkpoints = RunCheckpoints(settings, ranks, weights, tokenizer, self.optimizer, dataset)
-        self.batches = Batches(settings, ranks, dataset, loss, whole_run=not isinstance(dataset, PolicyDataset))
         self.skipping = Skipping(self.out, settings.max_skipped, ranks)
         self.module: torch.nn.Module | None = None  # the model, wrapped for the ranks
         self.pace = Pace(settings, ranks, self.budget)
@@ -211,6 +211,12 @@ class Trainer:
             self.skipping, self.dtype, self._shared, None if self.pace.known else self.pace.report,
         )  # fmt: skip
         return step.run(self.progress)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """The micro-batches of this rank, to be closed."""
+        made_by_policy = isinstance(self.dataset, PolicyDataset)
+        return Batches(self.settings, self.ranks, self.dataset, self.loss, whole_run=not made_by_policy)
 
     def _shared(self) -> dict[str, float]:
         """The main rank's clock, and whether any rank was asked to stop or could not save: all end at the same step."""

@@ -75,8 +75,8 @@ class TeacherOutput(Protocol):
         ...
 
 
-# Gives its distributions, in the student's vocabulary, at the labels that count, in their order. Like a loss it may have
-# `prepare(batch)`, for what it asks of a batch in the host's memory.
+# Gives its distributions, in the student's vocabulary, at the labels that count, in their order. It may have `prepare`,
+# as a loss may.
 Teacher = Callable[[Batch], TeacherOutput]
 
 

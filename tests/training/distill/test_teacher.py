@@ -134,7 +134,9 @@ def test_our_own_checkpoint_is_the_same_teacher_by_transformers(pretrained, toke
     assert isinstance(theirs, TransformersTeacher)
     with torch.no_grad():
         one, other = (teacher(batch).log_probs(EVERYTHING, 2.0) for teacher in (ours, theirs))
+        prepared = theirs(theirs.prepare(batch)).log_probs(EVERYTHING, 2.0)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert torch.equal(prepared, other)
 
 
 def test_rows_without_segments_stay_as_they_are_and_padding_alone_asks_nothing(llama, tokenizer):
