@@ -70,6 +70,7 @@ class Trainer:
         self.peak = machine_peak(self.dtype, ranks.device) * ranks.world if ranks.main else math.inf
         self.model = model.to(ranks.device)
         self.model.gradient_checkpointing = settings.gradient_checkpointing
+        self.model.has_dropout = any(isinstance(module, torch.nn.Dropout) for module in self.model.modules())
         self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))
