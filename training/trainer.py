@@ -23,7 +23,7 @@ from training.optim.build import build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
 from training.parallel.replication import check_facts, check_weights, facts, replicate
 from training.run.checkpoint import BEST, Progress, Weights, newest
-from training.run.estimate import Pace, fit_batch
+from training.run.estimate import Pace, fit_batch, fit_micro_batch
 from training.run.interrupt import Stopped
 from training.run.lock import RunLock
 from training.run.log import RunLog
@@ -74,6 +74,7 @@ class Trainer:
         self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))
+        fit_micro_batch(settings, ranks, model, self.dtype)
         settings.check_fit(ranks.world, model.config.max_position_embeddings)
         if unknown := {*settings.schedules} - {*getattr(loss, "schedules", ())}:
             raise UserError(f"{type(loss).__name__} has no schedule named {', '.join(sorted(unknown))}")
