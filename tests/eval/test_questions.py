@@ -97,27 +97,6 @@ def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_pa
     assert printed[0] == printed[1] and json.loads(printed[0])["answers"] == 1
 
 
-def test_the_report_compares_the_stages_on_held_out_text(pretrained, world, tmp_path, script):
-    shutil.copytree(pretrained, tmp_path / "pretrain")
-    few = [json.loads(line) for line in (world / "heldout_questions.jsonl").read_text(encoding="utf8").splitlines()]
-    asked = write_questions(tmp_path / "asked.jsonl", *few[::60])
-    done = script(report, "--out", tmp_path, "--questions", asked, "--samples", 2, "--dtype", "fp32")
-    assert done.code == 0, done.err
-    page = (tmp_path / "report" / "report.md").read_text(encoding="utf8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    assert rows[0][1:] == ["untrained", "pretrain"]
-    assert [row[0] for row in rows[2:4]] == ["bits per byte", "exact answers"] and len(rows) > 5
-    last = json.loads((pretrained / "metrics.jsonl").read_text(encoding="utf8").splitlines()[-1])
-    untrained, trained = (float(cell) for cell in rows[2][1:])
-    assert trained == pytest.approx(last["val_bits_per_byte"], abs=0.001) and untrained > trained + 0.5
-    assert page.count("> **") == 2 and "![pretrain](pretrain.png)" in page
-    whole = (tmp_path / "report.html").read_text(encoding="utf8")
-    assert f'<td class="number">{rows[2][1]}</td>' in whole and "right answer" in whole
-    assert f"all on one page: {tmp_path / 'report.html'}\n" in done.out
-    assert (tmp_path / "report" / "pretrain.png").read_bytes().startswith(b"\x89PNG")
-    assert "untrained" in done.out and str(tmp_path / "report" / "report.md") in done.out.replace("\n", "")
-
-
 def test_the_report_holds_out_problems_of_a_file(pretrained, tmp_path, script):
     shutil.copytree(pretrained, tmp_path / "pretrain")
     rows = [{"question": f"What is {number} plus 1?", "answer": str(number + 1)} for number in range(40)]
