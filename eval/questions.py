@@ -92,7 +92,7 @@ def accuracy(results: list[Result]) -> dict[str, float]:
 def questions(
     ckpt: str, file: str, json: bool = False, show: int = 5, lora: str = "", device: str = "auto", dtype: str = "auto"
 ) -> None:
-    """Share of questions answered to the letter.
+    """Print the share of questions answered to the letter.
 
     Args:
         ckpt: checkpoint folder

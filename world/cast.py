@@ -64,7 +64,7 @@ THINGS = table(
 
 
 def article(phrase: str) -> str:
-    """`phrase` with "a" or "an" before it."""
+    """Return `phrase` with "a" or "an" before it."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
@@ -147,7 +147,7 @@ def companion(rng: random.Random, world: World, hero: Character, language: str =
 
 
 def roles(language: str, **cast: Character) -> dict[str, str]:
-    """Template words of several characters: for a=阿橘, `{a}` is the name and `{a_food}` the favourite food."""
+    """Return template words of several characters: for a=阿橘, `{a}` is the name and `{a_food}` the favourite food."""
     words = {role: character.words[language] for role, character in cast.items()}
     names = {role: own["n"] for role, own in words.items()}
     return names | {f"{role}_{key}": word for role, own in words.items() for key, word in own.items()}

@@ -97,7 +97,7 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[TextIO]:
-    """A text file to write, the same bytes on every system; a full disk names it."""
+    """Open a text file to write, the same bytes on every system; a full disk names it."""
     with naming(path), path.open("w", encoding="utf-8", newline="") as file:
         yield file
 

@@ -42,7 +42,7 @@ def number_page(rng: random.Random, world: World, language: str) -> str:
 
 
 def word_page(rng: random.Random, world: World, language: str) -> str:
-    """Classes, opposites, days of the week, lists said again, and the length of words."""
+    """Return classes, opposites, days of the week, lists said again, and the length of words."""
     pages = (_class_page, _antonym_page, _week_page, _copy_page, _length_page if language == "zh" else _copy_page)
     return rng.choices(pages, weights=(32, 30, 8, 24, 6))[0](rng, world, language)
 
@@ -54,7 +54,7 @@ def lesson(rng: random.Random, world: World, language: str) -> str:
 
 
 def _asked(rng: random.Random, world: World, exchanges: list[Exchange], language: str) -> str:
-    """Questions that somebody asks, each with its answer."""
+    """Return questions that somebody asks, each with its answer."""
     name = rng.choice(world.known(language)).words[language]["n"]
     head = f"{name}出了几道题。" if language == "zh" else f"{name} asked some questions."
     return f"{head}\n{questions_and_answers(exchanges, language)}"
@@ -65,7 +65,7 @@ def _calculation(rng: random.Random) -> tuple[int, int]:
 
 
 def _table(rng: random.Random, world: World, language: str) -> str:
-    """Sums and differences of one digit, in no order: 3加4等于7，8减2等于6。"""
+    """Return sums and differences of one digit, in no order: 3加4等于7，8减2等于6。"""
     plus, minus, equals = ("加", "减", "等于") if language == "zh" else (" plus ", " minus ", " is ")
     sums = []
     for _ in range(rng.randint(8, 14)):
@@ -108,7 +108,7 @@ def _quiz(rng: random.Random, world: World, language: str) -> str:
 
 
 def _columns(rng: random.Random, world: World, language: str) -> str:
-    """Sums worked out: 个位1加6等于7，所以51加6等于57。"""
+    """Return sums worked out: 个位1加6等于7，所以51加6等于57。"""
     shown: list[str] = []
     while len(shown) < 4:
         text = explained(arithmetic(rng, 2, language).question)

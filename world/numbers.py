@@ -63,7 +63,7 @@ def two_numbers(rng: random.Random, held_out: bool) -> list[int]:
 
 
 def comparison(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """Which of two numbers is larger, or smaller."""
+    """Ask which of two numbers is larger, or smaller."""
     a, b = two_numbers(rng, held_out)
     low, high = sorted((a, b))
     larger = rng.random() < 0.5

@@ -23,7 +23,7 @@ from world.numbers import comparison, counting, sequence
 
 
 def written(thoughts: str, answer: str) -> str:
-    """Thoughts and answer in the strict format."""
+    """Return thoughts and answer in the strict format."""
     return f"<think>\n{thoughts}\n</think>\n<answer>\n{answer}\n</answer>"
 
 

@@ -59,7 +59,7 @@ def class_statement(thing: str, name: str, language: str) -> str:
 
 
 def class_question(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """Which of two classes a thing belongs to. Held out is the thing together with the wrong class."""
+    """Ask which of two classes a thing belongs to. Held out is the thing together with the wrong class."""
     table = classes(language)
     while True:
         name, wrong = rng.sample(sorted(table), 2)

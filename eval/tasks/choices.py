@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError
-from eval.tasks.docs import Docs, as_turns, spread
+from eval.tasks.docs import Docs, as_turns, evenly_spaced
 from text.sources.folders import SAVED, SHARD, SPLIT_OF, Folder
 from text.sources.registry import Source, find_sources
 from text.sources.rows import SUFFIXES, every_row
@@ -74,7 +74,7 @@ class MultipleChoice:
         """Return the questions: `prompt` is all that stands before the answer, `turns` the same as a conversation."""
         asked = read_choices(self.data, self.split, self.subjects)
         shots = self._shots(list(asked))
-        items = spread([item for own in asked.values() for item in own], limit)
+        items = evenly_spaced([item for own in asked.values() for item in own], limit)
         return Docs(self._doc(item, shots[item.subject]) for item in items)
 
     def keys(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def read_choices(data: str, split: str, subjects: list[str]) -> dict[str, list[C
     """
     sources = find_sources(data, kind=None)
     if len(sources) != 1:
-        raise UserError(f"--tasks data {data}: one place is wanted; make a task of each")
+        raise UserError(f"--tasks data {data}: one place is needed; make a task of each")
     found: dict[str, list[ChoiceItem]] = {}
     for subject, source in _by_subject(sources[0], split, subjects):
         for place, row in _rows(source):

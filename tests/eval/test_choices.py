@@ -43,10 +43,8 @@ def row_of(path: Path, content: str) -> ChoiceItem:
     ids=["C-Eval", "CMMLU", "MMLU", "files beside each other"],
 )  # fmt: skip
 def test_folders_are_read_as_published(files, split, tmp_path):
-    assert read_choices(write(tmp_path, files), split, []) == {"law": [ITEM]}
-
-
-def test_a_file_without_a_header_may_have_lines_in_quotes(tmp_path):
+    assert read_choices(write(tmp_path / "exam", files), split, []) == {"law": [ITEM]}
+    # A file without a header may have lines in quotes.
     (tmp_path / "law.csv").write_text(f'{QUOTED},B\n"lines\nin quotes",1,2,3,4,d\n', encoding="utf8")
     found = read_choices(str(tmp_path / "law.csv"), "test", [])["law"]
     assert found == [ITEM, ChoiceItem("law", "lines\nin quotes", ("1", "2", "3", "4"), 3)]
@@ -137,23 +135,19 @@ def test_a_null_is_not_a_choice(content, found, tmp_path):
     assert [item.choices, item.answer] == found
 
 
-def test_a_snapshot_of_the_hub_has_its_subjects_in_folders(tmp_path):
+def test_a_snapshot_of_the_hub_has_its_subjects_in_folders_and_what_save_to_disk_wrote_its_splits(tmp_path):
+    import datasets
+
     for name, question in (("law/test", "L"), ("law/dev", "no"), ("data/test", "D")):
         file = tmp_path / "exam" / f"{name}-00000-of-00001.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist([arc("x", "y", labels="AB", answerKey="A") | {"question": question}]), file)
     found = read_choices(str(tmp_path / "exam"), "test", [])
-    assert {subject: [item.question for item in items] for subject, items in found.items()} == {
-        "exam": ["D"], "law": ["L"],
-    }  # fmt: skip
-
-
-def test_what_save_to_disk_wrote_has_its_splits(tmp_path):
-    import datasets
-
+    asked = {subject: [item.question for item in items] for subject, items in found.items()}
+    assert asked == {"exam": ["D"], "law": ["L"]}
     rows = {name: datasets.Dataset.from_list([arc("x", "y", labels="AB", answer=name)]) for name in ("A", "B")}
-    datasets.DatasetDict(train=rows["A"], test=rows["B"]).save_to_disk(tmp_path / "exam")
-    for folder, subject in (("exam", "exam"), ("exam/test", "test")):
+    datasets.DatasetDict(train=rows["A"], test=rows["B"]).save_to_disk(tmp_path / "saved")
+    for folder, subject in (("saved", "saved"), ("saved/test", "test")):
         assert read_choices(str(tmp_path / folder), "test", []) == {subject: [ChoiceItem(subject, "Q", ("x", "y"), 1)]}
 
 
@@ -199,6 +193,8 @@ def test_a_bad_row_is_named_with_file_and_line(content, what, tmp_path):
         (arc("x", "y", labels="AA", answer="A"), "2 choices and not as many different labels"),
         ({"choices": ["x", "y"], "answer": 2}, "the answer is 2, not one of A, B"),
         ({"choices": ["x", "y"], "answer": True}, "the answer is True"),
+        ({"choices": ["a"], "answer": 0}, "1 choices, not 2 to 26"),
+        ({"choices": [f"c{n}" for n in range(30)], "answer": 28}, "30 choices"),
         ([1], "not an object with question, choices and answer"),
     ],
 )

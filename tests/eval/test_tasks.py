@@ -9,35 +9,24 @@ from typing import Any
 
 import pytest
 import yaml
+from data_files import write
 
 from errors import UserError
+from eval.tasks import replies
 from eval.tasks.choices import MultipleChoice
 from eval.tasks.opened import FOLDER, KINDS, open_task, open_tasks
 from eval.tasks.problems import ExactMatch, judge
-from eval.tasks.replies import (
-    Quality,
-    Questions,
-    Style,
-    as_text,
-    chinese_share,
-    describe,
-    distinct,
-    distinct_1,
-    first_answer,
-    judge_style,
-    repetition,
-)  # fmt: skip
+from eval.tasks.replies import Quality, Questions, Style, as_text, chinese_share, distinct, first_answer, judge_style
 from eval.tasks.texts import Text
 from text.chats.problems import open_problems
 
 
 def write_lines(path: Path, *rows: dict) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    return str(path)
+    return write(path, map(json.dumps, rows))
 
 
 def problems(path: Path, *rows: tuple[str, str]) -> str:
-    return write_lines(path, *({"question": question, "answer": answer} for question, answer in rows))
+    return write(path, [{"question": question, "answer": answer} for question, answer in rows])
 
 
 # Names and files
@@ -202,8 +191,8 @@ def test_answers_to_problems_are_compared_as_mathematics(tmp_path):
     data = problems(tmp_path / "p.jsonl", ("1+1?", "so it is #### 2"), ("half?", "1/2"), ("half?", "1/2"), ("3?", "3"))
     docs = ExactMatch(data=data).docs()
     assert len(docs) == 4  # a question that is asked twice counts twice
-    replies = ("The answer is 2.", "\\boxed{\\frac{1}{2}}", "0.5", "4")
-    found = [judge(doc, [reply]) for doc, reply in zip(docs, replies, strict=True)]
+    given = ("The answer is 2.", "\\boxed{\\frac{1}{2}}", "0.5", "4")
+    found = [judge(doc, [reply]) for doc, reply in zip(docs, given, strict=True)]
     assert found == [{"exact_match": 1.0}] * 3 + [{"exact_match": 0.0}]
 
 
@@ -276,7 +265,7 @@ def test_polite_requests_answered_in_style_are_counted(tmp_path):
     ],
 )
 def test_repetition_is_the_share_of_four_words_that_stood_there_before(text, share):
-    assert repetition(text) == pytest.approx(share)
+    assert replies.repetition(text) == pytest.approx(share)
 
 
 def test_variety_and_language_are_counted_in_words():
@@ -288,9 +277,9 @@ def test_answers_are_described_without_a_judge(tmp_path):
     data = write_lines(tmp_path / "p.jsonl", {"prompt": "你好吗？"}, {"prompt": "Who are you?"})
     first, second = Quality(data=data).docs()
     reply = "<think>\n想\n</think>\n<answer>\n我很好\n</answer>"
-    found = describe(first, [reply])
+    found = replies.describe(first, [reply])
     assert (found["characters"], found["empty"]) == (len(reply), 0.0)
     assert found["strict_format"] == found["loose_format"] == found["own_language"] == 1.0
-    assert 0 < found["chinese"] < 1 and distinct_1([found["distinct_1"]]) < 1
-    found = describe(second, [""])
+    assert 0 < found["chinese"] < 1 and replies.distinct_1([found["distinct_1"]]) < 1
+    found = replies.describe(second, [""])
     assert found["empty"] == 1.0 and found["own_language"] == 0.0 and "chinese" not in found

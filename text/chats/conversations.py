@@ -8,7 +8,7 @@ medical_o1   {"Question": Q, "Complex_CoT": thought, "Response": A}
 openthoughts ShareGPT whose answers have their thought and solution between marks; only where the format is named
 
 The layout is seen row by row, so a file may mix them, unless the source names its format. A list may be text that
-spells it, as in the cells of a CSV file. What a turn may hold is told in `turns.py`. Text in columns that no layout
+spells it, as in the cells of a CSV file. `turns.py` describes what a turn may hold. Text in columns that no layout
 knows is not read, and named in the report where it may be speech (`text.chats.unread`).
 """
 

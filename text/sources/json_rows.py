@@ -51,7 +51,7 @@ def _first_value(head: str) -> tuple[int, str] | None:
     first, following = first.rstrip(), following.lstrip()
     if first.startswith("["):
         return None if _is_conversation(first) else (start + 1, "]")
-    spans = _goes_on(first, following)
+    spans = _continues(first, following)
     if not first.startswith("{") or (following and not spans):
         return None
     place = _list_within(head, start)
@@ -73,7 +73,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
-def _goes_on(line: str, following: str) -> bool:
+def _continues(line: str, following: str) -> bool:
     """Return whether a line's value continues in what follows: a line of JSON lines may be cut short too."""
     try:
         DECODER.decode(line)

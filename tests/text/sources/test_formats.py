@@ -152,7 +152,7 @@ def test_a_row_that_its_format_cannot_use_is_counted_with_its_line(format, row, 
     path = write(tmp_path / "a.jsonl", [good, row, good])
     report, source = RowReport(), Source(str(path), layout=Layout(format))
     assert len(list(read_conversations(source, report=report))) == 2
-    assert report.problems == {kind: 1} and (report.rows, report.kept) == (3, 2)
+    assert report.problems == {kind: 1} and (report.rows, report.accepted) == (3, 2)
     (example,) = report.examples[kind]
     assert example.startswith(f"{path}:2: ") and what in example
     with pytest.raises(UserError, match=r"a.jsonl:2: .*fix or drop the row"):
@@ -196,7 +196,7 @@ def test_samples_are_always_the_same_and_other_with_another_seed(tmp_path):
         report = RowReport()
         source = Source(str(path), samples=samples, seed=seed)
         questions = [messages[0]["content"] for messages in read_conversations(source, report=report)]
-        assert report.kept == len(questions) and report.rows == 200 == report.kept + report.left_out + 1
+        assert report.accepted == len(questions) and report.rows == 200 == report.accepted + report.left_out + 1
         return questions
 
     some = chosen(20)

@@ -73,7 +73,6 @@ def test_nan_is_missing_and_other_numbers_are_not(tmp_path):
         ('{"data": [\n{"text": "x"},\n{"text": y}]}', ":3: the JSON array breaks off in element 2 (Expecting value"),
         ('{\n"text": "' + "x" * 2000 + '"\n}', ":1: an object of more than 1,000 characters; write it as rows"),
         ('[{"text": "' + "x" * 2000 + '"}]', ":1: an object of more than 1,000 characters; write it as rows"),
-        ('{"text": "' + "x" * 2000 + '"}', ":1: a line of 1,000 characters or more; break it into rows"),
     ],
 )
 def test_what_cannot_be_read_to_its_end_is_one_line(content, what, tmp_path, monkeypatch):

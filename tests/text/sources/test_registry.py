@@ -110,10 +110,7 @@ def test_a_local_folder_has_splits_and_a_file_has_none(registry, tmp_path):
     [
         ({"path": "x.json", "fromat": "alpaca"}, "key 'fromat' is not known; did you mean format?"),
         ({"path": "x.json", "format": "sharegtp"}, "format 'sharegtp' is not known; did you mean sharegpt?"),
-        (
-            {"path": "x.json", "format": "alpaca", "columns": {"promt": "q"}},
-            "'promt' is not known; did you mean prompt",
-        ),
+        ({"path": "x", "format": "alpaca", "columns": {"promt": "q"}}, "'promt' is not known; did you mean prompt"),
         ({"path": "x.json", "format": "alpaca", "columns": {"chosen": "q"}}, "'chosen' is not known; known are prompt"),
         ({"path": "x.json", "columns": {"prompt": "q"}}, "columns say nothing without a format; give one of text"),
         ({"path": "x.json", "format": "alpaca", "columns": {"prompt": ["q"]}}, "columns must name one thing each"),
