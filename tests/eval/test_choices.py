@@ -166,7 +166,7 @@ def test_a_snapshot_of_the_hub_has_its_subjects_in_folders_and_what_save_to_disk
         (HEADER + "0,Q,1,2,3,,D\n", r":2: the answer is 'D', not one of A, B, C;"),
         (HEADER + "0,Q,1,2,3,4\n", r":2: 6 fields where the header has 7"),
         (HEADER + '0,"Q,1,2,3,4,A\n', r":2: a quote that is not closed"),
-        ("Q,1,2,3,4,A\nQ,1\n", r":2: 2 fields; write question, choices"),
+        ("Q,1,2,3,4,A\nQ,1\n", r":2: 2 fields where the header has 6"),
         ("", r": is empty"),
         (HEADER, r": is empty"),
     ],

@@ -15,7 +15,7 @@ SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?\s*', re.IGNORECASE)
 
 
 def csv_rows(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the line at which each row begins, and the row, of a file with a header line, quoted as RFC 4180 says.
+    """Yield the line at which each row begins, and the row, of a file quoted as RFC 4180 has it, with a header line.
 
     Before the header, a line such as `sep=;` may name the separator, as Excel has it.
     A quote that is not closed would make one row of all that follows. Strict parsing notices it at the next quote, at
@@ -29,7 +29,7 @@ def csv_rows(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
         if not separator:
             feed.give_back(0)
         rows = csv.reader(feed, strict=True, delimiter=separator[1] if separator else ",")
-        header: list[str] | None = None
+        header = file.header
         while True:
             feed.row = []
             try:

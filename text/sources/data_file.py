@@ -40,8 +40,9 @@ class DataFile:
     """A file, or a data set on the Hub by its name, and how to read it.
 
     `column`: the one that holds the text, None where whole rows are read; `on_error`: "skip" counts rows that cannot be
-    read in `report`, "stop" raises `UserError` at the first. `position`: bytes read so far; `element`: the number of
-    the current row in a list, 0 where there is none.
+    read in `report`, "stop" raises `UserError` at the first, and so does "refuse", where nobody has a choice. `header`:
+    of a CSV file that has none. `position`: bytes read so far; `element`: the number of the current row in a list, 0
+    where there is none.
     """
 
     path: Path | str
@@ -49,6 +50,7 @@ class DataFile:
     column: str | None = None
     on_error: str = "skip"
     encoding: str = "utf-8"
+    header: list[str] | None = None
     position: int = field(default=0, init=False)
     element: int = field(default=0, init=False)
     _tries: int = field(default=0, init=False)
@@ -63,8 +65,8 @@ class DataFile:
 
     def _count(self, problem: FileProblem) -> None:
         place = f"{self.path}:{problem.line}"
-        if self.on_error == "stop":
-            raise UserError(f"{place}: {problem}, or pass --on_error skip")
+        if self.on_error != "skip":
+            raise UserError(f"{place}: {problem}" + ", or pass --on_error skip" * (self.on_error == "stop"))
         self.report.rows += 1
         self.report.add_problem(place, problem)
 

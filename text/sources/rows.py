@@ -41,7 +41,7 @@ def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tupl
 
 def every_row(source: Source) -> Iterator[tuple[str, object]]:
     """Yield (place, row) of each row. Raises `UserError` for a file or a row that cannot be read."""
-    return read_rows(source, "stop", RowReport())
+    return read_rows(source, "refuse", RowReport())
 
 
 def rows_of(files: Iterable[DataFile], source: Source) -> Iterator[tuple[str, Any]]:
