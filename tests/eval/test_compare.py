@@ -189,7 +189,7 @@ def test_a_watched_run_is_drawn_again_when_it_has_logged_more_until_ctrl_c(runs,
     assert "| 2.0000 |" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf8")
 
 
-def test_one_run_may_be_watched_and_a_folder_that_is_none_may_not(runs, tmp_path, run, monkeypatch):
+def test_one_run_may_be_watched_and_another_folder_may_not(runs, tmp_path, run, monkeypatch):
     monkeypatch.setattr("eval.compare.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     done = run(main, "--watch", runs[1], "--out", tmp_path / "out")
     assert done.code == 0 and (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")

@@ -70,8 +70,8 @@ def test_epochs_and_seeds_have_orders_of_their_own(big):
 def test_a_sample_depends_on_seed_and_index_alone(big, small):
     sources = [(big, 3.0), (small, 1.0)]
     together = PretrainDataset(sources, LENGTH, seed=5).batch(range(40))["input_ids"]
-    afresh = PretrainDataset(sources, LENGTH, seed=5)
-    one_by_one = [afresh.batch([index])["input_ids"] for index in reversed(range(40))]
+    again = PretrainDataset(sources, LENGTH, seed=5)
+    one_by_one = [again.batch([index])["input_ids"] for index in reversed(range(40))]
     assert torch.equal(together, torch.cat(one_by_one[::-1]))
 
 
@@ -159,7 +159,7 @@ def test_shares_add_up_and_follow_the_weights(weights):
 
 @settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 3))
-def test_a_mixture_goes_through_each_source_in_turn(weights, seed):
+def test_a_mixture_goes_through_each_source_in_order(weights, seed):
     shares = block_shares(weights)
     located = [mixed(index, shares, seed) for index in range(BLOCK)]
     for source, share in enumerate(shares):

@@ -36,14 +36,14 @@ def shown(out: str) -> list[tuple[bool, str]]:
     return [(line[0] == "+", line[2:].replace("┊", "").replace("↵", "\n")) for line in lines]
 
 
-def test_a_preview_marks_exactly_what_is_trained(look, tokenizer, tmp_path):
+def test_a_preview_marks_exactly_what_side(look, tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
     done = look("preview", path)
     ids, mask = encode_chat(tokenizer, CHAT)
     assert f"{path}:1   {len(ids)} tokens, {sum(mask)} trained on" in done.out
-    for wanted in (0, 1):
-        text = tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m == wanted], skip_special_tokens=False)
-        assert "".join(line for trained, line in shown(done.out) if trained == wanted) == text.replace("\x1b", "\\x1b")
+    for side in (0, 1):
+        text = tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m == side], skip_special_tokens=False)
+        assert "".join(line for trained, line in shown(done.out) if trained == side) == text.replace("\x1b", "\\x1b")
     assert "\x1b" not in done.out  # neither colours in a pipe, nor a command to the terminal out of the data
 
 

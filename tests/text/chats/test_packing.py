@@ -170,8 +170,8 @@ def test_what_was_cut_and_dropped_is_counted(tmp_path, tokenizer, capsys):
     assert report.trained == int((epoch_of(data, 0)["labels"] >= 0).sum())
     data.print_summary()
     text = capsys.readouterr().out
-    wanted = "4 of 6 rows read, 2 skipped", f"{path}:6: broken JSON", "1 dropped", "1 cut after the last", "filled"
-    assert all(line in text for line in wanted)
+    lines = "4 of 6 rows read, 2 skipped", f"{path}:6: broken JSON", "1 dropped", "1 cut after the last", "filled"
+    assert all(line in text for line in lines)
 
 
 def test_nothing_to_learn_says_why(tmp_path, tokenizer):

@@ -32,6 +32,8 @@ def chat(*turns: str) -> list[dict[str, str]]:
         ({"instruction": "Q", "input": "more", "output": "A"}, chat("Q\nmore")),
         ({"instruction": "Q", "output": "A", "history": [["q", "a"]]}, chat("q", "a", "Q")),
         ({"instruction": "Q"}, chat("Q")),
+        ({"question": "Q", "input": "more"}, chat("Q")),  # which adds to an instruction alone
+        ({"prompt": "Q", "input": "more"}, chat("Q")),
         ({"prompt": "Q"}, chat("Q")),
         ({"messages": chat("Q \ud83d", "A")}, chat("Q \ufffd")),
         ({"question": "Q", "answer": "an essay\nin lines"}, chat("Q")),

@@ -43,18 +43,18 @@ POLITE = (
 
 
 @pytest.mark.parametrize("text", REFUSALS + POLITE)
-def test_refusals_are_seen_and_politeness_is_none(text):
+def test_refusals_are_seen_and_politeness_is_not_one(text):
     assert AnswerFilter().fault(clean(text)) == ("refusal" if text in REFUSALS else None)
 
 
 def test_faults_have_their_names():
-    wanted = AnswerFilter(min_chars=3, max_chars=40)
-    assert wanted.fault("7") == "shorter than 3 characters"
-    assert wanted.fault("<think>a long thought</think>7") == "shorter than 3 characters"
-    assert wanted.fault("x" * 41) == "longer than 40 characters"
-    assert wanted.fault("<think>only thoughts</think>") == "empty" == wanted.fault("")
-    assert wanted.fault("a\0b") == "has a NUL character"
-    assert wanted.fault("seven") is None
+    limits = AnswerFilter(min_chars=3, max_chars=40)
+    assert limits.fault("7") == "shorter than 3 characters"
+    assert limits.fault("<think>a long thought</think>7") == "shorter than 3 characters"
+    assert limits.fault("x" * 41) == "longer than 40 characters"
+    assert limits.fault("<think>only thoughts</think>") == "empty" == limits.fault("")
+    assert limits.fault("a\0b") == "has a NUL character"
+    assert limits.fault("seven") is None
 
 
 def test_repetition_is_that_of_runs_of_four():

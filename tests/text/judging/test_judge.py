@@ -127,7 +127,7 @@ def test_nothing_that_a_model_writes_breaks_the_judge(monkeypatch):
 class Unreadable:
     """A verifier that can read nothing, to try what comes before it."""
 
-    def equal(self, wanted: str, given: str) -> None:
+    def equal(self, expected: str, given: str) -> None:
         return None
 
 
@@ -178,8 +178,8 @@ def test_references_of_gsm8k_and_json_are_read(answer, bare):
 
 def test_plain_numbers_are_compared_as_math_verify_compares_them():
     pairs = ["1/2 0.5", "1,000 1000", "1000 1,000.0", "3 3.1", "-2 2", "0.25 1/4", "2/3 0.5"]
-    for wanted, given in map(str.split, pairs):
-        assert (as_number(wanted) == as_number(given)) == shared_verifier().equal(wanted, given), (wanted, given)
+    for expected, given in map(str.split, pairs):
+        assert (as_number(expected) == as_number(given)) == shared_verifier().equal(expected, given), (expected, given)
 
 
 def test_numbers_are_read_exactly():
