@@ -16,7 +16,7 @@ import pytest
 import world.__main__ as command
 from text.chats.arithmetic import is_held_out
 from text.judging.answers import conclusion
-from world.cast import ATTRIBUTES, NAMES, THINGS, World
+from world.cast import ATTRIBUTES, World
 from world.corpus import FILES, generate
 from world.facts import fact_questions
 from world.grammar import sentences
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_bytes_as_ever(tmp_path):
 def test_another_seed_gives_other_facts():
     facts = [{c.name: [c.value(a) for a in ATTRIBUTES] for c in World.build(seed).characters} for seed in (0, 1)]
     same = sum(x == y for name in facts[0] for x, y in zip(facts[0][name], facts[1][name], strict=True))
-    assert same < len(NAMES) * len(ATTRIBUTES) / 4
+    assert same < len(sentences("cast")["names"]) * len(ATTRIBUTES) / 4
 
 
 def test_scale_sets_the_size_and_what_is_held_out_does_not_depend_on_it(tmp_path, folder, rows):
@@ -151,7 +151,7 @@ def test_held_out_readings_have_who_with_what_that_training_never_has(town):
         while len(pairs) < 60:
             story, _ = scene(rng, town, "zh", held_out)
             who = min((c.name for c in town.characters if c.name in story), key=story.index)
-            things = [measure + noun for measure, noun, _ in THINGS if measure + noun in story]
+            things = [measure + noun for measure, noun, _ in sentences("cast")["things"] if measure + noun in story]
             pairs |= {(who, min(things, key=story.index))} if things else set()
     assert not seen[False] & seen[True]
 
@@ -272,10 +272,10 @@ def test_no_template_shows_through_and_quotation_marks_pair_up(training_texts, q
 
 def test_no_name_is_part_of_a_sentence_template():
     sources = [path for path in Path(command.__file__).parent.glob("[!_]*.*") if path.suffix in (".py", ".yaml")]
-    sources = [path for path in sources if path.name != "cast.py"]
+    sources = [path for path in sources if path.name != "cast.yaml"]
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     assert len(sources) > 5
-    assert not [name for name, _ in NAMES if name in text]
+    assert not [name for name, _ in sentences("cast")["names"] if name in text]
 
 
 @pytest.mark.parametrize(
