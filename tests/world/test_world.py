@@ -75,17 +75,14 @@ def is_chinese(text: str) -> bool:
     return re.search("[\u4e00-\u9fff]", text) is not None
 
 
-def test_the_same_seed_gives_the_same_bytes_as_ever(tmp_path):
+def test_the_same_seed_gives_the_same_bytes_as_ever_and_another_other_facts(tmp_path):
     generate(tmp_path, seed=1, scale=0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     digest = hashlib.sha256(b"".join((tmp_path / name).read_bytes() for name in FILES))
     assert digest.hexdigest() == "9409d72c56c0e487ff769caab23d18e5c026643c373d90b888fe4c75cf145fb1"
-
-
-def test_another_seed_gives_other_facts():
     facts = [{c.name: [c.value(a) for a in ATTRIBUTES] for c in World.build(seed).characters} for seed in (0, 1)]
     same = sum(x == y for name in facts[0] for x, y in zip(facts[0][name], facts[1][name], strict=True))
-    assert same < len(sentences("cast")["names"]) * len(ATTRIBUTES) / 4
+    assert same < len(facts[0]) * len(ATTRIBUTES) / 4
 
 
 def test_scale_sets_the_size_and_what_is_held_out_does_not_depend_on_it(tmp_path, folder, rows):
@@ -114,11 +111,13 @@ def test_the_suite_has_300_questions_of_nine_kinds(questions):
         assert set(q) == {"id", "kind", "language", "question", "answer"}
 
 
-def test_no_held_out_question_is_in_the_training_files(folder, questions):
+def test_no_held_out_question_is_in_the_training_files(folder, questions, rows):
     raw = "".join((folder / name).read_text(encoding="utf-8") for name in ("pretrain.csv", "sft.jsonl"))
     for q in questions:  # whose quotation marks the two formats double or escape
         for spelled in {q["question"], q["question"].replace('"', '""'), q["question"].replace('"', '\\"')}:
             assert spelled not in raw
+    text, stated = "\n".join(rows), [q["answer"] for q in questions if q["kind"] in ("class", "antonym")]
+    assert stated and all(answer in text for answer in stated)
 
 
 def test_no_held_out_sum_is_stated_in_any_form_or_direction(questions, training_texts):
@@ -194,12 +193,6 @@ def test_characters_are_not_asked_for_their_own_held_out_facts(town, rows):
     assert checked > 100
 
 
-def test_held_out_classes_and_opposites_are_stated(questions, rows):
-    text = "\n".join(rows)
-    stated = [q["answer"] for q in questions if q["kind"] in ("class", "antonym")]
-    assert stated and all(answer in text for answer in stated)
-
-
 def plain(answer: str) -> str:
     """An answer without courtesy."""
     for opening, closing in COURTESY.values():
@@ -255,19 +248,17 @@ def test_no_held_out_request_is_made_in_training(folder):
         assert not [row["question"] for row in favours if row["question"] in text]
 
 
-def test_chats_are_well_formed(chats):
-    for chat in chats:
-        assert all(set(message) == {"role", "content"} and message["content"] for message in chat)
-        roles = [message["role"] for message in chat if message["role"] != "system"]
-        assert roles == ["user", "assistant"] * (len(roles) // 2)
-        assert all(message["role"] != "system" for message in chat[1:])
-    assert len({len(chat) for chat in chats}) > 3
-
-
-def test_no_template_shows_through_and_quotation_marks_pair_up(training_texts, questions):
+def test_no_template_shows_through_and_chats_are_well_formed(training_texts, questions, chats, run):
     for text in training_texts + [q["question"] + q["answer"] for q in questions]:
         assert not re.search(r"[{}]|。。|，，|，。|。，|  |None| \.|\.\.|[“\"]{2}|\ba [aeiou]", text), text
         assert text.count("“") == text.count("”") and text.count('"') % 2 == 0
+    for chat in chats:
+        assert all(set(message) == {"role", "content"} and message["content"] for message in chat)
+        roles = [message["role"] for message in chat[chat[0]["role"] == "system" :]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+    assert len({len(chat) for chat in chats}) > 3
+    shown = run(command.main, "--preview", "--seed", "2").out
+    assert "月牙镇" in shown and "assistant: " in shown and "[fact] " in shown
 
 
 def test_no_name_is_part_of_a_sentence_template():
@@ -289,8 +280,3 @@ def test_what_cannot_be_made_is_one_line(options, what, tmp_path, monkeypatch, r
     done = run(command.main, *options)
     assert done.code == 2 and what in done.err and done.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["taken"] and (tmp_path / "taken").read_text() == "mine"
-
-
-def test_preview_shows_documents_chats_and_questions(run):
-    shown = run(command.main, "--preview", "--seed", "2").out
-    assert "月牙镇" in shown and "assistant: " in shown and "[fact] " in shown

@@ -36,6 +36,11 @@ def test_each_format_gives_the_same_documents_with_an_editor_s_lines(tmp_path, n
     assert read(file) == (list(zip(TEXTS, LINES[name], strict=True)), {})
     with pytest.raises(UserError, match=r"\w+\..*no column 'content', the columns are: 'text'; name one of them"):
         read(file, column="content")
+    if name == "a.jsonl":  # a wrong column ends a long file early
+        corpus = Corpus(write_texts(tmp_path / name, ["x"] * 5000), "content")
+        with pytest.raises(UserError, match="no column 'content'"):
+            list(corpus)
+        assert corpus.report.problems["no such column"] == 99 and corpus.report.files["no such column"] == 1
 
 
 ANY = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), min_size=1, max_size=8)
@@ -95,13 +100,6 @@ def test_a_broken_row_costs_only_itself_and_is_named(kind, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert read(tmp_path / name) == (rows, counts)
     assert message is None or f"{name}{message}" in stop(tmp_path / name)
-
-
-def test_a_wrong_column_ends_a_long_file_early(tmp_path):
-    corpus = Corpus((write_texts(tmp_path / "a.jsonl", ["x"] * 5000)), "content")
-    with pytest.raises(UserError, match="no column 'content'"):
-        list(corpus)
-    assert corpus.report.problems["no such column"] == 99 and corpus.report.files["no such column"] == 1
 
 
 def test_what_is_above_the_limit_is_noticed_there_and_passed_over(tmp_path, monkeypatch):
