@@ -89,10 +89,12 @@ def test_the_same_items_elsewhere_are_compared_and_other_items_are_not(runs, tmp
     ours = write_scores(tmp_path / "ours", content="a1", exam=(0.3, 0.2, 0.4))
     moved = write_scores(tmp_path / "moved", content="a1", data="y", exam=(0.5, 0.45, 0.6))
     changed = write_scores(tmp_path / "changed", content="b2", exam=(0.9, 0.8, 1.0))
-    more = write_scores(tmp_path / "more", items=20, exam=(0.9, 0.8, 1.0))  # as in older files, without their content
+    # Older files do not know their content: other items, and the same number of items of other data.
+    more = write_scores(tmp_path / "more", items=20, exam=(0.9, 0.8, 1.0))
+    other_data = write_scores(tmp_path / "other_data", data="y", exam=(0.9, 0.8, 1.0))
     page = markdown(open_runs([str(ours), str(moved)]))
     assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "50.0% (45.0% to 60.0%) *"] and "differ" not in page
-    for one, other in ((str(ours), str(changed)), (runs[0], str(more))):
+    for one, other in ((str(ours), str(changed)), (runs[0], str(more)), (runs[0], str(other_data))):
         page = markdown(open_runs([one, other]))
         assert "exam: settings or items differ between the runs; its numbers are not to be compared." in page
         assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "–"] and "sums: settings" not in page
