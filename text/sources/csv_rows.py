@@ -7,7 +7,6 @@ import re
 from collections import deque
 from collections.abc import Iterator
 
-from text.sources import data_file
 from text.sources.data_file import DataFile, FileProblem
 
 # The line that Excel reads, and writes no more, before the header.
@@ -22,7 +21,7 @@ def csv_rows(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
     the row limit or at the end of the file; then only the row's first line is given up and reading resumes with the
     second. Raises `FileProblem` when the header is broken or lacks the column.
     """
-    csv.field_size_limit(data_file.ROW_LIMIT)  # the module's own limit, 131,072, is less than an honest long document
+    csv.field_size_limit(file.ROW_LIMIT)  # the module's own limit, 131,072, is less than an honest long document
     with file.open() as stream:
         feed = _RowFeed(file.lines(stream))
         separator = SEPARATOR.fullmatch(next(feed, ""))

@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from errors import UserError
 from text.sources.row_report import RowError, RowReport
 
-# The longest row in characters, and so the most that a broken quote can swallow before it is noticed.
-ROW_LIMIT = 4 << 20
 # After so many rows without text in the column, no later one is expected to have it.
 COLUMN_TRIES = 100
 # Formats that may be packed with gzip, .gz behind their own suffix.
@@ -44,6 +42,9 @@ class DataFile:
     of a CSV file that has none. `position`: bytes read so far; `element`: the number of the current row in a list, 0
     where there is none.
     """
+
+    # The longest row in characters, and so the most that a broken quote can swallow before it is noticed.
+    ROW_LIMIT: ClassVar[int] = 4 << 20
 
     path: Path | str
     report: RowReport
@@ -138,7 +139,7 @@ class DataFile:
 
     def lines(self, stream: TextIOWrapper) -> Iterator[tuple[int, str]]:
         """Yield numbered lines, each with its line end. A line above the limit is counted and passed over."""
-        limit, number = ROW_LIMIT, 0
+        limit, number = self.ROW_LIMIT, 0
         while line := stream.readline(limit):
             number += 1
             if len(line) == limit and line[-1] != "\n":

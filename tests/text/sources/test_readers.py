@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from text.corpus.corpus import Cleaner, Corpus
-from text.sources import data_file, json_rows
+from text.sources import json_rows
+from text.sources.data_file import DataFile
 from text.sources.row_report import RowReport
 from text.sources.rows import TEXT_DOCUMENT
 
@@ -104,7 +105,7 @@ def test_a_broken_row_costs_only_itself_and_is_named(kind, tmp_path):
 
 def test_what_is_above_the_limit_is_noticed_there_and_passed_over(tmp_path, monkeypatch):
     """A quote that is not closed, and a line that is too long."""
-    monkeypatch.setattr(data_file, "ROW_LIMIT", 500)
+    monkeypatch.setattr(DataFile, "ROW_LIMIT", 500)
     texts = [f"row {number}" for number in range(5000)]
     (tmp_path / "a.csv").write_text("\n".join(['text\n"not closed', *texts, ""]))
     rows, counts = read(tmp_path / "a.csv")
