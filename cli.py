@@ -19,6 +19,7 @@ from text.files import read_yaml
 
 Settings = TypeVar("Settings")
 OPTION = re.compile(r"--?[A-Za-z][\w.-]*")  # what the parser takes for an option, and not for a text that begins so
+BOOLEANS = ("true", "false", "yes", "no")
 # What options are called elsewhere, or what is there in their place. The last part of a name here, such as lr of
 # optim.lr, need not be listed.
 ELSEWHERE = {
@@ -134,7 +135,7 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], words: list[str]) -
     script, flags = Path(sys.argv[0]).name, _flags(kind)
     for index, word in enumerate(words):
         # `--resume` alone means `--resume true`.
-        if word in flags and (words[index + 1 : index + 2] or ["--"])[0].startswith("-"):
+        if word in flags and "".join(words[index + 1 : index + 2]).lower() not in BOOLEANS:
             words[index] = f"{word}=true"
     if wrong := unknown_options(words, {option.lstrip("-") for option in parser._option_string_actions}):
         raise UserError(f"{script}: {'; '.join(wrong)}")

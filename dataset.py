@@ -14,7 +14,6 @@ see only their own segment, and `position_ids`, which begin at 0 in each.
 from __future__ import annotations
 
 import sys
-from itertools import zip_longest
 
 from rich.console import Console
 
@@ -98,15 +97,6 @@ def judge(file: str, json: bool = False) -> None:
         print(f"{agreed} of {expected} agree", file=sys.stderr)
 
 
-def _arguments() -> list[str]:
-    """The command line; `--json` alone means `--json true`."""
-    given = sys.argv[1:]
-    return [
-        "--json=true" if one == "--json" and value not in ("true", "false") else one
-        for one, value in zip_longest(given, given[1:])
-    ]
-
-
 def _tokenizer(tokenizer: str, ckpt: str) -> Tokenizer:
     if not tokenizer and not ckpt:
         raise UserError("dataset.py: give --tokenizer DIR (made by train_tokenizer.py) or --ckpt DIR")
@@ -114,7 +104,7 @@ def _tokenizer(tokenizer: str, ckpt: str) -> Tokenizer:
 
 
 def main() -> None:
-    call_one_of([preview, check, judge], __doc__ or "", _arguments())
+    call_one_of([preview, check, judge], __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -68,8 +68,10 @@ def block_shares(weights: Sequence[float]) -> list[int]:
 def mixed(index: int, shares: Sequence[int], *key: int) -> tuple[int, int]:
     """Return (source, number of the sample among that source's own) of sample `index` of an endless mixture.
 
-    Every run of `BLOCK` samples, counted from 0, has exactly the shares, in an order of its own.
+    Every run of `BLOCK` samples, counted from 0, has exactly the shares, in an order of its own; of one source all are.
     """
+    if len(shares) == 1:
+        return 0, index
     block, place = divmod(index, sum(shares))
     slot = shuffled(place, sum(shares), *key, block)
     for source, share in enumerate(shares):

@@ -1,8 +1,18 @@
-"""How the town's texts are written down: tables of words, sentences with alternatives, and plots made of these."""
+"""How the town's texts are written down: sentences in YAML files beside this one, and tables of words."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from text.files import read_yaml
+
+
+@cache
+def sentences(name: str) -> dict[str, Any]:
+    """Return what `name`.yaml holds."""
+    return read_yaml(Path(__file__).with_name(f"{name}.yaml"))
 
 
 def table(text: str) -> tuple[tuple[str, ...], ...]:
@@ -10,33 +20,6 @@ def table(text: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(row.strip().split("/")) for row in text.split(","))
 
 
-def wordings(text: str) -> tuple[str, ...]:
-    """Return the alternatives of `text`, separated by `|`; an empty one says nothing."""
-    return tuple(text.split("|"))
-
-
 def joined(sentences: list[str], language: str) -> str:
     """Return sentences as one text, with spaces between them in English."""
     return ("" if language == "zh" else " ").join(sentences)
-
-
-@dataclass(frozen=True)
-class Plot:
-    """What happens: beats separated by `/`, each with its `wordings`. titles: `wordings` too, in Chinese.
-
-    `a` is the hero, `c` a third character; `b` is the hero's best friend where `friend` says so, anybody otherwise.
-    """
-
-    beats: str
-    titles: str = ""
-    friend: bool = False
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """The stories of a language: when they happen, how they begin and end, and what happens between."""
-
-    when: tuple[str, ...]
-    openings: tuple[str, ...]
-    endings: tuple[str, ...]
-    plots: tuple[Plot, ...]

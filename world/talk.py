@@ -5,60 +5,9 @@ from __future__ import annotations
 import random
 
 from world.cast import ATTRIBUTES, PLACES, Character, Thing, World, companion, roles
-from world.facts import STATEMENTS, clauses_zh, statement
+from world.facts import canonical_statement, clauses_zh, statement
+from world.grammar import sentences
 
-FIRST_PERSON = {
-    "zh": {
-        "species": "我是一{m}{species}",
-        "colour": "我是{colour}的",
-        "home": "我住在{home}",
-        "food": "我最喜欢吃{food}",
-        "job": "我是一名{job}",
-        "friend": "我最好的朋友是{friend}",
-        "hobby": "我的爱好是{hobby}",
-    },
-    "en": {
-        "species": "I am {kind}",
-        "colour": "I am {colour}",
-        "home": "I live {home}",
-        "food": "I like {food} best",
-        "job": "I work as {a_job}",
-        "friend": "my best friend is {friend}",
-        "hobby": "my hobby is {hobby}",
-    },
-}
-ASKED = {
-    "zh": {
-        "species": ("你是什么动物？", "你是一只什么动物呀？"),
-        "colour": ("你是什么颜色的？", "你的颜色真好看，这叫什么颜色？"),
-        "home": ("你住在哪里？", "你的家在哪儿？"),
-        "food": ("你最喜欢吃什么？", "你最爱吃什么？"),
-        "job": ("你的工作是什么？", "你是做什么工作的？"),
-        "friend": ("你最好的朋友是谁？", "谁是你最好的朋友？"),
-        "hobby": ("你的爱好是什么？", "你有什么爱好？"),
-    },
-    "en": {
-        "species": ("What kind of animal are you?",),
-        "colour": ("What colour are you?",),
-        "home": ("Where do you live?",),
-        "food": ("What do you like to eat best?",),
-        "job": ("What is your job?",),
-        "friend": ("Who is your best friend?",),
-        "hobby": ("What is your hobby?",),
-    },
-}
-GREETINGS = {
-    "zh": ("你好，我叫{n}。", "早上好，我是{n}。", "很高兴认识你，我叫{n}。", "大家好，我的名字叫{n}。"),
-    "en": ("Hello, I am {n}.", "Good morning, my name is {n}.", "Nice to meet you. My name is {n}."),
-}
-REPLIES = {
-    "zh": ("真有意思！", "原来是这样。", "太好了！", "我也听说过。", "真不错！"),
-    "en": ("How nice!", "I see.", "That is wonderful!", "Really? How nice!"),
-}
-FAREWELLS = {
-    "zh": ("那我们下次再聊，再见！", "时间不早了，再见！", "改天来找我玩吧！", "好，我们{place}见！"),
-    "en": ("See you soon!", "It is late now. Goodbye!", "Come and see me one day!"),
-}
 WEEKDAYS = "一二三四五六日"
 WEATHER = ("晴", "多云", "小雨", "大风", "阴", "小雪")
 
@@ -68,16 +17,18 @@ def conversation(rng: random.Random, world: World, language: str) -> str:
     a, b = rng.sample(world.known(language), 2)
     colon = "：" if language == "zh" else ": "
     name_a, name_b = (c.words[language]["n"] for c in (a, b))
-    lines = [name_a + colon + rng.choice(GREETINGS[language]).format_map(a.words[language])]
+    lines = [name_a + colon + rng.choice(sentences("talk")["greetings"][language]).format_map(a.words[language])]
     told = rng.choice(ATTRIBUTES)
-    greeting = rng.choice(GREETINGS[language]).format_map(b.words[language])
+    greeting = rng.choice(sentences("talk")["greetings"][language]).format_map(b.words[language])
     lines.append(name_b + colon + greeting + _self(b, told, language))
     for speaker, asker in ((a, name_b), (b, name_a)):
         open_ones = [attribute for attribute in speaker.askable() if attribute != told]
         for attribute in rng.sample(open_ones, rng.randint(1, 2)):
-            lines.append(asker + colon + rng.choice(ASKED[language][attribute]))
+            lines.append(asker + colon + rng.choice(sentences("talk")["asked"][language][attribute]))
             lines.append(speaker.words[language]["n"] + colon + _self(speaker, attribute, language).strip())
-    lines.append(name_a + colon + rng.choice(FAREWELLS[language]).format(place=rng.choice(PLACES)[0]))
+    lines.append(
+        name_a + colon + rng.choice(sentences("talk")["farewells"][language]).format(place=rng.choice(PLACES)[0])
+    )
     return "\n".join(lines)
 
 
@@ -91,11 +42,14 @@ def gossip(rng: random.Random, world: World, language: str) -> str:
         opening = rng.choice(openings).format(names[2])
         ending = rng.choice(("你知道的真多！", "我们去看看它吧。", "原来是这样，谢谢你告诉我。"))
         lines = [f"{names[0]}说：“{opening}”", f"{names[1]}说：“{facts[0]}{facts[1]}”"]
-        lines += [f"“{rng.choice(REPLIES['zh'])}{facts[2]}”{names[0]}说。", f"{names[1]}想了想，又说：“{facts[3]}”"]
+        lines += [
+            f"“{rng.choice(sentences('talk')['replies']['zh'])}{facts[2]}”{names[0]}说。",
+            f"{names[1]}想了想，又说：“{facts[3]}”",
+        ]
         return "".join([*lines, f"“{ending}”{names[0]}说。"])
     opening = rng.choice(("Have you heard of {}?", "I saw {} today.", "Let us talk about {}.")).format(names[2])
     lines = [f'{names[0]} said, "{opening}"', f'{names[1]} answered, "{facts[0]} {facts[1]}"']
-    return " ".join([*lines, f'"{rng.choice(REPLIES["en"])}" said {names[0]}. "{facts[2]}"'])
+    return " ".join([*lines, f'"{rng.choice(sentences("talk")["replies"]["en"])}" said {names[0]}. "{facts[2]}"'])
 
 
 def letter(rng: random.Random, world: World, language: str) -> str:
@@ -156,7 +110,7 @@ def two_languages(rng: random.Random, world: World, language: str) -> str:
     head = rng.choice(("{n}的英文名字是{romanised}。", "在英语里，{n}叫做{romanised}。")).format_map(words["zh"])
     lines = [head]
     for attribute in rng.sample(ATTRIBUTES, 3):
-        both = {own: STATEMENTS[own][attribute][0].format_map(words[own]) for own in ("zh", "en")}
+        both = {own: canonical_statement(character, attribute, own) for own in ("zh", "en")}
         form = rng.choice(("{zh}用英语说就是：{en}", "{zh}（{en}）", "{en} 这句话的意思是：{zh}"))
         lines.append(form.format_map(both))
     return "\n".join(lines)
@@ -170,5 +124,5 @@ def romanised_names(rng: random.Random, world: World, language: str) -> str:
 
 def _self(character: Character, attribute: str, language: str) -> str:
     """Return the fact in the first person, as a sentence; in English with a space before it."""
-    text = FIRST_PERSON[language][attribute].format_map(character.words[language])
+    text = sentences("talk")["first_person"][language][attribute].format_map(character.words[language])
     return f"{text}。" if language == "zh" else f" {text[0].upper()}{text[1:]}."

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError
-from eval.tasks.docs import Docs, as_turns, rows_of, spread
+from eval.tasks.docs import Docs, as_turns, spread
 from text.sources.folders import SAVED, SHARD, SPLIT_OF, Folder
 from text.sources.registry import Source, find_sources
-from text.sources.rows import SUFFIXES
+from text.sources.rows import SUFFIXES, every_row
 
 LETTERS = string.ascii_uppercase
 
@@ -250,7 +250,7 @@ def _rows(source: Source) -> Iterator[tuple[str, object]]:
         with suppress(OSError, UnicodeDecodeError, csv.Error), open(file, encoding="utf-8-sig", newline="") as stream:
             fields = [field.strip() for field in next(csv.reader(stream), [])]
     if "question" in map(str.lower, fields) or len(fields) < 4 or fields[-1] not in [*LETTERS[: len(fields) - 2]]:
-        yield from rows_of(source)
+        yield from every_row(source)
         return
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:

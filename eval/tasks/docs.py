@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from text.chats.chat_template import Message
 from text.sources.registry import Source, find_sources
-from text.sources.row_report import RowReport
-from text.sources.rows import read_rows
 from text.tokenizer import characters
 
 
@@ -40,11 +38,6 @@ def sources_of(data: str, split: str, kind: str | None) -> list[Source]:
         replace(source, split=split) if source.is_hub or Path(source.path).is_dir() else source
         for source in find_sources(data, kind=kind)
     ]
-
-
-def rows_of(source: Source) -> Iterator[tuple[str, object]]:
-    """Yield (place, row) of each row of a source. Raises `UserError` for a file or a row that cannot be read."""
-    yield from read_rows(source, "stop", RowReport())
 
 
 def spread(items: list[Any], limit: int) -> list[Any]:

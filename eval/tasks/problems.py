@@ -7,16 +7,16 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from eval.tasks.docs import Docs, as_turns, rows_of, sources_of, spread
+from eval.tasks.docs import Docs, as_turns, sources_of, spread
 from eval.tasks.replies import generation_keys, replies_of
-from text.chats.problems import Problem, open_problems, to_problem
+from text.chats.problems import Problem, is_generated, open_problems, to_problem
 from text.judging.quantity import as_number
-from text.sources.registry import GENERATORS, Source
+from text.sources.registry import Source
 from text.sources.row_report import RowError
+from text.sources.rows import every_row
 from training.alignment.rewards import is_correct, taken_answer
 
 RIGHT = ("right",)  # under which all right answers vote, however they are written
@@ -61,8 +61,8 @@ class ExactMatch:
     def docs(self, limit: int = 0) -> Docs:
         found: list[Problem] = []
         for source in sources_of(self.data, self.split, "prompt"):
-            is_made = source.path.partition(":")[0] in GENERATORS and not Path(source.path).exists()
-            found += open_problems(source).held_out(self.problems) if is_made else _problems(source)
+            made = is_generated(source)
+            found += open_problems(source).held_out(self.problems) if made else _problems(source)
         worked = self._worked()
         return Docs(
             {
@@ -79,7 +79,7 @@ class ExactMatch:
         """Question and answer of the worked problems."""
         worked: list[tuple[str, str]] = []
         for source in sources_of(self.shots_data, "train", "prompt") if self.shots else []:
-            for place, row in islice(rows_of(source), self.shots - len(worked)):
+            for place, row in islice(every_row(source), self.shots - len(worked)):
                 row = source.layout.arrange(row) if source.layout.format else row
                 if not isinstance(row, dict) or not {"question", "answer"} <= set(row):
                     raise UserError(f"{place}: not an object with question and answer; correct the row")
@@ -125,7 +125,7 @@ def majority(answers: Sequence[Hashable | None], right: Hashable) -> float:
 
 def _problems(source: Source) -> Iterator[Problem]:
     """Yield every row as a problem, repeated ones too. Raises `UserError` for the first that is not one."""
-    for place, row in rows_of(source):
+    for place, row in every_row(source):
         try:
             yield to_problem(row, source.layout)
         except RowError as error:

@@ -9,8 +9,9 @@ from typing import Any
 
 from errors import UserError
 from eval.perplexity import read_blocks
-from eval.tasks.docs import Docs, rows_of, sources_of, spread
+from eval.tasks.docs import Docs, sources_of, spread
 from text.sources.registry import Source
+from text.sources.rows import every_row
 from text.tokenizer import characters
 
 
@@ -55,7 +56,7 @@ class Text:
             yield from filter(None, ["".join(read_blocks(Path(source.path)))])
             return
         column = source.layout.columns.get("text", self.column)
-        for place, row in rows_of(source):
+        for place, row in every_row(source):
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
                 shown = ", ".join(map(repr, row)) if isinstance(row, dict) else "none"
                 raise UserError(f"{place}: no text in column {column!r}, the columns are {shown}; set column")

@@ -19,9 +19,9 @@ from text.judging.answers import conclusion
 from world.cast import ATTRIBUTES, NAMES, THINGS, World
 from world.corpus import FILES, generate
 from world.facts import fact_questions
+from world.grammar import sentences
 from world.reading import scene
 from world.requests import COURTESY, REQUESTS
-from world.talk import ASKED, FIRST_PERSON
 
 SEED = 3
 
@@ -192,12 +192,12 @@ def test_characters_are_not_asked_for_their_own_held_out_facts(town, rows):
     lines = [pair for row in rows for pair in pairwise(row.split("\n"))]
     checked = 0
     for language, colon in (("zh", "："), ("en", ": ")):
-        questions = {question for wordings in ASKED[language].values() for question in wordings}
+        questions = {question for wordings in sentences("talk")["asked"][language].values() for question in wordings}
         answered = {answer for line, answer in lines if line.partition(colon)[2] in questions}
         checked += len(answered)
         for character in town.known(language):
             words = character.words[language]
-            said = FIRST_PERSON[language][character.held_out].format_map(words)
+            said = sentences("talk")["first_person"][language][character.held_out].format_map(words)
             assert not any(a.lower().startswith(f"{words['n']}{colon}{said}".lower()) for a in answered)
     assert checked > 100
 
@@ -279,7 +279,8 @@ def test_no_template_shows_through_and_quotation_marks_pair_up(training_texts, q
 
 
 def test_no_name_is_part_of_a_sentence_template():
-    sources = [path for path in Path(command.__file__).parent.glob("*.py") if path.name != "cast.py"]
+    sources = [path for path in Path(command.__file__).parent.glob("[!_]*.*") if path.suffix in (".py", ".yaml")]
+    sources = [path for path in sources if path.name != "cast.py"]
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     assert len(sources) > 5
     assert not [name for name, _ in NAMES if name in text]

@@ -89,7 +89,7 @@ class PackedDataset:
 
     def members(self, index: int) -> np.ndarray:
         """Return the samples of a row, counted from the start of training, in the order in which they stand in it."""
-        part, number = mixed(int(index), self._shares, self.seed) if len(self._parts) > 1 else (0, int(index))
+        part, number = mixed(int(index), self._shares, self.seed)
         epoch, place = divmod(number, self._lengths[part])
         return self._epoch(part, epoch)[place]
 

@@ -79,7 +79,7 @@ class PromptDataset:
     def problem(self, index: int, turn: int = 0) -> Problem:
         """Return problem `index`, counted from the start of training; another `turn` is another order of the data."""
         seed = scramble(self.seed, turn) if turn else self.seed
-        source, number = (0, index) if len(self._sources) == 1 else mixed(index, self._shares, seed)
+        source, number = mixed(index, self._shares, seed)
         return self._sources[source].problem(number, seed)
 
     def encode(self, problems: Sequence[Problem]) -> list[list[int]]:

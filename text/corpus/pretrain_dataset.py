@@ -82,7 +82,7 @@ class PretrainDataset:
                 window -= self._windows[source]
                 source += 1
             return source, window
-        source, number = (0, index) if len(self._windows) == 1 else mixed(index, self._shares, self._seed)
+        source, number = mixed(index, self._shares, self._seed)
         epoch, place = divmod(number, self._windows[source])
         return source, shuffled(place, self._windows[source], self._seed, source, epoch)
 

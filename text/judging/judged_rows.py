@@ -10,8 +10,8 @@ from errors import UserError, one_line
 from text.chats.problems import bare_answer, is_missing, written_number
 from text.judging.judge import Verdict, judge
 from text.sources.registry import Source
-from text.sources.row_report import RowError, RowReport, kind_of
-from text.sources.rows import read_rows
+from text.sources.row_report import kind_of
+from text.sources.rows import every_row
 
 SHOWN = 60  # characters of a reply, its end
 
@@ -38,9 +38,7 @@ class JudgedRow:
 def judged_rows(file: str | Path) -> Iterator[tuple[JudgedRow, Verdict]]:
     """Each row of a file with its verdict, in order. Raises `UserError` that names a row without answer or reply."""
     count = 0
-    for place, row in read_rows(Source.of(file), "stop", RowReport()):
-        if isinstance(row, RowError):
-            raise UserError(f"{place}: {row}; correct the row")
+    for place, row in every_row(Source.of(file)):
         judged = _to_row(place, row)
         yield judged, judge(bare_answer(judged.answer) or judged.answer, judged.reply)
         count += 1

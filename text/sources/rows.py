@@ -43,6 +43,11 @@ def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tupl
             raise UserError(f"{_place_of(file, problem)}: {problem}") from problem
 
 
+def every_row(source: Source) -> Iterator[tuple[str, object]]:
+    """Yield (place, row) of each row. Raises `UserError` for a file or a row that cannot be read."""
+    return read_rows(source, "stop", RowReport())
+
+
 def text_rows(file: DataFile, source: Source) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of each row of a file; one that cannot be read to its end is counted.
 
