@@ -272,7 +272,7 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]
     nll_N = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
     error_NV = log_p.exp_()
     error_NV[torch.arange(len(target), device=target.device), target] -= 1  # scatter_add_ would copy all of it
-    return nll_N.masked_fill(~counted, 0), error_NV.mul_(counted.unsqueeze(1)).to(logits_NV.dtype)
+    return nll_N.masked_fill(~counted, 0), torch.mul(error_NV, counted.unsqueeze(1), out=logits_NV)
 
 
 def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, time: int, compiled: bool = False) -> str:

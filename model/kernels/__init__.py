@@ -18,9 +18,13 @@ def on_cpu(x: Tensor) -> bool:
 
 
 def capability(device: torch.device) -> int:
-    """Return the first number of an NVIDIA card's compute capability: 8 of A100, 30x0 and 40x0, 9 of H100; else 0."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device)[0] if nvidia else 0
+    """Return the first number of an NVIDIA card's compute capability: 8 of A100, 30x0 and 40x0, 9 of H100; else 0.
+
+    A CPU that computes the branch for CUDA stands for an H100.
+    """
+    if device.type == "cpu":
+        return 9
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and torch.version.hip is None else 0
 
 
 # torch.compiler.assume_constant_result sets this after importing torch._dynamo, which takes as long as torch itself.

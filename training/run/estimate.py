@@ -13,7 +13,7 @@ from model import MiniDeepSeek
 from model.costs import activation_numbers, human
 from model.costs import count as count_costs
 from model.ops import kernel_report
-from training.losses import CHUNK_ELEMENTS
+from training.losses import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from training.parallel.ranks import Ranks
 from training.run.log import duration
 from training.run.resume import saved_run
@@ -28,7 +28,6 @@ SLOW_STEP = 30.0  # seconds from which a step is worth a warning
 FP32 = 4  # bytes
 MOMENTS = {"adamw": 8, "adamw_bf16": 4, "adamw8bit": 2, "paged_adamw8bit": 2, "muon": 4}  # bytes of a weight's
 PROCESS = 0.4e9  # bytes of Python and torch themselves
-LOGITS = 3 * FP32 * CHUNK_ELEMENTS  # logits, their softmax and their gradient, chunk by chunk
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,10 @@ def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, d
     numbers = activation_numbers(config)
     if settings.gradient_checkpointing:  # what enters each layer, and all of the one that is recomputed
         numbers = numbers / layers + 2 * layers * config.hidden_size
-    return held + LOGITS + numbers * dtype.itemsize * tokens
+    logits = 3 * FP32 * CHUNK_ELEMENTS  # logits, their softmax and their gradient, chunk by chunk
+    if device.type == "cuda":  # the gradient in the place of the logits
+        logits = (FP32 + dtype.itemsize) * min(CUDA_CHUNK_ELEMENTS, tokens * config.vocab_size)
+    return held + logits + numbers * dtype.itemsize * tokens
 
 
 def memory_of(device: torch.device) -> float:
