@@ -201,6 +201,15 @@ def _in_turn(module: Experts, x_ND: Tensor, corrections: Mapping) -> bool:
     return plain and kernels.on_cpu(x_ND) and not torch.is_grad_enabled()
 
 
+def sort_by_expert(expert_of_choice: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """(N * K,) numbers below `experts` in their order, those of one expert as they came, and where each was."""
+    if not kernels.on_cuda(expert_of_choice):
+        return expert_of_choice.sort(stable=True)
+    # A radix sort goes over its keys once for each of their bytes, of which int64 has eight.
+    order = expert_of_choice.to(torch.uint8 if experts <= 256 else torch.int16).sort(stable=True).indices
+    return expert_of_choice[order], order
+
+
 def row_tile(module: Experts, x_ND: Tensor, corrections: Mapping) -> int | None:
     """The block that rows are padded to where one call computes all experts, whatever their number; else None."""
     suits = grouped.suits(x_ND, module.gate_up_proj, module.down_proj)
@@ -285,7 +294,8 @@ def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, ti
         whole = "causal.c" if not compiled and causal.fits(q, kv, k_rope) else isolated
     else:
         whole, isolated = (attention.report(q, config.v_head_dim, segments) for segments in (False, True))
-    report = f"attention by {whole}" + ("" if isolated == whole else f", of isolated samples by {isolated}")
+    report = "layers compiled; " * compiled + f"attention by {whole}"
+    report += "" if isolated == whole else f", of isolated samples by {isolated}"
     if device.type == "cpu" or not config.is_moe_layer(config.num_hidden_layers - 1):
         return report
     if grouped.without_host(dtype, device):

@@ -16,6 +16,7 @@ from model.transformer import Output
 
 IGNORE = -100  # a label that does not count
 PLACES = "places"  # in a batch: see `located`
+INPUTS = ("input_ids", "position_ids", "segment_ids", "segment_ends")  # in a batch: what a model is given
 CHUNK_ELEMENTS = 2**22  # logits held at a time, in a CPU's cache: those of a batch never exist together
 CUDA_CHUNK_ELEMENTS = 2**28  # on CUDA, where launches cost more than memory: 0.5 GB in bfloat16, twice that in float32
 # A CPU generates kernels for each row count that it has not seen, up to 10 ms and 10 MB: chunks are multiples.
@@ -184,7 +185,7 @@ class NextTokenLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
-        inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
         out = model(**inputs, mtp=self.mtp_steps if self.runs_mtp else 0)
         count = (labels != IGNORE).sum()
         main, parts = self.main(out, batch)

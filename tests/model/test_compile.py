@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from kernel_cases import far, varlen_on_cpu
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from grpo_train import GRPOSettings
+from lora_sft import LoraSFTSettings
 from model import kernels
 from model.kernels import attention, fused
 from training.losses import NextTokenLoss
+from training.settings import StageSettings
 
 
 def test_compiled_layers_give_the_same_loss_and_gradients(tiny_model):
@@ -62,11 +67,35 @@ def test_for_cuda_each_kind_of_layer_is_one_graph_without_breaks_whatever_the_ro
     assert far(gradient, plain_gradient) < 2e-2
 
 
-def test_the_trainer_compiles_every_layer_and_nothing_else(make, monkeypatch):
+@pytest.mark.parametrize("asked", [True, None])
+def test_the_trainer_compiles_every_layer_and_nothing_else(asked, make, monkeypatch):
+    """Where a person asked for it, what cannot be compiled ends the run; else it runs as it is."""
     compiled = []
     monkeypatch.setattr("torch.nn.Module.compile", lambda self, **how: compiled.append((type(self).__name__, how)))
-    make("run", compile=True, max_steps=1).run()
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    if not asked:
+        monkeypatch.setattr("training.settings.StageSettings.compiles", lambda self, device: True)
+    make("run", compile=asked, max_steps=1).run()
     assert compiled == [("DecoderLayer", {"dynamic": False})] * 3 + [("MTPLayer", {"dynamic": False})]
+    assert torch._dynamo.config.suppress_errors == (asked is None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "on_cpu", "on_cuda"),
+    [
+        (StageSettings, None, False, True),
+        (StageSettings, False, False, False),
+        (StageSettings, True, True, True),
+        (LoraSFTSettings, None, False, False),
+        (LoraSFTSettings, True, True, True),
+        (GRPOSettings, None, False, False),
+    ],
+)
+def test_layers_are_compiled_where_a_person_says_so_or_on_cuda(settings, said, on_cpu, on_cuda):
+    needed = {"ckpt": "c", "tokenizer": "t", "data": "d"}
+    named = {field.name: needed[field.name] for field in fields(settings) if field.name in needed}
+    made = settings(out="run", compile=said, **named)
+    assert [made.compiles(torch.device(kind)) for kind in ("cpu", "cuda")] == [on_cpu, on_cuda]
 
 
 def test_a_compiled_graph_has_pytorchs_own_operations():

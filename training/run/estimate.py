@@ -108,12 +108,13 @@ class Pace:
         ends = [f"{budget.max_steps} steps{by}"] if budget.max_steps else []
         ends += [f"{budget.max_minutes:g} minutes"] if budget.max_minutes else []
         ends += [f"{budget.max_tokens:,} tokens"] if budget.max_tokens else []
+        kernels = (model.config, dtype, ranks.device, settings.row_tokens, settings.compiles(ranks.device))
         ranks.say(
             f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
             f"MTP adds {human(costs.mtp)}\n"
             f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
             f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
-            f"kernels    {kernel_report(model.config, dtype, ranks.device, settings.row_tokens, settings.compile)}\n"
+            f"kernels    {kernel_report(*kernels)}\n"
             f"batch      {settings.rows} rows of {settings.row_tokens} tokens = {ranks.world} ranks x "
             f"{accumulation} accumulated x {micro} rows\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
