@@ -7,8 +7,9 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 import yaml
 
 from errors import UserError, check_least, check_seed, naming
@@ -19,9 +20,6 @@ from training.parallel.ranks import DistSettings
 from training.run.log import legend
 from training.run.trackers import tracker_names
 from training.schedule import Budget, Schedule
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(kw_only=True)

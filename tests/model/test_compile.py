@@ -72,12 +72,12 @@ def test_the_trainer_compiles_every_layer_and_nothing_else(asked, make, monkeypa
     """Where a person asked for it, what cannot be compiled ends the run; else it runs as it is."""
     compiled = []
     monkeypatch.setattr("torch.nn.Module.compile", lambda self, **how: compiled.append((type(self).__name__, how)))
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     if not asked:
         monkeypatch.setattr("training.settings.StageSettings.compiles", lambda self, device: True)
-    make("run", compile=asked, max_steps=1).run()
+    with torch._dynamo.config.patch(suppress_errors=False):
+        make("run", compile=asked, max_steps=1).run()
+        assert torch._dynamo.config.suppress_errors == (asked is None)
     assert compiled == [("DecoderLayer", {"dynamic": False})] * 3 + [("MTPLayer", {"dynamic": False})]
-    assert torch._dynamo.config.suppress_errors == (asked is None)
 
 
 @pytest.mark.parametrize(
