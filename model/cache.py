@@ -100,7 +100,7 @@ class LatentCache:
         return torch.full((batch,), self.reserve(layers, time))
 
     def part(self, rows: slice) -> LatentCache:
-        """Return some rows as a cache of their own, in the same memory; its lengths are its own from here on."""
+        """Return some rows as a separate cache in the same memory; its lengths change alone from here on."""
         part = copy(self)
         part.latents, part.lengths = self.latents[:, rows], list(self.lengths)
         part.padding = None if self.padding is None else self.padding[rows]
@@ -119,7 +119,7 @@ class LatentCache:
 
 
 class SlotCache(LatentCache):
-    """Sequences of different lengths, each in a slot of its own from position 0: for `model.decoding.engine`.
+    """Sequences of different lengths, each in its own slot from position 0: for `model.decoding.engine`.
 
     The slots in use are the first ones, in the order of a pass's rows; further rows, which fill it up, leave nothing.
 

@@ -1,4 +1,4 @@
-"""lora_sft.py from end to end: what it trains, saves, takes up again and merges."""
+"""lora_sft.py from end to end: what it trains, saves, resumes and merges."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def small(tiny_config) -> MiniDeepSeek:
     return MiniDeepSeek(tiny_config(vocab_size=600, initializer_range=0.02, num_nextn_predict_layers=0)).eval()
 
 
-def test_what_is_rewarded_is_learnt(train, tmp_path):
+def test_what_is_rewarded_becomes_likelier(train, tmp_path):
     """Ending in time: a chance of a few per cent at first, and nearly always after fifteen steps."""
     options = ["--rewards", json.dumps({f"{__name__}:brief": 1}), "--optim.lr", 3e-3, "--prompts", 8, "--group", 8]
     done = train("run", *options, "--max_steps", 15, "--val_every", 0)
@@ -196,11 +196,11 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(small, make):
     experience.rows.left_out_R[3] = LeftOut.OVERLONG  # and of this one a completion that was cut
     experience.arrange()
     batch = experience.batch(range(32, 64))
-    learnt = (batch["labels"] >= 0).any(1)
-    assert len(learnt) == 16 and learnt.sum() == 3 and batch["absent"][0] == 16
+    trained = (batch["labels"] >= 0).any(1)
+    assert len(trained) == 16 and trained.sum() == 3 and batch["absent"][0] == 16
     lengths = experience.rows.new_R
     assert batch["absent"][1] == lengths[4:].sum() and (batch["labels"] >= 0).sum() == lengths[:3].sum()
-    assert learnt.tolist() == sorted(learnt.tolist(), reverse=True)  # what fills a batch comes last
+    assert trained.tolist() == sorted(trained.tolist(), reverse=True)  # what fills a batch comes last
     everything = [experience.batch([i]) for i in range(32)]
     assert sum((batch["labels"] >= 0).sum() for batch in everything) == lengths[:3].sum()
 

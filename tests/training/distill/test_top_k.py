@@ -131,7 +131,7 @@ def test_with_the_whole_vocabulary_the_loss_is_the_teachers_own(world, tokenizer
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=5e-3)
 
 
-def test_nobody_is_asked_twice_and_another_teacher_is_asked_anew(chats, teacher, tmp_path):
+def test_nobody_is_asked_twice_and_another_teacher_is_asked_again(chats, teacher, tmp_path):
     first, asked = keep(tmp_path, chats, teacher)
     assert asked == 1
     again, asked = keep(tmp_path, chats, teacher)

@@ -1,4 +1,4 @@
-"""Checksums find what has changed on the disk, and `--resume last-good` goes on without it."""
+"""Checksums find what has changed on the disk, and `--resume last-good` resumes without it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_offered(t
         make(max_steps=8, save_every=2, resume=True).run()
     message = str(caught.value)
     assert message.startswith(f"{trained.out / 'step-6' / 'model.safetensors'}: damaged")
-    assert message.endswith(f"--resume last-good goes on from the one before it, {trained.out / 'step-4'}")
+    assert message.endswith(f"--resume last-good continues from the one before it, {trained.out / 'step-4'}")
     assert caught.value.exit_code == 3 and "\n" not in message
 
 

@@ -188,7 +188,7 @@ def test_a_signal_is_obeyed_at_the_next_micro_batch_and_the_step_is_as_if_it_had
     trainer = make(dataset=cut_at(2, 1, asked, by=by), **cut)
     assert trainer.run() == trainer.out / "step-2"
     assert asked[-2:] == [[16, 17], [18, 19]] and len(asked) == 2 * 4 + 2 and signal.getsignal(by) is handler
-    said = f"interrupted: saved {trainer.out / 'step-2'}; the same command with --resume goes on from there"
+    said = f"interrupted: saved {trainer.out / 'step-2'}; the same command with --resume continues from there"
     assert said in capsys.readouterr().out
     assert steps_logged(trainer) == [0, 1, 2] and not (trainer.out / "final").exists()
     make(resume=True, **cut).run()
