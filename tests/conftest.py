@@ -178,6 +178,11 @@ def call_main(main: Callable[[], None], *arguments: object) -> int:
     return 0
 
 
+def as_options(given: dict[str, object]) -> list[object]:
+    """Write settings as a command line does."""
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture) -> Callable[..., Run]:
     """`run(main, *arguments)`: exit code and output of a script, without the seconds that a process takes to start."""
@@ -265,7 +270,7 @@ def pretrain_arguments(world: Path, tokenizer_folder: Path, tmp_path_factory: py
     (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf8")
     given = {"config": folder / "tiny.yaml", "data": world / "pretrain.csv", "tokenizer": tokenizer_folder}
     given["shards"] = folder / "shards"
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return list(map(str, as_options(given)))
 
 
 @pytest.fixture(scope="session")

@@ -147,15 +147,6 @@ def test_a_truncated_checkpoint(tune, checkpoint):
     refused(tune("--ckpt", checkpoint), 3, f"{weights}: damaged or cut short")
 
 
-@pytest.mark.parametrize(
-    "change", [("hidden_size", 96), ("n_routed_experts", 16), ("num_hidden_layers", 3), ("vocab_size", 700),
-               ("q_lora_rank", None)], ids=lambda change: change[0],
-)  # fmt: skip
-def test_a_checkpoint_of_another_shape(change, tune, checkpoint):
-    change_config(checkpoint, **dict([change]))
-    refused(tune("--ckpt", checkpoint), 3, checkpoint)
-
-
 def test_a_checkpoint_that_is_none(tune, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         refused(tune("--ckpt", folder), 2, folder, "give a checkpoint folder")
@@ -202,12 +193,6 @@ def test_a_setting_that_is_misspelled_or_contradicts_another(options, recipe, pa
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
         options = ["--config", tmp_path / "run.yaml"]
     refused(train(*options), 2, *parts)
-
-
-def test_a_vocabulary_above_65535(run, world, tmp_path):
-    options = ["--data", world / "pretrain.csv", "--out", tmp_path / "t"]
-    done = run(tokenizer_script, *options, "--vocab_size", 65_536)
-    refused(done, 2, "--vocab_size 65536: must be from 269", "to 65535")
 
 
 # Places

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call_main
+from conftest import as_options, call_main
 from forked import script_on_ranks
 from safetensors.torch import load_file
+from victim import differences, entries
 
 import dpo_train
 from cli import parse
@@ -20,12 +21,10 @@ from dpo_train import DPOSettings, settle_length
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
-from training.run.log import read_metrics
 from world.cast import World
 from world.chats import preference
 
 LOGGED = {"accuracy", "margin", "chosen_log_prob", "rejected_log_prob", "kl", "nll"}
-CLOCK = {"tokens_per_second", "mfu", "seconds", "memory"}
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +38,7 @@ def arguments(pretrained: Path, world: Path, tmp_path_factory) -> list[object]:
         "micro_tokens": 512, "val_fraction": 0.2, "val_text": world / "heldout.txt", "val_tokens": 2048, "log_every": 1,
         "dtype": "fp32", "device": "cpu", "max_steps": 3, "optim.lr": 2e-3,
     }  # fmt: skip
-    return [part for name, value in given.items() for part in (f"--{name}", value)]
-
-
-def entries(out: Path) -> list[dict]:
-    """The log without what the clock says."""
-    return [
-        {name: value for name, value in entry.items() if name not in CLOCK}
-        for entry in read_metrics(out / "metrics.jsonl")
-    ]
+    return as_options(given)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +79,7 @@ def test_a_resume_is_exact(precompute, arguments, finished, tmp_path, run):
     shutil.copytree(whole, out, ignore=shutil.ignore_patterns("final", "step-6"))
     done = run(dpo_train.main, *options, "--out", out, "--resume")
     assert done.code == 0 and f"resuming from {out / 'step-3'}" in done.out
-    assert entries(out) == entries(whole)
-    for name in ("model.safetensors", "training/state.safetensors"):
-        assert (out / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+    assert not differences(out, whole)
 
 
 def test_a_run_of_an_earlier_version_resumes_at_its_own_length_and_without_cut_prompts(pretrained, tmp_path, run):
@@ -159,13 +148,7 @@ def test_two_ranks_train_as_one_process_does(arguments, tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        ["--preference.loss", "ipo"],
-        ["--preference.loss", "simpo", "--preference.beta", "2"],
-        ["--preference.label_smoothing", "0.1"],
-    ],
-    ids=["ipo", "simpo", "cdpo"],
+    "options", [["--preference.loss", "ipo"], ["--preference.loss", "simpo", "--preference.beta", "2"]]
 )
 def test_its_relatives_learn_the_same_pairs(options, arguments, tmp_path, run):
     assert run(dpo_train.main, *arguments, *options, "--out", tmp_path / "run", "--max_steps", 8).code == 0

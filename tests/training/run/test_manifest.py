@@ -33,17 +33,21 @@ def trained(make):
     return trainer
 
 
+@pytest.fixture
+def checkpoint(pretrained, tmp_path) -> Path:
+    return Path(shutil.copytree(pretrained / "final", tmp_path / "checkpoint"))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "training/state.safetensors", "training/progress.json"]
 )
-def test_any_damage_to_any_file_is_found_and_named(name, damage, trained):
-    newest = trained.out / "step-6"
-    verify(newest)
-    DAMAGES[damage](newest / name)
+def test_any_damage_to_any_file_is_found_and_named(name, damage, checkpoint):
+    verify(checkpoint)
+    DAMAGES[damage](checkpoint / name)
     with pytest.raises(DamagedCheckpoint) as caught:
-        verify(newest)
-    assert str(caught.value).startswith(f"{newest / name}: damaged or cut short") and "\n" not in str(caught.value)
+        verify(checkpoint)
+    assert str(caught.value).startswith(f"{checkpoint / name}: damaged or cut short") and "\n" not in str(caught.value)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_offered(trained, make):
@@ -111,7 +115,7 @@ NO_MANIFESTS = [
 
 
 @pytest.mark.parametrize("content", NO_MANIFESTS, ids=["list", "deep", "parent", "absolute"])
-def test_a_manifest_that_is_no_manifest_is_damage(trained, content):
-    (trained.out / "step-6" / MANIFEST).write_text(content)
+def test_a_manifest_that_is_no_manifest_is_damage(checkpoint, content):
+    (checkpoint / MANIFEST).write_text(content)
     with pytest.raises(DamagedCheckpoint, match=r"manifest\.json: cannot be read"):
-        verify(trained.out / "step-6")
+        verify(checkpoint)

@@ -58,20 +58,17 @@ def train(make, apart, monkeypatch) -> Callable[..., list[Forked]]:
     )
 
 
-def test_a_fresh_run_needs_no_common_disk_and_a_resume_does(train, tmp_path):
+def test_a_fresh_run_needs_no_common_disk_and_a_resume_sees_one_checkpoint_on_all_nodes(train, tmp_path):
     assert_fine(train(max_steps=2))
-    assert (tmp_path / "node-0" / "run" / "final").is_dir() and not (tmp_path / "node-1" / "run").exists()
+    run, other = (tmp_path / f"node-{rank}" / "run" for rank in (0, 1))
+    assert (run / "final").is_dir() and not other.exists()
     assert_all_say(train(max_steps=4, resume=True), "run/final")
-    # Copied to the other node, it is seen.
-    shutil.copytree(tmp_path / "node-0" / "run", tmp_path / "node-1" / "run")
+    shutil.copytree(run, other)
+    progress = other / "final" / "training" / "progress.json"  # another checkpoint of the same name
+    progress.write_text(progress.read_text(encoding="utf8").replace('"step": 2', '"step": 1'), encoding="utf8")
+    assert_all_say(train(max_steps=4, resume=True), "run/final")
+    shutil.copy(run / "final" / "training" / "progress.json", progress)
     assert_fine(train(max_steps=4, resume=True))
-
-
-def test_another_checkpoint_of_the_same_name_is_not_taken_for_it(train, tmp_path):
-    assert_fine(train(max_steps=2))
-    assert_fine(train(max_steps=2, out="other", seed=1))
-    shutil.copytree(tmp_path / "node-0" / "other", tmp_path / "node-1" / "run")
-    assert_all_say(train(max_steps=4, resume=True), "run/final")
 
 
 def test_a_checkpoint_that_is_seen_late_is_waited_for(train, tmp_path, monkeypatch):

@@ -104,36 +104,6 @@ def test_a_resumed_run_is_the_same_one_there_and_a_new_run_another(make, hosted)
         assert len(new) == 21 and {run["resume"] for run in told.runs} == {"allow"}
 
 
-def test_tensorboard_hides_what_is_logged_again(make, monkeypatch):
-    """Its writer in the place of the real one, which the requirements leave out."""
-    told = SimpleNamespace(writers=[], scalars=[], texts=[], closed=0)
-
-    class SummaryWriter:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            told.writers.append((Path(folder).name, purge_step))
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            told.scalars.append((name, step, value))
-
-        def add_text(self, name: str, text: str, step: int) -> None:
-            told.texts.append((name, step, text))
-
-        def flush(self) -> None: ...
-
-        def close(self) -> None:
-            told.closed += 1
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    out = sampled(make(log_to="tensorboard", max_steps=2)).run().parent
-    sampled(make(log_to="tensorboard", max_steps=3, resume=True)).run()
-    assert told.writers == [("tensorboard", 0), ("tensorboard", 3)] and told.closed == 2
-    losses = [(step, value) for name, step, value in told.scalars if name == "loss"]
-    assert losses == [(e["step"], e["loss"]) for e in read_metrics(out / "metrics.jsonl") if "loss" in e]
-    prompt, text = of_file(out, 3)[1]
-    (shown,) = [text for name, step, text in told.texts if (name, step) == ("sample/2", 3)]
-    assert shown.replace("\n    ", "\n") == f"    {prompt} | {text}"
-
-
 def test_the_real_tensorboard_reads_one_curve_of_a_resumed_run(make):
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # the web page's
     from tensorboard.util.tensor_util import make_ndarray
