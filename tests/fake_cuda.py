@@ -195,15 +195,9 @@ def generation() -> None:
     assert tokens.shape == (ROWS, 9) and tokens.device == CUDA
 
 
-def static_decoding() -> None:
-    with bf16():
-        tokens = model().eval().generate(ids(ROWS, 5), max_new_tokens=4, static=True)
-    assert tokens.shape == (ROWS, 9) and tokens.device == CUDA
-
-
 CASES: list[Callable[[], None]] = [
     moe_layer, training_step, packed_step, recomputed_step, policy_loss, preference_loss, distillation_loss,
-    lora_on_experts, quantized_experts, decoding, generation, static_decoding,
+    lora_on_experts, quantized_experts, decoding, generation,
 ]  # fmt: skip
 
 

@@ -49,6 +49,9 @@ class HostWaits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         named = named or {}
         name = str(function).split(".")[1]
+        if name == "to":  # as it comes in inference mode
+            with self:
+                return function.decompose(*arguments, **named)
         self.names.add(name)
         if name in ("_to_copy", "copy_"):
             self._copied(name, arguments, named)
