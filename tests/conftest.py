@@ -283,6 +283,12 @@ def pretrained(once, pretrain_arguments: list[str]) -> Path:
     return once("stages", make) / "pretrain"
 
 
+@pytest.fixture
+def checkpoint(pretrained: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint of `pretrained`, to be changed."""
+    return Path(shutil.copytree(pretrained / "final", tmp_path / "checkpoint"))
+
+
 @pytest.fixture(scope="session")
 def answerer(pretrained: Path) -> Any:
     """What answers with the checkpoint of `pretrained`, in float32."""

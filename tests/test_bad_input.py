@@ -131,11 +131,6 @@ def test_what_can_be_skipped_is_counted(train, tune, tmp_path):
 # Checkpoints and tokenizers
 
 
-@pytest.fixture
-def checkpoint(pretrained, tmp_path) -> Path:
-    return Path(shutil.copytree(pretrained / "final", tmp_path / "checkpoint"))
-
-
 def change_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf8")

@@ -157,15 +157,14 @@ def test_its_relatives_learn_the_same_pairs(options, arguments, tmp_path, run):
     assert ("kl" in log[1]) == ("simpo" not in options)
 
 
-def test_what_another_reference_said_is_not_used(arguments, pretrained, tmp_path, run):
+def test_the_answers_of_another_reference_are_not_used(arguments, checkpoint, tmp_path, run):
     """A run that ended before its first checkpoint leaves the file, and is begun again with another model."""
-    out, other = tmp_path / "run", Path(shutil.copytree(pretrained / "final", tmp_path / "other"))
-    model = MiniDeepSeek.from_pretrained(other)
+    out, model = tmp_path / "run", MiniDeepSeek.from_pretrained(checkpoint)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    model.save_pretrained(other)
+    model.save_pretrained(checkpoint)
     heard = []
-    for options in ([], ["--resume", "true"], ["--resume", "true", "--reference", other]):
+    for options in ([], ["--resume", "true"], ["--resume", "true", "--reference", checkpoint]):
         assert run(dpo_train.main, *arguments, "--out", out, "--max_steps", 1, *options).code == 0
         heard.append(load_file(out / "reference.safetensors")["log_probs"])
         shutil.rmtree(out / "final")

@@ -99,9 +99,9 @@ def test_a_slow_step_is_warned_of_once_and_before_it_begins(slow_machine, make, 
 
 def test_the_first_micro_batch_of_a_long_step_tells_its_pace(make, capsys, monkeypatch):
     monkeypatch.setattr(training.run.estimate, "SLOW_STEP", 1e-6)
-    make("told", max_steps=2, micro_tokens=2 * 16).run()
-    told = before_the_steps(capsys.readouterr().out.replace("step      0", ""), "measured   micro-batch 1 of 4 took ")
-    assert "whole run" in told
+    make(max_steps=2, micro_tokens=2 * 16).run()
+    shown = capsys.readouterr().out.replace("step      0", "")
+    assert "whole run" in before_the_steps(shown, "measured   micro-batch 1 of 4 took ")
 
 
 def test_a_run_that_does_not_fit_into_memory_is_warned_of_before_its_first_step(make, capsys, monkeypatch):

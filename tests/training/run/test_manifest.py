@@ -33,11 +33,6 @@ def trained(make):
     return trainer
 
 
-@pytest.fixture
-def checkpoint(pretrained, tmp_path) -> Path:
-    return Path(shutil.copytree(pretrained / "final", tmp_path / "checkpoint"))
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "training/state.safetensors", "training/progress.json"]

@@ -150,10 +150,9 @@ def short() -> list[object]:
 def test_pretraining_continues_held_out_texts(pretrain_arguments, short, tmp_path, run):
     assert run(pretrain.main, *pretrain_arguments, *short, "--out", tmp_path / "run").code == 0
     assert [entry["step"] for entry in written(tmp_path / "run")] == [0, 0, 2, 2]
-    off = [*pretrain_arguments, *short, "--val_fraction", 0, "--shards", tmp_path / "shards"]
-    assert run(pretrain.main, *off, "--out", tmp_path / "off").code == 0
-    assert not (tmp_path / "off" / "samples.jsonl").exists()
-    assert run(pretrain.main, *off, "--sample_every", 2, "--out", tmp_path / "asked").code == 0
+    assert open_samples(SimpleNamespace(sample_every=0), None, None, [], False, text_prompts) is None
+    asked = ["--val_fraction", 0, "--shards", tmp_path / "shards", "--sample_every", 2, "--out", tmp_path / "asked"]
+    assert run(pretrain.main, *pretrain_arguments, *short, *asked).code == 0
     assert len(written(tmp_path / "asked")) == 4
 
 

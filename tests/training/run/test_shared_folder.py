@@ -108,7 +108,7 @@ def test_a_common_folder_of_shards_is_made_by_one_rank_and_read_by_both(pretrain
 
 
 @pytest.mark.parametrize("text", ["", None], ids=["no text", "missing"])
-def test_a_corpus_that_is_refused_leaves_nothing_and_is_told_once(text, pretrain_arguments, tmp_path):
+def test_a_corpus_that_is_refused_leaves_nothing_and_is_reported_once(text, pretrain_arguments, tmp_path):
     if text is not None:
         (tmp_path / "a.jsonl").write_text('{"text": ""}\n', encoding="utf8")
     before = {path.name for path in tmp_path.iterdir()}
