@@ -177,9 +177,6 @@ def test_special_tokens_at_other_places(tune, checkpoint):
     [
         (["--model.hiden_size", 64], {}, ["model.hiden_size: no such field, did you mean 'hidden_size'"]),
         ([], {"model": {"preset": "demo", "n_grup": 2}}, ["model.n_grup: no such field, did you mean 'n_group'"]),
-        (["--model.preset", "demos"], {}, ["no preset 'demos'", "demo, 26m"]),
-        ([], {"batch_tokns": 4096}, ["batch_tokns"]),
-        (["--optim.lrr", 1], {}, ["lrr"]),
         (["--model.n_group", 3], {}, ["n_group = 3", "choose a divisor"]),
     ],
 )
