@@ -155,25 +155,6 @@ def test_answers_end_where_their_row_does(world, tokenizer, student):
     assert max(int((row >= 0).sum()) for row in batch["segment_ids"]) == 48
 
 
-def test_ranks_make_the_rows_that_one_makes(world, tokenizer, student):
-    chats = chat_data(world, tokenizer)
-    alone = own(chats, student)
-    alone.prepare(2, alone.sampler.source)
-    halves = []
-    for rank in range(2):
-        ranks, parts = Ranks(rank, 2, CPU), []
-        object.__setattr__(ranks, "gather", lambda value, parts=parts: parts.append(value) or [value])
-        with pytest.raises(KeyError):  # the other half is not there yet
-            own(chats, student, ranks).prepare(2, alone.sampler.source)
-        halves += parts
-    ranks = Ranks(0, 2, CPU)
-    object.__setattr__(ranks, "gather", lambda _: [(dict(half), stopped) for half, stopped in halves])
-    both = own(chats, student, ranks)
-    both.prepare(2, alone.sampler.source)
-    for name, value in alone.batch(range(8, 12)).items():
-        assert torch.equal(both.batch(range(8, 12))[name], value)
-
-
 def test_answers_that_do_not_fit_leave_out_the_last_conversations():
     conversations = [(np.zeros(size + 1), None) for size in (6, 6, 6, 4, 4, 4)]
     assert rows_that_fit(conversations, 10, 3) == ([[0, 5], [1, 4], [2, 3]], 6)
