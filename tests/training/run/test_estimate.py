@@ -93,7 +93,7 @@ def test_a_slow_step_is_warned_of_once_and_before_it_begins(slow_machine, make, 
     make(max_steps=1, micro_tokens=4 * 16).run()
     shown = capsys.readouterr().out
     takes = before_the_steps(shown, "takes      about ")
-    assert re.fullmatch(r"takes      about (\S+) a step, 1 steps in \1, 40\d\.\d MB of memory a rank", takes)
+    assert re.fullmatch(r"takes      about (\S+) a step, 1 steps in \1, 4\d\d\.\d MB of memory a rank", takes)
     assert before_the_steps(shown, "warning    a step takes about ").endswith("or take a smaller model")
 
 
