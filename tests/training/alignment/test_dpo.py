@@ -60,7 +60,10 @@ def test_held_out_pairs_are_preferred_more_after_training(finished):
 
 
 def test_router_biases_and_the_mtp_layer_stand_still(finished, pretrained):
-    before, after = (load_file(folder / "final" / "model.safetensors") for folder in (pretrained, finished))
+    before, after = (
+        load_file(folder / "final" / "model.safetensors") | load_file(folder / "final" / "mtp.safetensors")
+        for folder in (pretrained, finished)
+    )
     still = [name for name in before if name.endswith("e_score_correction_bias") or ".layers.2." in name]
     assert any("eh_proj" in name for name in still)
     shared = ("embed_tokens", "shared_head.head")

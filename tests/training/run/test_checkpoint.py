@@ -77,8 +77,8 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_checkpoint_is_a_hugging_face_folder_with_the_training_beside_it_in_float32(sitting):
     folder = sitting.out / "step-1"
     assert set(content(folder)) == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "training/manifest.json", "training/progress.json", "training/state.safetensors",
+        "config.json", "generation_config.json", "model.safetensors", "mtp.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "training/manifest.json", "training/progress.json", "training/state.safetensors",
     }  # fmt: skip
     weights, state = (load_file(folder / name) for name in ("model.safetensors", "training/state.safetensors"))
     assert {tensor.dtype for tensor in (*weights.values(), *state.values())} == {torch.float32}
