@@ -52,17 +52,14 @@ def entries(out: Path) -> list[dict]:
     return [entry for entry in read_metrics(out / "metrics.jsonl") if entry["step"]]
 
 
-@pytest.mark.parametrize("loss", ["skewed_forward_kl", "reverse_kl"])
-def test_each_loss_brings_the_student_nearer_to_its_teacher(
-    loss, arguments, student, pretrained, world, tokenizer, run, tmp_path
-):
-    done = run(distill.main, *arguments, "--out", tmp_path / "run", "--loss", loss, "--max_steps", 12)
+def test_a_student_comes_nearer_to_its_teacher(arguments, student, pretrained, world, tokenizer, run, tmp_path):
+    done = run(distill.main, *arguments, "--out", tmp_path / "run", "--max_steps", 12)
     assert done.code == 0, done.err
     for entry in entries(tmp_path / "run"):
         mixture = 0.5 * entry["divergence"] + 0.5 * entry["cross_entropy"]
         assert entry["loss"] == pytest.approx(mixture, rel=1e-4)
     teacher = open_teacher(str(pretrained / "final"), tokenizer, 600, torch.float32, CPU)
-    measure = DistillationLoss(mtp=False, settings=DistillationSettings(loss=loss), teacher=teacher)
+    measure = DistillationLoss(mtp=False, settings=DistillationSettings(), teacher=teacher)
     batch = chat_data(world, tokenizer).batch(range(8))
     with torch.no_grad():
         before, after = (
@@ -72,8 +69,10 @@ def test_each_loss_brings_the_student_nearer_to_its_teacher(
     assert after < 0.9 * before
 
 
-def test_what_was_asked_once_trains_like_what_is_asked_at_every_step(arguments, run, tmp_path):
-    options = ["--max_steps", 2, "--temperature", 2, "--loss", "reverse_kl"]
+def test_what_was_asked_once_trains_like_what_is_asked_at_every_step(arguments, world, run, tmp_path):
+    rows = (world / "sft.jsonl").read_text(encoding="utf8").splitlines(keepends=True)[:60]
+    (tmp_path / "rows.jsonl").write_text("".join(rows), encoding="utf8")
+    options = ["--data", tmp_path / "rows.jsonl", "--max_steps", 2, "--temperature", 2, "--loss", "reverse_kl"]
     assert run(distill.main, *arguments, "--out", tmp_path / "live", *options).code == 0
     done = run(distill.main, *arguments, "--out", tmp_path / "kept", *options, "--precompute_top_k", 600)
     assert done.code == 0 and "asking the teacher about" in done.out, done.err
@@ -84,19 +83,16 @@ def test_what_was_asked_once_trains_like_what_is_asked_at_every_step(arguments, 
     more = [*options, "--precompute_top_k", 600, "--max_steps", 3, "--resume"]
     done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more)
     assert done.code == 0 and "asking the teacher" not in done.out
-    # What it said before, at another temperature, is of no use.
-    done = run(distill.main, *arguments, "--out", tmp_path / "kept", *more, "--temperature", 3)
-    assert "asking the teacher about" in done.out, done.err
 
 
 def chat_data(world, tokenizer, length: int = 96) -> ChatDataset:
     return ChatDataset([world / "sft.jsonl"], tokenizer, length, seed=5, progress=False)
 
 
-def own(chats, student, ranks=None, share: float = 1.0, rows: int = 4, new: int = 12) -> OnPolicyChats:
+def own(chats, student, share: float = 1.0, rows: int = 4, new: int = 12) -> OnPolicyChats:
     model = MiniDeepSeek.from_pretrained(student)
     settings = OnPolicySettings(on_policy=share, max_new_tokens=new, rollout_rows=16)
-    return OnPolicyChats(chats, Sampler(model, torch.float32), settings, rows, 2, ranks or Ranks(0, 1, CPU))
+    return OnPolicyChats(chats, Sampler(model, torch.float32), settings, rows, 2, Ranks(0, 1, CPU))
 
 
 def test_a_share_of_the_steps_is_on_policy_a_function_of_the_seed_and_others_have_the_datas_answers(
