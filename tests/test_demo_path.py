@@ -99,7 +99,7 @@ def path(tmp_path_factory) -> Path:
     arguments += ["--shards", folder / "shards", "--max_steps", 40]
     shown = begin_and_terminate(folder / "pretrain", *arguments)
     (saved,) = (folder / "pretrain").glob("step-*")
-    assert f"interrupted: saved {saved}; the same command with --resume goes on from there" in shown
+    assert f"interrupted: saved {saved}; the same command with --resume continues from there" in shown
     done = python("pretrain.py", *arguments, "--out", folder / "pretrain", "--resume")
     assert f"resuming from {saved}" in done.stdout and "finished: " in done.stdout
     chats = ["--ckpt", folder / "pretrain" / "final", "--data", folder / "world" / "sft.jsonl"]

@@ -54,7 +54,7 @@ class StageSettings:
         patience: end after so many validations in a row without a better one; 0: never.
         save_every: steps between checkpoints; 0: only at the end.
         keep: step checkpoints kept.
-        background_save: write checkpoints while training goes on, from a copy of weights and optimiser state.
+        background_save: write checkpoints while training continues, from a copy of weights and optimiser state.
         max_skipped: steps in a row without a finite loss and gradient, each left out, that end the run.
         dist: how ranks work together.
         log_to: where curves and samples go beside metrics.jsonl: tensorboard, wandb, swanlab, separated by commas.

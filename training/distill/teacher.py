@@ -38,7 +38,7 @@ class CheckpointTeacher:
 class TransformersTeacher:
     """A frozen causal language model of transformers.
 
-    Packed conversations become rows of their own, padded on the right where a causal model does not look, so that a
+    Packed conversations become separate rows, padded on the right where a causal model does not look, so that a
     model of any kind of attention keeps them apart.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,30 +29,9 @@ MOMENTS = {"adamw": 8, "adamw_bf16": 4, "adamw8bit": 2, "paged_adamw8bit": 2, "m
 PROCESS = 0.4e9  # bytes of Python and torch themselves
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Attributes: step: seconds; steps: of the whole run; seconds: of these; memory: bytes of a rank at its peak."""
-
-    step: float
-    steps: int
-    seconds: float
-    memory: float
-
-    def __str__(self) -> str:
-        return (
-            f"about {duration(self.step)} a step, {self.steps:,} steps in {duration(self.seconds)}, "
-            f"{human(self.memory, 'B')} of memory a rank"
-        )
-
-
-def estimate(
-    settings: StageSettings, budget: Budget, model: MiniDeepSeek, flops: float, peak: float, device: torch.device,
-    dtype: torch.dtype,
-) -> Estimate:  # fmt: skip
-    """Estimate from the FLOPs of a token, over the usual share of the peak that all ranks have together (FLOP/s)."""
-    tokens = settings.rows * settings.row_tokens
-    step = tokens * flops / (USUAL_SHARE * peak)
-    return Estimate(step, *length(budget, step, tokens), memory(settings, model, device, dtype))
+def step_seconds(settings: StageSettings, flops: float, peak: float) -> float:
+    """Estimate a step from the FLOPs of a token, at the usual share of the peak of all ranks together (FLOP/s)."""
+    return settings.rows * settings.row_tokens * flops / (USUAL_SHARE * peak)
 
 
 def length(budget: Budget, step: float, step_tokens: int) -> tuple[int, float]:
@@ -100,7 +78,9 @@ class Pace:
         settings, ranks, budget = self._settings, self._ranks, self._budget
         warn_of_few_steps(settings, ranks, len(dataset))
         costs = count_costs(model.config, settings.sequence_length)
-        takes = estimate(settings, budget, model, flops, peak, ranks.device, dtype)
+        step = step_seconds(settings, flops, peak)
+        steps, seconds = length(budget, step, settings.rows * settings.row_tokens)
+        needs, has = memory(settings, model, ranks.device, dtype), memory_of(ranks.device)
         micro = min(settings.micro_rows, settings.rows // ranks.world)
         accumulation = math.ceil(settings.rows / ranks.world / micro)
         why = f" ({ranks.why})" if ranks.why else ""
@@ -118,15 +98,16 @@ class Pace:
             f"batch      {settings.rows} rows of {settings.row_tokens} tokens = {ranks.world} ranks x "
             f"{accumulation} accumulated x {micro} rows\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
-            f"takes      {takes}{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
+            f"takes      about {duration(step)} a step, {steps:,} steps in {duration(seconds)}, {human(needs, 'B')} of "
+            f"memory a rank{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
         )
-        if takes.memory > (has := memory_of(ranks.device)):
+        if needs > has:
             ranks.say(
-                f"warning    the run needs about {human(takes.memory, 'B')}, this machine has "
+                f"warning    the run needs about {human(needs, 'B')}, this machine has "
                 f"{human(has, 'B')} a rank: lower --micro_tokens, now {settings.micro_tokens:,}, "
                 "pass --gradient_checkpointing true, or take a smaller model"
             )
-        self._warn_of_slow_steps(takes.step)
+        self._warn_of_slow_steps(step)
 
     def report(self, seconds: float, count: int) -> None:
         """Say what the `seconds` of the first of `count` micro-batches make of a step, where it is long."""
