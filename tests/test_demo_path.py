@@ -88,7 +88,7 @@ def path(tmp_path_factory) -> Path:
     arguments += ["--shards", folder / "shards", "--max_steps", 40, "--out", folder / "pretrain"]
     shown = terminated(3, *arguments)
     (saved,) = (folder / "pretrain").glob("step-*")
-    assert f"interrupted: saved {saved}; the same command with --resume goes on from there" in shown
+    assert f"interrupted: saved {saved}; the same command with --resume continues from there" in shown
     shown = stage(pretrain.main, *arguments, "--resume")
     assert f"resuming from {saved}" in shown and "finished: " in shown
     rows = ["--batch_tokens", 1024, "--micro_tokens", 512, "--log_every", 1, "--dtype", "fp32"]

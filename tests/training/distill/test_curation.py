@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
+    """User and assistant alternating."""
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
 
 
