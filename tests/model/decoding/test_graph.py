@@ -9,7 +9,7 @@ import torch
 from decoding_steps import shaken
 from torch import Tensor
 
-from bench.gpu_tape import Tape, taped_graphs
+from gpu_tape import Tape, taped_graphs
 from model import MiniDeepSeek
 from model.cache import LatentCache, SlotCache
 from model.decoding import runner
