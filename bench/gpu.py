@@ -5,8 +5,9 @@ python bench/gpu.py --only graphs,decode   some of it
 python bench/gpu.py --by-shape             the same list without a GPU: the branches for CUDA computed by the CPU in
                                            small shapes, and the work of real shapes counted
 
-It ends with 0 where all that ran has passed, with 1 where something failed, with 2 without CUDA. PyTorch is enough; what
-needs a package that is missing is not run. Where the project is not installed: PYTHONPATH=. python bench/gpu.py
+It ends with 0 where all that ran has passed, with 1 where something failed, with 2 without CUDA. PyTorch and einops
+are enough; what needs a package that is missing is not run. Where the project is not installed, from its folder:
+PYTHONPATH=. python bench/gpu.py
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ class Row:
         """Return findings in one line; of those with a bound the ones that exceed it, or the closest."""
         bad = [str(finding) for finding in self.findings if not finding.passed]
         bounded = [finding for finding in self.findings if finding.bound is not None]
-        shown = bad or [str(max(bounded, key=lambda one: one.value / one.bound if one.bound else one.value))][
-            : len(bounded)
-        ] if bounded else []
+        shown = (
+            bad
+            or [str(max(bounded, key=lambda one: one.value / one.bound if one.bound else one.value))][: len(bounded)]
+            if bounded
+            else []
+        )
         shown += [str(finding) for finding in self.findings if finding.bound is None]
         return "; ".join([*([self.why] if self.why else []), *shown])
 
@@ -69,7 +73,7 @@ def main() -> int:
         return 2
     device = torch.device("cpu" if options.by_shape else options.device)
     if device.type == "cuda" and (fault := why_not()):
-        print(f"no CUDA here ({fault}); python bench/gpu.py --by-shape checks what can be checked without", file=sys.stderr)
+        print(f"no CUDA here ({fault}); --by-shape checks what can be checked without", file=sys.stderr)
         return 2
     place = Place(torch.device("cuda", 0) if device.type == "cuda" else device, timed=not options.by_shape)
     rows = run(place, names)

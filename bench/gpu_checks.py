@@ -116,7 +116,7 @@ def router(place: Place) -> Iterator[Finding]:
     x = torch.randn(256, model.config.hidden_size, device=place.device)
     with place.autocast(torch.bfloat16), torch.no_grad():
         scores = gate(x)[2]
-    exact = (x.double() @ gate.weight.double().t()).sigmoid()
+    exact = (x.double() @ gate.weight.detach().double().t()).sigmoid()
     yield Finding("scores against float64", float((scores.double() - exact).abs().max()), 5e-6)
 
 
@@ -193,8 +193,8 @@ def quantized(place: Place) -> Iterator[Finding]:
     scales = torch.randint(-127, 128, (4, out * size // BLOCK // 4), dtype=torch.int8, device=place.device)
     factors = torch.full((4,), 100.0, device=place.device)
     four = NF4Weight(
-        torch.Size((out, size)), codes=codes, scales=scales, factors=factors, mean=torch.tensor(2.0, device=place.device),
-        levels=levels,
+        torch.Size((out, size)), codes=codes, scales=scales, factors=factors, levels=levels,
+        mean=torch.tensor(2.0, device=place.device),
     )  # fmt: skip
     # A byte holds two levels, the first in its high half.
     both = torch.stack((codes.long() // 16, codes.long() % 16), dim=1).flatten()

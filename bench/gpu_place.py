@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from unittest.mock import patch
 
 import torch
@@ -112,8 +113,8 @@ class Place:
 
     def clear(self) -> None:
         """Give memory back between checks."""
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -133,9 +134,10 @@ def segments_apart(
 ) -> Tensor:
     """Stand for `varlen_attn`, which has no kernel for CPUs: one segment after the other. q, k, v: (R, heads, size)."""
     edges, out = starts.tolist(), []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         parts = (x[begin:end].transpose(0, 1) for x in (q, k, v))
-        out.append(F.scaled_dot_product_attention(*parts, is_causal=window_size == (-1, 0), scale=scale).transpose(0, 1))
+        made = F.scaled_dot_product_attention(*parts, is_causal=window_size == (-1, 0), scale=scale)
+        out.append(made.transpose(0, 1))
     return torch.cat(out)
 
 
