@@ -32,6 +32,7 @@ BLOCK = 8  # rows of an expert that a grouped product reads its matrix for
 PAST = 512  # positions of a decoding step
 PRESETS = ("64m", "1b-moe")
 SEQUENCE_MONKEY = 1.5e9  # tokens
+SHOWN = 4  # cards of the tables
 
 
 @dataclass(frozen=True)
@@ -205,24 +206,24 @@ def grpo(place: Place) -> Iterator[Finding]:
 
 
 # What is called today; a change that calls more must say why.
-MOST_CALLS = {"64m": 9999.0, "1b-moe": 9999.0, "decode": 9999.0}
+MOST_CALLS = {"64m": 4100, "1b-moe": 11500, "decode": 660}
 CHECKS = {check.__name__: check for check in (card, train_64m, train_1b_moe, decode, grpo)}
 
 
 def main() -> None:
     """Print the tables."""
-    heads, rule = " | ".join(CARDS), "|---" * (4 + len(CARDS)) + "|"
+    heads, rule = " | ".join(list(CARDS)[:SHOWN]), "|---" * (4 + SHOWN) + "|"
     with branches_for_cuda(Place(torch.device("cpu"), timed=False)):
         print(f"| training step | calls | FLOPs | bytes | {heads} |\n{rule}")
         for name in PRESETS:
             work = training_work(LMConfig.preset(name, num_nextn_predict_layers=0))
             hours = [SEQUENCE_MONKEY / ROWS / TIME * seconds / 3600 for seconds in work.seconds]
-            cells = [f"{1e3 * s:,.0f} ms, {h:,.1f} h" for s, h in zip(work.seconds, hours, strict=True)]
+            cells = [f"{1e3 * s:,.0f} ms, {h:,.1f} h" for s, h in zip(work.seconds[:SHOWN], hours, strict=False)]
             print(line(f"`{name}`", work, 1e12, "T", 1e9, "GB", cells))
         print(f"\n| decoding step | calls | FLOPs | bytes | {heads} |\n{rule}")
-        for name, rows in product(PRESETS, (1, 16, 128)):
+        for name, rows in product(PRESETS, (1, 128)):
             work = decoding_work(LMConfig.preset(name), rows)
-            cells = [f"{rows / seconds:,.0f} tok/s" for seconds in work.seconds]
+            cells = [f"{rows / seconds:,.0f} tok/s" for seconds in work.seconds[:SHOWN]]
             print(line(f"`{name}`, batch {rows}", work, 1e9, "G", 1e6, "MB", cells))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+HOST_READS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
 
 class HostReads(TorchDispatchMode):

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -75,8 +77,8 @@ def steps(place: Place) -> Iterator[Finding]:
 def losses(place: Place, config: LMConfig) -> list[float]:
     """Return those of some steps, of the same weights and tokens everywhere."""
     step = TrainStep(place.model(config), place, torch.float32)
-    rows, time = (4, 33) if config.num_hidden_layers < 4 else (4, 129)
-    tokens = [place.ids(rows, time, min(config.vocab_size, 50), seed=number) for number in range(STEPS)]
+    rows, width = (4, 33) if config.num_hidden_layers < 4 else (4, 129)
+    tokens = [place.ids(rows, width, min(config.vocab_size, 50), seed=number) for number in range(STEPS)]
     return [float(step(ids)) for ids in tokens]
 
 
@@ -89,6 +91,63 @@ def micro_batch(place: Place) -> Iterator[Finding]:
         step(ids)
     yield Finding("of a micro-batch", float(waits(place, lambda: step.backward(ids))), 0)
     yield Finding("of the rest of a step", float(waits(place, lambda: step(ids))), 0)
+
+
+def trainer(place: Place) -> Iterator[Finding]:
+    """The project's own loop: one wait for the device a step, none a micro-batch."""
+    from training.parallel.ranks import Ranks
+    from training.settings import NextTokenSettings
+    from training.trainer import Trainer
+
+    rows, width = (8, 32) if place.small else (16, 512)
+    found = []
+    for cut in (1, 4):
+        model = place.model()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = NextTokenSettings(
+                out=folder, batch_tokens=rows * width, micro_tokens=rows * width // cut, sequence_length=width,
+                dtype="bf16", max_steps=100, device=place.device.type,
+            )  # fmt: skip
+            data, named = Rows(place, width, model.config.vocab_size), SimpleNamespace(fingerprint="")
+            made = Trainer(settings, Ranks(0, 1, place.device), model, named, data, NextTokenLoss())
+            made._began = time.perf_counter()
+            made._set_rates()
+            made._replicate()
+
+            def step(made: Trainer = made) -> None:
+                made._step()
+                made.progress.step += 1
+
+            try:
+                for _ in range(3):
+                    step()
+                found.append(waits(place, step))
+                seconds = place.seconds(step, 2)
+            finally:
+                made.batches.close()
+                made.checkpoints.saver.close()
+    yield Finding("waits of a micro-batch more", float(found[1] - found[0]), 0)
+    # A CPU's own numbers are read without a wait, and counted all the same.
+    yield Finding("waits of a step", float(found[0]), None if place.small else 1)
+    if place.timed:
+        yield Finding("speed in four micro-batches", rows * width / seconds, unit="tokens/s")
+
+
+@dataclass
+class Rows:
+    """A data set of random tokens."""
+
+    place: Place
+    width: int
+    vocab: int
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(indices[0])
+        ids = torch.randint(0, self.vocab, (len(indices), self.width + 1), generator=draw)
+        return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
 
 def compiled(place: Place) -> Iterator[Finding]:
@@ -155,7 +214,7 @@ def work_as_rank(kind: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-CHECKS = {check.__name__: check for check in (steps, micro_batch, compiled, ranks)}
+CHECKS = {check.__name__: check for check in (steps, micro_batch, trainer, compiled, ranks)}
 
 if __name__ == "__main__":
     work_as_rank(*sys.argv[1:])

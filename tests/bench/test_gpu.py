@@ -1,4 +1,4 @@
-"""The doctor without a GPU: its list passes on the branches for CUDA, and each check fails where its thing is broken."""
+"""The doctor without a GPU: its list passes on the branches for CUDA; each check fails where its thing is broken."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import gpu_shape
 import pytest
 import torch
 from gpu_place import Finding, Place, branches_for_cuda
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import MiniDeepSeek
 from model.decoding import runner
@@ -24,7 +25,7 @@ SHAPES = Place(torch.device("cpu"), timed=False)
 # Breaks and graphs are counted by tests/model/test_compile.py, and torch._dynamo takes long to import; `1b-moe` is
 # counted by the same lines as `64m`.
 ELSEWHERE = {"compiled", "train_1b_moe"}
-NOT_RUN = {"ranks", "card", "grpo", "trainer"}
+NOT_RUN = {"ranks", "card", "grpo"}
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +136,10 @@ def test_a_step_of_the_engine_that_waits_twice_fails(monkeypatch):
 
 def test_a_wait_in_a_micro_batch_fails(monkeypatch):
     of = MiniDeepSeek.embed
-    monkeypatch.setattr(MiniDeepSeek, "embed", lambda self, ids: of(self, ids) * float(ids.max() >= 0))
-    row = gpu.judge("micro_batch", SHAPES)
-    assert row.verdict == gpu.FAILED and "of a micro-batch: 1" in row.text
+    monkeypatch.setattr(MiniDeepSeek, "embed", lambda self, ids: of(self, ids) * (ids.max() >= 0).item())
+    found = [gpu.judge(name, SHAPES) for name in ("micro_batch", "trainer")]
+    assert [row.verdict for row in found] == [gpu.FAILED] * 2
+    assert "of a micro-batch: 1" in found[0].text and "of a micro-batch more: 3" in found[1].text
 
 
 def test_steps_that_differ_from_the_cpus_fail(monkeypatch):
@@ -151,6 +153,22 @@ def test_more_calls_and_flops_than_today_fail(monkeypatch):
     monkeypatch.setattr(gpu_shape, "training_work", lambda config: gpu_shape.Work(10**6, 1e15, 1e9))
     row = gpu.judge("train_64m", SHAPES)
     assert row.verdict == gpu.FAILED and "calls of a step" in row.text and "FLOPs beside the formula" in row.text
+
+
+def test_work_is_flops_and_the_bytes_that_are_read_and_written():
+    with FakeTensorMode(), gpu_shape.Counter() as counter:
+        a, b = torch.zeros(30, 20), torch.zeros(20, 10)
+        (a @ b).view(3, 100).t()
+    assert counter.names == {"zeros": 2, "mm": 1}
+    assert counter.work.flops == 2 * 30 * 20 * 10
+    assert counter.work.moved == 4 * (600 + 200 + 600 + 200 + 300)
+    with FakeTensorMode(), gpu_shape.Counter() as counter:
+        x, experts, ends = (torch.empty(*size, dtype=torch.bfloat16) for size in ((16, 32), (64, 8, 32), (64,)))
+        torch.nn.functional.grouped_mm(x, experts.transpose(1, 2), offs=ends.int())
+    # Two experts at most have rows among 16, of which each has eight.
+    assert counter.work.flops == 2 * 16 * 32 * 8
+    assert counter.work.moved == 2 * (16 * 32 + 2 * 8 * 32 + 16 * 8) + 4 * 64 + 6 * 64
+    assert counter.work.seconds[0] == pytest.approx(counter.work.moved / 936e9)
 
 
 def test_without_cuda_there_is_one_line_and_code_2(monkeypatch, capsys, tmp_path):
