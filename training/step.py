@@ -20,6 +20,7 @@ from training.batches import Batches
 from training.losses import Batch, Loss
 from training.machine import autocast, set_seed
 from training.metrics import StepResult, Sums, Tally
+from training.optim.build import step_scaled
 from training.parallel.ranks import Ranks
 from training.router_bias import update_router_biases
 from training.run.checkpoint import Progress
@@ -194,9 +195,7 @@ class OptimizerStep:
         """Update the weights, or leave the step out where loss or gradient is not finite. Returns which it was."""
         if finite := math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             self.skipping.in_a_row = 0
-            if factor != 1.0:
-                torch._foreach_mul_(gradients, factor)
-            self.optimizer.step()
+            step_scaled(self.optimizer, gradients, factor)
         else:
             progress.skipped += 1
             self.skipping.skip(progress.step + 1, result, self.parts, self.dataset)
