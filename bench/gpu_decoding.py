@@ -74,7 +74,8 @@ def engine(place: Place) -> Iterator[Finding]:
             running.submit(Request([1, 2 + number], 190))
         for _ in range(5):
             running.step()
-        yield Finding("waits of a step", float(waits(place, running.step)), 1)
+        # On a CPU a number of the host's own counts too: where the longest row ends.
+        yield Finding("waits of a step", float(waits(place, running.step)), 2 if place.small else 1)
     if place.device.type == "cuda" and not isinstance(running.runner, GraphRunner):
         raise NotRun("the engine takes no graphs here")
 

@@ -125,13 +125,13 @@ def test_plain_steps_where_graphs_could_be_fail(monkeypatch):
     assert gpu.judge("chosen_by_itself", SHAPES).verdict == gpu.FAILED
 
 
-def test_a_step_of_the_engine_that_waits_twice_fails(monkeypatch):
+def test_a_step_of_the_engine_that_waits_once_more_fails(monkeypatch):
     of = EagerRunner.step
     monkeypatch.setattr(
         "model.decoding.runner.GraphRunner.step", lambda self, ids, last=1: (ids.max().item(), of(self, ids, last))[1]
     )
     row = gpu.judge("engine", SHAPES)
-    assert row.verdict == gpu.FAILED and "waits of a step: 2" in row.text
+    assert row.verdict == gpu.FAILED and "waits of a step: 3" in row.text
 
 
 def test_a_wait_in_a_micro_batch_fails(monkeypatch):
