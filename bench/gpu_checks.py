@@ -17,8 +17,9 @@ from torch import Tensor
 from model import MiniDeepSeek, ops
 from model.experts import Experts, LowRank
 from model.norm import RMSNorm
-from model.quantized import BLOCK, Int8Weight, NF4Weight, QuantizedLinear
+from model.quantized import Int8Weight, QuantizedLinear
 from model.rope import RotaryEmbedding
+from training.adapters.frozen import BLOCK, NF4Weight
 from training.losses import NextTokenLoss, cross_entropy_sum
 from training.optim.build import OptimSettings, build_optimizer
 

@@ -13,13 +13,14 @@ from gpu_tape import HostReads, taped_graphs
 from torch import Tensor
 
 from model import MiniDeepSeek
-from model.cache import LatentCache, SlotCache
+from model.cache import LatentCache
 from model.decoding import runner
 from model.decoding.eager import EagerRunner, Step
 from model.decoding.engine import Engine
 from model.decoding.runner import GraphRunner, fits_graph
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.scheduler import Request
+from model.decoding.slot_cache import SlotCache
 
 BF16 = torch.bfloat16
 
