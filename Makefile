@@ -35,6 +35,7 @@ TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 demo: $(OUT)/grpo/final/config.json
 	$(RUN) eval/report.py --out $(OUT) --questions $(WORLD)/heldout_questions.jsonl \
 	    --favours $(WORLD)/heldout_favours.jsonl --sums arithmetic:1-2
+	@$(RUN) -m model.hf card $(foreach stage,pretrain sft dpo grpo,$(OUT)/$(stage)/final)
 	@echo "talk to it: make chat$(if $(DATA), DATA=$(DATA))"
 
 chat: $(VENV)/installed

@@ -15,10 +15,11 @@ from pathlib import Path
 from cli import call
 from errors import UserError, command_line
 from eval.model_path import ModelPath
-from eval.score_files import cells, out_folder, table, weights_of, write_scores
+from eval.score_files import cells, is_of_run, out_folder, table, weights_of, write_scores
 from eval.tasks.docs import Docs
 from eval.tasks.opened import open_tasks
-from model.checkpoint.card import CARD, write_card
+from model.checkpoint.card import renew_card
+from model.checkpoint.folder import CARD
 from training.machine import choose_dtype
 from training.parallel.ranks import Ranks
 
@@ -70,8 +71,8 @@ def run(
     for task, own in zip(found, docs, strict=True):
         measured.append(measure(task, own, lm, weights, folder, limit, shots, chat))
         written = write_scores(folder, ckpt, weights, measured)
-    if (Path(ckpt) / CARD).is_file():
-        write_card(Path(ckpt))
+    if is_of_run(Path(ckpt)) or (Path(ckpt) / CARD).is_file():
+        renew_card(Path(ckpt))
     print("\n".join(table([cells(one.name, score) for one in measured for score in one.scores])))
     print(f"scores: {', '.join(map(str, written))}")
 

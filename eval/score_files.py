@@ -11,7 +11,7 @@ from typing import Any
 
 from errors import UserError, naming
 from eval.scores import WHOLE, Measured, Score
-from model.checkpoint.card import CARD
+from model.checkpoint.folder import CARD
 from text.files import json_text, replacing
 from training.run.plots import load_pyplot, plain
 
@@ -19,10 +19,15 @@ SCORES = "scores.json"
 HEADER = ("suite", "group", "metric", "value", "95% interval", "chance", "items")
 
 
+def is_of_run(folder: Path) -> bool:
+    """Return whether this is a checkpoint folder in a run folder, such as OUT/final."""
+    return folder.is_dir() and (folder.absolute().parent / "metrics.jsonl").is_file()
+
+
 def out_folder(ckpt: str) -> Path:
     """Return RUN/eval/final for RUN/final; out/eval/NAME for what is not a checkpoint of a run."""
     path = Path(ckpt)
-    if path.is_dir() and (path.absolute().parent / "metrics.jsonl").is_file():
+    if is_of_run(path):
         return path.parent / "eval" / path.name
     return Path("out") / "eval" / (path.stem if path.suffix == ".gguf" else path.absolute().name)
 

@@ -211,8 +211,9 @@ def test_make_demo_runs_the_stages_in_order(tmp_path):
     scripts = [command[1] if command[0] == "-m" else command[0] for command in made]
     assert scripts == [
         "world", "train_tokenizer.py", "pretrain.py", "full_sft.py", "dpo_train.py", "grpo_train.py",
-        "eval/report.py",
+        "eval/report.py", "model.hf",
     ]  # fmt: skip
+    assert made[-1][2:] == ["card", *(f"{out}/{stage}/final" for stage in ("pretrain", "sft", "dpo", "grpo"))]
     solving = parse(GRPOSettings, "", made[5][1:])
     assert (solving.ckpt, solving.data, solving.out) == (f"{out}/dpo/final", "arithmetic:1-2", f"{out}/grpo")
     assert solving.resume

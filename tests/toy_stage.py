@@ -74,8 +74,8 @@ class Maker:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint but the clock's, the checksums, of which one is the clock's, and the card."""
-    clocks = ("progress.json", "manifest.json", "README.md")
+    """Every file of a checkpoint but the clock's, and the checksums, of which one is the clock's."""
+    clocks = ("progress.json", "manifest.json")
     found = [path for path in folder.rglob("*") if path.is_file() and path.name not in clocks]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 

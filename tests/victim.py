@@ -21,7 +21,6 @@ import yaml
 from safetensors.torch import load_file
 
 from errors import UserError
-from model.checkpoint.card import CARD
 from training.alignment.batches import ENTRY
 from training.run.checkpoint import DATA, MANIFEST
 from training.run.log import read_metrics
@@ -160,7 +159,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
     found = []
     contents = [{str(p.relative_to(out / "final")): p for p in (out / "final").rglob("*") if p.is_file()}
                 for out in (ours, theirs)]  # fmt: skip
-    for name in sorted({*contents[0], *contents[1]} - {MANIFEST, CARD}):  # these tell what a clock said
+    for name in sorted({*contents[0], *contents[1]} - {MANIFEST}):  # it tells what a clock said
         one, other = (content.get(name) for content in contents)
         if one is None or other is None:
             found.append(f"{name} is in one of the two only")

@@ -18,13 +18,13 @@ from typing import Any
 
 import yaml
 
-from errors import UserError
+from errors import UserError, naming
 from LMConfig import LMConfig
+from model.checkpoint.folder import CARD
 from model.checkpoint.public import public, public_settings, public_words
 from model.checkpoint.weight_files import WEIGHTS
 from model.costs import count, human
 
-CARD = "README.md"
 MARK = re.compile(r"<!-- generated, ([0-9a-f]{16}): .*? -->\n")
 # What files raise that are missing, damaged, or somebody else's.
 FACTS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError)
@@ -81,20 +81,28 @@ python eval/chat.py --ckpt {base} --lora FOLDER
 """
 
 
-def write_card(folder: Path) -> None:
-    """Write or renew the card of a checkpoint folder; one that is not of this function stays as it is.
+def write_card(folder: Path) -> bool:
+    """Write or renew the card of a checkpoint folder. An edited one stays as it is; returns whether it was written.
 
-    A disk that refuses is only reported: the checkpoint is what matters.
+    Raises:
+        UserError, OSError: not a checkpoint folder, or one that cannot be written to.
     """
     path = folder / CARD
-    try:
-        if path.exists() and not is_generated(path.read_text(encoding="utf8")):
-            return
-        partial = path.with_name(f".{CARD}.partial")
-        partial.write_text(card(folder), encoding="utf8", errors="replace")
+    if path.exists() and not is_generated(path.read_text(encoding="utf8", errors="replace")):
+        return False
+    partial, text = path.with_name(f".{CARD}.partial"), card(folder)
+    with naming(path):
+        partial.write_text(text, encoding="utf8", errors="replace")
         os.replace(partial, path)
+    return True
+
+
+def renew_card(folder: Path) -> None:
+    """Write the card at the end of other work on the folder, to which a disk that refuses is only a notice."""
+    try:
+        write_card(folder)
     except (UserError, *FACTS) as error:
-        print(f"notice: {path}: not written ({error})", file=sys.stderr)
+        print(f"notice: {folder / CARD}: not written ({error})", file=sys.stderr)
 
 
 def is_generated(text: str) -> bool:

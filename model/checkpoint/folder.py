@@ -21,6 +21,7 @@ from model.costs import count
 if TYPE_CHECKING:
     from model.transformer import MiniDeepSeek
 
+CARD = "README.md"  # the model card, which a person may edit
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 TIED = ("lm_head.weight", "model.embed_tokens.weight")  # one weight where config.tie_word_embeddings
 MOST_TIMES = 4  # as many weights as the files hold, a network may have before it is built and compared

@@ -15,7 +15,8 @@ from typing import Any
 
 from errors import UserError
 from LMConfig import LMConfig
-from model.checkpoint.card import CARD, write_card
+from model.checkpoint.card import renew_card
+from model.checkpoint.folder import CARD
 from model.transformer import MiniDeepSeek
 
 TOKENIZER_FILES = (
@@ -73,7 +74,7 @@ def rewrite_folder(source: Path, target: Path, **changes: Any) -> MiniDeepSeek:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if not (target / CARD).is_file():
-        write_card(target)
+        renew_card(target)
     return model
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from errors import UserError, quiet_imports, require
 from LMConfig import LMConfig
-from model.checkpoint.card import CARD, write_card
+from model.checkpoint.card import renew_card
+from model.checkpoint.folder import CARD
 from model.checkpoint.weight_files import WeightFiles
 
 # Optimiser state, which is of use to the run alone and twice as large, and hidden files.
@@ -38,7 +39,7 @@ def push(folder: Path, name: str, private: bool = False, token: str = "") -> Non
     token = token or get_token() or ""
     require(bool(token), "push: no token; set HF_TOKEN, log in with `hf auth login`, or pass --token")
     require(token.isascii() and token.isprintable(), "push: the token has letters that no token has; copy it again")
-    write_card(folder)
+    renew_card(folder)
     api = HfApi(token=token)
     try:
         api.create_repo(name, private=private or None, exist_ok=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from errors import UserError
 from eval.model_path import ModelPath
 from eval.run import run as measure_all
+from eval.scores import Measured, Score
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,20 @@ def test_without_lm_eval_the_command_that_installs_it_is_printed(pretrained, scr
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = script(measure_all, "--ckpt", pretrained / "final", "--tasks", "arithmetic")
     assert done.code == 2 and done.err.count("\n") == 1 and "; pip install lm-eval==" in done.err
+
+
+def test_scores_stand_in_the_card_of_a_run_and_no_other_folder_gets_one(pretrained, tmp_path, script, monkeypatch):
+    score = Measured("arithmetic", {}, [Score("all", "acc", 0.5, items=12)], 12, 0, 1.0)
+    stub = SimpleNamespace(measure=lambda *_: score, name_of=str, open_lm=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "eval.harness", stub)
+    monkeypatch.setattr("eval.run.find_spec", lambda name: name)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pretrained, "run", ignore=shutil.ignore_patterns("state.safetensors"))
+    alone = Path(shutil.copytree("run/final", "alone"))
+    for folder in ("run/final", alone):
+        assert script(measure_all, "--ckpt", folder, "--tasks", "arithmetic").code == 0
+    assert "| arithmetic | acc | 50.0% |" in Path("run/final/README.md").read_text(encoding="utf8")
+    assert not (alone / "README.md").exists()
 
 
 def test_each_folder_is_opened_by_its_own_kind(pretrained, tokenizer, tmp_path):

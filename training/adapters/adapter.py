@@ -15,7 +15,7 @@ from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError, naming, quiet_imports
 from model import MiniDeepSeek
-from model.checkpoint.card import CARD, write_card
+from model.checkpoint.folder import CARD
 from model.experts import Experts
 from text.tokenizer import Tokenizer
 from training.adapters.dropout import Dropout
@@ -185,5 +185,4 @@ def save_merged(ckpt: str, folder: Path, out: Path) -> None:
             shutil.copyfile(out / CARD, temporary / CARD)
         shutil.rmtree(out, ignore_errors=True)
         temporary.replace(out)
-    write_card(out)
     print(f"merged: {out}, with the adapter of {folder}", flush=True)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
-from model.checkpoint.card import CARD
+from model.checkpoint.folder import CARD
 from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors

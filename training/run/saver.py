@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.card import write_card
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import BEST, Progress, Snapshot, Weights, keep_last, load_training_state
@@ -158,9 +157,6 @@ class RunCheckpoints:
         if not progress.finished:
             say(f"interrupted: saved {folder}; the same command with --resume goes on from there{aftermath()}")
             return
-        for made in (folder, self._out / BEST) if self._ranks.main else ():
-            if made.is_dir():
-                write_card(made)
         say(f"finished: {folder} after {progress.step} steps, {progress.tokens:,} tokens (ended by {end})")
         if self._settings.keep_best and (best := progress.best):
             say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")

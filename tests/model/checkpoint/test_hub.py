@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from model import MiniDeepSeek
-from model.checkpoint.card import CARD
+from model.checkpoint.folder import CARD
 from model.hf import main
 
 ROOT = Path(__file__).parents[3]

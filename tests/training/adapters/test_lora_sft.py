@@ -17,7 +17,7 @@ from errors import UserError
 from eval.answering import Answerer
 from eval.chat import chat
 from model import MiniDeepSeek
-from model.checkpoint.card import CARD
+from model.checkpoint.card import card
 from training.run.log import read_metrics
 from training.startup import open_checkpoint
 from world import greeting_messages
@@ -81,10 +81,10 @@ def test_an_adapter_learns_and_its_base_stays_as_it_was(tune, pretrained, tmp_pa
     entries = read_metrics(tmp_path / "metrics.jsonl")
     assert entries[-1]["val_bits_per_byte"] < 0.9 * entries[0]["val_bits_per_byte"]
     files = {path.name for path in (tmp_path / "final").iterdir()}
-    assert files == {CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "training", CARD}
-    adapter, card = ((tmp_path / name / CARD).read_text(encoding="utf8") for name in ("final", "merged"))
+    assert files == {CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "training"}
+    adapter, whole = (card(tmp_path / name) for name in ("final", "merged"))
     assert "library_name: peft" in adapter and "--ckpt pretrain/final --lora FOLDER" in adapter
-    assert "library_name: transformers" in card and "low-rank adapter" in card and "20 optimiser steps" in card
+    assert "library_name: transformers" in whole and "low-rank adapter" in whole and "20 optimiser steps" in whole
 
     base, merged = (
         open_checkpoint(str(folder))[0].state_dict() for folder in (pretrained / "final", tmp_path / "merged")
@@ -111,7 +111,7 @@ def test_in_bfloat16_the_frozen_weights_train_validate_and_write_samples_and_the
     assert "sample " in done.out and f"with the adapter of {tmp_path / 'best'}\n" in done.out
     merged = open_checkpoint(str(tmp_path / "merged"))[0].state_dict()
     assert same_bits(open_adapted(pretrained, tmp_path / "best").state_dict(), merged)
-    assert "1 optimiser steps" in (tmp_path / "merged" / CARD).read_text(encoding="utf8")
+    assert "1 optimiser steps" in card(tmp_path / "merged")
     assert not same_bits(weights(tmp_path), load_file(tmp_path / "best" / WEIGHTS))
 
 

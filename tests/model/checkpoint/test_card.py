@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint: what a run, a merge, an import and an evaluation write there, and what they leave."""
+"""The README.md of a checkpoint: what the command, an import and an evaluation write there, and what they leave."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from toy_stage import files
 
 from eval.score_files import weights_of, write_scores
 from eval.scores import Measured, Score
 from LMConfig import LMConfig
-from model.checkpoint.card import CARD, card, is_generated, write_card
+from model.checkpoint.card import card, is_generated, renew_card, write_card
+from model.checkpoint.folder import CARD
 from model.checkpoint.hf_import import import_folder
 from model.checkpoint.public import public, public_words
 from model.costs import count, human
+from model.hf import main
 from training.run.log import read_metrics
 
 KEY = "sk-0123456789"
@@ -38,9 +39,9 @@ def copied(pretrained, tmp_path) -> Path:
     return Path(shutil.copytree(pretrained, tmp_path / "pretrain", ignore=shutil.ignore_patterns("state.safetensors")))
 
 
-def test_a_run_ends_with_a_card_of_its_data_recipe_measures_size_and_command(pretrained):
+def test_the_card_of_a_run_has_its_data_recipe_measures_size_and_command(pretrained):
     final, entries = pretrained / "final", read_metrics(pretrained / "metrics.jsonl")
-    text, costs = text_of(final), count(LMConfig.from_pretrained(final))
+    text, costs = card(final), count(LMConfig.from_pretrained(final))
     front = front_of(text)
     assert front == {
         "license": "unknown", "language": ["zh", "en"], "library_name": "transformers",
@@ -58,7 +59,7 @@ def test_a_run_ends_with_a_card_of_its_data_recipe_measures_size_and_command(pre
 
 
 def test_a_card_names_no_place_of_the_machine(pretrained):
-    text = text_of(pretrained / "final")
+    text = card(pretrained / "final")
     for place in {str(pretrained.parent), str(Path.home()), str(Path.cwd()), os.sep + "tmp", sys.prefix} - {"/"}:
         assert place not in text
 
@@ -89,46 +90,53 @@ def test_private_settings_are_left_out(copied):
     assert "Settings:" in text and "# pretrain\n" in text
 
 
-def test_an_edited_card_stays_through_renewal_and_another_end_of_the_run(make):
+def test_the_command_writes_renews_and_keeps_what_is_edited(make, run):
     first = make(max_steps=2)
     first.run()
     final = first.out / "final"
+    assert not (final / CARD).exists()  # training writes none
+    assert run(main, "card", final).out == f"{final / CARD}: written\n"
     assert is_generated(text_of(final)) and "2 optimiser steps" in text_of(final)
     make(max_steps=3, resume=True).run()
-    assert is_generated(text_of(final)) and "3 optimiser steps" in text_of(final)  # a new one for the new end
+    assert CARD not in (final / "training/manifest.json").read_text()
+    assert run(main, "card", final).code == 0
+    assert is_generated(text_of(final)) and "3 optimiser steps" in text_of(final)
 
     mine = text_of(final).replace("license: unknown", "license: mit")
     (final / CARD).write_text(mine, encoding="utf8")
-    write_card(final)
+    assert run(main, "card", final).out == f"{final / CARD}: was edited and stays as it is\n"
     make(max_steps=4, resume=True).run()
     assert text_of(final) == mine and json.loads((final / "training/progress.json").read_text())["step"] == 4
     (final / CARD).unlink()
-    write_card(final)
-    assert "4 optimiser steps" in text_of(final)
+    assert run(main, "card", final).code == 0 and "4 optimiser steps" in text_of(final)
 
 
-def test_the_best_checkpoint_has_a_card_of_its_own_step(make, monkeypatch):
+def test_the_best_checkpoint_has_a_card_of_its_own_step(make, monkeypatch, run):
     monkeypatch.setattr("training.run.checkpoint.Progress.judge", lambda progress, _: progress.step == 1)
     trainer = make(max_steps=3, val_every=1, keep_best=True)
     trainer.run()
+    assert run(main, "card", trainer.out / "best", trainer.out / "final").code == 0
     entries = {entry["step"]: f"{entry['val_loss']:.4f}" for entry in read_metrics(trainer.out / "metrics.jsonl")}
     for name, step in (("best", 1), ("final", 3)):
         text = text_of(trainer.out / name)
         assert f"{step} optimiser steps" in text and f"| {entries[0]} | {entries[step]} |" in text
 
 
-def test_a_card_is_no_part_of_a_run_and_a_folder_that_refuses_it_ends_no_run(make, monkeypatch, capsys):
-    whole = make("whole", max_steps=2)
-    whole.run()
-    assert CARD not in (whole.out / "final/training/manifest.json").read_text()
-
-    def refuse(folder: Path) -> str:
+def test_a_disk_that_refuses_ends_the_command_and_only_delays_other_work(copied, run, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.checkpoint.card.card", refuse)
-    other = make("other", max_steps=2)
-    assert other.run().name == "final" and not (other.out / "final" / CARD).exists()
-    assert "No space left" in capsys.readouterr().err and files(other.out / "final") == files(whole.out / "final")
+    monkeypatch.setattr("model.checkpoint.card.os.replace", refuse)
+    done = run(main, "card", copied / "final")
+    assert done.code == 2 and f"{CARD}: No space left on device; free some space" in done.err
+    assert not (copied / "final" / CARD).exists()
+    renew_card(copied / "final")
+    assert capsys.readouterr().err.startswith(f"notice: {copied / 'final' / CARD}: not written")
+
+
+def test_a_folder_without_a_model_gets_no_card(run, tmp_path):
+    done = run(main, "card", tmp_path)
+    assert done.code == 2 and "give a checkpoint folder" in done.err and not list(tmp_path.iterdir())
 
 
 def test_scores_come_into_the_card_of_the_weights_they_are_of(copied):
