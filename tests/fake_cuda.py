@@ -72,8 +72,8 @@ def trainer(packed: bool = False, **changes: object) -> Trainer:
         max_steps=4, **changes,
     )  # fmt: skip
     made = Trainer(settings, Ranks(0, 1, CUDA), model(), SimpleNamespace(fingerprint=""), Rows(packed), NextTokenLoss())
-    made.module = made.model
     made._set_rates()
+    made._replicate()
     return made
 
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import naming
 from model import MiniDeepSeek
@@ -20,10 +20,14 @@ from training.losses import Batch, Loss
 from training.machine import autocast, set_seed
 from training.metrics import StepResult, Tally
 from training.parallel.ranks import Ranks
+from training.parallel.replication import Replicated
 from training.router_bias import update_router_biases
 from training.run.checkpoint import Progress
 from training.run.interrupt import Stopped
 from training.settings import StageSettings
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Sharded
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 8  # samples that the message at the end of a run names
@@ -99,7 +103,7 @@ class OptimizerStep:
     """One step of a stage, the same however it is cut into micro-batches and ranks.
 
     Attributes:
-        module: `model`, wrapped for several ranks. dtype: of the products.
+        copies: of `model`, on all ranks. dtype: of the products.
         report_pace: takes the seconds of the first of several micro-batches and how many there are, or None.
         parts: the micro-batches that are done; made: log entries of a `PolicyDataset`.
     """
@@ -107,7 +111,7 @@ class OptimizerStep:
     settings: StageSettings
     ranks: Ranks
     model: MiniDeepSeek
-    module: nn.Module
+    copies: Replicated | Sharded
     dataset: Dataset
     loss: Loss
     optimizer: torch.optim.Optimizer
@@ -149,19 +153,19 @@ class OptimizerStep:
         """
         ranks, sums, last = self.ranks, Tally(), len(micro_batches) - 1
         for index, indices in enumerate(micro_batches):
-            if index and index < last and ranks.watch.asked:
+            if index and index < last and ranks.watch.asked and not ranks.in_step:
                 continue
             # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
-            if index and index == last and ranks.asked_to_stop():
+            if index and (index == last or ranks.in_step) and ranks.asked_to_stop():
                 raise Stopped
             ranks.watch.show(f"micro-batch {index + 1}/{len(micro_batches)}" if last else "")
             began = time.perf_counter()
             batch = self._to_device(self.dataset.batch(list(indices)))
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
             set_seed(scramble(self.settings.seed, step, index, ranks.rank) >> 1, ranks.device)
-            with ranks.no_sync(self.module, index < last):
+            with self.copies.accumulating(index < last):
                 with autocast(self.dtype, ranks.device):
-                    loss, count, metrics = self.loss(self.module, batch)
+                    loss, count, metrics = self.copies.compute(self.loss, batch)
                 # Outside: autocast would round what the router's products in float32 get back.
                 (loss / self._nominal).backward()
             if last and self.report_pace and ranks.device.type == "cpu":  # a GPU has not yet computed it
@@ -179,9 +183,12 @@ class OptimizerStep:
         labels, positions, counts = (sums.take(name) for name in ("count", "positions", "counts"))
         count = max(labels.item(), 1)
         # DDP averaged over ranks, and each micro-batch was divided by the nominal number of labels.
-        scale = self._nominal * self.ranks.world / count
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() * scale
+        scale = self._nominal * self.copies.averaged_over / count
+        gradients = self.copies.gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.copies.disjoint:
+            norm = self.ranks.sum(norm.double().square()).sqrt()
+        norm = norm.item() * scale
         if (factor := scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0)) != 1.0:
             torch._foreach_mul_(gradients, factor)
         means = sums.means(count)
