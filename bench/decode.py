@@ -1,7 +1,6 @@
 """Greedy decoding against transformers' DeepseekV3 on the same weights, interleaved.
 
 python bench/decode.py [--preset 64m] [--dtype bf16] [--batch 1] [--prompt 128] [--new 64] [--rounds 5]
-python bench/decode.py --static                         ours with CUDA graphs
 python bench/decode.py --quantize int8 [--peers]        ours with 8-bit weights too [and no transformers]
 """
 
@@ -41,7 +40,6 @@ def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int =
 def main() -> None:
     parser = harness.parser_of(__doc__, batch=1, prompt=128, new=64)
     harness.add_peers(parser, "eager", "batched_mm", "grouped_mm")
-    parser.add_argument("--static", action="store_true", help="ours in steps of one shape, on CUDA as a graph")
     parser.add_argument("--quantize", choices=["int8"], help="measure ours with weights in 8 bits too")
     options = parser.parse_args()
     if options.worker:
@@ -86,7 +84,7 @@ def work(options: argparse.Namespace) -> None:
         cached = LatentCache(model.config, 1, 1, torch.float32, device).latents[0].numel()
 
         def times() -> list[float]:
-            tokens = stream(model, prompt, options.new, Sampling(temperature=0), static=options.static)
+            tokens = stream(model, prompt, options.new, Sampling(temperature=0))
             return [harness.now(device) for _ in tokens]
     else:
         model = harness.open_baseline(options.folder, options.worker, dtype).to(device).eval()

@@ -68,6 +68,11 @@ class LatentCache:
         return self.lengths[0]
 
     @property
+    def end(self) -> int:
+        """One past the last position that any row of the open pass sees."""
+        return self.length
+
+    @property
     def max_length(self) -> int:
         return self.latents.shape[2]
 
@@ -131,8 +136,12 @@ class SlotCache(LatentCache):
         self, config: LMConfig, slots: int, max_length: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         super().__init__(config, slots, max_length, dtype, device)
-        self.used = 0
+        self.used = self._end = 0
         self.held = torch.zeros(slots, dtype=torch.int64)
+
+    @property
+    def end(self) -> int:
+        return self._end
 
     def occupy(self, latents_LTC: Tensor) -> None:
         """Put a sequence of which every layer's latents are known, (layers, time, C), into the next free slot."""
@@ -160,7 +169,7 @@ class SlotCache(LatentCache):
 
     def begin(self, batch: int, time: int) -> Tensor:
         start = self.reserve_rows((), batch, time)
-        self._positions = (start[:, None] + torch.arange(time)).to(self.latents.device)
+        self._positions = send(start[:, None] + torch.arange(time), self.latents.device)
         return self._positions
 
     def mask(self, time: int) -> AttentionMask:
@@ -171,31 +180,6 @@ class SlotCache(LatentCache):
         rows = torch.arange(batch, device=latent_BTC.device)[:, None]
         self.latents[layer, rows, self._positions] = latent_BTC.to(self.latents.dtype)
         return self.latents[layer, :batch, : self._end]
-
-
-class StaticCache(LatentCache):
-    """A latent cache that continues a filled one, in its memory, by steps of one position and of one shape.
-
-    The position is a tensor, so a CUDA graph can repeat a step; positions not yet written are behind a mask.
-    """
-
-    def __init__(self, filled: LatentCache) -> None:
-        self.latents, self.padding = filled.latents, filled.padding
-        self.position = torch.full((1,), filled.length - 1, device=self.latents.device)  # of the open pass
-        self.places = torch.arange(self.max_length, device=self.latents.device)
-        first = self.places.new_zeros(1) if self.padding is None else self.padding
-        self.is_token = self.places >= first[:, None]
-
-    def begin(self, batch: int, time: int) -> Tensor:
-        self.position += 1
-        return self.position[None] if self.padding is None else self.position - self.padding[:, None]
-
-    def mask(self, time: int) -> AttentionMask:
-        return AttentionMask((self.is_token & (self.places <= self.position))[:, None, None])
-
-    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        self.latents[layer].index_copy_(1, self.position, latent_BTC.to(self.latents.dtype))
-        return self.latents[layer]
 
 
 class PromptLatents(LatentCache):
@@ -238,3 +222,10 @@ def cache_dtype(model: nn.Module) -> torch.dtype:
     if weight.device.type != "cpu" and torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; from the host's memory without a wait, as a copy from pageable memory would be."""
+    if device.type != "cuda" or x.device.type == "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

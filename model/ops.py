@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import model.kernels as kernels
 from LMConfig import LMConfig
-from model import kernels
 from model.attention import AttentionMask
 from model.kernels import attention, causal, decode, fused, grouped, products
 from model.kernels.attention import FLASH_ATTN, SDPA

@@ -35,6 +35,7 @@ class HostWaits(TorchDispatchMode):
         patches = [
             patch.object(FakeTensor, "tolist", lambda x: self._listed(x)),
             patch.object(Tensor, "pin_memory", pinned),
+            patch.object(Tensor, "is_pinned", lambda x: getattr(x, "was_pinned", False)),
             patch("torch.cuda.synchronize", lambda *_: self._add("synchronize")),
         ]
         for each in patches:
@@ -49,11 +50,15 @@ class HostWaits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         named = named or {}
         name = str(function).split(".")[1]
+        if name == "to":  # as it comes in inference mode
+            with self:
+                return function.decompose(*arguments, **named)
         self.names.add(name)
         if name in ("_to_copy", "copy_"):
             self._copied(name, arguments, named)
-        elif name in ANSWERS and arguments[0].is_cuda and named.get("output_size") is None:
-            self._add(KINDS.get(name, name))
+        elif name in ANSWERS and isinstance(arguments[0], FakeTensor) and named.get("output_size") is None:
+            if arguments[0].is_cuda:
+                self._add(KINDS.get(name, name))
             return ANSWERS[name](*arguments, **named)
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_") and has_mask(arguments[1]):
             self._add("index by a mask")

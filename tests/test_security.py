@@ -129,8 +129,9 @@ def checkpoint(tokenizer: Tokenizer, tiny_model: Callable[..., MiniDeepSeek], tm
     return folder
 
 
-FILES = ("model.safetensors", "pytorch_model.bin", "training_args.bin", "optimizer.pt", "config.json", "tokenizer.json",
-         "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json")  # fmt: skip
+FILES = ("model.safetensors", "mtp.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "optimizer.pt",
+         "training_args.bin", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+         )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -251,8 +252,8 @@ def test_shards_of_any_name_lie_in_their_folder(name, tmp_path, tokenizer, monke
 def test_an_import_copies_names_that_it_knows_only(checkpoint, tmp_path):
     (checkpoint / "evil.py").write_text("x", encoding="utf8")
     import_folder(checkpoint, tmp_path / "imported")
-    names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    names = (*names, "README.md")  # a card, made here
+    names = ("config.json", "generation_config.json", "model.safetensors", "mtp.safetensors", "tokenizer.json")
+    names = (*names, "tokenizer_config.json", "README.md")  # a card, made here
     assert {path.name for path in (tmp_path / "imported").iterdir()} == set(names)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.losses import IGNORE, chunks, padded
+from training.losses import chunks, label_places, padded
 
 
 class _LabelLogProbs(torch.autograd.Function):
@@ -49,29 +49,32 @@ class _LabelLogProbs(torch.autograd.Function):
         return grad_hidden, grad_head.to(ctx.head_dtype), None, None, None
 
 
-def label_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+def label_log_probs(
+    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0, places: Tensor | None = None
+) -> Tensor:
     """log p of each label, float32, 0 where nothing counts; the shape of `labels`.
 
     Only positions that count go through the head, so that prompts and padding cost nothing there.
 
     Args:
         hidden: (..., hidden); head: (vocab, hidden); labels: (...) token ids, -100 where nothing counts.
+        places: of the labels that count, if the batch has them (`losses.located`).
     """
-    return _label_log_probs(hidden, head, labels, temperature, with_entropy=False)[0]
+    return _label_log_probs(hidden, head, labels, temperature, places, with_entropy=False)[0]
 
 
 def log_probs_and_entropy(
-    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0
+    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0, places: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`label_log_probs`, and the entropy of each of these positions in nats, which has no gradient."""
-    return _label_log_probs(hidden, head, labels, temperature, with_entropy=True)
+    return _label_log_probs(hidden, head, labels, temperature, places, with_entropy=True)
 
 
 def _label_log_probs(
-    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+    hidden: Tensor, head: Tensor, labels: Tensor, temperature: float, places: Tensor | None, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     flat, targets = hidden.flatten(0, -2), labels.flatten()
-    places = (targets != IGNORE).nonzero().squeeze(1)
+    places = label_places(labels) if places is None else places
     with torch.autocast(hidden.device.type, enabled=False):
         rows = padded(places)
         chosen, labels_R = flat.index_select(0, rows), targets[rows].clamp(min=0)

@@ -14,6 +14,7 @@ from model.ops import cross_entropy_
 from model.transformer import Output
 
 IGNORE = -100  # a label that does not count
+PLACES = "places"  # in a batch: see `located`
 CHUNK_ELEMENTS = 2**22  # logits held at a time: those of a batch never exist together
 # A CPU generates kernels for each row count that it has not seen, up to 10 ms and 10 MB: chunks are multiples.
 ROWS = 64
@@ -32,6 +33,9 @@ class Loss(Protocol):
 
     A loss may name, in `schedules`, attributes of its own that change along the run; the trainer sets them before each
     step and refuses a schedule of any other name. `bias_speed` among them is the routers' gamma.
+
+    A loss may have `prepare(batch) -> batch`, which adds what depends on the data's numbers, such as how many labels
+    count: it is called while the batch is still in the host's memory. Of a GPU the host would have to wait for them.
     """
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]: ...
@@ -74,6 +78,16 @@ def chunks(rows: int, vocab: int) -> list[slice]:
     """Return slices of rows whose products with the vocabulary have about `CHUNK_ELEMENTS` logits."""
     size = max(ROWS, CHUNK_ELEMENTS // vocab // ROWS * ROWS)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def located(batch: Batch) -> Batch:
+    """Return the batch with `places`, (N,): where in the flattened labels those stand that count."""
+    return batch if PLACES in batch else {**batch, PLACES: label_places(batch["labels"])}
+
+
+def label_places(labels: Tensor) -> Tensor:
+    """Return (N,) int64, where in the flattened labels those stand that count; of a GPU the host waits for N."""
+    return (labels != IGNORE).flatten().nonzero().squeeze(1)
 
 
 def padded(places: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from errors import UserError
 from text.files import peak_memory
@@ -77,6 +79,18 @@ def has_bf16_units(device: torch.device) -> bool:
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
     """Compute products in `dtype`; weights and their updates stay in float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return tensors of the host on the device; to CUDA the copies go on by themselves, from pinned memory."""
+    if device.type != "cuda":
+        return dict(tensors)
+    return {name: pinned(x).to(device, non_blocking=True) for name, x in tensors.items()}
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Return a tensor of the host where the GPU can read it: itself, if it is there already."""
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 def set_seed(seed: int, device: torch.device) -> None:

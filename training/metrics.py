@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from model import MiniDeepSeek
 from model.costs import count
 from training.losses import Loss, Metric
+from training.machine import to_device
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import Progress
 
+COUNT = "|count"  # behind the name of a pair, of its count
 # The measures whose name in a loss is a part of it; all others are logged as they are named.
 PARTS_OF_THE_LOSS = {"mtp": "mtp_loss", "balance": "balance_loss"}
 
@@ -24,7 +27,8 @@ class StepResult:
 
     Attributes:
         loss: normalised total; labels: how many it was divided by; positions: that went through the network.
-        metrics: means by name; counts: (MoE layers, experts) loads, or None.
+        metrics: means by name; counts: (MoE layers, experts) loads, on the host, or None.
+        shared: what the loop wanted to know of all ranks, summed over them.
         extra: log entries of the data set.
     """
 
@@ -34,42 +38,67 @@ class StepResult:
     positions: int
     metrics: dict[str, float]
     counts: Tensor | None
+    shared: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Tally:
-    """Sums of one optimiser step. Every call must bring the same names, on every rank.
+    """Sums of one optimiser step: over micro-batches on the device, over ranks in one exchange, read by the host once.
 
-    A metric is a sum, logged over the count of the whole step, or a pair (sum, count), logged over its own.
+    Every call must bring the same names and shapes, on every rank. A metric is a sum, or a pair (sum, count) that is
+    logged over its own count.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self._sums: Tensor | None = None  # all of them, one behind the other, float64
+        self._shapes: dict[str, torch.Size] = {}
 
-    def add(self, name: str, metric: Metric) -> None:
-        """Add what one micro-batch measured."""
-        total, count = metric if isinstance(metric, tuple) else (metric, None)
-        for sums, value in ((self.sums, total), (self.counts, count)):
-            if value is not None:
-                value = value.detach().to(torch.float64)
-                sums[name] = sums[name] + value if name in sums else value.clone()
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        """Add what one micro-batch measured, without waiting for the device."""
+        parts: dict[str, Tensor] = {}
+        for name, metric in metrics.items():
+            total, count = metric if isinstance(metric, tuple) else (metric, None)
+            parts |= {name: total} if count is None else {name: total, f"{name}{COUNT}": count}
+        flat = torch.cat([value.detach().double().flatten() for value in parts.values()])
+        self._sums = flat if self._sums is None else self._sums.add_(flat)
+        self._shapes = {name: value.shape for name, value in parts.items()}
 
-    def gather(self, ranks: Ranks) -> None:
-        """Make the sums those of all ranks."""
-        for value in (*self.sums.values(), *self.counts.values()):
-            ranks.sum(value)
+    def gather(self, ranks: Ranks, **more: Tensor | float) -> Sums:
+        """Sum over all ranks, with numbers that are not of micro-batches, and read it. The only wait of a step."""
+        own = {name: value for name, value in more.items() if not isinstance(value, Tensor)}
+        tensors = [value.double().view(1) for value in more.values() if isinstance(value, Tensor)]
+        told = to_device({"told": torch.tensor(list(own.values()), dtype=torch.float64)}, ranks.device)["told"]
+        summed = ranks.sum(torch.cat([self._sums, *tensors, told]))
+        names = [name for name in more if name not in own] + [*own]
+        shapes = self._shapes | dict.fromkeys(names, torch.Size())
+        on_host = summed.cpu()
+        return Sums(_named(summed, shapes), _named(on_host, shapes))
 
-    def take(self, name: str) -> Tensor | None:
-        """Remove the sum of a name and return it; None if nobody added it."""
-        return self.sums.pop(name, None)
+
+@dataclass(frozen=True)
+class Sums:
+    """What a `Tally` gathered, by name. Attributes: on_device: tensors; on_host: the same, where their values are."""
+
+    on_device: dict[str, Tensor]
+    on_host: dict[str, Tensor]
+
+    def take(self, name: str) -> float:
+        """Remove the sum of a name and return it."""
+        return self.on_host.pop(name).item()
 
     def means(self, count: float) -> dict[str, float]:
         """Return each sum over its own count, or over `count`. A count of nothing gives 0."""
+        own = {name: value.item() for name, value in self.on_host.items()}
         return {
-            name: value.item() / (max(self.counts[name].item(), 1) if name in self.counts else count)
-            for name, value in self.sums.items()
+            name: value / (max(own[f"{name}{COUNT}"], 1) if f"{name}{COUNT}" in own else count)
+            for name, value in own.items()
+            if not name.endswith(COUNT)
         }
+
+
+def _named(values: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    parts = values.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 class FlopsCounter:

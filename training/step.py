@@ -16,9 +16,11 @@ from torch import Tensor
 from errors import naming
 from model import MiniDeepSeek
 from text.order import scramble
+from training.batches import Batches
 from training.losses import Batch, Loss
 from training.machine import autocast, set_seed
-from training.metrics import StepResult, Tally
+from training.metrics import StepResult, Sums, Tally
+from training.optim.build import step_scaled
 from training.parallel.ranks import Ranks
 from training.parallel.replication import Replicated
 from training.router_bias import update_router_biases
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 8  # samples that the message at the end of a run names
-Part = tuple[Sequence[int], Tensor, Tensor]  # of a micro-batch: indices of its samples, loss, count
+Part = tuple[range, Tensor, Tensor]  # of a micro-batch: indices of its samples, loss, count
 
 
 class Dataset(Protocol):
@@ -104,6 +106,7 @@ class OptimizerStep:
 
     Attributes:
         copies: of `model`, on all ranks. dtype: of the products.
+        share: gives numbers that all ranks are to know the sums of: `StepResult.shared`.
         report_pace: takes the seconds of the first of several micro-batches and how many there are, or None.
         parts: the micro-batches that are done; made: log entries of a `PolicyDataset`.
     """
@@ -113,45 +116,47 @@ class OptimizerStep:
     model: MiniDeepSeek
     copies: Replicated | Sharded
     dataset: Dataset
+    batches: Batches
     loss: Loss
     optimizer: torch.optim.Optimizer
     skipping: Skipping
     dtype: torch.dtype
+    share: Callable[[], dict[str, float]] = dict
     report_pace: Callable[[float, int], None] | None = None
     parts: list[Part] = field(default_factory=list)
     made: dict[str, Any] = field(default_factory=dict)
+    _positions: int = 0
 
     def run(self, progress: Progress) -> StepResult:
         """Do the step after `progress.step`. Raises `Stopped` where a signal came before its last micro-batch."""
-        micro_batches = self.my_share(progress.step)
+        if isinstance(self.dataset, PolicyDataset):
+            self.made = self.dataset.prepare(progress.step, self.model)
         began = time.perf_counter()
-        sums = self.accumulate(micro_batches, progress.step)
-        result = self.normalise_and_clip(sums)
-        if self.step_or_skip(result, progress):
-            update_router_biases(self.model, result.counts, getattr(self.loss, "bias_speed", 0.0))
+        tally = self.accumulate(progress.step)
+        gradients = self.copies.gradients()
+        squares = torch.nn.utils.get_total_norm(gradients).double().square()
+        if not (self.copies.disjoint or self.ranks.main):
+            # DDP has averaged them: the same on all ranks. The main rank's then hold, that no bit may part them.
+            squares = torch.zeros_like(squares)
+        shared = self.share()
+        sums = tally.gather(self.ranks, squares=squares, positions=self._positions, **shared)
+        shared = {name: sums.take(name) for name in shared}
+        result, factor = self.normalise_and_clip(sums)
+        result.shared = shared
+        if self.step_or_skip(result, factor, gradients, progress):
+            update_router_biases(self.model, sums.on_device.get("counts"), getattr(self.loss, "bias_speed", 0.0))
         if self.made:
             seconds = max(time.perf_counter() - began, 1e-9)
             result.extra = {**self.made, "train_tokens_per_second": result.positions / seconds}
         return result
 
-    def my_share(self, step: int) -> list[range]:
-        """Return the samples of each micro-batch of this rank, which a `PolicyDataset` makes now.
-
-        Rank r takes a contiguous share of the step's samples, so the sum over ranks is the sum over the batch.
-        """
-        if isinstance(self.dataset, PolicyDataset):
-            self.made = self.dataset.prepare(step, self.model)
-        rows, micro_rows, world = self.settings.rows, self.settings.micro_rows, self.ranks.world
-        first = step * rows + self.ranks.rank * (rows // world)
-        mine = range(first, first + rows // world)
-        return [mine[start : start + micro_rows] for start in range(0, len(mine), micro_rows)]
-
-    def accumulate(self, micro_batches: list[range], step: int) -> Tally:
-        """Add up gradients, in `.grad`, and sums of loss, count and metrics over micro-batches and ranks.
+    def accumulate(self, step: int) -> Tally:
+        """Add up gradients, in `.grad`, and sums of loss, count and metrics over micro-batches. Waits for no GPU.
 
         Gradients are those of the loss sum over the nominal number of labels, averaged over ranks.
         """
-        ranks, sums, last = self.ranks, Tally(), len(micro_batches) - 1
+        ranks, tally, micro_batches = self.ranks, Tally(), self.batches.samples(step)
+        last = len(micro_batches) - 1
         for index, indices in enumerate(micro_batches):
             if index and index < last and ranks.watch.asked and not ranks.in_step:
                 continue
@@ -160,7 +165,7 @@ class OptimizerStep:
                 raise Stopped
             ranks.watch.show(f"micro-batch {index + 1}/{len(micro_batches)}" if last else "")
             began = time.perf_counter()
-            batch = self._to_device(self.dataset.batch(list(indices)))
+            batch = self.batches.take(step, index)
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
             set_seed(scramble(self.settings.seed, step, index, ranks.rank) >> 1, ranks.device)
             with self.copies.accumulating(index < last):
@@ -172,33 +177,30 @@ class OptimizerStep:
                 self.report_pace(time.perf_counter() - began, len(micro_batches))
                 self.report_pace = None
             self.parts.append((indices, loss.detach(), count))
-            positions = torch.full((), batch["input_ids"].numel(), device=ranks.device)
-            for name, value in {"loss": loss, "count": count, "positions": positions, **metrics}.items():
-                sums.add(name, value)
-        sums.gather(ranks)
-        return sums
+            self._positions += batch["input_ids"].numel()
+            tally.add({"loss": loss, "count": count, **metrics})
+        return tally
 
-    def normalise_and_clip(self, sums: Tally) -> StepResult:
-        """Divide loss and gradients by the count of the whole step, over all ranks, and clip the gradients' norm."""
-        labels, positions, counts = (sums.take(name) for name in ("count", "positions", "counts"))
-        count = max(labels.item(), 1)
+    def normalise_and_clip(self, sums: Sums) -> tuple[StepResult, float]:
+        """Divide by the count of the whole step, over all ranks.
+
+        Returns also what gradients are to be multiplied by, so that they are divided by it and their norm is clipped.
+        """
+        labels, norm = sums.take("count"), math.sqrt(sums.take("squares"))
+        count = max(labels, 1)
         # DDP averaged over ranks, and each micro-batch was divided by the nominal number of labels.
         scale = self._nominal * self.copies.averaged_over / count
-        gradients = self.copies.gradients()
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.copies.disjoint:
-            norm = self.ranks.sum(norm.double().square()).sqrt()
-        norm = norm.item() * scale
-        if (factor := scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0)) != 1.0:
-            torch._foreach_mul_(gradients, factor)
+        norm *= scale
+        factor = scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0)
+        positions, counts = int(sums.take("positions")), sums.on_host.pop("counts", None)
         means = sums.means(count)
-        return StepResult(means.pop("loss"), norm, int(labels.item()), int(positions.item()), means, counts)
+        return StepResult(means.pop("loss"), norm, int(labels), positions, means, counts), factor
 
-    def step_or_skip(self, result: StepResult, progress: Progress) -> bool:
+    def step_or_skip(self, result: StepResult, factor: float, gradients: Sequence[Tensor], progress: Progress) -> bool:
         """Update the weights, or leave the step out where loss or gradient is not finite. Returns which it was."""
         if finite := math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             self.skipping.in_a_row = 0
-            self.optimizer.step()
+            step_scaled(self.optimizer, gradients, factor)
         else:
             progress.skipped += 1
             self.skipping.skip(progress.step + 1, result, self.parts, self.dataset)
@@ -209,8 +211,3 @@ class OptimizerStep:
     def _nominal(self) -> int:
         """Labels of a step whose every position has one."""
         return self.settings.rows * self.settings.row_tokens
-
-    def _to_device(self, batch: Batch) -> Batch:
-        if self.ranks.device.type != "cuda":
-            return batch
-        return {key: value.pin_memory().to(self.ranks.device, non_blocking=True) for key, value in batch.items()}

@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from errors import UserError, quiet_compiler
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
+from training.batches import Batches
 from training.losses import Loss
 from training.machine import choose_dtype, machine_peak, memory_used
 from training.metrics import FlopsCounter, StepResult, step_entry, untrained_entry
@@ -32,7 +34,7 @@ from training.run.saver import RunCheckpoints
 from training.run.trackers import open_trackers
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
-from training.step import Dataset, OptimizerStep, Skipping
+from training.step import Dataset, OptimizerStep, PolicyDataset, Skipping
 from training.validation import Validation
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ class Trainer:
         self.checkpoints = RunCheckpoints(settings, self.ranks, weights, tokenizer, self.optimizer, dataset, shards)
         self.skipping = Skipping(self.out, settings.max_skipped, self.ranks)
         self.pace = Pace(settings, ranks, self.budget)
+        self._began = time.perf_counter()  # when training would have begun, had nothing interrupted it
 
     def run(self) -> Path:
         """Train until the budget is spent or a signal arrives. Returns the newest checkpoint folder."""
@@ -110,6 +113,7 @@ class Trainer:
             try:
                 return self._run(lock)
             finally:
+                self.batches.close()
                 self.checkpoints.saver.close()
                 lock.release()
 
@@ -174,7 +178,7 @@ class Trainer:
         """Do steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
         log.stepped(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
-        origin = time.perf_counter() - progress.seconds
+        self._began = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
         stop = False
         while not stop and not progress.finished:
@@ -183,7 +187,9 @@ class Trainer:
             result = self._step()
             progress.step += 1
             progress.tokens += result.positions
-            progress.seconds, stop = self._agree(time.perf_counter() - origin)
+            progress.seconds, stop = result.shared["seconds"], result.shared["stop"] > 0
+            if result.shared["failed"]:
+                self.checkpoints.wait()  # raises the error of the save that has failed meanwhile
             if settings.dist.check_every and progress.step % settings.dist.check_every == 0:
                 check_weights(self.ranks, self.model, progress.step)
             share = self.budget.progress(progress.step, progress.seconds, progress.tokens)
@@ -212,14 +218,25 @@ class Trainer:
                 self.samples.write(self.model, progress.step, log.sampled)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
-            origin += time.perf_counter() - pause
+            self._began += time.perf_counter() - pause
 
     def _step(self) -> StepResult:
         step = OptimizerStep(
-            self.settings, self.ranks, self.model, self.copies, self.dataset, self.loss, self.optimizer, self.skipping,
-            self.dtype, None if self.pace.known else self.pace.report,
+            self.settings, self.ranks, self.model, self.copies, self.dataset, self.batches, self.loss, self.optimizer,
+            self.skipping, self.dtype, self._shared, None if self.pace.known else self.pace.report,
         )  # fmt: skip
         return step.run(self.progress)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """The micro-batches of this rank, to be closed."""
+        made_by_policy = isinstance(self.dataset, PolicyDataset)
+        return Batches(self.settings, self.ranks, self.dataset, self.loss, whole_run=not made_by_policy)
+
+    def _shared(self) -> dict[str, float]:
+        """The main rank's clock, and whether any rank was asked to stop or could not save: all end at the same step."""
+        seconds = time.perf_counter() - self._began if self.ranks.main else 0.0
+        return {"seconds": seconds, "stop": self.ranks.watch.asked, "failed": self.checkpoints.saver.failed}
 
     def _set_rates(self) -> float:
         """Move the learning rate and the schedules of the loss along the run. Returns the learning rate.
@@ -274,19 +291,3 @@ class Trainer:
         if self.budget.progress(*spent) >= 1:
             return self.budget.first(*spent)
         return f"--patience {patience}" if patience and progress.stale >= patience else ""
-
-    def _agree(self, seconds: float) -> tuple[float, bool]:
-        """Return rank 0's clock, and whether any rank was asked to stop: all ranks must end at the same step.
-
-        Raises the error of a save that has failed meanwhile.
-        """
-        mine = [
-            seconds if self.ranks.main else 0.0,
-            float(self.ranks.watch.asked),
-            float(self.checkpoints.saver.failed),
-        ]
-        mine = torch.tensor(mine, dtype=torch.float64).to(self.ranks.device)
-        elapsed, stop, failed = self.ranks.sum(mine).tolist()
-        if failed:
-            self.checkpoints.wait()
-        return elapsed, stop > 0

@@ -148,16 +148,28 @@ def chat_prompt(served: Served, messages: Sequence[dict[str, Any]], tools: Seque
     """Return the token ids of a conversation up to where the reply begins, as in training."""
     try:
         turns: list[Message] = [read_turn(number, _turn(one)) for number, one in enumerate(messages, start=1)]
-        turns = with_system({"tools": list(tools)} if tools else {}, turns)
+        turns = with_system({"tools": list(tools)} if tools else {}, _joined(turns))
         return encode_chat(served.answerer.tokenizer, turns, add_generation_prompt=True)[0]
     except (RowError, UserError) as error:
         raise ApiError(400, f"messages: {error}", "messages") from None
 
 
 def _turn(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message of a client as data has it: newer ones call the system `developer`."""
+    """Return a message of a client as data has it: newer ones call the system `developer`, cut replies have no text."""
     kept = {name: value for name, value in message.items() if name not in ("name", "tool_call_id", "refusal", "audio")}
-    return {**kept, "role": "system"} if message.get("role") == "developer" else kept
+    if kept.get("role") == "assistant" and not kept.get("content") and not kept.get("tool_calls"):
+        return {"role": "assistant", "content": ""}
+    return {**kept, "role": "system"} if kept.get("role") == "developer" else kept
+
+
+def _joined(turns: Sequence[Message]) -> list[Message]:
+    """Join turns of a person, or of the system, that follow each other: clients leave out replies that failed."""
+    joined: list[Message] = []
+    for turn in turns:
+        if joined and joined[-1]["role"] == turn["role"] in ("user", "system"):
+            turn = {**turn, "content": f"{joined.pop()['content']}\n\n{turn['content']}"}
+        joined.append(turn)
+    return joined
 
 
 def tool_names(tools: Sequence[dict[str, Any]]) -> list[str]:

@@ -13,6 +13,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 NEUTRAL = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "best_of": (1,), "audio": (),
     "response_format": ({"type": "text"},), "functions": ([],), "function_call": ("none", "auto"),
+    "modalities": (["text"],),
 }  # fmt: skip
 """Fields that clients send along: taken where they change nothing, refused by name where they would."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from errors import DamagedCheckpoint, waiting
 from LMConfig import TOKENS, LMConfig, write_json
-from model.checkpoint.weight_files import WEIGHTS, WeightFiles
+from model.checkpoint.weight_files import MTP, WEIGHTS, WeightFiles
 from model.costs import count
 
 if TYPE_CHECKING:
@@ -111,7 +111,11 @@ def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def save_pretrained(model: MiniDeepSeek, folder: str | Path) -> None:
-    """Write config.json, generation_config.json and model.safetensors, each complete or not at all."""
+    """Write config.json, generation_config.json, model.safetensors and, with MTP, mtp.safetensors.
+
+    Each is complete or not there. MTP's weights have a file of their own, which vLLM and SGLang find by its ending,
+    whereas transformers would report each of them as unexpected.
+    """
     save_state(model.state_dict(), model.config, Path(folder))
 
 
@@ -119,11 +123,17 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
     """The same from a state dict of ours."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu") for name, tensor in state.items()}
-    temporary = folder / f".{WEIGHTS}.partial"
-    save_file(to_hugging_face(state, config), temporary, metadata={"format": "pt"})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / WEIGHTS)
+    tensors = to_hugging_face(state, config)
+    mtp = {name: tensors.pop(name) for name in list(tensors) if _layer(name) >= config.num_hidden_layers}
+    parts = {WEIGHTS: tensors} | ({MTP: mtp} if mtp else {})
+    for name, part in parts.items():
+        save_file(part, folder / f".{name}.partial", metadata={"format": "pt"})
+        with open(folder / f".{name}.partial", "rb") as file:
+            os.fsync(file.fileno())
+    if not mtp:
+        (folder / MTP).unlink(missing_ok=True)
+    for name in parts:
+        os.replace(folder / f".{name}.partial", folder / name)
     config.save_pretrained(folder)
     generation = {name: getattr(config, name) for name in TOKENS if getattr(config, name) is not None}
     write_json({**generation, "do_sample": False}, folder / "generation_config.json")
@@ -149,8 +159,7 @@ def load_pretrained(
     folder = Path(folder)
     config = LMConfig.from_pretrained(folder)
     files = WeightFiles(folder)
-    layers = {int(match[1]) for name in files.names if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
-    if config.num_nextn_predict_layers and not any(layer >= config.num_hidden_layers for layer in layers):
+    if config.num_nextn_predict_layers and not any(_layer(name) >= config.num_hidden_layers for name in files.names):
         print(
             f"notice: {folder} holds no MTP weights, though its config.json says "
             f"num_nextn_predict_layers = {config.num_nextn_predict_layers}: opened without MTP",
@@ -171,3 +180,9 @@ def load_pretrained(
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
     return model.to(device=device, dtype=dtype)
+
+
+def _layer(name: str) -> int:
+    """Return the layer of a weight under its released name; -1 for embedding, norm and head."""
+    match = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return int(match[1]) if match else -1

@@ -14,11 +14,11 @@ from torch import Tensor
 from errors import DamagedCheckpoint, UserError
 from model.checkpoint.fp8 import FP8, SCALE, block_size, dequantise
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, MTP = "model.safetensors", "mtp.safetensors"
 
 
 class WeightFiles:
-    """model.safetensors, or the shards that model.safetensors.index.json lists.
+    """model.safetensors, or the shards that model.safetensors.index.json lists, and mtp.safetensors beside them.
 
     Attributes:
         names: of all tensors, as the files hold them. numbers: how many are in them all.
@@ -75,13 +75,13 @@ class WeightFiles:
 
 
 def _files(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.index.json"
+    index, mtp = folder / f"{WEIGHTS}.index.json", [path for path in (folder / MTP,) if path.is_file()]
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+        return [folder / WEIGHTS, *mtp]
     if index.is_file():
         try:
             names = json.loads(index.read_text(encoding="utf8"))["weight_map"].values()
-            files = sorted({folder / name for name in names})
+            files = sorted({folder / name for name in names} | set(mtp))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedCheckpoint(f"{index}: not a list of shards; restore the file") from None
         if strange := [file for file in files if file.parent != folder]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from model.cache import LatentCache, SlotCache, cache_dtype
+from model.cache import LatentCache, SlotCache, cache_dtype, send
 from model.decoding.eager import PREFILL_TOKENS
 from model.decoding.runner import runner_for
 from model.decoding.sampling import Sampling
@@ -107,7 +107,7 @@ class Engine:
         rows = len(last)
         if rows > self.runner.any_rows:  # a power of two, so that shapes are few
             rows = min(1 << (rows - 1).bit_length(), self.scheduler.slots)
-        ids = torch.tensor(last + [0] * (rows - len(last)), device=self.device)
+        ids = send(torch.tensor(last + [0] * (rows - len(last))), self.device)
         return self.runner.step(ids.unsqueeze(1)).logits[: len(last), -1]
 
     def _admit(self) -> list[Tensor]:
@@ -126,9 +126,9 @@ class Engine:
         """Read prompts, padded on the right, where causality hides the padding from them."""
         lengths = [len(prompt.ids) for prompt in prompts]
         width = min(padded_width(max(lengths)), self.scheduler.max_length)
-        ids = torch.tensor([[*prompt.ids, *[0] * (width - len(prompt.ids))] for prompt in prompts], device=self.device)
+        ids = torch.tensor([[*prompt.ids, *[0] * (width - len(prompt.ids))] for prompt in prompts])
         cache = LatentCache(self.model.config, len(prompts), width, self.cache.latents.dtype, self.device)
-        last = torch.tensor(lengths, device=self.device) - 1
+        ids, last = send(ids, self.device), send(torch.tensor(lengths) - 1, self.device)
         logits = runner_for(self.model, cache).prefill(ids, last)
         for row, prompt in enumerate(prompts):
             prompt.latents = cache.latents[:, row, : len(prompt.ids)]
@@ -146,11 +146,13 @@ class Engine:
             some = [running[row] for row in rows]
             greedy = sampling.temperature == 0
             uniforms = [0.0 if greedy else made.request.uniforms[len(made.tokens)] for made in some]
-            part = slice(None) if len(rows) == count else torch.tensor(rows, device=self.device)
+            part = slice(None) if len(rows) == count else send(torch.tensor(rows), self.device)
             chosen[part], log_probs[part] = sampling.choose_by_uniform(
-                logits[part], self._seen(sampling, some), torch.tensor(uniforms, device=self.device)
+                logits[part], self._seen(sampling, some), send(torch.tensor(uniforms), self.device)
             )
-        return chosen.tolist(), log_probs.tolist()
+        # The one wait for the device in a step; float64 holds every token's number.
+        tokens, values = torch.stack((chosen.double(), log_probs.double())).tolist()
+        return [int(token) for token in tokens], values
 
     def _seen(self, sampling: Sampling, some: list[Completion]) -> Tensor | None:
         """(rows, time) the tokens before the next one, for the repetition penalty; short rows repeat their first."""
@@ -158,7 +160,7 @@ class Engine:
             return None
         seen = [[*made.request.prompt, *made.tokens] for made in some]
         longest = max(map(len, seen))
-        return torch.tensor([[*ids, *ids[:1] * (longest - len(ids))] for ids in seen], device=self.device)
+        return send(torch.tensor([[*ids, *ids[:1] * (longest - len(ids))] for ids in seen]), self.device)
 
     def _release(self, row: int) -> None:
         """Free a running sequence's slot."""

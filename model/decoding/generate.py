@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from model.cache import LatentCache, cache_dtype
+from model.cache import LatentCache, cache_dtype, send
 from model.decoding.runner import runner_for
 from model.decoding.sampling import Sampling
 from model.decoding.speculative import stream_speculative
@@ -32,7 +32,6 @@ def generate(
     seed: int | None = None,
     attention_mask: Tensor | None = None,
     draft_tokens: int = 0,
-    static: bool = False,
 ) -> Tensor:
     """Return prompt and completion of every row, (batch, time + new), filled up with the stop token.
 
@@ -45,7 +44,6 @@ def generate(
         seed: of the sampling; None draws on torch's global generator.
         attention_mask: (batch, time) 1 for tokens, 0 for left padding.
         draft_tokens: the most drafts a speculative pass; 0 means one for each MTP layer.
-        static: steps of one shape, on CUDA as a graph; plain steps, with a notice, where it cannot hold one.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     stop = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
@@ -55,8 +53,9 @@ def generate(
             raise UserError("speculative generation: of one prompt without padding only; leave the mask out")
         tokens = stream_speculative(model, input_ids, max_new_tokens, stop, None, draft_tokens, sampling, seed)
         return torch.cat((input_ids, input_ids.new_tensor(list(tokens)).view(1, -1)), dim=1)
-    steps = list(stream(model, input_ids, max_new_tokens, sampling, stop, seed, attention_mask, static))
-    return torch.cat((input_ids, *(ids.unsqueeze(1) for ids in steps)), dim=1)
+    steps = list(stream(model, input_ids, max_new_tokens, sampling, stop, seed, attention_mask))
+    new = send(torch.stack(steps, dim=1), input_ids.device) if steps else input_ids[:, :0]
+    return torch.cat((input_ids, new), dim=1)
 
 
 def check_speculative(model: MiniDeepSeek, input_ids: Tensor, sampling: Sampling) -> None:
@@ -76,17 +75,17 @@ def stream(
     stop: tuple[int, ...] = (),
     seed: int | None = None,
     attention_mask: Tensor | None = None,
-    static: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield the next token of every row, (batch,), step by step; see `generate`."""
+    """Yield the next token of every row, (batch,) on the host, step by step; see `generate`."""
     batch, time = input_ids.shape
     padding = _left_padding(attention_mask)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     # One position less than all: the last token is never read.
     cache = LatentCache(model.config, batch, time + max_new_tokens, cache_dtype(model), input_ids.device, padding)
-    runner = runner_for(model, cache, static)
+    runner = runner_for(model, cache)
     fill = stop[0] if stop else 0
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    unfinished = torch.ones(batch, dtype=torch.bool)  # the same on the host
     # Padding is not text that could be repeated: the row's own last token stands in for it.
     ids, seen = input_ids, input_ids if padding is None else input_ids.where(attention_mask.bool(), input_ids[:, -1:])
     for count in range(1, max_new_tokens + 1):
@@ -99,10 +98,11 @@ def stream(
         plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
         chosen = choice if plain else sampling.choose(logits, seen, generator)
         chosen = torch.where(running, chosen, torch.full_like(chosen, fill))
-        yield chosen
+        tokens = chosen.cpu()  # the one wait for the device in a step
+        yield tokens
         for token in stop:
-            running = running & (chosen != token)
-        if stop and not running.any():
+            running, unfinished = running & (chosen != token), unfinished & (tokens != token)
+        if stop and not unfinished.any():
             return
         ids = chosen.unsqueeze(1)
         if sampling.repetition_penalty != 1 and count < max_new_tokens:

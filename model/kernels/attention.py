@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+import model.kernels as kernels
 from errors import one_line
-from model import kernels
 from model.kernels.fused import causal_softmax_, softmax_back_
 
 CHUNK = 128  # query rows at a time on a CPU

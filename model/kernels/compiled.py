@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import model.kernels as kernels
 from errors import waiting
-from model import kernels
 
 ALIGNMENT = 64  # bytes of a cache line
 TYPES = (torch.float32, torch.bfloat16)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model import MiniDeepSeek
 
@@ -31,6 +33,13 @@ SHAPES = {
     },
     "yarn without mscale": {"rope_parameters": {**YARN, "rope_theta": 100.0}},
 }
+
+
+def into_one_file(folder: Path) -> None:
+    """Put MTP's weights among the others, as the released V3 and older folders have them."""
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "mtp.safetensors").unlink()
 
 
 @pytest.fixture
@@ -63,11 +72,20 @@ def test_they_open_our_checkpoint_with_the_same_logits(shape, tiny_model, ids, t
 
 
 @torch.no_grad()
-def test_mtp_weights_do_not_disturb_their_main_model(tiny_model, ids, tmp_path, transformers):
+def test_mtp_weights_in_their_own_file_are_not_reported(tiny_model, ids, tmp_path, open_silently):
     ours = tiny_model(num_nextn_predict_layers=2)
     ours.save_pretrained(tmp_path)
+    torch.testing.assert_close(ours(ids).logits, open_silently(tmp_path)(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_mtp_weights_among_the_others_do_not_disturb_their_main_model(tiny_model, ids, tmp_path, transformers):
+    ours = tiny_model(num_nextn_predict_layers=2)
+    ours.save_pretrained(tmp_path)
+    into_one_file(tmp_path)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert report["unexpected_keys"]
     assert all(name.startswith(("model.layers.3.", "model.layers.4.")) for name in report["unexpected_keys"])
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
@@ -123,6 +141,7 @@ def test_greedy_generation_gives_their_tokens(shape, their_model, ids, tmp_path)
 def test_mtp_logits_equal_their_mtp_model(tiny_model, ids, tmp_path, transformers):
     ours = tiny_model(num_nextn_predict_layers=1, rms_norm_eps=1e-3)
     ours.save_pretrained(tmp_path)
+    into_one_file(tmp_path)
     main = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3\..*"]  # where it looks for MTP weights
     theirs = transformers.modeling_layers.MtpModel.from_pretrained(main).eval()

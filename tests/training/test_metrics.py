@@ -1,4 +1,4 @@
-"""FLOPs of a step are those of what runs and what is trained; MaxVio is the worst load."""
+"""Sums of a step take one exchange; FLOPs are those of what runs and what is trained; MaxVio is the worst load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from model.costs import count
 from training.losses import NextTokenLoss
-from training.metrics import FlopsCounter, max_violation
+from training.metrics import FlopsCounter, Tally, max_violation
+from training.parallel.ranks import Ranks
 
 TIME = 32
 
@@ -48,3 +49,35 @@ def test_frozen_weights_have_no_gradients_to_compute(model):
 
 def test_max_violation_is_the_worst_load_over_the_mean():
     assert max_violation(torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 2.0, 2.0, 4.0]])) == [0.0, 1.0]
+
+
+class Doubled(Ranks):
+    """Two ranks that measure the same. Attributes: exchanges: how many there were."""
+
+    exchanges = 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        Doubled.exchanges += 1
+        return tensor.mul_(2)
+
+
+def test_a_tally_is_exchanged_once_and_gives_sums_means_and_loads():
+    ranks, tally = Doubled(0, 2, torch.device("cpu")), Tally()
+    for part in (1.0, 2.0):
+        loads = torch.tensor([[part, 0.0], [1.0, 3.0]])
+        tally.add(
+            {
+                "loss": torch.tensor(part, requires_grad=True),
+                "count": torch.tensor(2**30 + 1),  # no float32
+                "own": (torch.tensor(6.0), torch.tensor(2)),
+                "nothing": (torch.tensor(0.0), torch.tensor(0)),
+                "counts": loads,
+            }
+        )
+    sums = tally.gather(ranks, norm=torch.tensor(0.1), seconds=1.5)
+    assert Doubled.exchanges == 1
+    assert torch.equal(sums.on_device["counts"], torch.tensor([[6.0, 0.0], [4.0, 12.0]], dtype=torch.float64))
+    assert torch.equal(sums.on_host.pop("counts"), sums.on_device["counts"])
+    assert sums.take("count") == 4 * (2**30 + 1) and sums.take("seconds") == 3.0
+    assert sums.take("norm") == 2 * torch.tensor(0.1).item()
+    assert sums.means(12.0) == {"loss": 0.5, "own": 3.0, "nothing": 0.0}

@@ -20,8 +20,8 @@ from text.files import json_text
 from training.alignment.policy_loss import completion_hidden
 from training.alignment.rollouts import Group, Rollouts
 from training.log_probs import label_log_probs
-from training.losses import IGNORE, Batch
-from training.machine import autocast
+from training.losses import IGNORE, PLACES, Batch, located
+from training.machine import autocast, to_device
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
@@ -218,9 +218,10 @@ class Experience:
         trained = mine[self.rows.left_out_R[mine] == LeftOut.NO]
         # A rank may have nothing to train on, and an empty tensor splits into one empty part.
         for rows in trained.split(self.micro_rows) if len(trained) else ():
-            batch = {name: value.to(device) for name, value in self._tensors(rows).items()}
+            batch = to_device(located(self._tensors(rows)), device)
             with autocast(self.dtype, device):
-                found = label_log_probs(*completion_hidden(model, batch), batch["labels"], self.settings.temperature)
+                hidden, head = completion_hidden(model, batch)
+                found = label_log_probs(hidden, head, batch["labels"], self.settings.temperature, batch[PLACES])
             for row, values, labels in zip(rows.tolist(), found.cpu(), batch["labels"].cpu(), strict=True):
                 own = values[labels != IGNORE]
                 out[row, : len(own)] = own

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from errors import UserError
 from model.cache import PromptLatents
 from training.log_probs import log_probs_and_entropy
-from training.losses import IGNORE, Batch, Metric
+from training.losses import IGNORE, PLACES, Batch, Metric, located
 
 LOSSES = ("grpo", "dapo", "dr_grpo")
 
@@ -69,7 +69,8 @@ class GRPOLoss:
                 policy is the one that sampled.
         """
         labels = batch["labels"]
-        log_p, entropy = log_probs_and_entropy(*completion_hidden(model, batch), labels, self.temperature)
+        hidden, head = completion_hidden(model, batch)
+        log_p, entropy = log_probs_and_entropy(hidden, head, labels, self.temperature, batch.get(PLACES))
         counted = labels != IGNORE
         old = batch.get("old_log_probs", log_p.detach())
         ratio = (log_p - old).exp()
@@ -97,3 +98,7 @@ class GRPOLoss:
         else:
             total, count = per_token.sum(), (rows + absent[0]) * self.longest
         return total, count, metrics
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add where the labels are."""
+        return located(batch)

@@ -20,12 +20,13 @@ from errors import UserError, require
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.log_probs import label_log_probs
-from training.losses import IGNORE, Batch, Metric
-from training.machine import autocast
+from training.losses import IGNORE, PLACES, Batch, Metric, located
+from training.machine import autocast, to_device
 from training.metrics import Tally
 from training.parallel.ranks import Ranks
 from training.validation import evaluate
 
+SIDES, TOKENS = "sides", "side_tokens"  # in a batch: see `PreferenceLoss.prepare`
 CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
 
@@ -122,15 +123,16 @@ class PreferenceLoss:
         log-ratio of a token of the chosen answer: near the reference this is the divergence from it (Schulman 2020,
         k2), were the answer drawn from the policy.
         """
+        batch = batch if SIDES in batch else self.prepare(batch)
         log_probs = answer_log_probs(model, batch)
         known = torch.zeros_like(log_probs)  # where nothing is compared with a reference
         if self.settings.needs_reference:
             with torch.no_grad():
                 known = batch["reference"] if "reference" in batch else answer_log_probs(self.reference, batch)
-        counted = batch["labels"] != IGNORE
+        tokens = batch[TOKENS]
         drift = (log_probs - known).detach().square() / 2
-        sides = sums_by_side(torch.stack([log_probs, known, counted.float(), drift]), batch["segment_ids"])
-        (chosen, rejected), reference, tokens, (chosen_drift, _) = sides.unbind(0)
+        values = torch.stack([log_probs, known, drift])
+        (chosen, rejected), reference, (chosen_drift, _) = sums_by_side(values, batch[SIDES], tokens.numel()).unbind(0)
         pairs = Pairs(chosen, rejected, *reference, *tokens)
         losses, reward_chosen, reward_rejected = LOSSES[self.settings.loss](pairs, self.settings)
         # Pang et al. 2024 (arXiv 2404.19733), Eq. 1: -log pi(y_w|x) / |y_w| keeps the chosen answer likely.
@@ -148,26 +150,37 @@ class PreferenceLoss:
             metrics["kl"] = (chosen_drift.sum(), pairs.chosen_tokens.sum())
         return total, torch.full((), len(losses), device=total.device), metrics
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Add where the labels are, which conversation each position is of, and the tokens compared of each."""
+        sides, count = sides_of(batch["segment_ids"])
+        counted = (batch["labels"] != IGNORE).float().unsqueeze(0)
+        return {**located(batch), SIDES: sides, TOKENS: sums_by_side(counted, sides, count)[0]}
+
 
 def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """Return log pi of every label, (rows, time) float32, 0 where nothing counts."""
     out = model(**{name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")})
-    return label_log_probs(out.hidden, out.head, batch["labels"])
+    return label_log_probs(out.hidden, out.head, batch["labels"], places=batch.get(PLACES))
 
 
-def sums_by_side(values: Tensor, segments: Tensor) -> Tensor:
+def sides_of(segments: Tensor) -> tuple[Tensor, int]:
+    """Number the conversations of packed pairs from one row to the next: (rows, time) int64, and how many there are.
+
+    segments: (rows, time); -1 is padding, which is given the number of any conversation.
+    """
+    ends = (segments.amax(1) + 1).cumsum(0)
+    count = int(ends[-1])
+    begins = ends - segments.amax(1) - 1
+    return (begins.unsqueeze(1) + segments.clamp(min=0)).clamp(max=count - 1), count
+
+
+def sums_by_side(values: Tensor, sides: Tensor, count: int) -> Tensor:
     """Sums over each conversation: (quantities, rows, time) of packed pairs to (quantities, chosen or rejected, pairs).
 
-    segments: (rows, time); -1 is padding.
+    sides, count: from `sides_of`. What padding holds must be 0.
     """
-    quantities, rows, _ = values.shape
-    most = int(segments.max()) + 1
-    # What padding holds is 0, so it may be added to any side.
-    place = torch.arange(rows, device=segments.device)[:, None] * most + segments.clamp(min=0)
-    sums = torch.zeros(quantities, rows * most, device=values.device)
-    sums = sums.index_add(1, place.flatten(), values.flatten(1)).view(quantities, rows, most)
-    there = torch.arange(most, device=segments.device) <= segments.max(1, keepdim=True).values
-    return sums[:, there].view(quantities, -1, 2).transpose(1, 2)
+    sums = torch.zeros(len(values), count, device=values.device)
+    return sums.index_add(1, sides.flatten(), values.flatten(1)).view(len(values), -1, 2).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -195,15 +208,14 @@ class HeldOutPairs:
                 mine = start + ranks.rank
                 # A rank that has none left measures one again and adds nothing: all ranks must have the same names.
                 batch, share = self.pairs[mine % len(self.pairs)], float(mine < len(self.pairs))
-                inputs = {name: value.to(ranks.device) for name, value in batch.items()}
                 with autocast(dtype, ranks.device):
-                    _, count, metrics = self.loss(model, inputs)
-                for name, metric in {"count": count, **metrics}.items():
-                    tally.add(
-                        name, tuple(share * part for part in metric) if isinstance(metric, tuple) else share * metric
-                    )
-            tally.gather(ranks)
-            means = tally.means(max(tally.take("count").item(), 1))
+                    _, count, metrics = self.loss(model, to_device(self.loss.prepare(batch), ranks.device))
+                measured = {"count": count, **metrics}.items()
+                tally.add(
+                    {name: tuple(share * x for x in m) if isinstance(m, tuple) else share * m for name, m in measured}
+                )
+            sums = tally.gather(ranks)
+            means = sums.means(max(sums.take("count"), 1))
             entry = {"val_loss": means.pop("main"), **{f"val_{name}": value for name, value in means.items()}}
         if self.text:
             entry["val_bits_per_byte"] = evaluate(model, self.text, self.token_bytes, dtype, ranks)["val_bits_per_byte"]

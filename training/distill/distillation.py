@@ -21,9 +21,9 @@ from training.distill.divergences import (
     skewed_forward_kl,
     skewed_reverse_kl,
 )
-from training.losses import IGNORE, ROWS, Batch, NextTokenLoss, chunks, padded, padded_rows
+from training.losses import PLACES, ROWS, Batch, NextTokenLoss, chunks, label_places, located, padded, padded_rows
 
-SAMPLED = "sampled"  # names in a batch: 1 where the student answered itself
+SAMPLED = "sampled"  # in a batch where the student answered itself, and in no other
 
 
 @dataclass(kw_only=True)
@@ -75,7 +75,8 @@ class TeacherOutput(Protocol):
         ...
 
 
-# Gives its distributions, in the student's vocabulary, at the labels that count, in their order.
+# Gives its distributions, in the student's vocabulary, at the labels that count, in their order. It may have `prepare`,
+# as a loss may.
 Teacher = Callable[[Batch], TeacherOutput]
 
 
@@ -153,7 +154,7 @@ class _Distilled(torch.autograd.Function):
 
 def distillation_sum(
     hidden: Tensor, head: Tensor, labels: Tensor, teacher: TeacherOutput, divergence: Divergence,
-    temperature: float = 1.0, ce_weight: float = 0.0,
+    temperature: float = 1.0, ce_weight: float = 0.0, places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(1 - ce_weight) T^2 D + ce_weight cross entropy, D alone and cross entropy alone: sums in nats, float32.
 
@@ -161,10 +162,9 @@ def distillation_sum(
 
     Args:
         hidden: (..., hidden) of the student; head: (vocab, hidden); labels: (...) token ids, -100 where nothing counts.
-        teacher: its output at the labels that count.
+        teacher: its output at the labels that count; places: of these, if the batch has them (`losses.located`).
     """
-    targets = labels.flatten()
-    places = (targets != IGNORE).nonzero().squeeze(1)
+    targets, places = labels.flatten(), label_places(labels) if places is None else places
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     # The types are chosen here, as in `training.losses`.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -189,9 +189,15 @@ class DistillationLoss(NextTokenLoss):
         settings = self.settings
         ce_weight = 0.0 if is_sampled(batch) else settings.ce_weight
         total, distance, cross_entropy = distillation_sum(
-            out.hidden, out.head, batch["labels"], teacher, settings.divergence, settings.temperature, ce_weight
-        )
+            out.hidden, out.head, batch["labels"], teacher, settings.divergence, settings.temperature, ce_weight,
+            batch.get(PLACES),
+        )  # fmt: skip
         return total, {"divergence": distance, "cross_entropy": cross_entropy}
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add where the labels are, and what the teacher asks of the host."""
+        prepare = getattr(self.teacher, "prepare", None)
+        return prepare(located(batch)) if prepare else located(batch)
 
     def weight_of_mtp(self, batch: Batch) -> float:
         # Times 0, not left out: a parameter without gradient would keep DDP waiting.
@@ -200,4 +206,4 @@ class DistillationLoss(NextTokenLoss):
 
 def is_sampled(batch: Batch) -> bool:
     """Return whether the answers of a batch are the student's own."""
-    return SAMPLED in batch and bool(batch[SAMPLED])
+    return SAMPLED in batch

@@ -99,9 +99,9 @@ class OnPolicyChats(TaughtChats):
         return self._sample(step) if self.is_on_policy(step) else {"on_policy": 0}
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """As `ChatDataset.batch`, with `sampled` 1 where the answers are the student's."""
+        """As `ChatDataset.batch`, with `sampled` where the answers are the student's."""
         if self.sampled is None:
-            return {**self.chats.batch(indices), SAMPLED: torch.tensor(0)}
+            return self.chats.batch(indices)
         rows = [self.sampled[index % self.rows] for index in indices]
         batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
         return {**batch, SAMPLED: torch.tensor(1)}

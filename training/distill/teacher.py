@@ -14,9 +14,10 @@ from errors import UserError, quiet_imports
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.distill.distillation import Logits, Teacher
-from training.losses import IGNORE, Batch
+from training.losses import IGNORE, PLACES, Batch, located
 from training.startup import open_checkpoint
 
+UNPACKED = ("unpacked_ids", "unpacked_row", "unpacked_column")  # in a batch: see `unpacked`
 INPUTS = ("input_ids", "position_ids", "segment_ids")
 CLOSE = 1e-2  # of logits of order 1 to 10, from one product in two ways
 
@@ -30,7 +31,7 @@ class CheckpointTeacher:
 
     def __call__(self, batch: Batch) -> Logits:
         out = self.model(**{name: batch[name] for name in INPUTS if name in batch})
-        places = (batch["labels"] != IGNORE).flatten().nonzero().squeeze(1)
+        places = located(batch)[PLACES]
         return Logits(out.hidden.flatten(0, 1).index_select(0, places), out.head[: self.vocab_size])
 
 
@@ -51,7 +52,7 @@ class TransformersTeacher:
     plain: bool
 
     def __call__(self, batch: Batch) -> Logits:
-        ids, row, column = unpacked(batch)
+        ids, row, column = (batch[name] for name in UNPACKED) if UNPACKED[0] in batch else unpacked(batch)
         cut = slice(self.vocab_size)
         if not self.plain:
             return Logits(self.model(input_ids=ids, use_cache=False).logits[row, column, cut], None)
@@ -59,6 +60,10 @@ class TransformersTeacher:
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         return Logits(hidden[row, column], head.weight[cut], None if bias is None else bias[cut])
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add the unpacked rows, whose number depends on the data."""
+        return {**batch, **dict(zip(UNPACKED, unpacked(batch), strict=True))}
 
 
 def unpacked(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,7 +87,9 @@ class Ranks:
             wait = timedelta(seconds=timeout)
             store = _store(world, wait)
             _check_devices(store, rank, world, f"{place.type} ({why})" if why else place.type)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+            # Named, its GPU is joined to the others now, and nothing has to guess which one this rank computes on.
+            gpu = place if place.type == "cuda" else None
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait, device_id=gpu)
         return cls(rank, world, place, why, timeout)
 
     @property

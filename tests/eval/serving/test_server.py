@@ -285,6 +285,77 @@ def test_tools_are_in_the_prompt_as_in_training(server):
     assert length(tools=[tool]) == len(ids) > length(tools=[tool], tool_choice="none") == length()
 
 
+def user(content: object) -> dict:
+    return {"role": "user", "content": content}
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+# What clients write -> the conversation that the model reads.
+WRITTEN = {
+    "parts": ([user([{"type": "text", "text": "你"}, {"type": "text", "text": "好"}])], asked("你好")),
+    "a named user": ([{**user("a"), "name": "anna"}], asked("a")),
+    "a developer": (
+        [{"role": "developer", "content": "x"}, user("a")], [{"role": "system", "content": "x"}, user("a")],
+    ),
+    "a reply that was stopped": (
+        [user("a"), {"role": "assistant", "content": None}, user("b")],
+        [user("a"), {"role": "assistant", "content": ""}, user("b")],
+    ),
+    "a reply that was stopped in its thoughts": (
+        [user("a"), {"role": "assistant", "content": "", "reasoning_content": "hm"}, user("b")],
+        [user("a"), {"role": "assistant", "content": ""}, user("b")],
+    ),
+    "a reply that failed": ([user("a"), user("b")], asked("a\n\nb")),
+    "two system prompts": (
+        [{"role": "system", "content": "x"}, {"role": "system", "content": "y"}, user("a")],
+        [{"role": "system", "content": "x\n\ny"}, user("a")],
+    ),
+    "a tool's answer": (
+        [
+            user("a"), {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "name": "add", "content": [{"type": "text", "text": "3"}]},
+        ],
+        [
+            user("a"), {"role": "assistant", "content": '{"name": "add", "arguments": {"a": 1}}'},
+            {"role": "tool", "content": "3"},
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_messages_as_clients_write_them_are_read_as_in_training(name, server, tokenizer):
+    written, read = WRITTEN[name]
+    found = httpx.post(f"{server.url}/tokenize", json={"messages": written}).json()
+    assert found["tokens"] == encode_chat(tokenizer, read, add_generation_prompt=True)[0]
+
+
+# What Open WebUI, Cherry Studio and others send along, where it changes nothing here.
+NEUTRAL = {
+    "user": "anna", "metadata": {"chat": "1"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
+    "response_format": {"type": "text"}, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0,
+    "reasoning_effort": "medium", "enable_thinking": True, "thinking": {"type": "enabled"}, "thinking_budget": 1024,
+    "chat_template_kwargs": {"enable_thinking": False}, "incremental_output": True, "verbosity": "low",
+    "tools": None, "tool_choice": None, "stop": None, "seed": None, "stream_options": None, "max_tokens": None,
+    "logprobs": False, "top_logprobs": 0, "modalities": ["text"], "top_k": -1, "best_of": 1, "num_ctx": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_that_clients_send_along_change_nothing(server, stream):
+    body = {"model": "one", "messages": asked("你好"), "temperature": 0, "max_completion_tokens": 8, "stream": stream}
+
+    def answer(**more: object) -> str:
+        found = httpx.post(f"{server.url}/v1/chat/completions", json=body | more)
+        assert found.status_code == 200, found.text
+        if not stream:
+            return found.json()["choices"][0]["message"]["content"]
+        chunks = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {")]
+        return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+    assert answer(**NEUTRAL) == answer() != ""
+
+
 # Refusals
 
 
@@ -300,7 +371,10 @@ def test_tools_are_in_the_prompt_as_in_training(server):
         (openai.BadRequestError, "max_tokens", {"max_tokens": 0}),
         (openai.BadRequestError, "presence_penalty", {"presence_penalty": 1}),
         (openai.BadRequestError, "response_format", {"response_format": {"type": "json_object"}}),
+        (openai.BadRequestError, "frequency_penalty", {"frequency_penalty": 0.5}),
+        (openai.BadRequestError, "modalities", {"modalities": ["text", "audio"]}),
         (openai.BadRequestError, "tool_choice", {"tool_choice": "required"}),
+        (openai.BadRequestError, "tools.0.function.name", {"tools": [{"type": "web_search"}]}),
         (openai.BadRequestError, "messages", {"messages": []}),
         (openai.BadRequestError, "messages", {"messages": [{"role": "robot", "content": "a"}]}),
         (openai.BadRequestError, "messages", {"messages": [{"role": "assistant", "content": "a"}]}),

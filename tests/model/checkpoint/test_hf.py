@@ -24,11 +24,17 @@ def saved(tiny_model, tmp_path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def change_tensors(folder: Path, change) -> None:
-    """Rewrite model.safetensors after `change` has worked on its tensors in place."""
-    tensors = load_file(folder / "model.safetensors")
+def change_tensors(folder: Path, change, name: str = "model.safetensors") -> None:
+    """Rewrite a file of weights after `change` has worked on its tensors in place."""
+    tensors = load_file(folder / name)
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def into_one_file(folder: Path) -> None:
+    """Put all weights into model.safetensors, as older folders have them."""
+    change_tensors(folder, lambda tensors: tensors.update(load_file(folder / "mtp.safetensors")))
+    (folder / "mtp.safetensors").unlink()
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_nextn_predict_layers": 2}, {"tie_word_embeddings": True}])
@@ -41,9 +47,8 @@ def test_what_is_saved_comes_back_to_the_bit(changes, tiny_model, tmp_path):
     assert state.keys() == state_again.keys()
     assert all(torch.equal(state[name], state_again[name]) for name in state)
     assert any(name.endswith("e_score_correction_bias") and tensor.any() for name, tensor in state_again.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors",
-    ]  # fmt: skip
+    files = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == files | ({"mtp.safetensors"} if model.mtp else set())
 
 
 @pytest.mark.parametrize("left_out", [None, "lm_head.weight", "model.embed_tokens.weight"])
@@ -62,7 +67,7 @@ def test_a_tied_weight_is_written_twice_and_read_from_either(left_out, tiny_mode
 
 
 def test_names_are_those_of_the_released_checkpoint(saved):
-    names = set(load_file(saved / "model.safetensors"))
+    main, mtp = (set(load_file(saved / file)) for file in ("model.safetensors", "mtp.safetensors"))
     for name in (
         "model.embed_tokens.weight",
         "model.layers.0.mlp.gate_proj.weight",
@@ -73,7 +78,10 @@ def test_names_are_those_of_the_released_checkpoint(saved):
         "model.layers.1.mlp.shared_experts.down_proj.weight",
         "model.norm.weight",
         "lm_head.weight",
-        # MTP layers count on from the last; each repeats the shared embedding and head.
+    ):
+        assert name in main
+    # MTP layers count on from the last; each repeats the shared embedding and head.
+    for name in (
         "model.layers.3.enorm.weight",
         "model.layers.3.hnorm.weight",
         "model.layers.3.eh_proj.weight",
@@ -82,10 +90,27 @@ def test_names_are_those_of_the_released_checkpoint(saved):
         "model.layers.3.shared_head.head.weight",
         "model.layers.4.mlp.experts.0.up_proj.weight",
     ):
-        assert name in names
-    assert not [name for name in names if "mtp" in name or "gate_up" in name]
-    with safe_open(saved / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert name in mtp
+    assert not [name for name in main | mtp if "mtp" in name or "gate_up" in name]
+    assert all(name.startswith(("model.layers.3.", "model.layers.4.")) for name in mtp) and not main & mtp
+    for name in ("model.safetensors", "mtp.safetensors"):
+        with safe_open(saved / name, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_a_folder_with_all_weights_in_one_file_opens_to_the_bit_and_is_written_as_two(saved, tiny_model):
+    before = {name: (saved / name).read_bytes() for name in ("model.safetensors", "mtp.safetensors")}
+    into_one_file(saved)
+    model, expected = MiniDeepSeek.from_pretrained(saved), tiny_model(num_nextn_predict_layers=2).state_dict()
+    state = model.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+    model.save_pretrained(saved)
+    assert {name: (saved / name).read_bytes() for name in before} == before
+
+
+def test_a_model_without_mtp_leaves_no_mtp_weights_of_another_behind(saved, tiny_model):
+    tiny_model(num_nextn_predict_layers=0).save_pretrained(saved)
+    assert not (saved / "mtp.safetensors").exists() and len(MiniDeepSeek.from_pretrained(saved).mtp) == 0
 
 
 def test_experts_are_split_and_stacked_without_mixing_them(tiny_model):
@@ -102,7 +127,7 @@ def test_experts_are_split_and_stacked_without_mixing_them(tiny_model):
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "mtp.safetensors", "config.json", "generation_config.json"])
 def test_a_save_that_fails_leaves_the_old_file(name, saved, monkeypatch):
     before = (saved / name).read_bytes()
     model, write = MiniDeepSeek.from_pretrained(saved), Path.write_text
@@ -123,11 +148,7 @@ def test_a_save_that_fails_leaves_the_old_file(name, saved, monkeypatch):
 
 
 def test_absent_mtp_weights_mean_no_mtp_with_a_notice(saved, tiny_model, capsys):
-    def drop(tensors):
-        for name in [name for name in tensors if name.startswith(("model.layers.3.", "model.layers.4."))]:
-            del tensors[name]
-
-    change_tensors(saved, drop)
+    (saved / "mtp.safetensors").unlink()
     model = MiniDeepSeek.from_pretrained(saved)
     notice = capsys.readouterr().err.splitlines()
     assert len(notice) == 1 and str(saved) in notice[0] and "num_nextn_predict_layers = 2" in notice[0]
@@ -136,7 +157,10 @@ def test_absent_mtp_weights_mean_no_mtp_with_a_notice(saved, tiny_model, capsys)
     assert torch.equal(model(ids).logits, tiny_model(num_nextn_predict_layers=2)(ids).logits)
 
 
-def test_shards_listed_by_an_index_are_read(saved, tiny_model):
+@pytest.mark.parametrize("mtp", ["listed", "beside"])
+def test_shards_listed_by_an_index_are_read(mtp, saved, tiny_model):
+    if mtp == "listed":
+        into_one_file(saved)
     tensors = load_file(saved / "model.safetensors")
     (saved / "model.safetensors").unlink()
     files = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
@@ -147,9 +171,9 @@ def test_shards_listed_by_an_index_are_read(saved, tiny_model):
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
 
-def tensors(change):
-    """Damage that `change` does to the tensors in place."""
-    return lambda folder: change_tensors(folder, change)
+def tensors(change, name: str = "model.safetensors"):
+    """Damage that `change` does to the tensors of a file in place."""
+    return lambda folder: change_tensors(folder, change, name)
 
 
 def config(**fields):
@@ -172,8 +196,8 @@ def index(content: object, weights: str | None = None):
     return change
 
 
-def truncate(folder: Path) -> None:
-    path = folder / "model.safetensors"
+def truncate(folder: Path, name: str = "model.safetensors") -> None:
+    path = folder / name
     path.write_bytes(path.read_bytes()[:-1000])
 
 
@@ -191,6 +215,9 @@ EXPERTS = "model.layers.2.mlp.experts"
 # Damage, what is said of it, and the exit code: 3 for damaged files, 2 for a mistake of the person.
 DAMAGE = {
     "cut short": (truncate, "model.safetensors: damaged or cut short", 3),
+    "MTP cut short": (
+        lambda folder: truncate(folder, "mtp.safetensors"), "mtp.safetensors: damaged or cut short", 3,
+    ),
     "empty": (
         lambda folder: (folder / "model.safetensors").write_bytes(b""),
         "model.safetensors: damaged or cut short", 3,
@@ -215,7 +242,8 @@ DAMAGE = {
         "weight model.norm.weight has shape (31,), config.json says (32,)", 3,
     ),
     "half of MTP": (
-        tensors(lambda t: t.pop("model.layers.4.eh_proj.weight")), "weight model.layers.4.eh_proj.weight is missing", 3,
+        tensors(lambda t: t.pop("model.layers.4.eh_proj.weight"), "mtp.safetensors"),
+        "weight model.layers.4.eh_proj.weight is missing", 3,
     ),
     "too many": (
         tensors(lambda t: t.update({"model.layers.9.enorm.weight": torch.ones(32)})),

@@ -132,7 +132,10 @@ def folder(tiny_model, tokenizer, tmp_path) -> Path:
     return folder
 
 
-PUSHED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", CARD}
+PUSHED = {
+    "config.json", "generation_config.json", "model.safetensors", "mtp.safetensors", "tokenizer.json",
+    "tokenizer_config.json", CARD,
+}  # fmt: skip
 
 
 def test_a_folder_is_pushed_without_its_training_state_and_opens_again(hub, folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Runners in C, in one shape and in PyTorch give the same numbers, and PyTorch runs wherever another does not apply."""
+"""Runners in C and in PyTorch give the same numbers, and PyTorch runs wherever another does not apply."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from model import MiniDeepSeek, ops
 from model.cache import LatentCache, SlotCache
 from model.decoding import eager, native, runner
-from model.decoding.eager import EagerRunner, Step
+from model.decoding.eager import Step
 from model.decoding.native import NativeRunner, Program
-from model.decoding.runner import GraphRunner, fits_graph, runner_for
+from model.decoding.runner import fits_graph, runner_for
 from model.kernels import decode
 from model.kernels.compiled import compiled
 from model.moe import Router
@@ -313,36 +313,6 @@ def test_a_mask_of_any_type_pads(model):
     expected = model.generate(ids, max_new_tokens=5, attention_mask=mask)
     for dtype in (FP32, torch.float64, torch.uint8):
         assert torch.equal(model.generate(ids, max_new_tokens=5, attention_mask=mask.to(dtype)), expected)
-
-
-@pytest.mark.parametrize("padding", [None, torch.tensor([0, 3, 1])])
-@torch.no_grad()
-def test_steps_of_one_shape_equal_plain_ones_and_stay_in_their_places(padding, tiny_model):
-    """The graph that CUDA makes of them needs a GPU."""
-    model, prompt, tokens = tiny_model(), torch.randint(0, 61, (3, 6)), torch.randint(0, 61, (5, 3, 1))
-    plain, static = (kind(model, cache_of(model, 3, 11, padding)) for kind in (EagerRunner, GraphRunner))
-    torch.testing.assert_close(static.prefill(prompt), plain.prefill(prompt))
-    place, read = static.cache.latents.data_ptr(), []
-    for ids in tokens:
-        torch.testing.assert_close(static.step(ids).logits, plain.step(ids).logits, atol=1e-4, rtol=1e-4)
-        written = static.cache.latents[0, :, static.cache.position]
-        read.append(static.cache.append(0, written).shape)
-    assert read == [(3, 11, 24)] * 5
-    assert static.cache.latents.data_ptr() == place and static.cache.position.item() == 10
-    with pytest.raises(ValueError, match="all of the 11 positions"):
-        static.step(tokens[0])
-
-
-def test_generation_by_steps_of_one_shape_gives_the_same_tokens(tiny_model, monkeypatch):
-    model, prompt = tiny_model(), torch.randint(0, 61, (3, 6))
-    mask = torch.ones_like(prompt)
-    mask[1, :4] = 0
-    for given in (None, mask):
-        plain = model.generate(prompt, max_new_tokens=12, attention_mask=given)
-        assert torch.equal(model.generate(prompt, max_new_tokens=12, attention_mask=given, static=True), plain)
-    monkeypatch.setattr("model.decoding.runner.fits_graph", lambda *_: False)
-    monkeypatch.setattr("model.decoding.runner.GraphRunner", lambda *_: pytest.fail("a graph was recorded"))
-    assert torch.equal(model.generate(prompt, max_new_tokens=12, attention_mask=mask, static=True), plain)
 
 
 @pytest.mark.parametrize(

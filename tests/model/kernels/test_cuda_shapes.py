@@ -13,27 +13,22 @@ import torch
 
 HERE = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
-# A step of two micro-batches waits for the device where the host needs a number of it: how many labels the gradients
-# are divided by, whether loss and gradient are finite, and what is logged. Ragged data waits once more a pass: how many
-# segments, how many answers there are.
-LABELS, NORM = "count = max(labels.item(), 1)", "norm = torch.nn.utils.get_total_norm(gradients).item() * scale"
-LOGGED, MEANS = "return StepResult(", "name: value.item() / "
-STEP = [LABELS, NORM, *4 * [MEANS], *2 * [LOGGED]]
-SEGMENTS, ANSWERS = "starts = new.flatten().nonzero()", "places = (targets != IGNORE).nonzero()"
-TEACHER = 'places = (batch["labels"] != IGNORE).flatten().nonzero()'
+# Two steps of two micro-batches each: a step waits for the device once. The host then knows what the gradients are
+# divided by, whether loss and gradient are finite, what is logged, and whether a rank was asked to stop.
+STEPS = 2 * ["on_host = summed.cpu()"]
+SEGMENTS = 4 * ["starts = new.flatten().nonzero()"]  # how many there are, once a pass
 WAITS = {
     "moe_layer": [],
-    "training_step": STEP,
-    "packed_step": [SEGMENTS, SEGMENTS, *STEP],
-    "recomputed_step": STEP,
-    "policy_loss": [ANSWERS],
-    "preference_loss": 2 * [SEGMENTS, ANSWERS],
-    "distillation_loss": [TEACHER, ANSWERS],
-    "lora_on_experts": [],
+    "training_step": STEPS,
+    "packed_step": SEGMENTS + STEPS,
+    "recomputed_step": STEPS,
+    "preference_step": 2 * SEGMENTS + STEPS,
+    "distillation_step": 2 * SEGMENTS + STEPS,
+    "lora_step": SEGMENTS + STEPS,
+    "policy_loss": [],
     "quantized_experts": [],
     "decoding": [],
-    "generation": [],
-    "static_decoding": [],
+    "generation": 4 * ["tokens = chosen.cpu()"],  # one a step
 }
 
 
@@ -78,9 +73,9 @@ def test_every_way_to_wait_is_counted_once_and_nothing_else_is(seen):
 
 KERNELS = {
     "_grouped_mm": tuple(WAITS),
-    "_varlen_attn": ("packed_step", "preference_loss"),
-    "_varlen_attn_backward": ("packed_step", "preference_loss"),
-    "_fused_adamw_": ("training_step", "packed_step", "recomputed_step"),
+    "_varlen_attn": ("packed_step", "preference_step", "distillation_step", "lora_step"),
+    "_varlen_attn_backward": ("packed_step", "preference_step", "distillation_step", "lora_step"),
+    "_fused_adamw_": tuple(case for case in WAITS if case.endswith("_step")),
 }
 
 

@@ -69,7 +69,10 @@ def test_held_out_pairs_are_preferred_more_after_training(finished):
 
 
 def test_router_biases_and_the_mtp_layer_stand_still(finished, pretrained):
-    before, after = (load_file(folder / "final" / "model.safetensors") for folder in (pretrained, finished))
+    before, after = (
+        load_file(folder / "final" / "model.safetensors") | load_file(folder / "final" / "mtp.safetensors")
+        for folder in (pretrained, finished)
+    )
     still = [name for name in before if name.endswith("e_score_correction_bias") or ".layers.2." in name]
     assert any("eh_proj" in name for name in still)
     shared = ("embed_tokens", "shared_head.head")
@@ -89,7 +92,7 @@ def test_a_resume_is_exact(precompute, arguments, finished, tmp_path, run):
     done = run(dpo_train.main, *options, "--out", out, "--resume")
     assert done.code == 0 and f"resuming from {out / 'step-3'}" in done.out
     assert entries(out) == entries(whole)
-    for name in ("model.safetensors", "training/state.safetensors"):
+    for name in ("model.safetensors", "mtp.safetensors", "training/state.safetensors"):
         assert (out / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
 
 

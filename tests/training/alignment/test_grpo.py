@@ -58,7 +58,7 @@ def entries(out: Path) -> list[dict]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    return load_file(folder / "model.safetensors") | load_file(folder / "mtp.safetensors")
 
 
 @pytest.fixture

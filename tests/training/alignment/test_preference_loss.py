@@ -175,10 +175,10 @@ def test_the_prompt_and_the_padding_have_no_part_and_the_end_token_has(models):
 
 
 def test_how_pairs_share_rows_changes_nothing(models):
-    """Three pairs in one row, and in rows of two and of one: the same sums, so also the same gradient."""
+    """Three pairs in one row, and in rows of two, of one and of none: the same sums, so also the same gradient."""
     policy, reference = models
     loss, pairs = PreferenceLoss(PreferenceSettings(nll_weight=0.2), reference), given_pairs()
-    uneven = [packed(pairs[:2]), packed(pairs[2:])]
+    uneven = [packed(pairs[:2]), packed(pairs[2:]), packed([])]
     together = {name: torch.cat([row[name] for row in uneven]) for name in uneven[0]}
     results = [loss(policy, packed(pairs)), loss(policy, together)]
     for total, count, metrics in results:

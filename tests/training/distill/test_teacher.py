@@ -134,7 +134,9 @@ def test_our_own_checkpoint_is_the_same_teacher_by_transformers(pretrained, toke
     assert isinstance(theirs, TransformersTeacher)
     with torch.no_grad():
         one, other = (teacher(batch).log_probs(EVERYTHING, 2.0) for teacher in (ours, theirs))
+        prepared = theirs(theirs.prepare(batch)).log_probs(EVERYTHING, 2.0)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert torch.equal(prepared, other)
 
 
 def test_rows_without_segments_stay_as_they_are_and_padding_alone_asks_nothing(llama, tokenizer):
@@ -233,7 +235,7 @@ def test_on_its_own_answers_a_student_learns_from_the_teacher_alone(pretrained, 
         student.lm_head.weight.add_(0.1 * torch.randn_like(student.lm_head.weight))
     batch, loss = packed(), distillation(teacher, ce_weight=0.5, loss="forward_kl", temperature=1.0)
     loss.balance_weight = 0.0
-    mixed, _, metrics = loss(student, {**batch, "sampled": torch.tensor(0)})
+    mixed, _, metrics = loss(student, batch)
     half = 0.5 * metrics["divergence"] + 0.5 * metrics["cross_entropy"]
     torch.testing.assert_close(mixed, half + 0.3 * metrics["mtp"])
     total, _, metrics = loss(student, {**batch, "sampled": torch.tensor(1)})

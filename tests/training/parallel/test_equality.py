@@ -67,7 +67,9 @@ def train(make, tmp_path) -> Callable[..., Path]:
 
 def assert_the_same_training(ours: Path, theirs: Path) -> None:
     """Weights, moments and measures equal to rounding; router biases, loads and counts equal."""
-    for name in ("model.safetensors", "training/state.safetensors"):
+    names = ["model.safetensors", "training/state.safetensors"]
+    names += ["mtp.safetensors"] * (ours / "final" / "mtp.safetensors").exists()
+    for name in names:
         one, other = (load_file(out / "final" / name) for out in (ours, theirs))
         assert one.keys() == other.keys()
         for key in one:

@@ -76,8 +76,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_checkpoint_is_a_hugging_face_folder_with_the_training_beside(sitting):
     assert set(content(sitting.out / "step-1")) == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "training/manifest.json", "training/progress.json", "training/state.safetensors",
+        "config.json", "generation_config.json", "model.safetensors", "mtp.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "training/manifest.json", "training/progress.json", "training/state.safetensors",
     }  # fmt: skip
 
 

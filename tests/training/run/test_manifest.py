@@ -35,7 +35,8 @@ def trained(make):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "tokenizer.json", "training/state.safetensors", "training/progress.json"]
+    "name",
+    ["model.safetensors", "mtp.safetensors", "tokenizer.json", "training/state.safetensors", "training/progress.json"],
 )
 def test_any_damage_to_any_file_is_found_and_named(name, damage, trained):
     newest = trained.out / "step-6"
