@@ -130,8 +130,10 @@ class Trainer:
                 done = f"already complete after {self.progress.step} steps ({end})"
                 self.ranks.say(f"{self.out}: {done}; raise the budget to train further")
             return final
-        if self.settings.compile:
+        if self.settings.compiles(self.ranks.device):
             quiet_compiler()
+            if self.settings.compile is None:  # nobody asked for it: what cannot be compiled here runs as it is
+                torch._dynamo.config.suppress_errors = True
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
         if self.ranks.main:

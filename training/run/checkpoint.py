@@ -94,14 +94,14 @@ class Weights(Protocol):
         """Return them themselves, not copies."""
 
     def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        """Write a copy of `tensors()`, and what else belongs to it, into a folder. Called while training goes on."""
+        """Write a copy of `tensors()`, and what else belongs to it, into a folder. Called while training continues."""
 
     def load(self, folder: Path) -> None:
         """Put those of a folder in place. Raises `UserError` when they are of another model."""
 
 
 class Snapshot:
-    """What a checkpoint holds of a moment: `tensors`, to be copied before training goes on, and the rest.
+    """What a checkpoint holds of a moment: `tensors`, to be copied before training continues, and the rest.
 
     data: the state of a data set that the model makes itself, if it has any. shards: of the weights, where this rank
     has no more; all ranks then make the snapshot together, and the main one writes it.

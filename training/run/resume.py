@@ -48,7 +48,9 @@ def check_unused(out: Path, resume: Resume) -> None:
     if found is None and (out / BEST).is_dir():  # of a run that died before its first other checkpoint
         found = out / BEST
     if found is not None and not resume:
-        raise UserError(f"{out}: holds a run already ({found.name}); add --resume to go on, or choose another --out")
+        raise UserError(
+            f"{out}: holds a run already ({found.name}); add --resume to continue it, or choose another --out"
+        )
 
 
 def find_checkpoint(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Path, Progress] | None:
@@ -73,7 +75,7 @@ def find_checkpoint(out: Path, resume: Resume, run: dict[str, Any]) -> tuple[Pat
             if resume != LAST_GOOD:
                 older = [path for path in checkpoints(out) if path != found]
                 remedy = "no older checkpoint is there; choose another --out to begin again"
-                remedy = f"--resume last-good goes on from the one before it, {older[-1]}" if older else remedy
+                remedy = f"--resume last-good continues from the one before it, {older[-1]}" if older else remedy
                 raise DamagedCheckpoint(f"{error}; {remedy}") from None
             aside = found.with_name(f"damaged-{found.name}")
             shutil.rmtree(aside, ignore_errors=True)

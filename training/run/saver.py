@@ -1,4 +1,4 @@
-"""The checkpoints of one run: restored at its beginning, written in the background while training goes on."""
+"""The checkpoints of one run: restored at its beginning, written in the background while training continues."""
 
 from __future__ import annotations
 
@@ -74,15 +74,14 @@ class Saver:
 
 
 def _step_back() -> None:
-    """Keep torch's operations in this thread to it, and let training have the processor first (on Linux).
+    """Run torch's operations of this thread on it alone, and give training the processor first (on Linux).
 
-    Otherwise its first one starts a team of threads of its own, which stays. Beside it OpenMP counts more threads than
-    cores, and no longer lets those of training wait for their next piece of work without going to sleep: small
-    operations of a step take twice as long from then on.
+    Otherwise the first of them starts a second pool of OpenMP threads, which stays. With more threads than cores OpenMP
+    no longer lets those of training spin between two pieces of work: a step's small operations take twice as long.
     """
     torch.get_num_threads()  # a thread takes the common number when it is first asked
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # where threads have a priority of their own
+    if sys.platform == "linux":  # where each thread has its own priority
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
@@ -159,7 +158,7 @@ class RunCheckpoints:
             self.save(folder.name, progress)
         self.wait()
         if not progress.finished:
-            say(f"interrupted: saved {folder}; the same command with --resume goes on from there{aftermath()}")
+            say(f"interrupted: saved {folder}; the same command with --resume continues from there{aftermath()}")
             return
         say(f"finished: {folder} after {progress.step} steps, {progress.tokens:,} tokens (ended by {end})")
         if self._settings.keep_best and (best := progress.best):
