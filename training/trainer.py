@@ -40,6 +40,8 @@ from training.validation import Validation
 if TYPE_CHECKING:
     from training.parallel.sharding import Sharded
 
+GRAPHS = 64  # that torch.compile may make of one kind of layer
+
 
 class Trainer:
     """Runs a stage to the end of its budget, from the newest checkpoint when resuming.
@@ -91,6 +93,7 @@ class Trainer:
 
             self.copies = shard(settings, ranks, model, self.dtype, self.progress.run)
             self.ranks, self.shards = replace(ranks, in_step=True), self.copies.shards
+            settings.compile = False
             weights = ShardedModel(self.copies)
             if samples:
                 ranks.say("notice: no samples of the model's text: no rank holds the whole model")
@@ -132,6 +135,8 @@ class Trainer:
             return final
         if self.settings.compiles(self.ranks.device):
             quiet_compiler()
+            # Each shape is one: of training and validation, their last batches, and several numbers of segments.
+            torch._dynamo.config.recompile_limit = GRAPHS
             if self.settings.compile is None:  # nobody asked for it: what cannot be compiled here runs as it is
                 torch._dynamo.config.suppress_errors = True
             for layer in [*self.model.model.layers, *self.model.mtp]:
