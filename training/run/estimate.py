@@ -47,8 +47,11 @@ def length(budget: Budget, step: float, step_tokens: int) -> tuple[int, float]:
 
 def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, dtype: torch.dtype) -> float:
     """Return bytes of weights, gradients, moments, the copy being saved, and the activations of a micro-batch."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = sum(p.nbytes for p in model.parameters()) + trained * (FP32 + MOMENTS[settings.optim.kind])
+    whole, shares = list(model.parameters()), [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    trained = sum(share.numel() for p, share in zip(whole, shares, strict=True) if p.requires_grad)
+    held = sum(share.nbytes for share in shares) + trained * (FP32 + MOMENTS[settings.optim.kind])
+    if shares[0] is not whole[0] and settings.dist.zero < 3:  # gathered weights, and their gradients
+        held += sum(p.numel() for p in whole) * (dtype.itemsize + FP32)
     if device.type == "cpu":
         held += PROCESS + settings.background_save * trained * (FP32 + MOMENTS[settings.optim.kind])
     config, tokens = model.config, settings.micro_rows * settings.row_tokens
