@@ -277,7 +277,7 @@ def _check_yarn(yarn: dict[str, Any]) -> None:
     """Check rope_scaling, where a misspelled key would silently change the attention."""
     for key in yarn:
         if key == "rope_theta":
-            raise ConfigError("rope_scaling.rope_theta: is a field of its own; set rope_theta beside rope_scaling")
+            raise ConfigError("rope_scaling.rope_theta: is a separate field; set rope_theta beside rope_scaling")
         if key not in YARN_FIELDS:
             near = did_you_mean(key, YARN_FIELDS)
             raise ConfigError(f"rope_scaling.{key}: YaRN has no such field{near}; correct it or leave it out")

@@ -54,7 +54,9 @@ ELSEWHERE = {
     "threads": "num_threads",
     "device": "cpu cuda gpu use_cpu no_cuda",
     "dtype": "bf16 fp16 fp32 precision mixed_precision torch_dtype",
-    "dist": "local_rank nproc_per_node deepspeed fsdp ddp zero",
+    "dist.zero": "zero zero_stage fsdp deepspeed sharding",
+    "dist.ep": "ep expert_parallel expert_parallel_size",
+    "dist": "local_rank nproc_per_node ddp deepspeed fsdp zero",
     "gradient_checkpointing": "activation_checkpointing recompute",
     "packing": "pack sample_packing",
     "log_to": "report_to logger",
@@ -135,7 +137,7 @@ def _parse(parser: ArgumentParser, kind: Callable[..., Any], words: list[str]) -
     script, flags = Path(sys.argv[0]).name, _flags(kind)
     for index, word in enumerate(words):
         # `--resume` alone means `--resume true`.
-        if word in flags and "".join(words[index + 1 : index + 2]).lower() not in BOOLEANS:
+        if word in flags and "".join(words[index + 1 : index + 2]).lower() not in flags[word]:
             words[index] = f"{word}=true"
     if wrong := unknown_options(words, {option.lstrip("-") for option in parser._option_string_actions}):
         raise UserError(f"{script}: {'; '.join(wrong)}")
@@ -168,12 +170,12 @@ def check_values(kind: Callable[..., Any], given: Mapping[str, Any], prefix: str
             check_values(hint, vars(value), f"{prefix}{name}.")
 
 
-def _flags(kind: Callable[..., Any], prefix: str = "--") -> set[str]:
-    """Return the options that may be true or false, those of settings within settings too: `--lora.dora`."""
-    flags = set()
+def _flags(kind: Callable[..., Any], prefix: str = "--") -> dict[str, tuple[str, ...]]:
+    """Return the options that may be true or false, and their values; those of groups too: `--lora.dora`."""
+    flags = {}
     for name, hint in get_type_hints(kind).items():
         if hint is bool or bool in get_args(hint):
-            flags.add(prefix + name)
+            flags[prefix + name] = (*BOOLEANS, *(word for part in get_args(hint) for word in get_args(part)))
         elif is_dataclass(hint):
             flags |= _flags(hint, f"{prefix}{name}.")
     return flags

@@ -105,7 +105,7 @@ class LatentCache:
         return torch.full((batch,), self.reserve(layers, time))
 
     def part(self, rows: slice) -> LatentCache:
-        """Return some rows as a cache of their own, in the same memory; its lengths are its own from here on."""
+        """Return some rows as a separate cache in the same memory; its lengths change alone from here on."""
         part = copy(self)
         part.latents, part.lengths = self.latents[:, rows], list(self.lengths)
         part.padding = None if self.padding is None else self.padding[rows]
@@ -121,99 +121,6 @@ class LatentCache:
         self.latents = self.latents[:, rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
-
-
-class SlotCache(LatentCache):
-    """Sequences of different lengths, each in a slot of its own from position 0: for `model.decoding.engine`.
-
-    The slots in use are the first ones, in the order of a pass's rows; further rows, which fill it up, leave nothing.
-
-    Attributes:
-        used: slots in use; held: (slots,) int64 on the host, positions that each of them holds.
-    """
-
-    def __init__(
-        self, config: LMConfig, slots: int, max_length: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        super().__init__(config, slots, max_length, dtype, device)
-        self.used = self._end = 0
-        self.held = torch.zeros(slots, dtype=torch.int64)
-
-    @property
-    def end(self) -> int:
-        return self._end
-
-    def occupy(self, latents_LTC: Tensor) -> None:
-        """Put a sequence of which every layer's latents are known, (layers, time, C), into the next free slot."""
-        time = latents_LTC.shape[1]
-        self.latents[:, self.used, :time] = latents_LTC
-        self.held[self.used] = time
-        self.used += 1
-
-    def release(self, slot: int) -> None:
-        """Free a slot: the last one in use moves into its place."""
-        self.used -= 1
-        if slot != self.used:
-            time = int(self.held[self.used])
-            self.latents[:, slot, :time] = self.latents[:, self.used, :time]
-            self.held[slot] = time
-        self.held[self.used] = 0
-
-    def reserve_rows(self, layers: Iterable[int], batch: int, time: int) -> Tensor:
-        start = self.held[:batch].clone()
-        self._end = int(start.max()) + time
-        if self._end > self.max_length:
-            raise ValueError(f"latent cache: {self._end} positions, but only {self.max_length} were allocated")
-        self.held[: self.used] += time
-        return start
-
-    def begin(self, batch: int, time: int) -> Tensor:
-        start = self.reserve_rows((), batch, time)
-        self._positions = send(start[:, None] + torch.arange(time), self.latents.device)
-        return self._positions
-
-    def mask(self, time: int) -> AttentionMask:
-        return AttentionMask.up_to(self._positions, self._end)
-
-    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        batch = latent_BTC.shape[0]
-        rows = torch.arange(batch, device=latent_BTC.device)[:, None]
-        self.latents[layer, rows, self._positions] = latent_BTC.to(self.latents.dtype)
-        return self.latents[layer, :batch, : self._end]
-
-
-class PromptLatents(LatentCache):
-    """The latents of prompts that several rows continue: a cache for training, through which gradients flow.
-
-    `model(prompt_ids, cache=prompts)` fills it; `model(ids, cache=prompts.continued(of))` reads rows that continue the
-    prompts `of`. A prompt is computed once, however many completions it has. padding: (prompts,) as in `LatentCache`.
-    """
-
-    decoding, counts_loads = False, False
-    length = 0
-
-    def __init__(self, padding: Tensor) -> None:
-        self.padding, self.device = padding, padding.device
-        self.latents: dict[int, Tensor] = {}
-
-    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        self.latents[layer] = latent_BTC
-        return latent_BTC
-
-    def continued(self, of: Tensor) -> ContinuedLatents:
-        """of: (rows,) which prompt each row continues."""
-        return ContinuedLatents(self, of)
-
-
-class ContinuedLatents(PromptLatents):
-    """What rows that continue prompts see of them."""
-
-    def __init__(self, prompts: PromptLatents, of: Tensor) -> None:
-        super().__init__(prompts.padding[of])
-        self.latents, self.of, self.length = prompts.latents, of, prompts.latents[0].shape[1]
-
-    def append(self, layer: int, latent_BTC: Tensor) -> Tensor:
-        return torch.cat((self.latents[layer].index_select(0, self.of), latent_BTC), dim=1)
 
 
 def cache_dtype(model: nn.Module) -> torch.dtype:

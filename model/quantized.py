@@ -1,4 +1,4 @@
-"""Frozen weights in 8 or 4 bits (QLoRA, Dettmers et al. 2023), made dense for the moment of use."""
+"""Frozen weights that are stored quantized, such as in 8 bits, and made dense for the moment of use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from model.float32 import Float32Buffers
 from model.ops import autocast
-
-BLOCK = 64  # elements that share a scale in 4 bits
 
 
 class QuantizedWeight(nn.Module, ABC):
@@ -44,24 +42,6 @@ class Int8Weight(QuantizedWeight, Float32Buffers):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.codes.to(dtype).mul_(self.scales.to(dtype))
-
-
-class NF4Weight(QuantizedWeight):
-    """NormalFloat: 16 levels at the quantiles of a normal distribution, a scale for 64 elements, itself in 8 bits.
-
-    Buffers: codes, two a byte; scales (groups, blocks of a group) int8, factors (groups,) and mean, so that the scale
-    of a block is scale / factor + mean; levels (16,).
-    """
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        # A byte holds two levels, the first in its high half: a table of all 256 pairs is read once a byte, as one
-        # number twice as wide. torchao's own way takes several times as long.
-        wide = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
-        levels = self.levels.to(dtype)
-        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(wide).flatten()
-        values = pairs.index_select(0, self.codes.int()).view(dtype).view(-1, BLOCK)
-        scales = (self.scales / self.factors.unsqueeze(1)).flatten() + self.mean
-        return values.mul_(scales.to(dtype).unsqueeze(1)).view(self.shape)
 
 
 class QuantizedLinear(nn.Linear):

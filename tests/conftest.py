@@ -155,8 +155,9 @@ def their_model(tiny_config, transformers) -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor takes the branch for CUDA, computed by the CPU."""
+    """Every tensor takes the branch for CUDA, of an H100, computed by the CPU."""
     monkeypatch.setattr(kernels, "on_cuda", lambda x: True)
+    monkeypatch.setattr(kernels, "capability", lambda device: 9)
 
 
 class Run(NamedTuple):
@@ -176,6 +177,11 @@ def call_main(main: Callable[[], None], *arguments: object) -> int:
         except SystemExit as end:
             return int(end.code)
     return 0
+
+
+def as_options(given: dict[str, object]) -> list[object]:
+    """Write settings as a command line does."""
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
 @pytest.fixture
@@ -266,7 +272,7 @@ def pretrain_arguments(world: Path, tokenizer_folder: Path, tmp_path_factory: py
     (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf8")
     given = {"config": folder / "tiny.yaml", "data": world / "pretrain.csv", "tokenizer": tokenizer_folder}
     given["shards"] = folder / "shards"
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return list(map(str, as_options(given)))
 
 
 @pytest.fixture(scope="session")
@@ -277,6 +283,12 @@ def pretrained(once, pretrain_arguments: list[str]) -> Path:
         assert call_main(pretrain.main, *pretrain_arguments, "--out", folder / "pretrain", "--max_steps", 40) == 0
 
     return once("stages", make) / "pretrain"
+
+
+@pytest.fixture
+def checkpoint(pretrained: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint of `pretrained`, to be changed."""
+    return Path(shutil.copytree(pretrained / "final", tmp_path / "checkpoint"))
 
 
 @pytest.fixture(scope="session")

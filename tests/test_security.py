@@ -121,14 +121,6 @@ def write_bomb(file: Path, trace: Path) -> None:
         file.write_bytes(pickle.dumps(Bomb(trace)))
 
 
-@pytest.fixture
-def checkpoint(tokenizer: Tokenizer, tiny_model: Callable[..., MiniDeepSeek], tmp_path: Path) -> Path:
-    folder = tmp_path / "checkpoint"
-    tiny_model(vocab_size=tokenizer.vocab_size).save_pretrained(folder)
-    tokenizer.save(folder)
-    return folder
-
-
 FILES = ("model.safetensors", "mtp.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "optimizer.pt",
          "training_args.bin", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
          )  # fmt: skip
@@ -153,7 +145,6 @@ def import_here(folder: str) -> None:
 
 
 def test_a_pickle_in_a_training_state_is_not_run(checkpoint, trace):
-    (checkpoint / "training").mkdir()
     write_bomb(checkpoint / "training" / "state.safetensors", trace)
     model = MiniDeepSeek.from_pretrained(checkpoint)
     with pytest.raises(DamagedCheckpoint):

@@ -170,8 +170,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
             found += [f"{name}: {key} differs" for key in _unequal(load_file(one), load_file(other))]
         elif one.read_bytes() != other.read_bytes():
             found.append(f"{name} differs")
-    logs = [read_metrics(out / "metrics.jsonl") for out in (ours, theirs)]
-    logs = [[_without_clocks(entry) for entry in log] for log in logs]
+    logs = [entries(out) for out in (ours, theirs)]
     if logs[0] != logs[1]:
         found.append(f"metrics.jsonl: {len(logs[0])} entries against {len(logs[1])}, or other values")
     return found
@@ -186,6 +185,11 @@ def _unequal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
             return [entry]
     names = sorted({*ours, *theirs})
     return [name for name in names if name not in ours or name not in theirs or not ours[name].equal(theirs[name])]
+
+
+def entries(out: Path) -> list[dict[str, Any]]:
+    """The log of a run, without what the clock and the machine say."""
+    return [_without_clocks(entry) for entry in read_metrics(out / "metrics.jsonl")]
 
 
 def _without_clocks(entry: dict[str, Any]) -> dict[str, Any]:

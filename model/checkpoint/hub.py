@@ -50,8 +50,8 @@ def push(folder: Path, name: str, private: bool = False, token: str = "") -> Non
         )
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = error.server_message or error.response.reason_phrase or "no reason given"
-        raise UserError(f"{name}: the hub answered {status} ({said}); {REMEDIES.get(status, 'try again')}") from None
+        reason = error.server_message or error.response.reason_phrase or "no reason given"
+        raise UserError(f"{name}: the hub answered {status} ({reason}); {REMEDIES.get(status, 'try again')}") from None
     except OfflineModeIsEnabled:
         raise UserError(f"{name}: HF_HUB_OFFLINE is set; unset it to push") from None
     except (HTTPError, ConnectionError) as error:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from model.cache import LatentCache, SlotCache, cache_dtype, send
+from model.cache import LatentCache, cache_dtype, send
 from model.decoding.eager import PREFILL_TOKENS
 from model.decoding.runner import runner_for
 from model.decoding.sampling import Sampling
 from model.decoding.scheduler import Completion, Prompt, Request, Scheduler, padded_width
+from model.decoding.slot_cache import SlotCache
 
 if TYPE_CHECKING:
     from model.transformer import MiniDeepSeek

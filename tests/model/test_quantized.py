@@ -12,8 +12,8 @@ from torch import nn
 from errors import UserError
 from LMConfig import LMConfig
 from model.experts import Experts
-from model.quantized import BLOCK, Int8Weight, NF4Weight, QuantizedLinear, QuantizedWeight
-from training.adapters.frozen import SCALES, check_base, int8, nf4, nf4_or_int8, shrink_frozen
+from model.quantized import Int8Weight, QuantizedLinear, QuantizedWeight
+from training.adapters.frozen import BLOCK, SCALES, NF4Weight, check_base, int8, nf4, nf4_or_int8, shrink_frozen
 from training.adapters.lora import LoraSettings
 
 TYPES = [torch.float32, torch.bfloat16]

@@ -97,6 +97,19 @@ def test_products_in_float32_are_never_tf32(device, gpus, request):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize(("device", "named"), [("cpu", None), ("cuda", torch.device("cuda", 1))])
+def test_a_rank_names_its_gpu_to_the_others(device, named, gpus, monkeypatch):
+    gpus()
+    given = []
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(training.parallel.ranks, "_store", lambda *_: None)
+    monkeypatch.setattr(training.parallel.ranks, "_check_devices", lambda *_: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **named: given.append(named["device_id"]))
+    Ranks.start(device)
+    assert given == [named]
+
+
 def test_ranks_that_chose_other_devices_do_not_wait_for_each_other(monkeypatch, tmp_path):
     def choose(name: str, local: int) -> tuple[torch.device, str]:
         return (torch.device("cuda", 0), "NVIDIA X") if local else (torch.device("cpu"), "no driver")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import as_options
 from demo_settings import STAGES, read, settings_of, write_yaml
 
 from cli import parse
@@ -39,15 +40,13 @@ def test_a_weight_can_change_along_the_run(name, tmp_path):
 SCRIPTS = {
     "model": "pretrain", "preference": "dpo_train", "lora": "lora_sft", "samples": "distill", "rewards": "grpo_train"
 }  # fmt: skip
-
-
 RECIPES = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "eval")  # those are suites
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_is_valid_for_its_script(file):
-    said = yaml.safe_load(file.read_text(encoding="utf8"))
-    script = next((script for name, script in SCRIPTS.items() if name in said), "full_sft")
+    recipe = yaml.safe_load(file.read_text(encoding="utf8"))
+    script = next((script for name, script in SCRIPTS.items() if name in recipe), "full_sft")
     rest = {"pretrain": ["--tokenizer", "t"], "distill": ["--teacher", "t"]}.get(script, ["--ckpt", "c"])
     settings = parse(settings_of(script), "", ["--config", str(file), "--data", "d", "--out", "o", *rest])
     if script == "pretrain":
@@ -115,8 +114,8 @@ def test_help_explains_every_option(script, capsys):
         parse(kind, description, ["--help"])
     shown = capsys.readouterr().out
     assert end.value.code == 0 and description.splitlines()[0] in shown
-    told = "\n".join(inspect.cleandoc(part.__doc__ or "") for part in reversed(kind.__mro__))
-    explanations = dict(re.findall(r"^ {4}(\w+): (.+?)[.;]?$", told, re.MULTILINE))
+    documented = "\n".join(inspect.cleandoc(part.__doc__ or "") for part in reversed(kind.__mro__))
+    explanations = dict(re.findall(r"^ {4}(\w+): (.+?)[.;]?$", documented, re.MULTILINE))
     text = " ".join(shown.split())
     for option in fields(kind):
         assert f"--{option.name}" in shown
@@ -127,7 +126,7 @@ def test_help_explains_every_option(script, capsys):
 def test_every_stage_takes_settings_within_settings_and_each_way_to_resume(script):
     kind, given = settings_of(script), {"out": "o", "data": "d", "ckpt": "c"}
     given |= {"teacher": "t"} if script == "distill" else {}
-    base = [part for name, value in given.items() for part in (f"--{name}", value)]
+    base = as_options(given)
     settings = parse(kind, "", [*base, "--optim.lr", "0.5", "--dist.timeout", "7", "--dist.check_every", "3"])
     assert (settings.optim.lr, settings.dist.timeout, settings.dist.check_every) == (0.5, 7.0, 3)
     ways = {(): False, ("--resume",): True, ("--resume", "true"): True, ("--resume", "false"): False}

@@ -1,4 +1,4 @@
-"""How the frozen weights of a model in training are kept: in the type of the products, or quantized in 8 or 4 bits."""
+"""Store the frozen weights of a model in training in the type of the products, or quantized in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from errors import quiet_imports, require
 from model import MiniDeepSeek
 from model.experts import Experts
 from model.ops import Linear
-from model.quantized import BLOCK, Int8Weight, NF4Weight, QuantizedWeight, quantize_weights
+from model.quantized import Int8Weight, QuantizedWeight, quantize_weights
 
-SCALES = 256  # scales in 4 bits that share a scale of their own: double quantisation
+BLOCK = 64  # elements that share a scale in 4 bits
+SCALES = 256  # such scales that share a second one: double quantisation
 BASES = ("auto", "int8", "nf4")
 
 
 def check_base(base: str) -> None:
-    """Raises `UserError` for a way that is none."""
+    """Raise `UserError` for an unknown way."""
     require(base in BASES, f"--base {base}: one of {', '.join(BASES)}")
 
 
 def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:
-    """Keep the matrices that are not trained in `dtype`, or those of the layers quantized: `int8` or `nf4`.
+    """Store the matrices that are not trained in `dtype`, or those of the layers quantized: `int8` or `nf4`.
 
     Norms and routers keep float32, and what is trained stays as it is. Embedding and head are never quantized.
     """
@@ -43,6 +44,24 @@ def int8(weight: Tensor) -> Int8Weight:
         from torchao.quantization import Int8Tensor, PerRow
     made = Int8Tensor.from_hp(weight.detach().float(), granularity=PerRow())
     return Int8Weight(made.qdata, made.scale)
+
+
+class NF4Weight(QuantizedWeight):
+    """NormalFloat: 16 levels at the quantiles of a normal distribution, a scale for 64 elements, itself in 8 bits.
+
+    Buffers: codes, two a byte; scales (groups, blocks of a group) int8, factors (groups,) and mean, so that the scale
+    of a block is scale / factor + mean; levels (16,).
+    """
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        # A byte holds two levels, the first in its high half: a table of all 256 pairs is read once a byte, as one
+        # number twice as wide. torchao's own way takes several times as long.
+        wide = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
+        levels = self.levels.to(dtype)
+        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(wide).flatten()
+        values = pairs.index_select(0, self.codes.int()).view(dtype).view(-1, BLOCK)
+        scales = (self.scales / self.factors.unsqueeze(1)).flatten() + self.mean
+        return values.mul_(scales.to(dtype).unsqueeze(1)).view(self.shape)
 
 
 def nf4(weight: Tensor) -> NF4Weight:

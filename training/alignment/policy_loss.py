@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from model.cache import PromptLatents
+from training.alignment.prompt_latents import PromptLatents
 from training.log_probs import log_probs_and_entropy
 from training.losses import IGNORE, PLACES, Batch, Metric, located
 

@@ -149,7 +149,7 @@ class Rewards:
 
     @classmethod
     def of(cls, weights: Mapping[str, float]) -> Rewards:
-        """Find the functions. Raises `UserError` for a name that is none and a weight that is no number."""
+        """Find the functions. Raises `UserError` for an unknown name and for a weight that is not a number."""
         if not weights:
             raise UserError(f"rewards: none given; choose from {', '.join(names())}, such as {{correct: 1.0}}")
         for name, weight in weights.items():

@@ -14,11 +14,10 @@ from errors import UserError, quiet_imports
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.distill.distillation import Logits, Teacher
-from training.losses import IGNORE, PLACES, Batch, located
+from training.losses import IGNORE, INPUTS, PLACES, Batch, located
 from training.startup import open_checkpoint
 
 UNPACKED = ("unpacked_ids", "unpacked_row", "unpacked_column")  # in a batch: see `unpacked`
-INPUTS = ("input_ids", "position_ids", "segment_ids")
 CLOSE = 1e-2  # of logits of order 1 to 10, from one product in two ways
 
 
@@ -39,7 +38,7 @@ class CheckpointTeacher:
 class TransformersTeacher:
     """A frozen causal language model of transformers.
 
-    Packed conversations become rows of their own, padded on the right where a causal model does not look, so that a
+    Packed conversations become separate rows, padded on the right where a causal model does not look, so that a
     model of any kind of attention keeps them apart.
 
     Attributes:

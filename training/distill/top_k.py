@@ -152,13 +152,13 @@ def outputs(
 
 
 @torch.no_grad()
-def joined(said: Iterable[Logits], k: int, temperature: float) -> dict[str, np.ndarray]:
+def joined(outputs: Iterable[Logits], k: int, temperature: float) -> dict[str, np.ndarray]:
     """Return the K most probable tokens of each position, the most probable first, as the arrays of a file.
 
     These are ids (N, K) of 16 or 32 bits, their log-probabilities float16, and that of the rest (N,) float32.
     """
     parts: dict[str, list[np.ndarray]] = {}
-    for output in said:
+    for output in outputs:
         for start in range(0, max(len(output.hidden), 1), POSITIONS):
             log_p = output.log_probs(slice(start, start + POSITIONS), temperature)
             top, ids = log_p.topk(min(k, log_p.shape[1]))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
+import model.kernels as kernels
 from errors import UserError, quiet_compiler, quiet_imports
 from training.optim.adamw import AdamWBF16
 from training.optim.muon import Muon
@@ -113,6 +114,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = value
 
 
+def step_scaled(optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply the gradients and update the weights; on CUDA, AdamW's one kernel does both in one pass over them."""
+    if factor != 1.0 and isinstance(optimizer, torch.optim.AdamW) and kernels.on_cuda(gradients[0]):
+        # As torch's own loss scaling hands over what gradients are to be divided by.
+        optimizer.grad_scale = torch.full((), 1 / factor, device=gradients[0].device)
+        optimizer.step()
+        del optimizer.grad_scale
+        return
+    if factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+    optimizer.step()
+
+
 def _class_of(kind: str, momentum: float) -> Callable[..., torch.optim.Optimizer]:
     if kind == "adamw8bit":
         with quiet_imports():
@@ -162,7 +176,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
             raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
         # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
         counter = value.dim() == 0 and not value.is_floating_point()
-        optimizer.state[p][key] = int(value) if counter else value.to(p.device)
+        stays = key == "step" and getattr(optimizer, "counts_on_host", False)
+        optimizer.state[p][key] = int(value) if counter else value if stays else value.to(p.device)
     for (parameter, key), held in parts.items():
         from torchao.optim.subclass_8bit import OptimState8bit
 

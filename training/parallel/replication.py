@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import xxhash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import MiniDeepSeek
+from model import MiniDeepSeek, kernels
+from training.losses import Batch, Loss, Metric
 from training.parallel.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("*.py", *(f"{folder}/**/*.{kind}" for folder in ("model", "training", "text") for kind in ("py", "c", "h")))
 PART = 2**18  # numbers of a weight at a time: what lies between stays in a processor's cache
+LARGE_PART = 2**24  # on a GPU, which has more to do between two launches
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
 
 
@@ -34,6 +37,31 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
+class Replicated:
+    """The model on every rank, or on the only one.
+
+    Attributes: module: what is called in training; averaged_over: ranks over which gradients are averaged, and not
+        summed; disjoint: each rank has other gradients, and not all the same.
+    """
+
+    disjoint = False
+
+    def __init__(self, model: MiniDeepSeek, ranks: Ranks) -> None:
+        self.module, self.averaged_over = replicate(model, ranks), ranks.world
+
+    def accumulating(self, more: bool) -> AbstractContextManager:
+        """Keep gradients local while more micro-batches of the step follow."""
+        return self.module.no_sync() if more and self.averaged_over > 1 else nullcontext()
+
+    def compute(self, loss: Loss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+        """Return the loss of a micro-batch."""
+        return loss(self.module, batch)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return those of all weights that have one."""
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
+
+
 def facts(settings: object, run: dict[str, Any], model: MiniDeepSeek) -> dict[str, Any]:
     """Return what must be the same on all ranks. settings: a dataclass; run: of which data in which order."""
     return {
@@ -42,7 +70,7 @@ def facts(settings: object, run: dict[str, Any], model: MiniDeepSeek) -> dict[st
         "model": model.config,
         "code": code_version(),
         "torch": torch.__version__,
-        "weights": {name: value.item() for name, value in checksums(model).items()},
+        "weights": dict(zip(*listed(checksums(model)), strict=True)),
     }
 
 
@@ -74,20 +102,30 @@ def check_weights(ranks: Ranks, model: MiniDeepSeek, step: int) -> None:
     """Raise `UserError`, on the main rank, when what is trained is not the same to the bit on all ranks."""
     if ranks.world == 1:
         return
-    sums = checksums(model)
-    everywhere = torch.stack(ranks.gather(torch.stack(list(sums.values())).cpu()))
-    different = (everywhere != everywhere[0]).nonzero()
-    if len(different):
-        rank, place = different[0].tolist()
+    names, sums = listed(checksums(model))
+    everywhere = ranks.gather(sums)
+    different = [
+        (rank, name)
+        for rank, theirs in enumerate(everywhere)
+        for name, one, other in zip(names, everywhere[0], theirs, strict=True)
+        if one != other
+    ]
+    if different:
+        rank, name = different[0]
         ranks.fail(
-            f"rank {rank} disagrees with rank 0 after step {step}: {list(sums)[place]} is not the same "
+            f"rank {rank} disagrees with rank 0 after step {step}: {name} is not the same "
             f"({len(different)} such tensors); its memory or its code is not to be trusted: use --resume without it"
         )
 
 
+def listed(sums: Mapping[str, torch.Tensor]) -> tuple[list[str], list[int]]:
+    """Return names and values, read at once."""
+    return list(sums), torch.stack(list(sums.values())).tolist() if sums else []
+
+
 def checksums(model: MiniDeepSeek) -> dict[str, torch.Tensor]:
-    """Return `checksum` of every weight that is trained and of the router biases."""
-    moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Return `checksum` of every weight that is trained and whole, and of the router biases."""
+    moving = {name: p for name, p in model.named_parameters() if p.requires_grad and not hasattr(p, "to_local")}
     moving |= {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
     return {name: checksum(t.detach()) for name, t in moving.items()}
 
@@ -95,10 +133,11 @@ def checksums(model: MiniDeepSeek) -> dict[str, torch.Tensor]:
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
     """Return int64: the bits of each number as an integer times a factor of its place, summed modulo 2^64."""
     bits = tensor.contiguous().view(BITS[tensor.element_size()]).flatten()
-    factors = 2 * torch.arange(min(len(bits), PART), device=bits.device) + 1
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for part in bits.split(PART):
-        total = 31 * total + (part * factors[: len(part)]).sum()
+    size = LARGE_PART if kernels.on_cuda(tensor) else PART
+    factors = 2 * torch.arange(min(len(bits), size), device=bits.device) + 1
+    total, *others = [(part * factors[: len(part)]).sum() for part in bits.split(size)]
+    for other in others:
+        total = 31 * total + other
     return total
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: restored at its beginning, written in the background while training goes on."""
+"""The checkpoints of one run: restored at its beginning, written in the background while training continues."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from training.run.interrupt import aftermath
 from training.run.resume import contents, find_checkpoint
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Shards
 
 Tensors = dict[str, Any]  # tensors, or tables of them, by name
 
@@ -71,15 +74,14 @@ class Saver:
 
 
 def _step_back() -> None:
-    """Keep torch's operations in this thread to it, and let training have the processor first (on Linux).
+    """Run torch's operations of this thread on it alone, and give training the processor first (on Linux).
 
-    Otherwise its first one starts a team of threads of its own, which stays. Beside it OpenMP counts more threads than
-    cores, and no longer lets those of training wait for their next piece of work without going to sleep: small
-    operations of a step take twice as long from then on.
+    Otherwise the first of them starts a second pool of OpenMP threads, which stays. With more threads than cores OpenMP
+    no longer lets those of training spin between two pieces of work: a step's small operations take twice as long.
     """
     torch.get_num_threads()  # a thread takes the common number when it is first asked
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # where threads have a priority of their own
+    if sys.platform == "linux":  # where each thread has its own priority
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
@@ -97,9 +99,10 @@ class RunCheckpoints:
         tokenizer: Tokenizer,
         optimizer: torch.optim.Optimizer,
         dataset: Dataset,
+        shards: Shards | None = None,
     ) -> None:
         self._out, self._settings, self._ranks = Path(settings.out), settings, ranks
-        self._weights, self._tokenizer, self._optimizer = weights, tokenizer, optimizer
+        self._weights, self._tokenizer, self._optimizer, self._shards = weights, tokenizer, optimizer, shards
         self._made = dataset if isinstance(dataset, PolicyDataset) else None
         self.saver = Saver(settings.background_save, ranks.device)
 
@@ -118,7 +121,7 @@ class RunCheckpoints:
             return progress
         self._ranks.check_shared(folder, lambda: contents(folder))
         self._weights.load(folder)
-        state = load_training_state(folder, self._weights.model, self._optimizer)
+        state = load_training_state(folder, self._weights.model, self._optimizer, self._shards)
         if self._made is not None:
             self._made.load_state(state)
         self._ranks.gather(None)  # where another one could not read it, this says so
@@ -127,11 +130,11 @@ class RunCheckpoints:
 
     def save(self, name: str, progress: Progress) -> None:
         """Begin to write one of this moment; an error of the one before it comes up here."""
-        self._ranks.on_main(lambda: self._write(name, progress))
-
-    def _write(self, name: str, progress: Progress) -> None:
         data = {} if self._made is None else self._made.state()
-        snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data)
+        snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data, self._shards)
+        self._ranks.on_main(lambda: self._write(name, snapshot))
+
+    def _write(self, name: str, snapshot: Snapshot) -> None:
 
         def write(tensors: Tensors) -> None:
             snapshot.write(self._out / name, tensors)
@@ -155,7 +158,7 @@ class RunCheckpoints:
             self.save(folder.name, progress)
         self.wait()
         if not progress.finished:
-            say(f"interrupted: saved {folder}; the same command with --resume goes on from there{aftermath()}")
+            say(f"interrupted: saved {folder}; the same command with --resume continues from there{aftermath()}")
             return
         say(f"finished: {folder} after {progress.step} steps, {progress.tokens:,} tokens (ended by {end})")
         if self._settings.keep_best and (best := progress.best):

@@ -17,9 +17,7 @@ from text.tokenizer import SPECIAL_TOKENS
 
 FORMS = {
     "one file": ({}, {}),
-    "shards": ({}, {"max_shard_size": "30KB"}),
     "shards, tied": ({"tie_word_embeddings": True}, {"max_shard_size": "30KB"}),
-    "stacked experts": ({}, {"save_original_format": False}),
     "stacked experts in shards": ({}, {"save_original_format": False, "max_shard_size": "30KB"}),
     "bf16": ({"dtype": torch.bfloat16}, {"max_shard_size": "30KB"}),
 }
@@ -52,12 +50,11 @@ def test_a_folder_of_transformers_becomes_ours(form, their_model, run, tmp_path,
     torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_mtp_layers_come_along(depth, tiny_model, run, tmp_path):
-    model = tiny_model(num_nextn_predict_layers=depth)
+def test_mtp_layers_come_along(tiny_model, run, tmp_path):
+    model = tiny_model(num_nextn_predict_layers=2)
     model.save_pretrained(tmp_path / "theirs")
     done = run(main, "import", "--from", tmp_path / "theirs", "--to", tmp_path / "ours")
-    assert done.code == 0 and f"{depth} MTP layers" in done.out
+    assert done.code == 0 and "2 MTP layers" in done.out
     state = MiniDeepSeek.from_pretrained(tmp_path / "ours").state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
@@ -109,9 +106,8 @@ NOTICES = {
 
 
 @pytest.mark.parametrize(("change", "notice"), NOTICES.items(), ids=["none", "other marks", "broken", "larger"])
-def test_another_tokenizer_is_carried_over_with_a_notice(change, notice, pretrained, run, tmp_path):
-    source, target = tmp_path / "theirs", tmp_path / "ours"
-    shutil.copytree(pretrained / "final", source)
+def test_another_tokenizer_is_carried_over_with_a_notice(change, notice, checkpoint, run, tmp_path):
+    source, target = checkpoint, tmp_path / "ours"
     change(source / "tokenizer.json")
     done = run(main, "import", "--from", source, "--to", target)
     assert done.code == 0 and done.err.count("\n") == 1

@@ -7,17 +7,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 from decoding_steps import shaken
+from gpu_tape import Tape, taped_graphs
 from torch import Tensor
 
-from bench.gpu_tape import Tape, taped_graphs
 from model import MiniDeepSeek
-from model.cache import LatentCache, SlotCache
+from model.cache import LatentCache
 from model.decoding import runner
 from model.decoding.eager import EagerRunner
 from model.decoding.engine import Engine
 from model.decoding.runner import GraphRunner, fits_graph, positions_seen
 from model.decoding.sampling import Sampling
 from model.decoding.scheduler import Request
+from model.decoding.slot_cache import SlotCache
 
 BF16, HERE = torch.bfloat16, torch.device("cpu")
 CLOSE = dict(atol=0.02, rtol=0.02)

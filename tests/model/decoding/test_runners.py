@@ -13,11 +13,12 @@ from decoding_steps import NARROW, SHAPES, distance, in_pytorch, same_bits_howev
 from torch import Tensor, nn
 
 from model import MiniDeepSeek, ops
-from model.cache import LatentCache, SlotCache
+from model.cache import LatentCache
 from model.decoding import eager, native, runner
 from model.decoding.eager import Step
 from model.decoding.native import NativeRunner, Program
 from model.decoding.runner import fits_graph, runner_for
+from model.decoding.slot_cache import SlotCache
 from model.kernels import decode
 from model.kernels.compiled import compiled
 from model.moe import Router

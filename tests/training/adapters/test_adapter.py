@@ -147,12 +147,6 @@ def test_a_correction_of_stacked_experts_is_the_sum_of_the_matrices(base):
         torch.testing.assert_close(one, experts(x[:1], weights[:1], indices[:1]), rtol=1e-4, atol=1e-5)
 
 
-def test_generation_with_an_adapter_equals_generation_with_it_merged(base):
-    adapter = trained(base, LoraSettings(targets="all"))
-    with_adapter = base.eval().generate(IDS[:1], max_new_tokens=12)
-    assert torch.equal(with_adapter, adapter.merge().eval().generate(IDS[:1], max_new_tokens=12))
-
-
 def test_short_names_choose_their_matrices_and_never_those_of_mtp(base):
     for targets, words in {"attention": "self_attn", "ffn": "_proj", "experts": "mlp.experts"}.items():
         model = copy.deepcopy(base)

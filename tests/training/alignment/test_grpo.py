@@ -12,6 +12,7 @@ import pytest
 import torch
 from forked import script_on_ranks
 from safetensors.torch import load_file
+from victim import differences, entries
 
 import grpo_train
 from dataset import PromptDataset
@@ -31,7 +32,6 @@ CPU = torch.device("cpu")
 SHAPE = ["--sequence_length", 48, "--max_new_tokens", 8, "--prompts", 4, "--group", 4, "--micro_tokens", 384]
 SHAPE += ["--dtype", "fp32", "--device", "cpu", "--val_problems", 8, "--val_every", 2, "--data", "arithmetic:1-2"]
 VARIED = ["--rewards", json.dumps({f"{__name__}:letters": 1.0, "correct": 2.0})]
-CLOCK = {"seconds", "tokens_per_second", "mfu", "memory"}
 
 
 @reward
@@ -47,14 +47,6 @@ def brief(sample: Sample) -> float:
 
 def constant(samples: Sequence[Sample]) -> list[float]:
     return [0.3] * len(samples)
-
-
-def entries(out: Path) -> list[dict]:
-    """What was logged, without what depends on the clock."""
-    return [
-        {key: value for key, value in entry.items() if key not in CLOCK and not key.startswith(("rollout_", "train_"))}
-        for entry in read_metrics(out / "metrics.jsonl")
-    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -93,7 +85,7 @@ def small(tiny_config) -> MiniDeepSeek:
     return MiniDeepSeek(tiny_config(vocab_size=600, initializer_range=0.02, num_nextn_predict_layers=0)).eval()
 
 
-def test_what_is_rewarded_is_learnt(train, tmp_path):
+def test_what_is_rewarded_becomes_likelier(train, tmp_path):
     """Ending in time: a chance of a few per cent at first, and nearly always after fifteen steps."""
     options = ["--rewards", json.dumps({f"{__name__}:brief": 1}), "--optim.lr", 3e-3, "--prompts", 8, "--group", 8]
     done = train("run", *options, "--max_steps", 15, "--val_every", 0)
@@ -135,9 +127,7 @@ def test_resume_is_bit_exact(options, train, tmp_path):
     torch.rand(17)
     done = train("again", *given, "--resume")
     assert "step-3: step 3" in done.out
-    assert entries(tmp_path / "again") == entries(tmp_path / "whole")
-    ours, theirs = weights(tmp_path / "again" / "final"), weights(tmp_path / "whole" / "final")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not differences(tmp_path / "again", tmp_path / "whole")
 
 
 def test_the_second_step_on_a_batch_remembers_who_made_it(train, tmp_path):
@@ -196,11 +186,11 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(small, make):
     experience.rows.left_out_R[3] = LeftOut.OVERLONG  # and of this one a completion that was cut
     experience.arrange()
     batch = experience.batch(range(32, 64))
-    learnt = (batch["labels"] >= 0).any(1)
-    assert len(learnt) == 16 and learnt.sum() == 3 and batch["absent"][0] == 16
+    trained = (batch["labels"] >= 0).any(1)
+    assert len(trained) == 16 and trained.sum() == 3 and batch["absent"][0] == 16
     lengths = experience.rows.new_R
     assert batch["absent"][1] == lengths[4:].sum() and (batch["labels"] >= 0).sum() == lengths[:3].sum()
-    assert learnt.tolist() == sorted(learnt.tolist(), reverse=True)  # what fills a batch comes last
+    assert trained.tolist() == sorted(trained.tolist(), reverse=True)  # what fills a batch comes last
     everything = [experience.batch([i]) for i in range(32)]
     assert sum((batch["labels"] >= 0).sum() for batch in everything) == lengths[:3].sum()
 

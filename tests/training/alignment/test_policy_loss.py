@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from model.cache import PromptLatents
 from training.alignment.advantages import advantages
 from training.alignment.policy_loss import GRPOLoss, completion_hidden
+from training.alignment.prompt_latents import PromptLatents
 from training.log_probs import label_log_probs
 from training.losses import IGNORE
 

@@ -121,22 +121,13 @@ def broken(samples):
     raise ZeroDivisionError("division\nby zero")
 
 
-def nan(samples):
-    return [float("nan")] * len(samples)
-
-
-def short(samples):
-    return [1.0]
-
-
-def words(samples):
-    return ["much"] * len(samples)
-
-
-def nothing(samples):
-    return None
-
-
+FAULTY = {
+    "broken": (broken, "failed with ZeroDivisionError: division by zero; fix it"),
+    "nan": (lambda samples: [float("nan")] * len(samples), "gave nan for 'a banana'"),
+    "short": (lambda samples: [1.0], "gave 1 numbers for 2 samples"),
+    "words": (lambda samples: ["much"] * len(samples), "failed with ValueError: could not convert"),
+    "nothing": (lambda samples: None, "failed with TypeError"),
+}
 SAMPLES = [Sample(Problem("?", "7", "all"), "a banana", 5, 9)] * 2
 
 
@@ -144,22 +135,13 @@ def test_a_reward_of_ones_own_comes_by_its_import_path():
     assert Rewards.of({f"{__name__}:vowels": 2.0})(SAMPLES)[0] == [8.0, 8.0]
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("broken", "failed with ZeroDivisionError: division by zero; fix it"),
-        ("nan", "gave nan for 'a banana'"),
-        ("short", "gave 1 numbers for 2 samples"),
-        ("words", "failed with ValueError: could not convert"),
-        ("nothing", "failed with TypeError"),
-    ],
-)
-def test_a_faulty_reward_is_named_in_one_line(name, what):
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_faulty_reward_is_named_in_one_line(name):
+    function, what = FAULTY[name]
     with pytest.raises(UserError) as raised:
-        Rewards.of({f"{__name__}:{name}": 1.0})(SAMPLES)
+        Rewards({name: function}, {name: 1.0})(SAMPLES)
     message = str(raised.value)
-    assert message.startswith(f"reward '{__name__}:{name}': {what}")
-    assert "\n" not in message and "out of rewards" in message
+    assert message.startswith(f"reward '{name}': {what}") and "\n" not in message and "out of rewards" in message
 
 
 @pytest.mark.parametrize(
@@ -187,8 +169,8 @@ def test_the_rewards_of_the_project_are_listed():
 
 
 def test_what_a_reward_says_to_people_is_not_wrapped_up():
-    def told(samples):
+    def refuses(samples):
         raise UserError("rules.txt: is missing; write it")
 
     with pytest.raises(UserError, match=r"^rules\.txt: is missing; write it$"):
-        Rewards({"told": told}, {"told": 1.0})([Sample(Problem("?", "1", "all"), "1", 1, 9)])
+        Rewards({"refuses": refuses}, {"refuses": 1.0})(SAMPLES)

@@ -1,4 +1,4 @@
-"""Sampling groups: a completion depends on weights, prompt and its own chances, and its log-probabilities are right."""
+"""Sampling groups: a completion depends on weights, prompt and its own uniforms, and its log-probabilities hold."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_samplers_log_probabilities_are_the_trainers(temperature, tiny_model
 
 
 def test_a_completion_does_not_depend_on_its_batch(tiny_model):
-    """Alone, without padding and with another group, the same prompt and chances give the same tokens."""
+    """Alone, without padding and with another group, the same prompt and uniforms give the same tokens."""
     model = stopping(tiny_model)
     together = sampled(model, PROMPTS)
     drawn = uniforms(keys(3), GROUP, NEW)

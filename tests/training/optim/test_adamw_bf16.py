@@ -8,6 +8,7 @@ from torch import nn
 
 from model.kernels import fused
 from training.optim.adamw import AdamWBF16, plain_adamw_
+from training.optim.build import load_state_tensors, state_tensors
 
 SIZES = [(3,), (16,), (5, 7), (64, 33), (3, 40, 50)]  # whole lanes or not
 
@@ -72,6 +73,38 @@ def test_one_pass_in_c_equals_pytorch(monkeypatch):
         torch.testing.assert_close(mine[0], p, atol=1e-6, rtol=1e-6)
         for got, wanted in zip(mine[1:], (grad, first, second), strict=True):  # one unit in the last place at most
             torch.testing.assert_close(got, wanted, atol=0, rtol=2**-7)
+
+
+def test_on_cuda_few_launches_give_the_bits_of_one_parameter_after_the_other(on_cuda, monkeypatch):
+    """Some of them at a time, and those that were updated less often apart."""
+
+    def late(parameters):
+        optimizer = ours(parameters)
+        optimizer.state[parameters[1]].update(
+            step=torch.tensor(5.0), exp_avg=torch.ones(16).bfloat16(), exp_avg_sq=torch.ones(16).bfloat16()
+        )
+        return optimizer
+
+    monkeypatch.setattr("training.optim.adamw.TOGETHER", 2200)
+    calls, update = [], AdamWBF16._update_together
+    monkeypatch.setattr(AdamWBF16, "_update_together", lambda *given: calls.append(len(given[1])) or update(*given))
+    got, state = trained(late, 2)
+    assert calls == 2 * [3, 1, 1] and {type(x["step"]) for x in state.state.values()} == {torch.Tensor}
+    monkeypatch.setattr("model.kernels.on_cuda", lambda x: False)
+    wanted, _ = in_pytorch(monkeypatch, lambda: trained(late, 2))
+    assert all(torch.equal(p, q) for p, q in zip(got, wanted, strict=True))
+
+
+def test_counts_of_a_loaded_state_stay_on_the_host():
+    parameters, optimizer = trained(ours, 1)
+    model = nn.ParameterDict({str(i): p for i, p in enumerate(parameters)})
+    saved = state_tensors(optimizer, model)
+    places = []
+    move = torch.Tensor.to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda x, *given: places.append(x.dim()) or move(x, *given))
+        load_state_tensors(ours(parameters), model, saved)
+    assert len(places) == 2 * len(SIZES) and 0 not in places
 
 
 def test_two_threads_give_the_bits_of_one():

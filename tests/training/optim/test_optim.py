@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 
@@ -11,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from errors import UserError
-from training.optim.build import OptimSettings, build_optimizer, load_state_tensors, set_learning_rate, state_tensors
+from training.optim.build import (
+    OptimSettings,
+    build_optimizer,
+    load_state_tensors,
+    set_learning_rate,
+    state_tensors,
+    step_scaled,
+)
 
 
 @pytest.fixture
@@ -51,6 +59,29 @@ def test_counters_that_are_plain_numbers_come_back_as_such(model, tmp_path):
     load_state_tensors(second, model, load_file(tmp_path / "state.safetensors"))
     assert second.state[weight]["step"] == 7 and isinstance(second.state[weight]["step"], int)
     assert torch.equal(second.state[weight]["state1"], first.state[weight]["state1"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_bf16", "muon"])
+def test_scaling_within_the_update_of_cuda_equals_scaling_before_it(kind, model, on_cuda, monkeypatch):
+    passes, multiply = [], torch._foreach_mul_
+    ours, theirs = model, copy.deepcopy(model)
+    optimizers = [build_optimizer(each, OptimSettings(kind=kind, eps=1e-3)) for each in (ours, theirs)]
+    for factor in (0.37, 1.0, 2.5):
+        inputs = torch.randn(3, 64)
+        for each, optimizer in zip((ours, theirs), optimizers, strict=True):
+            each(inputs).square().sum().backward()
+            gradients = [p.grad for p in each.parameters()]
+            if each is theirs:
+                multiply(gradients, factor)
+                optimizer.step()
+            else:
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch, "_foreach_mul_", lambda *given: passes.append(given[1]) or multiply(*given))
+                    step_scaled(optimizer, gradients, factor)
+            optimizer.zero_grad()
+    assert (0.37 in passes) == (kind != "adamw")
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_rates_and_decay_go_by_name_and_shape(model):

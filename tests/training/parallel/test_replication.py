@@ -58,6 +58,16 @@ def test_a_checksum_depends_on_the_place_of_each_number():
     assert replication.checksum(numbers.bfloat16()) != replication.checksum(numbers.bfloat16().flip(0))
 
 
+def test_a_gpu_sums_in_larger_parts_what_a_cpu_sums_in_small_ones(on_cuda, monkeypatch):
+    """No part is left out, and all sums are read at once."""
+    monkeypatch.setattr(replication, "LARGE_PART", 1000)
+    numbers = torch.arange(2500, dtype=torch.float32)
+    bits = numbers.view(torch.int32).long()
+    parts = [(part * (2 * torch.arange(len(part)) + 1)).sum() for part in bits.split(1000)]
+    assert replication.checksum(numbers) == 31 * (31 * parts[0] + parts[1]) + parts[2]
+    assert replication.listed({"a": torch.tensor(2**62), "b": torch.tensor(-3)}) == (["a", "b"], [2**62, -3])
+
+
 def test_two_ranks_that_agree_train(together, tmp_path):
     assert [rank.code for rank in together()] == [0, 0]
     assert (tmp_path / "run" / "final").is_dir()

@@ -1,4 +1,4 @@
-"""The best validation is kept beside the last, patience ends a run, and both go on exactly after a resume."""
+"""The best validation is kept beside the last, patience ends a run, and both continue exactly after a resume."""
 
 from __future__ import annotations
 

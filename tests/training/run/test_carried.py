@@ -94,11 +94,10 @@ def other_names(folder: Path) -> None:
     ],
 )
 def test_a_state_that_is_not_there_or_does_not_fit_is_refused(
-    change, message, pretrained, pretrain_arguments, run, tmp_path
+    change, message, checkpoint, pretrain_arguments, run, tmp_path
 ):
-    shutil.copytree(pretrained / "final", tmp_path / "ckpt")
-    change(tmp_path / "ckpt")
-    options = ["--ckpt", tmp_path / "ckpt", "--out", tmp_path / "out", "--max_steps", 1, "--carry_optimizer"]
+    change(checkpoint)
+    options = ["--ckpt", checkpoint, "--out", tmp_path / "out", "--max_steps", 1, "--carry_optimizer"]
     refused = run(pretrain.main, *pretrain_arguments, *options)
     assert refused.code == 2 and message in refused.err and refused.err.count("\n") == 1
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

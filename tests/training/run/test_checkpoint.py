@@ -74,11 +74,15 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_checkpoint_is_a_hugging_face_folder_with_the_training_beside(sitting):
-    assert set(content(sitting.out / "step-1")) == {
+def test_a_checkpoint_is_a_hugging_face_folder_with_the_training_beside_it_in_float32(sitting):
+    folder = sitting.out / "step-1"
+    assert set(content(folder)) == {
         "config.json", "generation_config.json", "model.safetensors", "mtp.safetensors", "tokenizer.json",
         "tokenizer_config.json", "training/manifest.json", "training/progress.json", "training/state.safetensors",
     }  # fmt: skip
+    weights, state = (load_file(folder / name) for name in ("model.safetensors", "training/state.safetensors"))
+    assert {tensor.dtype for tensor in (*weights.values(), *state.values())} == {torch.float32}
+    assert {name.rsplit("|", 1)[1] for name in state} == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_all_that_training_needs_comes_back(sitting, sit):
@@ -102,15 +106,6 @@ def test_the_random_state_that_older_checkpoints_hold_is_left_out(sitting, sit):
     other, before = sit(1), torch.get_rng_state()
     load_training_state(sitting.out / "step-1", other.model, other.optimizer)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_weights_and_state_are_stored_in_float32(sitting):
-    weights = load_file(sitting.out / "step-1" / "model.safetensors")
-    state = load_file(sitting.out / "step-1" / "training" / "state.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert {state[name].dtype for name in state} == {torch.float32}
-    quantities = {name.rsplit("|", 1)[1] for name in state}
-    assert quantities == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def full(*_: object, **__: object) -> None:
@@ -168,15 +163,6 @@ def test_an_end_that_cannot_take_its_name_gives_the_old_one_back(killed, sitting
     sitting.save("final")
     assert read_progress(sitting.out / "final").step == 2
     assert sorted(path.name for path in sitting.out.iterdir()) == ["final", "step-1"]
-
-
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(sitting):
-    (sitting.out / ".step-2.partial" / "training").mkdir(parents=True)
-    (sitting.out / ".step-2.partial" / "model.safetensors").write_bytes(b"half")
-    assert newest(sitting.out).name == "step-1"
-    sitting.step()
-    sitting.save()
-    assert sorted(path.name for path in sitting.out.iterdir()) == ["step-1", "step-2"]
 
 
 def test_checkpoints_are_ordered_by_number_and_the_end_is_the_newest(sitting):

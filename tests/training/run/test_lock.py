@@ -1,4 +1,4 @@
-"""One run in a folder at a time; who was killed blocks nobody; a restart by torchrun goes on."""
+"""One run in a folder at a time; who was killed blocks nobody; a restart by torchrun resumes."""
 
 from __future__ import annotations
 

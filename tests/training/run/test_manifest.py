@@ -1,4 +1,4 @@
-"""Checksums find what has changed on the disk, and `--resume last-good` goes on without it."""
+"""Checksums find what has changed on the disk, and `--resume last-good` resumes without it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,12 @@ def trained(make):
     "name",
     ["model.safetensors", "mtp.safetensors", "tokenizer.json", "training/state.safetensors", "training/progress.json"],
 )
-def test_any_damage_to_any_file_is_found_and_named(name, damage, trained):
-    newest = trained.out / "step-6"
-    verify(newest)
-    DAMAGES[damage](newest / name)
+def test_any_damage_to_any_file_is_found_and_named(name, damage, checkpoint):
+    verify(checkpoint)
+    DAMAGES[damage](checkpoint / name)
     with pytest.raises(DamagedCheckpoint) as caught:
-        verify(newest)
-    assert str(caught.value).startswith(f"{newest / name}: damaged or cut short") and "\n" not in str(caught.value)
+        verify(checkpoint)
+    assert str(caught.value).startswith(f"{checkpoint / name}: damaged or cut short") and "\n" not in str(caught.value)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_offered(trained, make):
@@ -53,7 +52,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_offered(t
         make(max_steps=8, save_every=2, resume=True).run()
     message = str(caught.value)
     assert message.startswith(f"{trained.out / 'step-6' / 'model.safetensors'}: damaged")
-    assert message.endswith(f"--resume last-good goes on from the one before it, {trained.out / 'step-4'}")
+    assert message.endswith(f"--resume last-good continues from the one before it, {trained.out / 'step-4'}")
     assert caught.value.exit_code == 3 and "\n" not in message
 
 
@@ -112,7 +111,7 @@ NO_MANIFESTS = [
 
 
 @pytest.mark.parametrize("content", NO_MANIFESTS, ids=["list", "deep", "parent", "absolute"])
-def test_a_manifest_that_is_no_manifest_is_damage(trained, content):
-    (trained.out / "step-6" / MANIFEST).write_text(content)
+def test_a_manifest_that_is_no_manifest_is_damage(checkpoint, content):
+    (checkpoint / MANIFEST).write_text(content)
     with pytest.raises(DamagedCheckpoint, match=r"manifest\.json: cannot be read"):
-        verify(trained.out / "step-6")
+        verify(checkpoint)

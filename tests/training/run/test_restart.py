@@ -1,4 +1,4 @@
-"""`torchrun --max-restarts` takes a run up again by itself."""
+"""`torchrun --max-restarts` resumes a run by itself."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def torchrun(arguments: list[object], logs: Path) -> None:
 def test_a_rank_that_is_killed_costs_the_steps_since_the_last_save_and_nothing_else(
     pretrain_arguments, pretrained, tmp_path, monkeypatch
 ):
-    """Without --resume: the restart knows that it goes on with what the same torchrun began."""
+    """Without --resume: the restart knows that it resumes what the same torchrun began."""
     given = [*pretrain_arguments, *OPTIONS, "--out"]
     whole = on_ranks(2, lambda rank: call_main(pretrain.main, *given, tmp_path / "whole"), tmp_path)
     assert [rank.code for rank in whole] == [0, 0], whole[0].output()

@@ -7,13 +7,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from forked import on_ranks
 from safetensors.torch import load_file
 from toy_stage import ROWS, TIME, Rows, files, interrupt_at, steps_logged
+from victim import differences
 
 import model.checkpoint.folder
 import training.run.interrupt
@@ -28,14 +28,6 @@ from training.run.log import RunLog, read_metrics
 from training.trainer import Trainer
 from training.validation import BitsPerByte
 
-CLOCKS = {"seconds", "tokens_per_second", "mfu", "memory"}
-
-
-def entries(out: Path) -> list[dict]:
-    """Those of the log, without what a clock or the machine says."""
-    return [{key: entry[key] for key in entry.keys() - CLOCKS} for entry in read_metrics(out / "metrics.jsonl")]
-
-
 CASES = {
     "accumulated": {"micro_tokens": 3 * TIME},
     "tied": {"model": {"tie_word_embeddings": True}},
@@ -47,16 +39,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_resume_is_bit_exact(case, make):
     options = dict(max_steps=5, save_every=2, balance_weight=0.1, **CASES[case])
-    whole = make(**options)
+    whole = make("whole", **options)
     whole.run()
-    want, log = files(whole.out / "final"), entries(whole.out)
-    shutil.rmtree(whole.out / "final")
-    shutil.rmtree(whole.out / "step-4")
-    torch.rand(17)  # whatever happened to the random numbers meanwhile
     again = make(**options, resume=True)
-    assert again.run() == whole.out / "final"
-    assert files(whole.out / "final") == want
-    assert entries(whole.out) == log and [entry["step"] for entry in log] == [0, 1, 2, 3, 4, 5]
+    shutil.copytree(whole.out, again.out, ignore=shutil.ignore_patterns("final", "step-4"))
+    torch.rand(17)  # whatever happened to the random numbers meanwhile
+    assert again.run() == again.out / "final"
+    assert not differences(again.out, whole.out) and steps_logged(again) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_tied_checkpoint_without_its_head_is_resumed_to_the_bit(make, monkeypatch):
@@ -146,14 +135,10 @@ def test_a_larger_budget_goes_on_from_the_end(make):
 
 def test_a_run_that_was_interrupted_can_be_ended_there(make):
     make(max_steps=2).run()
-    before = files(make("whole", max_steps=4).run())
     assert make(max_steps=6, resume=True, dataset=interrupt_at(4, signal.SIGTERM)).run().name == "step-4"
     ended = make(max_steps=4, resume=True)
     assert ended.run() == ended.out / "final" and newest(ended.out) == ended.out / "final"
-    weights = MiniDeepSeek.from_pretrained(ended.out / "final").state_dict()
-    stopped = MiniDeepSeek.from_pretrained(ended.out / "step-4").state_dict()
-    assert weights.keys() == stopped.keys() and all(torch.equal(weights[name], stopped[name]) for name in weights)
-    assert before.keys() == files(ended.out / "final").keys()
+    assert files(ended.out / "final") == files(ended.out / "step-4")
 
 
 def test_the_last_checkpoints_are_kept(make):
@@ -188,12 +173,11 @@ def test_a_signal_is_obeyed_at_the_next_micro_batch_and_the_step_is_as_if_it_had
     trainer = make(dataset=cut_at(2, 1, asked, by=by), **cut)
     assert trainer.run() == trainer.out / "step-2"
     assert asked[-2:] == [[16, 17], [18, 19]] and len(asked) == 2 * 4 + 2 and signal.getsignal(by) is handler
-    said = f"interrupted: saved {trainer.out / 'step-2'}; the same command with --resume goes on from there"
+    said = f"interrupted: saved {trainer.out / 'step-2'}; the same command with --resume continues from there"
     assert said in capsys.readouterr().out
     assert steps_logged(trainer) == [0, 1, 2] and not (trainer.out / "final").exists()
     make(resume=True, **cut).run()
-    assert files(trainer.out / "final") == files(whole.out / "final")
-    assert entries(trainer.out) == entries(whole.out)
+    assert not differences(trainer.out, whole.out)
 
 
 def test_a_signal_in_the_first_step_leaves_nothing_and_says_so(make, capsys):
@@ -235,7 +219,7 @@ def test_a_validation_that_is_cut_short_by_a_signal_is_made_on_resume(make):
     assert trainer.run() == trainer.out / "step-2"
     assert steps_logged(trainer) == [0, 1]
     measured(make(val_every=2, resume=True)).run()
-    assert entries(trainer.out) == entries(whole.out) and files(trainer.out / "final") == files(whole.out / "final")
+    assert not differences(trainer.out, whole.out)
 
 
 def test_a_first_validation_that_is_cut_short_is_not_logged(make):

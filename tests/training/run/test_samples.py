@@ -15,6 +15,7 @@ from toy_stage import Rows, files
 
 import full_sft
 import pretrain
+import training.run.samples
 from errors import UserError
 from text.tokenizer import Tokenizer
 from training.chats import chat_prompts
@@ -23,7 +24,12 @@ from training.run.log import read_metrics
 from training.run.samples import LONGEST, Samples, open_samples, read_prompts, text_prompts
 from training.trainer import Trainer
 
-PROMPTS = [[3, 120, 130], [3, 140]]
+PROMPTS, NEW = [[3, 120, 130], [3, 140]], 12
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    monkeypatch.setattr(training.run.samples, "NEW", NEW)
 
 
 def with_samples(trainer: Trainer, every: int = 0, compiled: bool = False) -> Trainer:
@@ -65,7 +71,7 @@ def test_a_sample_is_the_greedy_continuation_and_is_shown_in_one_line(make, caps
     trainer.run()
     entry = written(trainer.out)[-1]
     ids = trainer.model.eval().generate(
-        torch.tensor([PROMPTS[1]]), max_new_tokens=48, eos_token_id=trainer.tokenizer.eos_id
+        torch.tensor([PROMPTS[1]]), max_new_tokens=NEW, eos_token_id=trainer.tokenizer.eos_id
     )[0]
     new = ids[len(PROMPTS[1]) :].tolist()
     assert entry["text"] == trainer.tokenizer.decode([token for token in new if token != trainer.tokenizer.eos_id])
@@ -150,10 +156,9 @@ def short() -> list[object]:
 def test_pretraining_continues_held_out_texts(pretrain_arguments, short, tmp_path, run):
     assert run(pretrain.main, *pretrain_arguments, *short, "--out", tmp_path / "run").code == 0
     assert [entry["step"] for entry in written(tmp_path / "run")] == [0, 0, 2, 2]
-    off = [*pretrain_arguments, *short, "--val_fraction", 0, "--shards", tmp_path / "shards"]
-    assert run(pretrain.main, *off, "--out", tmp_path / "off").code == 0
-    assert not (tmp_path / "off" / "samples.jsonl").exists()
-    assert run(pretrain.main, *off, "--sample_every", 2, "--out", tmp_path / "asked").code == 0
+    assert open_samples(SimpleNamespace(sample_every=0), None, None, [], False, text_prompts) is None
+    asked = ["--val_fraction", 0, "--shards", tmp_path / "shards", "--sample_every", 2, "--out", tmp_path / "asked"]
+    assert run(pretrain.main, *pretrain_arguments, *short, *asked).code == 0
     assert len(written(tmp_path / "asked")) == 4
 
 

@@ -58,20 +58,17 @@ def train(make, apart, monkeypatch) -> Callable[..., list[Forked]]:
     )
 
 
-def test_a_fresh_run_needs_no_common_disk_and_a_resume_does(train, tmp_path):
+def test_a_fresh_run_needs_no_common_disk_and_a_resume_sees_one_checkpoint_on_all_nodes(train, tmp_path):
     assert_fine(train(max_steps=2))
-    assert (tmp_path / "node-0" / "run" / "final").is_dir() and not (tmp_path / "node-1" / "run").exists()
+    run, other = (tmp_path / f"node-{rank}" / "run" for rank in (0, 1))
+    assert (run / "final").is_dir() and not other.exists()
     assert_all_say(train(max_steps=4, resume=True), "run/final")
-    # Copied to the other node, it is seen.
-    shutil.copytree(tmp_path / "node-0" / "run", tmp_path / "node-1" / "run")
+    shutil.copytree(run, other)
+    progress = other / "final" / "training" / "progress.json"  # another checkpoint of the same name
+    progress.write_text(progress.read_text(encoding="utf8").replace('"step": 2', '"step": 1'), encoding="utf8")
+    assert_all_say(train(max_steps=4, resume=True), "run/final")
+    shutil.copy(run / "final" / "training" / "progress.json", progress)
     assert_fine(train(max_steps=4, resume=True))
-
-
-def test_another_checkpoint_of_the_same_name_is_not_taken_for_it(train, tmp_path):
-    assert_fine(train(max_steps=2))
-    assert_fine(train(max_steps=2, out="other", seed=1))
-    shutil.copytree(tmp_path / "node-0" / "other", tmp_path / "node-1" / "run")
-    assert_all_say(train(max_steps=4, resume=True), "run/final")
 
 
 def test_a_checkpoint_that_is_seen_late_is_waited_for(train, tmp_path, monkeypatch):
@@ -111,7 +108,7 @@ def test_a_common_folder_of_shards_is_made_by_one_rank_and_read_by_both(pretrain
 
 
 @pytest.mark.parametrize("text", ["", None], ids=["no text", "missing"])
-def test_a_corpus_that_is_refused_leaves_nothing_and_is_told_once(text, pretrain_arguments, tmp_path):
+def test_a_corpus_that_is_refused_leaves_nothing_and_is_reported_once(text, pretrain_arguments, tmp_path):
     if text is not None:
         (tmp_path / "a.jsonl").write_text('{"text": ""}\n', encoding="utf8")
     before = {path.name for path in tmp_path.iterdir()}
@@ -133,7 +130,7 @@ def test_who_waits_for_shards_ends_when_the_main_rank_is_gone(pretrain_arguments
 
 
 def test_what_the_reference_said_is_looked_for_on_rank_0_alone(apart, pretrained, world, tmp_path):
-    """A run that ended before its first checkpoint leaves reference.safetensors on rank 0; both go on with it."""
+    """A run that ended before its first checkpoint leaves reference.safetensors on rank 0; both continue with it."""
     arguments = ["--ckpt", pretrained / "final", "--data", world / "preferences.jsonl", "--out", "run"]
     arguments += ["--sequence_length", 64, "--batch_tokens", 512, "--micro_tokens", 256, "--val_tokens", 512]
     arguments += ["--max_steps", 1, "--dist.timeout", 20, "--dtype", "fp32", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""Runs that are killed and taken up again end as if nobody had disturbed them. tests/chaos.py does more of the same."""
+"""Runs that are killed and resumed end as if nobody had disturbed them. tests/chaos.py does more of the same."""
 
 from __future__ import annotations
 

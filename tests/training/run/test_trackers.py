@@ -12,12 +12,18 @@ from types import SimpleNamespace
 import pytest
 
 import pretrain
+import training.run.samples
 import training.run.trackers
 from errors import UserError
 from training.run.log import RunLog, read_metrics
 from training.run.samples import Samples
 from training.run.trackers import check_installed, open_trackers, tracker_names
 from training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    monkeypatch.setattr(training.run.samples, "NEW", 8)
 
 
 def sampled(trainer: Trainer) -> Trainer:
@@ -34,46 +40,46 @@ def of_file(out: Path, step: int) -> list[list[str]]:
 
 @pytest.fixture
 def hosted(monkeypatch) -> Callable[[str], SimpleNamespace]:
-    """`hosted(name)`: what a library in the place of wandb or swanlab is told, without keys in the environment."""
+    """`hosted(name)`: what a library in the place of wandb or swanlab is given, without keys in the environment."""
     for variable in ("API_KEY", "MODE"):
         monkeypatch.delenv(f"WANDB_{variable}", raising=False)
         monkeypatch.delenv(f"SWANLAB_{variable}", raising=False)
 
     def stand_in(name: str) -> SimpleNamespace:
-        told = SimpleNamespace(runs=[], logged=[], finished=0)
+        seen = SimpleNamespace(runs=[], logged=[], finished=0)
         library = SimpleNamespace(
-            log=lambda values, step: told.logged.append((step, values)),
-            finish=lambda: setattr(told, "finished", told.finished + 1),
+            log=lambda values, step: seen.logged.append((step, values)),
+            finish=lambda: setattr(seen, "finished", seen.finished + 1),
             Table=lambda columns, data: data,
             Text=lambda text, caption: [caption, text],
         )
-        library.init = lambda **options: told.runs.append(options) or library
+        library.init = lambda **options: seen.runs.append(options) or library
         monkeypatch.setitem(sys.modules, name, library)
-        return told
+        return seen
 
     return stand_in
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab"])
 def test_a_tracker_is_given_each_step_and_the_samples_and_stays_offline_without_a_key(name, make, hosted):
-    told = hosted(name)
+    seen = hosted(name)
     trainer = sampled(make(log_to=name, max_steps=2))
     trainer.run()
-    (options,) = told.runs
-    assert (options["project"], options["mode"], told.finished) == ("mini-deepseek-v3", "offline", 1)
+    (options,) = seen.runs
+    assert (options["project"], options["mode"], seen.finished) == ("mini-deepseek-v3", "offline", 1)
     assert options["config"]["max_steps"] == 2
-    numbers = {step: values for step, values in told.logged if "samples" not in values}
+    numbers = {step: values for step, values in seen.logged if "samples" not in values}
     entries = read_metrics(trainer.out / "metrics.jsonl")
     assert [numbers[step].get("loss") for step in (0, 1, 2)] == [entry.get("loss") for entry in entries]
     assert numbers[1]["max_vio/layer_2"] == entries[1]["max_vio"][-1] and "max_vio" not in numbers[1]
-    texts = {step: values["samples"] for step, values in told.logged if "samples" in values}
+    texts = {step: values["samples"] for step, values in seen.logged if "samples" in values}
     assert texts == {step: of_file(trainer.out, step) for step in (0, 1, 2)} and len(texts[2]) == 2
 
 
 def test_a_wandb_project_implies_wandb(make, hosted):
-    told = hosted("wandb")
+    seen = hosted("wandb")
     make(wandb="mini", max_steps=1).run()
-    assert told.runs[0]["project"] == "mini" and [step for step, _ in told.logged] == [0, 1]
+    assert seen.runs[0]["project"] == "mini" and [step for step, _ in seen.logged] == [0, 1]
     assert tracker_names(" tensorboard, wandb", "mini") == ["tensorboard", "wandb"]
 
 
@@ -84,11 +90,11 @@ def test_a_wandb_project_implies_wandb(make, hosted):
      ({"MODE": "disabled"}, "disabled")],
 )  # fmt: skip
 def test_the_environment_decides_what_leaves_the_machine(environment, mode, name, hosted, monkeypatch, tmp_path):
-    told = hosted(name)
+    seen = hosted(name)
     for variable, value in environment.items():
         monkeypatch.setenv(f"{name.upper()}_{variable}", value)
     open_trackers([name], tmp_path, 0, "", {})
-    assert told.runs[0]["mode"] == mode
+    assert seen.runs[0]["mode"] == mode
 
 
 def test_a_resumed_run_is_the_same_one_there_and_a_new_run_another(make, hosted):
@@ -97,41 +103,11 @@ def test_a_resumed_run_is_the_same_one_there_and_a_new_run_another(make, hosted)
     make(log_to="wandb,swanlab", max_steps=4, resume=True).run()
     shutil.rmtree(make().out / "final")
     make(log_to="wandb,swanlab", max_steps=1).run()
-    for told in both:
-        assert [step for step, _ in told.logged] == [0, 1, 2, 3, 4, 0, 1]
-        first, resumed, new = (run["id"] for run in told.runs)
+    for seen in both:
+        assert [step for step, _ in seen.logged] == [0, 1, 2, 3, 4, 0, 1]
+        first, resumed, new = (run["id"] for run in seen.runs)
         assert first == resumed == both[0].runs[0]["id"] and new == both[0].runs[2]["id"] != first
-        assert len(new) == 21 and {run["resume"] for run in told.runs} == {"allow"}
-
-
-def test_tensorboard_hides_what_is_logged_again(make, monkeypatch):
-    """Its writer in the place of the real one, which the requirements leave out."""
-    told = SimpleNamespace(writers=[], scalars=[], texts=[], closed=0)
-
-    class SummaryWriter:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            told.writers.append((Path(folder).name, purge_step))
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            told.scalars.append((name, step, value))
-
-        def add_text(self, name: str, text: str, step: int) -> None:
-            told.texts.append((name, step, text))
-
-        def flush(self) -> None: ...
-
-        def close(self) -> None:
-            told.closed += 1
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    out = sampled(make(log_to="tensorboard", max_steps=2)).run().parent
-    sampled(make(log_to="tensorboard", max_steps=3, resume=True)).run()
-    assert told.writers == [("tensorboard", 0), ("tensorboard", 3)] and told.closed == 2
-    losses = [(step, value) for name, step, value in told.scalars if name == "loss"]
-    assert losses == [(e["step"], e["loss"]) for e in read_metrics(out / "metrics.jsonl") if "loss" in e]
-    prompt, text = of_file(out, 3)[1]
-    (shown,) = [text for name, step, text in told.texts if (name, step) == ("sample/2", 3)]
-    assert shown.replace("\n    ", "\n") == f"    {prompt} | {text}"
+        assert len(new) == 21 and {run["resume"] for run in seen.runs} == {"allow"}
 
 
 def test_the_real_tensorboard_reads_one_curve_of_a_resumed_run(make):
@@ -153,12 +129,12 @@ def test_the_real_tensorboard_reads_one_curve_of_a_resumed_run(make):
 
 def test_the_completion_of_a_validation_goes_to_the_tracker_too(tmp_path, hosted):
     """Reinforcement learning logs one with each entry."""
-    told = hosted("wandb")
+    seen = hosted("wandb")
     sample = {"question": "3+4?", "completion": "7", "answer": "7", "rewards": {"correct": 1.0}}
     with RunLog(tmp_path, 0, True, open_trackers(["wandb"], tmp_path, 0, "", {})) as log:
         log.write({"step": 1, "tokens": 10, "sample": sample})
         log.write({"step": 2, "tokens": 20, "sample": sample, "val_accuracy": 1.0})
-    assert [(step, values["samples"]) for step, values in told.logged if "samples" in values] == [(2, [["3+4?", "7"]])]
+    assert [(step, values["samples"]) for step, values in seen.logged if "samples" in values] == [(2, [["3+4?", "7"]])]
 
 
 def test_a_name_that_is_none_and_a_library_that_is_missing_are_one_line(pretrain_arguments, tmp_path, run, monkeypatch):
