@@ -123,7 +123,7 @@ def check_server(
     clients: int = 64,
     slots: int = 16,
     lm_eval: bool = True,
-    count: int = 100,
+    count: int = 40,
 ) -> None:
     """Check a server of one checkpoint.
 

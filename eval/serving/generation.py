@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from errors import UserError
-from eval.serving.objects import TokenObjects
 from eval.serving.reply_text import Piece, ReplyText
 from eval.serving.requests import ChatRequest, SampledRequest
 from eval.serving.worker import Job, Served, Token, Worker
@@ -21,7 +20,6 @@ from text.chats.chat_template import Message, encode_chat
 from text.chats.conversations import with_system
 from text.chats.turns import read_turn
 from text.sources.row_report import RowError
-from text.stream_decoder import StreamDecoder
 
 ENDED = "the server's worker has ended; see its log"
 INSPECTED = 8  # alternatives of each token where none are asked for
@@ -79,7 +77,6 @@ class Generation:
         self.begun, self.loop = time.monotonic(), asyncio.get_running_loop()
         self.arrived: asyncio.Queue[tuple[int, Token]] = asyncio.Queue()
         tokenizer = self.served.answerer.tokenizer
-        self.objects = TokenObjects(self.served.answerer.model, StreamDecoder(tokenizer, skip_special_tokens=False))
         self.replies = [Reply(ReplyText(tokenizer, body.stop, tools), ids) for ids in prompts for _ in range(body.n)]
         jobs = [self._job(index, reply.prompt) for index, reply in enumerate(self.replies)]
         self.jobs = {index: job for index, job in enumerate(jobs) if job.request.max_new_tokens}
