@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from gpu_decoding import BF16, waits
@@ -84,36 +85,35 @@ def timed(place: Place, step: TrainStep, ids: Tensor) -> float:
 
 
 def beside(place: Place, step: TrainStep, ids: Tensor) -> Iterator[Finding]:
-    """Yield both speeds, measured in turn on fewer rows, which both hold in memory."""
-    try:
-        theirs = open_transformers(place, step.model)
-    except ImportError:
-        return
+    """Yield both speeds, measured in turn on fewer rows, which both hold in memory, neither compiled."""
     ids = ids[: max(len(ids) // 4, 1)]
-    optimizer = build_optimizer(theirs, OptimSettings(lr=1e-4))
-
-    def their_step() -> None:
-        with place.autocast(BF16):
-            value = theirs(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
-        value.backward()
-        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    sides: dict[str, Callable[[], object]] = {"here": lambda: step(ids), "transformers": their_step}
+    for experts in ("grouped_mm", "eager"):  # as they choose, and where that does not run
+        try:
+            their_step = step_of_transformers(place, step.model, ids, experts)
+            their_step()
+            break
+        except (ImportError, NotRun):
+            return
+        except RuntimeError:
+            place.clear()
+    else:
+        return
+    sides: dict[str, Callable[[], object]] = {"here": lambda: step(ids), f"transformers, {experts}": their_step}
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(ROUNDS + 1):
-        for name, run in sides.items():
-            seconds = place.seconds(run, 3)
-            if turn:  # the first warms up
-                found[name].append(ids[:, 1:].numel() / seconds)
+    with nullcontext() if place.small else torch.compiler.set_stance("force_eager"):
+        for turn in range(ROUNDS + 1):
+            for name, run in sides.items():
+                seconds = place.seconds(run, 3)
+                if turn:  # the first warms up
+                    found[name].append(ids[:, 1:].numel() / seconds)
     for name, speeds in found.items():
         yield Finding(f"in turn, {name}", statistics.median(speeds), unit=f"tokens/s, {len(ids)} rows")
-    yield Finding("least ratio", min(found["here"]) / max(found["transformers"]))
+    ours, theirs = found.values()
+    yield Finding("least ratio", min(ours) / max(theirs))
 
 
-def open_transformers(place: Place, model: MiniDeepSeek) -> nn.Module:
-    """Return transformers' model of the same weights. Raises ImportError without it, NotRun without memory for both."""
+def step_of_transformers(place: Place, model: MiniDeepSeek, ids: Tensor, experts: str) -> Callable[[], None]:
+    """Return a step of transformers with the same weights. Raises ImportError without it, NotRun without memory."""
     from errors import quiet_imports
 
     with quiet_imports():
@@ -121,7 +121,19 @@ def open_transformers(place: Place, model: MiniDeepSeek) -> nn.Module:
     place.need(STATE * sum(p.numel() for p in model.parameters()) * 1.3, "transformers' model beside ours")
     with tempfile.TemporaryDirectory() as folder, quiet_imports():
         model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to(place.device)
+        opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation=experts)
+    theirs = opened.train().to(place.device)
+    optimizer = build_optimizer(theirs, OptimSettings(lr=1e-4))
+
+    def step() -> None:
+        with place.autocast(BF16):
+            value = theirs(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
+        value.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def decode(place: Place) -> Iterator[Finding]:
