@@ -53,6 +53,7 @@ def test_places_are_searched_in_one_order_and_give_one_guess(reply, taken):
 
 def test_what_is_declared_is_taken_whole():
     assert declared_answer("<answer>3 red apples</answer>") == "3 red apples"
+    assert declared_answer("So:\n#### 3 red apples\nDone.") == "3 red apples"
 
 
 @pytest.mark.parametrize(
