@@ -80,7 +80,7 @@ def test_remarks_of_the_compiler_are_quiet():
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         quiet_compiler()
-        warnings.warn("Torchinductor does not support code generation for complex operators. Slow.", stacklevel=1)
+        warnings.warn("Dynamo detected a call to a `functools.lru_cache`-wrapped function at x.", stacklevel=1)
         warnings.warn("OptimState8bit does not implement _stable_hash_for_caching. For PT2", stacklevel=1)
         warnings.warn("another", stacklevel=1)
     assert [str(warning.message) for warning in heard] == ["another"]

@@ -37,6 +37,8 @@ from training.settings import StageSettings, save_resolved
 from training.step import Dataset, OptimizerStep, PolicyDataset, Skipping
 from training.validation import Validation
 
+GRAPHS = 64  # that torch.compile may make of one kind of layer
+
 
 class Trainer:
     """Runs a stage to the end of its budget, from the newest checkpoint when resuming.
@@ -116,6 +118,8 @@ class Trainer:
             return final
         if self.settings.compiles(self.ranks.device):
             quiet_compiler()
+            # Each shape is one: of training and validation, their last batches, and several numbers of segments.
+            torch._dynamo.config.recompile_limit = GRAPHS
             if self.settings.compile is None:  # nobody asked for it: what cannot be compiled here runs as it is
                 torch._dynamo.config.suppress_errors = True
             for layer in [*self.model.model.layers, *self.model.mtp]:
