@@ -25,6 +25,12 @@ from text.judging.verifier import Verifier, shared_verifier
 ROWS = Path(__file__).parents[2] / "data" / "answers.jsonl"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take longer than a judge would wait."""
+    monkeypatch.setattr(shared_verifier(), "seconds", 60.0)
+
+
 def test_every_reply_is_judged_as_a_person_judges_it():
     rows = [json.loads(line) for line in ROWS.read_text("utf8").splitlines()]
     differing = [row for row in rows if judge(row["answer"], row["reply"]).right != row["right"]]
