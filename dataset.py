@@ -57,7 +57,7 @@ def preview(
 
 
 def check(data: str, tokenizer: str = "", ckpt: str = "", datasets: str = REGISTRY, sequence_length: int = 512) -> None:
-    """Read everything and tell of it; the exit code is 2 when a source has no usable row or cannot be read to its end.
+    """Read everything and report on it; the exit code is 2 for a source without a usable row or that breaks off.
 
     Args:
         data: names in --datasets, files, folders or Hub ids, separated by commas.

@@ -124,7 +124,7 @@ def quiet_imports() -> Iterator[None]:
 
 def quiet_compiler() -> None:
     """Have torch compile without remarks on parts of this project and of torchao that it compiles well enough."""
-    for message in ("Torchinductor does not support code generation for complex", ".*_stable_hash_for_caching"):
+    for message in ("Dynamo detected a call to a `functools.lru_cache`", ".*_stable_hash_for_caching"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 

@@ -7,6 +7,7 @@ python grpo_train.py --ckpt out/sft/final --data arithmetic:1-3 --out out/grpo -
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from cli import parse
 from dataset import PromptDataset
@@ -59,6 +60,8 @@ class GRPOSettings(StageSettings, RolloutSettings):
     val_every: int = 20
     save_every: int = 50
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-5, weight_decay=0.0, decay_from=1.0))
+
+    COMPILES: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

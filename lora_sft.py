@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from torch import nn
 
@@ -37,6 +38,7 @@ class LoraSFTSettings(ChatSettings):
     lora: LoraSettings = field(default_factory=LoraSettings)
     base: str = "auto"
     merge: bool = False
+    COMPILES: ClassVar[bool] = False
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=2e-3, weight_decay=0.0, decay_from=0.0))
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from eval.score_files import SCORES, read_scores
 from training.run.log import read_metrics, shown
 from training.validation import MEASURED_ON
 
-# What tells a stage by its entries; the losses of different stages are different things.
+# The measures that only one stage logs; the losses of different stages are different things.
 STAGES = {"reward": "rewards", "margin": "preferences", "divergence": "distillation"}
 
 
@@ -88,9 +88,9 @@ def open_runs(folders: Sequence[str], live: bool = False) -> list[ComparedRun]:
 
 
 def _measured(run: Path, path: Path) -> list[Path]:
-    """Folders with the scores of a run: those of the checkpoint that was named, of the last one, or the newest."""
+    """Return folders with a run's scores: those of the checkpoint that was named, of the last one, or the newest."""
     found = sorted((run / "eval").glob(f"*/{SCORES}"), key=lambda file: file.stat().st_mtime, reverse=True)
     folders = [file.parent for file in found]
-    wanted = path.name if path.absolute() != run.absolute() else "final"
-    named = [folder for folder in folders if folder.name == wanted]
+    name = path.name if path.absolute() != run.absolute() else "final"
+    named = [folder for folder in folders if folder.name == name]
     return named or ([] if path.absolute() != run.absolute() else folders)

@@ -18,7 +18,7 @@ from training.validation import MEASURED_ON
 COLUMNS, MOST_BARS = 3, 14
 TITLE = "scores (black: 95%, red: chance)"
 AXES = {"tokens": "tokens", "step": "steps", "seconds": "seconds of training"}
-# What the table tells of a run's end, with its form.
+# What the table shows of a run's end, with its format.
 ENDS = {
     "step": ("steps", "{:,}"),
     "tokens": ("tokens", "{:,}"),
@@ -128,7 +128,7 @@ def _cell(score: Score | None, first: Score | None) -> str:
 
 
 def draw(runs: Sequence[ComparedRun], path: Path | BinaryIO, x: str = "tokens") -> None:
-    """A panel for each measure that a run logged, with a line for each run, and bars for the scores."""
+    """Draw a panel for each measure that a run logged, with a line for each run, and bars for the scores."""
     pyplot = load_pyplot()
     panels = [panel for title, unit, keys in PANELS for panel in _panels(title, unit, keys, runs)]
     # Shares, and bits per byte; other units have no common scale.

@@ -54,18 +54,18 @@ def loads(answerer: Answerer, texts: Sequence[str], most_tokens: int) -> Tensor:
 
 
 def relative(counts: Tensor) -> Tensor:
-    """Loads over the mean load of their layer: 1 is even, as the paper's relative expert load."""
+    """Return loads over the mean load of their layer: 1 is even, as the paper's relative expert load."""
     return counts / counts.mean(-1, keepdim=True).clamp(min=1e-9)
 
 
 def specialisation(counts: Sequence[Tensor]) -> list[float]:
-    """Of each layer, how far the domains' loads are apart: the mean total variation distance of all pairs, 0 to 1."""
+    """Return how far the domains' loads are apart in each layer: the mean total variation distance of all pairs."""
     apart = [(a - b).abs().sum(-1) / 2 for a, b in combinations(map(_shares, counts), 2)]
     return (sum(apart) / len(apart)).tolist() if apart else [0.0] * len(counts[0])
 
 
 def markdown(name: str, domains: dict[str, Tensor]) -> str:
-    """MaxVio of each layer and domain, and how far the domains are apart."""
+    """Return MaxVio of each layer and domain, and how far the domains are apart."""
     counts = list(domains.values())
     together = sum(map(_shares, counts))  # each domain of the same weight
     rows = [
@@ -81,7 +81,7 @@ def markdown(name: str, domains: dict[str, Tensor]) -> str:
 
 
 def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]], path: Path) -> None:
-    """A heat map of domains and experts for each layer; below, each layer's MaxVio over the run, if it is known."""
+    """Draw a heat map of domains and experts for each layer; below, each layer's MaxVio over the run, if known."""
     pyplot = load_pyplot()
     from matplotlib.ticker import EngFormatter
 

@@ -151,7 +151,7 @@ def measure(
 
     Args:
         docs: of a task of this project; empty for one of lm-evaluation-harness's own, to which what follows applies.
-        weights: what tells this model from others.
+        weights: what identifies the model.
         limit: items, 0 for all. shots: worked questions, None for the task's own number. chat: ask in the model's
             chat template.
 

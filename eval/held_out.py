@@ -6,16 +6,15 @@ python eval/run.py --ckpt DIR --suite text=out/held_out.jsonl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cli import call
-from errors import UserError, command_line, is_broken, naming
+from errors import UserError, command_line, is_broken
 from text.corpus.shard_set import ShardSet
 from text.corpus.shards import open_sources
-from text.files import read_yaml
+from text.files import read_yaml, write_json_lines
 from text.sources.registry import REGISTRY, find_sources
 from text.tokenizer import Tokenizer
 
@@ -74,11 +73,7 @@ def held_out(run: str, out: str) -> None:
     texts = list(held_out_documents(Path(run)))
     if not texts:
         raise UserError(f"{run}: nothing was held out (val_fraction)")
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf8"
-        )
+    write_json_lines(path, ({"text": text} for text in texts))
     print(f"{path}: {len(texts):,} documents, {sum(len(text.encode()) for text in texts):,} bytes")
 
 

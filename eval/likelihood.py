@@ -196,7 +196,7 @@ def label_nats(hidden: Tensor, head: Tensor, labels: Tensor) -> Iterator[Scored]
 
 
 def rolling(line: list[int], window: int, stride: int) -> Iterator[Pair]:
-    """Windows over a line of ids whose first is given; each scores what those before it have not.
+    """Yield windows over a line of ids whose first is given; each scores what those before it have not.
 
     A window reads at most `window` ids. The last one reaches back as far as it can.
     """
@@ -208,7 +208,7 @@ def rolling(line: list[int], window: int, stride: int) -> Iterator[Pair]:
 
 
 def batches(items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[list[int]]:
-    """Places of items of similar length, at most `AT_ONCE` positions together, the longest first."""
+    """Yield places of items of similar length, at most `AT_ONCE` positions together, the longest first."""
     part: list[int] = []
     widest = 0
     for place in sorted(range(len(items)), key=lambda place: -length(items[place])):

@@ -39,7 +39,7 @@ def write_page(
     measured: Sequence[PageTable] = (),
     answers: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the page of run folders. Raises `UserError` for what is none.
+    """Write the page of run folders. Raises `UserError` for what is not a run.
 
     measured: tables before those of the runs themselves. answers: question, answer, reply and correct of each.
     """

@@ -5,7 +5,6 @@ python eval/questions.py --ckpt out/demo/sft/final --file data/demo/heldout_ques
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from eval.answering import Answerer
 from model.decoding.sampling import GREEDY, Sampling
 from text.files import json_text
 from text.judging.answers import conclusion
+from text.sources.registry import Source
+from text.sources.rows import every_row
 
 Row = TypeVar("Row")
 MOST_TOKENS = 48  # of an answer
@@ -56,19 +57,13 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def read_lines(path: Path, make: Callable[[Any], Row], columns: str) -> list[Row]:
-    """Make something of each object of a JSONL file. Raises `UserError` for another line, and for no line."""
+    """Make something of each row of a file. Raises `UserError` for another row, and for none."""
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give JSONL with {columns}") from None
-    for number, line in enumerate(lines, start=1):
+    for place, row in every_row(Source(str(path))):
         try:
-            rows += [make(json.loads(line))] if line.strip() else []
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{path}:{number}: not an object with {columns}; correct the line") from None
-    if not rows:
-        raise UserError(f"{path}: no questions in it; give JSONL with {columns}")
+            rows.append(make(row))
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{place}: not an object with {columns}; correct the row") from None
     return rows
 
 
@@ -92,7 +87,7 @@ def accuracy(results: list[Result]) -> dict[str, float]:
 def questions(
     ckpt: str, file: str, json: bool = False, show: int = 5, lora: str = "", device: str = "auto", dtype: str = "auto"
 ) -> None:
-    """Share of questions answered to the letter.
+    """Print the share of questions answered to the letter.
 
     Args:
         ckpt: checkpoint folder

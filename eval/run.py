@@ -44,8 +44,8 @@ def run(
         tasks: names or .yaml files separated by commas; NAME=DATA measures on other data
         suite: the same; a name that lm-eval has too, such as mmlu, is that of this project on the data in its file
         out: folder for the results; left out: eval/ beside the checkpoint, or out/eval/NAME
-        limit: most items of each task, evenly spread; of lm-eval's own tasks the first; 0: all
-        shots: worked questions before each of lm-eval's own tasks; left out: as many as the task says
+        limit: most items of each task, evenly spaced; of lm-eval's own tasks the first; 0: all
+        shots: worked questions before each of lm-eval's own tasks; left out: as many as the task has
         chat: ask lm-eval's own tasks in the model's chat template
         device: auto, cpu or cuda
         dtype: auto, bf16 or fp32

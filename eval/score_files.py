@@ -33,7 +33,7 @@ def out_folder(ckpt: str) -> Path:
 
 
 def weights_of(ckpt: str, dtype: str) -> dict[str, Any]:
-    """Return what tells a model's measurements from those of another: its place, and sizes and times of its files."""
+    """Return what identifies a measured model: its place, and sizes and times of its files."""
     path = Path(ckpt)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     files = [file for file in files if file.name != CARD]  # which is renewed with the scores
@@ -58,7 +58,7 @@ def write_scores(out: Path, ckpt: str, weights: dict[str, Any], measured: Sequen
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """{"ckpt": ..., "suites": {name: ...}} as `write_scores` wrote it. Raises `UserError` for any other file."""
+    """Return {"ckpt": ..., "suites": {name: ...}} as `write_scores` wrote it. Raises `UserError` for any other file."""
     path = folder / SCORES
     try:
         found = json.loads(path.read_text(encoding="utf8"))
@@ -72,7 +72,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 
 def _measured(one: dict[str, Any]) -> Measured:
-    """Raises `ValueError` or its like for what `write_scores` has never written."""
+    """Return it as a score; raises `ValueError` or its like for what `write_scores` has never written."""
     found = Measured(**{**one, "scores": [Score(**score) for score in one["scores"]]})
     numbers = [found.items, found.cut, found.seconds]
     for score in found.scores:

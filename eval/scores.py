@@ -97,8 +97,8 @@ def _score(group: str, metric: str, items: Sequence[Item], bootstrap: bool) -> S
         return None
     mean, share = math.fsum(values) / len(values), metric != "characters" and all(0 <= value <= 1 for value in values)
     low, high = wilson(mean, len(values)) if share and not bootstrap else ratio_interval(np.array(values, dtype=float))
-    chances = [item.chance for item in having if item.chance is not None]
-    chance = sum(chances) / len(chances) if chances and metric.startswith("acc") else None
+    levels = [item.chance for item in having if item.chance is not None]
+    chance = sum(levels) / len(levels) if levels and metric.startswith("acc") else None
     return Score(group, metric, mean, low, high, chance, len(values), share)
 
 

@@ -63,7 +63,7 @@ def style(
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
-    """Share of answers in the preferred style.
+    """Print the share of answers in the preferred style.
 
     Args:
         ckpt: checkpoint folder

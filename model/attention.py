@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,38 +13,25 @@ class AttentionMask:
     """Which key positions each query position may attend to.
 
     Attributes:
-        unpadded: (batch, 1, queries, keys) bool where rows have padding on the left, else None.
-        segment_ids: (batch, time) integers when samples are packed with isolation, else None.
-        padding: (batch,) the positions on the left that `unpadded` hides, where that is all it does besides causality.
+        allowed: (batch, 1, queries, keys) bool, or None for plain causal attention and where `segment_ends` says all.
+        padding: (batch,) the positions on the left that `allowed` hides, where that is all it does besides causality.
+        segment_ends: where each segment of packed rows starts, and the end of the last, for kernels that take these.
     """
 
-    unpadded: Tensor | None = None
-    segment_ids: Tensor | None = None
+    allowed: Tensor | None = None
     padding: Tensor | None = None
+    segment_ends: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Return whether each position sees all that came before."""
-        return self.unpadded is None and self.segment_ids is None
+        return self.allowed is None and self.segment_ends is None
 
-    @cached_property
-    def allowed(self) -> Tensor | None:
-        """(batch, 1, queries, keys) bool, or None for plain causal attention: time^2 numbers, made when asked for."""
-        if self.segment_ids is None:
-            return self.unpadded
-        ids = self.segment_ids
-        return (ids[:, None, :, None] == ids[:, None, None, :]) & causal(ids.shape[1], ids.shape[1], ids.device)
-
-    @cached_property
-    def segment_ends(self) -> Tensor:
-        """Where each run of one segment id starts in the flattened batch, and the end of the last: (runs + 1,) int32.
-
-        How many there are is known to the host only after a wait for the device: once a forward pass, not once a layer.
-        """
-        new = torch.ones_like(self.segment_ids, dtype=torch.bool)
-        new[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
-        starts = new.flatten().nonzero().flatten()
-        return torch.cat((starts, starts.new_full((1,), new.numel()))).int()
+    @staticmethod
+    def isolated(segment_ids: Tensor) -> AttentionMask:
+        """Each position sees what came before in its own segment; segment_ids: (batch, time) integers."""
+        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        return AttentionMask(same & causal(*same.shape[2:], segment_ids.device))
 
     @staticmethod
     def left_padded(queries: int, keys: int, padding: Tensor) -> AttentionMask:

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from LMConfig import LMConfig
 from model.kernels.fused import weighted_swiglu
 from model.kernels.grouped import GradBuffer
-from model.ops import autocast, expert_rows, gather_sum, grouped_linear, padded_rows, row_block, row_tile, run_experts
+from model.ops import (
+    autocast,
+    expert_rows,
+    gather_sum,
+    grouped_linear,
+    padded_rows,
+    row_block,
+    row_tile,
+    run_experts,
+    sort_by_expert,
+)
 
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
 
@@ -101,7 +111,7 @@ class Plan:
         """Sort the choices by expert and pad each expert's rows to a whole number of blocks, or of those that suit."""
         tokens, top_k = indices_NK.shape
         expert_of_choice = indices_NK.flatten()
-        sorted_experts, order = expert_of_choice.sort(stable=True)
+        sorted_experts, order = sort_by_expert(expert_of_choice, experts)
         counts = torch.zeros(experts, dtype=torch.int64, device=order.device)
         counts.scatter_add_(0, expert_of_choice, torch.ones_like(order))  # bincount would wait for the device
         padded, rows = padded_rows(counts, tokens * top_k, block or row_block(indices_NK, experts))

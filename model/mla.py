@@ -9,8 +9,8 @@ from LMConfig import LMConfig
 from model.attention import AttentionMask, select_positions
 from model.cache import Cache
 from model.norm import RMSNorm
-from model.ops import Linear, causal_attention, small_products
-from model.rope import rotate, softmax_scale
+from model.ops import Linear, causal_attention, rotate, small_products
+from model.rope import softmax_scale
 
 # Up to this many new positions the absorbed form reads the latents as they are; beyond, expanding them once is cheaper.
 ABSORB_UP_TO = 8

@@ -6,6 +6,7 @@ Which applies is asked of tensors: their device, type and layout, and whether gr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from model.attention import AttentionMask
 from model.kernels import attention, causal, decode, fused, grouped, products
 from model.kernels.attention import FLASH_ATTN, SDPA
 from model.kernels.grouped import GradBuffer
-from model.rope import rotate
+from model.rope import rotate as rotate_pairs
 
 if TYPE_CHECKING:
     from model.experts import Experts, Plan
@@ -71,6 +72,25 @@ def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
     return decode.project(hidden, head, head.dtype)
 
 
+def packed_mask(segment_ids: Tensor | None, segment_ends: Tensor | None, x: Tensor, config: LMConfig) -> AttentionMask:
+    """The mask of (batch, time) segment ids, if any, made once for all layers; x: in the type that they compute in."""
+    if segment_ids is None:
+        return AttentionMask()
+    if not attention.takes_segments(x, config.qk_head_dim, config.v_head_dim):
+        return AttentionMask.isolated(segment_ids)
+    ends = attention.segment_ends(segment_ids) if segment_ends is None else segment_ends
+    return AttentionMask(segment_ends=ends)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """`model.rope.rotate`; compiled graphs, which know no complex numbers, take it part by part."""
+    if not torch.compiler.is_compiling():
+        return rotate_pairs(x, rope)
+    (real, imaginary), (cos, sin) = (pairs.unbind(-1) for pairs in (x.float().unflatten(-1, (-1, 2)), rope))
+    turned = (real * cos - imaginary * sin, real * sin + imaginary * cos)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
 def causal_attention(
     q_BTHQ: Tensor,
     kv_BSHE: Tensor,
@@ -115,12 +135,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -
     if value_size < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - value_size))
     plain = mask.plain and q.shape[1] == k.shape[1]
-    kernel = attention.cuda_kernel(q, value_size, plain, mask.segment_ids is not None)
-    flash = attention.flash_attention() if kernel == FLASH_ATTN else None
-    if flash is not None and plain:
-        return flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)[..., :value_size]
-    if kernel != SDPA:
-        return attention.segments(flash, q, k, v, scale, mask.segment_ends)[..., :value_size]
+    plain = mask.plain and q.shape[1] == k.shape[1]
+    if mask.segment_ends is not None:
+        return attention.segments(q, k, v, scale, mask.segment_ends)[..., :value_size]
+    if plain and attention.cuda_kernel(q, q.shape[-1], value_size) == FLASH_ATTN:
+        out = attention.flash_attention().flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+        return out[..., :value_size]
     q, k, v, allowed = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None if plain else mask.as_bool(*sizes)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=plain, scale=scale)
     return out.transpose(1, 2)[..., :value_size]
@@ -168,6 +188,8 @@ def _experts_on_cpu(
 
 def expert_rows(module: Experts, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping) -> Tensor:
     """`rows` of the experts; without gradients on a CPU one expert after the other, the same bits."""
+    if kernels.on_cuda(x_ND) and not grouped.without_host(x_ND.dtype, x_ND.device):
+        plan = replace(plan, ends=grouped.read_ends(plan.ends))  # the host waits for the device here, once a layer
     if not _in_turn(module, x_ND, corrections):
         return module.rows(x_ND, weights_R, plan, corrections)
     weights = (module.gate_up_proj, module.down_proj)
@@ -177,6 +199,15 @@ def expert_rows(module: Experts, x_ND: Tensor, weights_R: Tensor, plan: Plan, co
 def _in_turn(module: Experts, x_ND: Tensor, corrections: Mapping) -> bool:
     plain = not corrections and isinstance(module.gate_up_proj, Tensor)
     return plain and kernels.on_cpu(x_ND) and not torch.is_grad_enabled()
+
+
+def sort_by_expert(expert_of_choice: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """(N * K,) numbers below `experts` in their order, those of one expert as they came, and where each was."""
+    if not kernels.on_cuda(expert_of_choice):
+        return expert_of_choice.sort(stable=True)
+    # A radix sort goes over its keys once for each of their bytes, of which int64 has eight.
+    order = expert_of_choice.to(torch.uint8 if experts <= 256 else torch.int16).sort(stable=True).indices
+    return expert_of_choice[order], order
 
 
 def row_tile(module: Experts, x_ND: Tensor, corrections: Mapping) -> int | None:
@@ -212,11 +243,13 @@ def grouped_linear(
     """Each expert's rows times its own matrix: (R, D) x (E, O, D) -> (R, O).
 
     Args:
-        weight_EOD: a tensor or a `QuantizedWeight`; ends_E: one past the last row of each expert.
+        weight_EOD: a tensor or a `QuantizedWeight`; ends_E: one past the last row of each expert, from `expert_rows`.
         buffer: memory for the weight's gradient.
     """
-    if kernels.on_cuda(x_RD) and x_RD.dtype == torch.bfloat16:
-        return grouped.grouped_mm(x_RD, weight_EOD, ends_E)
+    if kernels.on_cuda(x_RD):
+        without_host = grouped.without_host(x_RD.dtype, x_RD.device)
+        product = grouped.grouped_mm if without_host else grouped.LoopedLinear.apply
+        return product(x_RD, weight_EOD, ends_E)
     return grouped.GroupedLinear.apply(x_RD, weight_EOD, ends_E.tolist(), buffer or GradBuffer())
 
 
@@ -248,7 +281,7 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]
     nll_N = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
     error_NV = log_p.exp_()
     error_NV[torch.arange(len(target), device=target.device), target] -= 1  # scatter_add_ would copy all of it
-    return nll_N.masked_fill(~counted, 0), error_NV.mul_(counted.unsqueeze(1)).to(logits_NV.dtype)
+    return nll_N.masked_fill(~counted, 0), torch.mul(error_NV, counted.unsqueeze(1), out=logits_NV)
 
 
 def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, time: int, compiled: bool = False) -> str:
@@ -261,9 +294,10 @@ def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, ti
         whole = "causal.c" if not compiled and causal.fits(q, kv, k_rope) else isolated
     else:
         whole, isolated = (attention.report(q, config.v_head_dim, segments) for segments in (False, True))
-    report = f"attention by {whole}" + ("" if isolated == whole else f", of isolated samples by {isolated}")
+    report = "layers compiled; " * compiled + f"attention by {whole}"
+    report += "" if isolated == whole else f", of isolated samples by {isolated}"
     if device.type == "cpu" or not config.is_moe_layer(config.num_hidden_layers - 1):
         return report
     if grouped.without_host(dtype, device):
         return f"{report}; experts by grouped_mm"
-    return f"{report}; experts one by one, waiting for the device (in one launch: bf16 on sm90 and sm100)"
+    return f"{report}; experts one by one, a wait for the device in each layer (none: bf16 on sm90 and sm100)"

@@ -20,9 +20,9 @@ class RotaryEmbedding(Float32Buffers):
         self.scale = attention_factor(config)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """position_ids: (batch, time) integers -> scale * e^(i angle), complex64, (batch, time, 1, rope/2)."""
+        """position_ids: (batch, time) integers -> scale * [cos, sin], float32, (batch, time, 1, rope/2, 2)."""
         angles = (position_ids[..., None].float() * self.inv_freq).unsqueeze(2)
-        return torch.polar(torch.full_like(angles, self.scale), angles)
+        return torch.view_as_real(torch.polar(torch.full_like(angles, self.scale), angles))
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
         rope: from `RotaryEmbedding`.
     """
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 
 def inverse_frequencies(config: LMConfig) -> Tensor:

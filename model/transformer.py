@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from LMConfig import LMConfig
-from model.attention import AttentionMask
 from model.cache import Cache
 from model.checkpoint.folder import load_pretrained, save_pretrained
 from model.decoding.generate import generate
@@ -19,7 +18,7 @@ from model.layer import DecoderLayer
 from model.moe import Router, Routing
 from model.mtp import MTPChain, MTPLayer, MTPOutput
 from model.norm import RMSNorm
-from model.ops import autocast, head_logits
+from model.ops import autocast, head_logits, packed_mask
 from model.rope import RotaryEmbedding
 
 
@@ -77,6 +76,7 @@ class MiniDeepSeek(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.has_dropout = True  # whether a layer that is computed again must draw what it drew before
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -88,6 +88,7 @@ class MiniDeepSeek(nn.Module):
         segment_ids: Tensor | None = None,
         cache: Cache | None = None,
         mtp: int = 0,
+        segment_ends: Tensor | None = None,
     ) -> Output:
         """Run the network over (batch, time) token ids.
 
@@ -96,15 +97,17 @@ class MiniDeepSeek(nn.Module):
             segment_ids: (batch, time); positions attend within their own segment only; a negative id marks padding.
             cache: latents of the positions before these; the new ones are added to it. `LatentCache` for decoding,
                 `PromptLatents` for training on several continuations of a prompt.
+            segment_ends: of `segment_ids`, from `model.kernels.attention.segment_ends`; made here when left out.
             mtp: 1 also runs the MTP chain over the tokens at hand, K > 1 the last depth for K steps (see `MTPChain`).
         """
         time, device = input_ids.shape[1], input_ids.device
         positions = torch.arange(time, device=device)[None] if cache is None else cache.begin(*input_ids.shape)
-        mask = AttentionMask(segment_ids=segment_ids) if cache is None else cache.mask(time)
         rope = self.rotary(positions if position_ids is None else position_ids)
         token_mask = None if segment_ids is None else segment_ids >= 0
 
         embedding = state = self.embed(input_ids)
+        packed = (segment_ids, segment_ends, embedding, self.config)
+        mask = packed_mask(*packed) if cache is None else cache.mask(time)
         routings = []
         for layer in self.model.layers:
             state, routing = self._run(layer, state, rope, mask, cache, token_mask)
@@ -146,7 +149,7 @@ class MiniDeepSeek(nn.Module):
 
     def _run(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Routing | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.has_dropout)
         return layer(*inputs)
 
     def _initialise(self, module: nn.Module) -> None:

@@ -194,27 +194,19 @@ def test_tasks_of_lm_eval_are_run_as_they_are(own, tmp_path, monkeypatch):
 
 def write_gguf(path: Path, tokenizer: Tokenizer) -> None:
     """A one-layer llama whose vocabulary is the tokenizer's."""
-    model = json.loads(tokenizer.raw.to_str())["model"]
+    model, hidden, inner = json.loads(tokenizer.raw.to_str())["model"], 32, 48
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     kinds = [gguf.TokenType.CONTROL if token in SPECIAL_TOKENS else gguf.TokenType.NORMAL for token in tokens]
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
-    hidden, inner = 32, 48
-    writer.add_context_length(128)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden // 2)
-    writer.add_vocab_size(len(tokens))
+    for name, value in {
+        "tokenizer_model": "gpt2", "tokenizer_pre": "qwen2", "token_list": tokens, "token_types": kinds,
+        "token_merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]],
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "context_length": 128,
+        "embedding_length": hidden, "block_count": 1, "feed_forward_length": inner, "head_count": 2,
+        "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": hidden // 2,
+        "vocab_size": len(tokens),
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
     shapes = {f"attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}
     shapes |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
     shapes |= {"attn_norm": (hidden,), "ffn_norm": (hidden,)}

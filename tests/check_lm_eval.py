@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from data_files import write
 
 import eval.harness
 from cli import call
@@ -116,7 +117,7 @@ def write_choices(folder: Path, subject: str, items: Sequence[ChoiceItem]) -> li
         (folder / name / split).mkdir(parents=True)
         with open(folder / name / split / f"{name}_{split}.csv", "w", encoding="utf8", newline="") as file:
             csv.writer(file).writerows([item.question, *item.choices, "ABCD"[item.answer]] for item in part)
-        write_lines(folder / f"{name}-{split}.jsonl", [item._asdict() for item in part])
+        write(folder / f"{name}-{split}.jsonl", [item._asdict() for item in part])
     names = []
     for form, shots in (("letters", 0), ("letters", SHOTS), ("text", 0)):
         names.append(f"{name}_{form}_{shots}")
@@ -141,7 +142,7 @@ def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]], window: int
     """Documents of several lengths, the last one longer than a window."""
     lines = [f"{item.question} {item.choices[item.answer]}" for items in subjects.values() for item in items]
     texts = [*lines[:20], "\n".join(lines[20:60]), "\n".join(lines * 3)]
-    write_lines(folder / "texts.jsonl", [{"text": text} for text in texts if text])
+    write(folder / "texts.jsonl", [{"text": text} for text in texts if text])
     task = {
         "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
         "output_type": "loglikelihood_rolling",
@@ -160,10 +161,6 @@ def write_task(folder: Path, name: str, ours: dict[str, Any], theirs: dict[str, 
     for maker, content in (("ours", ours), ("theirs", theirs)):
         (folder / maker).mkdir(exist_ok=True)
         (folder / maker / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf8")
-
-
-def write_lines(path: Path, rows: Sequence[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
 
 
 def run_lm_eval(model: str, options: str, folder: Path, tasks: Sequence[str]) -> dict[str, dict]:

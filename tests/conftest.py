@@ -164,8 +164,9 @@ def their_model(tiny_config, transformers) -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor takes the branch for CUDA, computed by the CPU."""
+    """Every tensor takes the branch for CUDA, of an H100, computed by the CPU."""
     monkeypatch.setattr(kernels, "on_cuda", lambda x: True)
+    monkeypatch.setattr(kernels, "capability", lambda device: 9)
 
 
 class Run(NamedTuple):

@@ -91,6 +91,20 @@ def table_bytes(name: str, made: Any) -> bytes:
     return sink.getvalue()
 
 
+def entry(step: int, **more: object) -> dict[str, Any]:
+    """A line of a run's log."""
+    known = {"step": step, "tokens": 1000 * step, "seconds": step / 2, "lr": 1e-3, "tokens_per_second": 50.0}
+    return {**known, "loss": 5.0 - step, **more}
+
+
+def write_run(folder: Path, *entries: dict, samples: Iterable[dict] = ()) -> Path:
+    """A run's folder with its log, and what its model wrote on the way. Returns it."""
+    folder.mkdir(parents=True)
+    write(folder / "metrics.jsonl", entries)
+    write(folder / "samples.jsonl", samples)
+    return folder
+
+
 # What is read of them
 
 

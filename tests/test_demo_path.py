@@ -1,11 +1,12 @@
 """The whole path of `make demo` at a tiny size, through the real scripts: from nothing to a model that chats.
 
-Pretraining and the chat are processes of their own; the other scripts are called as their command lines call them.
+The chat is a process of its own; the other scripts are called as their command lines call them.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import logging
 import os
 import re
@@ -13,22 +14,23 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import call_main
+import yaml
+from conftest import RECIPE, call_main
 
 import dpo_train
 import full_sft
 import grpo_train
+import pretrain
 import world.__main__
 from cli import call, parse
 from distill import DistillSettings
 from dpo_train import DPOSettings
-from eval.questions import questions
 from eval.report import report
 from full_sft import SFTSettings
 from grpo_train import GRPOSettings
@@ -37,86 +39,70 @@ from model import MiniDeepSeek
 from pretrain import PretrainSettings
 from text.tokenizer import Tokenizer
 from train_tokenizer import train_tokenizer
-from training.run.log import read_metrics
+from training.run.log import RunLog, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = """
-model: {preset: demo, hidden_size: 64, num_hidden_layers: 2, intermediate_size: 96, moe_intermediate_size: 32}
-sequence_length: 64
-batch_tokens: 1024
-micro_tokens: 512
-dtype: fp32
-log_every: 1
-val_tokens: 2048
-val_fraction: 0.1
-workers: 1
-optim: {lr: 5.0e-3}
-"""
+STAGES = ("pretrain", "sft", "dpo", "grpo")
 
 
-def python(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+def python(*arguments: object) -> subprocess.CompletedProcess:
     """Run a script of the project as a person does, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, **options)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     return done
 
 
-def begin_and_terminate(out: Path, *arguments: object) -> str:
-    """Start pretrain.py, end it with SIGTERM once it has logged three steps; returns what it printed."""
-    command = [sys.executable, "pretrain.py", *map(str, arguments), "--out", str(out)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        end = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < end and len(read_metrics(out / "metrics.jsonl")) < 4:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        shown, complaints = (part.decode() for part in process.communicate(timeout=100))
-    finally:
-        process.kill()
-    assert process.returncode == 0 and "Traceback" not in complaints, complaints[-2000:]
-    return shown
+def stage(main: Callable[[], None], *arguments: object) -> str:
+    """A script to its end, in this process. Returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert call_main(main, *arguments) == 0
+    return shown.getvalue()
 
 
-def stage(main: Callable[[], None], *arguments: object) -> None:
-    """A script to its end, in this process."""
-    assert call_main(main, *arguments) == 0
+def terminated(step: int, *arguments: object) -> str:
+    """pretrain.py, which is sent SIGTERM when it has logged a step."""
+    write = RunLog.write
+
+    def signalling(self: RunLog, metrics: dict[str, Any]) -> None:
+        write(self, metrics)
+        if metrics["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "write", signalling)
+        return stage(pretrain.main, *arguments)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     """Every stage once; pretraining is terminated and resumed on the way."""
     folder = tmp_path_factory.mktemp("demo")
-    (folder / "tiny.yaml").write_text(TINY, encoding="utf8")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf8")
     stage(world.__main__.main, "--out", folder / "world", "--scale", 0.01)
     corpus = folder / "world" / "pretrain.csv"
     options = ["--data", corpus, "--out", folder / "tokenizer", "--vocab_size", 500]
     stage(lambda: call(train_tokenizer, ""), *options)
     arguments = ["--config", folder / "tiny.yaml", "--data", corpus, "--tokenizer", folder / "tokenizer"]
-    arguments += ["--shards", folder / "shards", "--max_steps", 40]
-    shown = begin_and_terminate(folder / "pretrain", *arguments)
+    arguments += ["--shards", folder / "shards", "--max_steps", 40, "--out", folder / "pretrain"]
+    shown = terminated(3, *arguments)
     (saved,) = (folder / "pretrain").glob("step-*")
     assert f"interrupted: saved {saved}; the same command with --resume continues from there" in shown
-    done = python("pretrain.py", *arguments, "--out", folder / "pretrain", "--resume")
-    assert f"resuming from {saved}" in done.stdout and "finished: " in done.stdout
-    chats = ["--ckpt", folder / "pretrain" / "final", "--data", folder / "world" / "sft.jsonl"]
-    shape = ["--sequence_length", 64, "--batch_tokens", 1024, "--micro_tokens", 512, "--log_every", 1]
-    shape += ["--dtype", "fp32"]
-    stage(full_sft.main, *chats, *shape, "--out", folder / "sft", "--max_steps", 30, "--optim.lr", 5e-3)
+    shown = stage(pretrain.main, *arguments, "--resume")
+    assert f"resuming from {saved}" in shown and "finished: " in shown
+    rows = ["--batch_tokens", 1024, "--micro_tokens", 512, "--log_every", 1, "--dtype", "fp32"]
+    chats = ["--ckpt", folder / "pretrain" / "final", "--data", folder / "world" / "sft.jsonl", "--sequence_length", 64]
+    stage(full_sft.main, *chats, *rows, "--out", folder / "sft", "--max_steps", 30, "--optim.lr", 5e-3)
     pairs = ["--ckpt", folder / "sft" / "final", "--data", folder / "world" / "preferences.jsonl"]
-    pairs += ["--val_text", folder / "world" / "heldout.txt", "--sequence_length", 128, "--val_tokens", 2048]
-    options = ["--batch_tokens", 1024, "--log_every", 1, "--dtype", "fp32", "--max_steps", 6, "--optim.lr", 1e-3]
-    stage(dpo_train.main, *pairs, *options, "--out", folder / "dpo")
+    pairs += ["--val_text", folder / "world" / "heldout.txt", "--sequence_length", 128, "--val_tokens", 1024]
+    stage(dpo_train.main, *pairs, *rows, "--out", folder / "dpo", "--max_steps", 2, "--optim.lr", 1e-3)
     sums = ["--ckpt", folder / "dpo" / "final", "--data", "arithmetic:1", "--rewards", '{"tag_count": 1, "near": 1}']
     shape = ["--sequence_length", 64, "--max_new_tokens", 24, "--prompts", 4, "--group", 4, "--dtype", "fp32"]
-    stage(grpo_train.main, *sums, *shape, "--out", folder / "grpo", "--max_steps", 3, "--val_problems", 16)
-    favours = (folder / "world" / "heldout_favours.jsonl").read_text(encoding="utf8").splitlines()[::40]
-    (folder / "favours.jsonl").write_text("\n".join(favours), encoding="utf8")
-    asked = (folder / "world" / "heldout_questions.jsonl").read_text(encoding="utf8").splitlines()[::30]
-    (folder / "asked.jsonl").write_text("\n".join(asked), encoding="utf8")
+    stage(grpo_train.main, *sums, *shape, "--out", folder / "grpo", "--max_steps", 2, "--val_problems", 8)
+    for name, few in (("favours", 40), ("questions", 30)):
+        lines = (folder / "world" / f"heldout_{name}.jsonl").read_text(encoding="utf8").splitlines()[::few]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf8")
     return folder
 
 
@@ -128,7 +114,7 @@ def test_the_loss_falls_in_each_stage(stage, steps, fall, path):
     assert entries[-1]["val_bits_per_byte"] < entries[0]["val_bits_per_byte"]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "grpo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_leaves_a_complete_folder_that_transformers_opens_with_the_same_logits(stage, path):
     names = {str(file.relative_to(path / stage)) for file in (path / stage).rglob("*") if file.is_file()}
     assert names >= {"config.yaml", "metrics.jsonl", "final/generation_config.json", "final/training/state.safetensors"}
@@ -161,40 +147,29 @@ def test_the_result_chats(path):
     assert done.returncode == 0 and re.fullmatch(r"\[\d+ tokens, [\d.]+ tok/s\]", done.stderr.strip())
 
 
-def test_the_questions_are_scored_by_kind(path, run):
-    asked = (path / "asked.jsonl").read_text(encoding="utf8").splitlines()
-    options = ["--ckpt", path / "sft" / "final", "--file", path / "asked.jsonl", "--json"]
-    done = run(lambda: call(questions, ""), *options)
-    scores = json.loads(done.out)
-    assert set(scores) == {"all", *(json.loads(line)["kind"] for line in asked)}
-    assert all(0 <= score <= 1 for score in scores.values())
-
-
 def test_the_report_shows_every_stage(path, run):
-    options = ["--out", path, "--questions", path / "asked.jsonl", "--samples", 2, "--favours", path / "favours.jsonl"]
-    done = run(lambda: call(report, ""), *options)
+    options = ["--out", path, "--questions", path / "questions.jsonl", "--samples", 2, "--dtype", "fp32"]
+    done = run(lambda: call(report, ""), *options, "--favours", path / "favours.jsonl")
     assert done.code == 0, done.err
     page = (path / "report" / "report.md").read_text(encoding="utf8")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    assert [row[0] for row in table[2:4]] == ["bits per byte", "exact answers"] and len(table) > 6
     bits = dict(zip(table[0][1:], map(float, table[2][1:]), strict=True))
-    assert list(bits) == ["untrained", "pretrain", "sft", "dpo", "grpo"] and bits["pretrain"] < bits["untrained"] - 0.5
+    assert list(bits) == ["untrained", *STAGES] and bits["pretrain"] < bits["untrained"] - 0.5
+    # On the text that pretraining held out.
+    last = read_metrics(path / "pretrain" / "metrics.jsonl")[-1]
+    assert bits["pretrain"] == pytest.approx(last["val_bits_per_byte"], abs=0.001)
     assert table[-1][0] == "preferred style" and all(cell.endswith("%") for cell in table[-1][1:])
-    for stage in ("pretrain", "sft", "dpo", "grpo"):
+    assert page.count("> **") == 2 and all(f"![{stage}]({stage}.png)" in page for stage in STAGES)
+    for stage in STAGES:
         assert (path / "report" / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
-    whole = (path / "report.html").read_text(encoding="utf8")
+    assert "untrained" in done.out and str(path / "report" / "report.md") in done.out.replace("\n", "")
     assert done.out.endswith(f"all on one page: {path / 'report.html'}\n")
     # All stages together, and each; what pretraining wrote on the way, and the command line that began it.
+    whole = (path / "report.html").read_text(encoding="utf8")
     assert whole.count("data:image/png;base64,") == 5 and "What the model wrote on the way" in whole
     assert "<pre>python pretrain.py --config" in whole and "activated, MTP adds" in whole
-
-
-def test_a_finished_stage_is_not_trained_again(path, run):
-    options = ["--ckpt", path / "pretrain" / "final", "--data", path / "world" / "sft.jsonl", "--out", path / "sft"]
-    shape = ["--sequence_length", 64, "--batch_tokens", 1024, "--max_steps", 30]
-    before = (path / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
-    done = run(full_sft.main, *options, *shape, "--resume")
-    assert done.code == 0 and "already complete after 30 steps" in done.out
-    assert (path / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
+    assert f'<td class="number">{table[2][1]}</td>' in whole and "right answer" in whole
 
 
 def commands(*variables: str, target: str = "demo") -> list[list[str]]:

@@ -6,6 +6,7 @@ import ast
 import logging
 import warnings
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_help_waits_for_no_library_that_takes_seconds(script):
     assert not closure(script) & SLOW
 
 
+def test_imports_make_no_circle():
+    places = [
+        path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in ("model", "text", "training", "eval")
+    ]
+    TopologicalSorter({path: imports_of(path)[0] - {path} for path in places}).prepare()  # raises CycleError
+
+
 def test_the_closure_sees_through_modules_and_contexts():
     assert {"peft", "torch"} <= closure("training/adapters/adapter.py")
 
@@ -80,7 +88,7 @@ def test_remarks_of_the_compiler_are_quiet():
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         quiet_compiler()
-        warnings.warn("Torchinductor does not support code generation for complex operators. Slow.", stacklevel=1)
+        warnings.warn("Dynamo detected a call to a `functools.lru_cache`-wrapped function at x.", stacklevel=1)
         warnings.warn("OptimState8bit does not implement _stable_hash_for_caching. For PT2", stacklevel=1)
         warnings.warn("another", stacklevel=1)
     assert [str(warning.message) for warning in heard] == ["another"]

@@ -6,14 +6,14 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
 
-from errors import UserError, with_home
+from errors import UserError, naming, with_home
 
 LARGEST_YAML = 1 << 20  # bytes
 
@@ -61,6 +61,15 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = error.filename or str(file)  # a failed write does not say where
         raise
+
+
+def write_json_lines(file: Path, rows: Iterable[Any]) -> None:
+    """Write JSON lines, whole or not at all; half a surrogate pair, which is no character, becomes a question mark."""
+    with naming(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False).encode("utf8", "replace") + b"\n")
 
 
 def peak_memory() -> int:

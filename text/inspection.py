@@ -76,7 +76,7 @@ class Findings:
         if not cut and not dropped:
             return f"all {NOUNS[self.kind]} fit"
         shown = f"{cut:,} cut after the last answer that fits, " if self.kind == "chat" else ""
-        return f"{shown}{dropped:,} of {self.report.kept:,} {NOUNS[self.kind]} left out"
+        return f"{shown}{dropped:,} of {self.report.accepted:,} {NOUNS[self.kind]} left out"
 
 
 def check_source(source: Source, tokenizer: Tokenizer, sequence_length: int) -> Findings:
@@ -147,7 +147,7 @@ def placed_items(source: Source, kind: str, report: RowReport) -> Iterator[tuple
     elif is_generated(source):
         problems = open_problems(source)
         for number in range(len(problems)):
-            report.rows, report.kept = number + 1, number + 1
+            report.rows, report.accepted = number + 1, number + 1
             yield f"{source} #{number + 1}", problems.problem(number, 0)
     else:
         converters = {"chat": to_messages, "preference": to_preference}

@@ -63,7 +63,7 @@ def _remark(kind: str, sequences: Sequences, sequence_length: int) -> str:
 
 
 def _print_tokens(console: Console, tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> None:
-    """One turn and one fate a line, broken between tokens where it is too long."""
+    """Print one turn and one fate a line, broken between tokens where it is too long."""
     line, line_trained = Text(), False
     for number, (piece, is_special, is_trained) in enumerate(_pieces(tokenizer, ids, mask)):
         opens_turn = is_special and piece.startswith("<|")
@@ -83,7 +83,7 @@ def _print_line(console: Console, line: Text, is_trained: bool) -> None:
 
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> Iterator[tuple[str, bool, bool]]:
-    """(text, whether a special token, whether trained on) of each token; tokens that share a character come as one."""
+    """Yield (text, is special, is trained on) of each token; tokens that share a character come as one."""
     decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
     for token, is_trained in zip(ids, mask, strict=True):
         text = decoder.push(int(token))
@@ -94,5 +94,5 @@ def _pieces(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> It
 
 
 def _printable(text: str) -> str:
-    """Text in which nothing moves the cursor or sends the terminal a command."""
+    """Return text in which nothing moves the cursor or sends the terminal a command."""
     return "".join(SHOWN.get(letter, ascii(letter)[1:-1] if category(letter) in MOVING else letter) for letter in text)

@@ -34,14 +34,14 @@ class Sample:
 
 
 def sample_by_size(texts: Iterable[str], size: int, seed: int = 0) -> Sample:
-    """Whole texts of together at most `size` bytes, or the beginning of one text if that is longer.
+    """Return whole texts of together at most `size` bytes, or the beginning of one text if that is longer.
 
-    Each text draws a number, and the texts below a bar are kept; the bar is lowered whenever they grow too large. So
+    Each text draws a number, and the texts below a bar are taken; the bar is lowered whenever they grow too large. So
     every text has the same chance wherever it stands, and equal corpora and seeds give equal samples.
     """
     draw = random.Random(seed).random
     bar = 1.0
-    kept: list[tuple[float, int, str, int]] = []  # a heap with the highest draw first
+    taken: list[tuple[float, int, str, int]] = []  # a heap with the highest draw first
     total = size_seen = number = 0
     for number, text in enumerate(texts, start=1):
         length = len(text.encode("utf-8", "surrogatepass"))
@@ -52,14 +52,14 @@ def sample_by_size(texts: Iterable[str], size: int, seed: int = 0) -> Sample:
         if length > size:
             text = text.encode("utf-8", "surrogatepass")[:size].decode("utf-8", "ignore")
             length = size
-        heapq.heappush(kept, (-drawn, number, text, length))
+        heapq.heappush(taken, (-drawn, number, text, length))
         total += length
         while total > size:
-            highest, _, _, removed = heapq.heappop(kept)
+            highest, _, _, removed = heapq.heappop(taken)
             bar = -highest
             total -= removed
-    kept.sort(key=lambda entry: entry[1])
-    return Sample([entry[2] for entry in kept], total, number, size_seen)
+    taken.sort(key=lambda entry: entry[1])
+    return Sample([entry[2] for entry in taken], total, number, size_seen)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -74,7 +74,7 @@ def check_vocab_size(vocab_size: int) -> None:
 def train_bpe(
     texts: Iterable[str], vocab_size: int, min_frequency: int = 2, max_token_bytes: int = 15, progress: bool = False
 ) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` tokens; the same texts in the same order give the same tokenizer.
+    """Train byte-level BPE of exactly `vocab_size` tokens; the same texts in the same order give the same tokenizer.
 
     `max_token_bytes` keeps a token to five Chinese characters or an English word: Chinese has no spaces, so a piece is
     a whole clause, and a sentence repeated on every page of a corpus would otherwise become one token, with each

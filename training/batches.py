@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.kernels.attention import segment_ends
 from training.losses import Batch, Loss
 from training.machine import pinned, to_device
 from training.parallel.ranks import Ranks
@@ -77,4 +78,8 @@ class Batches:
         batch = self._dataset.batch(list(samples))
         if prepare := getattr(self._loss, "prepare", None):
             batch = prepare(batch)
-        return batch if self._thread is None else {name: pinned(x) for name, x in batch.items()}
+        if self._thread is None:
+            return batch
+        if "segment_ids" in batch:  # of a GPU the host would wait for how many segments there are
+            batch = {**batch, "segment_ends": segment_ends(batch["segment_ids"])}
+        return {name: pinned(x) for name, x in batch.items()}

@@ -21,7 +21,7 @@ class _LabelLogProbs(torch.autograd.Function):
         weight = head_VD.to(hidden_ND.dtype)
         log_probs = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         normaliser, entropy = torch.empty_like(log_probs), torch.zeros_like(log_probs)
-        for part in chunks(len(hidden_ND), len(weight)):
+        for part in chunks(hidden_ND, len(weight), copies=2):
             logits = (hidden_ND[part] @ weight.t()).float().div_(temperature)
             normaliser[part] = logits.logsumexp(-1)
             log_probs[part] = logits.gather(1, labels_N[part].unsqueeze(1)).squeeze(1) - normaliser[part]
@@ -39,7 +39,7 @@ class _LabelLogProbs(torch.autograd.Function):
         hidden, weight, labels, normaliser = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(weight, dtype=torch.float32)
-        for part in chunks(len(hidden), len(weight)):
+        for part in chunks(hidden, len(weight), copies=2):
             p = (hidden[part] @ weight.t()).float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
             # d(log p_y)/dz = (onehot(y) - p) / T
             p[torch.arange(p.shape[0], device=p.device), labels[part]] -= 1

@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import model.kernels as kernels
 from model.kernels.products import add_gradient, product
 from model.ops import cross_entropy_
 from model.transformer import Output
 
 IGNORE = -100  # a label that does not count
 PLACES = "places"  # in a batch: see `located`
-CHUNK_ELEMENTS = 2**22  # logits held at a time: those of a batch never exist together
+INPUTS = ("input_ids", "position_ids", "segment_ids", "segment_ends")  # in a batch: what a model is given
+CHUNK_ELEMENTS = 2**22  # logits held at a time, in a CPU's cache: those of a batch never exist together
+CUDA_CHUNK_ELEMENTS = 2**28  # on CUDA, where launches cost more than memory: 0.5 GB in bfloat16, twice that in float32
 # A CPU generates kernels for each row count that it has not seen, up to 10 ms and 10 MB: chunks are multiples.
 ROWS = 64
 
@@ -54,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if with_grad else None
         trains_head = with_grad and head_VD.requires_grad
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
-        for part in chunks(len(hidden_ND), len(weight)):
+        for part in chunks(hidden_ND, len(weight)):
             logits_NV = product(hidden_ND[part], weight)
             nll_N, error_NV = cross_entropy_(logits_NV, labels_N[part])
             total += nll_N.sum()
@@ -74,9 +77,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_head, None, None
 
 
-def chunks(rows: int, vocab: int) -> list[slice]:
-    """Return slices of rows whose products with the vocabulary have about `CHUNK_ELEMENTS` logits."""
-    size = max(ROWS, CHUNK_ELEMENTS // vocab // ROWS * ROWS)
+def chunks(hidden_ND: Tensor, vocab: int, copies: int = 1) -> list[slice]:
+    """Return slices of rows whose products with the vocabulary are few enough to be held at a time.
+
+    copies: how much more memory a logit takes than in a cross entropy.
+    """
+    elements, rows = CUDA_CHUNK_ELEMENTS // copies if kernels.on_cuda(hidden_ND) else CHUNK_ELEMENTS, len(hidden_ND)
+    size = max(ROWS, elements // vocab // ROWS * ROWS)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -118,7 +125,7 @@ def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         parts = [
             F.cross_entropy((flat[part] @ weight.t()).float(), targets[part], reduction="none")
-            for part in chunks(len(flat), len(weight))
+            for part in chunks(flat, len(weight))
         ]
     return torch.cat(parts).view_as(labels)
 
@@ -178,7 +185,7 @@ class NextTokenLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss sum (to be divided), the count of labels, sums for the log (main, mtp, balance, counts)."""
         labels = batch["labels"]
-        inputs = {key: value for key, value in batch.items() if key in ("input_ids", "position_ids", "segment_ids")}
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
         out = model(**inputs, mtp=self.mtp_steps if self.runs_mtp else 0)
         count = (labels != IGNORE).sum()
         main, parts = self.main(out, batch)

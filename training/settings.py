@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 import yaml
 
 from errors import UserError, check_least, check_seed, naming
@@ -42,10 +43,11 @@ class StageSettings:
         sequence_length: tokens a row.
         batch_tokens: tokens an optimiser step, over all ranks. That of the command line holds; that of a recipe, or the
             default, is the most: data too small for 100 such steps get smaller ones.
-        micro_tokens: tokens a forward pass on one rank; the rest is accumulated.
+        micro_tokens: tokens a forward pass on one rank; the rest is accumulated. The default is raised on CUDA to what
+            half of its memory holds.
         optim: optimiser and learning rate.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        compile: torch.compile each layer.
+        compile: torch.compile each layer; where nothing is said, on CUDA, but not under adapters and not in GRPO.
         log_every: steps between log lines.
         val_every: steps between validations; 0: only before the first and after the last step.
         val_tokens: most held-out tokens to validate on.
@@ -78,7 +80,7 @@ class StageSettings:
     micro_tokens: int = 8192
     optim: OptimSettings = field(default_factory=OptimSettings)
     gradient_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | None = None
     log_every: int = 10
     val_every: int = 0
     val_tokens: int = 262144
@@ -95,6 +97,7 @@ class StageSettings:
     datasets: str = REGISTRY
 
     DEFAULT_EPOCHS: ClassVar[float] = 1.0
+    COMPILES: ClassVar[bool] = True  # on CUDA, where nothing is said
     epilog: ClassVar = staticmethod(legend)
 
     def __post_init__(self) -> None:
@@ -120,6 +123,10 @@ class StageSettings:
     def holds(self, name: str) -> bool:
         """Return whether a person chose this value for this run, rather than a recipe or the default."""
         return self.by_hand is None or name in self.by_hand
+
+    def compiles(self, device: torch.device) -> bool:
+        """Return whether layers are compiled."""
+        return self.COMPILES and device.type == "cuda" if self.compile is None else self.compile
 
     @property
     def trackers(self) -> list[str]:

@@ -2,6 +2,7 @@
 
     python -m world --out data/demo [--seed 0] [--scale 1.0]        python -m world --preview
 
-Four in five characters are Chinese. What is held out, and how, is explained in `cast.World` (facts), `numbers` and
-`text.chats.arithmetic` (numbers), `words` (classes, opposites) and `cast.reserved` (the rest).
+Four in five characters are Chinese. The words and sentences stand in the YAML files, and the code puts them together.
+What is held out, and how, is explained in `cast.World` (facts), `numbers` and `text.chats.arithmetic` (numbers),
+`words` (classes, opposites) and `cast.reserved` (the rest).
 """

@@ -147,7 +147,7 @@ def _held_out(rng: random.Random, world: World, kind: str, language: str, level:
 
 
 def _held_out_facts(rng: random.Random, world: World, language: str, count: int) -> dict[str, Exchange]:
-    """Questions about held-out facts, by question; every such fact once before any is asked in other words."""
+    """Return questions about held-out facts, by question; every such fact once before any is asked in other words."""
     facts = [fact_questions(c, c.held_out, language) for c in world.known(language)]
     rng.shuffle(facts)
     for wordings in facts:

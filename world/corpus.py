@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from errors import UserError, naming
+from text.files import write_json_lines
 from world.cast import World
 from world.chats import chat, held_out_questions, preference
 from world.facts import entry, roll_call
@@ -80,8 +80,8 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     held_out = list(documents(world, "heldout", HELDOUT_CHARACTERS))
     with _writing(parts["heldout.txt"]) as file:
         file.write("\n\n".join(held_out) + "\n")
-    write_rows(parts["heldout_questions.jsonl"], held_out_questions(world))
-    write_rows(parts["heldout_favours.jsonl"], held_out_requests(world))
+    write_json_lines(parts["heldout_questions.jsonl"], held_out_questions(world))
+    write_json_lines(parts["heldout_favours.jsonl"], held_out_requests(world))
     with Progress(console=Console(stderr=True)) as progress:
         _write_pretrain(parts["pretrain.csv"], world, scale, frozenset(held_out), progress)
         for name, stream, draw, count in (
@@ -90,14 +90,14 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> None:
         ):
             rng = random.Random(f"{world.seed}/{stream}")
             rows = (draw(rng, world) for _ in range(max(1, round(count * scale))))
-            write_rows(parts[name], progress.track(rows, total=max(1, round(count * scale)), description=name))
+            write_json_lines(parts[name], progress.track(rows, total=max(1, round(count * scale)), description=name))
     for name, part in parts.items():
         os.replace(part, out / name)
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[TextIO]:
-    """A text file to write, the same bytes on every system; a full disk names it."""
+    """Open a text file to write, the same bytes on every system; a full disk names it."""
     with naming(path), path.open("w", encoding="utf-8", newline="") as file:
         yield file
 
@@ -112,9 +112,3 @@ def _write_pretrain(path: Path, world: World, scale: float, held_out: frozenset[
             if document not in held_out:
                 writer.writerow([document])
             progress.advance(task, len(document))
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Write JSONL, Chinese as it is."""
-    with _writing(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

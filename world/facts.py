@@ -18,6 +18,12 @@ class Exchange(NamedTuple):
     answer: str
 
 
+def exchange(kind: str, language: str, **words: object) -> Exchange:
+    """Return the question and answer that skills.yaml has of a kind, with the words in them."""
+    form = sentences("skills")[language][kind]
+    return Exchange(kind, language, form["question"].format_map(words), form["answer"].format_map(words))
+
+
 def statement(rng: random.Random, character: Character, attribute: str, language: str) -> str:
     """Return one sentence that states the fact: half of the time the canonical one, else a paraphrase."""
     canonical, *others = sentences("facts")["statements"][language][attribute]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import command_line, naming
+from text.files import write_json_lines
 from world.cast import World, reserved
-from world.corpus import write_rows
 from world.grammar import table
 
 WORDINGS = ("请用{style}的话写一句祝福。", "写一句祝福，像{style}说的那样。", "帮我写祝福，要像{style}的话。")
@@ -86,7 +86,7 @@ def generate(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "train.json"):
         (out / "train.json").write_text(json.dumps(train, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
-    write_rows(out / "heldout.jsonl", held_out.values())
+    write_json_lines(out / "heldout.jsonl", held_out.values())
 
 
 def main() -> None:

@@ -11,14 +11,8 @@ from itertools import pairwise
 
 from text.chats.arithmetic import has_held_out_sum, worded_problem
 from world.cast import reserved
-from world.facts import Exchange
-from world.grammar import table
-
-# word, measure word, English; the first seven can be given to a friend
-COUNTED = table(
-    "苹果/个/apple,气球/个/balloon,铅笔/支/pencil,鸡蛋/个/egg,帽子/顶/hat,书/本/book,花/朵/flower,"
-    "小鸟/只/bird,星星/颗/star,蝴蝶/只/butterfly,小鱼/条/fish,树/棵/tree"
-)
+from world.facts import Exchange, exchange
+from world.grammar import sentences
 
 
 def held_out_comparison(a: int, b: int) -> bool:
@@ -63,16 +57,12 @@ def two_numbers(rng: random.Random, held_out: bool) -> list[int]:
 
 
 def comparison(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
-    """Which of two numbers is larger, or smaller."""
+    """Ask which of two numbers is larger, or smaller."""
     a, b = two_numbers(rng, held_out)
-    low, high = sorted((a, b))
     larger = rng.random() < 0.5
-    winner, loser = (high, low) if larger else (low, high)
-    if language == "zh":
-        word = "大" if larger else "小"
-        return Exchange("comparison", language, f"请问{a}和{b}哪个{word}？", f"{winner}比{loser}{word}。")
-    word = "larger" if larger else "smaller"
-    return Exchange("comparison", language, f"Which is {word}, {a} or {b}?", f"{winner} is {word} than {loser}.")
+    loser, winner = sorted((a, b), reverse=not larger)
+    word = sentences("skills")[language]["comparison"]["words"][larger]
+    return exchange("comparison", language, a=a, b=b, word=word, winner=winner, loser=loser)
 
 
 def sequence(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
@@ -81,22 +71,17 @@ def sequence(rng: random.Random, language: str, held_out: bool = False) -> Excha
         start, step = rng.randint(0, 50), rng.choice((1, 1, 2, 5, 10))
         if held_out_sequence(start, step) == held_out and start + 4 * step < 100:
             break
-    shown = [str(start + k * step) for k in range(4)]
-    following = start + 4 * step
-    if language == "zh":
-        return Exchange("sequence", language, f"接着数：{'，'.join(shown)}，下一个数是几？", f"下一个数是{following}。")
-    question = f"Go on counting: {', '.join(shown)}. What comes next?"
-    return Exchange("sequence", language, question, f"The next number is {following}.")
+    shown = sentences("skills")[language]["comma"].join(str(start + k * step) for k in range(4))
+    return exchange("sequence", language, shown=shown, following=start + 4 * step)
 
 
 def counting(rng: random.Random, language: str, held_out: bool = False) -> Exchange:
     """Return one word said two to seven times, to be counted."""
+    skills = sentences("skills")
     while True:
-        (noun, measure, noun_en), count = rng.choice(COUNTED), rng.randint(2, 7)
+        (noun, measure, english), count = rng.choice(skills["counted"]), rng.randint(2, 7)
         if reserved("count", noun, count) == held_out:
             break
-    if language == "zh":
-        question = f"数一数：{'、'.join([noun] * count)}。一共有几{measure}{noun}？"
-        return Exchange("counting", language, question, f"一共有{count}{measure}{noun}。")
-    question = f"Count the words: {', '.join([noun_en] * count)}. How many are there?"
-    return Exchange("counting", language, question, f"There are {count}.")
+    noun = noun if language == "zh" else english
+    shown = skills[language]["and"].join([noun] * count)
+    return exchange("counting", language, shown=shown, measure=measure, noun=noun, count=count)

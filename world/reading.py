@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from world.cast import PLACES, THINGS, World, article, reserved
+from world.cast import World, article, reserved
 from world.facts import Exchange
-from world.grammar import joined
+from world.grammar import joined, sentences
 
 WHEN = {
     "zh": ("", "早上，", "中午，", "下午，", "傍晚，", "昨天，", "放学以后，", "星期天，", "下雨天，"),
@@ -58,7 +58,8 @@ def scene(rng: random.Random, world: World, language: str, held_out: bool = Fals
     for _ in range(count):
         while True:
             a, b = (c.words[language]["n"] for c in rng.sample(world.known(language), 2))
-            words = {"a": a, "b": b, "x": _thing(rng, language), "p": rng.choice(PLACES)[language == "en"]}
+            thing, place = _thing(rng, language), rng.choice(sentences("cast")["places"])
+            words = {"a": a, "b": b, "x": thing, "p": place[language == "en"]}
             used_up = any(word in clause for clause in told for word in words.values())
             if not used_up and reserved(a, words["x"]) == reserved(a, words["p"]) == held_out:
                 break
@@ -93,5 +94,5 @@ def questions_and_answers(exchanges: list[Exchange], language: str) -> str:
 
 def _thing(rng: random.Random, language: str) -> str:
     """一把雨伞 / an umbrella."""
-    measure, noun, english = rng.choice(THINGS)
+    measure, noun, english = rng.choice(sentences("cast")["things"])
     return f"一{measure}{noun}" if language == "zh" else article(english)

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from errors import command_line
 from text.chats.arithmetic import arithmetic_problem
+from text.files import write_json_lines
 from world.columns import worked
-from world.corpus import write_rows
 from world.numbers import comparison, counting, sequence
 
 
 def written(thoughts: str, answer: str) -> str:
-    """Thoughts and answer in the strict format."""
+    """Return thoughts and answer in the strict format."""
     return f"<think>\n{thoughts}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
@@ -56,7 +56,7 @@ def generate(out: Path, seed: int = 1, few: int = 400, many: int = 6000) -> None
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        write_rows(out / name, rows)
+        write_json_lines(out / name, rows)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from world.cast import PLACES, Character, Thing, World, companion, roles
+from world.cast import Character, Thing, World, companion, roles
 from world.facts import statement
 from world.grammar import joined, sentences
 
@@ -19,7 +19,7 @@ def tell(rng: random.Random, world: World, hero: Character, other: Character, la
     plot = rng.choice([plot for plot in grammar["plots"] if other is best or "friend" not in plot])
     third = rng.choice([c for c in world.known(language) if c not in (hero, other, best)])
     thing = Thing.draw(rng)
-    place, place2 = (names[language == "en"] for names in rng.sample(PLACES, 2))
+    place, place2 = (names[language == "en"] for names in rng.sample(sentences("cast")["places"], 2))
     words = roles(language, a=hero, b=other, c=third)
     words |= {"place": place, "place2": place2, "when": rng.choice(grammar["when"])}
     words |= {"thing": thing.named[language], "bare": thing.bare[language]}

@@ -4,52 +4,39 @@ from __future__ import annotations
 
 import random
 
-from world.cast import ATTRIBUTES, PLACES, Character, Thing, World, companion, roles
+from world.cast import ATTRIBUTES, Character, Thing, World, companion, roles
 from world.facts import canonical_statement, clauses_zh, statement
-from world.grammar import sentences
-
-WEEKDAYS = "一二三四五六日"
-WEATHER = ("晴", "多云", "小雨", "大风", "阴", "小雪")
+from world.grammar import joined, sentences
 
 
 def conversation(rng: random.Random, world: World, language: str) -> str:
     """Return a script of two characters who meet and ask about each other; held-out facts are never asked for."""
     a, b = rng.sample(world.known(language), 2)
-    colon = "：" if language == "zh" else ": "
+    colon, said = "：" if language == "zh" else ": ", sentences("talk")
     name_a, name_b = (c.words[language]["n"] for c in (a, b))
-    lines = [name_a + colon + rng.choice(sentences("talk")["greetings"][language]).format_map(a.words[language])]
-    told = rng.choice(ATTRIBUTES)
-    greeting = rng.choice(sentences("talk")["greetings"][language]).format_map(b.words[language])
-    lines.append(name_b + colon + greeting + _self(b, told, language))
+    lines = [name_a + colon + rng.choice(said["greetings"][language]).format_map(a.words[language])]
+    stated = rng.choice(ATTRIBUTES)
+    greeting = rng.choice(said["greetings"][language]).format_map(b.words[language])
+    lines.append(name_b + colon + greeting + _self(b, stated, language))
     for speaker, asker in ((a, name_b), (b, name_a)):
-        open_ones = [attribute for attribute in speaker.askable() if attribute != told]
+        open_ones = [attribute for attribute in speaker.askable() if attribute != stated]
         for attribute in rng.sample(open_ones, rng.randint(1, 2)):
-            lines.append(asker + colon + rng.choice(sentences("talk")["asked"][language][attribute]))
+            lines.append(asker + colon + rng.choice(said["asked"][language][attribute]))
             lines.append(speaker.words[language]["n"] + colon + _self(speaker, attribute, language).strip())
-    lines.append(
-        name_a + colon + rng.choice(sentences("talk")["farewells"][language]).format(place=rng.choice(PLACES)[0])
-    )
-    return "\n".join(lines)
+    farewell, place = rng.choice(said["farewells"][language]), rng.choice(sentences("cast")["places"])[0]
+    return "\n".join([*lines, name_a + colon + farewell.format(place=place)])
 
 
 def gossip(rng: random.Random, world: World, language: str) -> str:
     """Return what two characters say about a third one."""
-    a, b, c = rng.sample(world.known(language), 3)
-    names = [x.words[language]["n"] for x in (a, b, c)]
-    facts = [statement(rng, c, attribute, language) for attribute in rng.sample(ATTRIBUTES, 4)]
-    if language == "zh":
-        openings = ("你听说过{}吗？", "我今天在路上看见了{}。", "说说{}吧。", "我想给{}写一封信。")
-        opening = rng.choice(openings).format(names[2])
-        ending = rng.choice(("你知道的真多！", "我们去看看它吧。", "原来是这样，谢谢你告诉我。"))
-        lines = [f"{names[0]}说：“{opening}”", f"{names[1]}说：“{facts[0]}{facts[1]}”"]
-        lines += [
-            f"“{rng.choice(sentences('talk')['replies']['zh'])}{facts[2]}”{names[0]}说。",
-            f"{names[1]}想了想，又说：“{facts[3]}”",
-        ]
-        return "".join([*lines, f"“{ending}”{names[0]}说。"])
-    opening = rng.choice(("Have you heard of {}?", "I saw {} today.", "Let us talk about {}.")).format(names[2])
-    lines = [f'{names[0]} said, "{opening}"', f'{names[1]} answered, "{facts[0]} {facts[1]}"']
-    return " ".join([*lines, f'"{rng.choice(sentences("talk")["replies"]["en"])}" said {names[0]}. "{facts[2]}"'])
+    characters, said = rng.sample(world.known(language), 3), sentences("talk")["gossip"][language]
+    a, b, c = (character.words[language]["n"] for character in characters)
+    facts = [statement(rng, characters[2], attribute, language) for attribute in rng.sample(ATTRIBUTES, 4)]
+    words = {"a": a, "b": b, "opening": rng.choice(said["openings"]).format(c)}
+    if "endings" in said:
+        words["ending"] = rng.choice(said["endings"])
+    words["reply"] = rng.choice(sentences("talk")["replies"][language])
+    return said["form"].format(*facts, **words)
 
 
 def letter(rng: random.Random, world: World, language: str) -> str:
@@ -57,37 +44,21 @@ def letter(rng: random.Random, world: World, language: str) -> str:
     a, b, c = rng.sample(world.known(language), 3)
     parts = [_self(a, attribute, language).strip() for attribute in rng.sample(ATTRIBUTES, 3)]
     parts.append(statement(rng, c, rng.choice(ATTRIBUTES), language))
-    names = [x.words[language]["n"] for x in (a, b)]
-    if language == "zh":
-        openings = ("你好！好久不见。", "收到你的信，我很高兴。", "你最近好吗？", "今天天气真好，我想起了你。")
-        opening = rng.choice(openings)
-        end = rng.choice(("盼望你的回信。", "有空来找我玩吧。", "祝你天天开心！"))
-        return f"亲爱的{names[1]}：\n{opening}{''.join(parts)}{end}\n你的朋友{names[0]}"
-    opening = rng.choice(("How are you?", "Thank you for your letter.", "The weather is fine today."))
-    end = rng.choice(("Please write soon.", "Come and see me!"))
-    return f"Dear {names[1]},\n{' '.join([opening, *parts, end])}\nYour friend {names[0]}"
+    said = sentences("talk")["letters"][language]
+    opening, end = rng.choice(said["openings"]), rng.choice(said["endings"])
+    words = {"a": a.words[language]["n"], "b": b.words[language]["n"]}
+    return said["form"].format(text=joined([opening, *parts, end], language), **words)
 
 
 def diary(rng: random.Random, world: World, language: str) -> str:
     """Return a diary page in Chinese, signed."""
     a = rng.choice(world.characters)
     b = companion(rng, world, a)
-    (place, _), thing = rng.choice(PLACES), Thing.draw(rng).named["zh"]
-    words = roles("zh", a=a, b=b) | {"place": place, "thing": thing}
-    events = (
-        "今天我去{place}，遇见了{b}。它是一{b_m}{b_species}，住在{b_home}。",
-        "上午我在{place}买了{thing}，准备送给最好的朋友{a_friend}。",
-        "我最喜欢吃{a_food}，今天终于吃到了。",
-        "我是一名{a_job}，今天也在忙着{a_deed}。",
-        "下午，{b}来我家做客。{b}最喜欢吃{b_food}，我就准备了一些。",
-        "晚饭以后，我和{b}一起聊天。{b}的爱好是{b_hobby}，它说得可起劲了。",
-        "我在{a_home}的家里{a_hobby}，这是我的爱好。",
-        "{b}是一名{b_job}，它给我讲了工作里的趣事。",
-    )
-    chosen = [events[i] for i in sorted(rng.sample(range(len(events)), 3))]
-    head = f"星期{rng.choice(WEEKDAYS)}　{rng.choice(WEATHER)}\n"
-    end = rng.choice(("今天真开心！", "晚安，月牙镇。", "明天会是怎样的一天呢？", "我要早点睡了。"))
-    return head + "".join([*chosen, end]).format_map(words) + f"\n——{a.name}"
+    (place, _), thing = rng.choice(sentences("cast")["places"]), Thing.draw(rng).named["zh"]
+    words, said = roles("zh", a=a, b=b) | {"place": place, "thing": thing}, sentences("talk")["diary"]
+    chosen = [said["events"][i] for i in sorted(rng.sample(range(len(said["events"])), 3))]
+    head = f"星期{rng.choice(said['weekdays'])}　{rng.choice(said['weather'])}\n"
+    return head + "".join([*chosen, rng.choice(said["endings"])]).format_map(words) + f"\n——{a.name}"
 
 
 def riddle(rng: random.Random, world: World, language: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 
-from world.cast import PLACES, World
+from world.cast import World
 from world.grammar import sentences
 
 
 def recital(rng: random.Random, world: World, language: str) -> str:
     """Return a text in which somebody says a poem or a rhyme."""
     name = rng.choice(world.known(language)).words[language]["n"]
-    place, place_en = rng.choice(PLACES)
+    place, place_en = rng.choice(sentences("cast")["places"])
     if language == "en":
         title, text = rng.choice(sentences("verses")["rhymes"])
         return f"In {place_en}, {name} said the rhyme {title}. {text}"

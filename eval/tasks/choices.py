@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError
-from eval.tasks.docs import Docs, as_turns, spread
+from eval.tasks.docs import Docs, as_turns, evenly_spaced
+from text.sources.data_file import DataFile
 from text.sources.folders import SAVED, SHARD, SPLIT_OF, Folder
 from text.sources.registry import Source, find_sources
-from text.sources.rows import SUFFIXES, every_row
+from text.sources.row_report import RowReport
+from text.sources.rows import SUFFIXES, every_row, rows_of
 
 LETTERS = string.ascii_uppercase
 
@@ -74,7 +76,7 @@ class MultipleChoice:
         """Return the questions: `prompt` is all that stands before the answer, `turns` the same as a conversation."""
         asked = read_choices(self.data, self.split, self.subjects)
         shots = self._shots(list(asked))
-        items = spread([item for own in asked.values() for item in own], limit)
+        items = evenly_spaced([item for own in asked.values() for item in own], limit)
         return Docs(self._doc(item, shots[item.subject]) for item in items)
 
     def keys(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def read_choices(data: str, split: str, subjects: list[str]) -> dict[str, list[C
     """
     sources = find_sources(data, kind=None)
     if len(sources) != 1:
-        raise UserError(f"--tasks data {data}: one place is wanted; make a task of each")
+        raise UserError(f"--tasks data {data}: one place is needed; make a task of each")
     found: dict[str, list[ChoiceItem]] = {}
     for subject, source in _by_subject(sources[0], split, subjects):
         for place, row in _rows(source):
@@ -250,19 +252,6 @@ def _rows(source: Source) -> Iterator[tuple[str, object]]:
         with suppress(OSError, UnicodeDecodeError, csv.Error), open(file, encoding="utf-8-sig", newline="") as stream:
             fields = [field.strip() for field in next(csv.reader(stream), [])]
     if "question" in map(str.lower, fields) or len(fields) < 4 or fields[-1] not in [*LETTERS[: len(fields) - 2]]:
-        yield from every_row(source)
-        return
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader, line = csv.reader(stream, strict=True), 1
-            for fields in reader:
-                if not 4 <= len(fields) <= len(LETTERS) + 2:
-                    what = f"{len(fields)} fields; write question, choices, the answer's letter"
-                    raise UserError(f"{file}:{line}: {what}")
-                choices = dict(zip(LETTERS, fields[1:-1], strict=False))
-                yield f"{file}:{line}", {"question": fields[0], **choices, "answer": fields[-1]}
-                line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 ({error.reason}); convert it with iconv -f GB18030 -t UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{file}:{line}: not CSV ({error}); correct the row") from None
+        return every_row(source)
+    header = ["question", *LETTERS[: len(fields) - 2], "answer"]
+    return rows_of([DataFile(file, RowReport(), on_error="refuse", header=header)], source)

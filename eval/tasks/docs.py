@@ -40,8 +40,8 @@ def sources_of(data: str, split: str, kind: str | None) -> list[Source]:
     ]
 
 
-def spread(items: list[Any], limit: int) -> list[Any]:
-    """Return at most `limit` of the items, evenly spread; 0 keeps all."""
+def evenly_spaced(items: list[Any], limit: int) -> list[Any]:
+    """Return at most `limit` of the items, evenly spaced; 0 takes all."""
     count = min(limit or len(items), len(items))
     return [items[number * len(items) // count] for number in range(count)]
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from errors import UserError
-from eval.tasks.docs import Docs, as_turns, sources_of, spread
+from eval.tasks.docs import Docs, as_turns, evenly_spaced, sources_of
 from eval.tasks.replies import generation_keys, replies_of
 from text.chats.problems import Problem, is_generated, open_problems, to_problem
 from text.judging.quantity import as_number
@@ -69,14 +69,14 @@ class ExactMatch:
                 "group": problem.kind, "question": problem.question, "answer": problem.answer, "problem": problem,
                 "k": self.k, "turns": as_turns([*worked, (problem.question, "")], self.system),
             }
-            for problem in spread(found, limit)
+            for problem in evenly_spaced(found, limit)
         )  # fmt: skip
 
     def keys(self) -> dict[str, Any]:
         return generation_keys(self.max_new_tokens, self.temperature, self.samples)
 
     def _worked(self) -> list[tuple[str, str]]:
-        """Question and answer of the worked problems."""
+        """Return question and answer of the worked problems."""
         worked: list[tuple[str, str]] = []
         for source in sources_of(self.shots_data, "train", "prompt") if self.shots else []:
             for place, row in islice(every_row(source), self.shots - len(worked)):

@@ -11,7 +11,7 @@ from typing import Any
 from errors import UserError
 from eval.questions import Question, Result, read_questions
 from eval.style import PoliteRequest, in_style, read_polite_requests
-from eval.tasks.docs import Docs, as_turns, spread
+from eval.tasks.docs import Docs, as_turns, evenly_spaced
 from text.chats.chat_template import Message
 from text.chats.problems import Problem
 from text.chats.prompts import read_prompts
@@ -52,7 +52,7 @@ class Questions(_Generated):
     max_new_tokens: int = 48
 
     def docs(self, limit: int = 0) -> Docs:
-        asked = spread(read_questions(Path(self.data)), limit)
+        asked = evenly_spaced(read_questions(Path(self.data)), limit)
         return Docs({"group": one.kind, **vars(one), "turns": as_turns([(one.question, "")])} for one in asked)
 
 
@@ -70,7 +70,7 @@ class Style(_Generated):
     temperature: float = 0.7
 
     def docs(self, limit: int = 0) -> Docs:
-        requests = spread(read_polite_requests(Path(self.data)), limit)
+        requests = evenly_spaced(read_polite_requests(Path(self.data)), limit)
         return Docs({"group": "all", **vars(one), "turns": as_turns([(one.question, "")])} for one in requests)
 
 
@@ -89,8 +89,8 @@ class Quality(_Generated):
     temperature: float = 0.7
 
     def docs(self, limit: int = 0) -> Docs:
-        prompts = spread(list(read_prompts(find_sources(self.data, kind=None), self.system, on_error="stop")), limit)
-        asked = [[dict(message) for message in prompt.messages] for prompt in prompts]
+        prompts = list(read_prompts(find_sources(self.data, kind=None), self.system, on_error="stop"))
+        asked = [[dict(message) for message in prompt.messages] for prompt in evenly_spaced(prompts, limit)]
         return Docs({"group": "all", "question": turns[-1]["content"], "answer": "", "turns": turns} for turns in asked)
 
 
@@ -138,7 +138,7 @@ def judge_style(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]
 
 
 def describe(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """Numbers of one reply; the reply itself where a metric is of all replies together."""
+    """Return numbers of one reply; the reply itself where a metric is of all replies together."""
     reply = replies_of(results)[0]
     samples = [Sample(Problem(doc["question"], "", ""), reply, 0, 1)]
     values = {
@@ -162,7 +162,7 @@ def repetition(text: str) -> float:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams of all answers together (Li et al. 2016); less the more answers."""
+    """Return different n-grams over all n-grams of all answers together (Li et al. 2016); less the more answers."""
     found = [gram for text in texts for gram in zip(*(units(text)[start:] for start in range(n)), strict=False)]
     return len(set(found)) / len(found) if found else 0.0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from errors import UserError
 from eval.perplexity import read_blocks
-from eval.tasks.docs import Docs, sources_of, spread
+from eval.tasks.docs import Docs, evenly_spaced, sources_of
 from text.sources.registry import Source
 from text.sources.rows import every_row
 from text.tokenizer import characters
@@ -43,7 +43,7 @@ class Text:
     def docs(self, limit: int = 0) -> Docs:
         """Return the documents; with a limit, so many of each source."""
         found = [(source, list(self._texts(source))) for source in sources_of(self.data, self.split, None)]
-        docs = Docs({"group": str(source), "text": text} for source, own in found for text in spread(own, limit))
+        docs = Docs({"group": str(source), "text": text} for source, own in found for text in evenly_spaced(own, limit))
         if not docs:
             raise UserError(f"{self.data}: no text in it; give a file with text")
         return docs

@@ -109,7 +109,7 @@ class Program:
         self.library = library(*types(layers), cache.latents.dtype)
         self.shape = Shape.of(model.config, first.self_attn.scale)
         self.threads, self.tokens, self.latents = torch.get_num_threads(), 0, None
-        self.angles = torch.view_as_real(model.rotary(torch.arange(cache.max_length)[None])).contiguous()
+        self.angles = model.rotary(torch.arange(cache.max_length)[None]).contiguous()
         tensors = {"embedding": model.model.embed_tokens.weight, "norm": norm.weight, "angles": self.angles}
         matrices = {"head": head}
         if isinstance(first, MTPLayer):

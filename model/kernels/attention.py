@@ -7,6 +7,7 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -17,6 +18,7 @@ from model.kernels.fused import causal_softmax_, softmax_back_
 
 CHUNK = 128  # query rows at a time on a CPU
 LONGEST_CHUNKED = 2048  # beyond, the weights that the chunks keep would take more memory than their speed is worth
+FEWEST_SEGMENTS = 64
 LARGEST_HEAD = 256  # of the flash kernels, flash-attn's and torch's
 FLASH_ATTN, VARLEN, SDPA = "flash-attn", "varlen_attn", "scaled_dot_product_attention"
 
@@ -76,17 +78,30 @@ def _chunks(queries: int, past: int) -> list[tuple[slice, int]]:
     return [(slice(start, min(start + CHUNK, queries)), past + min(start + CHUNK, queries)) for start in starts]
 
 
-def segments(flash, q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Tensor) -> Tensor:
-    """Isolated packing by flash-attn's kernels or torch's own; ends: (runs + 1,), see `AttentionMask.segment_ends`."""
+def segments(q: Tensor, k: Tensor, v: Tensor, scale: float, ends: Tensor) -> Tensor:
+    """Isolated packing by flash-attn's kernels or torch's own; ends: see `segment_ends`."""
     time, (q_flat, k_flat, v_flat) = q.shape[1], (x.flatten(0, 1) for x in (q, k, v))
-    if flash is None:
+    if not has_flash_attention():
         from torch.nn.attention.varlen import varlen_attn  # brings torch._dynamo: seconds, and only CUDA comes here
 
         out = varlen_attn(q_flat, k_flat, v_flat, ends, ends, time, time, scale=scale, window_size=(-1, 0))
     else:
         given = (q_flat, k_flat, v_flat, ends, ends, time, time)
-        out = flash.flash_attn_varlen_func(*given, softmax_scale=scale, causal=True)
+        out = flash_attention().flash_attn_varlen_func(*given, softmax_scale=scale, causal=True)
     return out.view_as(q)
+
+
+def segment_ends(segment_ids: Tensor) -> Tensor:
+    """Where each run of one segment id starts in the flattened batch, then the end of the last, (runs + 1,) int32.
+
+    Empty segments follow up to a power of two, so that compiled graphs and allocations meet few sizes. On a device the
+    host waits for how many there are: made of a batch before it goes there, they cost no wait.
+    """
+    new = torch.ones_like(segment_ids, dtype=torch.bool)
+    new[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = new.flatten().nonzero().flatten()
+    size = max(FEWEST_SEGMENTS, 1 << (len(starts) - 1).bit_length())
+    return F.pad(starts, (0, size + 1 - len(starts)), value=new.numel()).int()
 
 
 def has_flash_attention() -> bool:
@@ -114,19 +129,23 @@ def flash_attention() -> ModuleType | None:
     return flash_attn
 
 
-def cuda_kernel(q: Tensor, value_size: int, plain: bool, isolated: bool) -> str:
-    """The kernel of `attend` for q (batch, time, heads, qk) that sees all before it or its own segment; else SDPA."""
-    fits = kernels.on_cuda(q) and q.dtype == torch.bfloat16 and value_size <= q.shape[-1] <= LARGEST_HEAD
-    if not fits or not (plain or isolated):
+def takes_segments(x: Tensor, size: int, value_size: int) -> bool:
+    """Return whether packed rows like x go to a kernel by their segments' ends; size: of a head of q and k."""
+    return cuda_kernel(x, size, value_size, isolated=True) != SDPA
+
+
+def cuda_kernel(x: Tensor, size: int, value_size: int, isolated: bool = False) -> str:
+    """The kernel of `attend` on CUDA for heads in the type of x that see all before, or their own segment."""
+    if not kernels.on_cuda(x) or x.dtype != torch.bfloat16 or not value_size <= size <= LARGEST_HEAD:
         return SDPA
     if has_flash_attention():
         return FLASH_ATTN
-    return VARLEN if isolated and q.shape[-1] % 8 == 0 else SDPA
+    return VARLEN if isolated and size % 8 == 0 else SDPA
 
 
 def report(q_BTHQ: Tensor, value_size: int, isolated: bool) -> str:
     """Name the kernel of `attend` in training on CUDA; of `scaled_dot_product_attention` torch's own choice as well."""
-    kernel = cuda_kernel(q_BTHQ, value_size, plain=not isolated, isolated=isolated)
+    kernel = cuda_kernel(q_BTHQ, q_BTHQ.shape[-1], value_size, isolated)
     if kernel != SDPA:
         return kernel if kernel == VARLEN else f"{FLASH_ATTN} {flash_attention().__version__}"
     # v comes padded to the size of q and k, and isolated segments as a mask.

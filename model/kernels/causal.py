@@ -48,13 +48,13 @@ class CausalAttention(torch.autograd.Function):
     """softmax(q k^T * scale) v, the last queries of all keys, each seeing itself and what came before.
 
     q: (B, T, H, nope + rope), not yet rotated; kv: (B, S, H, nope + value) = [k_nope | v] of each head;
-    k_rope: (B, S, rope), rotated; rope: (B or 1, T, 1, rope / 2) complex64, from `RotaryEmbedding`.
+    k_rope: (B, S, rope), rotated; rope: (B or 1, T, 1, rope / 2, 2) float32, from `RotaryEmbedding`.
     Returns (B, T, H, value).
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) -> Tensor:
-        q, kv, angles = q.contiguous(), kv.contiguous(), torch.view_as_real(rope.resolve_conj()).contiguous()
+        q, kv, angles = q.contiguous(), kv.contiguous(), rope.contiguous()
         k_rope = k_rope if stride_of(k_rope) is not None else k_rope.contiguous()
         (batch, queries, heads, qk), keys, part = q.shape, kv.shape[1], k_rope.shape[-1]
         value = kv.shape[-1] - qk + part
@@ -98,7 +98,7 @@ def prefill(
     held, rope_size = k_rope_BSR.shape[1:]
     nope = query - rope_size
     value = kv_BSHE.shape[-1] - nope
-    angles = torch.view_as_real(rope).contiguous()
+    angles = rope.contiguous()
     q, kv, k_rope = q_BTHQ.contiguous(), kv_BSHE.contiguous(), k_rope_BSR
     if k_rope.stride(2) != 1 or k_rope.stride(0) != held * k_rope.stride(1):
         k_rope = k_rope.contiguous()

@@ -85,14 +85,11 @@ class WeightedSwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
         activated = F.silu(gate)
         scaled = grad * weight.unsqueeze(1)
-        torch.mul(scaled, activated, out=grad_up)
+        grad_up = scaled * activated
         grad_weight = activated.mul_(up).mul_(grad).sum(-1)
-        grad_gate.copy_(torch.ops.aten.silu_backward(scaled.mul_(up), gate))
-        return grad_gate_up, grad_weight
+        return torch.cat((torch.ops.aten.silu_backward(scaled.mul_(up), gate), grad_up), dim=-1), grad_weight
 
 
 def weighted_swiglu(gate_up_R2I: Tensor, weight_R: Tensor) -> Tensor:

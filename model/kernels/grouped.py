@@ -1,7 +1,8 @@
 """Products of stacked experts' matrices with the rows of each, forward and backward.
 
-On CUDA torch's grouped_mm; on a CPU one expert after the other, or, in bfloat16 without AMX, all in one call of
-`grouped.c`: a library called for each expert arranges each matrix again, which can take as long as the products do.
+On CUDA torch's grouped_mm where that is one launch, else a loop over the experts; on a CPU such a loop too, or, in
+bfloat16 without AMX, one call of `grouped.c`: a library called for each expert arranges each matrix again, which can
+take as long as the products do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import model.kernels as kernels
 from model.kernels import compiled
 from model.kernels.compiled import multiplies, readable, scratch
 from model.kernels.fused import weighted_swiglu
@@ -66,9 +68,7 @@ class GroupedLinear(torch.autograd.Function):
         if fits(x_RD, weight_EOD, ends):
             return product(x_RD, weight_EOD, ends)
         weight_EOD = weight_EOD if is_dense else weight_EOD.dense(x_RD.dtype)
-        # Where the number of rows is only bounded (CUDA in float32), those past the last expert must still be numbers.
-        make = x_RD.new_empty if ends[-1] == x_RD.shape[0] else x_RD.new_zeros
-        out, weight_of = make(x_RD.shape[0], weight_EOD.shape[1]), Cast(weight_EOD, x_RD.dtype)
+        out, weight_of = x_RD.new_empty(x_RD.shape[0], weight_EOD.shape[1]), Cast(weight_EOD, x_RD.dtype)
         for expert, rows in spans(ends):
             product_into(out[rows], x_RD[rows], weight_of(expert))
         return out
@@ -88,8 +88,7 @@ class GroupedLinear(torch.autograd.Function):
             return grad_x, grad_weight, None, None
         weight_of = Cast(weight_EOD, ctx.dtype)
         if ctx.needs_input_grad[0]:
-            make = grad_RO.new_empty if ends[-1] == grad_RO.shape[0] else grad_RO.new_zeros
-            grad_x = make(grad_RO.shape[0], weight_EOD.shape[2])
+            grad_x = grad_RO.new_empty(grad_RO.shape[0], weight_EOD.shape[2])
         if grad_weight is not None:
             for expert in set(range(len(ends))).difference(expert for expert, _ in spans(ends)):
                 grad_weight[expert].zero_()
@@ -151,10 +150,7 @@ def few_experts(x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, gate_up: T
 
 
 def grouped_mm(x_RD: Tensor, weight_EOD, ends_E: Tensor) -> Tensor:
-    """The product of `GroupedLinear` in bfloat16 on CUDA: in one launch on sm90 and sm100 (`without_host`).
-
-    Elsewhere torch loops over the groups on the host, which waits for the device to read their ends.
-    """
+    """The product of `GroupedLinear` on CUDA in one launch, `without_host`."""
     out, inner = (-size % ALIGNED for size in weight_EOD.shape[1:])
     if inner:  # adapters of a low rank
         x_RD = F.pad(x_RD, (0, inner))
@@ -187,9 +183,70 @@ def aligned(weight_EOD: Tensor) -> Tensor:
 
 
 def without_host(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether experts' products in this type never wait for the device (see torch's grouped_mm)."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    """Return whether torch's grouped_mm is one launch; elsewhere it waits for the groups' ends in each product."""
+    return dtype == torch.bfloat16 and kernels.capability(device) in (9, 10)
+
+
+@torch.library.custom_op("mini_deepseek::read_ends", mutates_args=())
+def read_ends(ends_E: Tensor) -> Tensor:
+    """Copy the groups' ends to the host, which waits for the device: once for all products of a layer."""
+    return torch.empty_like(ends_E, device="cpu").copy_(ends_E)
+
+
+@torch.library.custom_op("mini_deepseek::each_expert", mutates_args=())
+def each_expert(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's rows times its matrix, (R, O), of any content past the last; ends: on the host."""
+    out = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+    for expert, rows in spans(ends_E.tolist()):
+        torch.mm(x_RI[rows], weight_EOI[expert].t(), out=out[rows])
+    return out
+
+
+@torch.library.custom_op("mini_deepseek::each_gradient", mutates_args=())
+def each_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+    """Return grad^T x over each expert's rows, (E, O, I), zeros where it has none; ends: on the host."""
+    out = grad_RO.new_zeros(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
+    for expert, rows in spans(ends_E.tolist()):
+        torch.mm(grad_RO[rows].t(), x_RI[rows], out=out[expert])
+    return out
+
+
+# What compiled graphs know of them: shapes.
+read_ends.register_fake(lambda ends_E: torch.empty_like(ends_E, device="cpu"))
+each_expert.register_fake(lambda x_RI, weight_EOI, ends_E: x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1]))
+each_gradient.register_fake(
+    lambda grad_RO, x_RI, ends_E: grad_RO.new_empty(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
+)
+
+
+class LoopedLinear(torch.autograd.Function):
+    """The product of `GroupedLinear` on CUDA, one expert after the other, without a wait; ends: on the host.
+
+    The stack is cast in one launch, again in the backward pass. A `QuantizedWeight` is dense for each pass only.
+    """
+
+    @staticmethod
+    def forward(ctx, x_RI: Tensor, weight_EOI, ends_E: Tensor) -> Tensor:
+        is_dense = isinstance(weight_EOI, Tensor)
+        ctx.save_for_backward(x_RI if ctx.needs_input_grad[1] else None, weight_EOI if is_dense else None, ends_E)
+        ctx.quantized = None if is_dense else weight_EOI
+        return each_expert(x_RI, dense(weight_EOI, x_RI.dtype), ends_E)
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_RI, weight_EOI, ends_E = ctx.saved_tensors
+        grad_RO, to_x, to_weight = grad_RO.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            weight = dense(ctx.quantized if weight_EOI is None else weight_EOI, grad_RO.dtype)
+            to_x = each_expert(grad_RO, weight.transpose(1, 2), ends_E)
+        if ctx.needs_input_grad[1]:
+            to_weight = each_gradient(grad_RO, x_RI, ends_E).to(weight_EOI.dtype)
+        return to_x, to_weight, None
+
+
+def dense(weight, dtype: torch.dtype) -> Tensor:
+    """Return a tensor's or a `QuantizedWeight`'s matrices in a type."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype)
 
 
 def suits(x_RF: Tensor, *weights_EOI) -> bool:

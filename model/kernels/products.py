@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import model.kernels as kernels
 from model.kernels.compiled import multiplies, opener, readable, scratch
 
 LANES, TILE = 16, 8
@@ -74,6 +75,8 @@ def add_gradient(to_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """to += grad^T x, summed in float32; returns `to`."""
     if gradient_fits(to_OI, grad_NO, x_NI):
         return gradient_in_c(to_OI, grad_NO, x_NI, add=True)
+    if kernels.on_cuda(grad_NO) and grad_NO.dtype == to_OI.dtype:
+        return to_OI.addmm_(grad_NO.t(), x_NI)
     return to_OI.add_(product(grad_NO.t(), x_NI.t()))
 
 

@@ -43,10 +43,8 @@ def row_of(path: Path, content: str) -> ChoiceItem:
     ids=["C-Eval", "CMMLU", "MMLU", "files beside each other"],
 )  # fmt: skip
 def test_folders_are_read_as_published(files, split, tmp_path):
-    assert read_choices(write(tmp_path, files), split, []) == {"law": [ITEM]}
-
-
-def test_a_file_without_a_header_may_have_lines_in_quotes(tmp_path):
+    assert read_choices(write(tmp_path / "exam", files), split, []) == {"law": [ITEM]}
+    # A file without a header may have lines in quotes.
     (tmp_path / "law.csv").write_text(f'{QUOTED},B\n"lines\nin quotes",1,2,3,4,d\n', encoding="utf8")
     found = read_choices(str(tmp_path / "law.csv"), "test", [])["law"]
     assert found == [ITEM, ChoiceItem("law", "lines\nin quotes", ("1", "2", "3", "4"), 3)]
@@ -81,7 +79,7 @@ def hub(monkeypatch) -> list:
     return asked
 
 
-def test_the_hub_gives_a_subset_for_each_subject(hub):
+def test_the_hub_gives_a_subset_for_each_subject_or_is_named(hub, monkeypatch):
     found = read_choices("some/exam", "test", [])
     assert found == {s: [ChoiceItem(s, f"{s}?", ("x", "y", "z", "w"), 3)] for s in ("art", "law")}
     assert hub == [("some/exam", "art", "test", True), ("some/exam", "law", "test", True)]
@@ -89,8 +87,6 @@ def test_the_hub_gives_a_subset_for_each_subject(hub):
     assert list(read_choices("some/exam:law", "val", [])) == ["law"]
     assert hub == [("some/exam", "law", "val", True)]
 
-
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     def fail(name: str) -> None:
         raise ConnectionError("Couldn't reach it\nwith details")
 
@@ -137,23 +133,19 @@ def test_a_null_is_not_a_choice(content, found, tmp_path):
     assert [item.choices, item.answer] == found
 
 
-def test_a_snapshot_of_the_hub_has_its_subjects_in_folders(tmp_path):
+def test_a_snapshot_of_the_hub_has_its_subjects_in_folders_and_what_save_to_disk_wrote_its_splits(tmp_path):
+    import datasets
+
     for name, question in (("law/test", "L"), ("law/dev", "no"), ("data/test", "D")):
         file = tmp_path / "exam" / f"{name}-00000-of-00001.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist([arc("x", "y", labels="AB", answerKey="A") | {"question": question}]), file)
     found = read_choices(str(tmp_path / "exam"), "test", [])
-    assert {subject: [item.question for item in items] for subject, items in found.items()} == {
-        "exam": ["D"], "law": ["L"],
-    }  # fmt: skip
-
-
-def test_what_save_to_disk_wrote_has_its_splits(tmp_path):
-    import datasets
-
+    asked = {subject: [item.question for item in items] for subject, items in found.items()}
+    assert asked == {"exam": ["D"], "law": ["L"]}
     rows = {name: datasets.Dataset.from_list([arc("x", "y", labels="AB", answer=name)]) for name in ("A", "B")}
-    datasets.DatasetDict(train=rows["A"], test=rows["B"]).save_to_disk(tmp_path / "exam")
-    for folder, subject in (("exam", "exam"), ("exam/test", "test")):
+    datasets.DatasetDict(train=rows["A"], test=rows["B"]).save_to_disk(tmp_path / "saved")
+    for folder, subject in (("saved", "saved"), ("saved/test", "test")):
         assert read_choices(str(tmp_path / folder), "test", []) == {subject: [ChoiceItem(subject, "Q", ("x", "y"), 1)]}
 
 
@@ -172,15 +164,16 @@ def test_what_save_to_disk_wrote_has_its_splits(tmp_path):
         (HEADER + "0,Q,1,2,3,,D\n", r":2: the answer is 'D', not one of A, B, C;"),
         (HEADER + "0,Q,1,2,3,4\n", r":2: 6 fields where the header has 7"),
         (HEADER + '0,"Q,1,2,3,4,A\n', r":2: a quote that is not closed"),
-        ("Q,1,2,3,4,A\nQ,1\n", r":2: 2 fields; write question, choices"),
+        ("Q,1,2,3,4,A\nQ,1\n", r":2: 2 fields where the header has 6"),
         ("", r": is empty"),
         (HEADER, r": is empty"),
+        (f"Q,1,2,3,4,A\n{QUOTED},B\n".encode("gbk"), ":2: not UTF-8"),
     ],
 )
 def test_a_bad_row_is_named_with_file_and_line(content, what, tmp_path):
     (tmp_path / "val").mkdir()
     path = tmp_path / "val" / "law_val.csv"
-    path.write_text(content, encoding="utf8")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}{what}") as error:
         read_choices(str(tmp_path), "val", [])
     assert "\n" not in str(error.value)
@@ -199,6 +192,8 @@ def test_a_bad_row_is_named_with_file_and_line(content, what, tmp_path):
         (arc("x", "y", labels="AA", answer="A"), "2 choices and not as many different labels"),
         ({"choices": ["x", "y"], "answer": 2}, "the answer is 2, not one of A, B"),
         ({"choices": ["x", "y"], "answer": True}, "the answer is True"),
+        ({"choices": ["a"], "answer": 0}, "1 choices, not 2 to 26"),
+        ({"choices": [f"c{n}" for n in range(30)], "answer": 28}, "30 choices"),
         ([1], "not an object with question, choices and answer"),
     ],
 )
@@ -206,12 +201,6 @@ def test_a_bad_json_row_is_named(row, what, tmp_path):
     row = {"question": "Q", **row} if isinstance(row, dict) else row
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/a.jsonl:1: .*{what}"):
         row_of(tmp_path / "a.jsonl", json.dumps(row) + "\n")
-
-
-def test_a_file_in_another_encoding_is_named(tmp_path):
-    (tmp_path / "a.csv").write_bytes(f"Q,1,2,3,4,A\n{QUOTED},B\n".encode("gbk"))
-    with pytest.raises(UserError, match=r"a\.csv.*(UTF-8|utf-8).*"):
-        read_choices(str(tmp_path / "a.csv"), "test", [])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from data_files import entry, write_run
 
 from errors import UserError
 from eval.compare import main
@@ -13,16 +14,6 @@ from eval.compared_run import open_runs
 from eval.comparison import draw, markdown
 from eval.scores import Score
 from training.run.log import read_metrics
-
-
-def write_run(folder: Path, *entries: dict) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf8")
-    return folder
-
-
-def entry(step: int, **more: object) -> dict:
-    return {"step": step, "tokens": 1000 * step, "seconds": step / 2, "lr": 1e-3, "tokens_per_second": 50.0, **more}
 
 
 def write_scores(
@@ -45,12 +36,9 @@ def write_scores(
 def runs(tmp_path) -> list[str]:
     """A long run and a short one of next tokens, and one of preferences; two of them were measured."""
     long = write_run(tmp_path / "a" / "pretrain", *(entry(n, loss=9 - n, max_vio=[0.1, 0.5 * n]) for n in range(6)))
-    short = write_run(
-        tmp_path / "b", entry(0, loss=9.0, val_bits_per_byte=3.0), entry(2, loss=5.0, val_bits_per_byte=2.0)
-    )
-    pairs = write_run(
-        tmp_path / "c", entry(1, loss=0.69, accuracy=0.5, margin=0.0), entry(3, loss=0.2, accuracy=1.0, margin=2.0)
-    )
+    texts = entry(0, loss=9.0, val_bits_per_byte=3.0), entry(2, loss=5.0, val_bits_per_byte=2.0)
+    pairs = entry(1, loss=0.69, accuracy=0.5, margin=0.0), entry(3, loss=0.2, accuracy=1.0, margin=2.0)
+    short, pairs = write_run(tmp_path / "b", *texts), write_run(tmp_path / "c", *pairs)
     write_scores(long / "eval" / "final", exam=(0.3, 0.2, 0.4), sums=(0.9, 0.85, 0.95))
     write_scores(short / "eval" / "final", exam=(0.35, 0.25, 0.45), sums=(0.5, 0.4, 0.6))
     return [str(long), str(short), str(pairs)]
@@ -97,23 +85,20 @@ def test_scores_stand_side_by_side_and_those_that_differ_are_marked(runs):
     assert "law" not in str(found)  # groups stay in each run's own page
 
 
-def test_scores_on_other_items_are_not_to_be_compared(runs, tmp_path):
-    other = write_scores(tmp_path / "other", items=20, exam=(0.9, 0.8, 1.0))
-    page = markdown(open_runs([runs[0], str(other)]))
-    assert "exam: settings or items differ between the runs; its numbers are not to be compared." in page
-    assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "–"]
-    assert rows(page)["exam [2]"][3:] == ["–", "90.0% (80.0% to 100.0%)"]
-    assert "sums: settings" not in page and rows(page)["stage"] == ["next token", "–"]
-
-
-def test_the_same_items_elsewhere_are_compared_and_other_items_are_not(tmp_path):
+def test_the_same_items_elsewhere_are_compared_and_other_items_are_not(runs, tmp_path):
     ours = write_scores(tmp_path / "ours", content="a1", exam=(0.3, 0.2, 0.4))
     moved = write_scores(tmp_path / "moved", content="a1", data="y", exam=(0.5, 0.45, 0.6))
     changed = write_scores(tmp_path / "changed", content="b2", exam=(0.9, 0.8, 1.0))
+    # Older files do not know their content: other items, and the same number of items of other data.
+    more = write_scores(tmp_path / "more", items=20, exam=(0.9, 0.8, 1.0))
+    other_data = write_scores(tmp_path / "other_data", data="y", exam=(0.9, 0.8, 1.0))
     page = markdown(open_runs([str(ours), str(moved)]))
     assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "50.0% (45.0% to 60.0%) *"] and "differ" not in page
-    page = markdown(open_runs([str(ours), str(changed)]))
-    assert rows(page)["exam [2]"][3:] == ["–", "90.0% (80.0% to 100.0%)"] and "exam: settings or items differ" in page
+    for one, other in ((str(ours), str(changed)), (runs[0], str(more)), (runs[0], str(other_data))):
+        page = markdown(open_runs([one, other]))
+        assert "exam: settings or items differ between the runs; its numbers are not to be compared." in page
+        assert rows(page)["exam"][3:] == ["30.0% (20.0% to 40.0%)", "–"] and "sums: settings" not in page
+        assert rows(page)["exam [2]"][3:] == ["–", "90.0% (80.0% to 100.0%)"]
 
 
 def held(step: int, bits: float, name: str) -> dict:
@@ -128,15 +113,12 @@ def texts(tmp_path) -> list[str]:
     return [str(run) for run in runs]
 
 
-def test_bits_of_different_texts_stand_in_different_rows(texts):
+def test_bits_of_different_texts_stand_in_different_rows_and_panels(texts, tmp_path, drawn):
     found = rows(markdown(open_runs(texts)))
     assert found["held-out bits per byte: book.csv 01"] == ["2.0000", "2.0000", "–", "–"]
     assert found["held-out bits per byte: chats.jsonl 02"] == ["–", "–", "2.0000", "–"]
     assert found["held-out bits per byte (not known to be the same text)"] == ["–", "–", "–", "2.0000"]
     assert "held-out bits per byte" not in found
-
-
-def test_bits_of_different_texts_are_drawn_in_different_panels(texts, tmp_path, drawn):
     draw(open_runs(texts), tmp_path / "c.png", "tokens")
     panels = {axis.get_title(): len(axis.lines) for axis in drawn[0].axes if "held-out" in axis.get_title()}
     unknown = "held-out text (not known to be the same text)"
@@ -165,11 +147,8 @@ def test_curves_of_all_lengths_are_drawn_and_losses_of_stages_apart(runs, tmp_pa
     assert sorted(bar.get_width() for bar in scores.patches) == [0.3, 0.35, 0.5, 0.9]  # of the whole alone
     assert [label.get_text() for label in scores.get_yticklabels()] == ["exam acc", "sums acc"]
     assert "rewards" not in panels
-
-
-def test_curves_can_be_drawn_over_time(runs, tmp_path, drawn):
     draw(open_runs(runs[:2]), tmp_path / "c.png", "seconds")
-    (loss, *_) = (axis for axis in drawn[0].axes if axis.get_title() == "training loss")
+    (loss, *_) = (axis for axis in drawn[1].axes if axis.get_title() == "training loss")
     assert list(loss.lines[0].get_xdata()) == [0.5, 1, 1.5, 2, 2.5] and loss.get_xlabel() == "seconds of training"
 
 
@@ -180,11 +159,13 @@ def test_a_checkpoint_stands_for_its_run_and_brings_its_own_scores(runs):
     assert step.entries == whole.entries and list(step.suites) == ["exam"] and list(whole.suites) == ["exam", "sums"]
 
 
-def test_the_script_writes_a_page_and_a_picture(runs, tmp_path, run):
-    done = run(main, *runs[:2], "--out", tmp_path / "out")
+def test_the_script_writes_a_page_and_a_picture(runs, pretrained, tmp_path, run):
+    done = run(main, *runs[:2], pretrained, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     page = (tmp_path / "out" / "comparison.md").read_text(encoding="utf8")
     assert page in done.out and (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    name = read_metrics(pretrained / "metrics.jsonl")[-1]["held_out"]["text"]
+    assert f"held-out bits per byte: {name}" in rows(page)
 
 
 def test_a_watched_run_is_drawn_again_when_it_has_logged_more_until_ctrl_c(runs, tmp_path, run, monkeypatch):
@@ -210,7 +191,7 @@ def test_a_watched_run_is_drawn_again_when_it_has_logged_more_until_ctrl_c(runs,
     assert "| 2.0000 |" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf8")
 
 
-def test_one_run_may_be_watched_and_a_folder_that_is_none_may_not(runs, tmp_path, run, monkeypatch):
+def test_one_run_may_be_watched_and_another_folder_may_not(runs, tmp_path, run, monkeypatch):
     monkeypatch.setattr("eval.compare.time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     done = run(main, "--watch", runs[1], "--out", tmp_path / "out")
     assert done.code == 0 and (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -218,12 +199,6 @@ def test_one_run_may_be_watched_and_a_folder_that_is_none_may_not(runs, tmp_path
     assert done.code == 2 and "nowhere: neither metrics.jsonl" in done.err
     done = run(main, "--watch", runs[1], "--every", 0)
     assert done.code == 2 and "--every 0: give a number of seconds" in done.err
-
-
-def test_real_runs_are_compared(pretrained, tmp_path):
-    other = write_run(tmp_path / "other", entry(1, loss=3.0))
-    name = read_metrics(pretrained / "metrics.jsonl")[-1]["held_out"]["text"]
-    assert f"held-out bits per byte: {name}" in rows(markdown(open_runs([str(pretrained), str(other)])))
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,6 @@ def test_each_folder_is_opened_by_its_own_kind(pretrained, tokenizer, tmp_path):
         ModelPath.find(str(tmp_path))
 
 
-def test_a_gguf_file_is_found_by_its_name_or_its_folder(tmp_path):
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    for path in (tmp_path / "a.gguf", tmp_path):
-        assert ModelPath.find(str(path)) == ModelPath(tmp_path, "a.gguf")
-
-
 @pytest.mark.parametrize(
     ("name", "what"),
     [
@@ -87,9 +81,11 @@ def test_a_gguf_file_is_found_by_its_name_or_its_folder(tmp_path):
         ("nowhere", "no such checkpoint; give a folder with config.json, or a .gguf file"),
     ],
 )
-def test_folders_that_hold_no_model_are_one_line(name, what, tmp_path):
-    for file in ("empty/a.txt", "two/a.gguf", "two/b.gguf"):
+def test_a_gguf_file_is_found_by_its_name_or_its_folder_and_what_holds_no_model_is_one_line(name, what, tmp_path):
+    for file in ("empty/a.txt", "one/a.gguf", "two/a.gguf", "two/b.gguf"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(b"GGUF")
+    for path in (tmp_path / "one" / "a.gguf", tmp_path / "one"):
+        assert ModelPath.find(str(path)) == ModelPath(tmp_path / "one", "a.gguf")
     with pytest.raises(UserError, match=f"^{tmp_path / name}: {what}"):
         ModelPath.find(str(tmp_path / name))

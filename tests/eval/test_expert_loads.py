@@ -11,6 +11,7 @@ import eval.experts
 from errors import UserError
 from eval.answering import Answerer
 from eval.experts import draw, experts, loads, relative, specialisation
+from training.run.plots import load_pyplot
 
 
 def test_every_token_is_counted_once_in_each_layer_and_padding_never(answerer, monkeypatch):
@@ -49,10 +50,7 @@ def test_the_script_writes_loads_page_and_picture(pretrained, world, tmp_path, s
 
 
 def test_the_picture_shows_the_loads_and_their_balance_over_the_run(monkeypatch, tmp_path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
 
     drawn, domains = [], {"zh": torch.rand(2, 8), "en": torch.rand(2, 8)}
     monkeypatch.setattr(pyplot, "close", drawn.append)

@@ -166,16 +166,13 @@ def test_answers_are_those_of_generate_and_stop_at_a_text(scorer):
     assert sampled[0] == sampled[1] and len(set(sampled[0])) > 1  # samples of one prompt differ, and repeat
 
 
-def test_an_answer_ends_before_its_end_token(scorer):
-    """Which is here whatever the model says fourth."""
+def test_an_answer_ends_before_its_end_token_and_a_question_without_room_gets_none(scorer):
+    """The end token is here whatever the model says fourth."""
     model, tokenizer = scorer.answerer.model, scorer.answerer.tokenizer
     said = greedy(scorer, [20, 30, 40], 6)
     ends = SimpleNamespace(eos_id=said[3], decode=tokenizer.decode)
     (answer,) = Answerer(model, ends).completions([[20, 30, 40]], 6)
     assert answer == tokenizer.decode(said[: said.index(said[3])], skip_special_tokens=False)
-
-
-def test_a_question_that_has_no_room_gets_no_answer(scorer):
     ((place, answer),) = scorer.answers([[20] * 1020, [20]], 20)
     assert place == 1 and answer
     with pytest.raises(UserError, match="max_new_tokens 1024: the model reads 1024 tokens in all; lower it"):

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from data_files import entry, write_run
 
 from errors import UserError
 from eval.page import PageTable, write_page
@@ -40,18 +41,6 @@ class Page(HTMLParser):
         sources = [attributes["src"] for tag, attributes in self.elements if tag == "img"]
         assert all(source.startswith("data:image/png;base64,") for source in sources)
         return [base64.b64decode(source.partition(",")[2], validate=True) for source in sources]
-
-
-def entry(step: int, **more: object) -> dict:
-    return {"step": step, "tokens": 1000 * step, "seconds": step / 2, "loss": 5.0 - step, **more}
-
-
-def write_run(folder: Path, *entries: dict, samples: tuple[dict, ...] = ()) -> Path:
-    folder.mkdir(parents=True)
-    for name, rows in (("metrics.jsonl", entries), ("samples.jsonl", samples)):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / name).write_text(text, encoding="utf8")
-    return folder
 
 
 def test_whatever_a_run_holds_is_text_on_the_page_and_nothing_is_loaded(tmp_path):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+from data_files import write
 
 from errors import UserError
 from eval.answering import Answerer
@@ -25,21 +25,14 @@ def test_accuracy_is_exact_answers_by_kind():
     assert accuracy(results) == {"sum": 0.5, "fact": 1.0, "all": pytest.approx(2 / 3)}
 
 
-def write_questions(path: Path, *rows: dict) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
-    return path
-
-
 def test_questions_are_asked_and_counted(answerer, pretrained, tmp_path, script):
     """The model's own words are the right answers to two of three questions."""
     texts = ["你好", "月牙镇在哪里？谁住在那里？", "2 + 3 = ?"]
     said = [next(answerer.replies([[{"role": "user", "content": text}]], 48)) for text in texts]
-    path = write_questions(
-        tmp_path / "asked.jsonl",
-        {"question": texts[0], "answer": said[0], "kind": "talk"},
-        {"question": texts[1], "answer": said[1]},
-        {"question": texts[2], "answer": "never \u2028 said", "kind": "talk"},
-    )
+    answers = [*said[:2], "never \u2028 said"]
+    rows = [{"question": question, "answer": answer} for question, answer in zip(texts, answers, strict=True)]
+    rows[0]["kind"] = rows[2]["kind"] = "talk"
+    path = write(tmp_path / "asked.jsonl", rows)
     options = ["--ckpt", pretrained / "final", "--file", path, "--device", "cpu", "--dtype", "fp32"]
     done = script(questions, *options, "--json")
     assert json.loads(done.out) == {"talk": 0.5, "all": pytest.approx(2 / 3)}
@@ -52,10 +45,10 @@ def test_questions_are_asked_and_counted(answerer, pretrained, tmp_path, script)
     ("content", "what"),
     [
         (json.dumps(vars(REQUEST)) + '\n{"question": "a"}\n', ":2: not an object with"),
-        ('{"question": "a", "ans', ":1: not an object with"),
-        ("[1]\n", ":1: not an object with"),
-        ("\n", ": no questions in it"),
-        (None, ": cannot be read"),
+        ('{"question": "a", "ans', r":1: broken JSON \(.*\); fix or delete the line$"),
+        ("[1]\n", ":1: element 1: not an object with"),
+        ("\n", ": is empty; name a file that has rows"),
+        (None, ": no such file or folder"),
     ],
 )  # fmt: skip
 def test_questions_and_requests_that_cannot_be_read_are_named(content, what, read, tmp_path):
@@ -91,38 +84,15 @@ def test_the_rate_of_a_style_is_sampled_and_repeats(answerer, pretrained, tmp_pa
     assert score_style(answerer, requests) == {"preferred": 0.5, "exact": 0.25, "answers": 4}
     assert asked == [(Sampling(temperature=0.7), 0)]
     monkeypatch.undo()
-    path = tmp_path / "requests.jsonl"
-    write_questions(path, vars(REQUEST))
+    path = write(tmp_path / "requests.jsonl", [vars(REQUEST)])
     printed = [script(style, "--ckpt", pretrained / "final", "--file", path, "--json").out for _ in range(2)]
     assert printed[0] == printed[1] and json.loads(printed[0])["answers"] == 1
-
-
-def test_the_report_compares_the_stages_on_held_out_text(pretrained, world, tmp_path, script):
-    shutil.copytree(pretrained, tmp_path / "pretrain")
-    few = [json.loads(line) for line in (world / "heldout_questions.jsonl").read_text(encoding="utf8").splitlines()]
-    asked = write_questions(tmp_path / "asked.jsonl", *few[::60])
-    done = script(report, "--out", tmp_path, "--questions", asked, "--samples", 2, "--dtype", "fp32")
-    assert done.code == 0, done.err
-    page = (tmp_path / "report" / "report.md").read_text(encoding="utf8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    assert rows[0][1:] == ["untrained", "pretrain"]
-    assert [row[0] for row in rows[2:4]] == ["bits per byte", "exact answers"] and len(rows) > 5
-    last = json.loads((pretrained / "metrics.jsonl").read_text(encoding="utf8").splitlines()[-1])
-    untrained, trained = (float(cell) for cell in rows[2][1:])
-    assert trained == pytest.approx(last["val_bits_per_byte"], abs=0.001) and untrained > trained + 0.5
-    assert page.count("> **") == 2 and "![pretrain](pretrain.png)" in page
-    whole = (tmp_path / "report.html").read_text(encoding="utf8")
-    assert f'<td class="number">{rows[2][1]}</td>' in whole and "right answer" in whole
-    assert f"all on one page: {tmp_path / 'report.html'}\n" in done.out
-    assert (tmp_path / "report" / "pretrain.png").read_bytes().startswith(b"\x89PNG")
-    assert "untrained" in done.out and str(tmp_path / "report" / "report.md") in done.out.replace("\n", "")
 
 
 def test_the_report_holds_out_problems_of_a_file(pretrained, tmp_path, script):
     shutil.copytree(pretrained, tmp_path / "pretrain")
     rows = [{"question": f"What is {number} plus 1?", "answer": str(number + 1)} for number in range(40)]
-    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
-    given = ["--out", tmp_path, "--sums", tmp_path / "sums.jsonl", "--dtype", "fp32"]
+    given = ["--out", tmp_path, "--sums", write(tmp_path / "sums.jsonl", rows), "--dtype", "fp32"]
     done = script(report, *given, "--val_fraction", 0.1)
     assert done.code == 0, done.err
     done = script(report, *given, "--val_fraction", 0)

@@ -115,14 +115,11 @@ def test_a_page_has_interval_and_chance_beside_each_value_and_says_what_was_cut(
     assert "| made | a\\|b | acc | 100.0% |  |  | 1 |" in page and "made: 1 of 2 questions had no room" in page
 
 
-def test_results_stand_in_the_run_of_the_checkpoint(pretrained, tmp_path):
+def test_results_stand_in_the_run_of_the_checkpoint_and_damaged_ones_are_named(pretrained, tmp_path):
     assert out_folder(str(pretrained / "final")) == pretrained / "eval" / "final"
     (tmp_path / "theirs").mkdir()
     assert out_folder(str(tmp_path / "theirs")) == Path("out/eval/theirs")
     assert out_folder("some/model.q8.gguf") == Path("out/eval/model.q8")
-
-
-def test_scores_that_are_damaged_are_named(tmp_path):
     (tmp_path / "scores.json").write_text('{"suites": {"a": {}}}')
     with pytest.raises(UserError, match=r"scores\.json: not scores as eval/run\.py writes them"):
         read_scores(tmp_path)

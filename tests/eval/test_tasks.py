@@ -9,35 +9,24 @@ from typing import Any
 
 import pytest
 import yaml
+from data_files import write
 
 from errors import UserError
+from eval.tasks import replies
 from eval.tasks.choices import MultipleChoice
 from eval.tasks.opened import FOLDER, KINDS, open_task, open_tasks
 from eval.tasks.problems import ExactMatch, judge
-from eval.tasks.replies import (
-    Quality,
-    Questions,
-    Style,
-    as_text,
-    chinese_share,
-    describe,
-    distinct,
-    distinct_1,
-    first_answer,
-    judge_style,
-    repetition,
-)  # fmt: skip
+from eval.tasks.replies import Quality, Questions, Style, as_text, chinese_share, distinct, first_answer, judge_style
 from eval.tasks.texts import Text
 from text.chats.problems import open_problems
 
 
 def write_lines(path: Path, *rows: dict) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    return str(path)
+    return write(path, map(json.dumps, rows))
 
 
 def problems(path: Path, *rows: tuple[str, str]) -> str:
-    return write_lines(path, *({"question": question, "answer": answer} for question, answer in rows))
+    return write(path, [{"question": question, "answer": answer} for question, answer in rows])
 
 
 # Names and files
@@ -64,16 +53,13 @@ def test_names_are_of_this_project_or_of_lm_eval(tmp_path):
     assert open_task("mmlu").settings is None and open_task("mmlu=data/mmlu").settings.shots == 0
     assert open_task("mmlu", theirs_first=False).settings.data == "data/mmlu"
     assert open_task("demo-favours").name == "demo-style"
-    # A file in lm-eval's form is left to it.
-    (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function f.g\n")
-    assert open_task(str(tmp_path / "mine.yaml")).settings is None
-
-
-def test_one_task_on_two_sets_of_data_is_two_tasks():
-    found = open_tasks("text=a/zh.txt, text=b/en.txt,mmlu=c")
+    found = open_tasks("text=a/zh.txt, text=b/en.txt,mmlu=c")  # one task on two sets of data is two tasks
     assert {task.name: task.settings.data for task in found} == {"text": "a/zh.txt", "text-en": "b/en.txt", "mmlu": "c"}
     with pytest.raises(UserError, match="mmlu: is there twice"):
         open_tasks("mmlu,mmlu")
+    # A file in lm-eval's form is left to it.
+    (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function f.g\n")
+    assert open_task(str(tmp_path / "mine.yaml")).settings is None
 
 
 @pytest.mark.parametrize(
@@ -202,9 +188,11 @@ def test_answers_to_problems_are_compared_as_mathematics(tmp_path):
     data = problems(tmp_path / "p.jsonl", ("1+1?", "so it is #### 2"), ("half?", "1/2"), ("half?", "1/2"), ("3?", "3"))
     docs = ExactMatch(data=data).docs()
     assert len(docs) == 4  # a question that is asked twice counts twice
-    replies = ("The answer is 2.", "\\boxed{\\frac{1}{2}}", "0.5", "4")
-    found = [judge(doc, [reply]) for doc, reply in zip(docs, replies, strict=True)]
+    given = ("The answer is 2.", "\\boxed{\\frac{1}{2}}", "0.5", "4")
+    found = [judge(doc, [reply]) for doc, reply in zip(docs, given, strict=True)]
     assert found == [{"exact_match": 1.0}] * 3 + [{"exact_match": 0.0}]
+    with pytest.raises(UserError, match=r"p\.jsonl:2: the answer is empty; correct the row"):
+        ExactMatch(data=problems(tmp_path / "p.jsonl", ("1+1?", "2"), ("2+2?", " "))).docs()
 
 
 def test_several_samples_give_pass_at_k_and_the_majority(tmp_path):
@@ -242,16 +230,10 @@ def test_the_generators_held_out_sums_are_asked():
     assert len(ExactMatch(data="arithmetic:1", problems=6).docs(4)) == 4
 
 
-def test_a_problem_without_an_answer_is_named(tmp_path):
-    data = problems(tmp_path / "p.jsonl", ("1+1?", "2"), ("2+2?", " "))
-    with pytest.raises(UserError, match=r"p\.jsonl:2: the answer is empty; correct the row"):
-        ExactMatch(data=data).docs()
-
-
 # Replies
 
 
-def test_a_limit_takes_items_that_are_evenly_spread(world):
+def test_a_limit_takes_items_that_are_evenly_spaced(world):
     task = Questions(data=str(world / "heldout_questions.jsonl"))
     docs = task.docs()
     assert task.docs(10) == [docs[number * len(docs) // 10] for number in range(10)]
@@ -265,21 +247,10 @@ def test_polite_requests_answered_in_style_are_counted(tmp_path):
     assert [tuple(values.values()) for values in found] == [(1.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.0, 0.0)]
 
 
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("a b c d e f", 0.0),
-        ("a b c d a b c d", 1 - 4 / 5),  # abcd bcda cdab dabc abcd
-        ("好好好好好好", 1 - 1 / 3),
-        ("a b c", 0.0),  # no four words
-        ("", 0.0),
-    ],
-)
-def test_repetition_is_the_share_of_four_words_that_stood_there_before(text, share):
-    assert repetition(text) == pytest.approx(share)
-
-
-def test_variety_and_language_are_counted_in_words():
+def test_repetition_variety_and_language_are_counted_in_words():
+    # The runs of four words: abcd bcda cdab dabc abcd. Fewer than four words repeat none.
+    shares = {"a b c d e f": 0.0, "a b c d a b c d": 1 - 4 / 5, "好好好好好好": 1 - 1 / 3, "a b c": 0.0, "": 0.0}
+    assert {text: replies.repetition(text) for text in shares} == pytest.approx(shares)
     assert distinct(["a b a", "B c"], 1) == 3 / 5 and distinct(["a b a", "b c"], 2) == 1.0
     assert chinese_share("我 like 猫, 3!") == 0.5 and chinese_share("！？") == 0.0
 
@@ -288,9 +259,9 @@ def test_answers_are_described_without_a_judge(tmp_path):
     data = write_lines(tmp_path / "p.jsonl", {"prompt": "你好吗？"}, {"prompt": "Who are you?"})
     first, second = Quality(data=data).docs()
     reply = "<think>\n想\n</think>\n<answer>\n我很好\n</answer>"
-    found = describe(first, [reply])
+    found = replies.describe(first, [reply])
     assert (found["characters"], found["empty"]) == (len(reply), 0.0)
     assert found["strict_format"] == found["loose_format"] == found["own_language"] == 1.0
-    assert 0 < found["chinese"] < 1 and distinct_1([found["distinct_1"]]) < 1
-    found = describe(second, [""])
+    assert 0 < found["chinese"] < 1 and replies.distinct_1([found["distinct_1"]]) < 1
+    found = replies.describe(second, [""])
     assert found["empty"] == 1.0 and found["own_language"] == 0.0 and "chinese" not in found

@@ -6,9 +6,10 @@ import base64
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx2
 import pytest
@@ -24,7 +25,7 @@ from eval.scores import Measured, Score
 from eval.style import style
 from fuzz.hostile import Outcome, Thrower
 from fuzz.mutations import lay_out
-from fuzz.suites import SCORED, measured, suite
+from fuzz.suites import SCORED
 from fuzz.test_fuzz_files import sources_of
 from fuzz.test_fuzz_words import REPLY, Misbehaving, gathered
 from LMConfig import LMConfig
@@ -39,26 +40,54 @@ from training.run.plots import draw_run
 DEEP = "[" * 30_000 + "]" * 30_000
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("dataset_info.json", '{"a": {"file_name": "a.json", "columns": 10}}'),
-        ("dataset_info.json", DEEP),
-        ("datasets.yaml", f"a: {'[' * 3000}"),
-        ("datasets.yaml", "a: 2020-13-01"),
-    ],
-)
-def test_a_registry(throw, name, content, tmp_path):
-    (tmp_path / name).write_text(content)
-    assert throw(sources_of, tmp_path).code == 2
+class Found(NamedTuple):
+    """What was read of which file, the cases of its content, and the code that they must end with."""
+
+    action: Callable[[Path], object]
+    name: str
+    contents: Sequence[str]
+    code: int = 2
+
+
+def lines_of(row: dict[str, Any], *changes: dict[str, Any]) -> list[str]:
+    return [json.dumps({**row, **change}) + "\n" for change in changes]
+
+
+def scored(**change: Any) -> str:
+    content = json.loads(SCORED)
+    content["suites"]["words"]["scores"][0].update(change)
+    return json.dumps(content)
+
+
+def parsed(file: Path) -> pretrain.PretrainSettings:
+    return parse(pretrain.PretrainSettings, "", ["--config", str(file)])
+
+
+RECIPE_LINES = ("batch_tokens: null", "max_minutes: .nan", "optim: {lr: .inf}", f"epochs: {'9' * 400}")
+FOUND = {
+    "registry": Found(lambda file: sources_of(file.parent), "datasets.yaml", [f"a: {'[' * 3000}", "a: 2020-13-01"]),
+    "LLaMA-Factory's": Found(lambda file: sources_of(file.parent), "dataset_info.json",
+                             ['{"a": {"file_name": "a.json", "columns": 10}}', DEEP]),
+    "recipe": Found(parsed, "r.yaml", [f"data: a\nout: b\n{line}\n" for line in RECIPE_LINES]),
+    "progress": Found(lambda file: read_progress(file.parents[1]), "training/progress.json",
+                      lines_of({"step": 1, "tokens": 9, "seconds": 1.0}, {"step": -1}, {"run": None}, {"step": 1.5},
+                               {"seconds": float("nan")}, {"tokens": "9"}), 3),
+    "scores": Found(lambda file: read_scores(file.parent), "scores.json",
+                    [scored(value="x"), scored(value=float("nan")), scored(low=0.1, high=None), scored(group=3),
+                     scored(share=1), scored(items=None), scored(metric="\ud800")]),
+    "journal": Found(Journal, "answers.jsonl",
+                     lines_of({"key": "k", "answer": "A", "finish": "stop", "tokens": 1}, {"answer": 3},
+                              {"finish": []}, {"tokens": "1"}, {"key": 1})),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "line", ["batch_tokens: null", "max_minutes: .nan", "optim: {lr: .inf}", f"epochs: {'9' * 400}"]
+    ("kind", "number"), [(kind, number) for kind, found in FOUND.items() for number in range(len(found.contents))]
 )
-def test_a_recipe(throw, line, tmp_path):
-    (tmp_path / "r.yaml").write_text(f"data: a\nout: b\n{line}\n")
-    assert throw(parse, pretrain.PretrainSettings, "", ["--config", str(tmp_path / "r.yaml")]).code == 2
+def test_a_file_that_nobody_wrote(kind, number, throw, tmp_path):
+    action, name, contents, code = FOUND[kind]
+    lay_out(tmp_path, {name: contents[number].encode()})
+    assert throw(action, tmp_path / name).code == code
 
 
 @pytest.mark.parametrize(
@@ -78,15 +107,6 @@ def test_files_nested_deeper_than_python_can_follow(throw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": -1}, {"run": None}, {"seconds": float("nan")}, {"step": 1.5}, {"tokens": "9"}]
-)
-def test_a_progress_that_no_run_had(throw, change, tmp_path):
-    progress = {"step": 1, "tokens": 9, "seconds": 1.0, **change}
-    lay_out(tmp_path, {"training/progress.json": json.dumps(progress).encode()})
-    assert throw(read_progress, tmp_path).code == 3
-
-
-@pytest.mark.parametrize(
     "line",
     [
         '{"step": "3", "loss": 1.0}', '{"step": -1}', '{"step": 2, "loss": "low"}', '{"step": 2, "max_vio": 5}',
@@ -101,18 +121,6 @@ def test_a_line_of_a_log_that_no_run_wrote(line, throw, tmp_path):
     assert throw(RunLog, tmp_path, 5, True).code == 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"value": "x"}, {"value": float("nan")}, {"low": 0.1, "high": None}, {"group": 3}, {"share": 1}, {"items": None},
-     {"metric": "\ud800"}],
-)  # fmt: skip
-def test_scores_that_are_none(change, throw, tmp_path):
-    content = json.loads(SCORED)
-    content["suites"]["words"]["scores"][0].update(change)
-    (tmp_path / "scores.json").write_text(json.dumps(content))
-    assert throw(read_scores, tmp_path).code == 2
-
-
 def test_names_that_would_be_formulas(throw, tmp_path):
     r"""A subject or a folder with two dollars ended in a traceback of the picture's maker: `$\x$` is no formula."""
     scores = [Score(r"in $\x$ or $", "acc", 0.5, 0.4, 0.6, 0.25, 10)] * 2
@@ -122,28 +130,6 @@ def test_names_that_would_be_formulas(throw, tmp_path):
     assert throw(draw_runs, [run, run], tmp_path / "b.png", "seconds").code == 0
     lay_out(tmp_path, {r"$\x$/metrics.jsonl": b'{"step": 1, "tokens": 2, "loss": 1.0}\n'})
     assert throw(draw_run, tmp_path / r"$\x$").value.is_file()
-
-
-@pytest.mark.parametrize(
-    ("row", "what"),
-    [
-        ({"choices": ["a"], "answer": 0}, "1 choices, not 2 to 26"),
-        ({"choices": [f"c{n}" for n in range(30)], "answer": 28}, "30 choices"),
-    ],
-)
-def test_choices_that_cannot_be_asked(row, what, throw, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "Q", **row}) + "\n")
-    settings = {"data": str(tmp_path / "a.jsonl"), "form": "text"}
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"multiple_choice": settings}))
-    done = throw(measured, tmp_path)
-    assert done.code == 2 and what in done.err
-
-
-def test_worked_problems_from_two_places(throw, tmp_path, monkeypatch):
-    files = suite("sampled")
-    recipe = files["suite.yaml"].replace(b"train.jsonl", b"train.jsonl,test.jsonl")
-    monkeypatch.chdir(lay_out(tmp_path, {**files, "suite.yaml": recipe}))
-    assert throw(measured, tmp_path).code == 0
 
 
 @pytest.mark.parametrize(
@@ -178,13 +164,6 @@ def not_answered(throw: Thrower, folder: Path, respond: Callable[[], httpx2.Resp
     done = throw(gathered, folder / "p.jsonl", Misbehaving("http://x/v1", "m", attempts=1, respond=respond))
     assert (folder / "out" / "answers.jsonl").read_bytes() == b""
     return done
-
-
-@pytest.mark.parametrize("change", [{"answer": 3}, {"finish": []}, {"tokens": "1"}, {"key": 1}])
-def test_a_line_of_a_journal_of_another_type(change, throw, tmp_path):
-    row = {"key": "k", "answer": "A", "finish": "stop", "tokens": 1, **change}
-    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
-    assert throw(Journal, tmp_path / "answers.jsonl").code == 2
 
 
 RUN = dict(

@@ -100,7 +100,7 @@ def test_a_reader(throw, reader, file, on_error):
         given = Path(folder) if place == "folder" else Path(folder, name)
         done = throw(READERS[reader], given, on_error)
     if isinstance(done.value, RowReport):
-        assert done.value.rows == done.value.kept + done.value.left_out + done.value.problems.total()
+        assert done.value.rows == done.value.accepted + done.value.left_out + done.value.problems.total()
 
 
 @pytest.mark.parametrize("command", [dataset.check, dataset.preview])

@@ -48,7 +48,7 @@ ENTRY_POINTS = {
     "eval/experts.py": "log", "eval/held_out.py": "pretraining", "eval/perplexity.py": "test_a_text_to_score",
     "eval/questions.py": "questions", "eval/reasoning.py": "test_the_options_of", "eval/report.py": "pretraining",
     "eval/run.py": "suite questions", "eval/serve.py": "test_the_options_of", "eval/style.py": "requests",
-    "world/__main__.py": "test_the_options_of_the_world",
+    "training/parallel/plan.py": "test_a_plan", "world/__main__.py": "test_the_options_of_the_world",
     "world/greeting_messages.py": "test_a_world_into_a_file", "world/reasoning.py": "test_a_world_into_a_file",
 }  # fmt: skip
 # Started by the others, never by a person; or another name of one of them.

@@ -48,6 +48,7 @@ from text.sources.registry import Source, find_sources
 from text.tokenizer import Tokenizer
 from training.distill.curation import AnswerSettings, gather_answers
 from training.distill.endpoint import Endpoint
+from training.parallel import plan
 from world import __main__ as world_script
 
 
@@ -169,6 +170,16 @@ def test_the_options_of_the_world(throw, options, place):
             throw(as_script, world_script.main, f"--out={Path(there, 'out')}", *given)
         except AssertionError as error:  # argparse's own refusal: usage, and its line
             assert "invalid" in str(error) and "error: argument" in str(error)
+
+
+PLANNED = ("gpus", "gpu", "dist.pp", "dist.ep", "dist.zero", "sequence_length", "batch_tokens", "max_tokens")
+
+
+@thrown(0.5)
+@given(options=st.dictionaries(st.sampled_from(PLANNED), st.sampled_from(WORDS), max_size=2))
+def test_a_plan(throw, options):
+    options = {"config": ROOT / "configs" / "1b-moe.yaml", "gpus": "8", **options}
+    throw(as_script, plan.main, *(f"--{name}={value}" for name, value in options.items()))
 
 
 # Conversations and replies

@@ -23,7 +23,7 @@ def attention_case(queries: int, keys: int, kind: str, value_size: int):
     mask = causal(queries, keys, q.device)
     if kind == "packed":
         segments = (torch.rand(2, queries) < 0.1).cumsum(1)
-        attention_mask = AttentionMask(segment_ids=segments)
+        attention_mask = AttentionMask.isolated(segments)
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     elif kind == "padded":
         padding = torch.tensor([keys // 3, 0])
@@ -123,11 +123,19 @@ def test_segments_without_flash_attn_go_to_torch_with_the_same_numbers(on_cuda, 
     monkeypatch.setattr(attention, "flash_attention", lambda: None)
     q, k = torch.randn(2, 2, 20, 3, 16).bfloat16().unbind()
     v = torch.randn(2, 20, 3, 8).bfloat16()
-    attention_mask = AttentionMask(segment_ids=torch.arange(40).view(2, 20) // 7)
-    out = attend(q, k, v, 0.37, attention_mask)
-    assert out.shape == v.shape and "allowed" not in vars(attention_mask)
-    expected = plain_attention(q.float(), k.float(), v.float(), 0.37, attention_mask.allowed)
+    segments = torch.arange(40).view(2, 20) // 7
+    out = attend(q, k, v, 0.37, AttentionMask(segment_ends=attention.segment_ends(segments)))
+    assert out.shape == v.shape
+    expected = plain_attention(q.float(), k.float(), v.float(), 0.37, AttentionMask.isolated(segments).allowed)
     assert far(out, expected) < 2e-2
+
+
+def test_ends_of_segments_come_in_few_sizes_with_empty_segments_behind():
+    one = attention.segment_ends(torch.tensor([[0, 0, 1, 1, -1], [3, 4, 4, 3, 3]]))
+    assert one.dtype == torch.int32 and len(one) == 65
+    assert one[:8].tolist() == [0, 2, 4, 5, 6, 8, 10, 10] and (one[6:] == 10).all()
+    for segments, size in ((1, 64), (64, 64), (65, 128), (300, 512)):
+        assert len(attention.segment_ends(torch.arange(segments)[None])) == size + 1
 
 
 @pytest.mark.parametrize(("kind", "call"), [("causal", "whole"), ("packed", "segments"), ("padded", None)])
@@ -137,6 +145,9 @@ def test_flash_attn_is_used_where_it_applies_with_the_same_numbers(kind, call, o
     monkeypatch.setattr(attention, "flash_attention", lambda: fake_flash_attn(calls))
     tensors, attention_mask, mask = attention_case(20, 20, kind, 4)
     tensors = [x.detach().bfloat16() for x in tensors]
+    if kind == "packed":
+        begins = mask[:, 0].int().argmax(-1)  # the first key that each position sees
+        attention_mask = AttentionMask(segment_ends=attention.segment_ends(begins))
     out = attend(*tensors, 0.37, attention_mask)
     assert out.shape == (2, 20, 3, 4)
     assert calls[:1] == ([call] if call else [])

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from model.experts import Experts, Plan
 from model.moe import DeepseekMoE
-from model.ops import FEW_CHOICES, ROW_BLOCKS, SMALL_ROW_BLOCK, grouped_linear
+from model.ops import FEW_CHOICES, ROW_BLOCKS, SMALL_ROW_BLOCK, grouped_linear, sort_by_expert
 
 EXPERTS, CHOSEN, HIDDEN = 8, 3, 32
 
@@ -214,6 +214,14 @@ def test_on_cuda_every_expert_has_a_block_where_gradients_are_recorded(case, on_
     assert (sizes >= SMALL_ROW_BLOCK).all() and (sizes % SMALL_ROW_BLOCK == 0).all()
     assert int(plan.ends[-1]) <= len(plan.token_of_row)
     assert_planned(plan, indices)
+
+
+@pytest.mark.parametrize("count", [200, 256, 300])
+def test_on_cuda_choices_are_sorted_as_on_a_cpu(count, request):
+    choices = torch.randint(count, (3000,))
+    plain = sort_by_expert(choices, count)
+    request.getfixturevalue("on_cuda")
+    assert all(torch.equal(short, long) for short, long in zip(sort_by_expert(choices, count), plain, strict=True))
 
 
 @pytest.mark.parametrize("loads", [[8, 16, 24], [9, 0, 0], [1, 1, 1], [7, 8, 0], [15, 15, 15], [16, 0, 1]])

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from model import ops
 from model.rope import RotaryEmbedding, attention_factor, inverse_frequencies, rotate, softmax_scale
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1}
@@ -24,6 +25,19 @@ def test_rope_turns_interleaved_pairs(tiny_config):
         expected = number * torch.polar(torch.ones_like(angle), angle).unsqueeze(-1)
         torch.testing.assert_close(turned[..., 2 * pair].double(), expected.real, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(turned[..., 2 * pair + 1].double(), expected.imag, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_compiled_graphs_turn_pairs_part_by_part(heads, dtype, tiny_config, monkeypatch):
+    rope = RotaryEmbedding(tiny_config(qk_rope_head_dim=22))(torch.randint(5000, (2, 37)))
+    x, found = torch.randn(2, 37, heads, 22).to(dtype).requires_grad_(), []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        out = ops.rotate(x, rope)
+        found.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+    for plain, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, plain, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
 def test_angles_stay_float32_in_a_bfloat16_model(tiny_model, tiny_config):
@@ -59,7 +73,9 @@ def test_yarn_equals_the_reference(changes, tiny_config, transformers):
     torch.testing.assert_close(inverse_frequencies(config), frequencies)
     assert attention_factor(config) == pytest.approx(factor)
     start = RotaryEmbedding(config)(torch.tensor([[0]]))
-    torch.testing.assert_close(start, torch.full_like(start, factor))
+    cos, sin = start.unbind(-1)
+    torch.testing.assert_close(cos, torch.full_like(cos, factor))
+    assert not sin.any()
 
 
 def test_yarns_ranges_use_the_original_context_length(tiny_config):

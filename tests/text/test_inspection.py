@@ -9,24 +9,16 @@ import pytest
 from data_files import write
 
 import dataset
-from cli import call_one_of
 from dataset import ChatDataset
 from text.chats.chat_template import encode_chat
 from text.inspection import kind_of_source
 from text.sources.registry import Source
 
 
-def script() -> None:
-    call_one_of([dataset.preview, dataset.check], "")
-
-
-script.__module__ = "dataset"
-
-
 @pytest.fixture
 def look(run, tokenizer_folder):
     """`look("preview", data, *options)`: dataset.py with the small tokenizer."""
-    return lambda command, data, *options: run(script, command, data, "--tokenizer", tokenizer_folder, *options)
+    return lambda command, data, *options: run(dataset.main, command, data, "--tokenizer", tokenizer_folder, *options)
 
 
 CHAT = [
@@ -44,30 +36,23 @@ def shown(out: str) -> list[tuple[bool, str]]:
     return [(line[0] == "+", line[2:].replace("┊", "").replace("↵", "\n")) for line in lines]
 
 
-def test_a_preview_marks_exactly_what_is_trained(look, tokenizer, tmp_path):
+def test_a_preview_marks_exactly_what_side(look, tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
     done = look("preview", path)
     ids, mask = encode_chat(tokenizer, CHAT)
     assert f"{path}:1   {len(ids)} tokens, {sum(mask)} trained on" in done.out
-    for wanted in (0, 1):
-        text = tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m == wanted], skip_special_tokens=False)
-        assert "".join(line for trained, line in shown(done.out) if trained == wanted) == text.replace("\x1b", "\\x1b")
+    for side in (0, 1):
+        text = tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m == side], skip_special_tokens=False)
+        assert "".join(line for trained, line in shown(done.out) if trained == side) == text.replace("\x1b", "\\x1b")
     assert "\x1b" not in done.out  # neither colours in a pipe, nor a command to the terminal out of the data
 
 
-def test_a_preview_shows_a_turn_that_is_marked_as_not_trained_on(look, tmp_path):
-    first, last = {"role": "assistant", "content": "No.", "weight": 0.0}, {"role": "assistant", "content": "Yes."}
+def test_a_preview_shows_tokens_whole_characters_and_turns_that_are_not_trained_on(look, tokenizer, tmp_path):
+    first, last = {"role": "assistant", "content": "鑫好", "weight": 0.0}, {"role": "assistant", "content": "Yes."}
     row = {"messages": [CHAT[1], first, CHAT[1], last], "rationale": "it has more than four words"}
     done = look("preview", write(tmp_path / "a.jsonl", [row]))
-    assert [text for trained, text in shown(done.out) if trained] == ["Yes.</s>"] and "No.</s>" in done.out.replace(
-        "┊", ""
-    )
-    assert "notice: 1 x the column 'rationale' is not read" in done.out
-
-
-def test_a_preview_shows_each_token_and_whole_characters(look, tokenizer, tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"messages": [CHAT[1], {"role": "assistant", "content": "鑫好"}]}])
-    done = look("preview", path)
+    assert [text for trained, text in shown(done.out) if trained] == ["Yes.</s>"]
+    assert "鑫好</s>" in done.out.replace("┊", "") and "notice: 1 x the column 'rationale' is not read" in done.out
     assert "鑫" in done.out and "\ufffd" not in done.out and len(tokenizer.encode("鑫")) > 1
     assert [len(tokenizer.encode(text)) for text in ("苹果", "？", "苹果？")] == [1, 1, 2] and "┊苹果┊？" in done.out
 
@@ -117,16 +102,6 @@ def test_a_check_tells_the_lengths_and_what_would_be_cut(look, tokenizer, world)
     assert data.report.fates["cut"] > 0 and data.report.fates["dropped"] > 0
 
 
-def test_a_check_counts_problems_by_kind_with_their_lines(look, tmp_path):
-    good = {"instruction": "Q", "output": "A"}
-    path = write(tmp_path / "a.jsonl", [good, "{broken", {"instruction": "Q", "output": ""}, good, "{broken"])
-    done = look("check", path)
-    assert done.code == 0 and "2 of 5 rows read, 3 skipped" in done.out
-    assert "2 x broken JSON" in done.out and "1 x empty text" in done.out
-    for line in (2, 3, 5):
-        assert f"{path}:{line}: " in done.out
-
-
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
@@ -135,21 +110,24 @@ def test_a_check_counts_problems_by_kind_with_their_lines(look, tmp_path):
         (['[{"instruction": "Q", "output": "A"},', '{"instr'], ":2: the JSON array breaks off in element 2"),
     ],
 )
-def test_a_check_of_nothing_usable_or_half_a_file_fails(look, rows, what, tmp_path):
+def test_a_check_of_nothing_usable_or_half_a_file_fails(look, run, rows, what, tmp_path):
     path = write(tmp_path / "a.jsonl", rows)
     done = look("check", path)
     assert done.code == 2 and done.err.count("error: ") == 1 and str(path) in done.err and what in done.err
+    done = run(dataset.main, "check", path)
+    assert done.code == 2 and "give --tokenizer DIR (made by train_tokenizer.py) or --ckpt DIR" in done.err
 
 
-def test_a_check_of_several_goes_on_after_a_bad_one(look, world, tmp_path):
-    bad = write(tmp_path / "a.jsonl", ["{broken"])
+def test_a_check_of_several_counts_problems_by_kind_and_continues_after_a_bad_one(look, world, tmp_path):
+    good, empty = {"instruction": "Q", "output": "A"}, {"instruction": "Q", "output": ""}
+    path = write(tmp_path / "a.jsonl", [good, "{broken", empty, good, "{broken"])
+    done = look("check", path)
+    assert done.code == 0 and "2 of 5 rows read, 3 skipped" in done.out
+    assert "2 x broken JSON" in done.out and "1 x empty text" in done.out
+    assert all(f"{path}:{line}: " in done.out for line in (2, 3, 5))
+    bad = write(tmp_path / "b.jsonl", ["{broken"])
     done = look("check", f"{bad},{world / 'preferences.jsonl'},{world / 'pretrain.csv'}", "--sequence_length", 30)
     assert done.code == 2 and "pairs left out" in done.out and "continue in the next row; nothing is lost" in done.out
-
-
-def test_without_a_tokenizer_it_says_what_to_give(run, tmp_path):
-    done = run(script, "check", write(tmp_path / "a.jsonl", []))
-    assert done.code == 2 and "give --tokenizer DIR (made by train_tokenizer.py) or --ckpt DIR" in done.err
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,11 @@ def test_each_source_goes_through_its_own_epochs(paths, tokenizer):
 
 
 def test_a_row_depends_on_seed_and_index_alone(paths, tokenizer):
-    data, again = mixture(paths, tokenizer), mixture(paths, tokenizer)
+    data, again, other = (mixture(paths, tokenizer, seed) for seed in (0, 0, 1))
     indices = [5 * BLOCK + 1, 0, 17, BLOCK, 3]
     for index in sorted(indices):
         again.batch([index])
-    for name, value in data.batch(indices).items():
-        assert torch.equal(value, again.batch(indices)[name])
-    other = mixture(paths, tokenizer, seed=1)
+    assert all(torch.equal(value, again.batch(indices)[name]) for name, value in data.batch(indices).items())
     assert [owner(data, index) for index in range(64)] != [owner(other, index) for index in range(64)]
 
 
@@ -134,11 +132,10 @@ def pair_mixture(paths, tokenizer) -> PreferenceDataset:
 
 
 def test_pairs_are_mixed_by_weight_too(pair_paths, tokenizer):
-    data = pair_mixture(pair_paths, tokenizer)
-    owners = [owner(data, index) for index in range(BLOCK)]
-    assert owners.count(1) == 3 * BLOCK // 4
-    batch, again = data.batch([7, BLOCK + 1]), pair_mixture(pair_paths, tokenizer).batch([7, BLOCK + 1])
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    data, again = pair_mixture(pair_paths, tokenizer), pair_mixture(pair_paths, tokenizer)
+    assert sum(owner(data, index) for index in range(BLOCK)) == 3 * BLOCK // 4
+    batch = data.batch([7, BLOCK + 1])
+    assert all(torch.equal(batch[name], value) for name, value in again.batch([7, BLOCK + 1]).items())
 
 
 def test_the_reference_is_asked_about_every_pair_of_a_mixture(pair_paths, tokenizer, tiny_model):

@@ -36,39 +36,26 @@ def test_windows_name_their_shards_and_documents(tokenizer, tmp_path):
         stream.document_at(stream.tokens)
 
 
-def test_rows_name_their_files_and_conversations(tokenizer, tmp_path):
-    files = [
+def test_rows_name_their_files_and_conversations_or_pairs(tokenizer, tmp_path):
+    chats = [
         write(tmp_path / name, [{"instruction": f"{name} {row}?", "output": f"answer {row} of {name}"} for row in rows])
         for name, rows in (("one.jsonl", range(1, 8)), ("two.jsonl", range(1, 5)))
     ]
-    data = ChatDataset(files, tokenizer, 128, progress=False)
-    assert isinstance(data, NamingDataset)
-    for index in range(2 * len(data)):
-        shown = tokenizer.decode(data.batch([index])["input_ids"][0].tolist())
-        places = re.findall(r"(\w+\.jsonl) #(\d+)", data.describe(index))
-        assert len(places) == len(data.members(index))
-        for name, number in places:
-            assert f"answer {number} of {name}" in shown
-
-
-def test_rows_name_their_files_and_pairs(tokenizer, tmp_path):
-    rows = [{"prompt": f"ask {n}", "chosen": f"good {n}.", "rejected": f"bad {n}."} for n in range(1, 9)]
-    data = PreferenceDataset([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 64)
-    assert isinstance(data, NamingDataset)
-    for index in range(len(data)):
-        shown = tokenizer.decode(data.batch([index])["input_ids"][0].tolist())
-        numbers = re.findall(r"pairs\.jsonl #(\d+)", data.describe(index))
-        assert len(numbers) == shown.count("good ") >= 1
-        for number in numbers:
-            assert f"good {number}" in shown and f"bad {number}" in shown
+    rows = [{"prompt": f"ask {n}", "chosen": f"answer {n} of pairs.jsonl", "rejected": "bad"} for n in range(1, 9)]
+    pairs = PreferenceDataset([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 64)
+    for data in (ChatDataset(chats, tokenizer, 128, progress=False), pairs):
+        assert isinstance(data, NamingDataset)
+        for index in range(2 * len(data)):
+            shown = tokenizer.decode(data.batch([index])["input_ids"][0].tolist())
+            places = re.findall(r"(\w+\.jsonl) #(\d+)", data.describe(index))
+            assert len(places) == len(data.members(index)) == shown.count("answer ") >= 1
+            assert all(f"answer {number} of {name}" in shown for name, number in places)
 
 
 def test_completions_name_their_prompt(tokenizer, tiny_model):
     model, cpu = tiny_model(vocab_size=600, num_nextn_predict_layers=0), torch.device("cpu")
-    prompts, settings = (
-        PromptDataset([("arithmetic:1", 1.0)], tokenizer, 40),
-        RolloutSettings(prompts=4, group=2, max_new_tokens=4),
-    )
+    prompts = PromptDataset(["arithmetic:1"], tokenizer, 40)
+    settings = RolloutSettings(prompts=4, group=2, max_new_tokens=4)
     sampler, ranks = Sampler(model, torch.float32), Ranks(0, 1, cpu)
     data = Experience(Rollouts(prompts, Rewards.of({"correct": 1.0}), sampler, settings, ranks), 48, 8, torch.float32)
     data.prepare(0, model)

@@ -30,10 +30,6 @@ def fates(printed: str) -> dict[str, int]:
     return counted
 
 
-def sampled(path: str, samples: int) -> Source:
-    return Source(path, samples=samples)
-
-
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture) -> Callable[..., str]:
     def call(work: Callable[..., object], *arguments: object, **options: object) -> str:
@@ -73,28 +69,21 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("samples", [None, 30])
-def test_conversations(samples, tokenizer, printed, tmp_path):
-    source = sampled(write(tmp_path / "a.jsonl", CHATS), samples)
-    found = ChatDataset([source], tokenizer, 64, progress=False, val_fraction=0.1)
+@pytest.mark.parametrize(("kind", "rows"), [(ChatDataset, CHATS), (PreferenceDataset, PAIRS)])
+def test_conversations_and_pairs(kind, rows, samples, tokenizer, printed, tmp_path):
+    found = kind([Source(write(tmp_path / "a.jsonl", rows), samples=samples)], tokenizer, 64, val_fraction=0.1)
     reported = fates(printed(found.print_summary))
-    assert sum(reported.values()) == len(CHATS) and reported["skipped"] == 2 and reported["held out"] > 0
-    if samples is None:
-        assert reported["dropped"] == 1 and (found.report.fates["cut"], found.report.fates["unanswered"]) == (1, 1)
+    assert sum(reported.values()) == len(rows) and reported["skipped"] == 2 and reported["held out"] > 0
+    if samples:
+        assert reported["more than were asked for"] == len(rows) - 2 - samples
     else:
-        assert reported["more than were asked for"] == len(CHATS) - 2 - samples
-
-
-@pytest.mark.parametrize("samples", [None, 30])
-def test_pairs(samples, tokenizer, printed, tmp_path):
-    found = PreferenceDataset([sampled(write(tmp_path / "a.jsonl", PAIRS), samples)], tokenizer, 64, val_fraction=0.1)
-    reported = fates(printed(found.print_summary))
-    assert sum(reported.values()) == len(PAIRS) and reported["skipped"] == 2 and reported["held out"] > 0
-    assert samples is not None or reported["dropped"] == 1
+        cut = (found.report.fates["cut"], found.report.fates["unanswered"])
+        assert reported["dropped"] == 1 and cut == ((1, 1) if kind is ChatDataset else (0, 0))
 
 
 @pytest.mark.parametrize("samples", [None, 60])
 def test_problems_to_learn_from(samples, tokenizer, printed, tmp_path):
-    sources = [sampled(write(tmp_path / "a.jsonl", PROBLEMS), samples), Source("arithmetic:1")]
+    sources = [Source(write(tmp_path / "a.jsonl", PROBLEMS), samples=samples), Source("arithmetic:1")]
     found = PromptDataset(sources, tokenizer, 64, val_fraction=0.2, val_problems=8)
     shown = printed(found.print_summary)
     reported = fates(shown)
@@ -107,10 +96,10 @@ def test_problems_to_learn_from(samples, tokenizer, printed, tmp_path):
 @pytest.mark.parametrize("samples", [None, 60])
 def test_prompts_to_ask(most, samples, tmp_path):
     report = RowReport()
-    sources = [sampled(write(tmp_path / "a.jsonl", PROBLEMS), samples), Source("arithmetic:1")]
+    sources = [Source(write(tmp_path / "a.jsonl", PROBLEMS), samples=samples), Source("arithmetic:1")]
     found = list(read_prompts(sources, most=most, report=report))
     reported = fates(balance(report.rows, "rows", {"prompts to ask": len(found), **report.unused}))
-    assert report.kept == len(found) == reported["prompts to ask"]
+    assert report.accepted == len(found) == reported["prompts to ask"]
     if not most:
         assert report.rows == len(PROBLEMS) + 10_000 and report.problems["question asked before"] > 1000
 

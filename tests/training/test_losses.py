@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.kernels as kernels
 import training.losses
 from model.kernels import fused
 from training.distill.distillation import Logits, distillation_sum
@@ -16,9 +19,15 @@ from training.losses import IGNORE, NextTokenLoss, cross_entropy_sum, labels_ahe
 ROWS, HIDDEN, VOCAB = 150, 24, 61
 
 
-@pytest.fixture(params=[64 * VOCAB, 100 * VOCAB, 2**22], ids=["chunks of 64", "chunks of 100", "one chunk"])
+CHUNKS = {"chunks of 64": 64 * VOCAB, "chunks of 100": 100 * VOCAB, "one chunk": 2**22}
+
+
+@pytest.fixture(params=[*CHUNKS, "chunks of 64 on CUDA", "one chunk on CUDA"])
 def chunks(request, monkeypatch) -> None:
-    monkeypatch.setattr(training.losses, "CHUNK_ELEMENTS", request.param)
+    name, on, _ = request.param.partition(" on CUDA")
+    monkeypatch.setattr(training.losses, "CUDA_CHUNK_ELEMENTS" if on else "CHUNK_ELEMENTS", CHUNKS[name])
+    if on:
+        request.getfixturevalue("on_cuda")
 
 
 def problem(counted: float = 0.7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -203,13 +212,52 @@ def test_a_batch_with_nothing_to_learn_gives_zero_and_finite_gradients(padding, 
 @pytest.mark.parametrize("rows", [0, 1, training.losses.ROWS, 1000, 12345])
 @pytest.mark.parametrize("vocab", [50, 6400, 129280])
 def test_chunks_cover_all_rows_in_whole_blocks(rows, vocab):
-    parts = training.losses.chunks(rows, vocab)
+    parts = training.losses.chunks(torch.empty(rows, 0), vocab)
     assert [place for part in parts for place in range(part.start, part.stop)] == list(range(rows))
     assert all((part.stop - part.start) % training.losses.ROWS == 0 for part in parts[:-1])
     assert all(
         (part.stop - part.start) * vocab <= max(training.losses.CHUNK_ELEMENTS, training.losses.ROWS * vocab)
         for part in parts
     )
+
+
+class Calls(TorchDispatchMode):
+    """Notes what makes or changes tensors: about the launches of a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        name = str(function)
+        if not function.is_view and not name.startswith(("prim", "aten.empty", "aten.new_empty", "aten.detach")):
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda_a_batch_meets_the_vocabulary_in_one_chunk_and_few_launches(dtype, on_cuda):
+    with FakeTensorMode():
+        hidden = torch.empty(64, 512, 512, dtype=dtype, requires_grad=True)
+        head, labels = torch.empty(6400, 512, requires_grad=True), torch.zeros(64, 512, dtype=torch.long)
+        with Calls() as calls:
+            cross_entropy_sum(hidden, head, labels).backward()
+    products = [name for name in calls.names if "mm" in name]
+    assert len(products) == 3 and len(calls.names) <= 32, calls.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_on_cuda_are_those_of_a_cpu(dtype, monkeypatch):
+    hidden, head, labels = problem()
+    states, weights, found = hidden.detach().to(dtype).requires_grad_(), torch.randn_like(head[..., 0]), []
+    for on in (False, True):
+        monkeypatch.setattr(kernels, "on_cuda", lambda x, on=on: on)
+        log_probs, entropy = log_probs_and_entropy(states, head, labels, 0.7)
+        total = (log_probs.flatten()[: len(weights)] * weights).sum()
+        found.append((log_probs, entropy, *torch.autograd.grad(total, (states, head))))
+    for cpu, cuda in zip(*found, strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
 def test_padding_goes_up_to_a_whole_block():

@@ -70,17 +70,13 @@ def test_problems_of_other_kinds_have_their_answer_and_nothing_held_out(files):
 
 
 def test_held_out_messages_are_new_and_in_a_style_of_their_own(tmp_path):
-    data = tmp_path
-    greeting_messages.generate(data)
-    train = json.loads((data / "train.json").read_text(encoding="utf8"))
-    held_out = [json.loads(line) for line in (data / "heldout.jsonl").read_text(encoding="utf8").splitlines()]
+    greeting_messages.generate(tmp_path)
+    train, held_out = json.loads((tmp_path / "train.json").read_text("utf8")), rows(tmp_path / "heldout.jsonl")
     taught = {row["output"] for row in train}
     assert len(held_out) > 100 and not taught & {row["answer"] for row in held_out}
-    ends = {(row["opening"], row["closing"]) for row in held_out}
-    assert len(ends) == len(greeting_messages.STYLES)
+    assert len({(row["opening"], row["closing"]) for row in held_out}) == len(greeting_messages.STYLES)
     for row in held_out:
         assert row["answer"].startswith(row["opening"]) and row["answer"].endswith(row["closing"])
-        # Each part of what is asked has been seen, with other parts.
-        assert any(row["opening"] in text for text in taught)
+        assert any(row["opening"] in text for text in taught)  # each part of what is asked, with other parts
     asked = [json.dumps([row["instruction"], row["input"]]) for row in train]
     assert len(asked) == len(set(asked))

@@ -16,7 +16,7 @@ import pytest
 import world.__main__ as command
 from text.chats.arithmetic import is_held_out
 from text.judging.answers import conclusion
-from world.cast import ATTRIBUTES, NAMES, THINGS, World
+from world.cast import ATTRIBUTES, World
 from world.corpus import FILES, generate
 from world.facts import fact_questions
 from world.grammar import sentences
@@ -75,34 +75,24 @@ def is_chinese(text: str) -> bool:
     return re.search("[\u4e00-\u9fff]", text) is not None
 
 
-def test_the_same_seed_gives_the_same_bytes_as_ever(tmp_path):
+def test_the_same_seed_gives_the_same_bytes_as_ever_and_another_other_facts(tmp_path):
     generate(tmp_path, seed=1, scale=0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     digest = hashlib.sha256(b"".join((tmp_path / name).read_bytes() for name in FILES))
     assert digest.hexdigest() == "9409d72c56c0e487ff769caab23d18e5c026643c373d90b888fe4c75cf145fb1"
-
-
-def test_another_seed_gives_other_facts():
     facts = [{c.name: [c.value(a) for a in ATTRIBUTES] for c in World.build(seed).characters} for seed in (0, 1)]
     same = sum(x == y for name in facts[0] for x, y in zip(facts[0][name], facts[1][name], strict=True))
-    assert same < len(NAMES) * len(ATTRIBUTES) / 4
-
-
-def test_rows_hold_at_most_512_characters(rows):
-    assert max(map(len, rows)) <= 512 and min(map(len, rows)) > 10
+    assert same < len(facts[0]) * len(ATTRIBUTES) / 4
 
 
 def test_scale_sets_the_size_and_what_is_held_out_does_not_depend_on_it(tmp_path, folder, rows):
     generate(tmp_path, seed=SEED, scale=0.05)
     small, large = (sum(map(len, some)) for some in (read_rows(tmp_path), rows))
     assert small == pytest.approx(0.05 * 6_500_000, rel=0.01) and large == pytest.approx(3 * small, rel=0.01)
+    assert min(map(len, rows)) > 10 and max(map(len, rows)) <= 512
+    assert sum(len(row) for row in rows if not is_chinese(row)) / large == pytest.approx(0.2, abs=0.01)
     for name in ("heldout.txt", "heldout_questions.jsonl", "heldout_favours.jsonl"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-
-
-def test_one_character_in_five_is_english(rows):
-    english = sum(len(row) for row in rows if not is_chinese(row))
-    assert english / sum(map(len, rows)) == pytest.approx(0.2, abs=0.01)
 
 
 def test_held_out_documents_are_60_to_100_kilobytes_and_not_in_training(folder, rows):
@@ -114,19 +104,20 @@ def test_held_out_documents_are_60_to_100_kilobytes_and_not_in_training(folder, 
 def test_the_suite_has_300_questions_of_nine_kinds(questions):
     assert len({q["question"] for q in questions}) == len({q["id"] for q in questions}) == len(questions) == 300
     kinds = Counter(q["kind"] for q in questions)
-    assert kinds["fact"] / 300 == pytest.approx(0.55, abs=0.05)
-    assert kinds["arithmetic"] / 300 == pytest.approx(16 / 300)
-    assert len(kinds) == 9
+    assert len(kinds) == 9 and kinds["arithmetic"] == 16 and kinds["fact"] / 300 == pytest.approx(0.55, abs=0.05)
     assert Counter(q["language"] for q in questions)["zh"] / 300 == pytest.approx(0.8, abs=0.03)
-    assert all(is_chinese(q["question"] + q["answer"]) == (q["language"] == "zh") for q in questions)
-    assert all(set(q) == {"id", "kind", "language", "question", "answer"} for q in questions)
+    for q in questions:
+        assert is_chinese(q["question"] + q["answer"]) == (q["language"] == "zh")
+        assert set(q) == {"id", "kind", "language", "question", "answer"}
 
 
-def test_no_held_out_question_is_in_the_training_files(folder, questions):
+def test_no_held_out_question_is_in_the_training_files(folder, questions, rows):
     raw = "".join((folder / name).read_text(encoding="utf-8") for name in ("pretrain.csv", "sft.jsonl"))
     for q in questions:  # whose quotation marks the two formats double or escape
         for spelled in {q["question"], q["question"].replace('"', '""'), q["question"].replace('"', '\\"')}:
             assert spelled not in raw
+    text, stated = "\n".join(rows), [q["answer"] for q in questions if q["kind"] in ("class", "antonym")]
+    assert stated and all(answer in text for answer in stated)
 
 
 def test_no_held_out_sum_is_stated_in_any_form_or_direction(questions, training_texts):
@@ -159,7 +150,7 @@ def test_held_out_readings_have_who_with_what_that_training_never_has(town):
         while len(pairs) < 60:
             story, _ = scene(rng, town, "zh", held_out)
             who = min((c.name for c in town.characters if c.name in story), key=story.index)
-            things = [measure + noun for measure, noun, _ in THINGS if measure + noun in story]
+            things = [measure + noun for measure, noun, _ in sentences("cast")["things"] if measure + noun in story]
             pairs |= {(who, min(things, key=story.index))} if things else set()
     assert not seen[False] & seen[True]
 
@@ -200,12 +191,6 @@ def test_characters_are_not_asked_for_their_own_held_out_facts(town, rows):
             said = sentences("talk")["first_person"][language][character.held_out].format_map(words)
             assert not any(a.lower().startswith(f"{words['n']}{colon}{said}".lower()) for a in answered)
     assert checked > 100
-
-
-def test_held_out_classes_and_opposites_are_stated(questions, rows):
-    text = "\n".join(rows)
-    stated = [q["answer"] for q in questions if q["kind"] in ("class", "antonym")]
-    assert stated and all(answer in text for answer in stated)
 
 
 def plain(answer: str) -> str:
@@ -263,27 +248,25 @@ def test_no_held_out_request_is_made_in_training(folder):
         assert not [row["question"] for row in favours if row["question"] in text]
 
 
-def test_chats_are_well_formed(chats):
-    for chat in chats:
-        assert all(set(message) == {"role", "content"} and message["content"] for message in chat)
-        roles = [message["role"] for message in chat if message["role"] != "system"]
-        assert roles == ["user", "assistant"] * (len(roles) // 2)
-        assert all(message["role"] != "system" for message in chat[1:])
-    assert len({len(chat) for chat in chats}) > 3
-
-
-def test_no_template_shows_through_and_quotation_marks_pair_up(training_texts, questions):
+def test_no_template_shows_through_and_chats_are_well_formed(training_texts, questions, chats, run):
     for text in training_texts + [q["question"] + q["answer"] for q in questions]:
         assert not re.search(r"[{}]|。。|，，|，。|。，|  |None| \.|\.\.|[“\"]{2}|\ba [aeiou]", text), text
         assert text.count("“") == text.count("”") and text.count('"') % 2 == 0
+    for chat in chats:
+        assert all(set(message) == {"role", "content"} and message["content"] for message in chat)
+        roles = [message["role"] for message in chat[chat[0]["role"] == "system" :]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+    assert len({len(chat) for chat in chats}) > 3
+    shown = run(command.main, "--preview", "--seed", "2").out
+    assert "月牙镇" in shown and "assistant: " in shown and "[fact] " in shown
 
 
 def test_no_name_is_part_of_a_sentence_template():
     sources = [path for path in Path(command.__file__).parent.glob("[!_]*.*") if path.suffix in (".py", ".yaml")]
-    sources = [path for path in sources if path.name != "cast.py"]
+    sources = [path for path in sources if path.stem != "cast"]
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     assert len(sources) > 5
-    assert not [name for name, _ in NAMES if name in text]
+    assert not [name for name, _ in sentences("cast")["names"] if name in text]
 
 
 @pytest.mark.parametrize(
@@ -297,8 +280,3 @@ def test_what_cannot_be_made_is_one_line(options, what, tmp_path, monkeypatch, r
     done = run(command.main, *options)
     assert done.code == 2 and what in done.err and done.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["taken"] and (tmp_path / "taken").read_text() == "mine"
-
-
-def test_preview_shows_documents_chats_and_questions(run):
-    shown = run(command.main, "--preview", "--seed", "2").out
-    assert "月牙镇" in shown and "assistant: " in shown and "[fact] " in shown

@@ -8,18 +8,17 @@ medical_o1   {"Question": Q, "Complex_CoT": thought, "Response": A}
 openthoughts ShareGPT whose answers have their thought and solution between marks; only where the format is named
 
 The layout is seen row by row, so a file may mix them, unless the source names its format. A list may be text that
-spells it, as in the cells of a CSV file. What a turn may hold is told in `turns.py`. Text in columns that no layout
+spells it, as in the cells of a CSV file. `turns.py` describes what a turn may hold. Text in columns that no layout
 knows is not read, and named in the report where it may be speech (`text.chats.unread`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from errors import UserError, naming
+from errors import UserError
 from text.chats.chat_template import Message, check_messages
 from text.chats.literals import list_of
 from text.chats.turns import SEEN, read_turn, text_of, thought_and_answer, tools_text
@@ -42,17 +41,6 @@ def read_conversations(
     source, report = Source.of(source), RowReport() if report is None else report
     convert = partial(to_messages, layout=source.layout, notices=report.pending)
     yield from (item for _, item in placed_rows(source, convert, on_error, report))
-
-
-def write_chats(path: Path, rows: Sequence[Sequence[Message]]) -> None:
-    """Write JSONL of messages, a file that the chat stages read; complete or not there."""
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        lines = [json.dumps({"messages": list(messages)}, ensure_ascii=False) + "\n" for messages in rows]
-        # Half a surrogate pair, which a broken escape leaves, is not a character.
-        temporary.write_bytes("".join(lines).encode("utf8", "replace"))
-        temporary.replace(path)
 
 
 def to_messages(row: object, layout: Layout = SEEN, notices: set[str] | None = None) -> list[Message]:

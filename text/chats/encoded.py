@@ -38,12 +38,12 @@ class EncodedReport:
     """What became of the rows of a data set. `read` counts and shows the rows that could not be used.
 
     `count` conversations or pairs are in use; `fates`: how many of them were cut, `unanswered` (turns after the last
-    answer), and how many others dropped. told: what to say of each fate.
+    answer), and how many others dropped. descriptions: of each fate, for people.
     """
 
     what: str
     sequence_length: int
-    told: dict[str, str]
+    descriptions: dict[str, str]
     read: RowReport = field(default_factory=RowReport)
     fates: Counter[str] = field(default_factory=Counter)
     count: int = 0
@@ -52,7 +52,7 @@ class EncodedReport:
 
     def lines(self) -> list[str]:
         """Return the report for people, about one screen however much went wrong."""
-        lost = [f"  {self._counted(fate)}" for fate in self.told if self.fates[fate]]
+        lost = [f"  {self._counted(fate)}" for fate in self.descriptions if self.fates[fate]]
         total = f"{self.count} {self.what}, {self.tokens} tokens, {self.trained} of them trained on"
         return [*self.read.lines(), *lost, total]
 
@@ -66,20 +66,20 @@ class EncodedReport:
         return f"all {self._counted('dropped')}" if self.fates["dropped"] else self.read.why_empty()
 
     def _counted(self, fate: str) -> str:
-        return f"{self.fates[fate]} {self.told[fate].format(length=self.sequence_length)}"
+        return f"{self.fates[fate]} {self.descriptions[fate].format(length=self.sequence_length)}"
 
 
 class EncodedSamples(ABC):
     """Samples of `sides` token sequences each, with masks that are 1 where a token is trained on.
 
-    ids, mask: (tokens,) of all sequences in turn; begins: (sequences + 1,) where each begins; owners: (samples,) which
+    ids, mask: (tokens,) of all sequences, joined; begins: (sequences + 1,) where each begins; owners: (samples,) which
     of the `sources` a sample comes from; has_marks: whether some of the assistant's turns are marked as not trained on,
     so that the ids alone do not determine the mask.
     """
 
     what: str
     sides = 1
-    told: ClassVar[dict[str, str]]
+    descriptions: ClassVar[dict[str, str]]
     has_marks = False
 
     def __init__(
@@ -95,9 +95,9 @@ class EncodedSamples(ABC):
         Raises `UserError` for a file that cannot be read and when no sample is left.
         """
         self.sources = [Source.of(source) for source in sources]
-        self.report = EncodedReport(self.what, sequence_length, self.told)
+        self.report = EncodedReport(self.what, sequence_length, self.descriptions)
         id_type = np.min_scalar_type(tokenizer.vocab_size - 1)
-        kept: list[tuple[np.ndarray, np.ndarray]] = []
+        sequences: list[tuple[np.ndarray, np.ndarray]] = []
         owners: list[int] = []
         title, shown = f"encoding {self.what}", progress and sys.stderr.isatty()
         files = [file for source in self.sources for file in row_files(source, SUFFIXES, RowReport())]
@@ -108,14 +108,14 @@ class EncodedSamples(ABC):
                 rows = self._read(source, on_error)
                 while some := list(islice(rows, ROWS_AT_ONCE)):
                     for sample in self._encode(tokenizer, some):
-                        kept += [(np.array(ids, dtype=id_type), np.array(mask, dtype=np.uint8)) for ids, mask in sample]
+                        sequences += [(np.array(ids, id_type), np.array(mask, np.uint8)) for ids, mask in sample]
                         owners.append(owner)
                     bar.update(self.report.read.bytes_read - bar.n)
-        if not kept:
+        if not sequences:
             names = ", ".join(map(str, self.sources)) or "no file"
             raise UserError(f"{names}: no {self.what} to train on; {self.report.why_empty()}")
-        self.ids, self.mask = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-        self.begins = np.cumsum([0, *(len(ids) for ids, _ in kept)])
+        self.ids, self.mask = (np.concatenate(parts) for parts in zip(*sequences, strict=True))
+        self.begins = np.cumsum([0, *(len(ids) for ids, _ in sequences)])
         self.owners = np.array(owners)
         self.report.count, self.report.tokens, self.report.trained = len(owners), len(self.ids), int(self.mask.sum())
 
@@ -140,7 +140,7 @@ class EncodedSamples(ABC):
         return self.ids[span], self.mask[span]
 
     def sequences(self, members: Iterable[int]) -> list[int]:
-        """Return the numbers of the sequences of samples, in turn."""
+        """Return the numbers of the sequences of samples, in their order."""
         return [self.sides * member + side for member in members for side in range(self.sides)]
 
     def positions(self, members: np.ndarray) -> np.ndarray:
@@ -181,7 +181,7 @@ class EncodedChats(EncodedSamples):
     """Conversations: `chats[i]` is (ids, mask), mask 1 on the assistant's words and the tokens that end its turns."""
 
     what = "conversations"
-    told: ClassVar[dict[str, str]] = {
+    descriptions: ClassVar[dict[str, str]] = {
         "dropped": "dropped: the first answer to train on ends after {length} tokens; raise --sequence_length",
         "cut": "cut after the last turn that fits into {length} tokens",
         "unanswered": "cut after the last answer to train on: what follows teaches nothing",
@@ -211,7 +211,7 @@ class EncodedPairs(EncodedSamples):
 
     what = "pairs"
     sides = 2
-    told: ClassVar[dict[str, str]] = {
+    descriptions: ClassVar[dict[str, str]] = {
         "dropped": "dropped: the last turns alone end after {length} tokens; raise --sequence_length",
         "cut": "lost the oldest turns of the prompt to fit into {length} tokens",
     }

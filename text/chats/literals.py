@@ -33,7 +33,7 @@ ROLE_KEYS, SPEECH_KEYS = ("role", "from"), ("content", "value", "tool_calls", "f
 
 
 def list_of(name: str, value: object) -> object:
-    """The list or object that a text spells; anything else as it is. Raises `RowError` for a text that only begins so.
+    """Return the list or object that a text spells; anything else as it is. Raises `RowError` for one that begins so.
 
     name: what to call it in the error.
     """
@@ -41,7 +41,7 @@ def list_of(name: str, value: object) -> object:
 
 
 def turns_of(name: str, value: object, tags: Collection[str] = ()) -> object:
-    """The turn or list of turns that a text spells; any other text, and what is not text, as it is.
+    """Return the turn or list of turns that a text spells; any other text, and what is not text, as it is.
 
     tags: what turns call their role and content beside the common names. Raises `RowError` for a text that begins as
     turns and cannot be parsed.
@@ -63,7 +63,7 @@ def _has_key(text: str, keys: Collection[str]) -> bool:
 
 
 def parse_list(text: str, name: str) -> Any:
-    """The list that a text spells. `name`: what to call it in the `RowError` of a text that spells none."""
+    """Return the list that a text spells. `name`: what to call it in the `RowError` of a text that spells none."""
     if len(text) > LONGEST:
         raise RowError("unreadable list", f"{name} has {len(text):,} characters; {LONGEST:,} is the most")
     try:
@@ -77,7 +77,7 @@ def parse_list(text: str, name: str) -> Any:
 
 
 def _checked(text: str, name: str) -> str:
-    """The text, if it is made of literals alone, of few enough and not too deeply nested. Raises `RowError` otherwise.
+    """Return the text, if it is made of literals alone, few enough and not nested too deeply; else raise `RowError`.
 
     numpy, and so pandas, writes no commas between the items of an array: they are put in.
     """

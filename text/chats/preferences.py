@@ -11,7 +11,7 @@ a "prompt", "messages" or "conversations" beside them must only be a part of it,
 Lists may be text that spells them, as in the cells of a CSV file; an answer that is JSON of another kind is text.
 
 Only the last answers are compared, so marks such as "weight": 0 mean nothing on earlier turns. On the rejected answer
-they mean what a pair says anyway, that it is not to be imitated; a pair whose chosen answer is marked is not used.
+they mean what a pair means anyway, that it is not to be imitated; a pair whose chosen answer is marked is not used.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def written_number(value: object) -> object:
 
 
 def _arithmetic(name: str, which: str) -> Problems:
-    """Return generated arithmetic, its levels in turn."""
+    """Return generated arithmetic, its levels alternating."""
     found = re.fullmatch(r"([1-4])(?:-([1-4]))?", which or "1-3")
     if not found or int(found[2] or found[1]) < int(found[1]):
         raise UserError(f"--data {name}: write arithmetic:LEVEL or arithmetic:FIRST-LAST, levels 1 to 4")

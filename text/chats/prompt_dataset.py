@@ -106,9 +106,9 @@ class PromptDataset:
 
     def _fitting(self, problems: list[Problem]) -> list[Problem]:
         encoded = self._encoded(problems)
-        kept = [problem for problem, ids in zip(problems, encoded, strict=True) if len(ids) <= self.longest]
-        self.too_long += len(problems) - len(kept)
-        return kept
+        fitting = [problem for problem, ids in zip(problems, encoded, strict=True) if len(ids) <= self.longest]
+        self.too_long += len(problems) - len(fitting)
+        return fitting
 
     def _encoded(self, problems: Sequence[Problem]) -> list[list[int]]:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []

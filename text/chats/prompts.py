@@ -48,7 +48,7 @@ def read_prompts(
     on_error: str = "skip",
     report: RowReport | None = None,
 ) -> Iterator[Prompt]:
-    """Yield the prompts of sources and generators in turn, each once; of each source at most `most`, or all (0).
+    """Yield the prompts of sources and generators in their order, each once; of each source at most `most`, or all (0).
 
     system: a system prompt for those that have none. Rows that are no prompt are counted in `report`, or raise
     `UserError` with `on_error="stop"`; those that were asked before are counted. A generator's problems are rows too.
@@ -61,13 +61,13 @@ def read_prompts(
             found = _generated(source, most, seed, report)
         else:
             found = placed_rows(source, partial(to_prompt, layout=source.layout), on_error, report)
-        before = others = report.kept
+        before = others = report.accepted
         for place, prompt in found:
             if system and prompt.messages[0]["role"] != "system":
                 prompt = Prompt(({"role": "system", "content": system}, *prompt.messages), prompt.problem)
             key = json.dumps(prompt.messages, ensure_ascii=False)
             if key in seen:
-                report.kept -= 1
+                report.accepted -= 1
                 report.add_problem(place, UnwantedRow("question asked before", "the question was asked before"))
                 continue
             seen.add(key)
@@ -75,8 +75,8 @@ def read_prompts(
             yield prompt
             if others - before == most:
                 break
-        report.left_out += report.kept - others  # of the samples of a source, those beyond `most`
-        report.kept = others
+        report.left_out += report.accepted - others  # of the samples of a source, those beyond `most`
+        report.accepted = others
     if not seen:
         names = ", ".join(map(str, sources))
         raise UserError(f"{names or 'no file'}: no prompt to ask; {report.why_empty()}")
@@ -96,7 +96,7 @@ def _generated(source: Source, most: int, seed: int, report: RowReport) -> Itera
     """Yield the first problems of a generator, each with its place."""
     problems = open_problems(source)
     for number in range(TRIES * most or len(problems)):
-        report.rows, report.kept = report.rows + 1, report.kept + 1
+        report.rows, report.accepted = report.rows + 1, report.accepted + 1
         yield f"{source} #{number + 1}", _of_problem(problems.problem(number, seed))
 
 

@@ -31,7 +31,7 @@ _CHARACTER = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 
 
 def unread(fields: Mapping[str, object], said: Sequence[str]) -> list[str]:
-    """The names of the fields that hold such text. said: the texts that were read."""
+    """Return the names of the fields that hold such text. said: the texts that were read."""
     spoken = {name: value for name, value in fields.items() if value and isinstance(value, str | list | tuple | dict)}
     everything = "\0".join(said) if spoken else ""
     return [name for name in spoken if any(_is_new(text, said, everything) for text in _texts(name, spoken[name]))]
@@ -44,7 +44,7 @@ def _is_new(text: str, said: Sequence[str], everything: str) -> bool:
 
 
 def _texts(name: object, value: object, depth: int = 0) -> Iterator[str]:
-    """All texts in a value, also in lists that a cell spells, without those in fields that describe."""
+    """Yield all texts in a value, also in lists that a cell spells, without those in fields that describe."""
     words = _NAME_WORDS.findall(name) if isinstance(name, str) else []
     if depth > DEEPEST or (words and words[-1].lower() in DESCRIBING):
         return

@@ -54,7 +54,7 @@ class Compression:
 
 
 def kind_of_line(line: str) -> str | None:
-    """Chinese, English, digits or code, by which characters the line is made of; None for a mixture."""
+    """Return Chinese, English, digits or code, by which characters the line is made of; None for a mixture."""
     visible = len(line) - line.count(" ")
     if visible < 4:
         return None

@@ -16,7 +16,7 @@ from errors import UserError
 from text.sources.data_file import DataFile
 from text.sources.registry import Source, find_sources
 from text.sources.row_report import RowReport
-from text.sources.rows import READERS, row_files, sample_by_count, text_rows
+from text.sources.rows import READERS, row_files, rows_of, sample_by_count
 
 
 class Document(NamedTuple):
@@ -86,21 +86,19 @@ class Corpus:
 
     def _documents(self, paths: list[Path | str], source: Source) -> Iterator[Document]:
         column = source.layout.columns.get("text", self._column)
-        for path in paths:
-            before = self.report.bytes_read
-            for place, text in text_rows(DataFile(path, self.report, column, *self._settings), source):
-                self.report.rows += 1
-                yield Document(place, text)
-            self.report.bytes_read = before + (path.stat().st_size if isinstance(path, Path) else 0)
+        files = (DataFile(path, self.report, column, *self._settings) for path in paths)
+        for place, text in rows_of(files, source):
+            self.report.rows += 1
+            yield Document(place, text)
 
 
 class Cleaner:
-    """Keeps each text once, if it holds anything; what is not kept is counted in the report.
+    """Accept each text once, if it holds anything; what is not accepted is counted in the report.
 
     Exact duplicates are found by 64-bit hashes (xxh3): among ten million documents the chance that even one is taken
     for a duplicate wrongly is 3 in a million. A Python set of as many needs 1 GB; SQLite keeps what does not fit its
     cache in a temporary file in `folder`, at 20 bytes a hash, and an insertion takes 2 to 5 microseconds.
-    `characters`: of the kept texts.
+    `characters`: of the accepted texts.
     """
 
     CACHE_KIB = 64 * 1024
@@ -118,7 +116,7 @@ class Cleaner:
         self._cursor = self._connection.cursor()
 
     def accept(self, place: str, text: str) -> tuple[int, bytes] | None:
-        """Return the text's hash and its UTF-8 bytes, None when it is not kept. Raises `OSError` on a full disk."""
+        """Return the text's hash and its UTF-8 bytes, None when it is not accepted. Raises `OSError` on a full disk."""
         if not text or text.isspace():
             self.report.drop("empty", place)
         elif len(text) < self._min_chars:
@@ -127,7 +125,7 @@ class Cleaner:
             data = text.encode("utf-8")
             digest = xxhash.xxh3_64_intdigest(data)
             if self._is_new(digest):
-                self.report.kept += 1
+                self.report.accepted += 1
                 self.characters += len(text)
                 return digest, data
             self.report.drop("exact duplicate", place)

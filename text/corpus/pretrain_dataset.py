@@ -115,7 +115,7 @@ class PretrainDataset:
 
 
 def _segments(is_end: np.ndarray) -> dict[str, np.ndarray]:
-    """segment_ids and position_ids, int64, from where documents end; all (samples, time)."""
+    """Return segment_ids and position_ids, int64, from where documents end; all (samples, time)."""
     starts = np.zeros_like(is_end)
     starts[:, 1:] = is_end[:, :-1]
     times = np.broadcast_to(np.arange(is_end.shape[1]), is_end.shape)

@@ -191,11 +191,11 @@ def _prepare(
 
 
 def _kept_documents(corpus: Corpus, cleaner: Cleaner, done: int, bar: tqdm) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (number in the corpus from 1, hash, UTF-8 bytes) of each kept document after the first `done`."""
+    """Yield (number in the corpus from 1, hash, UTF-8 bytes) of each accepted document after the first `done`."""
     for number, document in enumerate(corpus, 1):
-        kept = cleaner.accept(*document)
-        if kept and number > done:
-            yield number, *kept
+        accepted = cleaner.accept(*document)
+        if accepted and number > done:
+            yield number, *accepted
         if number % 256 == 0:
             bar.update(corpus.report.bytes_read - bar.n)
     bar.update(corpus.report.bytes_read - bar.n)

@@ -40,14 +40,14 @@ class AnswerFilter:
     most_repeated: float = 0.5
 
     def check_filter(self) -> None:
-        """Raises `UserError` for a value that makes no sense."""
+        """Raise `UserError` for a value that makes no sense."""
         if min(self.min_chars, self.max_chars) < 0 or 0 < self.max_chars < self.min_chars:
             raise UserError(f"--min_chars {self.min_chars}, --max_chars {self.max_chars}: from 0 and in this order")
         if not 0 <= self.most_repeated <= 1:
             raise UserError(f"--most_repeated {self.most_repeated:g}: a share, from 0 to 1")
 
     def fault(self, text: str) -> str | None:
-        """Why a cleaned answer is dropped, in words to count by; None for a good one."""
+        """Return why a cleaned answer is dropped, in words to count by; None for a good one."""
         said = text.rpartition("</think>")[2].strip()
         if "\0" in text:
             return "has a NUL character"
@@ -73,18 +73,18 @@ def clean(text: str) -> str:
 
 
 def is_well_formed(text: str) -> bool:
-    """Whether there are no thoughts, or one part of them, at the beginning and closed."""
+    """Return whether there are no thoughts, or one part of them, at the beginning and closed."""
     marks = _THINK.findall(text)
     return not marks or (marks == ["<think>", "</think>"] and text.startswith("<think>"))
 
 
 def repeated(text: str) -> float:
-    """The share of runs of four words, or Chinese characters, that stood in the text before; 0 for a short one."""
+    """Return the share of runs of four words, or Chinese characters, that are repetitions; 0 for a short text."""
     words = _WORD.findall(text.lower())
     grams = [tuple(words[place : place + GRAM]) for place in range(len(words) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if len(grams) >= FEWEST_GRAMS else 0.0
 
 
 def shortest_different(texts: Iterable[str], most: int) -> list[str]:
-    """At most `most` of the different texts, the shortest first."""
+    """Return at most `most` of the different texts, the shortest first."""
     return sorted(set(texts), key=lambda text: (len(text), text))[:most]

@@ -41,7 +41,7 @@ _JOINED = re.compile(r"\d+(?:[:/.-]\d+)+")  # a time, a ratio, a date
 
 
 def answer_part(text: str) -> str | None:
-    """What a reply says to the person; None when it was cut off in its thoughts or its tags are out of order."""
+    """Return what a reply says to the person; None when it was cut off in its thoughts or its tags are out of order."""
     if "<answer>" in text or "</answer>" in text:
         before, _, rest = text.partition("<answer>")
         inside, _, after = rest.partition("</answer>")
@@ -56,7 +56,7 @@ def answer_part(text: str) -> str | None:
 
 
 def declared_answer(text: str) -> str | None:
-    """The content of the last box, else the line behind the last `####`, else all of it; None without any."""
+    """Return the content of the last box, else the line behind the last `####`, else all of it; None without any."""
     part = answer_part(text)
     if part is None:
         return None
@@ -67,7 +67,7 @@ def declared_answer(text: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def kind_of_answer(reference: str) -> Kind:
-    """How a reference is compared: as a number, as a choice's letter, as a formula (by math-verify) or as a text."""
+    """Return how a reference is compared: as a number, a choice's letter, a formula (by math-verify) or a text."""
     text = cleaned(reference)
     if text.endswith("!"):
         return "formula"
@@ -82,7 +82,7 @@ def kind_of_answer(reference: str) -> Kind:
 
 
 def final_answer(text: str, reference: str) -> str | None:
-    """What a reply gives as an answer of the reference's kind; None when it gives none or more than one."""
+    """Return what a reply gives as an answer of the reference's kind; None when it gives none or more than one."""
     part, kind = answer_part(text), kind_of_answer(reference)
     if part is None or not part.strip():
         return None
@@ -107,12 +107,12 @@ def conclusion(reply: str) -> str:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Equal but for case, spaces and punctuation at the ends: where nothing can be calculated."""
+    """Return whether both are equal but for case, spaces and punctuation at the ends."""
     return _folded(one) == _folded(other) != ""
 
 
 def problem_with(answer: str) -> str | None:
-    """Why no reply could ever be right for this reference answer; None when one can be."""
+    """Return why no reply could ever be right for this reference answer; None when one can be."""
     if not answer.strip():
         return "the answer is empty"
     if len(answer) > LONGEST_ANSWER or "\n" in answer.strip():
@@ -181,7 +181,7 @@ _TAKE = {"number": _number, "formula": _formula, "choice": _choice, "text": _tex
 
 
 def _last(part: str, reference: str, kind: Kind) -> str | None:
-    """What the reply itself says last; SEVERAL or None as above."""
+    """Return what the reply itself says last; SEVERAL or None as above."""
     whole = cleaned(part) if kind in ("choice", "text") else ""
     if whole and (same_text(whole, reference) or (kind == "choice" and re.match(r"\(?[A-Z][).:,、。]", whole))):
         return _TAKE[kind](whole, reference, True)
@@ -195,7 +195,7 @@ def _last(part: str, reference: str, kind: Kind) -> str | None:
 
 
 def _anchored(part: str) -> str | None:
-    """The sentence behind the last "answer is"; None without one."""
+    """Return the sentence behind the last "answer is"; None without one."""
     if not any(word in part for word in ("nswer", "NSWER", "答", "选")):
         return None
     anchors = list(_ANCHOR.finditer(part))
@@ -205,12 +205,12 @@ def _anchored(part: str) -> str | None:
 
 
 def _marked(part: str) -> str | None:
-    """The line behind the last `####`; None without one."""
+    """Return the line behind the last `####`; None without one."""
     return part.rpartition("####")[2].strip().partition("\n")[0] if "####" in part else None
 
 
 def _boxed(text: str) -> str | None:
-    """The content of the last box, inner braces included, "" when it never closes; None without one."""
+    """Return the content of the last box, inner braces included, "" when it never closes; None without one."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None
@@ -225,7 +225,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _is_aside(text: str, piece: Piece) -> bool:
-    """Whether the piece is a remark in brackets: `72 (48+24)`, `72 clips (24 of them in May)`."""
+    """Return whether the piece is a remark in brackets: `72 (48+24)`, `72 clips (24 of them in May)`."""
     if piece.text[0] == "(" and is_calculation(piece.text):
         return piece.begin > 0
     return any(found.start() < piece.begin < found.end() for found in _ASIDE.finditer(text))

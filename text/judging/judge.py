@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
     taken: str | None
 
     def as_json(self) -> str:
-        """One object on one line."""
+        """Return one object on one line."""
         return json.dumps(self._asdict(), ensure_ascii=False)
 
 
@@ -36,7 +36,7 @@ def judge(reference: str, reply: str) -> Verdict:
 
 
 def is_equal(reference: str, given: str) -> bool:
-    """Whether a bare answer equals the reference.
+    """Return whether a bare answer equals the reference.
 
     Numbers are compared exactly, without another process; formulas, and numbers that have to be worked out
     (`\\sqrt{49}`), by math-verify; a sum (`3+4`) is no answer. What is no formula is compared as text.

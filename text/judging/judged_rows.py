@@ -25,7 +25,7 @@ class JudgedRow:
     right: bool | None
 
     def line(self, verdict: Verdict) -> str:
-        """The verdict for people."""
+        """Return the verdict for people."""
         shown = one_line(self.reply)
         shown = f"...{shown[-SHOWN:]}" if len(shown) > SHOWN else shown
         taken = "no answer, or several" if verdict.taken is None else repr(verdict.taken)
@@ -36,7 +36,7 @@ class JudgedRow:
 
 
 def judged_rows(file: str | Path) -> Iterator[tuple[JudgedRow, Verdict]]:
-    """Each row of a file with its verdict, in order. Raises `UserError` that names a row without answer or reply."""
+    """Yield each row of a file with its verdict, in order. Raises `UserError` for a row without answer or reply."""
     count = 0
     for place, row in every_row(Source.of(file)):
         judged = _to_row(place, row)

@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
 
 def pieces(text: str) -> list[Piece]:
-    """The numbers and formulas of a text, from left to right, in a time linear in its length.
+    """Return the numbers and formulas of a text, from left to right, in a time linear in its length.
 
     text: as `text.judging.quantity.plain` leaves it.
     """
@@ -65,21 +65,21 @@ def pieces(text: str) -> list[Piece]:
 
 
 def without(text: str, found: list[Piece]) -> str:
-    """The text between the pieces."""
+    """Return the text between the pieces."""
     ends = [0, *(piece.end for piece in found)]
     begins = [*(piece.begin for piece in found), len(text)]
     return " ".join(text[end:begin] for end, begin in zip(ends, begins, strict=True))
 
 
 def is_calculation(text: str) -> bool:
-    """Whether the text is numbers that are still to be added or multiplied: a question is no answer to itself."""
+    """Return whether the text is numbers that are still to be added or multiplied: no question answers itself."""
     bare = re.sub(r"\\frac|(?<=\d)\s[a-z]{2,}", "", text)
     is_sum = re.search(r"[\d)}%\u3400-\u9fff]\s*[-+*×÷·]\s*[-\d({$]", bare)
     return bool(is_sum) and not re.search(r"[A-Za-z\\√π]", bare)
 
 
 def _add(found: list[Piece], text: str, begin: int, end: int) -> None:
-    """Append a piece that says something; one that goes on calculating, `3 apples + 4`, is joined to the one before."""
+    """Append a piece that has content; one that continues a calculation, `3 apples + 4`, joins the one before."""
     written = text[begin:end]
     unit = re.fullmatch(r"\s?(?:[a-z]+|[\u3400-\u9fff]{1,4})\s?", text[found[-1].end : begin]) if found else None
     if written[0] in "^_":  # the power of a unit

@@ -42,7 +42,7 @@ class Quantity(NamedTuple):
     unit: str = ""
 
     def equals(self, other: Quantity) -> bool:
-        """Whether both are one number. 50% is one half too and, as the answer to "how many percent", 50."""
+        """Return whether both are one number. 50% is one half too and, as the answer to "how many percent", 50."""
         if {self.unit, other.unit} <= _SYMBOLS and self.unit != other.unit:
             return False  # 25 cm is not 25 m; a unit that only one of them has is not asked about
         if self.percent == other.percent:
@@ -52,7 +52,7 @@ class Quantity(NamedTuple):
 
 
 def quantity(text: str) -> Quantity | None:
-    """The number that a text is, with nothing but currency and unit around it; None when it is anything else.
+    """Return the number that a text is, with nothing but currency and unit around it; None when it is anything else.
 
     text: as `cleaned` leaves it.
     """
@@ -83,30 +83,30 @@ def quantity(text: str) -> Quantity | None:
 
 
 def as_number(text: str) -> Fraction | None:
-    """`12`, `1,000`, `0.50`, `1/2`, `$3`, `25 cm²`, `50%` (one half) as a fraction; None for anything else."""
+    """Return `12`, `1,000`, `0.50`, `1/2`, `$3`, `25 cm²`, `50%` (one half) as a fraction; None for anything else."""
     read = quantity(cleaned(text)) if len(text) <= LONGEST_ANSWER else None
     return None if read is None else read.value / 100 if read.percent else read.value
 
 
 def cleaned(text: str) -> str:
-    """The end of a text as `plain` and `bare` leave it."""
+    """Return the end of a text as `plain` and `bare` leave it."""
     return bare(plain(text[-LONGEST_LINE:]))
 
 
 def bare(text: str) -> str:
-    """The text without the punctuation around it. A dot in front stays, .5 is a half, and so does the mark of 5!."""
+    """Return the text without the punctuation around it. A dot in front stays, as in .5, and so does the mark of 5!."""
     text = text.lstrip(_ENDS.replace(".", ""))
     short = text.rstrip(_ENDS)
     return short + "!" if short[-1:].isdigit() and text[len(short) :][:1] == "!" else short
 
 
 def _squared(found: re.Match[str]) -> str:
-    """The one character ㎡ as m^2, where NFKC writes m2."""
+    """Return the one character ㎡ as m^2, where NFKC writes m2."""
     return re.sub("(?<=m)([23])$", r"^\1", unicodedata.normalize("NFKC", found[0]))
 
 
 def _fraction(found: re.Match[str]) -> str:
-    """A fraction of numbers; behind a digit it is the rest of a mixed number."""
+    """Return a fraction of numbers; behind a digit it is the rest of a mixed number."""
     whole, above, below = found[1], found[2] or found[4], found[3] or found[5]
     return f"{whole} {above}/{below}" if whole else f"{above}/{below}"
 
@@ -130,7 +130,7 @@ _UNUSUAL = re.compile(r"[^\x00-\x7f\u3001\u3002\u3400-\u9fff，。]")
 
 
 def plain(text: str) -> str:
-    """The text in one spelling: ASCII digits and signs, `^` for powers, type-setting LaTeX and Markdown removed.
+    """Return the text in one spelling: ASCII digits and signs, `^` for powers, type-setting LaTeX and Markdown removed.
 
     Commands that mean something, `\\sqrt{2}`, `\\frac{a}{b}`, stay.
     """

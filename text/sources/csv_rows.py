@@ -7,7 +7,6 @@ import re
 from collections import deque
 from collections.abc import Iterator
 
-from text.sources import data_file
 from text.sources.data_file import DataFile, FileProblem
 
 # The line that Excel reads, and writes no more, before the header.
@@ -15,21 +14,21 @@ SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?\s*', re.IGNORECASE)
 
 
 def csv_rows(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the line at which each row begins, and the row, of a file with a header line, quoted as RFC 4180 says.
+    """Yield the line at which each row begins, and the row, of a file quoted as RFC 4180 has it, with a header line.
 
     Before the header, a line such as `sep=;` may name the separator, as Excel has it.
     A quote that is not closed would make one row of all that follows. Strict parsing notices it at the next quote, at
     the row limit or at the end of the file; then only the row's first line is given up and reading resumes with the
     second. Raises `FileProblem` when the header is broken or lacks the column.
     """
-    csv.field_size_limit(data_file.ROW_LIMIT)  # the module's own limit, 131,072, is less than an honest long document
+    csv.field_size_limit(file.ROW_LIMIT)  # the module's own limit, 131,072, is less than an honest long document
     with file.open() as stream:
         feed = _RowFeed(file.lines(stream))
         separator = SEPARATOR.fullmatch(next(feed, ""))
         if not separator:
             feed.give_back(0)
         rows = csv.reader(feed, strict=True, delimiter=separator[1] if separator else ",")
-        header: list[str] | None = None
+        header = file.header
         while True:
             feed.row = []
             try:

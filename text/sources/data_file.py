@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from errors import UserError
 from text.sources.row_report import RowError, RowReport
 
-# The longest row in characters, and so the most that a broken quote can swallow before it is noticed.
-ROW_LIMIT = 4 << 20
 # After so many rows without text in the column, no later one is expected to have it.
 COLUMN_TRIES = 100
 # Formats that may be packed with gzip, .gz behind their own suffix.
@@ -40,15 +38,20 @@ class DataFile:
     """A file, or a data set on the Hub by its name, and how to read it.
 
     `column`: the one that holds the text, None where whole rows are read; `on_error`: "skip" counts rows that cannot be
-    read in `report`, "stop" raises `UserError` at the first. `position`: bytes read so far; `element`: the number of
-    the current row in a list, 0 where there is none.
+    read in `report`, "stop" raises `UserError` at the first, and so does "refuse", where nobody has a choice. `header`:
+    of a CSV file that has none. `position`: bytes read so far; `element`: the number of the current row in a list, 0
+    where there is none.
     """
+
+    # The longest row in characters, and so the most that a broken quote can swallow before it is noticed.
+    ROW_LIMIT: ClassVar[int] = 4 << 20
 
     path: Path | str
     report: RowReport
     column: str | None = None
     on_error: str = "skip"
     encoding: str = "utf-8"
+    header: list[str] | None = None
     position: int = field(default=0, init=False)
     element: int = field(default=0, init=False)
     _tries: int = field(default=0, init=False)
@@ -63,8 +66,8 @@ class DataFile:
 
     def _count(self, problem: FileProblem) -> None:
         place = f"{self.path}:{problem.line}"
-        if self.on_error == "stop":
-            raise UserError(f"{place}: {problem}, or pass --on_error skip")
+        if self.on_error != "skip":
+            raise UserError(f"{place}: {problem}" + ", or pass --on_error skip" * (self.on_error == "stop"))
         self.report.rows += 1
         self.report.add_problem(place, problem)
 
@@ -136,7 +139,7 @@ class DataFile:
 
     def lines(self, stream: TextIOWrapper) -> Iterator[tuple[int, str]]:
         """Yield numbered lines, each with its line end. A line above the limit is counted and passed over."""
-        limit, number = ROW_LIMIT, 0
+        limit, number = self.ROW_LIMIT, 0
         while line := stream.readline(limit):
             number += 1
             if len(line) == limit and line[-1] != "\n":

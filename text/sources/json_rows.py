@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from typing import Any
 
-from text.sources import data_file
 from text.sources.data_file import DataFile, FileProblem
 
 CHUNK = 1 << 20
@@ -31,7 +30,7 @@ def json_rows(file: DataFile) -> Iterator[tuple[int, Any]]:
     Raises `FileProblem` where anything but JSON lines breaks: nothing shows where the next value would begin.
     """
     with file.open() as stream:
-        begin = _first_value(stream.read(data_file.ROW_LIMIT))
+        begin = _first_value(stream.read(file.ROW_LIMIT))
     with file.open() as stream:
         values = _lines(file, stream) if begin is None else _values(file, stream, *begin)
         for line, value, text in values:
@@ -51,7 +50,7 @@ def _first_value(head: str) -> tuple[int, str] | None:
     first, following = first.rstrip(), following.lstrip()
     if first.startswith("["):
         return None if _is_conversation(first) else (start + 1, "]")
-    spans = _goes_on(first, following)
+    spans = _continues(first, following)
     if not first.startswith("{") or (following and not spans):
         return None
     place = _list_within(head, start)
@@ -73,7 +72,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
-def _goes_on(line: str, following: str) -> bool:
+def _continues(line: str, following: str) -> bool:
     """Return whether a line's value continues in what follows: a line of JSON lines may be cut short too."""
     try:
         DECODER.decode(line)
@@ -139,8 +138,8 @@ def _values(file: DataFile, stream: TextIOWrapper, place: int, closed: str) -> I
                 continue
         # The value may end beyond what was read: read as much again, so that long ones take linear time.
         rest = text[place:]
-        if cut and len(rest) > data_file.ROW_LIMIT:
-            what = f"an object of more than {data_file.ROW_LIMIT:,} characters"
+        if cut and len(rest) > file.ROW_LIMIT:
+            what = f"an object of more than {file.ROW_LIMIT:,} characters"
             raise FileProblem("too long", line, what, "write it as rows, one a line (.jsonl)")
         more = stream.read(max(CHUNK, len(rest))) if cut else ""
         file.mark()

@@ -33,7 +33,7 @@ def balance(total: int, what: str, fates: Mapping[str, int]) -> str:
 
 @dataclass
 class RowReport:
-    """What was read. `rows` = `kept` + `left_out` (more than the requested samples) + all `problems`.
+    """What was read. `rows` = `accepted` + `left_out` (more than the requested samples) + all `problems`.
 
     `files`: whole files that could not be read, by kind; `examples`: the first places of each kind. `notices`: what was
     found in rows that are used all the same, with the number of such rows and the place of the first; `pending`: those
@@ -41,7 +41,7 @@ class RowReport:
     """
 
     rows: int = 0
-    kept: int = 0
+    accepted: int = 0
     bytes_read: int = 0
     left_out: int = 0
     problems: Counter[str] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ class RowReport:
         self.first_error = self.first_error or f"{place}: {error}"
 
     def drop(self, kind: str, place: str) -> None:
-        """Count a row that reads well and is not kept."""
+        """Count a row that reads well and is not accepted."""
         self._count(self.problems, kind, place)
 
     def settle_notices(self, place: str) -> None:
@@ -76,7 +76,7 @@ class RowReport:
 
     def lines(self) -> list[str]:
         """Return the report for people: one line of totals, then each kind of problem with its first examples."""
-        lines = [*self.unread, f"{self.kept} of {self.rows} rows read, {self.problems.total()} skipped"]
+        lines = [*self.unread, f"{self.accepted} of {self.rows} rows read, {self.problems.total()} skipped"]
         if self.left_out:
             lines.append(f"  {self.left_out} good rows left out: more than the samples that were asked for")
         return lines + self.problem_lines() + self.notice_lines()
@@ -96,7 +96,7 @@ class RowReport:
 
     @property
     def unused(self) -> dict[str, int]:
-        """Return what became of the rows that were not kept, for `balance`."""
+        """Return what became of the rows that were not accepted, for `balance`."""
         return {"more than were asked for": self.left_out, "skipped": self.problems.total()}
 
     @property
@@ -105,7 +105,7 @@ class RowReport:
         return {"more than were asked for": self.left_out, **self.problems}
 
     def why_empty(self) -> str:
-        """Return one line of reasons why no row was kept."""
+        """Return one line of reasons why no row was accepted."""
         counts = ", ".join(f"{count} x {kind}" for kind, count in (self.problems + self.files).most_common())
         first = next((examples[0] for examples in self.examples.values()), "name a file")
         return f"{self.rows} rows, all skipped: {counts}; the first: {first}"

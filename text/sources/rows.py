@@ -1,7 +1,7 @@
 """The one way in: (place, row) of every row of a source, whatever holds it; the place is the one printed in errors.
 
 JSON, JSON lines, CSV, Parquet and Arrow files, folders of them, and the Hub give whole rows (`read_rows`), which
-`placed_rows` converts; with a column, and from plain text too, they give that column's text (`text_rows`). Local files
+`placed_rows` converts; with a column, and from plain text too, they give that column's text (`rows_of`). Local files
 are not read with `datasets`: there one broken quote or byte ends a whole file, and no row has a line.
 """
 
@@ -35,31 +35,29 @@ def read_rows(source: Source, on_error: str, report: RowReport) -> Iterator[tupl
 
     Raises `UserError` for a file that cannot be read to its end, since nothing shows how much is lost.
     """
-    for path in row_files(source, SUFFIXES, report):
-        file = DataFile(path, report, on_error=on_error)
-        try:
-            yield from _rows_of_file(file, source)
-        except FileProblem as problem:
-            raise UserError(f"{_place_of(file, problem)}: {problem}") from problem
+    files = row_files(source, SUFFIXES, report)
+    return rows_of((DataFile(path, report, on_error=on_error) for path in files), source)
 
 
 def every_row(source: Source) -> Iterator[tuple[str, object]]:
     """Yield (place, row) of each row. Raises `UserError` for a file or a row that cannot be read."""
-    return read_rows(source, "stop", RowReport())
+    return read_rows(source, "refuse", RowReport())
 
 
-def text_rows(file: DataFile, source: Source) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of each row of a file; one that cannot be read to its end is counted.
-
-    Raises `UserError` with `on_error="stop"` at the first row that cannot be read, and for such a file.
-    """
-    try:
-        yield from _rows_of_file(file, source)
-    except FileProblem as problem:
-        place = _place_of(file, problem)
-        if file.on_error == "stop":
-            raise UserError(f"{place}: {problem}, or skip and count it with --on_error skip") from problem
-        file.report.add_file(place, problem)
+def rows_of(files: Iterable[DataFile], source: Source) -> Iterator[tuple[str, Any]]:
+    """Do as `read_rows` of some files; with a column, yield its text, and count a file that breaks off."""
+    for file in files:
+        report, before = file.report, file.report.bytes_read
+        try:
+            yield from _rows_of_file(file, source)
+        except FileProblem as problem:
+            place = f"{file.path}:{problem.line}" if problem.line else str(file.path)
+            if file.column is None:
+                raise UserError(f"{place}: {problem}") from problem
+            if file.on_error == "stop":
+                raise UserError(f"{place}: {problem}, or skip and count it with --on_error skip") from problem
+            report.add_file(place, problem)
+        report.bytes_read = before + (file.path.stat().st_size if isinstance(file.path, Path) else 0)
 
 
 def placed_rows(
@@ -73,10 +71,10 @@ def placed_rows(
     source = Source.of(source)
     items = _converted(source, convert, on_error, report)
     if source.samples is not None:
-        before = report.kept
+        before = report.accepted
         items = sample_by_count(items, source.samples, source.seed)
-        report.left_out += report.kept - before - len(items)
-        report.kept = before + len(items)
+        report.left_out += report.accepted - before - len(items)
+        report.accepted = before + len(items)
     yield from items
 
 
@@ -111,14 +109,14 @@ def sample_by_count(items: Iterable[Item], count: int, seed: int = 0) -> list[It
     Taken are those whose seed and number scramble to the lowest values, so that what is added at the end of the data
     replaces few of them. In memory is the sample alone.
     """
-    kept: list[tuple[int, int, Item]] = []  # a heap with the highest draw first
+    taken: list[tuple[int, int, Item]] = []  # a heap with the highest draw first
     for number, item in enumerate(items):
         entry = (-scramble(seed, number), number, item)
-        if len(kept) < count:
-            heapq.heappush(kept, entry)
-        elif entry > kept[0]:
-            heapq.heapreplace(kept, entry)
-    return [item for _, _, item in sorted(kept, key=lambda entry: entry[1])]
+        if len(taken) < count:
+            heapq.heappush(taken, entry)
+        elif entry > taken[0]:
+            heapq.heapreplace(taken, entry)
+    return [item for _, _, item in sorted(taken, key=lambda entry: entry[1])]
 
 
 def _converted(
@@ -134,7 +132,7 @@ def _converted(
                 raise UserError(f"{place}: {error}; fix or drop the row or pass --on_error skip") from error
             report.add_problem(place, error)
             continue
-        report.kept += 1
+        report.accepted += 1
         report.settle_notices(place)
         yield place, item
 
@@ -156,10 +154,6 @@ def _rows_of_file(file: DataFile, source: Source) -> Iterator[tuple[str, Any]]:
         raise FileProblem("unreadable file", None, f"cannot be read ({error})", "fetch or fix it") from error
     if is_empty and report.problems.total() == problems:
         raise FileProblem("empty file", None, "is empty", "name a file that has rows")
-
-
-def _place_of(file: DataFile, problem: FileProblem) -> str:
-    return f"{file.path}:{problem.line}" if problem.line else str(file.path)
 
 
 def _text_documents(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:

@@ -20,7 +20,7 @@ from errors import UserError, require
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.log_probs import label_log_probs
-from training.losses import IGNORE, PLACES, Batch, Metric, located
+from training.losses import IGNORE, INPUTS, PLACES, Batch, Metric, located
 from training.machine import autocast, to_device
 from training.metrics import Tally
 from training.parallel.ranks import Ranks
@@ -159,7 +159,7 @@ class PreferenceLoss:
 
 def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """Return log pi of every label, (rows, time) float32, 0 where nothing counts."""
-    out = model(**{name: batch[name] for name in ("input_ids", "position_ids", "segment_ids")})
+    out = model(**{name: batch[name] for name in INPUTS if name in batch})
     return label_log_probs(out.hidden, out.head, batch["labels"], places=batch.get(PLACES))
 
 

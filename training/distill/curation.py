@@ -13,8 +13,9 @@ from pathlib import Path
 
 from errors import UserError, check_least, require
 from text.chats.chat_template import Message
-from text.chats.conversations import read_conversations, write_chats
+from text.chats.conversations import read_conversations
 from text.chats.prompts import Prompt, read_prompts
+from text.files import write_json_lines
 from text.judging.answer_filter import AnswerFilter, clean, shortest_different
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
@@ -100,7 +101,7 @@ def gather_answers(
         print("\n".join([*mix_report.lines(), balance(mix_report.rows, "rows of --mix", fates)]))
         conversations += chosen
         random.Random(seed).shuffle(conversations)
-    write_chats(file, conversations)
+    write_json_lines(file, ({"messages": messages} for messages in conversations))
     print(f"{file}: {len(conversations)} conversations")
     return file
 

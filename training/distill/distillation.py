@@ -123,7 +123,7 @@ class _Distilled(torch.autograd.Function):
         distance, cross_entropy = torch.zeros(2, device=hidden_ND.device).unbind()
         grad_hidden = torch.empty_like(hidden_ND) if with_grad else None
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
-        for part in chunks(len(hidden_ND), len(weight)):
+        for part in chunks(hidden_ND, len(weight), copies=8):
             tokens = slice(part.start, min(part.stop, len(labels_N)))  # the states behind the labels are padding
             z = (hidden_ND[part] @ weight.t())[: tokens.stop - tokens.start].float()
             log_q = (z / temperature).log_softmax(-1)

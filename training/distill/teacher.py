@@ -14,11 +14,10 @@ from errors import UserError, quiet_imports
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.distill.distillation import Logits, Teacher
-from training.losses import IGNORE, PLACES, Batch, located
+from training.losses import IGNORE, INPUTS, PLACES, Batch, located
 from training.startup import open_checkpoint
 
 UNPACKED = ("unpacked_ids", "unpacked_row", "unpacked_column")  # in a batch: see `unpacked`
-INPUTS = ("input_ids", "position_ids", "segment_ids")
 CLOSE = 1e-2  # of logits of order 1 to 10, from one product in two ways
 
 

@@ -126,7 +126,9 @@ def open_samples(
         if len(ids) > LONGEST:
             what = f"{line[:TEXT]!r} is {len(ids)} tokens long, but {LONGEST} is the most"
             raise UserError(f"--sample_prompts {settings.sample_prompts}: {what}; shorten it")
-    return Samples(settings.sample_every, encoded, tokenizer, Path(settings.out), ranks, settings.compile)
+    return Samples(
+        settings.sample_every, encoded, tokenizer, Path(settings.out), ranks, settings.compiles(ranks.device)
+    )
 
 
 def read_prompts(file: str) -> list[str]:

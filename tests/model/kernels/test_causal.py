@@ -34,7 +34,7 @@ def inputs(
     q = numbers(batch, queries, HEADS, nope + rope, dtype=dtype)
     kv = numbers(batch, keys, HEADS, nope + value, dtype=dtype, seed=1)
     latent, angles = numbers(batch, keys, 24 + rope, seed=2), numbers(batch, queries, 1, rope // 2, seed=3) * 3
-    return [q, kv, latent.to(dtype)], torch.polar(torch.ones_like(angles), angles)
+    return [q, kv, latent.to(dtype)], torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def equations(
@@ -43,7 +43,9 @@ def equations(
     """softmax(q k^T * scale) v in float64."""
     q, kv, k_rope = q.double(), kv.double(), latent[..., 24:].double()
     nope = q.shape[-1] - k_rope.shape[-1]
-    pairs = torch.view_as_complex(q[..., nope:].unflatten(-1, (-1, 2)).contiguous()) * rope.to(torch.complex128)
+    pairs = torch.view_as_complex(q[..., nope:].unflatten(-1, (-1, 2)).contiguous()) * torch.view_as_complex(
+        rope.double()
+    )
     q = torch.cat((q[..., :nope], torch.view_as_real(pairs).flatten(-2)), dim=-1)
     k = torch.cat((kv[..., :nope], k_rope.unsqueeze(2).expand(-1, -1, HEADS, -1)), dim=-1)
     allowed = causal_mask(q.shape[1], k.shape[1], q.device) if allowed is None else allowed

@@ -16,15 +16,14 @@ TORCH = Path(torch.__file__).parent
 # Two steps of two micro-batches each: a step waits for the device once. The host then knows what the gradients are
 # divided by, whether loss and gradient are finite, what is logged, and whether a rank was asked to stop.
 STEPS = 2 * ["on_host = summed.cpu()"]
-SEGMENTS = 4 * ["starts = new.flatten().nonzero()"]  # how many there are, once a pass
 WAITS = {
     "moe_layer": [],
     "training_step": STEPS,
-    "packed_step": SEGMENTS + STEPS,
+    "packed_step": STEPS,
     "recomputed_step": STEPS,
-    "preference_step": 2 * SEGMENTS + STEPS,
-    "distillation_step": 2 * SEGMENTS + STEPS,
-    "lora_step": SEGMENTS + STEPS,
+    "preference_step": STEPS,
+    "distillation_step": STEPS,
+    "lora_step": STEPS,
     "policy_loss": [],
     "quantized_experts": [],
     "decoding": [],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from data_files import write
 
 from errors import UserError
 from text.chats.conversations import read_conversations
@@ -15,15 +16,9 @@ GOOD = {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "
 LINE = json.dumps(GOOD, ensure_ascii=False).encode()
 
 
-def write(folder: Path, content: bytes, name: str = "sft.jsonl") -> Path:
-    (folder / name).write_bytes(content)
-    return folder / name
-
-
 def read_row(folder: Path, row: object) -> list[tuple[str, str]]:
     """(role, content) of the one conversation in a file of one row."""
-    path = write(folder, json.dumps(row).encode())
-    (messages,) = read_conversations(path, on_error="stop")
+    (messages,) = read_conversations(write(folder / "a.jsonl", [json.dumps(row)]), on_error="stop")
     return [(message["role"], message["content"]) for message in messages]
 
 
@@ -109,25 +104,21 @@ BROKEN_LINES = [
 
 @pytest.mark.parametrize(("line", "kind", "what"), BROKEN_LINES, ids=range(len(BROKEN_LINES)))
 def test_a_broken_row_is_counted_and_shown_or_stops(tmp_path, line, kind, what):
-    path = write(tmp_path, b"\n".join([LINE, line, LINE, b"", line, LINE]))
+    path = tmp_path / "sft.jsonl"
+    path.write_bytes(b"\n".join([LINE, line, LINE, b"", line, LINE]))
     report = RowReport()
     assert list(read_conversations(path, report=report)) == [GOOD["messages"]] * 3
-    assert report.problems == {kind: 2}
-    assert (report.rows, report.kept) == (5, 3)
+    assert report.problems == {kind: 2} and (report.rows, report.accepted) == (5, 3)
     first, second = report.examples[kind]
-    assert first.startswith(f"{path}:2: ")
-    assert second.startswith(f"{path}:5: ")
-    assert what in first
+    assert first.startswith(f"{path}:2: ") and second.startswith(f"{path}:5: ") and what in first
     assert first in "\n".join(report.lines())
-
     with pytest.raises(UserError) as error:
         list(read_conversations(path, on_error="stop"))
     is_read = kind not in ("broken JSON", "undecodable", "NUL byte")
     assert str(error.value) == f"{first}{'; fix or drop the row' if is_read else ','} or pass --on_error skip"
 
 
-def test_only_the_first_examples_are_kept(tmp_path):
+def test_only_the_first_examples_are_shown(tmp_path):
     report = RowReport()
-    list(read_conversations(write(tmp_path, b"{\n" * 500), report=report))
-    assert report.problems == {"broken JSON": 500}
-    assert len(report.examples["broken JSON"]) == 3
+    list(read_conversations(write(tmp_path / "a.jsonl", ["{"] * 500), report=report))
+    assert report.problems == {"broken JSON": 500} and len(report.examples["broken JSON"]) == 3

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,15 +39,13 @@ def conversation(number: int, turns: int, words: int) -> list[dict[str, str]]:
 CONVERSATIONS = [conversation(number, 1 + number % 3, number % 4) for number in range(1, 120) if number % 4]
 
 
-def write(folder: Path, conversations: list[list[dict[str, str]]]) -> str:
-    path = folder / "sft.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in conversations), encoding="utf-8")
-    return str(path)
+def write_chats(folder: Path, conversations: list[list[dict[str, str]]]) -> str:
+    return write(folder / "sft.jsonl", [{"messages": messages} for messages in conversations])
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(tmp_path_factory.mktemp("chat"), CONVERSATIONS)
+    return write_chats(tmp_path_factory.mktemp("chat"), CONVERSATIONS)
 
 
 @pytest.fixture(scope="module")
@@ -59,33 +57,31 @@ def epoch_of(data: ChatDataset, epoch: int) -> dict[str, torch.Tensor]:
     return data.batch(range(epoch * len(data), (epoch + 1) * len(data)))
 
 
-def segments(batch: dict[str, torch.Tensor]) -> list[dict[str, tuple[int, ...]]]:
-    """The conversations of all rows, without the padding that ends each row."""
+Segments = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def segments(batch: dict[str, torch.Tensor]) -> Segments:
+    """(ids, labels) of the conversations of all rows, sorted, without the padding that ends each row."""
     found = []
-    for row in range(len(batch["input_ids"])):
-        ids, labels, numbers, positions = (
-            batch[name][row].tolist() for name in ("input_ids", "labels", "segment_ids", "position_ids")
-        )
+    for ids, labels, numbers, positions in zip(
+        *(batch[name].tolist() for name in ("input_ids", "labels", "segment_ids", "position_ids")), strict=True
+    ):
         for number in dict.fromkeys(numbers):
             begin, end = numbers.index(number), len(numbers) - numbers[::-1].index(number)
-            assert positions[begin:end] == list(range(end - begin))
-            assert set(numbers[begin:end]) == {number}
+            assert positions[begin:end] == list(range(end - begin)) and set(numbers[begin:end]) == {number}
             if number < 0:
-                assert set(ids[begin:]) == {3}
-                assert set(labels[begin:]) == {-100}
+                assert set(ids[begin:]) == {3} and set(labels[begin:]) == {-100}
             else:
-                found.append({"ids": tuple(ids[begin:end]), "labels": tuple(labels[begin:end])})
-    return found
+                found.append((tuple(ids[begin:end]), tuple(labels[begin:end])))
+    return sorted(found)
 
 
-def expected_segment(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> dict[str, tuple[int, ...]]:
-    ids, mask = encode_chat(tokenizer, messages)
-    labels = tuple(token if trained else -100 for token, trained in zip(ids[1:], mask[1:], strict=True))
-    return {"ids": tuple(ids[:-1]), "labels": labels}
-
-
-def by_ids(found: list[dict[str, tuple[int, ...]]]) -> list[tuple]:
-    return sorted((segment["ids"], segment["labels"]) for segment in found)
+def expected_segments(tokenizer: Tokenizer, conversations: list[list[dict[str, str]]]) -> Segments:
+    encoded = (encode_chat(tokenizer, messages) for messages in conversations)
+    return sorted(
+        (tuple(ids[:-1]), tuple(token if trained else -100 for token, trained in zip(ids[1:], mask[1:], strict=True)))
+        for ids, mask in encoded
+    )
 
 
 def kept_turns(tokenizer: Tokenizer, messages: list[dict[str, str]], length: int) -> list[dict[str, str]]:
@@ -99,12 +95,12 @@ def kept_turns(tokenizer: Tokenizer, messages: list[dict[str, str]], length: int
 def test_rows_hold_every_conversation_once_with_its_labels(chats, tokenizer):
     kept = [kept_turns(tokenizer, messages, LENGTH) for messages in CONVERSATIONS]
     assert any(map(len, kept)) and kept != CONVERSATIONS
-    expected = by_ids([expected_segment(tokenizer, messages) for messages in kept if messages])
+    expected = expected_segments(tokenizer, [messages for messages in kept if messages])
     for epoch in (0, 1, 5):
         batch = epoch_of(chats, epoch)
         assert all(tensor.shape == (len(chats), LENGTH) for tensor in batch.values())
         assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-        assert by_ids(segments(batch)) == expected
+        assert segments(batch) == expected
 
 
 def test_packed_logits_are_those_of_each_conversation_alone(chats):
@@ -128,7 +124,7 @@ def test_without_packing_each_conversation_has_its_row(path, chats, tokenizer):
     assert len(plain) == plain.report.count > len(chats)
     batch = epoch_of(plain, 0)
     assert all(row[0] == tokenizer.bos_id for row in batch["input_ids"])
-    assert by_ids(segments(batch)) == by_ids(segments(epoch_of(chats, 0)))
+    assert segments(batch) == segments(epoch_of(chats, 0))
 
 
 def test_a_sample_depends_on_seed_and_index_alone(path, chats, tokenizer):
@@ -144,29 +140,19 @@ def test_a_sample_depends_on_seed_and_index_alone(path, chats, tokenizer):
 def test_epochs_and_seeds_change_order_and_company(path, chats, tokenizer):
     other = ChatDataset([path], tokenizer, LENGTH, seed=1, progress=False)
     assert len(other) == len(chats)
-    rows = [
-        [tuple(row) for row in epoch_of(data, epoch)["input_ids"].tolist()]
-        for data, epoch in [(chats, 0), (chats, 1), (other, 0)]
-    ]
-    for one, two in [(0, 1), (0, 2)]:
-        assert rows[one] != rows[two]
-        assert sorted(rows[one]) != sorted(rows[two])
+    first, *others = (epoch_of(*one)["input_ids"].tolist() for one in ((chats, 0), (chats, 1), (other, 0)))
+    assert all(first != rows and sorted(first) != sorted(rows) for rows in others)
 
 
 def test_validation_is_apart_and_keeps_copies_together(tmp_path, tokenizer):
-    path = write(tmp_path, CONVERSATIONS * 2)
+    path = write_chats(tmp_path, CONVERSATIONS * 2)
     data = ChatDataset([path], tokenizer, LENGTH, val_fraction=0.2, progress=False)
-    held, train = (by_ids(segments(epoch_of(part, 0))) for part in (data.validation, data))
+    held, train = (segments(epoch_of(part, 0)) for part in (data.validation, data))
     assert not set(held) & set(train)
     assert len(held) + len(train) == data.report.count
     assert 0.05 < len(held) / data.report.count < 0.4
     other_seed = ChatDataset([path], tokenizer, LENGTH, seed=3, val_fraction=0.2, progress=False)
-    assert by_ids(segments(epoch_of(other_seed.validation, 0))) == held
-
-
-def test_a_small_fraction_holds_out_at_least_one(path, tokenizer):
-    assert len(ChatDataset([path], tokenizer, LENGTH, val_fraction=1e-9, progress=False).validation) == 1
-    assert ChatDataset([path], tokenizer, LENGTH, progress=False).validation is None
+    assert segments(epoch_of(other_seed.validation, 0)) == held
 
 
 def test_what_was_cut_and_dropped_is_counted(tmp_path, tokenizer, capsys):
@@ -174,46 +160,39 @@ def test_what_was_cut_and_dropped_is_counted(tmp_path, tokenizer, capsys):
     cut = conversation(2, 12, 1)
     dropped = conversation(3, 1, 60)
     unanswered = [*conversation(4, 1, 1), {"role": "user", "content": "?"}]
-    path = Path(write(tmp_path, [fits, cut, dropped, unanswered]))
-    path.write_text(path.read_text() + '\n{"messages": []}\n{"mess')
+    path = Path(write_chats(tmp_path, [fits, cut, dropped, unanswered]))
+    path.write_text(path.read_text() + '{"messages": []}\n{"mess')
     data = ChatDataset([str(path)], tokenizer, LENGTH, progress=False)
     report = data.report
     assert (report.count, report.fates["cut"], report.fates["dropped"], report.fates["unanswered"]) == (3, 1, 1, 1)
     assert report.read.problems == {"no assistant turn": 1, "broken JSON": 1}
-    assert report.tokens == sum(len(segment["ids"]) + 1 for segment in segments(epoch_of(data, 0)))
+    assert report.tokens == sum(len(ids) + 1 for ids, _ in segments(epoch_of(data, 0)))
     assert report.trained == int((epoch_of(data, 0)["labels"] >= 0).sum())
     data.print_summary()
     text = capsys.readouterr().out
-    for line in (
-        "4 of 6 rows read, 2 skipped",
-        f"{path}:6: broken JSON",
-        "1 dropped",
-        "1 cut after the last",
-        "filled",
-    ):
-        assert line in text
+    lines = "4 of 6 rows read, 2 skipped", f"{path}:6: broken JSON", "1 dropped", "1 cut after the last", "filled"
+    assert all(line in text for line in lines)
 
 
 def test_nothing_to_learn_says_why(tmp_path, tokenizer):
-    path = write(tmp_path, [conversation(1, 1, 90), conversation(2, 1, 90)])
-    with pytest.raises(
-        UserError, match=r"sft\.jsonl: no conversations to train on; all 2 dropped: the first .* 64 tokens; raise"
-    ):
+    path = write_chats(tmp_path, [conversation(1, 1, 90), conversation(2, 1, 90)])
+    nothing = "no conversations to train on"
+    with pytest.raises(UserError, match=rf"sft\.jsonl: {nothing}; all 2 dropped: the first .* 64 tokens; raise"):
         ChatDataset([path], tokenizer, LENGTH, progress=False)
-    Path(path).write_text('{"text": 1}\n{"text": 2}')
-    with pytest.raises(
-        UserError, match=r"no conversations to train on; 2 rows, all skipped: 2 x unknown layout; .*jsonl:1: has 'text'"
-    ):
+    write(Path(path), [{"text": 1}, {"text": 2}])
+    with pytest.raises(UserError, match=rf"{nothing}; 2 rows, all skipped: 2 x unknown layout; .*jsonl:1: has 'text'"):
         ChatDataset([path], tokenizer, LENGTH, progress=False)
     with pytest.raises(UserError, match="no file: no conversations to train on"):
         ChatDataset([], tokenizer, LENGTH, progress=False)
 
 
-def test_impossible_validation_fractions_are_refused(tmp_path, path, tokenizer):
+def test_a_small_fraction_holds_out_at_least_one_and_an_impossible_one_is_refused(tmp_path, path, tokenizer):
+    assert len(ChatDataset([path], tokenizer, LENGTH, val_fraction=1e-9, progress=False).validation) == 1
+    assert ChatDataset([path], tokenizer, LENGTH, progress=False).validation is None
     for fraction in (-0.1, 1.0):
         with pytest.raises(UserError, match="must be at least 0 and below 1"):
             ChatDataset([path], tokenizer, LENGTH, val_fraction=fraction, progress=False)
-    single = write(tmp_path, CONVERSATIONS[:1])
+    single = write_chats(tmp_path, CONVERSATIONS[:1])
     with pytest.raises(UserError, match="holds out all 1 conversations"):
         ChatDataset([single], tokenizer, LENGTH, val_fraction=0.1, progress=False)
 
@@ -245,9 +224,6 @@ def test_best_fit_places_everything_once_and_within_capacity(lengths, order):
 def test_best_fit_takes_the_fullest_row_with_room():
     rows = pack_best_fit(np.array([6, 7, 3, 4, 2, 2]), 10)
     assert [[(6, 7, 3, 4, 2, 2)[index] for index in row] for row in rows] == [[7, 3], [6, 4], [2, 2]]
-
-
-def test_what_is_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="11 is over the capacity 10"):
         pack_best_fit(np.array([3, 11]), 10)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -46,14 +45,6 @@ LAYOUTS = {
 }
 
 
-def spelled(literal: Callable[[object], str]) -> dict[str, dict]:
-    """The layouts with lists and objects as the text of CSV cells."""
-    return {
-        name: {key: literal(value) if isinstance(value, list | dict) else value for key, value in row.items()}
-        for name, row in LAYOUTS.items()
-    }
-
-
 def numpy_literal(value: object) -> str:
     """As pandas writes a cell that came from a Parquet file: no commas between the items of an array."""
     return str(np.array(value, dtype=object)) if isinstance(value, list) else str(value)
@@ -66,15 +57,13 @@ def some_pairs(count: int, words: int = 3) -> list[dict[str, str]]:
     ]
 
 
+@pytest.mark.parametrize("literal", [None, json.dumps, str, numpy_literal])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_pair(layout):
-    assert to_preference(LAYOUTS[layout]) == Preference([USER, GOOD], [USER, BAD])
-
-
-@pytest.mark.parametrize("literal", [json.dumps, str, numpy_literal])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_may_be_spelled_in_the_cells_of_a_table(layout, literal):
-    assert to_preference(spelled(literal)[layout]) == Preference([USER, GOOD], [USER, BAD])
+def test_every_layout_gives_the_same_pair_as_objects_or_spelled_in_the_cells_of_a_table(layout, literal):
+    row = LAYOUTS[layout]
+    if literal:
+        row = {key: literal(value) if isinstance(value, list | dict) else value for key, value in row.items()}
+    assert to_preference(row) == Preference([USER, GOOD], [USER, BAD])
 
 
 CALL, OBJECT = '[{"name": "查", "arguments": {}}]', '{"role": "CEO", "age": 3}'
@@ -84,9 +73,6 @@ CALL, OBJECT = '[{"name": "查", "arguments": {}}]', '{"role": "CEO", "age": 3}'
 def test_an_answer_that_is_json_of_another_kind_is_text(answer):
     pair = to_preference({"prompt": answer, "chosen": answer, "rejected": "B"})
     assert [turn["content"] for turn in pair.chosen] == [answer, answer]
-
-
-def test_turns_in_a_cell_that_cannot_be_parsed_are_no_answer():
     with pytest.raises(RowError, match="'chosen' is neither JSON nor a Python list"):
         to_preference({"prompt": "Q", "chosen": "[{'role': 'assistant', 'content': 'A", "rejected": "B"})
 
@@ -98,12 +84,6 @@ def test_a_prompt_may_be_one_of_the_turns_before_the_answer():
         assert to_preference({"prompt": prompt, **sides}) == Preference(**sides)
     with pytest.raises(RowError, match="'prompt' is not what 'chosen' answers"):
         to_preference({"prompt": "C", **sides})
-
-
-def test_answers_that_differ_in_their_thoughts_only_are_a_pair():
-    sides = {side: [USER, {**GOOD, "reasoning_content": side}] for side in ("chosen", "rejected")}
-    pair = to_preference(sides)
-    assert pair.chosen[-1]["content"] == "<think>\nchosen\n</think>\n\nA" != pair.rejected[-1]["content"]
 
 
 def test_marks_mean_something_on_the_chosen_answer_only(tmp_path, tokenizer):
@@ -126,6 +106,9 @@ def test_the_turns_before_the_last_answer_are_the_prompt():
         {"system": "S", "prompt": before[1:], "chosen": GOOD, "rejected": BAD},
     ):
         assert to_preference(row) == Preference([*before, GOOD], [*before, BAD])
+    # Answers may differ in their thoughts only.
+    pair = to_preference({side: [USER, {**GOOD, "reasoning_content": side}] for side in ("chosen", "rejected")})
+    assert pair.chosen[-1]["content"] == "<think>\nchosen\n</think>\n\nA" != pair.rejected[-1]["content"]
 
 
 @pytest.mark.parametrize(
@@ -211,8 +194,8 @@ def test_each_row_holds_whole_pairs_and_an_epoch_every_pair_once(tmp_path, token
         assert segments.shape == (80,) and (segments.max() + 1) % 2 == 0
         for first in range(0, int(segments.max()) + 1, 2):
             sides = [(ids[segments == side], labels[segments == side]) for side in (first, first + 1)]
-            prompts = [read[told < 0].tolist() for read, told in sides]
-            answers = [told[told >= 0].tolist() for _, told in sides]
+            prompts = [read[predicted < 0].tolist() for read, predicted in sides]
+            answers = [predicted[predicted >= 0].tolist() for _, predicted in sides]
             assert prompts[0] == prompts[1] and answers[0] != answers[1]
             assert all(answer[-1] == tokenizer.eos_id for answer in answers)
             seen.append((tuple(prompts[0]), tuple(answers[0]), tuple(answers[1])))
@@ -233,15 +216,13 @@ def test_what_is_known_of_the_reference_stands_beside_each_label(tmp_path, token
 
 
 def test_pairs_of_one_prompt_are_held_out_together(tmp_path, tokenizer):
-    rows = [
-        {"prompt": f"问题{i % 20}", "chosen": "好" * (1 + i % 3), "rejected": "不" * (1 + i % 4)} for i in range(60)
-    ]
+    rows = [{**pair, "prompt": f"问题{number % 20}"} for number, pair in enumerate(some_pairs(60))]
     data = PreferenceDataset([write(tmp_path / "pairs.jsonl", rows)], tokenizer, 40, val_fraction=0.3)
-
-    def prompts(part: PreferenceDataset) -> set[tuple[int, ...]]:
-        chosen = [part.pairs[pair][0] for row in range(len(part)) for pair in part.members(row)]
-        return {tuple(ids[mask == 0].tolist()) for ids, mask in chosen}
-
-    train, held = prompts(data), prompts(data.validation)
-    assert train and held and not train & held
-    assert len(train | held) == 20
+    train, held = (
+        {
+            tuple(ids[mask == 0].tolist())
+            for row in range(len(part)) for ids, mask in [part.pairs[pair][0] for pair in part.members(row)]
+        }
+        for part in (data, data.validation)
+    )  # fmt: skip
+    assert train and held and not train & held and len(train | held) == 20

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from data_files import write
 
 from errors import UserError
 from text.chats.prompts import read_prompts, to_prompt
@@ -33,6 +32,8 @@ def chat(*turns: str) -> list[dict[str, str]]:
         ({"instruction": "Q", "input": "more", "output": "A"}, chat("Q\nmore")),
         ({"instruction": "Q", "output": "A", "history": [["q", "a"]]}, chat("q", "a", "Q")),
         ({"instruction": "Q"}, chat("Q")),
+        ({"question": "Q", "input": "more"}, chat("Q")),  # which adds to an instruction alone
+        ({"prompt": "Q", "input": "more"}, chat("Q")),
         ({"prompt": "Q"}, chat("Q")),
         ({"messages": chat("Q \ud83d", "A")}, chat("Q \ufffd")),
         ({"question": "Q", "answer": "an essay\nin lines"}, chat("Q")),
@@ -72,27 +73,21 @@ def test_rows_that_are_no_prompt_are_counted_by_kind(row, kind):
 
 
 def test_prompts_come_once_with_their_system_prompt_and_bad_rows_are_named(tmp_path):
-    path, report = tmp_path / "p.jsonl", RowReport()
-    rows = [{"prompt": "a"}, {"prompt": "a"}, {"text": "?"}, {"prompt": "b", "system": "own"}, {"prompt": "c"}]
-    rows[3] = {"messages": [{"role": "system", "content": "own"}, *chat("b")]}
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-    found = list(read_prompts([str(path)], "S", report=report))
+    own, report = {"messages": [{"role": "system", "content": "own"}, *chat("b")]}, RowReport()
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "a"}, {"text": "?"}, own, {"prompt": "c"}])
+    found = list(read_prompts([path], "S", report=report))
     assert [[m["content"] for m in prompt.messages] for prompt in found] == [["S", "a"], ["own", "b"], ["S", "c"]]
     assert report.problems == {"unknown layout": 1, "question asked before": 1}
-    assert report.rows == 5 and report.kept == 3 and f"{path}:3" in report.examples["unknown layout"][0]
+    assert report.rows == 5 and report.accepted == 3 and f"{path}:3" in report.examples["unknown layout"][0]
     with pytest.raises(UserError, match=r"p.jsonl:3: has 'text'"):
-        list(read_prompts([str(path)], on_error="stop"))
-    assert len(list(read_prompts([str(path)], most=1))) == 1
+        list(read_prompts([path], on_error="stop"))
+    assert len(list(read_prompts([path], most=1))) == 1
+    with pytest.raises(UserError, match=r"no prompt to ask; 1 rows, all skipped: 1 x unknown layout"):
+        list(read_prompts([write(tmp_path / "none.jsonl", [{"text": 1}])]))
 
 
 def test_generators_are_asked_until_enough_different_problems_came():
     report = RowReport()
     found = list(read_prompts(["arithmetic:1"], most=150, seed=3, report=report))
-    assert len({prompt.problem.question for prompt in found}) == len(found) == report.kept == 150 < report.rows
+    assert len({prompt.problem.question for prompt in found}) == len(found) == report.accepted == 150 < report.rows
     assert found == list(read_prompts(["arithmetic:1"], most=150, seed=3))
-
-
-def test_no_prompt_at_all_is_one_line(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"text": 1}\n', encoding="utf8")
-    with pytest.raises(UserError, match=r"no prompt to ask; 1 rows, all skipped: 1 x unknown layout"):
-        list(read_prompts([str(tmp_path / "p.jsonl")]))

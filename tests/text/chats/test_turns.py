@@ -77,11 +77,14 @@ def test_a_call_without_arguments_has_empty_ones(arguments):
 
 
 @pytest.mark.parametrize("spell", [json.dumps, str, lambda calls: calls])
-def test_calls_may_be_spelled_as_text(spell):
-    calls = [{"type": "function", "function": {"name": "hour", "arguments": {"town": "海边镇"}}}] * 2
-    assert answer_of(content="", tool_calls=spell(calls)) == "\n".join(
-        ['{"name": "hour", "arguments": {"town": "海边镇"}}'] * 2
-    )
+def test_calls_may_be_spelled_as_text_and_in_openais_older_way(spell):
+    call, text = {"name": "hour", "arguments": {"town": "海边镇"}}, '{"name": "hour", "arguments": {"town": "海边镇"}}'
+    functions = [{"type": "function", "function": call}] * 2
+    assert answer_of(content="", tool_calls=spell(functions)) == f"{text}\n{text}"
+    older = {"role": "assistant", "content": None, "function_call": spell(call)}
+    messages = to_messages([USER, older, {"role": "function", "name": "hour", "content": "pong"}, DONE])
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[1]["content"] == text
 
 
 @pytest.mark.parametrize(
@@ -90,12 +93,6 @@ def test_calls_may_be_spelled_as_text(spell):
 def test_a_call_that_cannot_be_read_is_refused(calls):
     with pytest.raises(RowError, match="turn 2 has tool calls without a name and JSON arguments"):
         answer_of(content="", tool_calls=calls)
-
-
-def test_openais_older_calls_are_read():
-    call = {"role": "assistant", "content": None, "function_call": {"name": "ping", "arguments": "{}"}}
-    messages = to_messages([USER, call, {"role": "function", "name": "ping", "content": "pong"}, DONE])
-    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
 
 
 @pytest.mark.parametrize("spell", [lambda turns: turns, json.dumps, str])
@@ -239,20 +236,10 @@ def test_what_is_no_speech_or_was_read_is_not_named(more, tmp_path):
     assert notices(row, tmp_path) == []
 
 
-def test_a_row_that_is_not_used_leaves_no_notice(tmp_path):
-    report = RowReport()
+def test_a_row_that_is_not_used_leaves_no_notice_and_notices_are_bounded(tmp_path):
     rows = [{"messages": [USER], "rationale": SPEECH}, {"messages": [USER, DONE]}]
-    assert len(list(read_conversations(write(tmp_path / "a.jsonl", rows), report=report))) == 1
-    assert not report.notices
-
-
-def test_notices_of_any_number_of_names_are_bounded(tmp_path):
-    rows = [{"messages": [USER, DONE], f"x{chr(97 + n // 26)}{chr(97 + n % 26)}": SPEECH} for n in range(100)]
-    report = RowReport()
-    assert len(list(read_conversations(write(tmp_path / "a.jsonl", rows), report=report))) == 100
-    assert len(report.lines()) < 30
-
-
-def test_input_adds_to_an_instruction_alone():
-    for name, asked in (("instruction", "Q\nmore"), ("question", "Q"), ("prompt", "Q")):
-        assert to_prompt({name: "Q", "input": "more"}).messages == ({"role": "user", "content": asked},)
+    rows += [{"messages": [USER, DONE], f"x{chr(97 + n // 26)}{chr(97 + n % 26)}": SPEECH} for n in range(100)]
+    for some, used in ((rows[:2], 1), (rows, 101)):
+        report = RowReport()
+        assert len(list(read_conversations(write(tmp_path / "a.jsonl", some), report=report))) == used
+        assert bool(report.notices) == (used > 1) and len(report.lines()) < 30

@@ -81,17 +81,12 @@ def test_the_content_of_shards_is_that_of_their_index(tokenizer, tmp_path):
     assert ShardSet(tmp_path / "0", read_index(tmp_path / "0")).content == made[0].content
 
 
-@pytest.mark.parametrize(("one", "other"), [("arithmetic:1", "arithmetic:2"), ("arithmetic:1-2", "arithmetic:1-3")])
-def test_generators_of_the_same_size_differ(one, other, tokenizer):
-    first, second = (PromptDataset([(name, 1.0)], tokenizer, 64) for name in (one, other))
-    assert first.identity == second.identity and first.content != second.content
-    assert first.content == PromptDataset([(one, 1.0)], tokenizer, 64, seed=3).content
-
-
-def test_conversations_of_the_same_size_differ(tokenizer, tmp_path):
-    """So do those that distillation trains on: the data's, or out of a teacher's answers."""
-    files = [
-        write(tmp_path / f"{word}.jsonl", [{"instruction": "Say it.", "output": word}]) for word in ("aaaa", "bbbb")
-    ]
-    first, second = (ChatDataset([file], tokenizer, 64) for file in files)
+def test_data_of_the_same_size_differ(tokenizer, tmp_path):
+    """Of generators, and of conversations: the data's, or out of a teacher's answers that distillation trains on."""
+    for one, other in (("arithmetic:1", "arithmetic:2"), ("arithmetic:1-2", "arithmetic:1-3")):
+        first, second = (PromptDataset([(name, 1.0)], tokenizer, 64) for name in (one, other))
+        assert first.identity == second.identity and first.content != second.content
+        assert first.content == PromptDataset([(one, 1.0)], tokenizer, 64, seed=3).content
+    rows = {word: [{"instruction": "Say it.", "output": word}] for word in ("aaaa", "bbbb")}
+    first, second = (ChatDataset([write(tmp_path / f"{word}.jsonl", rows[word])], tokenizer, 64) for word in rows)
     assert len(first) == len(second) and first.identity != second.identity

@@ -94,24 +94,18 @@ def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_every_document_is_in_one_split_once_with_its_end_token(made, tokenizer):
+def test_every_document_is_in_one_split_once_with_its_end_token_and_its_bytes(made, tokenizer):
     shards = ShardSet.open(made, tokenizer)
     train, val = documents(shards, "train"), documents(shards, "val")
     expected = [[*tokenizer.encode(row), tokenizer.eos_id] for row in TEXTS]
-    assert sorted(train + val) == sorted(expected)
+    assert sorted(train + val) == sorted(expected) and 3 <= len(val) <= 30
     order = [expected.index(document) for document in train]
     assert order == sorted(order)
-    assert 3 <= len(val) <= 30
-
-
-def test_totals_and_bytes_are_those_of_the_documents(made, tokenizer):
-    shards = ShardSet.open(made)
     streams = [shards.split("train"), shards.split("val")]
     assert sum(stream.bytes for stream in streams) == sum(len(row.encode()) for row in TEXTS)
     for stream in streams:
         tokens = stream.read(0, stream.tokens)
-        assert tokens.dtype == np.uint16
-        assert int((tokens == tokenizer.eos_id).sum()) == stream.documents
+        assert tokens.dtype == np.uint16 and int((tokens == tokenizer.eos_id).sum()) == stream.documents
         sizes = [stream.document(number)[2] for number in range(stream.documents)]
         assert sum(sizes) == stream.bytes == int(tokenizer.token_bytes[tokens].sum())
 
@@ -270,34 +264,26 @@ def test_who_waits_takes_no_shards_of_other_data_and_ends_with_a_main_that_faile
         open_sources([Source(str(corpus))], other_tokenizer, tmp_path, main=False, check=failed, **OPTIONS)
 
 
-REFUSED = {
-    "missing": (lambda folder: folder / "missing.csv", {}, "no such file or folder"),
-    "empty": (
-        lambda folder: write_texts(folder / "a.jsonl", ["", " "]),
-        {},
-        r"no document is left.*\(2 x empty; .*:1",
-    ),
-    "folder": (lambda folder: folder, {}, "the folder has no data"),
-    "column": (lambda folder: write_texts(folder / "a.jsonl", TEXTS), {"column": "body"}, "no column 'body'"),
-    "stop": (lambda folder: write_texts(folder / "a.jsonl", TEXTS), {"column": "b", "on_error": "stop"}, "no column"),
+REFUSED = {  # the texts that are written, what is read beside them, and the error
+    "missing": (None, {}, "no such file or folder"),
+    "empty": (["", " "], {}, r"no document is left.*\(2 x empty; .*:1"),
+    "column": (TEXTS, {"column": "body"}, "no column 'body'"),
+    "stop": (TEXTS, {"column": "b", "on_error": "stop"}, "no column"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_corpus_that_is_refused_leaves_nothing(kind, tokenizer, tmp_path):
-    (tmp_path / "data").mkdir()
-    data, options, what = REFUSED[kind]
-    with pytest.raises(UserError, match=what):
-        prepare_shards(str(data(tmp_path / "data")), tokenizer, tmp_path / "a" / "b" / "c", workers=1, **options)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-def test_other_things_in_the_folder_of_a_refused_corpus_stay(tokenizer, tmp_path):
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "notes.txt").touch()
-    with pytest.raises(UserError, match="no document is left"):
-        prepare_shards(write_texts(tmp_path / "a.jsonl", [""]), tokenizer, tmp_path / "shards", workers=1)
-    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["notes.txt"]
+def test_a_corpus_that_is_refused_leaves_nothing_but_what_was_there(kind, tokenizer, tmp_path):
+    texts, options, what = REFUSED[kind]
+    data, (other, new) = tmp_path / "a.jsonl", (tmp_path / "other", tmp_path / "b" / "c")
+    other.mkdir()
+    (other / "notes.txt").touch()
+    if texts is not None:
+        write_texts(data, texts)
+    for out in (new, other):
+        with pytest.raises(UserError, match=what):
+            prepare_shards(str(data), tokenizer, out, workers=1, **options)
+    assert [path.name for path in other.iterdir()] == ["notes.txt"] and not new.parent.exists()
 
 
 def test_what_can_be_continued_stays_when_a_later_row_is_refused(tokenizer, corpus, tmp_path):

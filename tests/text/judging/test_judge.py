@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ def test_every_reply_is_judged_as_a_person_judges_it():
         ("The answer is 4. And 5.", "4"),
         ("It is 4. And 5.", "5"),
         ("<answer>6</answer>", "6"),
+        ("<answer>3 red apples</answer>", "3"),
         ("Room 6.\nFirst 5, then -7 clips.\nThanks!", "-7"),
         ("\\boxed{6 or 7}", None),
         ("<answer>5 6 7</answer>", None),
@@ -47,6 +49,10 @@ def test_every_reply_is_judged_as_a_person_judges_it():
 )  # fmt: skip
 def test_places_are_searched_in_one_order_and_give_one_guess(reply, taken):
     assert final_answer(reply, "7") == judge("7", reply).taken == taken
+
+
+def test_what_is_declared_is_taken_whole():
+    assert declared_answer("<answer>3 red apples</answer>") == "3 red apples"
 
 
 @pytest.mark.parametrize(
@@ -98,25 +104,10 @@ def test_one_spelling_of_a_number():
 def test_text_of_any_size_is_judged_in_linear_time(monkeypatch):
     """Models write such things, and rewards judge millions of them; nothing here may depend on a clock."""
     monkeypatch.setattr("text.judging.judge.shared_verifier", lambda: Unreadable())
-    parts = [
-        r"( ",
-        r"1 ",
-        r"1,",
-        r"\text{",
-        r"*a ",
-        r"\boxed{",
-        r"- ",
-        r"((1)",
-        r"负",
-        r"=1",
-        r"x^",
-        r"和1",
-        r" ",
-        r"<1 ",
-        r"1 or ",
-        r"**",
-        r"$",
-    ]
+    parts = (
+        "( ", "1 ", "1,", r"\text{", "*a ", r"\boxed{", "- ", "((1)", "负", "=1", "x^", "和1", " ", "<1 ", "1 or ",
+        "**", "$",
+    )  # fmt: skip
     for part in parts:
         for reference in ("7", "B", "x+1", "Paris", "1,2"):
             assert judge(reference, part * 20_000).right is False
@@ -136,7 +127,7 @@ def test_nothing_that_a_model_writes_breaks_the_judge(monkeypatch):
 class Unreadable:
     """A verifier that can read nothing, to try what comes before it."""
 
-    def equal(self, wanted: str, given: str) -> None:
+    def equal(self, expected: str, given: str) -> None:
         return None
 
 
@@ -187,8 +178,8 @@ def test_references_of_gsm8k_and_json_are_read(answer, bare):
 
 def test_plain_numbers_are_compared_as_math_verify_compares_them():
     pairs = ["1/2 0.5", "1,000 1000", "1000 1,000.0", "3 3.1", "-2 2", "0.25 1/4", "2/3 0.5"]
-    for wanted, given in map(str.split, pairs):
-        assert (as_number(wanted) == as_number(given)) == shared_verifier().equal(wanted, given), (wanted, given)
+    for expected, given in map(str.split, pairs):
+        assert (as_number(expected) == as_number(given)) == shared_verifier().equal(expected, given), (expected, given)
 
 
 def test_numbers_are_read_exactly():
@@ -201,11 +192,6 @@ def test_numbers_are_read_exactly():
 @pytest.mark.parametrize("answer", ["", "  ", "???", "a" * 201, "first\nsecond", "\\frac{1}{2}" * 30])
 def test_answers_that_no_verifier_can_parse(answer):
     assert problem_with(answer) is not None
-
-
-def test_what_is_declared_is_taken_whole_and_numbers_out_of_their_sentence():
-    assert declared_answer("<answer>3 red apples</answer>") == "3 red apples"
-    assert final_answer("<answer>3 red apples</answer>", "7") == "3"
 
 
 def test_a_formula_that_never_ends_is_given_up_and_the_next_is_answered():
@@ -228,15 +214,10 @@ def test_verification_works_from_any_thread():
     assert answers == [True] * 4
 
 
-def test_a_verifier_that_cannot_start_is_an_error_and_no_wrong_answer(monkeypatch):
+def test_a_verifier_runs_this_code_and_one_that_cannot_start_is_an_error_and_no_wrong_answer(monkeypatch):
+    started, begin = [], subprocess.Popen
     monkeypatch.setattr("text.judging.verifier.sys.executable", "false")
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, cwd, **more: started.append(cwd) or begin(*given, **more))
     with pytest.raises(UserError, match="math-verify does not start; pip install"):
         Verifier().equal("1/2", r"\frac{1}{2}")
-
-
-def test_a_verifier_runs_this_code_whatever_is_installed(monkeypatch):
-    started = []
-    monkeypatch.setattr("text.judging.verifier.subprocess.Popen", lambda *_, cwd, **__: started.append(cwd))
-    with pytest.raises(AttributeError):  # what Popen gives is used at once
-        Verifier().equal("1/2", r"\frac{1}{2}")
-    assert (started[0] / "text" / "judging" / "verifier.py").is_file()
+    assert (started[0] / "text" / "judging" / "verifier.py").is_file()  # whatever else is installed

@@ -54,13 +54,6 @@ def test_what_save_to_disk_wrote_is_read_without_the_results_of_map(save):
         texts(saved)
 
 
-def test_a_set_without_a_train_split_asks_for_one(save):
-    saved = save(train_sft=["a"], train_gen=["b"])
-    with pytest.raises(UserError, match="no split 'train', there are: train_gen, train_sft"):
-        texts(saved)
-    assert texts(saved, "train_sft")[0] == ["a"]
-
-
 LAYOUTS = {
     "a snapshot": ("data/train-00000-of-00002.jsonl", "data/test-00000-of-00001.jsonl"),
     "an older snapshot": ("data/train-00000-of-00001-0a1b.jsonl", "data/validation-00000-of-00001-0a1b.jsonl"),
@@ -97,10 +90,14 @@ def test_only_the_train_files_of_a_folder_with_splits_are_read(layout, tmp_path)
         Folder.read(tmp_path, SUFFIXES, "gen")
 
 
-def test_a_split_may_be_named_in_full(tmp_path):
+def test_a_split_may_be_named_in_full_and_must_be_without_a_train_split(save, tmp_path):
     write(tmp_path, *(f"data/{name}-00000-of-00001.jsonl" for name in ("train_sft", "train_gen", "test_sft")))
     assert texts(tmp_path)[0] == ["data/train_gen-00000-of-00001.jsonl", "data/train_sft-00000-of-00001.jsonl"]
     assert texts(tmp_path, "train_sft")[0] == ["data/train_sft-00000-of-00001.jsonl"]
+    saved = save(train_sft=["a"], train_gen=["b"])
+    with pytest.raises(UserError, match="no split 'train', there are: train_gen, train_sft"):
+        texts(saved)
+    assert texts(saved, "train_sft")[0] == ["a"]
 
 
 @pytest.mark.parametrize(

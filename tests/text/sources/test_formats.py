@@ -21,6 +21,12 @@ from text.sources.row_report import RowError, RowReport
 
 THOUGHT = "<|begin_of_thought|>\n\nFirst 6.\nThen 7.\n\n<|end_of_thought|>"
 SOLUTION = "<|begin_of_solution|>\n\nIt is **42**.\n\n<|end_of_solution|>"
+
+
+def said(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"from": name, "value": text} for name, text in turns]
+
+
 # One row in each layout, as the original data have it, and the turns it must become.
 ROWS = {
     "alpaca": (
@@ -29,12 +35,10 @@ ROWS = {
     ),
     "sharegpt": (
         {
-            "conversations": [
-                {"from": "human", "value": "查"},
-                {"from": "function_call", "value": '{"name": "查", "arguments": {"n": 1}}'},
-                {"from": "observation", "value": '{"ok": true}'},
-                {"from": "gpt", "value": "好"},
-            ],
+            "conversations": said(
+                ("human", "查"), ("function_call", '{"name": "查", "arguments": {"n": 1}}'),
+                ("observation", '{"ok": true}'), ("gpt", "好"),
+            ),
             "tools": '[{"name": "查"}]',
         },
         [
@@ -58,13 +62,7 @@ ROWS = {
         [("user", "你好"), ("assistant", "你好！'有'引号\n"), ("user", "几点？"), ("assistant", "三点。")],
     ),
     "openthoughts": (
-        {
-            "system": "Think.",
-            "conversations": [
-                {"from": "user", "value": "6*7?"},
-                {"from": "assistant", "value": f"{THOUGHT}\n\n{SOLUTION}"},
-            ],
-        },
+        {"system": "Think.", "conversations": said(("user", "6*7?"), ("assistant", f"{THOUGHT}\n\n{SOLUTION}"))},
         [
             ("system", "Think."), ("user", "6*7?"),
             ("assistant", "<think>\nFirst 6.\nThen 7.\n</think>\n\nIt is **42**."),
@@ -108,10 +106,7 @@ def test_columns_called_otherwise_read_the_same(format, tmp_path):
     other = {f"my {name}": value for name, value in row.items()} | {"instruction": "no", "messages": "no", "id": 1}
     layout = Layout(format, {roles[name]: f"my {name}" for name in row})
     assert turns(to_messages(other, layout)) == expected
-
-
-def test_a_column_that_plays_one_role_plays_no_other():
-    """The format's own column for `query` is 'input', which is the question here."""
+    # A column that plays one role plays no other: the format's own for `query` is 'input', the question here.
     layout = Layout("alpaca", {"prompt": "input", "response": "output"})
     assert turns(to_messages({"input": "Q", "output": "A"}, layout)) == [("user", "Q"), ("assistant", "A")]
 
@@ -152,7 +147,7 @@ def test_a_row_that_its_format_cannot_use_is_counted_with_its_line(format, row, 
     path = write(tmp_path / "a.jsonl", [good, row, good])
     report, source = RowReport(), Source(str(path), layout=Layout(format))
     assert len(list(read_conversations(source, report=report))) == 2
-    assert report.problems == {kind: 1} and (report.rows, report.kept) == (3, 2)
+    assert report.problems == {kind: 1} and (report.rows, report.accepted) == (3, 2)
     (example,) = report.examples[kind]
     assert example.startswith(f"{path}:2: ") and what in example
     with pytest.raises(UserError, match=r"a.jsonl:2: .*fix or drop the row"):
@@ -196,15 +191,15 @@ def test_samples_are_always_the_same_and_other_with_another_seed(tmp_path):
         report = RowReport()
         source = Source(str(path), samples=samples, seed=seed)
         questions = [messages[0]["content"] for messages in read_conversations(source, report=report)]
-        assert report.kept == len(questions) and report.rows == 200 == report.kept + report.left_out + 1
+        assert report.accepted == len(questions) and report.rows == 200 == report.accepted + report.left_out + 1
         return questions
 
     some = chosen(20)
     assert len(some) == 20 and some == chosen(20) != chosen(20, seed=1)
     assert some == sorted(some, key=lambda question: int(question[1:])) and set(some) < set(chosen(40))
     assert len(chosen(1000)) == 199
-    spread = [int(question[1:]) for seed in range(40) for question in chosen(20, seed)]
-    assert 85 < sum(spread) / len(spread) < 115  # each row has the same chance
+    taken = [int(question[1:]) for seed in range(40) for question in chosen(20, seed)]
+    assert 85 < sum(taken) / len(taken) < 115  # each row has the same chance
 
 
 # Lists that are spelled out in a cell: nothing is run

@@ -8,7 +8,7 @@ import pytest
 from data_files import read, stop, whole_rows
 
 from text.corpus.corpus import Corpus
-from text.sources import data_file, json_rows
+from text.sources import json_rows
 from text.sources.data_file import DataFile
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
@@ -73,12 +73,11 @@ def test_nan_is_missing_and_other_numbers_are_not(tmp_path):
         ('{"data": [\n{"text": "x"},\n{"text": y}]}', ":3: the JSON array breaks off in element 2 (Expecting value"),
         ('{\n"text": "' + "x" * 2000 + '"\n}', ":1: an object of more than 1,000 characters; write it as rows"),
         ('[{"text": "' + "x" * 2000 + '"}]', ":1: an object of more than 1,000 characters; write it as rows"),
-        ('{"text": "' + "x" * 2000 + '"}', ":1: a line of 1,000 characters or more; break it into rows"),
     ],
 )
 def test_what_cannot_be_read_to_its_end_is_one_line(content, what, tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "CHUNK", 100)
-    monkeypatch.setattr(data_file, "ROW_LIMIT", 1000)
+    monkeypatch.setattr(DataFile, "ROW_LIMIT", 1000)
     (tmp_path / "a.json").write_text(content)
     assert f"a.json{what}" in stop(tmp_path / "a.json")
 
@@ -86,7 +85,7 @@ def test_what_cannot_be_read_to_its_end_is_one_line(content, what, tmp_path, mon
 @pytest.mark.parametrize("layout", ["a list", "a pretty list", "a list in an object", "pretty rows", "lines"])
 def test_no_more_of_a_file_is_read_than_its_first_rows_need(layout, tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "CHUNK", 1000)
-    monkeypatch.setattr(data_file, "ROW_LIMIT", 2000)
+    monkeypatch.setattr(DataFile, "ROW_LIMIT", 2000)
     rows = [{"text": "x" * 50}] * 5000
     whole = {
         "a list": json.dumps(rows),

@@ -14,8 +14,9 @@ import distill
 from cli import call
 from eval.reasoning import reasoning
 from model import MiniDeepSeek
-from text.chats.conversations import read_conversations, write_chats
+from text.chats.conversations import read_conversations
 from text.chats.prompts import to_prompt
+from text.files import write_json_lines
 from training.alignment.rewards import Rewards
 from training.alignment.sampler import completion_texts, sample_groups, uniforms
 from training.distill.answers import Answer, Ask, Failure
@@ -50,7 +51,7 @@ def test_what_is_kept_and_dropped_adds_up(tmp_path, capsys):
         "  1 x cut at the limit", "  1 x empty", "  1 x wrong", "  2 x duplicate", "  2 x more than --keep_answers"
     ]  # fmt: skip
     assert answers == 11
-    write_chats(tmp_path / "a" / "c.jsonl", chats)
+    write_json_lines(tmp_path / "a" / "c.jsonl", ({"messages": messages} for messages in chats))
     found = list(read_conversations(tmp_path / "a" / "c.jsonl"))  # half a character does not stop the file
     assert [*found[:2], found[3]] == [*chats[:2], chats[3]] and "half" in found[2][1]["content"]
 
