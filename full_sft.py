@@ -5,12 +5,13 @@ python full_sft.py --ckpt out/pretrain/final --data chats.jsonl --out out/sft
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cli import parse
 from errors import command_line
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
+from training.parallel.mesh import ShardSettings
 from training.settings import NextTokenSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
@@ -19,6 +20,8 @@ from training.trainer import Trainer
 @dataclass(kw_only=True)
 class SFTSettings(ChatSettings, NextTokenSettings):
     """Settings of supervised fine-tuning."""
+
+    dist: ShardSettings = field(default_factory=ShardSettings)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from text.corpus.shards import open_sources, sources_ready
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
+from training.parallel.mesh import ShardSettings
 from training.run.samples import SampleSettings, open_samples, text_prompts
 from training.settings import NextTokenSettings
 from training.startup import begin, continue_checkpoint, new_model
@@ -55,6 +56,7 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
     workers: int = 0
     val_fraction: float = 0.005
     isolate: bool = False
+    dist: ShardSettings = field(default_factory=ShardSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,6 @@ import time
 import harness
 import torch
 from harness import MEMORY, SPEED, Verdict
-from roofline import Network
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -37,6 +36,16 @@ def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int =
     return numbers.numel() * 4 / best
 
 
+def weights_read(config: LMConfig, batch: int) -> float:
+    """Return how many weights a step reads: all but the embedding, and of the experts those that `batch` tokens choose,
+    were all equally likely: E (1 - (1 - K/E)^batch)."""
+    experts, chosen, hidden = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
+    lookup = 0 if config.tie_word_embeddings else config.vocab_size * hidden
+    distinct = experts * (1 - (1 - chosen / experts) ** batch)
+    layers = config.num_hidden_layers - config.first_k_dense_replace
+    return count(config).activated - lookup + layers * (distinct - chosen) * 3 * hidden * config.moe_intermediate_size
+
+
 def main() -> None:
     parser = harness.parser_of(__doc__, batch=1, prompt=128, new=64)
     harness.add_peers(parser, "eager", "batched_mm", "grouped_mm")
@@ -54,7 +63,7 @@ def main() -> None:
     verdicts = [Verdict.between(found[1], ours, SPEED, f"{SPEED} in 8 bits")] if options.quantize else []
     best = {key: max(baselines, key=lambda one: one.median(key)) for key in (SPEED, PREFILL)} if baselines else {}
     verdicts += [Verdict.between(ours, one, key) for key, one in best.items()]
-    read = Network.of(config, options.prompt).read_weights(options.batch) * DTYPES[options.dtype].itemsize
+    read = weights_read(config, options.batch) * DTYPES[options.dtype].itemsize
     expanded = count(config).mha_cache_bytes // 2 // config.num_hidden_layers
     theirs = f", transformers {best[SPEED].median(CACHED):,.0f}" if best else ""
     bandwidth = measured_bandwidth(harness.device_of(options.device))

@@ -14,7 +14,35 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+HOST_READS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would be a wait for the device: reads of its numbers by the host, of any tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._lists = patch.object(Tensor, "tolist", self._listed(Tensor.tolist))  # which no dispatch sees
+
+    def __enter__(self):
+        self._lists.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._lists.stop()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += str(function).split(".")[1].startswith(HOST_READS)
+        return function(*arguments, **named or {})
+
+    def _listed(self, of):
+        def tolist(tensor: Tensor) -> list:
+            self.count += 1
+            return of(tensor)
+
+        return tolist
 
 
 class Tape(TorchDispatchMode):

@@ -37,7 +37,6 @@ from training.distill.distillation import DistillationLoss, DistillationSettings
 from training.distill.teacher import CheckpointTeacher
 from training.losses import IGNORE, Loss, NextTokenLoss
 from training.machine import to_device
-from training.metrics import FlopsCounter
 from training.parallel.ranks import Ranks
 from training.run.log import RunLog
 from training.settings import NextTokenSettings, StageSettings
@@ -84,7 +83,7 @@ def train(trained: MiniDeepSeek, rows: Rows, loss: Loss, kind: type = NextTokenS
     made = Trainer(settings, Ranks(0, 1, CUDA), trained, SimpleNamespace(fingerprint=""), rows, loss)
     try:
         for _ in range(2):  # every number that is read is 1, that of ranks which were asked to stop too
-            made._loop(RunLog(Path("none"), 0, False), FlopsCounter(trained, loss, TIME))
+            made._loop(RunLog(Path("none"), 0, False))
     finally:
         made.batches.close()
     assert made.progress.step == 2 and made.progress.skipped == 0

@@ -6,6 +6,7 @@ import ast
 import logging
 import warnings
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,13 @@ def closure(script: str) -> set[str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_waits_for_no_library_that_takes_seconds(script):
     assert not closure(script) & SLOW
+
+
+def test_imports_make_no_circle():
+    places = [
+        path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in ("model", "text", "training", "eval")
+    ]
+    TopologicalSorter({path: imports_of(path)[0] - {path} for path in places}).prepare()  # raises CycleError
 
 
 def test_the_closure_sees_through_modules_and_contexts():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import kernels
+import model.kernels as kernels
 from model.kernels.products import add_gradient, product
 from model.ops import cross_entropy_
 from model.transformer import Output

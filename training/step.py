@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import naming
 from model import MiniDeepSeek
@@ -22,10 +22,14 @@ from training.machine import autocast, set_seed
 from training.metrics import StepResult, Sums, Tally
 from training.optim.build import step_scaled
 from training.parallel.ranks import Ranks
+from training.parallel.replication import Replicated
 from training.router_bias import update_router_biases
 from training.run.checkpoint import Progress
 from training.run.interrupt import Stopped
 from training.settings import StageSettings
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Sharded
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 8  # samples that the message at the end of a run names
@@ -101,7 +105,7 @@ class OptimizerStep:
     """One step of a stage, the same however it is cut into micro-batches and ranks.
 
     Attributes:
-        module: `model`, wrapped for several ranks. dtype: of the products.
+        copies: of `model`, on all ranks. dtype: of the products.
         share: gives numbers that all ranks are to know the sums of: `StepResult.shared`.
         report_pace: takes the seconds of the first of several micro-batches and how many there are, or None.
         parts: the micro-batches that are done; made: log entries of a `PolicyDataset`.
@@ -110,7 +114,7 @@ class OptimizerStep:
     settings: StageSettings
     ranks: Ranks
     model: MiniDeepSeek
-    module: nn.Module
+    copies: Replicated | Sharded
     dataset: Dataset
     batches: Batches
     loss: Loss
@@ -129,12 +133,13 @@ class OptimizerStep:
             self.made = self.dataset.prepare(progress.step, self.model)
         began = time.perf_counter()
         tally = self.accumulate(progress.step)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        # The same on all ranks, whose gradients DDP has averaged: the main rank's, that no bit may part them.
-        norm = norm if self.ranks.main else torch.zeros_like(norm)
+        gradients = self.copies.gradients()
+        squares = torch.nn.utils.get_total_norm(gradients).double().square()
+        if not (self.copies.disjoint or self.ranks.main):
+            # DDP has averaged them: the same on all ranks. The main rank's then hold, that no bit may part them.
+            squares = torch.zeros_like(squares)
         shared = self.share()
-        sums = tally.gather(self.ranks, norm=norm, positions=self._positions, **shared)
+        sums = tally.gather(self.ranks, squares=squares, positions=self._positions, **shared)
         shared = {name: sums.take(name) for name in shared}
         result, factor = self.normalise_and_clip(sums)
         result.shared = shared
@@ -153,19 +158,19 @@ class OptimizerStep:
         ranks, tally, micro_batches = self.ranks, Tally(), self.batches.samples(step)
         last = len(micro_batches) - 1
         for index, indices in enumerate(micro_batches):
-            if index and index < last and ranks.watch.asked:
+            if index and index < last and ranks.watch.asked and not ranks.in_step:
                 continue
             # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
-            if index and index == last and ranks.asked_to_stop():
+            if index and (index == last or ranks.in_step) and ranks.asked_to_stop():
                 raise Stopped
             ranks.watch.show(f"micro-batch {index + 1}/{len(micro_batches)}" if last else "")
             began = time.perf_counter()
             batch = self.batches.take(step, index)
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
             set_seed(scramble(self.settings.seed, step, index, ranks.rank) >> 1, ranks.device)
-            with ranks.no_sync(self.module, index < last):
+            with self.copies.accumulating(index < last):
                 with autocast(self.dtype, ranks.device):
-                    loss, count, metrics = self.loss(self.module, batch)
+                    loss, count, metrics = self.copies.compute(self.loss, batch)
                 # Outside: autocast would round what the router's products in float32 get back.
                 (loss / self._nominal).backward()
             if last and self.report_pace and ranks.device.type == "cpu":  # a GPU has not yet computed it
@@ -181,10 +186,10 @@ class OptimizerStep:
 
         Returns also what gradients are to be multiplied by, so that they are divided by it and their norm is clipped.
         """
-        labels, norm = sums.take("count"), sums.take("norm")
+        labels, norm = sums.take("count"), math.sqrt(sums.take("squares"))
         count = max(labels, 1)
         # DDP averaged over ranks, and each micro-batch was divided by the nominal number of labels.
-        scale = self._nominal * self.ranks.world / count
+        scale = self._nominal * self.copies.averaged_over / count
         norm *= scale
         factor = scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0)
         positions, counts = int(sums.take("positions")), sums.on_host.pop("counts", None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,9 +21,9 @@ from training.machine import choose_dtype, machine_peak, memory_used
 from training.metrics import FlopsCounter, StepResult, step_entry, untrained_entry
 from training.optim.build import build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
-from training.parallel.replication import check_facts, check_weights, facts, replicate
+from training.parallel.replication import Replicated, check_facts, check_weights, facts
 from training.run.checkpoint import BEST, Progress, Weights, newest
-from training.run.estimate import Pace, fit_batch
+from training.run.estimate import Pace, fit_batch, fit_micro_batch
 from training.run.interrupt import Stopped
 from training.run.lock import RunLock
 from training.run.log import RunLog
@@ -36,6 +36,9 @@ from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
 from training.step import Dataset, OptimizerStep, PolicyDataset, Skipping
 from training.validation import Validation
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Sharded
 
 GRAPHS = 64  # that torch.compile may make of one kind of layer
 
@@ -70,11 +73,13 @@ class Trainer:
         self.dtype = choose_dtype(settings.dtype, ranks.device)
         # FLOP/s of all ranks' matrix products, which MFU is a share of.
         self.peak = machine_peak(self.dtype, ranks.device) * ranks.world if ranks.main else math.inf
-        self.model = model.to(ranks.device)
+        self.model = model
         self.model.gradient_checkpointing = settings.gradient_checkpointing
+        self.model.has_dropout = any(isinstance(module, torch.nn.Dropout) for module in self.model.modules())
         self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))
+        fit_micro_batch(settings, ranks, model, self.dtype)
         settings.check_fit(ranks.world, model.config.max_position_embeddings)
         if unknown := {*settings.schedules} - {*getattr(loss, "schedules", ())}:
             raise UserError(f"{type(loss).__name__} has no schedule named {', '.join(sorted(unknown))}")
@@ -82,11 +87,25 @@ class Trainer:
             raise UserError("--keep_best and --patience: nothing is held out to measure on; give --val_fraction")
         self.budget = settings.budget(len(dataset))
         self.progress = Progress(run=identity(settings, tokenizer, dataset))
-        self.optimizer = optimizer or build_optimizer(self.model, settings.optim)
-        weights = weights or WholeModel(self.model)
-        self.checkpoints = RunCheckpoints(settings, ranks, weights, tokenizer, self.optimizer, dataset)
-        self.skipping = Skipping(self.out, settings.max_skipped, ranks)
-        self.module: torch.nn.Module | None = None  # the model, wrapped for the ranks
+        self.counter = FlopsCounter(model, loss, settings.sequence_length)
+        self.copies: Replicated | Sharded | None = None  # of the model, on all ranks
+        self.shards = None
+        if settings.dist.cuts(ranks.world):
+            from training.parallel.sharding import ShardedModel, shard  # slow to import
+
+            self.copies = shard(settings, ranks, model, self.dtype, self.progress.run)
+            self.ranks, self.shards = replace(ranks, in_step=True), self.copies.shards
+            settings.compile = False
+            weights = ShardedModel(self.copies)
+            if samples:
+                ranks.say("notice: no samples of the model's text: no rank holds the whole model")
+            self.samples = None
+        else:
+            model.to(ranks.device)
+        self.optimizer = optimizer or build_optimizer(self.shards or model, settings.optim)
+        weights, shards = weights or WholeModel(model), self.shards
+        self.checkpoints = RunCheckpoints(settings, self.ranks, weights, tokenizer, self.optimizer, dataset, shards)
+        self.skipping = Skipping(self.out, settings.max_skipped, self.ranks)
         self.pace = Pace(settings, ranks, self.budget)
         self._began = time.perf_counter()  # when training would have begun, had nothing interrupted it
 
@@ -107,7 +126,7 @@ class Trainer:
         found = self.checkpoints.restore(self.progress.run, lambda progress: bool(self._end(progress)))
         self.progress = found or self.progress
         if found is None and self.settings.carry_optimizer:
-            self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer))
+            self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer, self.shards))
         if self.progress.finished:
             final, end = self.out / "final", self._end(self.progress)
             if not self.ranks.on_main(lambda: newest(self.out) == final):
@@ -124,9 +143,8 @@ class Trainer:
                 torch._dynamo.config.suppress_errors = True
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
-        counter = FlopsCounter(self.model, self.loss, self.settings.sequence_length)
         if self.ranks.main:
-            self.pace.announce(self.model, self.dataset, counter.flops(), self.peak, self.dtype)
+            self.pace.announce(self.model, self.dataset, self.counter.flops(), self.peak, self.dtype)
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         if self.samples:
@@ -138,7 +156,7 @@ class Trainer:
             self.ranks.watch.show = log.doing
             with suppress(Stopped):  # the step it was in has changed nothing yet
                 if self._measure_first(log, found is None):
-                    self._loop(log, counter)
+                    self._loop(log)
         self.checkpoints.finish(self.progress, self._end(self.progress))
         if self.ranks.main:
             draw_run(self.out)
@@ -165,7 +183,7 @@ class Trainer:
             self._judge(measured)
         return True
 
-    def _loop(self, log: RunLog, counter: FlopsCounter) -> None:
+    def _loop(self, log: RunLog) -> None:
         """Do steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
         log.stepped(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
@@ -191,7 +209,7 @@ class Trainer:
             if validate or progress.step == 1 or progress.step % settings.log_every == 0:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
-                reached = rate * counter.flops()
+                reached = rate * self.counter.flops()
                 self.peak = max(self.peak, reached)  # a neighbour on the machine made what was measured too low
                 entry = step_entry(result, progress, lr, rate, reached / self.peak, memory_used(self.ranks.device))
                 measured = self._validate() if validate and not stop else {}
@@ -213,7 +231,7 @@ class Trainer:
 
     def _step(self) -> StepResult:
         step = OptimizerStep(
-            self.settings, self.ranks, self.model, self.module, self.dataset, self.batches, self.loss, self.optimizer,
+            self.settings, self.ranks, self.model, self.copies, self.dataset, self.batches, self.loss, self.optimizer,
             self.skipping, self.dtype, self._shared, None if self.pace.known else self.pace.report,
         )  # fmt: skip
         return step.run(self.progress)
@@ -249,19 +267,23 @@ class Trainer:
         MTP layers whose loss weighs nothing get no gradient, for which DistributedDataParallel would wait: they freeze.
         """
         runs_mtp = getattr(self.loss, "runs_mtp", None)
-        if self.module is not None and runs_mtp == self._trains_mtp:
+        if self.shards or (self.copies is not None and runs_mtp == self._trains_mtp):
             return
         if runs_mtp is not None:
             self.model.mtp.requires_grad_(runs_mtp)
-        self._trains_mtp, self.module = runs_mtp, None  # the memory of the buckets goes before new ones are made
-        self.module = replicate(self.model, self.ranks)
+        self._trains_mtp, self.copies = runs_mtp, None  # the memory of the buckets goes before new ones are made
+        self.copies = Replicated(self.model, self.ranks)
 
     def _validate(self) -> dict[str, Any]:
         """Return what the validation measures now; empty without one."""
         if self.validation is None:
             return {}
         self.model.eval()
-        entry = self.validation(self.model, self.dtype, self.ranks)
+
+        def measure(model: MiniDeepSeek) -> dict[str, Any]:
+            return self.validation(model, self.dtype, self.ranks)
+
+        entry = self.copies.measure(measure) if self.shards else measure(self.model)
         self.model.train()
         return entry
 

@@ -99,12 +99,13 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     moe_layers = sum(layer.is_moe for layer in model.model.layers)
     counts_LE = torch.zeros(moe_layers, model.config.n_routed_experts, dtype=torch.float64, device=ranks.device)
-    mine = [batch for index, batch in enumerate(batches) if index % ranks.world == ranks.rank]
-    for batch in ranks.watch.track(mine, "validating", len(mine)):
+    for batch, counts in ranks.share(list(batches), "validating"):
         inputs = {key: value.to(ranks.device, non_blocking=True) for key, value in batch.items()}
         labels: Tensor = inputs.pop("labels")
         with autocast(dtype, ranks.device):
             out = model(**inputs)
+        if not counts:
+            continue
         nats = token_losses(out.hidden, out.head, labels).double().sum()
         counted = labels >= 0
         sums += torch.stack([nats, counted.sum().double(), sizes[labels.clamp(min=0)][counted].double().sum()])

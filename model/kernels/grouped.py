@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import kernels
+import model.kernels as kernels
 from model.kernels import compiled
 from model.kernels.compiled import multiplies, readable, scratch
 from model.kernels.fused import weighted_swiglu

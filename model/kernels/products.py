@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model import kernels
+import model.kernels as kernels
 from model.kernels.compiled import multiplies, opener, readable, scratch
 
 LANES, TILE = 16, 8

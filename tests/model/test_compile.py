@@ -10,9 +10,9 @@ from kernel_cases import far, varlen_on_cpu
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+import model.kernels as kernels
 from grpo_train import GRPOSettings
 from lora_sft import LoraSFTSettings
-from model import kernels
 from model.kernels import attention, fused
 from training.losses import NextTokenLoss
 from training.settings import StageSettings

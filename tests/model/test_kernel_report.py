@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import model.kernels as kernels
 from LMConfig import LMConfig
-from model import kernels
 from model.attention import AttentionMask
 from model.kernels import attention, causal
 from model.ops import attend, kernel_report

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.kernels as kernels
 import training.losses
-from model import kernels
 from model.kernels import fused
 from training.distill.distillation import Logits, distillation_sum
 from training.distill.divergences import forward_kl

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import kernels
+import model.kernels as kernels
 from model.kernels import fused
 
 TOGETHER = 2**26  # numbers that are updated at a time on CUDA

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
+import model.kernels as kernels
 from errors import UserError, quiet_compiler, quiet_imports
-from model import kernels
 from training.optim.adamw import AdamWBF16
 from training.optim.muon import Muon
 

@@ -1,6 +1,6 @@
 """What a run would need on so many GPUs, from formulas alone: memory, communication, bubbles, time, GPU hours.
 
-python -m training.parallel.plan --config configs/deepseek-v3.yaml --gpus 2048 --dist.pp 16 --dist.ep 64 --dist.zero 1
+python -m training.parallel.plan --config configs/deepseek-v3.yaml --gpus 2048 --dist.pp 16
 python -m training.parallel.plan --config configs/1b-moe.yaml --gpus 8 --gpu h100 --dist.ep 4
 """
 
@@ -13,8 +13,8 @@ from cli import parse
 from errors import UserError, check_least, command_line
 from model.costs import count, human
 from training.parallel.formulas import BF16, BUBBLES, FOLDED, FP32, GPUS, kept_by_report, kept_bytes, rows_sent
+from training.parallel.mesh import ShardSettings
 from training.parallel.placement import Part, parts
-from training.parallel.ranks import DistSettings
 from training.run.estimate import MOMENTS
 from training.settings import NextTokenSettings, model_config
 
@@ -22,27 +22,19 @@ SPARE = 3e9  # bytes of a GPU for CUDA, NCCL, the logits of a chunk and what lie
 
 
 @dataclass
-class Mesh(DistSettings):
-    """How ranks work together, and how many share what.
+class PlannedMesh(ShardSettings):
+    """How ranks work together, what is cut among them, and a pipeline, which is planned only.
 
     Args:
-        pp: ranks that the layers are spread over.
-        ep: ranks that the experts of a layer are spread over.
-        zero: 0: each rank has all of its weights, gradients and optimiser state; 1: optimiser state over the ranks that
-            hold the same weights; 3: weights and gradients too.
-        schedule: of the pipeline: 1f1b, zbv, dualpipe or dualpipev.
+        pp: ranks that the layers are spread over; schedule: 1f1b, zbv, dualpipe or dualpipev.
     """
 
     pp: int = 1
-    ep: int = 1
-    zero: int = 0
     schedule: str = "dualpipev"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(1, **{"dist.pp": self.pp, "dist.ep": self.ep})
-        if self.zero not in (0, 1, 3):
-            raise UserError(f"--dist.zero {self.zero}: one of 0, 1, 3")
+        check_least(1, **{"dist.pp": self.pp})
         if self.schedule not in BUBBLES:
             raise UserError(f"--dist.schedule {self.schedule}: one of {', '.join(BUBBLES)}")
 
@@ -59,7 +51,7 @@ class PlanSettings(NextTokenSettings):
 
     out: str = ""
     model: dict[str, Any] = field(default_factory=lambda: {"preset": "64m"})
-    dist: Mesh = field(default_factory=Mesh)
+    dist: PlannedMesh = field(default_factory=PlannedMesh)
     gpus: int = 8
     gpu: str = "h800"
     node: int = 8
@@ -175,7 +167,8 @@ class Plan:
 
     def memory(self, rank: int) -> list[Line]:
         """Return what a rank of the pipeline holds, in bytes, and the sum."""
-        part, zero, ep = self.parts[rank], self.dist.zero, self.dist.ep
+        part, ep = self.parts[rank], self.dist.ep
+        zero = self.dist.zero or int(ep > 1)  # experts over ranks come with sharded state
         experts = part.experts / ep
         held = part.weights + experts
         sharded = part.weights / self.data + experts / self.copies

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +15,14 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import UserError, check_least, naming
 from training.machine import choose_device
 from training.run.interrupt import Watch
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 # What gloo and NCCL say when another rank is silent, and when it is gone.
 SILENT = ("timed out", "timeout")
 GONE = ("connection closed", "connection reset", "connection refused", "broken pipe", "remote process has exited")
@@ -47,13 +48,18 @@ class DistSettings:
             raise UserError(f"--dist.timeout {self.timeout:g}: must be positive")
         check_least(0, **{"dist.check_every": self.check_every})
 
+    def cuts(self, world: int) -> bool:
+        """Return whether each of `world` ranks holds less than the whole."""
+        return False
+
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among the ranks of a run.
 
     Attributes: rank 0 .. world - 1; the device it computes on, and why that one; timeout: see `DistSettings`; watch:
-        what it is busy with, and whether a signal asked it to stop.
+        what it is busy with, and whether a signal asked it to stop; in_step: a forward pass is a matter of all ranks,
+        each of which must make as many.
     """
 
     rank: int
@@ -62,6 +68,7 @@ class Ranks:
     why: str = ""
     timeout: float = DistSettings.timeout
     watch: Watch = field(default_factory=Watch, compare=False)
+    in_step: bool = False
 
     @classmethod
     def start(cls, device: str, timeout: float = DistSettings.timeout) -> Ranks:
@@ -107,6 +114,16 @@ class Ranks:
         if self.world == 1:
             return self.watch.asked
         return self.sum(torch.tensor(float(self.watch.asked))).item() > 0
+
+    def share(self, items: Sequence[Item], what: str) -> Iterator[tuple[Item, bool]]:
+        """Yield every `world`-th item, and whether it counts, until a signal came; `what` is done with them.
+
+        In step, ranks that have one item less get one again that does not count.
+        """
+        count = -(-len(items) // self.world) if self.in_step else len(range(self.rank, len(items), self.world))
+        for done in self.watch.track(range(count), what, count, self.asked_to_stop if self.in_step else None):
+            place = self.rank + done * self.world
+            yield items[place % len(items)], place < len(items)
 
     def gather(self, value: Any) -> list[Any]:
         """Return what every rank holds, in the order of the ranks, on all of them. Tensors must be on the CPU."""
@@ -225,10 +242,6 @@ class Ranks:
             time.sleep(ROLL_CALL)
             return [rank for rank in range(self.world) if not store.check([f"waited/{rank}"])]
         return []
-
-    def no_sync(self, module: nn.Module, when: bool) -> AbstractContextManager:
-        """Keep gradients local while accumulating."""
-        return module.no_sync() if when and self.world > 1 else nullcontext()
 
     def stop(self) -> None:
         """Leave the group."""

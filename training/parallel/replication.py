@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import MiniDeepSeek, kernels
+from training.losses import Batch, Loss, Metric
 from training.parallel.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,31 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
     return DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+class Replicated:
+    """The model on every rank, or on the only one.
+
+    Attributes: module: what is called in training; averaged_over: ranks over which gradients are averaged, and not
+        summed; disjoint: each rank has other gradients, and not all the same.
+    """
+
+    disjoint = False
+
+    def __init__(self, model: MiniDeepSeek, ranks: Ranks) -> None:
+        self.module, self.averaged_over = replicate(model, ranks), ranks.world
+
+    def accumulating(self, more: bool) -> AbstractContextManager:
+        """Keep gradients local while more micro-batches of the step follow."""
+        return self.module.no_sync() if more and self.averaged_over > 1 else nullcontext()
+
+    def compute(self, loss: Loss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+        """Return the loss of a micro-batch."""
+        return loss(self.module, batch)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return those of all weights that have one."""
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
 
 
 def facts(settings: object, run: dict[str, Any], model: MiniDeepSeek) -> dict[str, Any]:
@@ -93,12 +120,12 @@ def check_weights(ranks: Ranks, model: MiniDeepSeek, step: int) -> None:
 
 def listed(sums: Mapping[str, torch.Tensor]) -> tuple[list[str], list[int]]:
     """Return names and values, read at once."""
-    return list(sums), torch.stack(list(sums.values())).tolist()
+    return list(sums), torch.stack(list(sums.values())).tolist() if sums else []
 
 
 def checksums(model: MiniDeepSeek) -> dict[str, torch.Tensor]:
-    """Return `checksum` of every weight that is trained and of the router biases."""
-    moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Return `checksum` of every weight that is trained and whole, and of the router biases."""
+    moving = {name: p for name, p in model.named_parameters() if p.requires_grad and not hasattr(p, "to_local")}
     moving |= {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
     return {name: checksum(t.detach()) for name, t in moving.items()}
 

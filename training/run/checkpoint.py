@@ -11,7 +11,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import xxhash
@@ -24,6 +24,9 @@ from model.checkpoint.folder import CARD
 from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Shards
 
 MANIFEST = "training/manifest.json"  # size and checksum of every file of a checkpoint
 STATE_FILE, PROGRESS_FILE = "training/state.safetensors", "training/progress.json"
@@ -100,7 +103,8 @@ class Weights(Protocol):
 class Snapshot:
     """What a checkpoint holds of a moment: `tensors`, to be copied before training continues, and the rest.
 
-    data: the state of a data set that the model makes itself, if it has any.
+    data: the state of a data set that the model makes itself, if it has any. shards: of the weights, where this rank
+    has no more; all ranks then make the snapshot together, and the main one writes it.
     """
 
     def __init__(
@@ -110,10 +114,13 @@ class Snapshot:
         optimizer: torch.optim.Optimizer,
         progress: Progress,
         data: dict[str, torch.Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self._weights, self._tokenizer, self._progress = weights, tokenizer, asdict(progress)
         made = {f"{DATA}{name}": value for name, value in (data or {}).items()}
-        self.tensors = {"weights": dict(weights.tensors()), "state": state_tensors(optimizer, weights.model) | made}
+        state = state_tensors(optimizer, shards or weights.model)
+        state = shards.gather(state) if shards else state
+        self.tensors = {"weights": dict(weights.tensors()), "state": state | made}
 
     def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         """Write it with a copy of its tensors under a temporary name, flush it, and rename it.
@@ -164,8 +171,12 @@ def _before(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.before")
 
 
-def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def load_training_state(
+    folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer, shards: Shards | None = None
+) -> dict[str, torch.Tensor]:
     """Put the optimiser state of `folder` into objects that already hold its weights. Returns the data set's.
+
+    shards: of the weights, where this rank has no more.
 
     Raises `DamagedCheckpoint`. What passed its checksums and does not fit was saved under other settings, and so were
     the checkpoints before it: `--resume last-good` would end here again, so it is not offered.
@@ -174,7 +185,7 @@ def load_training_state(folder: Path, model: MiniDeepSeek, optimizer: torch.opti
     state = read_state(folder, aside)
     data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
     try:
-        load_state_tensors(optimizer, model, state)
+        load_state_tensors(optimizer, shards or model, shards.cut(state) if shards else state)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         settings = f"give the settings that the run began with, {aside}"
         raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); {settings}") from None

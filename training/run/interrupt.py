@@ -27,10 +27,15 @@ class Watch:
     asked: bool = False
     show: Callable[[str], None] = lambda _: None
 
-    def track(self, items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-        """Yield the items, `total` in number, and show how many are done; no more of them once a signal came."""
+    def track(
+        self, items: Iterable[Item], what: str, total: int, stops: Callable[[], bool] | None = None
+    ) -> Iterator[Item]:
+        """Yield the items, `total` in number, and show how many are done; no more of them once a signal came.
+
+        stops: whether one came, where that is not for this process alone to say.
+        """
         for done, item in enumerate(items):
-            if self.asked:
+            if self.asked if stops is None else stops():
                 break
             self.show(f"{what} {done + 1}/{total}")
             yield item

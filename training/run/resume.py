@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import xxhash
@@ -33,6 +33,9 @@ from training.run.checkpoint import (
     verify,
 )  # fmt: skip
 from training.settings import StageSettings
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Shards
 
 Resume = bool | Literal["last-good"]
 LAST_GOOD = "last-good"
@@ -164,7 +167,9 @@ def check_carried(settings: StageSettings) -> None:
         raise UserError(f"{ckpt}: its optimizer is {kind}, this run's {ours}; give --optim.kind {kind}, or {LEAVE}")
 
 
-def carry_optimizer(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer) -> str:
+def carry_optimizer(
+    folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer, shards: Shards | None = None
+) -> str:
     """Put the moments of the weights that are trained in place, with their own step counts. Returns a line on it.
 
     Adam's counts correct the bias that its moments have in the first steps, so they go where the moments go. Weights
@@ -173,7 +178,7 @@ def carry_optimizer(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Op
     """
     state = read_state(folder, f"or {LEAVE}")
     members = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    known = dict(model.named_parameters())
+    known = dict((shards or model).named_parameters())
     trained = {name for name, p in known.items() if id(p) in members}
     names = {key: key.split("|")[0] for key in state if not key.startswith(DATA)}  # data belongs to that run
     try:
@@ -181,7 +186,8 @@ def carry_optimizer(folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Op
             raise ValueError(f"it has {strange[0]}")
         if not (found := trained & {*names.values()}):
             raise ValueError("it has none of the weights that are trained here")
-        load_state_tensors(optimizer, model, {key: state[key] for key, name in names.items() if name in trained})
+        carried = {key: state[key] for key, name in names.items() if name in trained}
+        load_state_tensors(optimizer, shards or model, shards.cut(carried) if shards else carried)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: its training state does not fit this run ({error}); {LEAVE}") from None
     return f"optimizer  moments of {len(found)} of {len(trained)} weights from {folder}; step and schedule start again"

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from training.run.interrupt import aftermath
 from training.run.resume import contents, find_checkpoint
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Shards
 
 Tensors = dict[str, Any]  # tensors, or tables of them, by name
 
@@ -96,9 +99,10 @@ class RunCheckpoints:
         tokenizer: Tokenizer,
         optimizer: torch.optim.Optimizer,
         dataset: Dataset,
+        shards: Shards | None = None,
     ) -> None:
         self._out, self._settings, self._ranks = Path(settings.out), settings, ranks
-        self._weights, self._tokenizer, self._optimizer = weights, tokenizer, optimizer
+        self._weights, self._tokenizer, self._optimizer, self._shards = weights, tokenizer, optimizer, shards
         self._made = dataset if isinstance(dataset, PolicyDataset) else None
         self.saver = Saver(settings.background_save, ranks.device)
 
@@ -117,7 +121,7 @@ class RunCheckpoints:
             return progress
         self._ranks.check_shared(folder, lambda: contents(folder))
         self._weights.load(folder)
-        state = load_training_state(folder, self._weights.model, self._optimizer)
+        state = load_training_state(folder, self._weights.model, self._optimizer, self._shards)
         if self._made is not None:
             self._made.load_state(state)
         self._ranks.gather(None)  # where another one could not read it, this says so
@@ -126,11 +130,11 @@ class RunCheckpoints:
 
     def save(self, name: str, progress: Progress) -> None:
         """Begin to write one of this moment; an error of the one before it comes up here."""
-        self._ranks.on_main(lambda: self._write(name, progress))
-
-    def _write(self, name: str, progress: Progress) -> None:
         data = {} if self._made is None else self._made.state()
-        snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data)
+        snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data, self._shards)
+        self._ranks.on_main(lambda: self._write(name, snapshot))
+
+    def _write(self, name: str, snapshot: Snapshot) -> None:
 
         def write(tensors: Tensors) -> None:
             snapshot.write(self._out / name, tensors)

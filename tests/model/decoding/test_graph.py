@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from decoding_steps import shaken
+from gpu_tape import Tape, taped_graphs
 from torch import Tensor
 
-from bench.gpu_tape import Tape, taped_graphs
 from model import MiniDeepSeek
 from model.cache import LatentCache
 from model.decoding import runner

@@ -18,12 +18,12 @@ from model.rope import RotaryEmbedding
 from training.parallel import plan
 from training.parallel.formulas import BUBBLES, kept_bytes, rows_sent
 from training.parallel.placement import chunk_sizes, parts
-from training.parallel.plan import Mesh, Plan, PlanSettings
+from training.parallel.plan import Plan, PlannedMesh, PlanSettings
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 V3 = LMConfig.preset("deepseek-v3")
 # The report's run: nothing of a layer is computed again but what costs little.
-REPORT = {"gpus": 2048, "dist.pp": 16, "dist.ep": 64, "dist.zero": 1, "gradient_checkpointing": "false"}
+REPORT = {"gpus": 2048, "dist.pp": 16, "gradient_checkpointing": "false"}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_activations_are_those_that_a_layer_keeps(layer):
 def test_zero_shards_what_it_says():
     held = {}
     for zero in (0, 1, 3):
-        settings = PlanSettings(model={"preset": "v2-lite"}, gpus=8, batch_tokens=8 * 8192, dist=Mesh(zero=zero))
+        settings = PlanSettings(model={"preset": "v2-lite"}, gpus=8, batch_tokens=8 * 8192, dist=PlannedMesh(zero=zero))
         held[zero] = {line.name: line.value for line in Plan(settings).memory(0)}
     parameters = count(LMConfig.preset("v2-lite")).total
     assert held[0]["optimiser and fp32 weights"] == pytest.approx(12 * parameters)

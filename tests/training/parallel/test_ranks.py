@@ -101,7 +101,7 @@ def test_wrapping_again_leaves_no_wrapper_behind(make, tmp_path):
 
         def spy() -> None:
             wrap()
-            wrapped.append(weakref.ref(trainer.module))
+            wrapped.append(weakref.ref(trainer.copies.module))
 
         trainer._replicate = spy
         trainer.run()

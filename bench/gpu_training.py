@@ -1,0 +1,220 @@
+"""Training: steps that equal the CPU's, compiled layers, waits of a micro-batch, and two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from gpu_checks import trained
+from gpu_decoding import waits
+from gpu_place import Finding, NotRun, Place, gradients, relative
+from torch import Tensor, nn
+
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from training.losses import NextTokenLoss
+from training.optim.build import OptimSettings, build_optimizer
+from training.router_bias import update_router_biases
+
+BF16 = torch.bfloat16
+STEPS = 20
+
+
+@dataclass
+class TrainStep:
+    """A step as the trainer's: loss, gradients, clipping, AdamW, router biases; the host reads nothing."""
+
+    model: MiniDeepSeek
+    place: Place
+    dtype: torch.dtype
+    lr: float = 1e-3
+    loss: NextTokenLoss = field(default_factory=NextTokenLoss)
+
+    def __post_init__(self) -> None:
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, OptimSettings(lr=self.lr))
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the loss of a label of the main model, on the device."""
+        count, total, loads = self.backward(ids)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if loads is not None:
+            update_router_biases(self.model, loads, 1e-3)
+        return total / count
+
+    def backward(self, ids: Tensor) -> tuple[int, Tensor, Tensor | None]:
+        """Return how many labels there are, their summed loss and the experts' loads."""
+        with self.place.autocast(self.dtype):
+            total, _, metrics = self.loss(self.model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+        count = ids[:, 1:].numel()
+        (total / count).backward()
+        return count, metrics["main"], metrics.get("counts")
+
+
+def steps(place: Place) -> Iterator[Finding]:
+    """20 steps of `64m` in float32: the losses of the CPU."""
+    config = place.config() if place.small else LMConfig.preset("64m", num_nextn_predict_layers=1)
+    here = losses(place, config)
+    with patch("model.kernels.on_cuda", lambda x: x.is_cuda):  # of a CPU its own branch
+        there = losses(Place(torch.device("cpu"), timed=False), config)
+    yield Finding("first loss", abs(here[0] - there[0]) / there[0], 1e-5)
+    yield Finding("largest difference", max(abs(a - b) / b for a, b in zip(here, there, strict=True)), 2e-3)
+    yield Finding("loss fell", here[-1] - here[0], -0.01)
+
+
+def losses(place: Place, config: LMConfig) -> list[float]:
+    """Return those of some steps, of the same weights and tokens everywhere."""
+    step = TrainStep(place.model(config), place, torch.float32)
+    rows, width = (4, 33) if config.num_hidden_layers < 4 else (4, 129)
+    tokens = [place.ids(rows, width, min(config.vocab_size, 50), seed=number) for number in range(STEPS)]
+    return [float(step(ids)) for ids in tokens]
+
+
+def micro_batch(place: Place) -> Iterator[Finding]:
+    """Waits for the device: none in a micro-batch in bfloat16, none in a step before its one read."""
+    model = place.model(place.config(num_nextn_predict_layers=1))
+    ids = place.ids(2, 41, model.config.vocab_size)
+    step = TrainStep(model, place, BF16)
+    for _ in range(2):
+        step(ids)
+    yield Finding("of a micro-batch", float(waits(place, lambda: step.backward(ids))), 0)
+    yield Finding("of the rest of a step", float(waits(place, lambda: step(ids))), 0)
+
+
+def trainer(place: Place) -> Iterator[Finding]:
+    """The project's own loop: one wait for the device a step, none a micro-batch."""
+    from training.parallel.ranks import Ranks
+    from training.settings import NextTokenSettings
+    from training.trainer import Trainer
+
+    rows, width = (8, 32) if place.small else (16, 512)
+    found = []
+    for cut in (1, 4):
+        model = place.model()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = NextTokenSettings(
+                out=folder, batch_tokens=rows * width, micro_tokens=rows * width // cut, sequence_length=width,
+                dtype="bf16", max_steps=100, device=place.device.type,
+            )  # fmt: skip
+            data, named = Rows(place, width, model.config.vocab_size), SimpleNamespace(fingerprint="")
+            made = Trainer(settings, Ranks(0, 1, place.device), model, named, data, NextTokenLoss())
+            made._began = time.perf_counter()
+            made._set_rates()
+            made._replicate()
+
+            def step(made: Trainer = made) -> None:
+                made._step()
+                made.progress.step += 1
+
+            try:
+                for _ in range(3):
+                    step()
+                found.append(waits(place, step))
+                seconds = place.seconds(step, 2)
+            finally:
+                made.batches.close()
+                made.checkpoints.saver.close()
+    yield Finding("waits of a micro-batch more", float(found[1] - found[0]), 0)
+    # A CPU's own numbers are read without a wait, and counted all the same.
+    yield Finding("waits of a step", float(found[0]), None if place.small else 1)
+    if place.timed:
+        yield Finding("speed in four micro-batches", rows * width / seconds, unit="tokens/s")
+
+
+@dataclass
+class Rows:
+    """A data set of random tokens."""
+
+    place: Place
+    width: int
+    vocab: int
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(indices[0])
+        ids = torch.randint(0, self.vocab, (len(indices), self.width + 1), generator=draw)
+        return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+
+def compiled(place: Place) -> Iterator[Finding]:
+    """Compiled layers against plain ones, and what compiling breaks."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    model, found = place.model(), []
+    ids = place.ids(2, 41 if place.small else 513, model.config.vocab_size)
+    found.append(trained(model, ids, place, BF16))
+    counters.clear()
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, **({"backend": "aot_eager"} if place.small else {}))
+    for _ in range(2):
+        found.append(trained(model, ids, place, BF16))
+    (total, gradient), _, (compiled_total, compiled_gradient) = found
+    yield Finding("loss", relative(compiled_total, total), 1e-2)
+    yield Finding("gradients", relative(compiled_gradient, gradient), 0.2)  # a choice of experts may change
+    yield Finding("graph breaks", float(sum(counters["graph_break"].values())), 0)
+    yield Finding("graphs", float(counters["stats"]["unique_graphs"]), 2)  # of a dense and of a MoE layer
+    torch._dynamo.reset()
+
+
+def ranks(place: Place) -> Iterator[Finding]:
+    """Two ranks by torchrun: the gradients of one."""
+    if place.device.type == "cuda" and torch.cuda.device_count() < 2:
+        raise NotRun("one device")
+    if not place.timed:
+        raise NotRun("by shape there is one process; tests/training/parallel has several")
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+        root = str(Path(__file__).parent.parent)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run([*run, place.device.type, folder], env=env, capture_output=True, text=True, timeout=240)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+        found = json.loads((Path(folder) / "found.json").read_text())
+    yield Finding("gradients", found["gradients"], 1e-4)
+    yield Finding("loss", found["loss"], 1e-5)
+
+
+def work_as_rank(kind: str, folder: str) -> None:
+    """Compute half of a batch, and on the main rank compare with the whole."""
+    from training.parallel.ranks import Ranks
+    from training.parallel.replication import replicate
+
+    joined = Ranks.start(kind)
+    place = Place(joined.device, timed=True)
+    model = place.model().train()
+    ids, loss = place.ids(4, 65, model.config.vocab_size), NextTokenLoss()
+
+    def run(module: nn.Module, rows: Tensor) -> Tensor:
+        model.zero_grad()
+        total, count, _ = loss(module, {"input_ids": rows[:, :-1], "labels": rows[:, 1:]})
+        (total / count).backward()
+        return (total / count).detach()
+
+    mine = run(replicate(model, joined), ids[joined.rank * 2 : joined.rank * 2 + 2])
+    found, mean = gradients(model.parameters()), joined.sum(mine.clone()) / joined.world
+    whole = run(model, ids)
+    if joined.main:
+        result = {"gradients": relative(found, gradients(model.parameters())), "loss": relative(mean, whole)}
+        (Path(folder) / "found.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+CHECKS = {check.__name__: check for check in (steps, micro_batch, trainer, compiled, ranks)}
+
+if __name__ == "__main__":
+    work_as_rank(*sys.argv[1:])

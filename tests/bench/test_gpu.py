@@ -1,0 +1,213 @@
+"""The doctor without a GPU: its list passes on the branches for CUDA; each check fails where its thing is broken."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import takewhile
+from pathlib import Path
+
+import gpu
+import gpu_shape
+import pytest
+import torch
+from gpu_place import Finding, Place, branches_for_cuda
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model import MiniDeepSeek
+from model.decoding import runner
+from model.decoding.eager import EagerRunner
+from model.decoding.runner import StaticCache
+
+SHAPES = Place(torch.device("cpu"), timed=False)
+# Breaks and graphs are counted by tests/model/test_compile.py, and torch._dynamo takes long to import; `1b-moe` is
+# counted by the same lines as `64m`.
+ELSEWHERE = {"compiled", "train_1b_moe"}
+NOT_RUN = {"ranks", "card", "grpo"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[int, dict[str, dict], str]:
+    """Exit code, rows by name, and the page of all of it by shape."""
+    folder = tmp_path_factory.mktemp("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        names = ",".join(name for name in gpu.CHECKS if name not in ELSEWHERE)
+        patch.setattr("sys.argv", ["gpu.py", "--by-shape", "--out", str(folder), "--only", names])
+        code = gpu.main()
+    rows = json.loads((folder / "gpu.json").read_text())["rows"]
+    return code, {row["name"]: row for row in rows}, (folder / "gpu.md").read_text()
+
+
+def test_every_check_passes_by_shape_and_is_a_row_of_the_page(whole):
+    code, rows, page = whole
+    assert code == 0, [f"{row['name']}: {row['text']}" for row in rows.values() if row["verdict"] == "FAILED"]
+    assert set(rows) == set(gpu.CHECKS) - ELSEWHERE
+    assert {name for name, row in rows.items() if row["verdict"] == "not run"} == NOT_RUN & set(rows)
+    assert all(row["findings"] or row["why"] for row in rows.values())
+    assert all(re.search(rf"^\| `{name}` \| .+ \| {row['verdict']} \|", page, re.M) for name, row in rows.items())
+
+
+def broken(name: str, target: str, value: object, monkeypatch: pytest.MonkeyPatch) -> gpu.Row:
+    monkeypatch.setattr(target, value)
+    return gpu.judge(name, SHAPES)
+
+
+def scaled(target: str, by: float) -> Callable[..., object]:
+    """The function of that name, whose result is a little too large."""
+    module, _, name = target.rpartition(".")
+    of = getattr(__import__(module, fromlist=[name]), name)
+    return lambda *given, **named: of(*given, **named) * by
+
+
+BROKEN = {
+    "norms": ("model.norm.rms_norm", 1.05),
+    "rope": ("model.ops.rotate", 1.05),
+    "experts": ("model.experts.gather_sum", 1.05),
+    "loss": ("gpu_checks.cross_entropy_sum", 1.05),
+    "network": ("model.mla.causal_attention", 1.3),
+    "quantized": ("model.quantized.autocast", 1.05),
+    "absorbed": ("model.mla.small_products", 1.05),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_check_fails_where_the_result_is_a_little_wrong(name, monkeypatch):
+    target, by = BROKEN[name]
+    row = broken(name, target, scaled(target, by), monkeypatch)
+    assert row.verdict == gpu.FAILED and "at most" in row.text, row
+
+
+def test_isolated_segments_that_see_each_other_fail():
+    together = lambda q, k, v, *_, scale, window_size: v  # noqa: E731
+    with branches_for_cuda(SHAPES), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", together)
+        findings = list(gpu.CHECKS["network"](SHAPES))
+    failed = [finding.what for finding in findings if not finding.passed]
+    assert failed and all(what.startswith("packed, bf16") for what in failed)
+
+
+def test_a_router_in_bfloat16_fails(monkeypatch):
+    row = broken("router", "model.moe.float32_only", lambda device: nullcontext(), monkeypatch)
+    assert row.verdict == gpu.FAILED
+
+
+def test_a_step_that_goes_astray_in_bfloat16_or_when_computed_again_fails(monkeypatch):
+    calls = []
+    of = MiniDeepSeek.embed
+
+    def drifting(self, ids):
+        calls.append(0)
+        return of(self, ids) + 0.3 * len(calls)
+
+    monkeypatch.setattr(MiniDeepSeek, "embed", drifting)
+    assert [gpu.judge(name, SHAPES).verdict for name in ("bf16", "checkpointing")] == [gpu.FAILED] * 2
+
+
+def test_an_optimiser_with_another_formula_fails(monkeypatch):
+    of = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (of(self), self.param_groups[0]["params"][0].data.mul_(2))
+    )
+    assert gpu.judge("optimizer", SHAPES).verdict == gpu.FAILED
+
+
+@pytest.mark.parametrize("name", ["graphs", "engine"])
+def test_a_graph_that_keeps_the_first_position_fails(name, monkeypatch):
+    monkeypatch.setattr(StaticCache, "begin", lambda self, batch, time: torch.tensor(self.starts.tolist())[:, None])
+    row = gpu.judge(name, SHAPES)
+    assert row.verdict == gpu.FAILED and "cannot wait for the device" in row.why
+
+
+def test_plain_steps_where_graphs_could_be_fail(monkeypatch):
+    monkeypatch.setattr(runner, "without_host", lambda *_: False)
+    assert gpu.judge("chosen_by_itself", SHAPES).verdict == gpu.FAILED
+
+
+def test_a_step_of_the_engine_that_waits_once_more_fails(monkeypatch):
+    of = EagerRunner.step
+    monkeypatch.setattr(
+        "model.decoding.runner.GraphRunner.step", lambda self, ids, last=1: (ids.max().item(), of(self, ids, last))[1]
+    )
+    row = gpu.judge("engine", SHAPES)
+    assert row.verdict == gpu.FAILED and "waits of a step: 3" in row.text
+
+
+def test_a_wait_in_a_micro_batch_fails(monkeypatch):
+    of = MiniDeepSeek.embed
+    monkeypatch.setattr(MiniDeepSeek, "embed", lambda self, ids: of(self, ids) * (ids.max() >= 0).item())
+    found = [gpu.judge(name, SHAPES) for name in ("micro_batch", "trainer")]
+    assert [row.verdict for row in found] == [gpu.FAILED] * 2
+    assert "of a micro-batch: 1" in found[0].text and "of a micro-batch more: 3" in found[1].text
+
+
+def test_steps_that_differ_from_the_cpus_fail(monkeypatch):
+    of = torch.nn.utils.clip_grad_norm_
+    clips = iter([1.0] * 5 + [100.0] * 100)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda given, most: of(given, next(clips)))
+    assert gpu.judge("steps", SHAPES).verdict == gpu.FAILED
+
+
+def test_more_calls_and_flops_than_today_fail(monkeypatch):
+    monkeypatch.setattr(gpu_shape, "training_work", lambda config: gpu_shape.Work(10**6, 1e15, 1e9))
+    row = gpu.judge("train_64m", SHAPES)
+    assert row.verdict == gpu.FAILED and "calls of a step" in row.text and "FLOPs beside the formula" in row.text
+
+
+def test_work_is_flops_and_the_bytes_that_are_read_and_written():
+    with FakeTensorMode(), gpu_shape.Counter() as counter:
+        a, b = torch.zeros(30, 20), torch.zeros(20, 10)
+        (a @ b).view(3, 100).t()
+    assert counter.names == {"zeros": 2, "mm": 1}
+    assert counter.work.flops == 2 * 30 * 20 * 10
+    assert counter.work.moved == 4 * (600 + 200 + 600 + 200 + 300)
+    with FakeTensorMode(), gpu_shape.Counter() as counter:
+        x, experts, ends = (torch.empty(*size, dtype=torch.bfloat16) for size in ((16, 32), (64, 8, 32), (64,)))
+        torch.nn.functional.grouped_mm(x, experts.transpose(1, 2), offs=ends.int())
+    # Two experts at most have rows among 16, of which each has eight.
+    assert counter.work.flops == 2 * 16 * 32 * 8
+    assert counter.work.moved == 2 * (16 * 32 + 2 * 8 * 32 + 16 * 8) + 4 * 64 + 6 * 64
+    assert counter.work.seconds[0] == pytest.approx(counter.work.moved / 936e9)
+
+
+def test_without_cuda_there_is_one_line_and_code_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path / "none")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 2 and not (tmp_path / "none").exists()
+    said = capsys.readouterr().err
+    assert said.startswith("no CUDA here (") and said.count("\n") == 1
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--only", "norms,none"])
+    assert gpu.main() == 2 and "--only none: no such check; one of norms, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict", "why"),
+    [
+        (ImportError("no", name="xyz"), gpu.NOT_RUN, "xyz is not installed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), gpu.NOT_RUN, "not enough memory"),
+        (RuntimeError("no kernel image\nfor this"), gpu.FAILED, "RuntimeError: no kernel image"),
+    ],
+)
+def test_what_stops_one_check_stops_no_other(error, verdict, why, monkeypatch):
+    def stopped(place):
+        raise error
+        yield
+
+    monkeypatch.setitem(gpu.CHECKS, "norms", stopped)
+    first, second = gpu.run(SHAPES, ["norms", "router"])
+    assert (first.verdict, first.why, second.verdict) == (verdict, why, gpu.PASSED)
+    monkeypatch.setattr(gpu, "MINUTES", -1)
+    assert gpu.run(SHAPES, ["router"])[0].verdict == gpu.NOT_RUN
+
+
+def test_no_number_passes_no_bound():
+    assert not Finding("x", float("nan"), 1.0).passed and not Finding("x", float("inf"), 1.0).passed
+    assert Finding("x", 1.0, 1.0).passed and Finding("x", float("nan")).passed
+
+
+def test_the_page_of_docs_has_a_line_for_each_check():
+    for file in ("performance.md", "performance_zh.md"):
+        text = (Path(__file__).parents[2] / "docs" / file).read_text(encoding="utf8")
+        listed = re.findall(r"^\| `(\w+)` \|", text[text.index("make gpu") :], re.M)
+        assert list(takewhile(lambda name: name in gpu.CHECKS, listed)) == list(gpu.CHECKS), file

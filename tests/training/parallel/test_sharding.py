@@ -1,0 +1,148 @@
+"""However weights, gradients, optimiser state and experts are cut among ranks, they train as one process does."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from forked import on_ranks
+from test_equality import OPTIONS, Packed, Uneven, assert_the_same_training
+from toy_stage import ROWS, TIME, Rows, files
+
+from errors import UserError, command_line
+from training.optim.build import OptimSettings
+from training.parallel.mesh import ShardSettings, check_mesh
+from training.parallel.ranks import Ranks
+from training.run.log import read_metrics
+from training.settings import NextTokenSettings
+
+CUT = {"micro_tokens": TIME, "gradient_checkpointing": True}
+FEW = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
+CASES = {  # ranks, how they cut, rows, model, and how the step is cut
+    "zero 1, accumulated": (2, {"zero": 1}, Uneven, {}, {"micro_tokens": TIME}),
+    "zero 3, accumulated, recomputed": (2, {"zero": 3}, Packed, {"num_nextn_predict_layers": 2}, CUT),
+    "zero 3, more ranks than experts": (4, {"zero": 3}, Uneven, FEW, {}),
+    "ep 2": (2, {"ep": 2}, Uneven, {"num_nextn_predict_layers": 0}, {"micro_tokens": TIME}),
+    "ep 4, recomputed": (4, {"ep": 4}, Packed, {}, CUT),
+    "ep 2, two copies, zero 3, tied": (4, {"ep": 2, "zero": 3}, Packed, {"tie_word_embeddings": True}, CUT),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Once, and not in each process that is forked."""
+    for name in ("torch._dynamo", "training.parallel.sharding"):
+        import_module(name)
+
+
+@pytest.fixture
+def train(make, tmp_path) -> Callable[..., Path]:
+    """`train(out, world, dataset, cut, **options)`: a run on so many ranks. Returns its folder."""
+
+    def train(out: str, world: int, dataset: type[Rows] = Uneven, cut: dict | None = None, **options: object) -> Path:
+        given = {**OPTIONS, "max_steps": 3, "dist": ShardSettings(**(cut or {})), **options}
+
+        def of_rank(rank: int) -> None:
+            command_line(lambda: make(out, dataset(), ranks=Ranks.start("cpu", timeout=30), **given).run())
+
+        ranks = on_ranks(world, of_rank, tmp_path)
+        assert [rank.code for rank in ranks] == [0] * world, "".join(rank.output() for rank in ranks)
+        return tmp_path / out
+
+    return train
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_that_cut_train_as_one_process_does(case, train):
+    """Weights, moments, router biases, losses, gradient norms and held-out losses of three steps."""
+    world, cut, dataset, model, options = CASES[case]
+    one = train("one", 1, dataset, model=model, val_every=3)
+    assert_the_same_training(train("cut", world, dataset, cut, model=model, val_every=3, **options), one)
+
+
+def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train):
+    """One step on each: weights, moments and the order of the data go with it."""
+    whole = train("whole", 1, max_steps=5, val_every=1)
+    for step, (world, cut) in enumerate([(2, {"zero": 3}), (1, {}), (2, {"ep": 2}), (2, {}), (1, {"zero": 1})], 1):
+        moved = train("moved", world, cut=cut, max_steps=step, val_every=1, resume=True)
+    assert_the_same_training(moved, whole)
+
+
+@pytest.mark.parametrize("cut", [{"zero": 1}, {"ep": 2, "zero": 3}])
+def test_a_run_that_resumes_on_the_same_mesh_is_the_same_to_the_bit(cut, train):
+    whole = train("whole", 2, cut=cut, max_steps=4)
+    for steps in (2, 4):
+        resumed = train("resumed", 2, cut=cut, max_steps=steps, resume=True)
+    assert files(resumed / "final") == files(whole / "final")
+
+
+def test_in_bfloat16_what_is_cut_is_near_what_is_not(train):
+    """Weights are rounded before they are gathered, gradients summed in float32: the router is rounded in neither."""
+    one = train("one", 1, Packed, dtype="bf16")
+    for number, cut in enumerate(({"zero": 1}, {"ep": 2, "zero": 3})):
+        out = train(f"cut {number}", 2, Packed, cut, dtype="bf16", **CUT)
+        for ours, theirs in zip(read_metrics(out / "metrics.jsonl"), read_metrics(one / "metrics.jsonl"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
+
+
+@pytest.mark.parametrize("cut", [{"zero": 1}, {"ep": 2, "zero": 3}])
+def test_a_signal_to_one_rank_saves_what_all_have(cut, make, tmp_path):
+    def of_rank(rank: int) -> None:
+        def before(indices: Sequence[int]) -> None:
+            if indices[0] == 2 * ROWS + ROWS // 2:  # the first of rank 1 in step 3
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        given = {**OPTIONS, "dist": ShardSettings(**cut), "micro_tokens": TIME, "val_every": 1}
+        command_line(make(dataset=Rows(before), ranks=Ranks.start("cpu", timeout=30), **given | {"max_steps": 6}).run)
+
+    ranks = on_ranks(2, of_rank, tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0], "".join(rank.output() for rank in ranks)
+    assert "interrupted: saved" in ranks[0].output() and (tmp_path / "run" / "step-2").is_dir()
+
+
+@pytest.mark.parametrize("cut", [{"zero": 3}, {"ep": 2}])
+def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
+    def of_rank(rank: int) -> None:
+        def die(indices: Sequence[int]) -> None:
+            if rank and indices[0] >= ROWS:
+                os._exit(9)
+
+        given = {**OPTIONS, "dist": ShardSettings(**cut), "max_steps": 3}
+        command_line(make(dataset=Rows(die), ranks=Ranks.start("cpu", timeout=30), **given).run)
+
+    ranks = on_ranks(2, of_rank, tmp_path)
+    assert [rank.code for rank in ranks] == [2, 9]
+    (line,) = [line for line in ranks[0].output().splitlines() if "error" in line or "Traceback" in line]
+    assert line == "error: rank 0: another rank has ended; its own message says why"
+
+
+def test_ranks_that_begin_with_other_weights_stop_before_they_are_cut(make, tmp_path):
+    def of_rank(rank: int) -> None:
+        given = {**OPTIONS, "dist": ShardSettings(zero=1), "seed": rank}
+        command_line(lambda: make(ranks=Ranks.start("cpu", timeout=30), **given).run())
+
+    ranks = on_ranks(2, of_rank, tmp_path)
+    assert [rank.code for rank in ranks] == [2, 2]
+    assert "rank 1 disagrees with rank 0: run.seed = 1, not 0" in ranks[0].output()
+
+
+def test_what_does_not_go_together_is_refused_in_one_line(make):
+    settings = NextTokenSettings(out="none", dist=ShardSettings(zero=1))
+    for change, world, says in (
+        (dict(dist=ShardSettings(ep=3)), 8, "--dist.ep 3: does not divide the 8 ranks"),
+        (dict(dist=ShardSettings(ep=8)), 8, "--dist.ep 8: does not divide --model.n_routed_experts 4"),
+        (dict(optim=OptimSettings(kind="muon")), 8, "--optim.kind muon: needs whole matrices, --dist.zero 1 cuts them"),
+        (dict(compile=True), 8, "--compile true: does not go with --dist.zero 1"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            check_mesh(replace(settings, **change), world, 4)
+    for zero in (2, 4):
+        with pytest.raises(UserError, match=f"--dist.zero {zero}: one of 0, 1, 3"):
+            ShardSettings(zero=zero)
