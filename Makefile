@@ -122,6 +122,8 @@ bench: $(VENV)/installed-dev
 	$(RUN) bench/decode.py --batch 16 --prompt 1024 --new 64 --peers eager/eager grouped_mm/eager --rounds 4 --json $(BENCH)/4-decode-many.json
 	$(RUN) bench/decode.py --quantize int8 --peers --json $(BENCH)/4-decode-int8.json
 	$(RUN) bench/batching.py --peers "lock step" eager --requests 64 --slots 16 --rounds 3 --json $(BENCH)/5-batching.json
+	@if test -d $(OUT)/tokenizer && $(RUN) -c 'import llama_cpp, sse_starlette' 2>/dev/null; then $(RUN) bench/serve.py --tokenizer $(OUT)/tokenizer \
+	    --json $(BENCH)/5-serve.json; else echo "servers not measured: make demo, pip install 'llama-cpp-python[server]'"; fi
 	$(RUN) bench/experts.py --rounds 3 --json $(BENCH)/6-experts.json
 	$(RUN) bench/experts.py --rounds 3 --rows 32 --experts 16 256 --json $(BENCH)/6-experts-32-rows.json
 	$(RUN) bench/experts.py --rounds 3 --split --json $(BENCH)/6-experts-split.json

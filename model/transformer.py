@@ -76,6 +76,7 @@ class MiniDeepSeek(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.has_dropout = True  # whether a layer that is computed again must draw what it drew before
         self.apply(self._initialise)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -148,7 +149,7 @@ class MiniDeepSeek(nn.Module):
 
     def _run(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Routing | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.has_dropout)
         return layer(*inputs)
 
     def _initialise(self, module: nn.Module) -> None:

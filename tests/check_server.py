@@ -117,7 +117,13 @@ class Crowd:
 
 
 def check_server(
-    ckpt: str, questions: str = "", seconds: float = 60, clients: int = 64, slots: int = 16, lm_eval: bool = True
+    ckpt: str,
+    questions: str = "",
+    seconds: float = 60,
+    clients: int = 64,
+    slots: int = 16,
+    lm_eval: bool = True,
+    count: int = 100,
 ) -> None:
     """Check a server of one checkpoint.
 
@@ -128,6 +134,7 @@ def check_server(
         clients: how many there are
         slots: of the server
         lm_eval: measure through lm-eval too
+        count: questions of a subject that lm-eval asks
     """
     rng = random.Random(0)
     asked = [arithmetic_problem(rng, 1 + place % 2)[0] for place in range(20)]
@@ -149,7 +156,7 @@ def check_server(
                 print("\n".join(problems[:20]))
                 sys.exit(1)
             if lm_eval:
-                check(ckpt, questions, server=f"{url}/{model}")
+                check(ckpt, questions, count, server=f"{url}/{model}")
         finally:
             server.terminate()
 

@@ -43,7 +43,8 @@ class StageSettings:
         sequence_length: tokens a row.
         batch_tokens: tokens an optimiser step, over all ranks. That of the command line holds; that of a recipe, or the
             default, is the most: data too small for 100 such steps get smaller ones.
-        micro_tokens: tokens a forward pass on one rank; the rest is accumulated.
+        micro_tokens: tokens a forward pass on one rank; the rest is accumulated. The default is raised on CUDA to what
+            half of its memory holds.
         optim: optimiser and learning rate.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         compile: torch.compile each layer; where nothing is said, on CUDA, but not under adapters and not in GRPO.

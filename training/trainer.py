@@ -23,7 +23,7 @@ from training.optim.build import build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
 from training.parallel.replication import Replicated, check_facts, check_weights, facts
 from training.run.checkpoint import BEST, Progress, Weights, newest
-from training.run.estimate import Pace, fit_batch
+from training.run.estimate import Pace, fit_batch, fit_micro_batch
 from training.run.interrupt import Stopped
 from training.run.lock import RunLock
 from training.run.log import RunLog
@@ -75,9 +75,11 @@ class Trainer:
         self.peak = machine_peak(self.dtype, ranks.device) * ranks.world if ranks.main else math.inf
         self.model = model
         self.model.gradient_checkpointing = settings.gradient_checkpointing
+        self.model.has_dropout = any(isinstance(module, torch.nn.Dropout) for module in self.model.modules())
         self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))
+        fit_micro_batch(settings, ranks, model, self.dtype)
         settings.check_fit(ranks.world, model.config.max_position_embeddings)
         if unknown := {*settings.schedules} - {*getattr(loss, "schedules", ())}:
             raise UserError(f"{type(loss).__name__} has no schedule named {', '.join(sorted(unknown))}")
@@ -270,7 +272,7 @@ class Trainer:
         if runs_mtp is not None:
             self.model.mtp.requires_grad_(runs_mtp)
         self._trains_mtp, self.copies = runs_mtp, None  # the memory of the buckets goes before new ones are made
-        self.copies = Replicated(self.model, self.ranks)
+        self.copies = Replicated(self.model, self.ranks, self.settings.dist.gradients)
 
     def _validate(self) -> dict[str, Any]:
         """Return what the validation measures now; empty without one."""

@@ -122,6 +122,7 @@ def test_a_graph_that_keeps_the_first_position_fails(name, monkeypatch):
 
 def test_plain_steps_where_graphs_could_be_fail(monkeypatch):
     monkeypatch.setattr(runner, "without_host", lambda *_: False)
+    monkeypatch.setattr(runner, "FEW_TOKENS", 0)
     assert gpu.judge("chosen_by_itself", SHAPES).verdict == gpu.FAILED
 
 

@@ -11,9 +11,12 @@ import torch
 import yaml
 from toy_stage import ROWS, TIME, Rows, files
 
+import training.run.estimate
 from cli import parse
+from LMConfig import LMConfig
+from model import MiniDeepSeek
 from training.parallel.ranks import Ranks
-from training.run.estimate import fit_batch, warn_of_few_steps
+from training.run.estimate import fit_batch, fit_micro_batch, warn_of_few_steps
 from training.settings import NextTokenSettings
 
 
@@ -62,6 +65,39 @@ def test_a_batch_is_lowered_until_the_run_has_a_hundred_steps(arguments, world, 
     assert said.startswith(told) and said.count("\n") == bool(told)
     again = read("--epochs", 1, "--batch_tokens", settings.batch_tokens, "--sequence_length", 10)
     assert again.rows == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "gigabytes", "rows"),
+    [
+        ([], "cpu", 80, 16),  # 8192 tokens
+        ([], "cuda", 80, 64),  # the whole step
+        ([], "cuda", 16, 32),  # two passes
+        ([], "cuda", 6, 16),  # what does not fit is for the warning to say
+        (["--micro_tokens", 8192], "cuda", 80, 16),
+        (["--micro_tokens", 4096], "cuda", 80, 8),
+    ],
+)
+def test_a_gpu_is_filled_by_a_pass_where_nobody_said_how_much(arguments, kind, gigabytes, rows, monkeypatch):
+    monkeypatch.setattr(training.run.estimate, "memory_of", lambda device: gigabytes * 1e9)
+    with torch.device("meta"):
+        model = MiniDeepSeek(LMConfig.preset("64m"))
+    settings = read("--batch_tokens", 32768, *arguments)
+    fit_micro_batch(settings, Ranks(0, 1, torch.device(kind)), model, torch.bfloat16)
+    assert settings.micro_rows == rows
+
+
+def test_ranks_and_recipes_keep_their_share_of_a_pass(recipe, monkeypatch):
+    monkeypatch.setattr(training.run.estimate, "memory_of", lambda device: 80e9)
+    with torch.device("meta"):
+        model = MiniDeepSeek(LMConfig.preset("demo"))
+    settings = read("--batch_tokens", 65536)
+    fit_micro_batch(settings, Ranks(1, 4, torch.device("cuda", 1)), model, torch.bfloat16)
+    assert settings.micro_tokens == 16384 and settings.rows // 4 == settings.micro_rows
+    recipe.write_text(yaml.safe_dump({"micro_tokens": 4096}), encoding="utf8")
+    settings = read("--batch_tokens", 65536, recipe=recipe)
+    fit_micro_batch(settings, Ranks(0, 1, torch.device("cuda", 0)), model, torch.bfloat16)
+    assert settings.micro_tokens == 4096
 
 
 def test_settings_that_no_command_line_gave_hold():

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_stage import ROWS, TIME, VOCAB, Rows, biases
 
+import model.transformer
 import training.machine
 import training.trainer
 from errors import UserError
@@ -228,6 +229,27 @@ def test_recomputing_activations_gives_the_same_step(dtype, make):
         trainer.run()
     kept, recomputed = (trainer.model.state_dict() for trainer in trainers)
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_random_states_are_kept_for_recomputing_where_there_is_dropout_only(make, monkeypatch):
+    """They are copied for each layer, on a GPU twice."""
+    kept, recompute = [], model.transformer.checkpoint
+
+    def spy(*inputs: object, preserve_rng_state: bool, **options: object) -> object:
+        kept.append(preserve_rng_state)
+        return recompute(*inputs, preserve_rng_state=preserve_rng_state, **options)
+
+    monkeypatch.setattr(model.transformer, "checkpoint", spy)
+    make("plain", max_steps=1, gradient_checkpointing=True).run()
+    build = MiniDeepSeek.__init__
+
+    def dropping(network: MiniDeepSeek, *given: object) -> None:
+        build(network, *given)
+        network.model.layers[0].post_attention_layernorm.register_module("dropout", torch.nn.Dropout(0.5))
+
+    monkeypatch.setattr(MiniDeepSeek, "__init__", dropping)
+    make("dropped", max_steps=1, gradient_checkpointing=True).run()
+    assert kept == 4 * [False] + 4 * [True]  # three layers and MTP's
 
 
 def test_bfloat16_products_keep_float32_weights(make):

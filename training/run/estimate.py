@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ USUAL_SHARE = 0.3  # of the matrix peak; the runs in docs/performance.md are bet
 SLOW_STEP = 30.0  # seconds from which a step is worth a warning
 FP32 = 4  # bytes
 MOMENTS = {"adamw": 8, "adamw_bf16": 4, "adamw8bit": 2, "paged_adamw8bit": 2, "muon": 4}  # bytes of a weight's
+FILLED = 0.5  # share of a GPU's memory that the estimate may take: it leaves out a reference or a teacher
 PROCESS = 0.4e9  # bytes of Python and torch themselves
 
 
@@ -154,6 +157,25 @@ def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
             f"({budget.steps_by}, {samples} rows an epoch); "
             f"--batch_tokens {ceiling * settings.row_tokens} keeps {ceiling}"
         )
+
+
+def fit_micro_batch(settings: StageSettings, ranks: Ranks, model: MiniDeepSeek, dtype: torch.dtype) -> None:
+    """Raise a `micro_tokens` that nobody chose to what `FILLED` of a GPU's memory holds: launches cost it most.
+
+    That depends on the card and the run alone, not on what is free: a resumed run finds the same.
+    """
+    usual = next(each.default for each in fields(settings) if each.name == "micro_tokens")
+    chosen = settings.holds("micro_tokens") or settings.micro_tokens != usual
+    if ranks.device.type != "cuda" or settings.uneven or chosen:
+        return
+    rows, trial = settings.rows // ranks.world, copy.copy(settings)
+    for parts in range(1, rows + 1):
+        trial.micro_tokens = -(-rows // parts) * settings.row_tokens
+        if trial.micro_rows <= settings.micro_rows:
+            return
+        if memory(trial, model, ranks.device, dtype) <= FILLED * memory_of(ranks.device):
+            settings.micro_tokens = trial.micro_tokens
+            return
 
 
 def fitting_rows(settings: StageSettings, world: int, samples: int) -> int:
