@@ -5,9 +5,9 @@ python bench/gpu.py --only graphs,decode   some of it
 python bench/gpu.py --by-shape             the same list without a GPU: the branches for CUDA computed by the CPU in
                                            small shapes, and the work of real shapes counted
 
-It ends with 0 where all that ran has passed, with 1 where something failed, with 2 without CUDA. PyTorch and einops
-are enough; what needs a package that is missing is not run. Where the project is not installed, from its folder:
-PYTHONPATH=. python bench/gpu.py
+It ends with 0 where all that ran has passed, with 1 where something failed, with 2 without CUDA. PyTorch, transformers
+(for what comes with it) and einops are enough; what needs a package that is missing is not run. Where the project is
+not installed, from its folder: PYTHONPATH=. python bench/gpu.py
 """
 
 from __future__ import annotations
