@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from gpu_decoding import BF16, waits
@@ -56,53 +57,63 @@ def training(place: Place, preset: str) -> Iterator[Finding]:
     rows, time = rows_that_fit(place, config)
     ids = place.ids(rows, time + 1, config.vocab_size)
     step = TrainStep(place.model(config), place, BF16, lr=1e-4)
-    for _ in range(3):
-        step(ids)
     place.clear()
-    seconds, tokens = place.seconds(lambda: step(ids), 5), rows * time
-    flops = tokens / seconds * count(config, time).flops
-    yield Finding("speed", tokens / seconds, unit=f"tokens/s, {rows} x {time}")
+    speed = timed(place, step, ids)
+    yield Finding("speed", speed, unit=f"tokens/s, {rows} x {time}, layers not compiled")
+    yield from launches(place, lambda: step(ids))
+    yield Finding("waits of a step", float(waits(place, lambda: step(ids))), 0)
+    if not place.small:  # as on CUDA by default
+        for layer in step.model.model.layers:
+            layer.compile(dynamic=False)
+        place.clear()
+        speed = timed(place, step, ids)
+        yield Finding("speed, layers compiled", speed, unit="tokens/s")
+        yield Finding("memory", torch.cuda.max_memory_allocated(place.device) / 2**30, unit="GiB")
+        yield from launches(place, lambda: step(ids), "compiled: ")
+    flops = speed * count(config, time).flops
     yield Finding("of the measured peak", flops / measured_peak(BF16, place.device, 256 if place.small else 2048))
     if (published := published_peak(place)) is not None:
         yield Finding("of the published peak", flops / published)
-    if place.device.type == "cuda":
-        yield Finding("memory", torch.cuda.max_memory_allocated(place.device) / 2**30, unit="GiB")
-    yield from launches(place, lambda: step(ids))
-    yield Finding("waits of a step", float(waits(place, lambda: step(ids))), 0)
-    yield from beside(place, step, config, ids)
+    yield from beside(place, step, ids)
 
 
-def beside(place: Place, step: TrainStep, config: LMConfig, ids: Tensor) -> Iterator[Finding]:
-    """Yield both speeds, measured in turn on fewer rows, which both hold in memory."""
-    try:
-        theirs = open_transformers(place, step.model)
-    except ImportError:
-        return
+def timed(place: Place, step: TrainStep, ids: Tensor) -> float:
+    """Return tokens a second of five steps after three."""
+    for _ in range(3):
+        step(ids)
+    return ids[:, 1:].numel() / place.seconds(lambda: step(ids), 5)
+
+
+def beside(place: Place, step: TrainStep, ids: Tensor) -> Iterator[Finding]:
+    """Yield both speeds, measured in turn on fewer rows, which both hold in memory, neither compiled."""
     ids = ids[: max(len(ids) // 4, 1)]
-    optimizer = build_optimizer(theirs, OptimSettings(lr=1e-4))
-
-    def their_step() -> None:
-        with place.autocast(BF16):
-            value = theirs(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
-        value.backward()
-        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    sides: dict[str, Callable[[], object]] = {"here": lambda: step(ids), "transformers": their_step}
+    for experts in ("grouped_mm", "eager"):  # as they choose, and where that does not run
+        try:
+            their_step = step_of_transformers(place, step.model, ids, experts)
+            their_step()
+            break
+        except (ImportError, NotRun):
+            return
+        except RuntimeError:
+            place.clear()
+    else:
+        return
+    sides: dict[str, Callable[[], object]] = {"here": lambda: step(ids), f"transformers, {experts}": their_step}
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(ROUNDS + 1):
-        for name, run in sides.items():
-            seconds = place.seconds(run, 3)
-            if turn:  # the first warms up
-                found[name].append(ids[:, 1:].numel() / seconds)
+    with nullcontext() if place.small else torch.compiler.set_stance("force_eager"):
+        for turn in range(ROUNDS + 1):
+            for name, run in sides.items():
+                seconds = place.seconds(run, 3)
+                if turn:  # the first warms up
+                    found[name].append(ids[:, 1:].numel() / seconds)
     for name, speeds in found.items():
         yield Finding(f"in turn, {name}", statistics.median(speeds), unit=f"tokens/s, {len(ids)} rows")
-    yield Finding("least ratio", min(found["here"]) / max(found["transformers"]))
+    ours, theirs = found.values()
+    yield Finding("least ratio", min(ours) / max(theirs))
 
 
-def open_transformers(place: Place, model: MiniDeepSeek) -> nn.Module:
-    """Return transformers' model of the same weights. Raises ImportError without it, NotRun without memory for both."""
+def step_of_transformers(place: Place, model: MiniDeepSeek, ids: Tensor, experts: str) -> Callable[[], None]:
+    """Return a step of transformers with the same weights. Raises ImportError without it, NotRun without memory."""
     from errors import quiet_imports
 
     with quiet_imports():
@@ -110,7 +121,19 @@ def open_transformers(place: Place, model: MiniDeepSeek) -> nn.Module:
     place.need(STATE * sum(p.numel() for p in model.parameters()) * 1.3, "transformers' model beside ours")
     with tempfile.TemporaryDirectory() as folder, quiet_imports():
         model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to(place.device)
+        opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation=experts)
+    theirs = opened.train().to(place.device)
+    optimizer = build_optimizer(theirs, OptimSettings(lr=1e-4))
+
+    def step() -> None:
+        with place.autocast(BF16):
+            value = theirs(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
+        value.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def decode(place: Place) -> Iterator[Finding]:
@@ -172,7 +195,7 @@ def grpo(place: Place) -> Iterator[Finding]:
     yield Finding("speed", rows / place.seconds(step, 2), unit=f"samples/s, {rows} x {new} tokens")
 
 
-def launches(place: Place, work: Callable[[], object]) -> Iterator[Finding]:
+def launches(place: Place, work: Callable[[], object], kind: str = "") -> Iterator[Finding]:
     """Yield how many kernels the device runs, and how many calls of the host start them, where a profiler can see."""
     if place.device.type != "cuda":
         return
@@ -186,8 +209,8 @@ def launches(place: Place, work: Callable[[], object]) -> Iterator[Finding]:
     calls = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
     started = sum(event.name.startswith(calls) for event in events)
     if on_device or started:
-        yield Finding("kernels and copies", float(on_device))
-        yield Finding("launches by the host", float(started))
+        yield Finding(f"{kind}kernels and copies", float(on_device))
+        yield Finding(f"{kind}launches by the host", float(started))
 
 
 def rows_that_fit(place: Place, config: LMConfig) -> tuple[int, int]:
@@ -212,4 +235,4 @@ def published_peak(place: Place) -> float | None:
     return known[0] if known else None
 
 
-CHECKS = {check.__name__: check for check in (card, train_64m, train_1b_moe, decode, grpo)}
+CHECKS = {check.__name__: check for check in (card, decode, grpo, train_64m, train_1b_moe)}

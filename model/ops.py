@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # rows are padded to a multiple of the largest of these blocks of which its share fills four.
 ROW_BLOCKS = (128, 64, 32, 16)
 SMALL_ROW_BLOCK = 8  # under that, and on CUDA, whose grouped products want groups aligned to 16 bytes
+FEW_TOKENS = 512  # up to so many on CUDA, without gradients, the host waits for no expert's rows
 FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 
 
@@ -168,11 +169,17 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def run_experts(module: Experts, x_ND: Tensor, *routed: Tensor | Mapping) -> Tensor:
-    """`dispatched` of the experts; for a token or two without gradients on a CPU one expert after the other.
+    """`dispatched` of the experts; for few tokens without gradients what needs no order of rows.
 
     routed: weights_NK, indices_NK, corrections.
     """
-    return module.dispatched(x_ND, *routed) if kernels.on_cuda(x_ND) else _experts_on_cpu(module, x_ND, *routed)
+    if kernels.on_cpu(x_ND):
+        return _experts_on_cpu(module, x_ND, *routed)
+    weights_NK, indices_NK, corrections = routed
+    dense = not corrections and isinstance(module.gate_up_proj, Tensor) and not torch.is_grad_enabled()
+    if dense and len(x_ND) <= FEW_TOKENS and not grouped.without_host(x_ND.dtype, x_ND.device):
+        return grouped.without_rows(x_ND, weights_NK, indices_NK, module.gate_up_proj, module.down_proj)
+    return module.dispatched(x_ND, *routed)
 
 
 @torch._disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported at the first call

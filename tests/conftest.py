@@ -22,6 +22,7 @@ from toy_stage import Maker
 
 import pretrain
 import training.machine
+import training.run.samples
 import training.trainer
 from cli import call
 from errors import command_line
@@ -52,6 +53,14 @@ def few_pictures() -> Iterator[None]:
     """Runs leave their curves out, which would take longer than the runs; test_plots.py draws them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.trainer, "draw_run", lambda out: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_samples() -> Iterator[None]:
+    """The model's own text is a few tokens, for runs of some steps would take longer to write than to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.run.samples, "NEW", 8)
         yield
 
 

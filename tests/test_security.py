@@ -43,6 +43,11 @@ NAMES = {"eval", "exec", "compile", "__import__", "execfile"}
 CALLS = {"os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "shutil.unpack_archive"}
 
 
+def dotted(node: ast.expr) -> str:
+    """`os.system` of the function that a call names; nothing where it is an expression."""
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
 def dangers(source: str) -> list[str]:
     """What in a source could run what it reads, by its syntax tree."""
     found = []
@@ -52,13 +57,11 @@ def dangers(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             found += [node.module] if (node.module or "").split(".")[0] in MODULES else []
         elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            if name in NAMES | CALLS or (name == "torch.load" and given.get("weights_only") != "True"):
+            name = dotted(node.func)
+            given = {word.arg: getattr(word.value, "value", word.value) for word in node.keywords}
+            if name in NAMES | CALLS or (name == "torch.load" and given.get("weights_only") is not True):
                 found.append(name)
-            found += [
-                word for word in ("allow_pickle", "trust_remote_code", "shell") if given.get(word, "False") != "False"
-            ]
+            found += [word for word in ("allow_pickle", "trust_remote_code", "shell") if given.get(word, False)]
     return found
 
 

@@ -272,7 +272,7 @@ class Trainer:
         if runs_mtp is not None:
             self.model.mtp.requires_grad_(runs_mtp)
         self._trains_mtp, self.copies = runs_mtp, None  # the memory of the buckets goes before new ones are made
-        self.copies = Replicated(self.model, self.ranks)
+        self.copies = Replicated(self.model, self.ranks, self.settings.dist.gradients)
 
     def _validate(self) -> dict[str, Any]:
         """Return what the validation measures now; empty without one."""

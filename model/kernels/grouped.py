@@ -149,6 +149,25 @@ def few_experts(x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, gate_up: T
     return torch.cat(out)
 
 
+def without_rows(x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """sum_k weight_k * expert_k(x) for few tokens on CUDA, (N, D), without a gradient: no sorting, no number is read.
+
+    Many tokens choose nearly all experts: each computes every token, with weight 0 where it was not chosen. For a token
+    or two the chosen matrices are copied, which moves them three times.
+    """
+    (tokens, top_k), count, dtype = indices_NK.shape, len(down), x_ND.dtype
+    if few := 3 * tokens * top_k <= count:
+        chosen, x = indices_NK.flatten(), x_ND.repeat_interleave(top_k, 0).unsqueeze(1)
+        gate_up, down = gate_up.index_select(0, chosen), down.index_select(0, chosen)
+        share = weights_NK.reshape(-1, 1, 1)
+    else:
+        x = x_ND.expand(count, -1, -1)
+        share = weights_NK.new_zeros(tokens, count).scatter_(1, indices_NK, weights_NK).t().unsqueeze(-1)
+    gate, up = torch.bmm(x, gate_up.to(dtype).transpose(1, 2)).chunk(2, dim=-1)
+    out = torch.bmm(F.silu(gate) * up * share.to(dtype), down.to(dtype).transpose(1, 2))
+    return out.view(tokens, top_k, -1).sum(1, dtype=dtype) if few else out.sum(0, dtype=dtype)
+
+
 def grouped_mm(x_RD: Tensor, weight_EOD, ends_E: Tensor) -> Tensor:
     """The product of `GroupedLinear` on CUDA in one launch, `without_host`."""
     out, inner = (-size % ALIGNED for size in weight_EOD.shape[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import takewhile
@@ -13,6 +14,7 @@ import gpu
 import gpu_shape
 import pytest
 import torch
+from gpu_decoding import waits
 from gpu_place import Finding, Place, branches_for_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -122,6 +124,7 @@ def test_a_graph_that_keeps_the_first_position_fails(name, monkeypatch):
 
 def test_plain_steps_where_graphs_could_be_fail(monkeypatch):
     monkeypatch.setattr(runner, "without_host", lambda *_: False)
+    monkeypatch.setattr(runner, "FEW_TOKENS", 0)
     assert gpu.judge("chosen_by_itself", SHAPES).verdict == gpu.FAILED
 
 
@@ -169,6 +172,21 @@ def test_work_is_flops_and_the_bytes_that_are_read_and_written():
     assert counter.work.flops == 2 * 16 * 32 * 8
     assert counter.work.moved == 2 * (16 * 32 + 2 * 8 * 32 + 16 * 8) + 4 * 64 + 6 * 64
     assert counter.work.seconds[0] == pytest.approx(counter.work.moved / 936e9)
+
+
+def test_on_a_card_waits_are_the_warnings_of_torch_but_for_the_one_about_the_mode(monkeypatch):
+    modes = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    def work() -> None:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    assert waits(Place(torch.device("cuda", 0), timed=True), work) == 2 and modes == ["warn", "default"]
 
 
 def test_without_cuda_there_is_one_line_and_code_2(monkeypatch, capsys, tmp_path):

@@ -133,6 +133,25 @@ def test_the_host_reads_the_ends_of_the_groups_once_a_layer(card, reads, model, 
     assert calls.count("each_gradient") == reads * layers * 2
 
 
+def test_products_in_a_loop_are_those_of_a_cpu_where_experts_have_no_rows():
+    x, weight = torch.randn(24, 6), torch.randn(4, 5, 6)
+    ends, found = torch.tensor([8, 8, 20, 20], dtype=torch.int32), []
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody has written
+    try:
+        for product, given in (
+            (grouped.LoopedLinear, (ends,)),
+            (grouped.GroupedLinear, (ends.tolist(), grouped.GradBuffer())),
+        ):
+            inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+            out = product.apply(*inputs, *given)[:20]
+            to_x, to_weight = torch.autograd.grad(out.square().sum(), inputs)
+            found.append((out, to_x[:20], to_weight))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for looped, plain in zip(*found, strict=True):
+        torch.testing.assert_close(looped, plain)
+
+
 def test_which_cards_multiply_all_experts_in_one_launch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 + device.index, 6))
     half = {index: grouped.without_host(torch.bfloat16, torch.device("cuda", index)) for index in range(5)}

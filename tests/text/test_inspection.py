@@ -36,7 +36,7 @@ def shown(out: str) -> list[tuple[bool, str]]:
     return [(line[0] == "+", line[2:].replace("┊", "").replace("↵", "\n")) for line in lines]
 
 
-def test_a_preview_marks_exactly_what_side(look, tokenizer, tmp_path):
+def test_a_preview_marks_exactly_what_is_trained_on(look, tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
     done = look("preview", path)
     ids, mask = encode_chat(tokenizer, CHAT)

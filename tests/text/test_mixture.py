@@ -54,17 +54,13 @@ def owner(data, index: int) -> int:
     return found
 
 
-def test_rows_of_one_source_each_in_exactly_the_shares_of_the_weights(paths, tokenizer):
+def test_rows_of_one_source_each_in_exactly_the_shares_of_the_weights_and_its_own_epochs(paths, tokenizer):
     data = mixture(paths, tokenizer)
     for block in (0, 3):
         owners = [owner(data, index) for index in range(block * BLOCK, (block + 1) * BLOCK)]
         assert owners.count(0) == 3 * BLOCK // 4 and owners.count(1) == BLOCK // 4
         assert 0.7 < owners[: BLOCK // 8].count(0) / (BLOCK // 8) < 0.8  # mixed, not one after the other
-
-
-def test_each_source_goes_through_its_own_epochs(paths, tokenizer):
-    """After a block every conversation of a source was shown as often as any other of it, give or take one epoch."""
-    data = mixture(paths, tokenizer)
+    # After a block every conversation of a source was shown as often as any other of it, give or take one epoch.
     seen = Counter(int(member) for index in range(BLOCK) for member in data.members(index))
     assert len(seen) == len(data.chats) == 130
     for source in (0, 1):

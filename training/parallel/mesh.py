@@ -68,5 +68,7 @@ def check_mesh(settings: StageSettings, world: int, experts: int) -> None:
         raise UserError(f"--dist.ep {dist.ep}: does not divide --model.n_routed_experts {experts}")
     if kind not in ("adamw", "adamw_bf16"):
         raise UserError(f"--optim.kind {kind}: needs whole matrices, {option} cuts them; take adamw or adamw_bf16")
+    if dist.gradients != "fp32":
+        raise UserError(f"--dist.gradients {dist.gradients}: does not go with {option}; leave one of them out")
     if settings.compile:
         raise UserError(f"--compile true: does not go with {option}; leave one of them out")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,8 +25,10 @@ LARGE_PART = 2**24  # on a GPU, which has more to do between two launches
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
 
 
-def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
+def replicate(model: nn.Module, ranks: Ranks, gradients: str = "fp32") -> nn.Module:
     """Return the module to call in training: every rank holds all weights, gradients are averaged over ranks.
+
+    gradients: the type in which they are exchanged.
 
     Every parameter that requires a gradient must get one in each step. `find_unused_parameters` is no way around:
     it looks at what `forward` returns, and the output head is used after it, by the loss.
@@ -34,7 +37,17 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
         return model
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
-    return DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    copy = DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    if gradients == "bf16":
+        copy.register_comm_hook(None, average_in_bf16)
+    return copy
+
+
+def average_in_bf16(_, bucket):  # DDP reads annotations, and refuses those that are strings
+    """Average a bucket of gradients over ranks, rounded on the way. torch's own hook for it asks for CUDA."""
+    gradients = bucket.buffer()
+    rounded = gradients.bfloat16().div_(dist.get_world_size())
+    return dist.all_reduce(rounded, async_op=True).get_future().then(lambda done: gradients.copy_(done.value()[0]))
 
 
 class Replicated:
@@ -46,8 +59,8 @@ class Replicated:
 
     disjoint = False
 
-    def __init__(self, model: MiniDeepSeek, ranks: Ranks) -> None:
-        self.module, self.averaged_over = replicate(model, ranks), ranks.world
+    def __init__(self, model: MiniDeepSeek, ranks: Ranks, gradients: str = "fp32") -> None:
+        self.module, self.averaged_over = replicate(model, ranks, gradients), ranks.world
 
     def accumulating(self, more: bool) -> AbstractContextManager:
         """Keep gradients local while more micro-batches of the step follow."""

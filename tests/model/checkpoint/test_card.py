@@ -139,7 +139,8 @@ def test_a_folder_without_a_model_gets_no_card(run, tmp_path):
     assert done.code == 2 and "give a checkpoint folder" in done.err and not list(tmp_path.iterdir())
 
 
-def test_scores_come_into_the_card_of_the_weights_they_are_of(copied):
+def test_scores_come_into_the_card_of_the_weights_they_are_of(copied, monkeypatch):
+    monkeypatch.setattr("eval.score_files.draw", lambda *_: None)
     final = copied / "final"
     write_card(final)
     scores = [Score("all", "acc", 0.5, 0.25, 0.75, 0.25, 12), Score("easy", "acc", 0.9, items=3)]

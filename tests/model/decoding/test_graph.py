@@ -32,9 +32,11 @@ def tapes(on_cuda, monkeypatch) -> Iterator[list[Tape]]:
         yield tapes
 
 
-@pytest.fixture
-def model(tiny_model) -> MiniDeepSeek:
-    """In the type whose experts never wait for the device."""
+@pytest.fixture(params=["grouped", "without rows"])
+def model(request, tiny_model, monkeypatch) -> MiniDeepSeek:
+    """With experts as on an H100, and as on a card whose grouped products wait for the device."""
+    if request.param == "without rows":
+        monkeypatch.setattr("model.kernels.grouped.without_host", lambda *_: False)
     return shaken(tiny_model(num_nextn_predict_layers=0)).to(BF16)
 
 
@@ -148,6 +150,17 @@ def test_hooks_gradients_and_longer_steps_run_as_they_come(model, tapes):
     assert fits_graph(dense, torch.float32, device)
     dense.model.norm.register_forward_hook(lambda *_: None)
     assert not fits_graph(dense, torch.float32, device)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_experts_without_rows_are_those_in_rows(tokens, tiny_model, on_cuda):
+    experts = tiny_model(n_routed_experts=16).model.layers[1].mlp.experts
+    x, weights = torch.randn(tokens, 32), torch.rand(tokens, 3)
+    indices = torch.rand(tokens, 16).topk(3).indices
+    expected = experts(x, weights, indices)
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, weights, indices), expected, atol=1e-5, rtol=1e-4)
+    assert expected.requires_grad
 
 
 def test_positions_are_rounded_up_to_few_numbers():

@@ -23,6 +23,7 @@ from model.kernels import decode
 from model.kernels.compiled import compiled
 from model.moe import Router
 from model.norm import RMSNorm
+from model.quantized import Int8Weight, quantize_weights
 from training.losses import NextTokenLoss
 
 PADDINGS = [None, torch.tensor([0, 6, 3])]
@@ -326,8 +327,14 @@ def test_a_graph_holds_only_steps_that_never_wait_for_the_device(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model, device = tiny_model(), torch.device("cuda", 0)
     runner._report.cache_clear()
-    assert fits_graph(model, dtype, device) == fits_graph(model, dtype, device) == fits
+    assert fits_graph(model, dtype, device, 513) == fits_graph(model, dtype, device, 513) == fits
+    assert fits_graph(model, dtype, device, 512)
     said = capsys.readouterr().err
     assert said.count("notice: decoding without a CUDA graph") == (not fits) == said.count("\n")
-    assert fits or f"{str(dtype)[6:]} on compute capability {capability[0]}.{capability[1]} " in said
-    assert fits_graph(tiny_model(first_k_dense_replace=3, num_nextn_predict_layers=0), FP32, device)
+    assert (
+        fits
+        or f"of more than 512 rows in {str(dtype)[6:]} on compute capability {capability[0]}.{capability[1]} " in said
+    )
+    assert fits_graph(tiny_model(first_k_dense_replace=3, num_nextn_predict_layers=0), FP32, device, 513)
+    quantize_weights(model, "model.layers.2.mlp.experts", Int8Weight.rounded)
+    assert fits_graph(model, dtype, device, 1) == fits

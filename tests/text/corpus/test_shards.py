@@ -120,18 +120,16 @@ def test_a_stream_reads_across_shards(made):
         stream.read(0, stream.tokens + 1)
 
 
-def test_the_shards_do_not_depend_on_workers_or_batches(corpus, made, tokenizer, tmp_path, monkeypatch):
+def test_the_shards_do_not_depend_on_workers_or_batches_and_are_used_again(
+    corpus, made, tokenizer, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(text.corpus.encoding, "BATCH_BYTES", 3333)
     prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS | {"workers": 3})
     assert content(tmp_path) == content(made)
-
-
-def test_finished_work_is_used_again(corpus, copy, tokenizer, monkeypatch, capsys):
     encoded = count_encoded(monkeypatch)
-    shards = prepare_shards(str(corpus), tokenizer, copy, **OPTIONS | {"workers": 2})
-    assert encoded == []
+    shards = prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS | {"workers": 2})
+    assert encoded == [] and "ready and used again" in capsys.readouterr().out
     assert shards.split("train").documents + shards.split("val").documents == len(TEXTS)
-    assert "ready and used again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
@@ -224,24 +222,24 @@ def test_what_cannot_be_made_is_named(corpus, tokenizer, tmp_path):
         prepare_shards(str(corpus), SimpleNamespace(vocab_size=65_536), tmp_path)
 
 
-def test_two_processes_do_not_prepare_the_same_folder(corpus, tokenizer, tmp_path):
-    with (
-        text.corpus.shards._only_one(tmp_path),
-        pytest.raises(UserError, match="another process is preparing these shards"),
-    ):
+def test_two_processes_do_not_prepare_the_same_folder_where_the_file_system_has_locks(
+    corpus, tokenizer, tmp_path, monkeypatch, capfd
+):
+    only_one = text.corpus.shards._only_one
+    with only_one(tmp_path), pytest.raises(UserError, match="another process is preparing these shards"):
         prepare_shards(str(corpus), tokenizer, tmp_path, **OPTIONS)
 
-
-def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capfd):
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", none)
-    with text.corpus.shards._only_one(tmp_path):
+    with only_one(tmp_path):
         assert "has no locks (No locks available)" in capfd.readouterr().err
 
 
-def test_who_waits_opens_what_another_process_prepares(corpus, tokenizer, tmp_path):
+def test_who_waits_opens_what_another_process_prepares_and_no_shards_of_other_data(
+    corpus, tokenizer, other_tokenizer, tmp_path
+):
     data, asked = [Source(str(corpus))], []
 
     def prepared_by_another() -> None:
@@ -252,16 +250,11 @@ def test_who_waits_opens_what_another_process_prepares(corpus, tokenizer, tmp_pa
     assert asked == [False] and shards.split("train").documents > 0 and weight == 1.0
     assert sources_ready(data, tokenizer, tmp_path, **OPTIONS)
 
-
-def test_who_waits_takes_no_shards_of_other_data_and_ends_with_a_main_that_failed(
-    other_tokenizer, tokenizer, corpus, tmp_path
-):
     def failed() -> None:
         raise SystemExit(2)
 
-    open_sources([Source(str(corpus))], tokenizer, tmp_path, main=True, **OPTIONS)
-    with pytest.raises(SystemExit):
-        open_sources([Source(str(corpus))], other_tokenizer, tmp_path, main=False, check=failed, **OPTIONS)
+    with pytest.raises(SystemExit):  # with a main that failed
+        open_sources(data, other_tokenizer, tmp_path, main=False, check=failed, **OPTIONS)
 
 
 REFUSED = {  # the texts that are written, what is read beside them, and the error

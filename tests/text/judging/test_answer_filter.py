@@ -11,7 +11,7 @@ def test_cleaning_touches_white_space_alone_and_the_shortest_different_answers_a
     assert clean("\r\n a  b \t\r\n\r\n\n\nc\r") == "a  b\n\nc"
     code = "def f():\n    return 1\n\nprint(f())"
     assert clean(code) == code
-    assert shortest_different(["bb", "a", "bb", "ccc", "b"], 3) == ["a", "b", "bb"]
+    assert shortest_different(["bb", "aaa", "bb", "dddd", "c"], 3) == ["c", "bb", "aaa"]
 
 
 @pytest.mark.parametrize(

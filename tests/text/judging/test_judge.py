@@ -25,6 +25,12 @@ from text.judging.verifier import Verifier, shared_verifier
 ROWS = Path(__file__).parents[2] / "data" / "answers.jsonl"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take longer than a judge would wait."""
+    monkeypatch.setattr(shared_verifier(), "seconds", 60.0)
+
+
 def test_every_reply_is_judged_as_a_person_judges_it():
     rows = [json.loads(line) for line in ROWS.read_text("utf8").splitlines()]
     differing = [row for row in rows if judge(row["answer"], row["reply"]).right != row["right"]]
@@ -53,6 +59,7 @@ def test_places_are_searched_in_one_order_and_give_one_guess(reply, taken):
 
 def test_what_is_declared_is_taken_whole():
     assert declared_answer("<answer>3 red apples</answer>") == "3 red apples"
+    assert declared_answer("So:\n#### 3 red apples\nDone.") == "3 red apples"
 
 
 @pytest.mark.parametrize(

@@ -312,12 +312,6 @@ def test_a_broken_line_elsewhere_is_named_and_odd_characters_survive(server, tmp
         Journal(path)
 
 
-def test_another_temperature_or_sample_is_another_question():
-    message = [{"role": "user", "content": "q"}]
-    keys = {Ask.of(message, sample, *facts).key for sample in (0, 1) for facts in ((), (0.5,), (0.7,))}
-    assert len(keys) == 6 and Ask.of(message, 0, 0.5).key in keys
-
-
 # The command
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from forked import on_ranks
 from toy_stage import TIME
 
 import pretrain
+from errors import UserError
 from training.optim.build import OptimSettings
-from training.parallel.ranks import Ranks
+from training.parallel.ranks import DistSettings, Ranks
 from training.parallel.replication import replicate
 from training.run.log import read_metrics
 from training.schedule import value_at
@@ -41,6 +43,23 @@ def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
     for ours, theirs in zip(together, alone, strict=True):
         for name in ours.keys() & {"step", "loss", "mtp_loss", "grad_norm", "val_bits_per_byte", "max_vio"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_gradients_may_travel_in_bfloat16(make, tmp_path):
+    """All ranks get the same bits of them, a little rounded."""
+    with pytest.raises(UserError, match="gradients fp16: one of fp32, bf16"):
+        DistSettings(gradients="fp16")
+
+    def train(kind: str, rank: int) -> None:
+        options = dict(max_steps=2, dist=DistSettings(check_every=1, gradients=kind), optim=OptimSettings(eps=1e-3))
+        make(kind, ranks=Ranks.start("cpu", timeout=30.0), **options).run()
+
+    norms = []
+    for kind in ("fp32", "bf16"):
+        ranks = on_ranks(2, partial(train, kind), tmp_path)
+        assert [rank.code for rank in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+        norms.append(read_metrics(tmp_path / kind / "metrics.jsonl")[1]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2) and norms[1] != norms[0]
 
 
 def test_one_process_needs_no_torchrun():

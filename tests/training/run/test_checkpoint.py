@@ -165,6 +165,15 @@ def test_an_end_that_cannot_take_its_name_gives_the_old_one_back(killed, sitting
     assert sorted(path.name for path in sitting.out.iterdir()) == ["final", "step-1"]
 
 
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(sitting):
+    (sitting.out / ".step-2.partial" / "training").mkdir(parents=True)
+    (sitting.out / ".step-2.partial" / "model.safetensors").write_bytes(b"half")
+    assert newest(sitting.out).name == "step-1"
+    sitting.step()
+    sitting.save()
+    assert sorted(path.name for path in sitting.out.iterdir()) == ["step-1", "step-2"]
+
+
 def test_checkpoints_are_ordered_by_number_and_the_end_is_the_newest(sitting):
     assert newest(sitting.out / "elsewhere") is None
     for number in (10, 9):

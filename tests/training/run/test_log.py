@@ -49,11 +49,6 @@ def test_no_two_measures_of_a_line_have_one_name(tmp_path, capsys):
         assert len(names) == len(set(names))
 
 
-def test_a_distilled_run_shows_divergence_and_cross_entropy(tmp_path, capsys):
-    line = console_line(tmp_path / "run", capsys, loss=2.0, divergence=1.25, cross_entropy=2.75)
-    assert "divergence 1.2500" in line and "cross entropy 2.7500" in line
-
-
 def test_chinese_stays_chinese_in_the_log(tmp_path, capsys):
     """Through a resume too, which writes the lines again."""
     sample = {"question": "三加四等于几？", "completion": "七", "answer": "7", "rewards": {"correct": 1.0}}

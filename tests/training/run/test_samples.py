@@ -24,12 +24,7 @@ from training.run.log import read_metrics
 from training.run.samples import LONGEST, Samples, open_samples, read_prompts, text_prompts
 from training.trainer import Trainer
 
-PROMPTS, NEW = [[3, 120, 130], [3, 140]], 12
-
-
-@pytest.fixture(autouse=True)
-def short_texts(monkeypatch):
-    monkeypatch.setattr(training.run.samples, "NEW", NEW)
+PROMPTS = [[3, 120, 130], [3, 140]]
 
 
 def with_samples(trainer: Trainer, every: int = 0, compiled: bool = False) -> Trainer:
@@ -71,7 +66,7 @@ def test_a_sample_is_the_greedy_continuation_and_is_shown_in_one_line(make, caps
     trainer.run()
     entry = written(trainer.out)[-1]
     ids = trainer.model.eval().generate(
-        torch.tensor([PROMPTS[1]]), max_new_tokens=NEW, eos_token_id=trainer.tokenizer.eos_id
+        torch.tensor([PROMPTS[1]]), max_new_tokens=training.run.samples.NEW, eos_token_id=trainer.tokenizer.eos_id
     )[0]
     new = ids[len(PROMPTS[1]) :].tolist()
     assert entry["text"] == trainer.tokenizer.decode([token for token in new if token != trainer.tokenizer.eos_id])

@@ -12,18 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 import pretrain
-import training.run.samples
 import training.run.trackers
 from errors import UserError
 from training.run.log import RunLog, read_metrics
 from training.run.samples import Samples
 from training.run.trackers import check_installed, open_trackers, tracker_names
 from training.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def short_texts(monkeypatch):
-    monkeypatch.setattr(training.run.samples, "NEW", 8)
 
 
 def sampled(trainer: Trainer) -> Trainer:
