@@ -50,7 +50,7 @@ def constant(samples: Sequence[Sample]) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors") | load_file(folder / "mtp.safetensors")
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture
