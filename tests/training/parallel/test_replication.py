@@ -159,4 +159,5 @@ def test_any_change_of_the_sources_is_another_version(tmp_path, monkeypatch):
 
 
 def test_settings_within_settings_are_named_with_a_dot():
-    assert flat({"a": DistSettings(5.0, 2), "b": 1}) == {"a.timeout": 5.0, "a.check_every": 2, "b": 1}
+    found = flat({"a": DistSettings(timeout=5.0, check_every=2), "b": 1})
+    assert found == {"a.timeout": 5.0, "a.check_every": 2, "a.gradients": "fp32", "b": 1}
