@@ -189,7 +189,7 @@ def test_fine_tuning_by_name_and_a_resume_that_would_change_its_meaning(run, pre
     assert "110 of " in done.out and "good rows left out: more than the samples" in done.out
     for data in ("talk,persona=2", "talk", "persona,talk"):
         again = run(full_sft.main, *given, "--data", data, "--max_steps", 4, "--resume")
-        assert again.code == 2 and "was trained with data = " in again.err and "cannot change it midway" in again.err
+        assert again.code == 2 and "the data changed (" in again.err and "cannot change it midway" in again.err
     again = run(full_sft.main, *given, "--data", "talk=1,persona=0.5", "--max_steps", 4, "--resume")
     assert again.code == 0, again.err
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4

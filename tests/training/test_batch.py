@@ -53,6 +53,11 @@ def recipe(tmp_path) -> Path:
         (["--max_steps", 8], 1, 91, 32),  # no smaller batch makes more of these
         (["--max_steps", 8, "--epochs", 1], 1, 91, 12),  # no more than were allowed
         (["--max_minutes", 5], 1, 91, 32),  # a clock may go round as often as it likes
+        (["--max_minutes", 5], 1, 28, 28),  # but no step sees a row twice
+        (["--max_minutes", 5], 8, 28, 24),
+        (["--max_minutes", 5], 8, 5, 8),  # a row each at the least
+        (["--max_minutes", 5, "--max_steps", 8], 1, 28, 32),
+        (["--max_minutes", 5, "--batch_tokens=320"], 1, 28, 32),
         (["--batch_tokens=320"], 1, 91, 32),
     ],
 )
@@ -107,16 +112,29 @@ def test_settings_that_no_command_line_gave_hold():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "said"),  # a step takes 2 seconds
     [
         ([], "ends after 3 steps (--epochs 1), too few to learn; give --epochs 36 for 100 steps, or a smaller --batch"),
         (["--max_steps", 2], "ends after 2 steps (--max_steps 2), too few to learn; raise --max_steps"),
         (["--epochs", 7], ""),
         (["--max_minutes", 1], ""),
+        (
+            ["--max_minutes", 0.3],
+            "ends after about 9 steps (--max_minutes 0.3), too few to learn; give --max_minutes 4 for",
+        ),
+        (
+            ["--max_minutes", 0.01],
+            "ends after about 1 step (--max_minutes 0.01), too few to learn; give --max_minutes 4",
+        ),
+        (["--max_minutes", 0.3, "--epochs", 9], "ends after about 9 steps (--max_minutes 0.3), too few to learn; give"),
+        (
+            ["--max_minutes", 0.3, "--max_steps", 2],
+            "ends after 2 steps (--max_steps 2), too few to learn; raise --max_s",
+        ),
     ],
 )
 def test_a_run_of_a_few_steps_says_so_in_one_line(arguments, said, recipe, capsys):
-    warn_of_few_steps(read("--batch_tokens", 320, *arguments, recipe=recipe), OnRank0(1), 90)
+    warn_of_few_steps(read("--batch_tokens", 320, *arguments, recipe=recipe), OnRank0(1), 90, 2.0)
     shown = capsys.readouterr().out
     assert said in shown and shown.count("\n") == bool(said)
 

@@ -82,9 +82,9 @@ class Pace:
     def announce(self, model: MiniDeepSeek, dataset: Dataset, flops: int, peak: float, dtype: torch.dtype) -> None:
         """Say in six lines what runs: model, machine, kernels, batch, end and duration. flops: of a token."""
         settings, ranks, budget = self._settings, self._ranks, self._budget
-        warn_of_few_steps(settings, ranks, len(dataset))
         costs = count_costs(model.config, settings.sequence_length)
         step = step_seconds(settings, flops, peak)
+        warn_of_few_steps(settings, ranks, len(dataset), step)
         steps, seconds = length(budget, step, settings.rows * settings.row_tokens)
         needs, has = memory(settings, model, ranks.device, dtype), memory_of(ranks.device)
         micro = min(settings.micro_rows, settings.rows // ranks.world)
@@ -152,9 +152,10 @@ def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
     if rows != ceiling:
         settings.batch_tokens = rows * settings.row_tokens
         budget = settings.budget(samples)
+        whole = f", for a run of {budget.max_steps} steps" if budget.max_steps else ""
+        by = budget.steps_by or f"--max_minutes {budget.max_minutes:g}"
         ranks.say(
-            f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}, for a run of {budget.max_steps} steps "
-            f"({budget.steps_by}, {samples} rows an epoch); "
+            f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}{whole} ({by}, {samples} rows an epoch); "
             f"--batch_tokens {ceiling * settings.row_tokens} keeps {ceiling}"
         )
 
@@ -181,26 +182,38 @@ def fit_micro_batch(settings: StageSettings, ranks: Ranks, model: MiniDeepSeek, 
 def fitting_rows(settings: StageSettings, world: int, samples: int) -> int:
     """Return the most rows, at most those of the settings and a multiple of `world`, that leave a run `ENOUGH` steps.
 
-    Where no number does, the most of those that leave it as many as it can have; all, where only a clock ends it.
+    Where no number does, the most of those that leave it as many as it can have. Where only a clock ends it, all that
+    an epoch has: no step sees a row twice within one.
     """
 
     def steps(rows: int) -> float:
         return settings.budget(samples, rows).max_steps or math.inf
 
     enough = min(ENOUGH, steps(world))
-    choices = range(settings.rows - settings.rows % world, 0, -world)
+    most = settings.rows if steps(world) < math.inf else min(settings.rows, max(samples, world))
+    choices = range(most - most % world, 0, -world)
     return next((rows for rows in choices if steps(rows) >= enough), settings.rows)
 
 
-def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int) -> None:
-    """Say in one line that a run is too short to learn from, and what makes it longer."""
-    budget = settings.budget(samples)
-    if budget.max_steps is None or budget.max_steps >= FEW:
+def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int, step: float) -> None:
+    """Say in one line that a run is too short to learn from, and what makes it longer.
+
+    step: its seconds as estimated, which say how many the clock leaves.
+    """
+    budget, minutes = settings.budget(samples), settings.max_minutes
+    by_clock = length(Budget(None, minutes), step, 1)[0] if minutes else math.inf
+    steps = min(budget.max_steps or math.inf, by_clock)
+    if steps >= FEW:
         return
-    option = budget.steps_by.split()[0]
-    remedy = f"raise {option}"
-    if option == "--epochs":
-        remedy = f"give --epochs {math.ceil(ENOUGH * settings.rows / samples)} for {ENOUGH} steps"
-        if settings.rows > ranks.world and not settings.uneven:
-            remedy += ", or a smaller --batch_tokens"
-    ranks.say(f"notice: this run ends after {budget.max_steps} steps ({budget.steps_by}), too few to learn; {remedy}")
+    if budget.max_steps is None or by_clock < budget.max_steps:
+        count, by = f"about {steps}", f"--max_minutes {minutes:g}"
+        remedy = f"give --max_minutes {math.ceil(ENOUGH * step / 60)} for {ENOUGH} steps"
+    else:
+        count, by = f"{steps}", budget.steps_by
+        remedy = f"raise {by.split()[0]}"
+        if by.startswith("--epochs"):
+            remedy = f"give --epochs {math.ceil(ENOUGH * settings.rows / samples)} for {ENOUGH} steps"
+    if remedy.startswith("give") and settings.rows > ranks.world and not settings.uneven:
+        remedy += ", or a smaller --batch_tokens"
+    plural = "s" * (steps > 1)
+    ranks.say(f"notice: this run ends after {count} step{plural} ({by}), too few to learn; {remedy}")

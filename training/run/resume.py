@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from contextlib import suppress
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 Resume = bool | Literal["last-good"]
 LAST_GOOD = "last-good"
 LEAVE = "leave --carry_optimizer out"
+SAMPLES = re.compile(r"(\d+) samples of (\w+), shares ([\d:]+)")  # as the identity of conversations and pairs begins
 
 
 def check_unused(out: Path, resume: Resume) -> None:
@@ -152,7 +154,21 @@ def same_shape(folder: Path, saved: LMConfig, config: LMConfig) -> None:
 
 def _unchanged(folder: Path, name: str, before: Any, now: Any) -> None:
     if before != now:
-        raise UserError(f"{folder}: was trained with {name} = {before}, not {now}; a run cannot change it midway")
+        change = _other_data(name, before, now) or f"was trained with {name} = {before}, not {now}"
+        raise UserError(f"{folder}: {change}; a run cannot change it midway")
+
+
+def _other_data(name: str, before: Any, now: Any) -> str:
+    """Say without its hashes what has become of the data; empty where something else has changed."""
+    if name == "data.content":
+        return "the data changed (as many before and now, other content)"
+    old, new = (SAMPLES.match(str(value)) for value in (before, now))
+    if name != "data" or old is None or new is None or old.groups() == new.groups():
+        return ""
+    if old[1] != new[1]:
+        return f"the data changed ({old[1]} samples before, {new[1]} now)"
+    what = "other content" if old[2] != new[2] else "in other shares"
+    return f"the data changed ({new[1]} samples before and now, {what})"
 
 
 def check_carried(settings: StageSettings) -> None:

@@ -14,8 +14,9 @@ import torch
 
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import BEST, Progress, Snapshot, Weights, keep_last, load_training_state
+from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, keep_last, load_training_state
 from training.run.interrupt import aftermath
+from training.run.log import read_metrics
 from training.run.resume import contents, find_checkpoint
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
@@ -163,3 +164,17 @@ class RunCheckpoints:
         say(f"finished: {folder} after {progress.step} steps, {progress.tokens:,} tokens (ended by {end})")
         if self._settings.keep_best and (best := progress.best):
             say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
+            if notice := self._ranks.on_main(lambda: self._unlearned(best)):
+                say(notice)
+
+    def _unlearned(self, best: dict[str, Any]) -> str:
+        """Return a line where the log has a validation before training that none after it surpassed; or empty."""
+        measure, log = best["measure"], self._out / "metrics.jsonl"
+        entries = read_metrics(log) if log.is_file() else []
+        before = next((entry.get(measure) for entry in entries if entry["step"] == 0), None)
+        if before is None or not MEASURES[measure] * (best["value"] - before) <= 0:
+            return ""
+        return (
+            f"notice: no validation was better than before training ({measure} {before:.4f} at step 0, "
+            f"{best['value']:.4f} at best): nothing was learned that the held-out rows show"
+        )

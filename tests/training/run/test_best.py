@@ -63,6 +63,27 @@ def test_the_best_checkpoint_is_kept_beside_the_last(measured, capsys):
     assert "best of step 3, val_bits_per_byte 3.0000" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("values", "name", "told"),
+    [
+        ([3.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "(val_bits_per_byte 3.0000 at step 0, 4.0000 at best)"),
+        ([4.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "(val_bits_per_byte 4.0000 at step 0, 4.0000 at best)"),
+        ([0.6, 0.4, 0.5, 0.3], "val_accuracy", "(val_accuracy 0.6000 at step 0, 0.5000 at best)"),
+        ([0.4, 0.4, 0.5, 0.3], "val_accuracy", ""),
+        ([4.5, 5.0, 4.0, 4.5], "val_bits_per_byte", ""),
+    ],
+)
+def test_a_best_that_is_no_better_than_before_training_is_said_to_be(values, name, told, measured, capsys):
+    """After a resume too: the log remembers."""
+    options = dict(max_steps=3, save_every=1)
+    measured(values, name, **options, dataset=interrupt_at(2, signal.SIGTERM)).run()
+    assert "notice: no validation" not in capsys.readouterr().out
+    measured(values, name, **options, resume=True).run()
+    shown = capsys.readouterr().out
+    assert shown.count("notice: no validation was better than before training") == bool(told)
+    assert told in shown.partition("best: ")[2]
+
+
 def test_patience_ends_a_run_and_a_resume_leaves_it_ended(measured, capsys):
     values = [0.5, 0.6, 0.55, 0.58, 0.5, 0.9, 0.9]
     trainer = measured(values, "val_accuracy", patience=2)

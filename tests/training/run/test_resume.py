@@ -48,6 +48,28 @@ def test_resume_is_bit_exact(case, make):
     assert not differences(again.out, whole.out) and steps_logged(again) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ("897 samples of f71f0c0ffee0, shares 4096", "the data changed (897 samples before and now, other content)"),
+        ("900 samples of f71f0c0ffee0, shares 4096", "the data changed (897 samples before, 900 now)"),
+        (
+            "897 samples of 62403e833234, shares 1:4095",
+            "the data changed (897 samples before and now, in other shares)",
+        ),
+        ("9 windows, shares 4096", "was trained with data = 897 samples of 62403e833234, shares 4096, not 9 windows, "),
+    ],
+)
+def test_a_resume_with_other_data_says_what_changed(now, said, make):
+    first, second = Rows(), Rows()
+    first.identity, second.identity = "897 samples of 62403e833234, shares 4096", now
+    trainer = make(dataset=first, max_steps=1)
+    trainer.run()
+    with pytest.raises(UserError, match=r"; a run cannot change it midway$") as refused:
+        make(dataset=second, max_steps=2, resume=True).run()
+    assert f"{trainer.out / 'final'}: {said}" in str(refused.value)
+
+
 def test_a_tied_checkpoint_without_its_head_is_resumed_to_the_bit(make, monkeypatch):
     """As this project once wrote them: the embedding alone."""
     options = dict(max_steps=4, save_every=2, model={"tie_word_embeddings": True})
