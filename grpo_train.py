@@ -30,7 +30,7 @@ from training.validation import problems_name
 
 @dataclass(kw_only=True)
 class GRPOSettings(StageSettings, RolloutSettings):
-    """Settings of reinforcement learning. A step has prompts * group rows, whatever batch_tokens says.
+    """Settings of reinforcement learning. A step has prompts * group rows: batch_tokens does not count here.
 
     Args:
         ckpt: checkpoint folder to start from.
@@ -82,9 +82,22 @@ class GRPOSettings(StageSettings, RolloutSettings):
     def uneven(self) -> bool:
         return True
 
+    def lighten(self, device: str) -> str:
+        now = [f"--{name}, now {getattr(self, name)}" for name in ("prompts", "group", "max_new_tokens")]
+        return f"lower {now[0]}, {now[1]}, or {now[2]}, or take a smaller model"
+
+    def check_by_hand(self) -> None:
+        """Raise `UserError` for an option of the command line that would change nothing. Recipes may hold it."""
+        if "batch_tokens" in (self.by_hand or ()):
+            raise UserError(
+                f"--batch_tokens {self.batch_tokens}: a step of this stage has --prompts x --group completions, "
+                f"now {self.prompts} x {self.group}; give these instead"
+            )
+
 
 def main() -> None:
     settings = parse(GRPOSettings, __doc__ or "")
+    settings.check_by_hand()
     ranks = begin(settings)
     rewards = Rewards.of(settings.rewards)
     model, tokenizer = open_checkpoint(settings.ckpt)

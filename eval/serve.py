@@ -2,7 +2,8 @@
 
     python eval/serve.py --ckpt out/demo/sft/final
     python eval/serve.py --ckpt out/demo/sft/final,out/demo/grpo/final --port 8000 --api_key secret
-    curl localhost:8000/v1/chat/completions -d '{"model": "sft", "messages": [{"role": "user", "content": "你好"}]}'
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "sft", "messages": [{"role": "user", "content": "你好"}]}'
 
 docs/serving.md describes it. A model is named by the folder of its run: out/demo/sft/final is sft.
 """

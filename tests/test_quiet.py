@@ -59,6 +59,16 @@ def test_help_waits_for_no_library_that_takes_seconds(script):
     assert not closure(script) & SLOW
 
 
+def test_settings_need_no_slow_library_for_their_annotations():
+    """The parser of the command line imports what a module with settings imports for type checkers."""
+    for path in (ROOT / "training").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf8"))
+        if any(isinstance(node, ast.ClassDef) and node.name.endswith("Settings") for node in tree.body):
+            guarded = [node.body for node in tree.body if isinstance(node, ast.If)]
+            names = {name.split(".")[0] for body in guarded for name in imported(body)}
+            assert not names & SLOW, path
+
+
 def test_imports_make_no_circle():
     places = [
         path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in ("model", "text", "training", "eval")

@@ -42,7 +42,8 @@ class StageSettings:
             where no limit at all is given. Of several limits the first ends the run.
         sequence_length: tokens a row.
         batch_tokens: tokens an optimiser step, over all ranks. That of the command line holds; that of a recipe, or the
-            default, is the most: data too small for 100 such steps get smaller ones.
+            default, is the most: data too small for 100 such steps get smaller ones. grpo_train.py has --prompts and
+            --group instead.
         micro_tokens: tokens a forward pass on one rank; the rest is accumulated. The default is raised on CUDA to what
             half of its memory holds.
         optim: optimiser and learning rate.
@@ -113,7 +114,7 @@ class StageSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} {value}: must be positive")
-        if self.batch_tokens < self.sequence_length:
+        if self.batch_tokens < self.sequence_length and not self.uneven:
             raise UserError(f"--batch_tokens {self.batch_tokens}: less than one row of {self.sequence_length} tokens")
         if self.on_error not in ("skip", "stop"):
             raise UserError(f"--on_error {self.on_error}: one of skip, stop")

@@ -107,7 +107,7 @@ class OptimizerStep:
     Attributes:
         copies: of `model`, on all ranks. dtype: of the products.
         share: gives numbers that all ranks are to know the sums of: `StepResult.shared`.
-        report_pace: takes the seconds of the first of several micro-batches and how many there are, or None.
+        report_pace: takes the seconds of the first of several micro-batches and its rows, or None.
         parts: the micro-batches that are done; made: log entries of a `PolicyDataset`.
     """
 
@@ -174,7 +174,7 @@ class OptimizerStep:
                 # Outside: autocast would round what the router's products in float32 get back.
                 (loss / self._nominal).backward()
             if last and self.report_pace and ranks.device.type == "cpu":  # a GPU has not yet computed it
-                self.report_pace(time.perf_counter() - began, len(micro_batches))
+                self.report_pace(time.perf_counter() - began, len(indices))
                 self.report_pace = None
             self.parts.append((indices, loss.detach(), count))
             self._positions += batch["input_ids"].numel()

@@ -26,7 +26,7 @@ from training.run.checkpoint import BEST, Progress, Weights, newest
 from training.run.estimate import Pace, fit_batch, fit_micro_batch
 from training.run.interrupt import Stopped
 from training.run.lock import RunLock
-from training.run.log import RunLog
+from training.run.log import RunLog, counted
 from training.run.plots import draw_run
 from training.run.resume import WholeModel, carry_optimizer, identity
 from training.run.samples import Samples
@@ -132,7 +132,7 @@ class Trainer:
             if not self.ranks.on_main(lambda: newest(self.out) == final):
                 self.checkpoints.finish(self.progress, end)  # it was interrupted where this budget ends
             else:
-                done = f"already complete after {self.progress.step} steps ({end})"
+                done = f"already complete after {counted(self.progress.step, 'step')} ({end})"
                 self.ranks.say(f"{self.out}: {done}; raise the budget to train further")
             return final
         if self.settings.compiles(self.ranks.device):
@@ -144,7 +144,7 @@ class Trainer:
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
         if self.ranks.main:
-            self.pace.announce(self.model, self.dataset, self.counter.flops(), self.peak, self.dtype)
+            self.pace.announce(self.model, self.dataset, self.counter.flops(), self.peak, self.dtype, self.progress)
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         if self.samples:

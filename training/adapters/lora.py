@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from errors import UserError, quiet_imports, require
 from model import MiniDeepSeek
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 # Short names of what can be adapted: matrices in every main layer, by name. The MTP layers stay as they are.
 MATRICES = {
@@ -60,8 +57,9 @@ class LoraSettings:
     def adapts_experts(self) -> bool:
         return bool(self.chosen & {"experts", "all"})
 
-    def peft_config(self, model: MiniDeepSeek, base: str) -> LoraConfig:
-        """The same for peft. base: folder of the model, for whoever opens the adapter with peft."""
+    def peft_config(self, model: MiniDeepSeek, base: str) -> Any:
+        """Return a peft.LoraConfig. base: folder of the model, for whoever opens the adapter with peft."""
+        # Not as an annotation: the parser of the command line would import peft to read it.
         with quiet_imports():
             from peft import LoraConfig  # takes seconds to import, which --help need not wait for
 

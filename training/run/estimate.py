@@ -16,7 +16,8 @@ from model.costs import count as count_costs
 from model.ops import kernel_report
 from training.losses import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from training.parallel.ranks import Ranks
-from training.run.log import duration
+from training.run.checkpoint import Progress
+from training.run.log import counted, duration
 from training.run.resume import saved_run
 from training.schedule import Budget
 from training.settings import StageSettings
@@ -37,12 +38,25 @@ def step_seconds(settings: StageSettings, flops: float, peak: float) -> float:
     return settings.rows * settings.row_tokens * flops / (USUAL_SHARE * peak)
 
 
-def length(budget: Budget, step: float, step_tokens: int) -> tuple[int, float]:
-    """Return steps and seconds of a run whose steps take `step` seconds and have so many tokens."""
-    by_tokens = budget.max_tokens and -(-budget.max_tokens // step_tokens)
-    by_clock = budget.max_minutes and max(round(60 * budget.max_minutes / step), 1)
-    steps = min(count for count in (budget.max_steps, by_tokens, by_clock) if count)
-    return steps, steps * step
+def length(budget: Budget, step: float, step_tokens: int, done: Progress) -> tuple[int, float]:
+    """Return steps and seconds that a run has before it, whose steps take `step` seconds and have so many tokens."""
+    steps = []
+    if budget.max_steps is not None:
+        steps.append(budget.max_steps - done.step)
+    if budget.max_tokens is not None:
+        steps.append(math.ceil((budget.max_tokens - done.tokens) / step_tokens))
+    if budget.max_minutes is not None:
+        steps.append(round((60 * budget.max_minutes - done.seconds) / step))
+    return max(min(steps), 1), max(min(steps), 1) * step
+
+
+def batch_line(rows: int, row_tokens: int, world: int, micro: int) -> str:
+    """Return how a step's rows are shared. micro: most rows of a micro-batch."""
+    share = rows // world
+    micro = min(micro, share)
+    parts = f"{math.ceil(share / micro):,} micro-batch{'es' * (share > micro)}"
+    each = "at most " * (share % micro > 0) + counted(micro, "row")
+    return f"{counted(rows, 'row')} of {row_tokens} tokens: {counted(world, 'rank')}, {parts} of {each}"
 
 
 def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, dtype: torch.dtype) -> float:
@@ -78,22 +92,27 @@ class Pace:
     def __init__(self, settings: StageSettings, ranks: Ranks, budget: Budget) -> None:
         self._settings, self._ranks, self._budget = settings, ranks, budget
         self.known = self._warned = False
+        self._progress = Progress()
 
-    def announce(self, model: MiniDeepSeek, dataset: Dataset, flops: int, peak: float, dtype: torch.dtype) -> None:
-        """Say in six lines what runs: model, machine, kernels, batch, end and duration. flops: of a token."""
-        settings, ranks, budget = self._settings, self._ranks, self._budget
+    def announce(
+        self, model: MiniDeepSeek, dataset: Dataset, flops: int, peak: float, dtype: torch.dtype, progress: Progress
+    ) -> None:
+        """Say in six lines what runs: model, machine, kernels, batch, end and duration of what is left.
+
+        flops: of a token; progress: of the run so far, which later steps are to write into.
+        """
+        settings, ranks, budget, self._progress = self._settings, self._ranks, self._budget, progress
         costs = count_costs(model.config, settings.sequence_length)
         step = step_seconds(settings, flops, peak)
         warn_of_few_steps(settings, ranks, len(dataset), step)
-        steps, seconds = length(budget, step, settings.rows * settings.row_tokens)
+        steps, seconds = length(budget, step, settings.rows * settings.row_tokens, progress)
         needs, has = memory(settings, model, ranks.device, dtype), memory_of(ranks.device)
-        micro = min(settings.micro_rows, settings.rows // ranks.world)
-        accumulation = math.ceil(settings.rows / ranks.world / micro)
+        noun = "more step" if progress.step else "step"
         why = f" ({ranks.why})" if ranks.why else ""
         by = "" if budget.steps_by.startswith("--max_steps") else f" ({budget.steps_by})"
-        ends = [f"{budget.max_steps} steps{by}"] if budget.max_steps else []
-        ends += [f"{budget.max_minutes:g} minutes"] if budget.max_minutes else []
-        ends += [f"{budget.max_tokens:,} tokens"] if budget.max_tokens else []
+        ends = [counted(budget.max_steps, "step") + by] if budget.max_steps else []
+        ends += [f"{budget.max_minutes:g} minute{'s' * (budget.max_minutes != 1)}"] if budget.max_minutes else []
+        ends += [counted(budget.max_tokens, "token")] if budget.max_tokens else []
         kernels = (model.config, dtype, ranks.device, settings.row_tokens, settings.compiles(ranks.device))
         ranks.say(
             f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
@@ -101,11 +120,10 @@ class Pace:
             f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
             f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
             f"kernels    {kernel_report(*kernels)}\n"
-            f"batch      {settings.rows} rows of {settings.row_tokens} tokens = {ranks.world} ranks x "
-            f"{accumulation} accumulated x {micro} rows\n"
+            f"batch      {batch_line(settings.rows, settings.row_tokens, ranks.world, settings.micro_rows)}\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
-            f"takes      about {duration(step)} a step, {steps:,} steps in {duration(seconds)}, {human(needs, 'B')} of "
-            f"memory a rank{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
+            f"takes      about {duration(step)} a step, {counted(steps, noun)} in {duration(seconds)}, "
+            f"{human(needs, 'B')} of memory a rank{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
         )
         if needs > has:
             ranks.say(
@@ -115,14 +133,17 @@ class Pace:
             )
         self._warn_of_slow_steps(step)
 
-    def report(self, seconds: float, count: int) -> None:
-        """Say what the `seconds` of the first of `count` micro-batches make of a step, where it is long."""
+    def report(self, seconds: float, rows: int) -> None:
+        """Say what the `seconds` of the first micro-batch, of so many rows, make of a step, where it is long."""
         self.known = True
-        step = seconds * count
+        share = self._settings.rows // self._ranks.world
+        step = seconds * share / rows  # the last micro-batch may have fewer rows
         if step > SLOW_STEP / 3:
-            _, whole = length(self._budget, step, self._settings.rows * self._settings.row_tokens)
-            pace = f"about {duration(step)} a step, {duration(whole)} for the whole run"
-            self._ranks.say(f"measured   micro-batch 1 of {count} took {duration(seconds)}: {pace}")
+            step_tokens = self._settings.rows * self._settings.row_tokens
+            _, left = length(self._budget, step, step_tokens, self._progress)
+            part = "rest of the run" if self._progress.step else "whole run"
+            pace = f"about {duration(step)} a step, {duration(left)} for the {part}"
+            self._ranks.say(f"measured   micro-batch 1 of {math.ceil(share / rows)} took {duration(seconds)}: {pace}")
             self._warn_of_slow_steps(step)
 
     def _warn_of_slow_steps(self, seconds: float) -> None:
@@ -152,7 +173,7 @@ def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
     if rows != ceiling:
         settings.batch_tokens = rows * settings.row_tokens
         budget = settings.budget(samples)
-        whole = f", for a run of {budget.max_steps} steps" if budget.max_steps else ""
+        whole = f", for a run of {counted(budget.max_steps, 'step')}" if budget.max_steps else ""
         by = budget.steps_by or f"--max_minutes {budget.max_minutes:g}"
         ranks.say(
             f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}{whole} ({by}, {samples} rows an epoch); "
@@ -201,19 +222,18 @@ def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int, step:
     step: its seconds as estimated, which say how many the clock leaves.
     """
     budget, minutes = settings.budget(samples), settings.max_minutes
-    by_clock = length(Budget(None, minutes), step, 1)[0] if minutes else math.inf
+    by_clock = max(round(60 * minutes / step), 1) if minutes else math.inf
     steps = min(budget.max_steps or math.inf, by_clock)
     if steps >= FEW:
         return
     if budget.max_steps is None or by_clock < budget.max_steps:
-        count, by = f"about {steps}", f"--max_minutes {minutes:g}"
+        about, by = "about ", f"--max_minutes {minutes:g}"
         remedy = f"give --max_minutes {math.ceil(ENOUGH * step / 60)} for {ENOUGH} steps"
     else:
-        count, by = f"{steps}", budget.steps_by
+        about, by = "", budget.steps_by
         remedy = f"raise {by.split()[0]}"
         if by.startswith("--epochs"):
             remedy = f"give --epochs {math.ceil(ENOUGH * settings.rows / samples)} for {ENOUGH} steps"
     if remedy.startswith("give") and settings.rows > ranks.world and not settings.uneven:
         remedy += ", or a smaller --batch_tokens"
-    plural = "s" * (steps > 1)
-    ranks.say(f"notice: this run ends after {count} step{plural} ({by}), too few to learn; {remedy}")
+    ranks.say(f"notice: this run ends after {about}{counted(steps, 'step')} ({by}), too few to learn; {remedy}")

@@ -261,6 +261,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
+def counted(number: int, noun: str) -> str:
+    """Write 1 step, 2 steps, 16,000 steps."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def legend() -> str:
     """Explain what stands in these lines, for `--help`."""
     rows = [("4%", "share of the budget that is spent"), ("3h12m left", "at the pace of this run so far")]

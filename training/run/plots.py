@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from training.run.log import ROUNDING, read_metrics, shown
+from training.run.log import ROUNDING, counted, read_metrics, shown
 
 # Title, unit, and what of an entry is drawn under which name. A panel of which a run has nothing is left out.
 PANELS = (
@@ -52,7 +52,7 @@ def draw_run(out: Path, file: BinaryIO | None = None) -> Path | None:
     loads = [entry["expert_load"] for entry in entries if entry.get("expert_load")]
     rows = -(-(len(drawn) + bool(loads)) // COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(15, 4 * rows), layout="constrained", squeeze=False)
-    figure.suptitle(plain(f"{out}: {entries[-1]['step']:,} steps, {entries[-1]['tokens']:,} tokens"))
+    figure.suptitle(plain(f"{out}: {counted(entries[-1]['step'], 'step')}, {entries[-1]['tokens']:,} tokens"))
     places = iter(axes.flat)
     for title, unit, keys, points in drawn:
         _curve(next(places), points, keys, title, unit)

@@ -16,7 +16,7 @@ from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, keep_last, load_training_state
 from training.run.interrupt import aftermath
-from training.run.log import read_metrics
+from training.run.log import counted, read_metrics
 from training.run.resume import contents, find_checkpoint
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
@@ -161,7 +161,7 @@ class RunCheckpoints:
         if not progress.finished:
             say(f"interrupted: saved {folder}; the same command with --resume continues from there{aftermath()}")
             return
-        say(f"finished: {folder} after {progress.step} steps, {progress.tokens:,} tokens (ended by {end})")
+        say(f"finished: {folder} after {counted(progress.step, 'step')}, {progress.tokens:,} tokens (ended by {end})")
         if self._settings.keep_best and (best := progress.best):
             say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
             if notice := self._ranks.on_main(lambda: self._unlearned(best)):

@@ -142,7 +142,7 @@ def test_two_ranks_train_as_one_process_does(arguments, tmp_path, run):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(dpo_train.main, *options, "--out", one).code == 0
     shown = script_on_ranks(2, dpo_train.main, [*options, "--out", two], tmp_path)
-    assert "4 rows of 256 tokens = 2 ranks x 1 accumulated x 2 rows" in shown
+    assert "4 rows of 256 tokens: 2 ranks, 1 micro-batch of 2 rows" in shown
     for together, alone in zip(entries(two), entries(one), strict=True):
         assert together.keys() == alone.keys()
         assert together.pop("held_out", None) == alone.pop("held_out", None)

@@ -264,6 +264,7 @@ def test_a_budget_of_tokens_is_spent_by_completions_as_long_as_they_are(train, t
         (["--data", "no.jsonl"], "no.jsonl: no such file"),
         (["--data", "arithmetic:9"], "levels 1 to 4"),
         (["--max_new_tokens", 40], "a prompt of level 1 has .* tokens, but 8 is the most"),
+        (["--batch_tokens", 4096], "--batch_tokens 4096: a step .* --prompts x --group completions, now 4 x 4;"),
         (["--compile"], "--compile: the batches of this stage change their shape"),
         (["--beta", 0.1, "--reference", "nowhere"], "nowhere"),
     ],

@@ -36,7 +36,7 @@ def test_two_ranks_train_as_one_process_does(pretrain_arguments, tmp_path, run):
     ranks = on_ranks(2, lambda rank: call_main(pretrain.main, *given), tmp_path)
     said = [rank.output() for rank in ranks]
     assert [rank.code for rank in ranks] == [0, 0], said
-    assert "16 rows of 64 tokens = 2 ranks x 2 accumulated x 4 rows" in said[0]
+    assert "16 rows of 64 tokens: 2 ranks, 2 micro-batches of 4 rows" in said[0]
     assert said[0].count("finished: ") == 1 and "finished" not in said[1]  # one process speaks
     alone, together = (read_metrics(out / "metrics.jsonl") for out in (one, two))
     assert ["mtp_loss" in entry for entry in alone] == [False, False, True, True]

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import training.run.estimate
+from grpo_train import GRPOSettings
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.costs import count
 from pretrain import PretrainSettings
 from training.machine import machine_peak
-from training.run.estimate import length, memory, step_seconds
+from training.parallel.ranks import Ranks
+from training.run.checkpoint import Progress
+from training.run.estimate import Pace, batch_line, length, memory, step_seconds
 from training.schedule import Budget
 
 CPU, MB = torch.device("cpu"), 1e6
@@ -38,12 +41,31 @@ def test_a_step_takes_its_flops_at_the_usual_share_of_the_peak(model):
 
 
 @pytest.mark.parametrize(
-    ("budget", "steps"),
-    [(Budget(7, None), 7), (Budget(None, 2.0), 24), (Budget(None, None, 9001), 10), (Budget(100, 1.0), 12)],
-    ids=["steps", "minutes", "tokens", "whichever is first"],
+    ("budget", "steps", "left"),
+    [
+        (Budget(7, None), 7, 5),
+        (Budget(None, 2.0), 24, 20),
+        (Budget(None, None, 9001), 10, 8),
+        (Budget(100, 1.0), 12, 8),
+        (Budget(2, None), 2, 1),
+    ],
+    ids=["steps", "minutes", "tokens", "whichever is first", "one more at least"],
 )
-def test_a_run_lasts_as_long_as_its_budget(budget, steps):
-    assert length(budget, 5.0, 1000) == (steps, steps * 5.0)
+def test_a_run_lasts_as_long_as_its_budget_and_a_resumed_one_as_what_is_left(budget, steps, left):
+    assert length(budget, 5.0, 1000, Progress()) == (steps, steps * 5.0)
+    assert length(budget, 5.0, 1000, Progress(step=2, tokens=2000, seconds=20.0)) == (left, left * 5.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [
+        ((5, 1024, 1, 4), "5 rows of 1024 tokens: 1 rank, 2 micro-batches of at most 4 rows"),
+        ((8, 64, 2, 2), "8 rows of 64 tokens: 2 ranks, 2 micro-batches of 2 rows"),
+        ((1, 64, 1, 16), "1 row of 64 tokens: 1 rank, 1 micro-batch of 1 row"),
+    ],
+)
+def test_the_shares_of_a_step_are_told_as_they_are(shape, line):
+    assert batch_line(*shape) == line
 
 
 def test_the_memory_is_near_what_was_measured(model):
@@ -73,6 +95,12 @@ def test_the_remedy_fits_the_machine(changes, device, remedy):
     assert settings(**changes).lighten(device) == remedy
 
 
+def test_the_remedy_of_grpo_names_what_makes_its_steps():
+    asked = GRPOSettings(ckpt="x", data="x", out="x", prompts=64, group=4, max_new_tokens=40)
+    remedy = "lower --prompts, now 64, --group, now 4, or --max_new_tokens, now 40, or take a smaller model"
+    assert asked.lighten("cpu") == remedy
+
+
 def before_the_steps(shown: str, start: str) -> str:
     """The one line that begins so, which must come before those of steps."""
     lines = shown.splitlines()
@@ -93,7 +121,7 @@ def test_a_slow_step_is_warned_of_once_and_before_it_begins(slow_machine, make, 
     make(max_steps=1, micro_tokens=4 * 16).run()
     shown = capsys.readouterr().out
     takes = before_the_steps(shown, "takes      about ")
-    assert re.fullmatch(r"takes      about (\S+) a step, 1 steps in \1, 4\d\d\.\d MB of memory a rank", takes)
+    assert re.fullmatch(r"takes      about (\S+) a step, 1 step in \1, 4\d\d\.\d MB of memory a rank", takes)
     assert before_the_steps(shown, "warning    a step takes about ").endswith("or take a smaller model")
 
 
@@ -102,6 +130,19 @@ def test_the_first_micro_batch_of_a_long_step_tells_its_pace(make, capsys, monke
     make(max_steps=2, micro_tokens=2 * 16).run()
     shown = capsys.readouterr().out.replace("step      0", "")
     assert "whole run" in before_the_steps(shown, "measured   micro-batch 1 of 4 took ")
+    make(max_steps=3, micro_tokens=2 * 16, resume=True).run()
+    shown = capsys.readouterr().out
+    assert " a step, 1 more step in " in before_the_steps(shown, "takes      about ")
+    assert "rest of the run" in before_the_steps(shown, "measured   micro-batch 1 of 4 took ")
+
+
+def test_a_small_last_micro_batch_takes_less(capsys):
+    """5 rows are one micro-batch of 4 and one of 1: 40 s and 10 s."""
+    asked = settings(sequence_length=64, batch_tokens=5 * 64, micro_tokens=4 * 64)
+    Pace(asked, Ranks(0, 1, CPU), Budget(10, None)).report(40.0, 4)
+    assert (
+        "measured   micro-batch 1 of 2 took 40s: about 50s a step, 8m20s for the whole run" in capsys.readouterr().out
+    )
 
 
 def test_a_run_that_does_not_fit_into_memory_is_warned_of_before_its_first_step(make, capsys, monkeypatch):

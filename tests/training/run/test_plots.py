@@ -78,7 +78,7 @@ def test_a_folder_of_any_name_draws_no_warning(name, tmp_path, drawn, caplog):
         draw_run(run_folder(tmp_path / name, {"step": 1, "tokens": 10, "loss": 3.0}))
     assert not caplog.records
     (figure,) = drawn
-    assert figure.get_suptitle().endswith(": 1 steps, 10 tokens") and str(tmp_path) in figure.get_suptitle()
+    assert figure.get_suptitle().endswith(": 1 step, 10 tokens") and str(tmp_path) in figure.get_suptitle()
 
 
 def test_a_character_is_drawn_where_a_font_of_the_system_has_it(monkeypatch):
