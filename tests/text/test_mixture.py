@@ -166,7 +166,7 @@ def registry(world, tmp_path_factory) -> Path:
     return folder / "datasets.yaml"
 
 
-SHORT = ["--sequence_length", 64, "--batch_tokens", 256, "--micro_tokens", 256, "--dtype", "fp32"]
+SHORT = ["--sequence_length", 64, "--micro_tokens", 256, "--dtype", "fp32", "--batch_tokens", 256]
 
 
 def test_pretraining_by_name_reads_each_with_its_own_column(run, pretrain_arguments, registry, tmp_path):
@@ -200,7 +200,7 @@ def test_preferences_reinforcement_and_collecting_by_name(run, pretrained, regis
     done = run(dpo_train.main, *given, "--data", "pairs", "--out", tmp_path / "dpo", *SHORT, "--max_steps", 1)
     assert done.code == 0, done.err
     few = ["--prompts", 2, "--group", 2, "--max_new_tokens", 4]
-    done = run(grpo_train.main, *given, "--data", "sums=3,arithmetic:1", "--out", tmp_path / "rl", *SHORT, *few,
+    done = run(grpo_train.main, *given, "--data", "sums=3,arithmetic:1", "--out", tmp_path / "rl", *SHORT[:-2], *few,
                "--max_steps", 1, "--rewards", '{"overlong": 1}')  # fmt: skip
     assert done.code == 0 and "40 of 40 rows read" in done.out, done.err
     given = ["--method", "answers", "--teacher", *given[1:], "--prompts", 8, "--samples", 8, "--max_new_tokens", 24]
