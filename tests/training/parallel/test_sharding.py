@@ -16,6 +16,7 @@ from test_equality import OPTIONS, Packed, Uneven, assert_the_same_training
 from toy_stage import ROWS, TIME, Rows, files
 
 from errors import UserError, command_line
+from LMConfig import LMConfig
 from training.optim.build import OptimSettings
 from training.parallel.mesh import ShardSettings, check_mesh
 from training.parallel.ranks import Ranks
@@ -28,6 +29,9 @@ CASES = {  # ranks, how they cut, rows, model, and how the step is cut
     "zero 1, accumulated": (2, {"zero": 1}, Uneven, {}, {"micro_tokens": TIME}),
     "zero 3, accumulated, recomputed": (2, {"zero": 3}, Packed, {"num_nextn_predict_layers": 2}, CUT),
     "ep 4, recomputed": (4, {"ep": 4}, Packed, {"num_nextn_predict_layers": 0}, CUT),
+    "pp 2, recomputed": (2, {"pp": 2}, Packed, {}, CUT),
+    "pp 2, folded, bubbles filled, recomputed": (2, {"pp": 2, "schedule": "zbv"}, Packed, {}, CUT),
+    "pp 2, DualPipeV": (2, {"pp": 2, "schedule": "dualpipev"}, Uneven, {}, {"micro_tokens": TIME}),
     "ep 2, more copies than experts, zero 3, tied": (4, {"ep": 2, "zero": 3}, Packed, FEW, CUT),
 }
 
@@ -137,7 +141,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(make):
         (dict(compile=True), 8, "--compile true: does not go with --dist.zero 1"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
-            check_mesh(replace(settings, **change), world, 4)
+            check_mesh(replace(settings, **change), world, LMConfig.preset('demo', n_routed_experts=4))
     for zero in (2, 4):
         with pytest.raises(UserError, match=f"--dist.zero {zero}: one of 0, 1, 3"):
             ShardSettings(zero=zero)
