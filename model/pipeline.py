@@ -1,4 +1,4 @@
-"""A stage of a pipeline: the model with some of its layers, and weight gradients that wait (DeepSeek-V3 section 3.2.1)."""
+"""A stage of a pipeline: the model with some of its layers; weight gradients that wait (DeepSeek-V3 section 3.2.1)."""
 
 from __future__ import annotations
 

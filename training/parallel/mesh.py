@@ -118,8 +118,8 @@ def check_pipeline(settings: StageSettings, pipelines: int, config: LMConfig) ->
         raise UserError(
             f"{option}: --micro_tokens {settings.micro_tokens} does not cut the {rows} rows of a pipeline's step evenly"
         )
-    if dist.schedule == "dualpipev" and rows // micro_rows < stages:
+    if dist.schedule != "zbv" and rows // micro_rows < stages:
         raise UserError(
-            f"--dist.schedule dualpipev: needs {stages} micro-batches, a step has {rows // micro_rows}; lower "
-            f"--micro_tokens, now {settings.micro_tokens}, or raise --batch_tokens"
+            f"{option}: {dist.schedule} needs {stages} micro-batches of a pipeline, a step has {rows // micro_rows}; "
+            f"lower --micro_tokens, now {settings.micro_tokens}, or raise --batch_tokens"
         )

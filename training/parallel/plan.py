@@ -1,6 +1,6 @@
 """What a run would need on so many GPUs, from formulas alone: memory, communication, bubbles, time, GPU hours.
 
-python -m training.parallel.plan --config configs/deepseek-v3.yaml --gpus 2048 --dist.pp 16
+python -m training.parallel.plan --config configs/deepseek-v3.yaml --gpus 2048
 python -m training.parallel.plan --config configs/1b-moe.yaml --gpus 8 --gpu h100 --dist.ep 4
 """
 

@@ -75,7 +75,7 @@ class Replicated:
         return [p.grad for p in self.module.parameters() if p.grad is not None]
 
     def squares(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Return the squared norm on the main rank, zero elsewhere, that no bit may part the ranks: they have the same."""
+        """Return the squared norm on the main rank, zero elsewhere: all have the same, and no bit may part them."""
         squares = torch.nn.utils.get_total_norm(gradients).double().square()
         return squares if self._counts else torch.zeros_like(squares)
 

@@ -50,13 +50,16 @@ def length(budget: Budget, step: float, step_tokens: int, done: Progress) -> tup
     return max(min(steps), 1), max(min(steps), 1) * step
 
 
-def batch_line(rows: int, row_tokens: int, world: int, micro: int) -> str:
+def batch_line(rows: int, row_tokens: int, ranks: Ranks, micro: int) -> str:
     """Return how a step's rows are shared. micro: most rows of a micro-batch."""
-    share = rows // world
+    share = rows // ranks.shares
+    sharing = counted(ranks.shares, "rank")
+    if ranks.pp > 1:
+        sharing = f"{counted(ranks.shares, 'pipeline')} of {ranks.pp} ranks"
     micro = min(micro, share)
     parts = f"{math.ceil(share / micro):,} micro-batch{'es' * (share > micro)}"
     each = "at most " * (share % micro > 0) + counted(micro, "row")
-    return f"{counted(rows, 'row')} of {row_tokens} tokens: {counted(world, 'rank')}, {parts} of {each}"
+    return f"{counted(rows, 'row')} of {row_tokens} tokens: {sharing}, {parts} of {each}"
 
 
 def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, dtype: torch.dtype) -> float:
@@ -120,7 +123,7 @@ class Pace:
             f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
             f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
             f"kernels    {kernel_report(*kernels)}\n"
-            f"batch      {batch_line(settings.rows, settings.row_tokens, ranks.shares, settings.micro_rows)}\n"
+            f"batch      {batch_line(settings.rows, settings.row_tokens, ranks, settings.micro_rows)}\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
             f"takes      about {duration(step)} a step, {counted(steps, noun)} in {duration(seconds)}, "
             f"{human(needs, 'B')} of memory a rank{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
