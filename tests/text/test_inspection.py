@@ -132,7 +132,11 @@ def test_a_check_of_several_counts_problems_by_kind_and_continues_after_a_bad_on
     assert all(f"{path}:{line}: " in done.out for line in (2, 3, 5))
     bad = write(tmp_path / "b.jsonl", ["{broken"])
     done = look("check", f"{bad},{world / 'preferences.jsonl'},{world / 'pretrain.csv'}", "--sequence_length", 30)
-    assert done.code == 2 and "pairs are longer and left out" in done.out and "continue in the next row; nothing is lost" in done.out
+    assert (
+        done.code == 2
+        and "pairs are longer and left out" in done.out
+        and "continue in the next row; nothing is lost" in done.out
+    )
 
 
 @pytest.mark.parametrize(
