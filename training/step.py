@@ -163,7 +163,7 @@ class OptimizerStep:
             # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
             if index and (index == last or ranks.in_step) and ranks.asked_to_stop():
                 raise Stopped
-            ranks.watch.show(f"micro-batch {index + 1}/{len(micro_batches)}" if last else "")
+            ranks.watch.show(*("micro-batches", index, len(micro_batches)) if last else ("", 0, 0))
             began = time.perf_counter()
             batch = self.batches.take(step, index)
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
