@@ -26,7 +26,7 @@ class StepResult:
     """One optimiser step over all micro-batches and ranks.
 
     Attributes:
-        loss: normalised total; labels: how many it was divided by; positions: that went through the network.
+        loss: normalised total; labels: how many it was divided by; tokens: as the data set counts them.
         metrics: means by name; counts: (MoE layers, experts) loads, on the host, or None.
         shared: what the loop wanted to know of all ranks, summed over them.
         extra: log entries of the data set.
@@ -35,7 +35,7 @@ class StepResult:
     loss: float
     grad_norm: float
     labels: int
-    positions: int
+    tokens: int
     metrics: dict[str, float]
     counts: Tensor | None
     shared: dict[str, float] = field(default_factory=dict)

@@ -197,7 +197,7 @@ class Trainer:
             self._replicate()
             result = self._step()
             progress.step += 1
-            progress.tokens += result.positions
+            progress.tokens += result.tokens
             progress.seconds, stop = result.shared["seconds"], result.shared["stop"] > 0
             if result.shared["failed"]:
                 self.checkpoints.wait()  # raises the error of the save that has failed meanwhile
