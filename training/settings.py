@@ -37,7 +37,8 @@ class StageSettings:
         dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
         threads: CPU threads; 0 leaves it to torch: one a core, or OMP_NUM_THREADS, which torchrun sets to 1.
         max_steps: end after so many optimiser steps.
-        max_tokens: end after so many tokens; in grpo_train.py of completions that were trained on.
+        max_tokens: end after so many tokens; in grpo_train.py of completions that were trained on, without the groups
+            that have no variance.
         max_minutes: end after so many minutes of training.
         epochs: end after so many passes over the data; the default, one pass (two over conversations), holds only
             where no limit at all is given. Of several limits the first ends the run.
@@ -49,7 +50,7 @@ class StageSettings:
             half of its memory holds.
         optim: optimiser and learning rate.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        compile: torch.compile each layer; where nothing is said, on CUDA, but not under adapters and not in GRPO.
+        compile: torch.compile each layer; null: on CUDA, but not under adapters and not in GRPO.
         log_every: steps between log lines.
         val_every: steps between validations; 0: only before the first and after the last step.
         val_tokens: most held-out tokens to validate on.
