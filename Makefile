@@ -51,11 +51,11 @@ web: $(VENV)/installed $(OUT)/grpo/final/config.json
 
 check-server: $(VENV)/installed-dev
 	@$(RUN) -c 'import lm_eval, tenacity' 2>/dev/null || $(RUN) -m pip install "lm-eval[api]==0.4.13"
-	$(RUN) tests/check_server.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
+	$(RUN) tests/checks/check_server.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
 
 check-web: $(OUT)/grpo/final/config.json $(VENV)/installed-dev
 	@$(RUN) -c 'import selenium' 2>/dev/null || $(RUN) -m pip install selenium==4.50.0
-	$(RUN) tests/check_web.py --ckpt $(CKPT) --shots out/web
+	$(RUN) tests/checks/check_web.py --ckpt $(CKPT) --shots out/web
 
 # One process a core, each with one thread: models this small only wait for each other's threads.
 test: $(VENV)/installed-dev
@@ -68,17 +68,17 @@ fuzz: $(VENV)/installed-dev
 CKPT ?= $(OUT)/grpo/final
 check-gguf: $(VENV)/installed-dev
 	@$(RUN) -c 'import llama_cpp' 2>/dev/null || $(RUN) -m pip install llama-cpp-python==0.3.36
-	$(RUN) tests/check_gguf.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
+	$(RUN) tests/checks/check_gguf.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
 
 check-lm-eval: $(VENV)/installed-dev
 	@$(RUN) -c 'import lm_eval' 2>/dev/null || $(RUN) -m pip install lm-eval==0.4.13
-	$(RUN) -m pytest tests/check_harness.py
-	$(RUN) tests/check_lm_eval.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
+	$(RUN) -m pytest tests/checks/check_harness.py
+	$(RUN) tests/checks/check_lm_eval.py --ckpt $(CKPT) $(if $(wildcard $(WORLD)/heldout_questions.jsonl),--questions $(WORLD)/heldout_questions.jsonl)
 
 # vLLM pins other versions, so it has an environment of its own. What it installs for images and sound does not import beside its torch.
 check-vllm: CKPT := $(OUT)/sft/final
 check-vllm: $(VENV)/installed-dev $(VENV)-vllm/installed
-	$(RUN) tests/check_vllm.py --ckpt $(CKPT) --vllm $(VENV)-vllm/bin/python
+	$(RUN) tests/checks/check_vllm.py --ckpt $(CKPT) --vllm $(VENV)-vllm/bin/python
 
 $(VENV)-vllm/installed:
 	@test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
@@ -100,10 +100,10 @@ notebook: $(VENV)/installed
 check-notebooks: $(VENV)/installed-dev
 	@$(RUN) -c 'import nbclient, ipykernel' 2>/dev/null || $(RUN) -m pip install -r requirements-notebooks.txt
 	$(RUN) notebooks/build.py --check
-	$(RUN) tests/check_notebooks.py
+	$(RUN) tests/checks/check_notebooks.py
 
 chaos: $(VENV)/installed-dev
-	$(RUN) tests/chaos.py --kills 100 --jobs 2
+	$(RUN) tests/checks/chaos.py --kills 100 --jobs 2
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

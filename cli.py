@@ -171,11 +171,13 @@ def check_values(kind: Callable[..., Any], given: Mapping[str, Any], prefix: str
 
 
 def _flags(kind: Callable[..., Any], prefix: str = "--") -> dict[str, tuple[str, ...]]:
-    """Return the options that may be true or false, and their values; those of groups too: `--lora.dora`."""
+    """Return the options that may be true or false, and all their values; those of groups too: `--lora.dora`."""
     flags = {}
     for name, hint in get_type_hints(kind).items():
         if hint is bool or bool in get_args(hint):
-            flags[prefix + name] = (*BOOLEANS, *(word for part in get_args(hint) for word in get_args(part)))
+            nothing = ("null",) * (type(None) in get_args(hint))
+            words = (word for part in get_args(hint) for word in get_args(part))
+            flags[prefix + name] = (*BOOLEANS, *nothing, *words)
         elif is_dataclass(hint):
             flags |= _flags(hint, f"{prefix}{name}.")
     return flags

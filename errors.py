@@ -8,15 +8,19 @@ import os
 import re
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TypeVar
 from unicodedata import category
 
+Item = TypeVar("Item")
 LONGEST = 1000  # characters of a message; data may be quoted in it
 PATIENCE = 3.0  # seconds
+QUIET = 30.0  # seconds after which a log file is told how far something is
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),
@@ -103,6 +107,25 @@ def waiting(what: str, speaks: bool = True) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def tracked(items: Iterable[Item], what: str, total: int, speaks: bool = True) -> Iterator[Item]:
+    """Yield the items and show on stderr how many are done: in a bar, in a log file in a line every `QUIET` seconds."""
+    if speaks and sys.stderr.isatty():
+        from tqdm import tqdm  # which those who only train need not wait for
+
+        items, speaks = tqdm(items, what, total, leave=False, dynamic_ncols=True), False
+    spoke = time.monotonic()
+    for done, item in enumerate(items):
+        if speaks and time.monotonic() - spoke > QUIET:
+            spoke = time.monotonic()
+            print(how_far(what, done, total), file=sys.stderr, flush=True)
+        yield item
+
+
+def how_far(what: str, done: float, total: int) -> str:
+    """Write `validating: 12 of 64, 19%`. done: may have a part of the next one."""
+    return f"{what}: {int(done + 1e-6)} of {total}, {done / total:.0%}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ python grpo_train.py --ckpt out/sft/final --data arithmetic:1-3 --out out/grpo -
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from cli import parse
@@ -14,7 +15,7 @@ from dataset import PromptDataset
 from errors import UserError, command_line, waiting
 from text.sources.registry import find_sources
 from training.alignment.accuracy import Accuracy
-from training.alignment.batches import Experience
+from training.alignment.batches import COUNTED, Experience
 from training.alignment.policy_loss import GRPOLoss
 from training.alignment.reference import frozen_reference
 from training.alignment.rewards import Rewards
@@ -22,6 +23,7 @@ from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
+from training.run.resume import saved_run
 from training.settings import StageSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
@@ -116,7 +118,10 @@ def main() -> None:
     dtype, limits = choose_dtype(settings.dtype, ranks.device), (settings.max_new_tokens, settings.temperature)
     sampler = Sampler(model, dtype)
     rollouts = Rollouts(prompts, rewards, sampler, settings, ranks)
-    experience = Experience(rollouts, settings.sequence_length, settings.micro_rows, dtype, reference)
+    begun = ranks.on_main(lambda: saved_run(Path(settings.out), settings.resume))
+    counts_positions = bool(begun) and not str(begun.get("data")).endswith(COUNTED)  # an older run goes on as it began
+    shape = settings.sequence_length, settings.micro_rows
+    experience = Experience(rollouts, *shape, dtype, reference, counts_positions)
     loss = GRPOLoss(settings.loss, limits[0], settings.clip_low, settings.clip_high, settings.beta, limits[1])
     accuracy = None
     if prompts.validation:

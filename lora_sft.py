@@ -20,7 +20,8 @@ from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings, build_optimizer
-from training.run.resume import BEST
+from training.run.checkpoint import BEST, read_progress
+from training.run.saver import unlearned
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 
@@ -71,6 +72,8 @@ def main() -> None:
         best = Path(settings.out) / BEST
         chosen = best if settings.keep_best and best.is_dir() else reached
         save_merged(settings.ckpt, chosen, Path(settings.out) / "merged")
+        if chosen == best and unlearned(Path(settings.out), read_progress(best).best):
+            ranks.say(f"notice: merged all the same; on the held-out rows {settings.ckpt} is no worse without it")
     ranks.stop()
 
 

@@ -12,7 +12,7 @@ from eval.compared_run import ComparedRun
 from eval.score_files import draw_bars, shown, table
 from eval.scores import WHOLE, Score
 from training.run.log import ROUNDING
-from training.run.plots import PANELS, load_pyplot, plain
+from training.run.plots import PANELS, from_zero, load_pyplot, plain
 from training.validation import MEASURED_ON
 
 COLUMNS, MOST_BARS = 3, 14
@@ -24,15 +24,15 @@ ENDS = {
     "tokens": ("tokens", "{:,}"),
     "seconds": ("seconds of training", "{:,.0f}"),
     "tokens_per_second": ("tokens per second, at the end", "{:,.0f}"),
-    "loss": ("loss", "{:.4f}"),
+    "loss": ("loss of the last logged step", "{:.4f}"),
     "val_bits_per_byte": ("held-out bits per byte", "{:.4f}"),
     "val_accuracy": ("held-out accuracy", "{:.1%}"),
     "val_pass_1": ("held-out pass@1", "{:.1%}"),
     "val_preferred": ("held-out pairs preferred", "{:.1%}"),
     "val_margin": ("held-out reward margin", "{:.3f}"),
-    "reward": ("reward", "{:.3f}"),
-    "kl": ("KL", "{:.4f}"),
-    "max_vio_worst": ("MaxVio, worst layer", "{:.2f}"),
+    "reward": ("reward of the last logged step", "{:.3f}"),
+    "kl": ("KL of the last logged step", "{:.4f}"),
+    "max_vio_worst": ("MaxVio of the last logged step, worst layer", "{:.2f}"),
 }
 NONE = "–"
 Key = tuple[str, str, str]
@@ -183,7 +183,6 @@ def _panels(
 
 def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[str, str], x: str) -> None:
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter
 
     names = {key: label for _, key, label in lines}
     styles = dict(zip(names, ("-", "--", ":"), strict=False))
@@ -194,7 +193,7 @@ def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[s
             points = [entry[x] for entry in reported], [entry[key] for entry in reported]
             axis.plot(*points, styles[key] + marker, color=colours[run.name], linewidth=1.2, label=label)
     axis.set(title=plain(title), xlabel=AXES[x], ylabel=unit)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    from_zero(axis, max((entry.get(x) or 0 for run, _, _ in lines for entry in run.trained), default=0))
     axis.grid(alpha=0.3)
     if len(styles) > 1:
         axis.legend(handles=[Line2D([], [], color="grey", linestyle=styles[key], label=names[key]) for key in styles])

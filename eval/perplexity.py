@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from cli import call
-from errors import UserError, check_least, command_line
+from errors import UserError, check_least, command_line, tracked
 from eval.answering import Answerer
 from eval.likelihood import CacheScorer
 from text.files import json_text
@@ -102,9 +99,7 @@ def perplexity(
         raise UserError(f"{path}: no such file; give a text file")
     answerer = Answerer.open(ckpt, device, dtype, lora, quantize)
     total = math.ceil(path.stat().st_size / BLOCK)
-    bar = Console(stderr=True)
-    blocks = track(read_blocks(path), "scoring", total=total, console=bar, transient=True, disable=not bar.is_terminal)
-    score = score_text(answerer, iter(blocks), window)
+    score = score_text(answerer, tracked(read_blocks(path), "scoring, blocks of text", total), window)
     if not score.tokens:
         raise UserError(f"{path}: empty; give a file with text")
     if json:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from cli import call
-from errors import UserError, command_line
+from errors import UserError, command_line, tracked
 from eval.answering import Answerer
 from model.decoding.sampling import GREEDY, Sampling
 from text.files import json_text
@@ -70,9 +69,8 @@ def read_lines(path: Path, make: Callable[[Any], Row], columns: str) -> list[Row
 def ask(answerer: Answerer, questions: list[Question], sampling: Sampling = GREEDY, seed: int = 0) -> list[Result]:
     """Ask the questions; see `Answerer.replies`."""
     asked = [[{"role": "user", "content": question.question}] for question in questions]
-    replies, bar = answerer.replies(asked, MOST_TOKENS, sampling, seed), Console(stderr=True)
-    shown = track(replies, "asking", len(asked), console=bar, transient=True, disable=not bar.is_terminal)
-    return [Result(question, reply) for question, reply in zip(questions, shown, strict=True)]
+    replies = tracked(answerer.replies(asked, MOST_TOKENS, sampling, seed), "asking", len(asked))
+    return [Result(question, reply) for question, reply in zip(questions, replies, strict=True)]
 
 
 def accuracy(results: list[Result]) -> dict[str, float]:

@@ -49,7 +49,7 @@ def main() -> None:
         raise ConfigError(f"LMConfig.py: {error}; see --help") from None
     for argument in unknown:
         name = argument.removeprefix("--").partition("=")[0]
-        near = did_you_mean(name, {"preset", *(f.name for f in fields(LMConfig))})
+        near = did_you_mean(f"--{name}", {"--preset", *(f"--{f.name}" for f in fields(LMConfig))})
         raise ConfigError(f"{argument}: no such option{near}; see --help")
     values = {name: value for name, value in vars(given).items() if value is not None}
     name = values.pop("preset", None)

@@ -17,7 +17,7 @@ GRACE = 5.0  # seconds
 
 
 class Forked:
-    """A call in a process of its own. It is what tests/victim.py calls a victim."""
+    """A call in a process of its own. It is what tests/checks/victim.py calls a victim."""
 
     def __init__(self, call: Callable[[], object], said: Path) -> None:
         """said: file for what the call prints."""

@@ -48,6 +48,14 @@ def test_a_flag_needs_no_value():
     assert settings.lora.dora and settings.merge and settings.lora.r == 4 and not settings.lora.rslora
 
 
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [(["--compile", "null"], None), (["--compile=null"], None), (["--compile", "false"], False), (["--compile"], True)],
+)
+def test_a_default_of_a_flag_can_be_typed_as_help_shows_it(given, value):
+    assert read(*given, "--seed", 3).compile is value
+
+
 def test_what_a_run_used_can_be_used_again(tmp_path):
     settings = read("--optim.lr", 0.25, "--mtp_weight", "{0: 0.3, 0.5: 0.1}", "--model.preset", "demo", "--resume")
     save_resolved(settings, tmp_path / "config.yaml")

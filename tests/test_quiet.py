@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import warnings
 from functools import cache
 from graphlib import TopologicalSorter
@@ -74,6 +75,15 @@ def test_imports_make_no_circle():
         path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in ("model", "text", "training", "eval")
     ]
     TopologicalSorter({path: imports_of(path)[0] - {path} for path in places}).prepare()  # raises CycleError
+
+
+def test_no_script_finds_other_folders_in_place_of_the_packages():
+    """What lies beside a script is found before what is installed, a folder without __init__.py too."""
+    scripts = re.findall(r"\$\(RUN\) (\S+\.py)", (ROOT / "Makefile").read_text(encoding="utf8"))
+    folders = {(ROOT / script).parent for script in scripts} - {ROOT}
+    ours = {path.name for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {folder.name for folder in folders} >= {"eval", "bench", "checks"}
+    assert [path for folder in folders for path in folder.iterdir() if path.name in ours] == []
 
 
 def test_the_closure_sees_through_modules_and_contexts():

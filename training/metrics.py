@@ -26,7 +26,7 @@ class StepResult:
     """One optimiser step over all micro-batches and ranks.
 
     Attributes:
-        loss: normalised total; labels: how many it was divided by; positions: that went through the network.
+        loss: normalised total; labels: how many it was divided by; tokens: as the data set counts them.
         metrics: means by name; counts: (MoE layers, experts) loads, on the host, or None.
         shared: what the loop wanted to know of all ranks, summed over them.
         extra: log entries of the data set.
@@ -35,7 +35,7 @@ class StepResult:
     loss: float
     grad_norm: float
     labels: int
-    positions: int
+    tokens: int
     metrics: dict[str, float]
     counts: Tensor | None
     shared: dict[str, float] = field(default_factory=dict)
@@ -132,10 +132,11 @@ def step_entry(
     result: StepResult, progress: Progress, lr: float, rate: float, mfu: float, memory: int
 ) -> dict[str, Any]:
     """Return the entry of a logged step: `loss` is the part named `main`, if there is one, `total_loss` their sum."""
+    own = measures(result)
     entry: dict[str, Any] = {
         "step": progress.step,
         "tokens": progress.tokens,
-        "loss": result.metrics.get("main", result.loss),
+        "loss": own.pop("loss"),
         "total_loss": result.loss,
         "lr": lr,
         "grad_norm": result.grad_norm,
@@ -146,12 +147,16 @@ def step_entry(
         "skipped": progress.skipped,
         "memory": memory,
     }
-    for name, value in result.metrics.items():
-        if name != "main":
-            entry[PARTS_OF_THE_LOSS.get(name, name)] = value
     if result.counts is not None:
         entry["max_vio"] = max_violation(result.counts)
-    return {**entry, **result.extra}
+    return {**entry, **own, **result.extra}
+
+
+def measures(result: StepResult) -> dict[str, float]:
+    """Return what a step measured on its samples, by the names of the log: `loss` among them."""
+    named = {PARTS_OF_THE_LOSS.get(name, name): value for name, value in result.metrics.items()}
+    numbers = {name: value for name, value in result.extra.items() if isinstance(value, (int, float))}
+    return {"loss": named.pop("main", result.loss), **named, **numbers}
 
 
 def untrained_entry(held_out: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import yaml
 
 from errors import UserError, check_least, check_seed, naming
 from LMConfig import LMConfig
+from text.order import ROW_TOKENS
 from text.sources.registry import REGISTRY
 from training.optim.build import OptimSettings
 from training.parallel.ranks import DistSettings
@@ -36,7 +37,8 @@ class StageSettings:
         dtype: auto, bf16 or fp32: the type of the products (weights stay fp32).
         threads: CPU threads; 0 leaves it to torch: one a core, or OMP_NUM_THREADS, which torchrun sets to 1.
         max_steps: end after so many optimiser steps.
-        max_tokens: end after so many tokens; in grpo_train.py of completions that were trained on.
+        max_tokens: end after so many tokens; in grpo_train.py of completions that were trained on, without the groups
+            that have no variance.
         max_minutes: end after so many minutes of training.
         epochs: end after so many passes over the data; the default, one pass (two over conversations), holds only
             where no limit at all is given. Of several limits the first ends the run.
@@ -48,7 +50,7 @@ class StageSettings:
             half of its memory holds.
         optim: optimiser and learning rate.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        compile: torch.compile each layer; where nothing is said, on CUDA, but not under adapters and not in GRPO.
+        compile: torch.compile each layer; null: on CUDA, but not under adapters and not in GRPO.
         log_every: steps between log lines.
         val_every: steps between validations; 0: only before the first and after the last step.
         val_tokens: most held-out tokens to validate on.
@@ -76,7 +78,7 @@ class StageSettings:
     max_tokens: int | None = None
     max_minutes: float | None = None
     epochs: float | None = None
-    sequence_length: int = 512
+    sequence_length: int = ROW_TOKENS
     batch_tokens: int = 32768
     micro_tokens: int = 8192
     optim: OptimSettings = field(default_factory=OptimSettings)

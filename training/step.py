@@ -37,7 +37,10 @@ Part = tuple[range, Tensor, Tensor]  # of a micro-batch: indices of its samples,
 
 
 class Dataset(Protocol):
-    """What a stage trains on: sample `i`, counted from the start of training, is a function of (seed, i) alone."""
+    """What a stage trains on: sample `i`, counted from the start of training, is a function of (seed, i) alone.
+
+    Its positions are the tokens of a run, unless it has `count_tokens(batch) -> int`, of a batch on the device.
+    """
 
     def __len__(self) -> int: ...
 
@@ -65,6 +68,11 @@ class PolicyDataset(Protocol):
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+def positions(batch: Batch) -> int:
+    """Return how many go through the network, whether they count or not."""
+    return batch["input_ids"].numel()
 
 
 class Skipping:
@@ -125,7 +133,7 @@ class OptimizerStep:
     report_pace: Callable[[float, int], None] | None = None
     parts: list[Part] = field(default_factory=list)
     made: dict[str, Any] = field(default_factory=dict)
-    _positions: int = 0
+    _tokens: int = 0
 
     def run(self, progress: Progress) -> StepResult:
         """Do the step after `progress.step`. Raises `Stopped` where a signal came before its last micro-batch."""
@@ -135,7 +143,7 @@ class OptimizerStep:
         tally = self.accumulate(progress.step)
         gradients = self.copies.gradients()
         shared = self.share()
-        told = {"squares": self.copies.squares(gradients), "positions": self._positions}
+        told = {"squares": self.copies.squares(gradients), "tokens": self._tokens}
         sums = tally.gather(self.ranks, **told, **shared)
         shared = {name: sums.take(name) for name in shared}
         result, factor = self.normalise_and_clip(sums)
@@ -144,7 +152,7 @@ class OptimizerStep:
             update_router_biases(self.model, sums.on_device.get("counts"), getattr(self.loss, "bias_speed", 0.0))
         if self.made:
             seconds = max(time.perf_counter() - began, 1e-9)
-            result.extra = {**self.made, "train_tokens_per_second": result.positions / seconds}
+            result.extra = {**self.made, "train_tokens_per_second": result.tokens / seconds}
         return result
 
     def accumulate(self, step: int) -> Tally:
@@ -155,14 +163,14 @@ class OptimizerStep:
         ranks, tally, micro_batches = self.ranks, Tally(), self.batches.samples(step)
         if self.copies.pipeline:
             return self._accumulate_in_stages(step, micro_batches, tally)
-        last = len(micro_batches) - 1
+        last, count_tokens = len(micro_batches) - 1, getattr(self.dataset, "count_tokens", positions)
         for index, indices in enumerate(micro_batches):
             if index and index < last and ranks.watch.asked and not ranks.in_step:
                 continue
             # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
             if index and (index == last or ranks.in_step) and ranks.asked_to_stop():
                 raise Stopped
-            ranks.watch.show(f"micro-batch {index + 1}/{len(micro_batches)}" if last else "")
+            ranks.watch.show(*("micro-batches", index, len(micro_batches)) if last else ("", 0, 0))
             began = time.perf_counter()
             batch = self.batches.take(step, index)
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
@@ -176,7 +184,7 @@ class OptimizerStep:
                 self.report_pace(time.perf_counter() - began, len(indices))
                 self.report_pace = None
             self.parts.append((indices, loss.detach(), count))
-            self._positions += batch["input_ids"].numel()
+            self._tokens += count_tokens(batch)
             tally.add({"loss": loss, "count": count, **metrics})
         return tally
 
@@ -191,7 +199,7 @@ class OptimizerStep:
             tally.add({"loss": loss, "count": count, **metrics})
             if self.copies.pipeline.last is not None:  # elsewhere these are zeros
                 self.parts.append((indices, loss, count))
-                self._positions += len(indices) * batches[0]["input_ids"].shape[1]
+                self._tokens += positions(batches[0])
         return tally
 
     def normalise_and_clip(self, sums: Sums) -> tuple[StepResult, float]:
@@ -205,9 +213,9 @@ class OptimizerStep:
         scale = self._nominal * self.copies.averaged_over / count
         norm *= scale
         factor = scale * min(self.settings.optim.clip / (norm + 1e-6), 1.0)
-        positions, counts = int(sums.take("positions")), sums.on_host.pop("counts", None)
+        tokens, counts = int(sums.take("tokens")), sums.on_host.pop("counts", None)
         means = sums.means(count)
-        return StepResult(means.pop("loss"), norm, int(labels), positions, means, counts), factor
+        return StepResult(means.pop("loss"), norm, int(labels), tokens, means, counts), factor
 
     def step_or_skip(self, result: StepResult, factor: float, gradients: Sequence[Tensor], progress: Progress) -> bool:
         """Update the weights, or leave the step out where loss or gradient is not finite. Returns which it was."""

@@ -18,7 +18,7 @@ from text.tokenizer import Tokenizer
 from training.batches import Batches
 from training.losses import Loss
 from training.machine import choose_dtype, machine_peak, memory_used
-from training.metrics import FlopsCounter, StepResult, step_entry, untrained_entry
+from training.metrics import FlopsCounter, StepResult, measures, step_entry, untrained_entry
 from training.optim.build import build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
 from training.parallel.replication import Replicated, check_facts, check_weights, facts
@@ -130,7 +130,7 @@ class Trainer:
         self.progress = found or self.progress
         if found is None and self.settings.carry_optimizer:
             self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer, self.shards))
-        if self.progress.finished:
+        if self.progress.finished and not self.progress.late:
             final, end = self.out / "final", self._end(self.progress)
             if not self.ranks.on_main(lambda: newest(self.out) == final):
                 self.checkpoints.finish(self.progress, end)  # it was interrupted where this budget ends
@@ -147,7 +147,8 @@ class Trainer:
             for layer in [*self.model.model.layers, *self.model.mtp]:
                 layer.compile(dynamic=False)
         if self.ranks.main:
-            self.pace.announce(self.model, self.dataset, self.counter.flops(), self.peak, self.dtype, self.progress)
+            if not self.progress.finished:
+                self.pace.announce(self.model, self.dataset, self.counter.flops(), self.peak, self.dtype, self.progress)
             lock.sign()
             save_resolved(self.settings, self.out / "config.yaml")
         if self.samples:
@@ -170,9 +171,9 @@ class Trainer:
 
         Returns False when a signal came meanwhile: what was cut short says nothing.
         """
-        late, validates = self.progress.late, fresh and self.validation is not None
-        if validates:
-            self.ranks.say("validating before the first step")
+        late, validates, began = self.progress.late, fresh and self.validation is not None, time.perf_counter()
+        if validates or late:
+            self.ranks.say("validating before the first step" if validates else f"validating step {late['step']}")
         measured = self._validate() if validates or late else {}
         if self.ranks.asked_to_stop():
             return False
@@ -184,12 +185,13 @@ class Trainer:
             self.progress.late = {}
             log.write({**late, **measured})
             self._judge(measured)
+        if measured:
+            self.pace.pause = time.perf_counter() - began
         return True
 
     def _loop(self, log: RunLog) -> None:
         """Do steps until the budget is spent or a signal came. Validating and saving are not training time."""
         settings, progress = self.settings, self.progress
-        log.stepped(self.budget.progress(progress.step, progress.seconds, progress.tokens), progress.seconds)
         self._began = time.perf_counter() - progress.seconds
         window_tokens, window_seconds = progress.tokens, progress.seconds
         stop = False
@@ -198,7 +200,7 @@ class Trainer:
             self._replicate()
             result = self._step()
             progress.step += 1
-            progress.tokens += result.positions
+            progress.tokens += result.tokens
             progress.seconds, stop = result.shared["seconds"], result.shared["stop"] > 0
             if result.shared["failed"]:
                 self.checkpoints.wait()  # raises the error of the save that has failed meanwhile
@@ -206,7 +208,7 @@ class Trainer:
                 check_weights(self.ranks, self.model, progress.step)
             share = self.budget.progress(progress.step, progress.seconds, progress.tokens)
             progress.finished = share >= 1
-            log.stepped(share, progress.seconds, result.metrics.get("main", result.loss))
+            log.stepped(share, self.pace.left(share), measures(result))
             pause = time.perf_counter()
             validate = progress.finished or bool(settings.val_every and progress.step % settings.val_every == 0)
             if validate or progress.step == 1 or progress.step % settings.log_every == 0:
@@ -217,8 +219,8 @@ class Trainer:
                 entry = step_entry(result, progress, lr, rate, reached / self.peak, memory_used(self.ranks.device))
                 measured = self._validate() if validate and not stop else {}
                 stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
-                if stop and validate and self.validation and not progress.finished:
-                    progress.late = entry  # to be logged with its validation on resume
+                if stop and validate and self.validation:
+                    progress.late, progress.finished = entry, False  # to be logged with its validation on resume
                 else:
                     log.write(entry if stop else {**entry, **measured})
                     if validate and not stop:
@@ -230,7 +232,9 @@ class Trainer:
                 self.samples.write(self.model, progress.step, log.sampled)
             if settings.save_every and progress.step % settings.save_every == 0 and not progress.finished:
                 self.checkpoints.save(f"step-{progress.step}", progress)
-            self._began += time.perf_counter() - pause
+            pause = time.perf_counter() - pause
+            self.pace.pause = pause if validated else self.pace.pause
+            self._began += pause
 
     def _step(self) -> StepResult:
         step = OptimizerStep(

@@ -73,9 +73,9 @@ def test_the_table_has_what_each_run_came_to(runs):
     assert found["at the end of training"] == ["a/pretrain", "b", "c"]
     assert found["stage"] == ["next token", "next token", "preferences"]
     assert found["steps"] == ["5", "2", "3"] and found["tokens"] == ["5,000", "2,000", "3,000"]
-    assert found["loss"] == ["4.0000", "5.0000", "0.2000"] and "not of one unit" in page
+    assert found["loss of the last logged step"] == ["4.0000", "5.0000", "0.2000"] and "not of one unit" in page
     assert found["held-out bits per byte (not known to be the same text)"] == ["–", "2.0000", "–"]
-    assert found["MaxVio, worst layer"] == ["2.50", "–", "–"] and "KL" not in found
+    assert found["MaxVio of the last logged step, worst layer"] == ["2.50", "–", "–"] and "KL" not in page
 
 
 def test_scores_stand_side_by_side_and_those_that_differ_are_marked(runs):

@@ -264,8 +264,8 @@ def test_the_command_prints_a_changed_preset_beside_the_preset(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_hiden_layers", "3"], "--num_hiden_layers: no such option, did you mean 'num_hidden_layers'?"),
-        (["--prest=26m"], "--prest=26m: no such option, did you mean 'preset'?"),
+        (["--num_hiden_layers", "3"], "--num_hiden_layers: no such option, did you mean '--num_hidden_layers'?"),
+        (["--prest=26m"], "--prest=26m: no such option, did you mean '--preset'?"),
         (["--preset", "27m"], "no preset '27m', did you mean '26m'?"),
         (["--hidden_size", "wide"], "--hidden_size wide: not a value of this field; give int"),
         (["--hidden_size"], "argument --hidden_size: expected one argument"),

@@ -67,5 +67,6 @@ class Accuracy:
         ids = self.prompts.encode([problem for _, problem in numbered])
         drawn = uniforms([(KEY, number) for number, _ in numbered], samples, self.max_new_tokens)
         stop = self.prompts.tokenizer.eos_id
-        made = sample_groups(policy, ids, drawn, stop, temperature, self.rows, watch, "validating")
+        what = f"validating, {'sampled' if temperature else 'greedy'} answers"
+        made = sample_groups(policy, ids, drawn, stop, temperature, self.rows, watch, what)
         return [text for group in made for text in completion_texts(self.prompts.tokenizer, group)]

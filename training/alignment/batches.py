@@ -22,10 +22,12 @@ from training.alignment.rollouts import Group, Rollouts
 from training.log_probs import label_log_probs
 from training.losses import IGNORE, PLACES, Batch, located
 from training.machine import autocast, to_device
+from training.step import positions
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
 SHOWN = 60  # characters of a prompt, and of a completion, in a message
+COUNTED = ", tokens of completions"  # in the identity of runs that count these; older ones count positions
 ENTRY = "entry"  # the log's entry among the saved tensors, as JSON in bytes
 
 
@@ -97,7 +99,7 @@ class Experience:
 
     Attributes:
         sequence_length: most tokens of a prompt and its completion. micro_rows: rows of a forward pass.
-        reference: frozen model for the KL term, or None.
+        reference: frozen model for the KL term, or None. counts_positions: as tokens of the run, padding among them.
     """
 
     rollouts: Rollouts
@@ -105,6 +107,7 @@ class Experience:
     micro_rows: int
     dtype: torch.dtype
     reference: MiniDeepSeek | None = None
+    counts_positions: bool = False
     rows: Rows | None = None
     entry: dict[str, Any] = field(default_factory=dict)
 
@@ -113,7 +116,7 @@ class Experience:
         self.content = self.prompts.content
         # Beside the problems' order, in which steps they are asked.
         again = f", each for {self.settings.mu} steps" if self.settings.mu > 1 else ""
-        self.identity = self.prompts.identity + again
+        self.identity = self.prompts.identity + again + ("" if self.counts_positions else COUNTED)
 
     def __len__(self) -> int:
         """Return the rows of an epoch: each prompt's group, `mu` times."""
@@ -135,6 +138,10 @@ class Experience:
         trained = int((left_out == LeftOut.NO).sum())
         used = rows[: max(-(-trained // ROWS) * ROWS, 1)]
         return {**self._tensors(used), "absent": torch.stack((torch.tensor(len(rows) - len(used)), absent_tokens))}
+
+    def count_tokens(self, batch: Batch) -> int:
+        """Return the tokens of the completions that are trained on, of a batch that `GRPOLoss` has prepared."""
+        return positions(batch) if self.counts_positions else len(batch[PLACES])
 
     def describe(self, index: int) -> str:
         """Return the end of the prompt and the beginning of the completion of a row."""

@@ -204,7 +204,8 @@ class HeldOutPairs:
         entry: dict[str, Any] = {}
         if self.pairs:
             tally = Tally()
-            for start in range(0, len(self.pairs), ranks.world):
+            starts = range(0, len(self.pairs), ranks.world)
+            for start in ranks.watch.track(starts, "validating pairs", len(starts)):
                 mine = start + ranks.rank
                 # A rank that has none left measures one again and adds nothing: all ranks must have the same names.
                 batch, share = self.pairs[mine % len(self.pairs)], float(mine < len(self.pairs))

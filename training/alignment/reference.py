@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dataset import PreferenceDataset
-from errors import UserError
+from errors import UserError, tracked
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.alignment.preference import answer_log_probs
@@ -75,14 +75,14 @@ def reference_log_probs(
     ranks.say(f"asking the reference about {len(dataset.pairs)} pairs, once")
     reference.to(ranks.device)
     log_probs = torch.zeros(len(dataset.pairs.ids), dtype=torch.float32)
-    for part in dataset.everything():
-        starts = range(0, len(part), micro_rows)
-        for start in starts[ranks.rank :: ranks.world]:
-            rows = range(start, min(start + micro_rows, len(part)))
-            batch = {name: value.to(ranks.device) for name, value in part.batch(rows).items()}
-            with autocast(dtype, ranks.device):
-                values = answer_log_probs(reference, batch).cpu()
-            for row, index in enumerate(rows):
-                places = torch.from_numpy(part.places(index))
-                log_probs[places] = values[row, : len(places)]
+    work = [(part, start) for part in dataset.everything() for start in range(0, len(part), micro_rows)]
+    work = work[ranks.rank :: ranks.world]
+    for part, start in tracked(work, "asking the reference, batches", len(work), ranks.main):
+        rows = range(start, min(start + micro_rows, len(part)))
+        batch = {name: value.to(ranks.device) for name, value in part.batch(rows).items()}
+        with autocast(dtype, ranks.device):
+            values = answer_log_probs(reference, batch).cpu()
+        for row, index in enumerate(rows):
+            places = torch.from_numpy(part.places(index))
+            log_probs[places] = values[row, : len(places)]
     return ranks.sum(log_probs.to(ranks.device)).cpu().numpy()

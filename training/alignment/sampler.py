@@ -62,7 +62,7 @@ def sample_groups(
     temperature: float = 1.0,
     slots: int = SLOTS,
     watch: Watch | None = None,
-    what: str = "sampling",
+    what: str = "sampling completions",
 ) -> Iterator[Completions]:
     """Sample a group of completions of each prompt, and yield the groups in their order as soon as they are whole.
 
@@ -81,16 +81,22 @@ def sample_groups(
         for ids, drawn in zip(prompts, uniforms_PGT, strict=True)
     ]
     longest = max(len(request.prompt) + request.max_new_tokens for group in requests for request in group)
-    total, done = sum(map(len, requests)), 0
+    total, done = sum(map(len, requests)), 0.0  # of one that runs the share of its tokens
     engine = Engine(model, min(slots, total), longest)
     for group in [[engine.submit(request) for request in group] for group in requests]:
         while not all(completion.finish for completion in group):
             if watch.asked:
                 return
-            watch.show(f"{what}: {done} of {total} completions")
-            done += sum(bool(event.finish) for event in engine.step())
+            watch.show(what, done, total)
+            done += sum(advance(event.completion) for event in engine.step())
         yield Completions.of(group, group[0].request.max_new_tokens)
-    watch.show("")
+    watch.show("", 0, 0)
+
+
+def advance(completion: Completion) -> float:
+    """Return what its last token has added to the share of it that is made: all that was missing, if it is the end."""
+    made, most = len(completion.tokens), completion.request.max_new_tokens
+    return (most - made + 1 if completion.finish else 1) / most
 
 
 def uniforms(keys: Sequence[tuple[int, ...]], group: int, new: int) -> Tensor:

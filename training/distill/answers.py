@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import track
-
-from errors import UserError, naming
+from errors import UserError, naming, tracked
 from text.chats.chat_template import Message
 from text.chats.prompts import Prompt
 from text.files import json_text
@@ -101,11 +98,10 @@ def ask_all(teacher: AnsweringTeacher, asks: Sequence[Ask], journal: Journal) ->
         journal.path.parent.mkdir(parents=True, exist_ok=True)
         journal.path.touch()
     left = [ask for ask in asks if ask.key not in journal.known]
-    failures, in_a_row, bar = Counter(), 0, Console(stderr=True)
+    failures, in_a_row = Counter(), 0
     # Closed at once when something is wrong: a teacher far away must not be waited for.
     with closing(teacher.answers(left)) as replies:
-        shown = track(replies, "asking", total=len(left), console=bar, transient=True, disable=not bar.is_terminal)
-        for ask, answer in shown:
+        for ask, answer in tracked(replies, "asking", len(left)):
             if isinstance(answer, Answer):
                 journal.add(ask, answer)
                 in_a_row = 0

@@ -11,16 +11,16 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors import safe_open
 from torch import Tensor
 
 from dataset import ChatDataset
+from errors import tracked
 from text.chats.encoded import EncodedChats
 from text.chats.packing import write_row
 from training.distill.distillation import Logits, Teacher
@@ -128,10 +128,11 @@ def cache_top_k(
     if missing:
         ranks.say(f"asking the teacher about {len(encoded)} conversations, once, into {folder}")
     if mine := missing[ranks.rank :: ranks.world]:
-        teacher, bar = ask(), Console(stderr=True)
-        for number in track(mine, "asking", console=bar, transient=True, disable=not bar.is_terminal):
-            members = range(number * CONVERSATIONS, min((number + 1) * CONVERSATIONS, len(encoded)))
-            rows = in_order(encoded, members, chats.sequence_length, chats.pad_id)
+        parts = {n: range(n * CONVERSATIONS, min((n + 1) * CONVERSATIONS, len(encoded))) for n in mine}
+        teacher, total = ask(), sum(map(len, parts.values()))
+        members = tracked(chain(*parts.values()), "asking the teacher, conversations", total, ranks.main)
+        for number, part in parts.items():
+            rows = in_order(encoded, islice(members, len(part)), chats.sequence_length, chats.pad_id)
             arrays = joined(outputs(teacher, rows, micro_rows, dtype, ranks.device), k, temperature)
             save_arrays(files[number], arrays, fingerprint)
     ranks.gather(None)

@@ -46,7 +46,8 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        step: optimiser steps done; tokens: positions seen, counted or not; seconds: of training, over all sittings.
+        step: optimiser steps done; tokens: positions seen, counted or not, or those of completions that were trained
+            on; seconds: of training, over all sittings.
         finished: the budget is spent. run: settings that must not change between sittings.
         skipped: steps among `step` that were left out, since their loss or gradient was not finite.
         best: measure, value and step of the best validation; stale: how many have come since.

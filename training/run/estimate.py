@@ -95,7 +95,8 @@ class Pace:
     def __init__(self, settings: StageSettings, ranks: Ranks, budget: Budget) -> None:
         self._settings, self._ranks, self._budget = settings, ranks, budget
         self.known = self._warned = False
-        self._progress = Progress()
+        self._progress, self._begin = Progress(), (0, 0.0, 0.0)  # step, share and seconds where this sitting began
+        self.pause = 0.0  # seconds that the last validation took: those to come take as long
 
     def announce(
         self, model: MiniDeepSeek, dataset: Dataset, flops: int, peak: float, dtype: torch.dtype, progress: Progress
@@ -105,6 +106,8 @@ class Pace:
         flops: of a token; progress: of the run so far, which later steps are to write into.
         """
         settings, ranks, budget, self._progress = self._settings, self._ranks, self._budget, progress
+        spent = progress.step, progress.seconds, progress.tokens
+        self._begin = progress.step, budget.progress(*spent), progress.seconds
         costs = count_costs(model.config, settings.sequence_length)
         step = step_seconds(settings, flops, peak)
         warn_of_few_steps(settings, ranks, len(dataset), step)
@@ -148,6 +151,19 @@ class Pace:
             pace = f"about {duration(step)} a step, {duration(left)} for the {part}"
             self._ranks.say(f"measured   micro-batch 1 of {math.ceil(share / rows)} took {duration(seconds)}: {pace}")
             self._warn_of_slow_steps(step)
+
+    def left(self, share: float) -> float | None:
+        """Return seconds until the run's end: of training at the pace of this sitting, and of the validations to come.
+
+        share: of the budget that is spent.
+        """
+        (first, before, since), now, every = self._begin, self._progress, self._settings.val_every
+        if share <= before:
+            return None
+        rest = (1 - share) / (share - before)
+        steps = max(round(rest * (now.step - first)), 1)
+        validations = 1 + ((steps - 1 + now.step % every) // every if every else 0)
+        return rest * (now.seconds - since) + validations * self.pause
 
     def _warn_of_slow_steps(self, seconds: float) -> None:
         """Say once what helps where a step takes so long that nobody would wait for the first."""

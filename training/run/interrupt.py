@@ -22,24 +22,27 @@ class Stopped(Exception):
 
 @dataclass
 class Watch:
-    """Attributes: asked: a signal came. show: takes what is being done now, such as "validating 3/32"; "": a step."""
+    """Attributes: asked: a signal came. show: takes what is being done now, how much is done, and how much there is.
+
+    Such as "validating", 3, 32, or "", 0, 0 where it is a step.
+    """
 
     asked: bool = False
-    show: Callable[[str], None] = lambda _: None
+    show: Callable[[str, float, int], None] = lambda what, done, total: None
 
     def track(
         self, items: Iterable[Item], what: str, total: int, stops: Callable[[], bool] | None = None
     ) -> Iterator[Item]:
-        """Yield the items, `total` in number, and show how many are done; no more of them once a signal came.
+        """Yield the items, `total` in number, and show how many are done; no more than the first once a signal came.
 
         stops: whether one came, where that is not for this process alone to say.
         """
         for done, item in enumerate(items):
-            if self.asked if stops is None else stops():
+            if done and (self.asked if stops is None else stops()):
                 break
-            self.show(f"{what} {done + 1}/{total}")
+            self.show(what, done, total)
             yield item
-        self.show("")
+        self.show("", 0, 0)
 
     @contextmanager
     def listening(self, say: Callable[[str], None]) -> Iterator[None]:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from errors import naming, one_line
+from errors import QUIET, how_far, naming, one_line
 from text.files import json_text, replacing
 from training.run.trackers import Tracker
 
 STRUCTURED = ("sample", "max_vio", "expert_load", "held_out", "prompt", "text")  # not one number
-QUIET = 30.0  # seconds after which the next step has a line, whatever --log_every says
 LARGEST = 1e300  # beyond it pictures cannot be scaled
 WIDTH = 100
 SHOWN, PROMPT, TEXT = 2, 32, 52  # samples; characters of a prompt's end, and of what follows it
 ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
+LEGEND = (
+    "a line of training: means over the steps since the line before; of its own step are norm, lr and MaxVio\n"
+    "(OUT/metrics.jsonl has the own values of each logged step):"
+)
 
 
 class Column(NamedTuple):
@@ -35,14 +38,15 @@ class Column(NamedTuple):
 
 # The most telling first: what does not fit into a line is in metrics.jsonl.
 COLUMNS = tuple(Column(*row) for row in (
-    ("reward", "reward {:.3f}", "mean over the completions of the step"),
+    ("reward", "reward {:.3f}", "mean over the completions"),
+    ("reward_correct", "correct {:.1%}", "completions whose answer is right"),
     ("zero_variance", "zero-variance {:.0%}", "groups whose completions all have one reward: they teach nothing"),
     ("completion_length", "length {:.0f}", "tokens of a completion, on average"),
     ("clip_share", "clipped {:.1%}", "tokens whose probability ratio left the clip range"),
     ("accuracy", "preferred {:.1%}", "pairs whose chosen answer the model prefers"),
     ("margin", "reward margin {:.3f}", "how much it prefers them"),
     ("kl", "kl {:.4f}", "distance to the reference model, or to the teacher, in nats per token"),
-    ("loss", "loss {:.4f}", "nats of a token (DPO: of a pair), mean since the line before; without MTP and balance"),
+    ("loss", "loss {:.4f}", "nats of a token (DPO: of a pair), without MTP and balance"),
     ("divergence", "divergence {:.4f}", "from the teacher, in nats per token"),
     ("cross_entropy", "cross entropy {:.4f}", "with the labels, in nats per token"),
     ("grad_norm", "norm {:.2f}", "of the gradient before clipping; far above the usual is a bad step"),
@@ -77,14 +81,15 @@ class RunLog:
         if not active:
             return
         forget_after(self.path, step)
-        self._losses: list[float] = []  # of the steps since the last line
-        self._begin: tuple[float, float] | None = None  # share and seconds when this sitting began
+        self._measured: dict[str, list[float]] = {}  # by the steps since the last line
         self._share, self._left, self._spoke = 0.0, None, time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=Console(), transient=True,
+            TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=(console := Console()), transient=True,
+            disable=not console.is_terminal,
         )  # fmt: skip
-        self.task = self.bar.add_task(out.name, total=1.0)
+        self.task = self.bar.add_task(out.name, total=1.0, left="")
+        self.work = self.bar.add_task("", visible=False, left="")  # what a step, or a validation, is at
 
     def __enter__(self) -> RunLog:
         if self.active:
@@ -100,22 +105,26 @@ class RunLog:
             for tracker in self.trackers:
                 tracker.close()
 
-    def stepped(self, share: float, seconds: float, loss: float | None = None) -> None:
-        """Take note of a step: `share` of the budget is spent after `seconds` of training. First of where it begins."""
+    def stepped(self, share: float, left: float | None, measured: Mapping[str, float]) -> None:
+        """Take note of a step and what it measured: `share` of the budget is spent, `left` are seconds if known."""
         if not self.active:
             return
-        self._begin = self._begin or (share, seconds)
-        before, since = self._begin
-        self._share = share
-        self._left = (1 - share) * (seconds - since) / (share - before) if share > before else None
-        if loss is not None and math.isfinite(loss):
-            self._losses.append(loss)
-        self.bar.update(self.task, completed=share)
+        self._share, self._left = share, left
+        for name, value in measured.items():
+            if math.isfinite(value):
+                self._measured.setdefault(name, []).append(value)
+        self.bar.update(self.task, completed=share, left="" if left is None else f"{duration(left)} left")
 
-    def doing(self, what: str) -> None:
-        """Show beside the bar what the step, or a validation, is at; the name of the run when that is nothing."""
-        if self.active:
-            self.bar.update(self.task, description=what or self.path.parent.name)
+    def doing(self, what: str, done: float, total: int) -> None:
+        """Show, of what the step or a validation is at, how much is done: in a bar, or now and then in a line."""
+        if not self.active:
+            return
+        task = self.bar.tasks[self.work]
+        if what != task.description or total != task.total:
+            self.bar.reset(self.work, description=what, total=total, visible=bool(what))
+        self.bar.update(self.work, completed=done)
+        if what and not self.bar.console.is_terminal and time.monotonic() - self._spoke > QUIET:
+            self.print(how_far(what, done, total))
 
     def pulse(self, step: int) -> None:
         """Print a line, but write no entry of metrics.jsonl, of a step whose like have been silent for long."""
@@ -150,14 +159,16 @@ class RunLog:
     def sampled(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Print the first samples of the model's text, rows of prompt and text, and give all to the trackers."""
         for row in rows[:SHOWN]:
-            self.print(f"sample     {one_line(row['prompt'])[-PROMPT:]} | {one_line(row['text'])[:TEXT]}", style="dim")
+            prompt = one_line(row["prompt"])
+            prompt = prompt if len(prompt) <= PROMPT else f"…{prompt[1 - PROMPT :]}"
+            self.print(f"sample     {prompt} | {one_line(row['text'])[:TEXT]}", style="dim")
         for tracker in self.trackers if rows else ():
             tracker.sample(rows, step)
 
     def _print_step(self, metrics: dict[str, Any]) -> None:
-        mean = sum(self._losses) / len(self._losses) if self._losses else None
-        self._losses.clear()
-        self.print(step_line(metrics, mean, self._share, self._left))
+        means = {name: sum(values) / len(values) for name, values in self._measured.items()}
+        self._measured.clear()
+        self.print(step_line(metrics, means, self._share, self._left))
 
     def print(self, text: str, style: str | None = None) -> None:
         """Print a line above the bar."""
@@ -218,14 +229,16 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and not abs(value) > LARGEST  # NaN is one
 
 
-def step_line(metrics: dict[str, Any], loss: float | None, share: float, left: float | None) -> str:
+def step_line(metrics: dict[str, Any], means: dict[str, float], share: float, left: float | None) -> str:
     """Return the line of a logged step.
 
     Args:
-        metrics: its entry. loss: mean since the line before, or None.
-        share: of the budget that is spent; left: seconds until its end, or None where nobody knows.
+        metrics: its entry. means: since the line before, of measures that are shown in the place of the step's own.
+        share: of the budget that is spent; left: seconds until the run's end, or None where nobody knows.
     """
-    values = {**shown(metrics), "loss": None if loss is None or abs(loss) < ROUNDING else loss}
+    values = {**shown(metrics), **means}
+    if abs(values.get("loss") or 0) < ROUNDING:
+        values["loss"] = None
     if metrics.get("memory"):
         values["memory_gb"] = metrics["memory"] / 1e9
     parts = [f"step {metrics['step']:>6}", f"{share:>4.0%}"]
@@ -268,11 +281,12 @@ def counted(number: int, noun: str) -> str:
 
 def legend() -> str:
     """Explain what stands in these lines, for `--help`."""
-    rows = [("4%", "share of the budget that is spent"), ("3h12m left", "at the pace of this run so far")]
+    left = "at the pace of this run so far, validations among it"
+    rows = [("4%", "share of the budget that is spent"), ("3h12m left", left)]
     rows += [(_label(column), column.meaning) for column in COLUMNS]
     rows += [(f"val {_label(column)}", column.meaning) for column in HELD_OUT]
     lines = [f"  {name:<14} {meaning}" for name, meaning in rows]
-    return "\n".join(["a line of training (OUT/metrics.jsonl has each logged step's own values):", *lines])
+    return "\n".join([LEGEND, *lines])
 
 
 def _label(column: Column) -> str:

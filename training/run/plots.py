@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from errors import DamagedCheckpoint
+from training.run.checkpoint import Progress, newest, read_progress
 from training.run.log import ROUNDING, counted, read_metrics, shown
 
 # Title, unit, and what of an entry is drawn under which name. A panel of which a run has nothing is left out.
@@ -52,10 +55,11 @@ def draw_run(out: Path, file: BinaryIO | None = None) -> Path | None:
     loads = [entry["expert_load"] for entry in entries if entry.get("expert_load")]
     rows = -(-(len(drawn) + bool(loads)) // COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(15, 4 * rows), layout="constrained", squeeze=False)
-    figure.suptitle(plain(f"{out}: {counted(entries[-1]['step'], 'step')}, {entries[-1]['tokens']:,} tokens"))
+    steps, tokens = reached(out, entries[-1])
+    figure.suptitle(plain(f"{out}: {counted(steps, 'step')}, {tokens:,} tokens"))
     places = iter(axes.flat)
     for title, unit, keys, points in drawn:
-        _curve(next(places), points, keys, title, unit)
+        _curve(next(places), points, keys, title, unit, tokens)
     if loads:
         _heat_map(figure, next(places), loads[-1])
     for unused in places:
@@ -64,6 +68,25 @@ def draw_run(out: Path, file: BinaryIO | None = None) -> Path | None:
     figure.savefig(file or path, dpi=100)
     pyplot.close(figure)
     return path
+
+
+def reached(out: Path, last: dict[str, Any]) -> tuple[int, int]:
+    """Return steps and tokens of a run: of its newest checkpoint, where that is beyond its last entry."""
+    with suppress(DamagedCheckpoint):
+        progress = read_progress(folder) if (folder := newest(out)) else Progress()
+        if progress.step > last["step"]:
+            return progress.step, progress.tokens
+    return last["step"], last["tokens"]
+
+
+def from_zero(axis: Any, last: float) -> None:
+    """Have the horizontal axis go from 0 to the last point, in units such as 50 k, also where there is one point."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    last = max(last, 1)
+    axis.set_xlim(-0.02 * last, 1.02 * last)
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))  # not 50000, of which six run into each other
 
 
 def load_pyplot() -> ModuleType:
@@ -95,15 +118,14 @@ def _says(value: float | None) -> bool:
     return value is not None and abs(value) > ROUNDING
 
 
-def _curve(axis: Any, entries: list[dict[str, Any]], keys: dict[str, str], title: str, unit: str) -> None:
-    from matplotlib.ticker import EngFormatter
-
+def _curve(axis: Any, entries: list[dict[str, Any]], keys: dict[str, str], title: str, unit: str, tokens: int) -> None:
     for key, label in keys.items():
         points = [(entry["tokens"], entry[key]) for entry in entries if entry.get(key) is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), "-o", label=label, linewidth=1.2, markersize=2)
+            size = 2 if len(points) > 1 else 6
+            axis.plot(*zip(*points, strict=True), "-o", label=label, linewidth=1.2, markersize=size)
     axis.set(title=title, xlabel="tokens", ylabel=unit)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))  # 50 k, not 50000, of which six run into each other
+    from_zero(axis, tokens)
     if title == "speed":
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)

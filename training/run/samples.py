@@ -91,11 +91,13 @@ class Samples:
         # Under an adapter in float32 the frozen weights are in the type of the products.
         products = autocast(model.lm_head.weight.dtype, self._ranks.device)
         with naming(self._path), open(self._path, "a", encoding="utf8") as file, eager, products:
-            for ids in self._prompts:
+            for number, ids in enumerate(self._prompts):
+                self._ranks.watch.show("writing samples", number, len(self._prompts))
                 text = self._tokenizer.decode(self._continue(model, ids, end))
                 rows.append({"step": step, "prompt": self._tokenizer.decode(ids), "text": text})
                 file.write(json_text(rows[-1]) + "\n")
         model.train()
+        self._ranks.watch.show("", 0, 0)
         show(step, rows)
 
     def _continue(self, model: MiniDeepSeek, ids: list[int], end: float) -> list[int]:

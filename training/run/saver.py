@@ -164,17 +164,21 @@ class RunCheckpoints:
         say(f"finished: {folder} after {counted(progress.step, 'step')}, {progress.tokens:,} tokens (ended by {end})")
         if self._settings.keep_best and (best := progress.best):
             say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
-            if notice := self._ranks.on_main(lambda: self._unlearned(best)):
-                say(notice)
+            if numbers := self._ranks.on_main(lambda: unlearned(self._out, best)):
+                say(
+                    f"notice: no validation was better than before training\n        ({numbers}): "
+                    "nothing was learned that the held-out rows show"
+                )
 
-    def _unlearned(self, best: dict[str, Any]) -> str:
-        """Return a line where the log has a validation before training that none after it surpassed; or empty."""
-        measure, log = best["measure"], self._out / "metrics.jsonl"
-        entries = read_metrics(log) if log.is_file() else []
-        before = next((entry.get(measure) for entry in entries if entry["step"] == 0), None)
-        if before is None or not MEASURES[measure] * (best["value"] - before) <= 0:
-            return ""
-        return (
-            f"notice: no validation was better than before training ({measure} {before:.4f} at step 0, "
-            f"{best['value']:.4f} at best): nothing was learned that the held-out rows show"
-        )
+
+def unlearned(out: Path, best: dict[str, Any]) -> str:
+    """Return the numbers where the log of a run has a validation before training that none after it surpassed.
+
+    Else nothing. best: see `Progress`.
+    """
+    measure, log = best.get("measure"), out / "metrics.jsonl"
+    entries = read_metrics(log) if log.is_file() else []
+    before = next((entry.get(measure) for entry in entries if entry["step"] == 0), None)
+    if before is None or not MEASURES[measure] * (best["value"] - before) <= 0:
+        return ""
+    return f"{measure} {before:.4f} at step 0, {best['value']:.4f} at best"

@@ -1,6 +1,6 @@
 """The GGUF file holds the checkpoint: each tensor, hyperparameter and token, read back by the gguf package.
 
-That llama.cpp computes the same from it is shown by tests/check_gguf.py, which needs llama.cpp.
+That llama.cpp computes the same from it is shown by tests/checks/check_gguf.py, which needs llama.cpp.
 """
 
 from __future__ import annotations

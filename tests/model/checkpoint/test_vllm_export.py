@@ -1,6 +1,6 @@
 """The folder for vLLM's CPU build: YaRN by a factor of 1, and the same numbers.
 
-That vLLM computes the same from it is shown by tests/check_vllm.py, which needs vLLM.
+That vLLM computes the same from it is shown by tests/checks/check_vllm.py, which needs vLLM.
 """
 
 from __future__ import annotations

@@ -100,6 +100,15 @@ def test_an_adapter_learns_and_its_base_stays_as_it_was(tune, pretrained, tmp_pa
     assert replies[0] == replies[1] and replies[0].strip()
 
 
+@pytest.mark.parametrize(("rate", "worse"), [(10.0, True), (8e-3, False)])
+def test_a_best_adapter_that_is_worse_than_none_is_merged_and_that_is_said(rate, worse, tune, pretrained, tmp_path):
+    options = ["--max_steps", 2, "--val_every", 1, "--val_fraction", 0.1, "--keep_best", "--merge", "--optim.lr", rate]
+    done = tune(tmp_path, *options)
+    assert f"merged: {tmp_path / 'merged'}, with the adapter of {tmp_path / 'best'}\n" in done.out
+    said = f"notice: merged all the same; on the held-out rows {pretrained / 'final'} is no worse without it"
+    assert (said in done.out) == ("no validation was better than before training" in done.out) == worse
+
+
 @pytest.mark.parametrize("target", ["attention,ffn --lora.dora", "all"])
 def test_in_bfloat16_the_frozen_weights_train_validate_and_write_samples_and_the_best_is_merged(
     target, tune, pretrained, tmp_path, monkeypatch

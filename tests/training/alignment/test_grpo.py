@@ -25,6 +25,7 @@ from training.alignment.policy_loss import GRPOLoss
 from training.alignment.rewards import Rewards, Sample, reward
 from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
+from training.losses import Batch
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
 
@@ -115,6 +116,32 @@ def test_every_measure_is_logged_and_routers_and_drafts_stay_as_they_are(train, 
     own -= {f"model.layers.{layers}.embed_tokens.weight"}
     assert own and not moved & own and not [name for name in moved if name.endswith("correction_bias")]
     assert len(moved) > len(before) / 2
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["tokens of completions", "an older run's positions"])
+def test_tokens_are_those_of_completions_that_were_trained_on(older, train, tmp_path, monkeypatch):
+    """Or, in a run that began before they were, positions with padding: it ends where it would have ended."""
+    given = [*VARIED, "--max_tokens", 400, "--save_every", 1, "--keep", 99, "--val_every", 0, "--optim.decay_from", 0.2]
+    labels, batch = [], Experience.batch
+
+    def counted(self: Experience, indices: Sequence[int]) -> Batch:
+        made = batch(self, indices)
+        labels.append(int((made["labels"] >= 0).sum()))
+        return made
+
+    monkeypatch.setattr(Experience, "batch", counted)
+    with monkeypatch.context() as patch:
+        if older:
+            patch.setattr(grpo_train, "Experience", lambda *options: Experience(*options[:-1], True))
+        train("whole", *given)
+    logged = entries(tmp_path / "whole")
+    assert len(logged) > 3 and (logged[-1]["tokens"] == sum(labels)) != older
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for folder in (tmp_path / "again").iterdir():
+        if folder.is_dir() and folder.name != "step-1":
+            shutil.rmtree(folder)
+    train("again", *given, "--resume")
+    assert not differences(tmp_path / "again", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("options", [[], ["--mu", 2, "--beta", 0.1, "--resample", 1]], ids=["each step", "two steps"])

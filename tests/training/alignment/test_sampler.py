@@ -128,9 +128,12 @@ def test_the_bf16_sampler_follows_the_policy_and_rounds_as_training_does(tiny_mo
 
 def test_sampling_shows_how_far_it_is_and_ends_at_a_signal(tiny_model):
     model, shown = stopping(tiny_model), []
-    watch = Watch(show=shown.append)
+    watch = Watch(show=lambda *what: shown.append(what))
     drawn = uniforms(keys(3), GROUP, NEW)
     assert len(list(sample_groups(model, PROMPTS[:3], drawn, STOP, watch=watch))) == 3
-    assert shown[0] == f"sampling: 0 of {3 * GROUP} completions" and shown[-1] == ""
+    assert shown[0] == ("sampling completions", 0, 3 * GROUP) and shown[-1] == ("", 0, 0)
+    done = [share for _, share, _ in shown[:-1]]
+    assert done == sorted(done) and len(set(done)) == len(done)  # it moves with every token
+    assert 3 * GROUP - 1 < done[-1] < 3 * GROUP
     watch.asked = True
     assert not list(sample_groups(model, PROMPTS[:3], drawn, STOP, watch=watch))

@@ -111,6 +111,23 @@ def before_the_steps(shown: str, start: str) -> str:
     return lines[place]
 
 
+@pytest.mark.parametrize(
+    ("val_every", "left"), [(0, 150.0 + 40.0), (1, 150.0 + 3 * 40.0), (2, 150.0 + 2 * 40.0), (3, 150.0 + 2 * 40.0)]
+)
+def test_what_is_left_follows_from_the_pace_of_this_sitting_and_counts_validations(val_every, left, model, capsys):
+    """The third step, in 50 s, was a fifth of the budget; what was done before the run was resumed does not count.
+
+    Three steps more: the last is validated, and those among them that --val_every says.
+    """
+    asked = settings(val_every=val_every)
+    pace = Pace(asked, Ranks(0, 1, CPU), Budget(5, None))
+    progress = Progress(step=1, seconds=1000.0)
+    pace.announce(model, range(100), 1, 1.0, torch.float32, progress)
+    assert pace.left(0.2) is None
+    progress.step, progress.seconds, pace.pause = 2, 1050.0, 40.0
+    assert pace.left(0.4) == pytest.approx(left)
+
+
 @pytest.fixture
 def slow_machine(monkeypatch):
     monkeypatch.setattr("training.machine.measured_peak", lambda *_, **__: 1e6)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import math
 import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import errors
 import full_sft
 import grpo_train
 import training.run.log
-from errors import waiting
+from errors import tracked, waiting
 from text.files import json_text
+from training.parallel.ranks import Ranks
 from training.run.log import (
     COLUMNS,
     HELD_OUT,
@@ -86,29 +90,70 @@ PRETRAINING = {
     "max_vio": [0.25, 1.5], "memory": 71.2e9, "mtp_loss": 3.21, "val_bits_per_byte": 1.2345, "val_loss": 3.4,
 }  # fmt: skip
 REWARDED = {
-    **PRETRAINING, "reward": 0.125, "completion_length": 812.3, "zero_variance": 0.25, "clip_share": 0.123, "kl": 0.01,
+    **PRETRAINING, "reward": 0.125, "reward_correct": 0.1234,
+    "completion_length": 812.3, "zero_variance": 0.25, "clip_share": 0.123, "kl": 0.01,
     "entropy": 1.234, "val_accuracy": 0.625, "val_pass_1": 0.4,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("metrics", [PRETRAINING, REWARDED], ids=["pretraining", "rewards"])
 def test_no_line_is_longer_than_a_hundred_characters(metrics):
-    lines = [step_line(metrics, 2.5, 0.123, 360_000.0), held_out_line(metrics)]
+    lines = [step_line(metrics, {"loss": 2.5}, 0.123, 360_000.0), held_out_line(metrics)]
     assert all(50 < len(line) <= WIDTH == 100 for line in lines), lines
 
 
 def test_a_line_shows_how_far_the_run_is_and_how_long_it_still_takes():
-    assert step_line(PRETRAINING, 2.5, 0.0412, 11_530.0).startswith("step 120000    4%  3h12m left  loss 2.5000  norm")
-    assert " left" not in step_line(PRETRAINING, 2.5, 1.0, 0.0)
+    assert step_line(PRETRAINING, {}, 0.0412, 11_530.0).startswith("step 120000    4%  3h12m left  loss 2.5000  norm")
+    assert " left" not in step_line(PRETRAINING, {}, 1.0, 0.0)
 
 
-def test_what_is_left_follows_from_the_pace_of_this_sitting(tmp_path, capsys):
-    """A fifth of the budget took 50 s; what was done before the run was resumed does not count."""
+def test_a_log_file_hears_of_what_takes_long(tmp_path, capsys, monkeypatch):
+    """Lines at most every `QUIET` seconds; a terminal has a bar with a percentage."""
+    clock = [100.0]
+    monkeypatch.setattr(training.run.log.time, "monotonic", lambda: clock[0])
     with RunLog(tmp_path, 0, True) as log:
-        for share, seconds in ((0.2, 1000.0), (0.4, 1050.0)):
-            log.stepped(share, seconds)
-        log.write({"step": 2, "tokens": 10})
-    assert "step      2   40%  2m30s left" in capsys.readouterr().out
+        for done in range(100):
+            log.doing("validating", done, 100)
+            clock[0] += 1.0
+        log.doing("", 0, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"validating: {done} of 100, {done}%" for done in (31, 62, 93)]
+
+
+def test_a_terminal_shows_two_bars_and_their_percentages(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(training.run.log, "Console", lambda: console)
+    monkeypatch.setattr(training.run.log, "QUIET", -1.0)
+    with RunLog(tmp_path, 0, True) as log:
+        log.stepped(0.25, 90.0, {})
+        log.doing("sampling completions", 41.6, 64)
+        log.bar.refresh()
+        shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", console.file.getvalue())
+        log.doing("", 0, 0)
+        tasks = [task.visible for task in log.bar.tasks]
+    assert re.search(r"25% \S+ 1m30s left", shown) and re.search(r"sampling completions +\S+ +65%", shown)
+    assert tasks == [True, False] and "64, 65%" not in shown
+
+
+class Slow:
+    """A validation during which a minute passes, in three parts."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+
+    def __call__(self, model: object, dtype: object, ranks: Ranks) -> dict[str, float]:
+        for _ in ranks.watch.track(range(3), "validating", 3):
+            self.clock[0] += 20.0
+        return {"val_loss": 1.0}
+
+
+def test_no_validation_is_silent_for_long_in_a_log_file(make, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training.run.log.time, "monotonic", lambda: clock[0])
+    trainer = make(max_steps=1)
+    trainer.validation = Slow(clock)
+    trainer.run()
+    assert capsys.readouterr().out.count("validating: 2 of 3, 67%\n") == 2  # before the first step and after the last
 
 
 def test_a_validation_has_its_units():
@@ -140,6 +185,21 @@ def test_the_loss_of_a_line_is_the_mean_since_the_line_before(make, capsys):
     ]
 
 
+def test_what_is_measured_on_pairs_is_the_mean_since_the_line_before_too(tmp_path, capsys):
+    """The learning rate and the norm are the step's own."""
+    with RunLog(tmp_path, 0, True) as log:
+        for accuracy, margin in ((0.5, 1.0), (1.0, 2.0), (0.9, math.nan)):
+            log.stepped(0.5, None, {"loss": 0.25, "accuracy": accuracy, "margin": margin})
+        log.write({"step": 3, "tokens": 10, "loss": 9.0, "accuracy": 0.9, "margin": 7.0, "grad_norm": 3.0, "lr": 1e-3})
+        log.stepped(1.0, None, {"accuracy": 0.25})
+        log.pulse(3)
+        log.write({"step": 4, "tokens": 10, "accuracy": 0.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("preferred 80.0%  reward margin 1.500  loss 0.2500  norm 3.00  lr 1.0e-03")
+    assert second.endswith("preferred 25.0%")
+    assert [entry["accuracy"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [0.9, 0.0]
+
+
 def test_before_training_only_what_was_measured_is_shown(make, capsys):
     make(max_steps=1).run()
     (untrained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step      0")]
@@ -156,6 +216,23 @@ def test_what_lasts_long_is_said_and_what_does_not_is_not(capsys, monkeypatch):
     with waiting("reading much"):
         time.sleep(0.2)
     assert capsys.readouterr().err == "reading much ...\n"
+
+
+def test_what_is_tracked_is_told_now_and_then_in_a_log_file_and_in_a_bar_elsewhere(capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(errors.time, "monotonic", lambda: clock[0])
+
+    def items():
+        for item in range(100):
+            clock[0] += 1.0
+            yield item
+
+    assert list(tracked(items(), "asking", 100, speaks=False)) == list(range(100)) and not capsys.readouterr().err
+    assert list(tracked(items(), "asking", 100)) == list(range(100))
+    assert capsys.readouterr().err.splitlines() == [f"asking: {done} of 100, {done}%" for done in (30, 61, 92)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(tracked(items(), "asking", 100)) == list(range(100))
+    assert "asking:   0%" in capsys.readouterr().err
 
 
 def test_lines_reach_a_file_as_they_are_printed(monkeypatch, tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import warnings
 from pathlib import Path
 
 import pytest
+from toy_stage import ROWS, TIME, interrupt_at
 
 import training.run.plots
 import training.trainer
@@ -91,6 +93,31 @@ def test_a_character_is_drawn_where_a_font_of_the_system_has_it(monkeypatch):
     assert plain(f"a{letter}b$") == f"a{letter}b\\$"
     monkeypatch.undo()
     load_pyplot()
+
+
+@pytest.mark.parametrize("tokens", [0, 2048])
+def test_a_single_point_stands_on_an_axis_from_zero(tokens, tmp_path, drawn):
+    entry = {"step": 1, "tokens": tokens, "loss": 3.0, "val_bits_per_byte": 4.0}
+    draw_run(run_folder(tmp_path / "run", entry))
+    for axis in drawn[0].axes[:2]:
+        left, right = axis.get_xlim()
+        assert -0.03 * right < left <= 0 and right >= max(tokens, 1)
+        drawn[0].canvas.draw()
+        labels = [label.get_text() for label in axis.get_xticklabels()]
+        shown = [label for label, place in zip(labels, axis.get_xticks(), strict=True) if left <= place <= right]
+        assert len(shown) > 1 and not [label for label in shown if "\N{MINUS SIGN}" in label or "m" in label]
+        assert axis.lines[0].get_markersize() > 4  # of a line of one point nothing else is seen
+
+
+def test_the_title_tells_where_the_run_is_between_two_entries(make, monkeypatch, drawn):
+    """Interrupted, resumed and interrupted again at steps that are not logged."""
+    monkeypatch.setattr(training.trainer, "draw_run", draw_run)
+    given = dict(max_steps=9, log_every=100)
+    trainer = make(dataset=interrupt_at(3, signal.SIGTERM), **given)
+    trainer.run()
+    make(dataset=interrupt_at(5, signal.SIGTERM), resume=True, **given).run()
+    titles = [figure.get_suptitle().removeprefix(f"{trainer.out}: ") for figure in drawn]
+    assert titles == [f"{step} steps, {step * ROWS * TIME} tokens" for step in (3, 5)]
 
 
 def test_a_run_without_metrics_has_no_curves(tmp_path):

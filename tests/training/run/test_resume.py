@@ -244,6 +244,21 @@ def test_a_validation_that_is_cut_short_by_a_signal_is_made_on_resume(make):
     assert not differences(trainer.out, whole.out)
 
 
+def test_a_last_validation_that_is_cut_short_leaves_the_run_unfinished(make, capsys):
+    """All steps are done: the resumed run only validates, and is the whole one then."""
+    whole, trainer = measured(make("whole", max_steps=2)), measured(make(max_steps=2), 3 + 2)
+    whole.run()
+    capsys.readouterr()
+    assert trainer.run() == trainer.out / "step-2"
+    shown = capsys.readouterr().out
+    assert "finished" not in shown and "interrupted: saved" in shown and steps_logged(trainer) == [0, 1]
+    again = measured(make(max_steps=2, resume=True))
+    assert again.run() == trainer.out / "final"
+    shown = capsys.readouterr().out
+    assert "validating step 2" in shown and "finished: " in shown and "takes" not in shown
+    assert not differences(trainer.out, whole.out)
+
+
 def test_a_first_validation_that_is_cut_short_is_not_logged(make):
     trainer = measured(make(), 2)
     assert trainer.run() == trainer.out and not read_metrics(trainer.out / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed end as if nobody had disturbed them. tests/chaos.py does more of the same."""
+"""Runs that are killed and resumed end as if nobody had disturbed them. tests/checks/chaos.py does more of the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAINS = {"pretrain": pretrain.main, "sft": full_sft.main, "dpo": dpo_train.main,
 
 
 class ForkedStage:
-    """What tests/chaos.py starts as scripts, in processes forked from this one."""
+    """What tests/checks/chaos.py starts as scripts, in processes forked from this one."""
 
     def __init__(self, stage: str, base: Path, ranks: int, folder: Path) -> None:
         self.call, self.ranks, self.folder = [MAINS[stage], *stage_command(stage, base, ranks).options], ranks, folder

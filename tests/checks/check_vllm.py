@@ -1,6 +1,6 @@
 """vLLM itself on checkpoint folders: the same log-probabilities and the same greedy tokens, in float32 on the CPU.
 
-python tests/check_vllm.py --ckpt out/demo/sft/final [--vllm .venv-vllm/bin/python]
+python tests/checks/check_vllm.py --ckpt out/demo/sft/final [--vllm .venv-vllm/bin/python]
 
 vLLM lives in an environment of its own, which `make check-vllm` installs. Each case is opened by a fresh process of it,
 most of a minute. Ends with code 1 where anything differs.
@@ -126,7 +126,7 @@ def differs(case: Case, vllm: str, folder: Path) -> bool:
 
 
 def asked(case: Case, vllm: str, folder: Path) -> list[dict]:
-    """What vLLM says to the prompts; see tests/vllm_side.py."""
+    """What vLLM says to the prompts; see tests/checks/vllm_side.py."""
     job, answers = folder / "job.json", folder / "answers.json"
     options = {"max_model_len": CONTEXT, "enforce_eager": True, **case.options}
     content = {"folder": str(case.folder), "prompts": case.prompts, "new_tokens": NEW_TOKENS, "options": options}

@@ -1,6 +1,6 @@
 """The server under a crowd, and under lm-eval: no request lost, no slot leaked, memory flat, the same scores.
 
-    python tests/check_server.py --ckpt out/demo/sft/final --questions data/demo/heldout_questions.jsonl
+    python tests/checks/check_server.py --ckpt out/demo/sft/final --questions data/demo/heldout_questions.jsonl
 
 Starts eval/serve.py in float32. For --seconds a crowd of clients asks, streams, hangs up and talks nonsense; every
 greedy reply must be the one that the model gives alone. Then lm-eval (`make check-server` installs it) measures the

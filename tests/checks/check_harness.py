@@ -1,6 +1,6 @@
 """eval/run.py with lm-eval: what it measures is written and resumes where it was stopped, for models of any make.
 
-pytest tests/check_harness.py, as `make check-lm-eval` does: lm-eval is not among the requirements of the other tests.
+pytest tests/checks/check_harness.py, as `make check-lm-eval` does: lm-eval is no requirement of the other tests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kill training runs with SIGKILL at random moments and during saves, resume them, compare them with unbroken ones.
 
-python tests/chaos.py --kills 100                                all stages, one and two ranks, what `make chaos` does
-python tests/chaos.py --kills 12 --stage grpo --ranks 2
+python tests/checks/chaos.py --kills 100                         all stages, one and two ranks, what `make chaos` does
+python tests/checks/chaos.py --kills 12 --stage grpo --ranks 2
 
 Every start is the stage's script as a person starts it (with two ranks through torchrun), at a tiny size. A kill
 takes the script and all processes it started. When a run is complete at last, its final folder (weights, optimiser

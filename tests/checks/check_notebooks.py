@@ -1,4 +1,6 @@
-"""Every notebook, top to bottom, in a kernel of its own: python tests/check_notebooks.py [--only 3] [--language en]
+"""Every notebook, top to bottom, in a kernel of its own.
+
+python tests/checks/check_notebooks.py [--only 3] [--language en]
 
 `make check-notebooks` installs what it needs. The code of both languages is the same, so one is run. Prints the seconds
 and what each cell printed last; with --figures DIR its figures are kept. Ends with code 1 if a cell fails.
@@ -18,7 +20,7 @@ from nbclient.exceptions import CellExecutionError
 from cli import call
 from errors import command_line
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def check_notebooks(language: str = "en", only: str = "", figures: str = "", limit: float = 900) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's half of tests/check_vllm.py, run by the Python of its own environment: `vllm_side.py JOB.json ANSWERS.json`.
+"""vLLM's half of check_vllm.py, run by the Python of its own environment: `vllm_side.py JOB.json ANSWERS.json`.
 
 A job is `{"folder", "prompts": lists of token ids, "new_tokens", "options": of vllm.LLM}`; answers are, for each
 prompt, its greedy tokens and the log-probabilities of all tokens after the prompt's first.

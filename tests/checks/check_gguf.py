@@ -1,6 +1,6 @@
 """llama.cpp itself on an exported checkpoint: the same tokens from text, the same logits, the same greedy answers.
 
-python tests/check_gguf.py --ckpt out/demo/grpo/final [--questions data/demo/heldout_questions.jsonl]
+python tests/checks/check_gguf.py --ckpt out/demo/grpo/final [--questions data/demo/heldout_questions.jsonl]
 
 Needs llama-cpp-python, whose build takes long: `make check-gguf` installs it. Ends with code 1 where anything differs.
 """

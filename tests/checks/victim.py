@@ -1,4 +1,4 @@
-"""What tests/chaos.py attacks: tiny runs of the real scripts as processes, and whether two run folders are equal."""
+"""What chaos.py attacks: tiny runs of the real scripts as processes, and whether two run folders are equal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from training.alignment.batches import ENTRY
 from training.run.checkpoint import DATA, MANIFEST
 from training.run.log import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = dict(
     preset="demo", hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
     num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16,

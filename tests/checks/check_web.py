@@ -1,6 +1,6 @@
 """The page in a real browser: a question asked, streamed and stopped, edited, retried; the inside; both languages.
 
-    python tests/check_web.py --ckpt out/demo/pretrain/final,out/demo/sft/final --shots out/web
+    python tests/checks/check_web.py --ckpt out/demo/pretrain/final,out/demo/sft/final --shots out/web
 
 Needs Chromium and its driver (Debian: apt install chromium chromium-driver) and selenium; `make check-web` sees to the
 latter. Starts a server, and leaves screenshots in the folder of --shots.

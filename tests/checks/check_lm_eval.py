@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a checkpoint: the same log-likelihoods, accuracies and bits per byte as eval/run.py.
 
-python tests/check_lm_eval.py --ckpt out/demo/grpo/final [--questions data/demo/heldout_questions.jsonl] [--server URL]
+python tests/checks/check_lm_eval.py --ckpt out/demo/grpo/final [--questions FILE.jsonl] [--server URL]
 
 lm-eval's own command reads the same questions from JSON lines with templates written here, and the checkpoint through
 transformers or from a server of this project (`make check-server`). Needs lm-eval: `make check-lm-eval` installs it.
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import yaml
-from data_files import write
 
 import eval.harness
 from cli import call
@@ -117,7 +116,7 @@ def write_choices(folder: Path, subject: str, items: Sequence[ChoiceItem]) -> li
         (folder / name / split).mkdir(parents=True)
         with open(folder / name / split / f"{name}_{split}.csv", "w", encoding="utf8", newline="") as file:
             csv.writer(file).writerows([item.question, *item.choices, "ABCD"[item.answer]] for item in part)
-        write(folder / f"{name}-{split}.jsonl", [item._asdict() for item in part])
+        write_lines(folder / f"{name}-{split}.jsonl", [item._asdict() for item in part])
     names = []
     for form, shots in (("letters", 0), ("letters", SHOTS), ("text", 0)):
         names.append(f"{name}_{form}_{shots}")
@@ -142,7 +141,7 @@ def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]], window: int
     """Documents of several lengths, the last one longer than a window."""
     lines = [f"{item.question} {item.choices[item.answer]}" for items in subjects.values() for item in items]
     texts = [*lines[:20], "\n".join(lines[20:60]), "\n".join(lines * 3)]
-    write(folder / "texts.jsonl", [{"text": text} for text in texts if text])
+    write_lines(folder / "texts.jsonl", [{"text": text} for text in texts if text])
     task = {
         "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
         "output_type": "loglikelihood_rolling",
@@ -154,6 +153,10 @@ def write_texts(folder: Path, subjects: dict[str, list[ChoiceItem]], window: int
     settings = {"data": str(folder / "texts.jsonl"), "window": window, "stride": window, "start": "bos"}
     write_task(folder, "texts", {"text": settings}, task)
     return "texts"
+
+
+def write_lines(path: Path, rows: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
 
 
 def write_task(folder: Path, name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
