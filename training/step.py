@@ -192,7 +192,7 @@ class OptimizerStep:
         """`accumulate` in a pipeline, whose schedule does all micro-batches: those of one are computed side by side."""
         if self.ranks.asked_to_stop():
             raise Stopped
-        self.ranks.watch.show(f"{len(micro_batches)} micro-batches")
+        self.ranks.watch.show("micro-batches", 0, len(micro_batches))
         batches = [self.batches.take(step, index) for index in range(len(micro_batches))]
         measured = self.copies.compute_all(self.loss, batches, self._nominal)
         for indices, (loss, count, metrics) in zip(micro_batches, measured, strict=True):
