@@ -18,12 +18,14 @@ import sys
 from rich.console import Console
 
 from cli import call_one_of
-from errors import UserError, command_line
+from errors import UserError, check_least, command_line
+from LMConfig import LMConfig
 from text.chats.packed_dataset import ChatDataset, PreferenceDataset
 from text.chats.prompt_dataset import PromptDataset
 from text.corpus.pretrain_dataset import PretrainDataset
-from text.inspection import check_source
+from text.inspection import Limits, check_source
 from text.judging.judged_rows import judged_rows
+from text.order import ANSWER_TOKENS
 from text.preview import show_rows
 from text.sources.registry import REGISTRY, find_sources
 from text.tokenizer import Tokenizer
@@ -37,7 +39,8 @@ def preview(
     ckpt: str = "",
     datasets: str = REGISTRY,
     rows: int = 3,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
+    max_new_tokens: int = ANSWER_TOKENS,
 ) -> None:
     """Show how rows become tokens and which of these are trained on.
 
@@ -47,16 +50,25 @@ def preview(
         ckpt: checkpoint folder, whose tokenizer is taken.
         datasets: YAML file that gives data sets names.
         rows: how many rows of each.
-        sequence_length: tokens a row of training, to say what it would cut.
+        sequence_length: tokens a row of training, to say what it would cut; as the stage that reads the data has where
+            it is left out: 512, for pairs 1024 or the context of --ckpt.
+        max_new_tokens: of these, tokens for the answer to a prompt.
     """
-    if rows < 1 or sequence_length < 1:
-        raise UserError("--rows and --sequence_length: must be at least 1")
+    check_least(1, rows=rows)
+    limits = _limits(sequence_length, max_new_tokens, ckpt)
     reader, console = _tokenizer(tokenizer, ckpt), Console(highlight=False)
     for source in find_sources(data, datasets, kind=None):
-        show_rows(console, source, reader, rows, sequence_length)
+        show_rows(console, source, reader, rows, limits)
 
 
-def check(data: str, tokenizer: str = "", ckpt: str = "", datasets: str = REGISTRY, sequence_length: int = 512) -> None:
+def check(
+    data: str,
+    tokenizer: str = "",
+    ckpt: str = "",
+    datasets: str = REGISTRY,
+    sequence_length: int | None = None,
+    max_new_tokens: int = ANSWER_TOKENS,
+) -> None:
     """Read everything and report on it; the exit code is 2 for a source without a usable row or that breaks off.
 
     Args:
@@ -64,15 +76,16 @@ def check(data: str, tokenizer: str = "", ckpt: str = "", datasets: str = REGIST
         tokenizer: folder that train_tokenizer.py wrote.
         ckpt: checkpoint folder, whose tokenizer is taken.
         datasets: YAML file that gives data sets names.
-        sequence_length: tokens a row of training, to say what it would cut.
+        sequence_length: tokens a row of training, to say what it would cut; as the stage that reads the data has where
+            it is left out: 512, for pairs 1024 or the context of --ckpt.
+        max_new_tokens: of these, tokens for the answer to a prompt.
     """
-    if sequence_length < 1:
-        raise UserError("--sequence_length: must be at least 1")
+    limits = _limits(sequence_length, max_new_tokens, ckpt)
     reader, troubles = _tokenizer(tokenizer, ckpt), []
     for source in find_sources(data, datasets, kind=None):
-        found = check_source(source, reader, sequence_length)
+        found = check_source(source, reader, limits)
         place = f" ({source.path})" if source.name else ""
-        print("\n  ".join([f"{source}{place}: {found.kind}", *found.lines(sequence_length)]))
+        print("\n  ".join([f"{source}{place}: {found.kind}", *found.lines(limits)]))
         troubles += [found.trouble] if found.trouble else []
     if troubles:
         raise UserError("; ".join(troubles))
@@ -101,6 +114,14 @@ def _tokenizer(tokenizer: str, ckpt: str) -> Tokenizer:
     if not tokenizer and not ckpt:
         raise UserError("dataset.py: give --tokenizer DIR (made by train_tokenizer.py) or --ckpt DIR")
     return Tokenizer.from_folder(tokenizer or ckpt)
+
+
+def _limits(sequence_length: int | None, max_new_tokens: int, ckpt: str) -> Limits:
+    if sequence_length is not None:
+        check_least(1, sequence_length=sequence_length)
+    check_least(1, max_new_tokens=max_new_tokens)
+    context = LMConfig.from_pretrained(ckpt).max_position_embeddings if ckpt and sequence_length is None else None
+    return Limits(sequence_length, max_new_tokens, context)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from dataset import PreferenceDataset
 from errors import UserError, command_line, waiting
 from model import MiniDeepSeek
 from text.chats.packed_dataset import CUT
+from text.order import PAIR_TOKENS
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings, text_batches
@@ -53,7 +54,7 @@ class DPOSettings(StageSettings):
     precompute_reference: bool = True
     val_fraction: float = 0.05
     val_text: str = ""
-    sequence_length: int = 1024
+    sequence_length: int = PAIR_TOKENS
     batch_tokens: int = 8192
     optim: OptimSettings = field(
         default_factory=lambda: OptimSettings(lr=5e-5, weight_decay=0.0, warmup=0.1, decay_from=0.1)

@@ -88,6 +88,11 @@ def train_tokenizer(
         f"trained in {seconds:.1f} s, {sample.size / 1e6 / seconds:.2f} MB/s, peak memory {peak_memory() / 1e6:,.0f} MB"
     )
     print_table(measure_compression(tokenizer, held_out))
+    if held_out:
+        print(
+            f"held out: the lines of {len(held_out)} documents that were not trained on; each is of one kind (mixed: "
+            "of several, or short), and all is their sum"
+        )
     print(f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}: {Path(out) / 'tokenizer.json'}")
 
 

@@ -19,10 +19,12 @@ from tqdm import tqdm
 from errors import UserError
 from text.chats.chat_template import encode_chats
 from text.chats.conversations import to_messages
-from text.chats.encoded import ROWS_AT_ONCE, fit, last_answer
+from text.chats.encoded import ROWS_AT_ONCE, fit, fit_pair, last_answer
 from text.chats.preferences import to_preference
 from text.chats.problems import COLUMNS, is_generated, open_problems, problem_reader
+from text.chats.prompt_dataset import encode_prompts
 from text.corpus.corpus import Cleaner, Corpus
+from text.order import ANSWER_TOKENS, PAIR_TOKENS, ROW_TOKENS
 from text.sources.folders import Folder
 from text.sources.formats import FORMATS
 from text.sources.registry import Source
@@ -32,40 +34,80 @@ from text.tokenizer import Tokenizer
 
 ROWS_LOOKED_AT = 100
 NOUNS = {"text": "documents", "chat": "conversations", "preference": "pairs", "prompt": "prompts"}
+CUT = {"chat": "cut after the last answer that fits", "preference": "cut: without the oldest turns of their prompt"}
 
 Sequences = list[tuple[Sequence[int], Sequence[int]]]
 """The token sequences of one row, each (ids, mask)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The tokens that a stage has room for, as it has by itself where nobody says otherwise.
+
+    context: most positions of the model, which the length of pairs is lowered to.
+    """
+
+    sequence_length: int | None = None
+    max_new_tokens: int = ANSWER_TOKENS
+    context: int | None = None
+
+    def row(self, kind: str) -> int:
+        """Return the tokens of a row, or of each side of a pair."""
+        if self.sequence_length is not None:
+            return self.sequence_length
+        return min(PAIR_TOKENS, self.context or PAIR_TOKENS) if kind == "preference" else ROW_TOKENS
+
+    def settle(self, tokenizer: Tokenizer, kind: str, sequences: Sequences) -> tuple[Sequences, str]:
+        """Return what training takes of a row, and the row's fate: dropped, cut; "" where all that teaches is taken."""
+        length = self.row(kind)
+        if kind == "preference":
+            return fit_pair(sequences, tokenizer, length)
+        (ids, mask), *_ = sequences
+        if kind == "chat":
+            kept, fate = fit(mask, length)
+            return [(ids[:kept], mask[:kept])] if kept else [], fate.replace("unanswered", "")
+        if kind == "prompt":
+            if length <= self.max_new_tokens:
+                raise UserError(f"{self.told(kind)}: leaves no room for a prompt; raise the first or lower the second")
+            return (sequences, "") if len(ids) <= length - self.max_new_tokens else ([], "dropped")
+        return sequences, ""
+
+    def told(self, kind: str) -> str:
+        """Return the options that set the limits of a kind, and their values."""
+        answer = f" --max_new_tokens {self.max_new_tokens}" if kind == "prompt" else ""
+        return f"--sequence_length {self.row(kind)}{answer}"
 
 
 @dataclass
 class Findings:
     """What was found. `sizes`: positions that each conversation, side of a pair, prompt or document fills.
 
-    `fates`: what became of the usable rows: whole, cut, dropped; `longer`: those that do not fit, which text survives.
+    `fates`: what became of the usable rows: cut, dropped, "" for whole; `longer`: texts that continue in a second row;
+    `tokens`, `trained`: of what is left.
     """
 
     kind: str
     report: RowReport = field(default_factory=RowReport)
     sizes: list[int] = field(default_factory=list)
+    tokens: int = 0
     trained: int = 0
     longer: int = 0
     fates: Counter[str] = field(default_factory=Counter)
     trouble: str = ""
 
-    def lines(self, sequence_length: int) -> list[str]:
+    def lines(self, limits: Limits) -> list[str]:
         """Return the findings for people."""
         lines = self.report.lines()
         if not self.sizes:
             return lines
         middle, high = np.percentile(self.sizes, (50, 90), method="higher")
-        tokens = sum(self.sizes) + len(self.sizes)
         unused = self.report.unused_by_kind if self.kind == "text" else self.report.unused
-        fates = {NOUNS[self.kind]: self.fates["whole"], "cut": self.fates["cut"], "dropped": self.fates["dropped"]}
+        fates = {NOUNS[self.kind]: self.fates[""], "cut": self.fates["cut"], "dropped": self.fates["dropped"]}
         return [
             *lines,
-            f"{tokens:,} tokens, {self.trained:,} of them trained on",
             f"tokens of one: median {middle + 1:,}, 90 % up to {high + 1:,}, longest {max(self.sizes) + 1:,}",
-            f"sequence_length {sequence_length}: {self._fate()}",
+            f"{limits.told(self.kind)}: {self._fate()}",
+            f"{self.tokens:,} tokens, {self.trained:,} of them trained on",
             balance(self.report.rows, "rows", {**fates, **unused}),
         ]
 
@@ -75,11 +117,11 @@ class Findings:
             return f"{self.longer:,} documents are longer and continue in the next row; nothing is lost"
         if not cut and not dropped:
             return f"all {NOUNS[self.kind]} fit"
-        shown = f"{cut:,} cut after the last answer that fits, " if self.kind == "chat" else ""
-        return f"{shown}{dropped:,} of {self.report.accepted:,} {NOUNS[self.kind]} left out"
+        shown = f"{cut:,} {CUT[self.kind]}; " if self.kind in CUT else ""
+        return f"{shown}{dropped:,} of {self.report.accepted:,} {NOUNS[self.kind]} are longer and left out"
 
 
-def check_source(source: Source, tokenizer: Tokenizer, sequence_length: int) -> Findings:
+def check_source(source: Source, tokenizer: Tokenizer, limits: Limits) -> Findings:
     """Read and encode everything; in memory is no more than the lengths."""
     found = Findings(kind_of_source(source))
     items = (item for _, item in placed_items(source, found.kind, found.report))
@@ -89,29 +131,26 @@ def check_source(source: Source, tokenizer: Tokenizer, sequence_length: int) -> 
         for item in shown:
             some.append(item)
             if len(some) == ROWS_AT_ONCE:
-                _look(found, tokenizer, some, sequence_length)
+                _look(found, tokenizer, some, limits)
                 some = []
     except UserError as error:  # a file that breaks off: what was found before it is worth seeing
         found.trouble = str(error)
-    _look(found, tokenizer, some, sequence_length)
+    _look(found, tokenizer, some, limits)
     if not found.sizes and not found.trouble:
         found.trouble = str(no_usable(source, found.report))
     return found
 
 
-def _look(found: Findings, tokenizer: Tokenizer, items: list[Any], sequence_length: int) -> None:
+def _look(found: Findings, tokenizer: Tokenizer, items: list[Any], limits: Limits) -> None:
     """Count some rows, as the stage that reads them does."""
     for sequences in encode_items(tokenizer, found.kind, items):
         sizes = lengths(sequences)
         found.sizes += sizes
-        found.trained += trained(sequences)
-        is_longer = max(sizes) > sequence_length
-        found.longer += is_longer
-        fate = "dropped" if is_longer and found.kind != "text" else "whole"
-        if found.kind == "chat":
-            _, lost = fit(sequences[0][1], sequence_length)
-            fate = lost if lost in ("cut", "dropped") else "whole"
+        found.longer += max(sizes) > limits.row(found.kind)
+        used, fate = limits.settle(tokenizer, found.kind, sequences)
         found.fates[fate] += 1
+        found.tokens += sum(len(ids) for ids, _ in used)
+        found.trained += trained(used)
 
 
 def kind_of_source(source: Source) -> str:
@@ -166,8 +205,7 @@ def encode_items(tokenizer: Tokenizer, kind: str, items: Sequence[Any]) -> list[
         answers = [(ids, last_answer(mask)) for ids, mask in sides]
         return [list(pair) for pair in zip(answers[::2], answers[1::2], strict=True)]
     if kind == "prompt":
-        questions = [[{"role": "user", "content": problem.question}] for problem in items]
-        return [[pair] for pair in encode_chats(tokenizer, questions, add_generation_prompt=True)]
+        return [[(ids, [0] * len(ids))] for ids in encode_prompts(tokenizer, items)]
     return [[pair] for pair in encode_chats(tokenizer, items)]
 
 

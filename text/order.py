@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 IGNORED_LABEL = -100
 PADDING_SEGMENT = -1
+# Tokens of a row where nobody says how many; of each side of a pair; of a row of GRPO, those that the answer may take.
+ROW_TOKENS, PAIR_TOKENS, ANSWER_TOKENS = 512, 1024, 256
 
 WORD = (1 << 64) - 1
 ROUNDS = 6

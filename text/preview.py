@@ -10,8 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from text.chats.packing import cut_at_turn
-from text.inspection import Sequences, encode_items, kind_of_source, lengths, no_usable, placed_items, trained
+from text.inspection import Limits, Sequences, encode_items, kind_of_source, lengths, no_usable, placed_items, trained
 from text.sources.registry import Source
 from text.sources.row_report import RowReport
 from text.stream_decoder import StreamDecoder
@@ -24,7 +23,7 @@ SHOWN = {"\n": "↵", "\t": "⇥"}
 MOVING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 
-def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int, sequence_length: int) -> None:
+def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int, limits: Limits) -> None:
     """Print the first `rows` usable rows of a source. Raises `UserError` when there is none."""
     kind, report = kind_of_source(source), RowReport()
     found = list(islice(placed_items(source, kind, report), rows))
@@ -47,19 +46,23 @@ def show_rows(console: Console, source: Source, tokenizer: Tokenizer, rows: int,
             _print_tokens(console, tokenizer, ids, mask)
         if kind == "prompt":
             console.print(Text(f"  the answer to find: {item.answer}"))
-        if remark := _remark(kind, sequences, sequence_length):
-            console.print(Text(f"  {remark}", style="yellow"))
+        if remark := _remark(tokenizer, kind, sequences, limits):
+            console.print(Text(f"  {remark}", style="yellow"), soft_wrap=True)
     for line in report.file_lines() + report.notice_lines():
         console.print(Text(_printable(line), style="yellow"), soft_wrap=True)
 
 
-def _remark(kind: str, sequences: Sequences, sequence_length: int) -> str:
-    """Return what a row of `sequence_length` does to the data."""
-    if max(lengths(sequences)) <= sequence_length or kind == "text":
+def _remark(tokenizer: Tokenizer, kind: str, sequences: Sequences, limits: Limits) -> str:
+    """Return what the length of training does to a row."""
+    used, fate = limits.settle(tokenizer, kind, sequences)
+    if not fate:
         return ""
-    fitting = cut_at_turn(sequences[0][1], sequence_length) if kind == "chat" else 0
-    fate = f"cut after {fitting} tokens, its last answer that fits," if fitting else "left out"
-    return f"{fate} with --sequence_length {sequence_length}"
+    words = "left out"
+    if fate == "cut" and kind == "chat":
+        words = f"cut after {len(used[0][0])} tokens, its last answer that fits,"
+    elif fate == "cut":
+        words = f"cut: {len(sequences[0][0]) - len(used[0][0])} tokens of the prompt, its oldest turns, are left out"
+    return f"{words} with {limits.told(kind)}"
 
 
 def _print_tokens(console: Console, tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> None:

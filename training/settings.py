@@ -14,6 +14,7 @@ import yaml
 
 from errors import UserError, check_least, check_seed, naming
 from LMConfig import LMConfig
+from text.order import ROW_TOKENS
 from text.sources.registry import REGISTRY
 from training.optim.build import OptimSettings
 from training.parallel.ranks import DistSettings
@@ -77,7 +78,7 @@ class StageSettings:
     max_tokens: int | None = None
     max_minutes: float | None = None
     epochs: float | None = None
-    sequence_length: int = 512
+    sequence_length: int = ROW_TOKENS
     batch_tokens: int = 32768
     micro_tokens: int = 8192
     optim: OptimSettings = field(default_factory=OptimSettings)

@@ -142,12 +142,9 @@ class OptimizerStep:
         began = time.perf_counter()
         tally = self.accumulate(progress.step)
         gradients = self.copies.gradients()
-        squares = torch.nn.utils.get_total_norm(gradients).double().square()
-        if not (self.copies.disjoint or self.ranks.main):
-            # DDP has averaged them: the same on all ranks. The main rank's then hold, that no bit may part them.
-            squares = torch.zeros_like(squares)
         shared = self.share()
-        sums = tally.gather(self.ranks, squares=squares, tokens=self._tokens, **shared)
+        told = {"squares": self.copies.squares(gradients), "tokens": self._tokens}
+        sums = tally.gather(self.ranks, **told, **shared)
         shared = {name: sums.take(name) for name in shared}
         result, factor = self.normalise_and_clip(sums)
         result.shared = shared
@@ -164,6 +161,8 @@ class OptimizerStep:
         Gradients are those of the loss sum over the nominal number of labels, averaged over ranks.
         """
         ranks, tally, micro_batches = self.ranks, Tally(), self.batches.samples(step)
+        if self.copies.pipeline:
+            return self._accumulate_in_stages(step, micro_batches, tally)
         last, count_tokens = len(micro_batches) - 1, getattr(self.dataset, "count_tokens", positions)
         for index, indices in enumerate(micro_batches):
             if index and index < last and ranks.watch.asked and not ranks.in_step:
@@ -187,6 +186,20 @@ class OptimizerStep:
             self.parts.append((indices, loss.detach(), count))
             self._tokens += count_tokens(batch)
             tally.add({"loss": loss, "count": count, **metrics})
+        return tally
+
+    def _accumulate_in_stages(self, step: int, micro_batches: list[range], tally: Tally) -> Tally:
+        """`accumulate` in a pipeline, whose schedule does all micro-batches: those of one are computed side by side."""
+        if self.ranks.asked_to_stop():
+            raise Stopped
+        self.ranks.watch.show("micro-batches", 0, len(micro_batches))
+        batches = [self.batches.take(step, index) for index in range(len(micro_batches))]
+        measured = self.copies.compute_all(self.loss, batches, self._nominal)
+        for indices, (loss, count, metrics) in zip(micro_batches, measured, strict=True):
+            tally.add({"loss": loss, "count": count, **metrics})
+            if self.copies.pipeline.last is not None:  # elsewhere these are zeros
+                self.parts.append((indices, loss, count))
+                self._tokens += positions(batches[0])
         return tally
 
     def normalise_and_clip(self, sums: Sums) -> tuple[StepResult, float]:

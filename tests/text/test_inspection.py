@@ -83,6 +83,11 @@ def test_what_a_sequence_length_does_is_said(look, tokenizer, tmp_path):
     assert "with --sequence_length" not in look("preview", path, "--sequence_length", size - 1).out
     assert f"cut after {first} tokens, its last answer" in look("preview", path, "--sequence_length", size - 2).out
     assert "left out with --sequence_length 4" in look("preview", path, "--sequence_length", 4).out
+    pair = write(tmp_path / "p.jsonl", [{"messages": CHAT[:-1], "chosen": "Yes.", "rejected": "No."}])
+    oldest = len(encode_chat(tokenizer, CHAT[1:3])[0]) - 1  # without the <s>
+    shown = look("preview", pair, "--sequence_length", size - 2).out
+    assert f"cut: {oldest} tokens of the prompt, its oldest turns, are left out with --sequence_length" in shown
+    assert "left out with --sequence_length 4" in look("preview", pair, "--sequence_length", 4).out
 
 
 def test_a_check_tells_the_lengths_and_what_would_be_cut(look, tokenizer, world):
@@ -98,7 +103,7 @@ def test_a_check_tells_the_lengths_and_what_would_be_cut(look, tokenizer, world)
     assert sum(size <= median for size in sizes) >= len(sizes) / 2 >= sum(size < median for size in sizes)
     assert sum(size <= high for size in sizes) >= 0.9 * len(sizes) > sum(size < high for size in sizes) * 0.99
     assert f"{data.report.fates['cut']:,} cut after the last answer" in done.out
-    assert f"{data.report.fates['dropped']:,} of {len(rows):,} conversations left out" in done.out
+    assert f"{data.report.fates['dropped']:,} of {len(rows):,} conversations are longer and left out" in done.out
     assert data.report.fates["cut"] > 0 and data.report.fates["dropped"] > 0
 
 
@@ -127,7 +132,11 @@ def test_a_check_of_several_counts_problems_by_kind_and_continues_after_a_bad_on
     assert all(f"{path}:{line}: " in done.out for line in (2, 3, 5))
     bad = write(tmp_path / "b.jsonl", ["{broken"])
     done = look("check", f"{bad},{world / 'preferences.jsonl'},{world / 'pretrain.csv'}", "--sequence_length", 30)
-    assert done.code == 2 and "pairs left out" in done.out and "continue in the next row; nothing is lost" in done.out
+    assert (
+        done.code == 2
+        and "pairs are longer and left out" in done.out
+        and "continue in the next row; nothing is lost" in done.out
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,12 @@ from data_files import write
 
 import dataset
 from dataset import ChatDataset, PreferenceDataset, PromptDataset
+from dpo_train import DPOSettings
+from full_sft import SFTSettings
+from grpo_train import GRPOSettings
 from text.chats.prompts import read_prompts
 from text.corpus.shards import prepare_shards
+from text.inspection import Limits
 from text.sources.formats import Layout
 from text.sources.registry import Source
 from text.sources.row_report import RowReport, balance
@@ -52,6 +56,7 @@ PAIRS = [
     *({"prompt": f"q{n}", "chosen": "good", "rejected": "bad"} for n in range(40)),
     {"prompt": "q", "chosen": "same", "rejected": "same"},
     {"prompt": "q", "chosen": "long " * 90, "rejected": "b"},
+    {"messages": CHATS[-4]["messages"][:-1], "chosen": "x", "rejected": "y"},
     "{broken",
 ]
 PROBLEMS = [
@@ -78,7 +83,7 @@ def test_conversations_and_pairs(kind, rows, samples, tokenizer, printed, tmp_pa
         assert reported["more than were asked for"] == len(rows) - 2 - samples
     else:
         cut = (found.report.fates["cut"], found.report.fates["unanswered"])
-        assert reported["dropped"] == 1 and cut == ((1, 1) if kind is ChatDataset else (0, 0))
+        assert reported["dropped"] == 1 and cut == ((1, 1) if kind is ChatDataset else (1, 0))
 
 
 @pytest.mark.parametrize("samples", [None, 60])
@@ -153,12 +158,38 @@ def test_whole_files_are_no_rows(tokenizer, tokenizer_folder, run, printed, tmp_
     assert "1 x file not read to its end: empty file" in done.out
 
 
-@pytest.mark.parametrize("rows", [CHATS, PAIRS, PROBLEMS, TEXTS], ids=["chats", "pairs", "problems", "text"])
+@pytest.mark.parametrize(("kind", "rows"), [(ChatDataset, CHATS), (PreferenceDataset, PAIRS)])
 @pytest.mark.parametrize("length", [16, 64])
-def test_a_check(rows, length, tokenizer_folder, run, tmp_path):
+def test_a_check_cuts_and_drops_as_training_does(
+    kind, rows, length, tokenizer, tokenizer_folder, run, printed, tmp_path
+):
     path = write(tmp_path / "a.jsonl", rows)
     done = run(dataset.main, "check", path, "--tokenizer", tokenizer_folder, "--sequence_length", length)
-    assert done.code == 0 and sum(fates(done.out).values()) == len([row for row in rows if row])
+    report, trained = (data := kind([path], tokenizer, length)).report, fates(printed(data.print_summary))
+    checked = fates(done.out)
+    assert done.code == 0 and checked["cut"] == report.fates["cut"] > 0
+    assert checked.pop(report.what) + checked.pop("cut") == trained.pop("to train on") and checked == trained
+    assert f"{report.tokens:,} tokens, {report.trained:,} of them trained on" in done.out
+
+
+def test_a_check_leaves_out_the_prompts_that_training_leaves_out(tokenizer, tokenizer_folder, run, printed, tmp_path):
+    path = write(tmp_path / "a.jsonl", [*PROBLEMS, {"question": "7" * 300, "answer": 3}])  # a digit, a token
+    for longest, given in ((32, ("--sequence_length", 64, "--max_new_tokens", 32)), (256, ())):
+        trained = fates(printed(PromptDataset([path], tokenizer, longest).print_summary))
+        done = run(dataset.main, "check", path, "--tokenizer", tokenizer_folder, *given)
+        checked = fates(done.out)
+        assert checked.pop("prompts") == trained.pop("to train on")
+        assert checked.pop("dropped") == trained.pop("left out") == (2 if longest == 32 else 1)
+        assert checked == trained
+    done = run(dataset.main, "check", path, "--tokenizer", tokenizer_folder, "--sequence_length", 256)
+    assert done.code == 2 and "max_new_tokens 256: leaves no room for a prompt" in done.err
+
+
+def test_a_check_has_the_lengths_of_the_stages():
+    names = {"ckpt": "c", "data": "d", "out": "o"}
+    of = {"chat": SFTSettings(**names), "preference": DPOSettings(**names), "prompt": GRPOSettings(**names)}
+    assert {kind: Limits().row(kind) for kind in of} == {kind: given.sequence_length for kind, given in of.items()}
+    assert Limits().max_new_tokens == of["prompt"].max_new_tokens and Limits(context=64).row("preference") == 64
 
 
 def test_a_check_of_a_file_that_breaks_off(tokenizer_folder, run, tmp_path):

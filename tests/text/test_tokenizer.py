@@ -183,7 +183,8 @@ def test_the_script_writes_equal_files_for_equal_data(corpus, tmp_path):
         assert done.returncode == 0, done.stderr
         files.append([(tmp_path / threads / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")])
         assert Tokenizer.from_folder(tmp_path / threads).vocab_size == 330
-        assert all(word in done.stdout for word in [*KINDS, "held out", "bytes/token", "MB/s", "peak memory"])
+        words = [*KINDS, "mixed", "and all is their sum", "bytes/token", "MB/s", "peak memory"]
+        assert all(word in done.stdout for word in words)
     assert files[0] == files[1]
 
 
@@ -247,12 +248,16 @@ def test_every_text_has_the_same_chance_in_a_sample(lengths, seed):
 def test_lines_are_classified_by_kind(tokenizer):
     kinds = {
         "今天天气真好，我们去公园吧": "Chinese", "The weather is fine today.": "English", "2024-02-29 13:45": "digits",
-        "    for (i = 0; i < n; i++) {": "code", "ab": None, "Привет, как дела сегодня": None,
+        "    for (i = 0; i < n; i++) {": "code", "ab": "mixed", "Привет, как дела сегодня": "mixed",
     }  # fmt: skip
     assert {line: kind_of_line(line) for line in kinds} == kinds
     rows = measure_compression(tokenizer, ["今天天气真好，我们去公园吧\n", "2024-02-29\nab"])
     sources = [(row.kind, row.source) for row in rows if row.source != "built-in"]
-    assert sources == [("Chinese", "held out"), ("digits", "held out"), ("all", "held out")] and len(rows) == 7
-    digits, everything = rows[4], rows[6]
+    kinds = ("Chinese", "digits", "mixed", "all")
+    assert sources == [(kind, "held out") for kind in kinds] and len(rows) == 8
+    *parts, everything = (row for row in rows if row.source == "held out")
+    assert everything.characters == sum(part.characters for part in parts)
+    assert everything.bytes == sum(part.bytes for part in parts)
+    digits = parts[1]
     assert (digits.characters, digits.bytes, digits.tokens) == (11, 11, len(tokenizer.encode("2024-02-29\n")))
-    assert everything.characters == 14 + 13
+    assert everything.characters == 14 + 13 and parts[2].characters == len("ab")

@@ -236,16 +236,10 @@ class EncodedPairs(EncodedSamples):
     def _encode(self, tokenizer: Tokenizer, rows: Sequence[Any]) -> Iterator[Sequences]:
         encoded = encode_chats(tokenizer, [side for pair in rows for side in pair])
         for pair in zip(encoded[::2], encoded[1::2], strict=True):
-            excess = max(len(ids) for ids, _ in pair) - (self.report.sequence_length + 1)
-            gone = slice(0, 0)
-            if excess > 0:
-                gone = oldest_turns(pair[0][0], tokenizer, excess) if self.cut else None
-                self.report.fates["dropped" if gone is None else "cut"] += 1
-            if gone is not None:
-                yield [
-                    (ids[: gone.start] + ids[gone.stop :], last_answer(mask[: gone.start] + mask[gone.stop :]))
-                    for ids, mask in pair
-                ]
+            sides, fate = fit_pair(pair, tokenizer, self.report.sequence_length, self.cut)
+            self.report.fates[fate] += 1
+            if sides:
+                yield sides
 
     def _content(self, index: int) -> np.ndarray:
         ids, mask = self.sequence(2 * index)
@@ -260,6 +254,22 @@ def fit(mask: Iterable[int], sequence_length: int) -> tuple[int, str]:
     if length == 0:
         return 0, "dropped"
     return length, "cut" if length < answered else "unanswered" if answered < len(mask) else ""
+
+
+def fit_pair(
+    pair: Sequences, tokenizer: Tokenizer, sequence_length: int, cut: bool = True
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
+    """Return both sides as they are compared, none where they are too long, and their fate: dropped, cut; "" for whole.
+
+    cut: whether sides that are too long lose the oldest turns of their prompt.
+    """
+    excess, gone, fate = max(len(ids) for ids, _ in pair) - (sequence_length + 1), slice(0, 0), ""
+    if excess > 0:
+        oldest = oldest_turns(pair[0][0], tokenizer, excess) if cut else None
+        if oldest is None:
+            return [], "dropped"
+        gone, fate = oldest, "cut"
+    return [(np.delete(ids, gone), last_answer(np.delete(mask, gone))) for ids, mask in pair], fate
 
 
 def oldest_turns(ids: Sequence[int], tokenizer: Tokenizer, excess: int) -> slice | None:

@@ -84,7 +84,7 @@ class PromptDataset:
 
     def encode(self, problems: Sequence[Problem]) -> list[list[int]]:
         """Return the token ids of each prompt, up to where the answer begins. Raises `UserError` for a long one."""
-        encoded = self._encoded(problems)
+        encoded = encode_prompts(self.tokenizer, problems, self.system)
         for ids, problem in zip(encoded, problems, strict=True):
             if len(ids) > self.longest:
                 raise UserError(
@@ -105,12 +105,14 @@ class PromptDataset:
         print(folded("\n".join([*lines, f"{len(self)} problems an epoch{measured}"])))
 
     def _fitting(self, problems: list[Problem]) -> list[Problem]:
-        encoded = self._encoded(problems)
+        encoded = encode_prompts(self.tokenizer, problems, self.system)
         fitting = [problem for problem, ids in zip(problems, encoded, strict=True) if len(ids) <= self.longest]
         self.too_long += len(problems) - len(fitting)
         return fitting
 
-    def _encoded(self, problems: Sequence[Problem]) -> list[list[int]]:
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        asked = [[*system, {"role": "user", "content": problem.question}] for problem in problems]
-        return [ids for ids, _ in encode_chats(self.tokenizer, asked, add_generation_prompt=True)]
+
+def encode_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], system: str = "") -> list[list[int]]:
+    """Return the token ids of each prompt, up to where the answer begins."""
+    before: list[Message] = [{"role": "system", "content": system}] if system else []
+    asked = [[*before, {"role": "user", "content": problem.question}] for problem in problems]
+    return [ids for ids, _ in encode_chats(tokenizer, asked, add_generation_prompt=True)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from text.tokenizer import Tokenizer
 
 KINDS = ("Chinese", "English", "digits", "code")
+MIXED = "mixed"
 
 BUILT_IN_TEXTS = {
     "Chinese": """\
@@ -53,32 +54,34 @@ class Compression:
     tokens: int
 
 
-def kind_of_line(line: str) -> str | None:
-    """Return Chinese, English, digits or code, by which characters the line is made of; None for a mixture."""
+def kind_of_line(line: str) -> str:
+    """Return Chinese, English, digits or code, by what the line is made of; mixed for several, or where it is short."""
     visible = len(line) - line.count(" ")
     if visible < 4:
-        return None
+        return MIXED
     if len(_DIGITS.findall(line)) > 0.5 * visible:
         return "digits"
     if len(_CHINESE.findall(line)) > 0.5 * visible:
         return "Chinese"
     if len(_CODE_MARKS.findall(line)) > 0.08 * visible:
         return "code"
-    return "English" if len(_LETTERS.findall(line)) > 0.8 * visible else None
+    return "English" if len(_LETTERS.findall(line)) > 0.8 * visible else MIXED
 
 
 def measure_compression(tokenizer: Tokenizer, texts: Iterable[str]) -> list[Compression]:
-    """For each kind: the built-in text and the lines of that kind in `texts`, where there are any; then all `texts`."""
-    lines: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    """For each kind: its built-in text, and the lines of that kind in `texts`, where there are any; then all `texts`.
+
+    Each line is of one kind, so their characters and bytes add up to those of all.
+    """
+    lines: dict[str, list[str]] = {kind: [] for kind in (*KINDS, MIXED)}
     everything = list(texts)
     for text in everything:
         for line in text.splitlines(keepends=True):
-            kind = kind_of_line(line)
-            if kind:
-                lines[kind].append(line)
+            lines[kind_of_line(line)].append(line)
     rows = []
-    for kind in KINDS:
-        rows.append(_measure(tokenizer, kind, "built-in", [BUILT_IN_TEXTS[kind]]))
+    for kind in lines:
+        if kind in BUILT_IN_TEXTS:
+            rows.append(_measure(tokenizer, kind, "built-in", [BUILT_IN_TEXTS[kind]]))
         if lines[kind]:
             rows.append(_measure(tokenizer, kind, "held out", lines[kind]))
     if everything:

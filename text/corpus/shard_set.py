@@ -15,7 +15,9 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ import numpy as np
 import xxhash
 
 from errors import UserError
+from text.corpus.corpus import Corpus
 from text.files import replacing
 from text.order import content_hash
+from text.sources.registry import Source
 from text.tokenizer import Tokenizer
 
 INDEX = "index.json"
@@ -32,6 +36,47 @@ LAYOUT = 1
 SPLITS = ("train", "val")
 KINDS = {"complete": bool, "fingerprint": str, "eos_id": int, "sources": list, "recipe": dict, "parts": list}
 COUNTS = ("tokens", "documents", "bytes")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides, with the corpus and the tokenizer, what the shards hold.
+
+    `shard_tokens`: tokens of a part, 128 MB at the default. `val_fraction`: share of documents that is held out, chosen
+    by their hash; of two documents or more each split gets at least one, unless the fraction is 0.
+    """
+
+    column: str | None = None
+    on_error: str = "skip"
+    encoding: str = "utf-8"
+    min_chars: int = 1
+    val_fraction: float = 0.005
+    shard_tokens: int = 1 << 26
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction {self.val_fraction}: give a share from 0 to below 1")
+
+    def begun(self, data: str | Sequence[Source], tokenizer: Tokenizer) -> tuple[Corpus, dict[str, Any]]:
+        """Return the corpus, and the index of a folder in which nothing is finished."""
+        corpus = Corpus(data, self.column, self.on_error, self.encoding)
+        made = {"layout": LAYOUT, "complete": False, "eos_id": tokenizer.eos_id, **self.work(tokenizer)}
+        return corpus, {**made, "sources": corpus.identity(), "parts": []}
+
+    def work(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return what of an index decides, with the data, what the shards hold."""
+        return {"fingerprint": tokenizer.fingerprint, "recipe": asdict(self)}
+
+    def folder(self, plain: Path, tokenizer: Tokenizer) -> Path:
+        """Return the folder of this work on the data whose name is `plain`: no other work on them has the same one.
+
+        An older program had one folder for all work on the same data; what it made there is used.
+        """
+        with suppress(UserError):
+            if (index := read_index(plain)) and not other_work(index, self.work(tokenizer)):
+                return plain
+        special = [(name, value) for name, value in asdict(self).items() if value != getattr(Recipe, name)]
+        return plain.with_name(f"{plain.name}-{content_hash([tokenizer.fingerprint, *special])[:8]}")
 
 
 class TokenStream:
@@ -155,6 +200,17 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({error}); delete the folder and prepare the shards again") from error
+
+
+def other_work(found: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    """Return in which ways one index was made otherwise than `made`, from the same data, in words."""
+    changes = []
+    if found["fingerprint"] != made["fingerprint"]:
+        changes.append(f"another tokenizer ({found['fingerprint']}, now {made['fingerprint']})")
+    for name, value in made["recipe"].items():
+        if (before := found["recipe"].get(name)) != value:
+            changes.append(f"another {name} ({before}, now {value})")
+    return changes
 
 
 def _check_entry(split: str, shard: dict[str, Any] | None) -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from errors import UserError
 from text.corpus.corpus import Cleaner, Corpus
 from text.corpus.encoding import Part, encode, parts
-from text.corpus.shard_set import INDEX, LAYOUT, SPLITS, ShardSet, find_damage, read_index, write_shard
+from text.corpus.shard_set import INDEX, SPLITS, Recipe, ShardSet, find_damage, other_work, read_index, write_shard
 from text.files import json_text, peak_memory, replacing
 from text.sources.formats import Layout
 from text.sources.registry import Source, weights
@@ -33,32 +33,6 @@ from text.sources.row_report import balance
 from text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 LOCK = "lock"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides, with the corpus and the tokenizer, what the shards hold.
-
-    `shard_tokens`: tokens of a part, 128 MB at the default. `val_fraction`: share of documents that is held out, chosen
-    by their hash; of two documents or more each split gets at least one, unless the fraction is 0.
-    """
-
-    column: str | None = None
-    on_error: str = "skip"
-    encoding: str = "utf-8"
-    min_chars: int = 1
-    val_fraction: float = 0.005
-    shard_tokens: int = 1 << 26
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction {self.val_fraction}: give a share from 0 to below 1")
-
-    def begun(self, data: str | Sequence[Source], tokenizer: Tokenizer) -> tuple[Corpus, dict[str, Any]]:
-        """Return the corpus, and the index of a folder in which nothing is finished."""
-        corpus = Corpus(data, self.column, self.on_error, self.encoding)
-        made = {"layout": LAYOUT, "complete": False, "fingerprint": tokenizer.fingerprint, "eos_id": tokenizer.eos_id}
-        return corpus, {**made, "sources": corpus.identity(), "recipe": asdict(self), "parts": []}
 
 
 def open_sources(
@@ -78,8 +52,9 @@ def open_sources(
             raises when that one has failed. options: see `prepare_shards`.
     """
     opened = []
-    for group, folder, weight in _groups(sources, shards):
+    for group, folder, weight in _groups(sources, tokenizer, shards, **options):
         if main:
+            _print_other_work(folder, _recipe(**options).work(tokenizer))
             opened.append((prepare_shards(group, tokenizer, folder, **options), weight))
             continue
         target = _target(group, tokenizer, **options)
@@ -95,15 +70,18 @@ def sources_ready(sources: list[Source], tokenizer: Tokenizer, shards: str | Pat
 
     Raises `UserError` for data that are not there.
     """
-    return all([_is_ready(out, _target(group, tokenizer, **options)) for group, out, _ in _groups(sources, shards)])
+    groups = _groups(sources, tokenizer, shards, **options)
+    return all([_is_ready(out, _target(group, tokenizer, **options)) for group, out, _ in groups])
 
 
-def _groups(sources: list[Source], shards: str | Path) -> Iterator[tuple[list[Source], Path, float]]:
+def _groups(
+    sources: list[Source], tokenizer: Tokenizer, shards: str | Path, **options: Any
+) -> Iterator[tuple[list[Source], Path, float]]:
     """Yield the sources that share a folder of shards, that folder, and their weight."""
-    mixture = weights(sources)
+    mixture, recipe = weights(sources), _recipe(**options)
     groups = [sources] if mixture is None else [[source] for source in sources]
     for group, weight in zip(groups, mixture or [1.0], strict=True):
-        yield group, Path(shards) / _folder_name(group), weight
+        yield group, recipe.folder(Path(shards) / _folder_name(group), tokenizer), weight
 
 
 def _folder_name(group: list[Source]) -> str:
@@ -116,8 +94,22 @@ def _folder_name(group: list[Source]) -> str:
     return f"{Path(paths).stem or 'data'}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
-def _target(group: list[Source], tokenizer: Tokenizer, workers: int = 0, **options: Any) -> dict[str, Any]:
-    return Recipe(**options).begun(group, tokenizer)[1]
+def _print_other_work(folder: Path, work: dict[str, Any]) -> None:
+    """Print why the newest other shards of the same data are not used, where this folder has none yet."""
+    plain, _, _ = folder.name.rpartition("-")
+    others = folder.parent.glob(f"{escape(plain)}*/{INDEX}") if not (folder / INDEX).exists() else ()
+    for index in sorted(others, key=lambda file: file.stat().st_mtime)[-1:]:
+        with suppress(UserError):
+            changes = other_work(read_index(index.parent), work)
+            print(f"{index.parent} stays and is not used: {', '.join(changes)}; tokenising into {folder.name}")
+
+
+def _recipe(workers: int = 0, **options: Any) -> Recipe:
+    return Recipe(**options)
+
+
+def _target(group: list[Source], tokenizer: Tokenizer, **options: Any) -> dict[str, Any]:
+    return _recipe(**options).begun(group, tokenizer)[1]
 
 
 def _is_ready(out: Path, target: dict[str, Any]) -> bool:
@@ -232,14 +224,7 @@ def _hold_out(hashes: np.ndarray, fraction: float, has_train: bool, has_val: boo
 
 def _changes(found: dict[str, Any], target: dict[str, Any]) -> list[str]:
     """Return in which ways the work of one index is not that of another, in words."""
-    changes = []
-    if found["fingerprint"] != target["fingerprint"]:
-        changes.append(f"the tokenizer changed ({found['fingerprint']} to {target['fingerprint']})")
-    if found["sources"] != target["sources"]:
-        changes.append("the data changed")
-    if options := [name for name in target["recipe"] if found["recipe"].get(name) != target["recipe"][name]]:
-        changes.append(f"other options ({', '.join(options)})")
-    return changes
+    return other_work(found, target) + (["the data changed"] if found["sources"] != target["sources"] else [])
 
 
 def _finished_parts(out: Path, target: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dataset import PromptDataset
 from errors import UserError, check_least, require
 from model import MiniDeepSeek
+from text.order import ANSWER_TOKENS
 from training.alignment.advantages import advantages
 from training.alignment.rewards import Rewards, Sample
 from training.alignment.sampler import Completions, Sampler, sample_groups, to_samples, uniforms
@@ -37,7 +38,7 @@ class RolloutSettings:
 
     prompts: int = 32
     group: int = 8
-    max_new_tokens: int = 256
+    max_new_tokens: int = ANSWER_TOKENS
     temperature: float = 1.0
     loss: str = "grpo"
     mu: int = 1

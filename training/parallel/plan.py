@@ -1,13 +1,13 @@
 """What a run would need on so many GPUs, from formulas alone: memory, communication, bubbles, time, GPU hours.
 
-python -m training.parallel.plan --config configs/deepseek-v3.yaml --gpus 2048 --dist.pp 16
+python -m training.parallel.plan --config configs/deepseek-v3.yaml --gpus 2048
 python -m training.parallel.plan --config configs/1b-moe.yaml --gpus 8 --gpu h100 --dist.ep 4
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cli import parse
 from errors import UserError, check_least, command_line
@@ -23,20 +23,11 @@ SPARE = 3e9  # bytes of a GPU for CUDA, NCCL, the logits of a chunk and what lie
 
 @dataclass
 class PlannedMesh(ShardSettings):
-    """How ranks work together, what is cut among them, and a pipeline, which is planned only.
+    """As in training, and one schedule more, which can be planned only: dualpipe."""
 
-    Args:
-        pp: ranks that the layers are spread over; schedule: 1f1b, zbv, dualpipe or dualpipev.
-    """
-
-    pp: int = 1
     schedule: str = "dualpipev"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(1, **{"dist.pp": self.pp})
-        if self.schedule not in BUBBLES:
-            raise UserError(f"--dist.schedule {self.schedule}: one of {', '.join(BUBBLES)}")
+    SCHEDULES: ClassVar[tuple[str, ...]] = tuple(BUBBLES)
 
 
 @dataclass(kw_only=True)

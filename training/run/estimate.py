@@ -51,13 +51,16 @@ def length(budget: Budget, step: float, step_tokens: int, done: Progress) -> tup
     return max(min(steps), 1), max(min(steps), 1) * step
 
 
-def batch_line(rows: int, row_tokens: int, world: int, micro: int) -> str:
+def batch_line(rows: int, row_tokens: int, ranks: Ranks, micro: int) -> str:
     """Return how a step's rows are shared. micro: most rows of a micro-batch."""
-    share = rows // world
+    share = rows // ranks.shares
+    sharing = counted(ranks.shares, "rank")
+    if ranks.pp > 1:
+        sharing = f"{counted(ranks.shares, 'pipeline')} of {ranks.pp} ranks"
     micro = min(micro, share)
     parts = f"{math.ceil(share / micro):,} micro-batch{'es' * (share > micro)}"
     each = "at most " * (share % micro > 0) + counted(micro, "row")
-    return f"{counted(rows, 'row')} of {row_tokens} tokens: {counted(world, 'rank')}, {parts} of {each}"
+    return f"{counted(rows, 'row')} of {row_tokens} tokens: {sharing}, {parts} of {each}"
 
 
 def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, dtype: torch.dtype) -> float:
@@ -124,7 +127,7 @@ class Pace:
             f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
             f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
             f"kernels    {kernel_report(*kernels)}\n"
-            f"batch      {batch_line(settings.rows, settings.row_tokens, ranks.world, settings.micro_rows)}\n"
+            f"batch      {batch_line(settings.rows, settings.row_tokens, ranks, settings.micro_rows)}\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
             f"takes      about {duration(step)} a step, {counted(steps, noun)} in {duration(seconds)}, "
             f"{human(needs, 'B')} of memory a rank{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
@@ -140,7 +143,7 @@ class Pace:
     def report(self, seconds: float, rows: int) -> None:
         """Say what the `seconds` of the first micro-batch, of so many rows, make of a step, where it is long."""
         self.known = True
-        share = self._settings.rows // self._ranks.world
+        share = self._settings.rows // self._ranks.shares
         step = seconds * share / rows  # the last micro-batch may have fewer rows
         if step > SLOW_STEP / 3:
             step_tokens = self._settings.rows * self._settings.row_tokens
@@ -189,7 +192,7 @@ def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
         settings.batch_tokens = saved * settings.row_tokens
         return
     ceiling = settings.rows
-    rows = fitting_rows(settings, ranks.world, samples)
+    rows = fitting_rows(settings, ranks.shares, samples)
     if rows != ceiling:
         settings.batch_tokens = rows * settings.row_tokens
         budget = settings.budget(samples)
@@ -209,7 +212,7 @@ def fit_micro_batch(settings: StageSettings, ranks: Ranks, model: MiniDeepSeek, 
     chosen = settings.holds("micro_tokens") or settings.micro_tokens != usual
     if ranks.device.type != "cuda" or settings.uneven or chosen:
         return
-    rows, trial = settings.rows // ranks.world, copy.copy(settings)
+    rows, trial = settings.rows // ranks.shares, copy.copy(settings)
     for parts in range(1, rows + 1):
         trial.micro_tokens = -(-rows // parts) * settings.row_tokens
         if trial.micro_rows <= settings.micro_rows:
@@ -253,7 +256,7 @@ def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int, step:
         remedy = f"raise {by.split()[0]}"
         if by.startswith("--epochs"):
             remedy = f"give --epochs {math.ceil(ENOUGH * settings.rows / samples)} for {ENOUGH} steps"
-    if remedy.startswith("give") and settings.rows > ranks.world and not settings.uneven:
+    if remedy.startswith("give") and settings.rows > ranks.shares and not settings.uneven:
         remedy += ", or a smaller --batch_tokens"
     ends = f"notice: this run ends after {about}{counted(steps, 'step')} ({by}), too few to learn"
     ranks.say(folded(f"{ends}; {remedy}"))

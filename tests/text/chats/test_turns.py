@@ -14,7 +14,7 @@ from text.chats.encoded import EncodedChats
 from text.chats.preferences import read_preferences
 from text.chats.problems import to_problem
 from text.chats.prompts import to_prompt
-from text.inspection import check_source
+from text.inspection import Limits, check_source
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport
 from training.distill.answers import Answer, questions
@@ -169,8 +169,8 @@ def test_a_teacher_is_asked_without_marks_and_its_chats_keep_them():
 
 def test_other_weights_are_counted_once_and_train_as_1(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [marked(), marked(weight=0.5), marked(weight=2), marked(loss="high")])
-    found = check_source(Source.of(path), tokenizer, 60)
-    lines = found.lines(60)
+    found = check_source(Source.of(path), tokenizer, Limits(60))
+    lines = found.lines(Limits(60))
     assert (
         f"  notice: 2 x 'weight' of a turn is neither 0 nor 1; the turn is trained on as with 1; the first: {path}:2"
         in lines

@@ -158,7 +158,7 @@ def test_interrupted_work_resumes_to_the_same_bytes(corpus, made, tokenizer, tmp
 
 @pytest.mark.parametrize(
     ("change", "notice"),
-    [("data", "the data changed"), ("option", "other options (min_chars)"), ("tokenizer", "the tokenizer changed (")],
+    [("data", "the data changed"), ("option", "another min_chars (1, now 40)"), ("tokenizer", "another tokenizer (")],
 )
 def test_what_changed_is_noticed(corpus, copy, tokenizer, other_tokenizer, tmp_path, capsys, change, notice):
     with pytest.raises(
@@ -255,6 +255,39 @@ def test_who_waits_opens_what_another_process_prepares_and_no_shards_of_other_da
 
     with pytest.raises(SystemExit):  # with a main that failed
         open_sources(data, other_tokenizer, tmp_path, main=False, check=failed, **OPTIONS)
+
+
+def test_work_on_the_same_data_by_another_tokenizer_or_recipe_is_kept(
+    corpus, tokenizer, other_tokenizer, tmp_path, monkeypatch, capsys
+):
+    def opened(options: dict, reader=tokenizer) -> str:
+        open_sources([Source(str(corpus))], reader, tmp_path, main=True, **options)
+        return capsys.readouterr().out
+
+    plain, fewer = OPTIONS, OPTIONS | {"val_fraction": 0.25}
+    assert "stays and is not used" not in opened(plain)
+    assert f"another val_fraction ({plain['val_fraction']}, now 0.25); tokenising into" in opened(fewer)
+    assert f"another tokenizer ({tokenizer.fingerprint}, now {other_tokenizer.fingerprint})" in opened(
+        plain, other_tokenizer
+    )
+    with pytest.raises(UserError, match="no column 'txt'"):
+        opened(plain | {"column": "txt"})
+    capsys.readouterr()
+    encoded, folders = count_encoded(monkeypatch), sorted(tmp_path.iterdir())
+    for options, reader in ((plain, tokenizer), (fewer, tokenizer), (plain, other_tokenizer)):
+        assert "ready and used again" in (shown := opened(options, reader)) and "stays" not in shown
+    assert encoded == [] and sorted(tmp_path.iterdir()) == folders and len(folders) == 3
+
+
+def test_a_folder_of_an_older_program_is_used_and_by_other_work_not_touched(corpus, tokenizer, tmp_path, capsys):
+    data = [Source(str(corpus))]
+    ((shards, _),) = open_sources(data, tokenizer, tmp_path, main=True, **OPTIONS)
+    plain = shards.folder.rename(tmp_path / shards.folder.name.rpartition("-")[0])  # whose name had no work in it
+    assert sources_ready(data, tokenizer, tmp_path, **OPTIONS)
+    ((again, _),) = open_sources(data, tokenizer, tmp_path, main=True, **OPTIONS)
+    ((other, _),) = open_sources(data, tokenizer, tmp_path, main=True, **OPTIONS | {"min_chars": 40})
+    assert again.folder == plain != other.folder and sources_ready(data, tokenizer, tmp_path, **OPTIONS)
+    assert f"{plain} stays and is not used: another min_chars (1, now 40)" in capsys.readouterr().out
 
 
 REFUSED = {  # the texts that are written, what is read beside them, and the error

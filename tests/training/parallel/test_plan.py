@@ -23,7 +23,7 @@ from training.parallel.plan import Plan, PlannedMesh, PlanSettings
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 V3 = LMConfig.preset("deepseek-v3")
 # The report's run: nothing of a layer is computed again but what costs little.
-REPORT = {"gpus": 2048, "dist.pp": 16, "gradient_checkpointing": "false"}
+REPORT = {"gpus": 2048, "gradient_checkpointing": "false"}
 
 
 @pytest.fixture(scope="module")

@@ -60,13 +60,15 @@ def test_a_run_lasts_as_long_as_its_budget_and_a_resumed_one_as_what_is_left(bud
 @pytest.mark.parametrize(
     ("shape", "line"),
     [
-        ((5, 1024, 1, 4), "5 rows of 1024 tokens: 1 rank, 2 micro-batches of at most 4 rows"),
-        ((8, 64, 2, 2), "8 rows of 64 tokens: 2 ranks, 2 micro-batches of 2 rows"),
-        ((1, 64, 1, 16), "1 row of 64 tokens: 1 rank, 1 micro-batch of 1 row"),
+        ((5, 1024, 1, 1, 4), "5 rows of 1024 tokens: 1 rank, 2 micro-batches of at most 4 rows"),
+        ((8, 64, 4, 2, 2), "8 rows of 64 tokens: 2 pipelines of 2 ranks, 2 micro-batches of 2 rows"),
+        ((8, 64, 2, 1, 2), "8 rows of 64 tokens: 2 ranks, 2 micro-batches of 2 rows"),
+        ((1, 64, 1, 1, 16), "1 row of 64 tokens: 1 rank, 1 micro-batch of 1 row"),
     ],
 )
 def test_the_shares_of_a_step_are_told_as_they_are(shape, line):
-    assert batch_line(*shape) == line
+    rows, row_tokens, world, pp, micro = shape
+    assert batch_line(rows, row_tokens, Ranks(0, world, torch.device("cpu"), pp=pp), micro) == line
 
 
 def test_the_memory_is_near_what_was_measured(model):

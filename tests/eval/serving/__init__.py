@@ -1,0 +1,1 @@
+"""The server: fixtures that all of its tests share, in conftest.py."""
