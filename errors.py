@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from textwrap import fill
 from typing import TypeVar
 from unicodedata import category
 
 Item = TypeVar("Item")
 LONGEST = 1000  # characters of a message; data may be quoted in it
 PATIENCE = 3.0  # seconds
+WIDTH = 100  # characters of a line that a run says, paths aside
+INDENT = " " * len("sample     ")
 QUIET = 30.0  # seconds after which a log file is told how far something is
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
@@ -107,6 +110,21 @@ def waiting(what: str, speaks: bool = True) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def folded(text: str) -> str:
+    """Return a text with lines of at most `WIDTH`: what is longer goes on below, behind the column of labels.
+
+    If it can, with what stands behind the last semicolon.
+    """
+
+    def fold(line: str) -> str:
+        begin, mark, end = line.rpartition("; ")
+        if len(line) > WIDTH and mark and len(begin) < WIDTH and len(INDENT + end) <= WIDTH:
+            return f"{begin};\n{INDENT}{end}"
+        return fill(line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(map(fold, text.splitlines()))
 
 
 def tracked(items: Iterable[Item], what: str, total: int, speaks: bool = True) -> Iterator[Item]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from errors import folded
 from model import MiniDeepSeek
 from model.costs import activation_numbers, human
 from model.costs import count as count_costs
@@ -120,7 +121,7 @@ class Pace:
         ends += [f"{budget.max_minutes:g} minute{'s' * (budget.max_minutes != 1)}"] if budget.max_minutes else []
         ends += [counted(budget.max_tokens, "token")] if budget.max_tokens else []
         kernels = (model.config, dtype, ranks.device, settings.row_tokens, settings.compiles(ranks.device))
-        ranks.say(
+        self._say(
             f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
             f"MTP adds {human(costs.mtp)}\n"
             f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
@@ -132,7 +133,7 @@ class Pace:
             f"{human(needs, 'B')} of memory a rank{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
         )
         if needs > has:
-            ranks.say(
+            self._say(
                 f"warning    the run needs about {human(needs, 'B')}, this machine has "
                 f"{human(has, 'B')} a rank: lower --micro_tokens, now {settings.micro_tokens:,}, "
                 "pass --gradient_checkpointing true, or take a smaller model"
@@ -149,7 +150,7 @@ class Pace:
             _, left = length(self._budget, step, step_tokens, self._progress)
             part = "rest of the run" if self._progress.step else "whole run"
             pace = f"about {duration(step)} a step, {duration(left)} for the {part}"
-            self._ranks.say(f"measured   micro-batch 1 of {math.ceil(share / rows)} took {duration(seconds)}: {pace}")
+            self._say(f"measured   micro-batch 1 of {math.ceil(share / rows)} took {duration(seconds)}: {pace}")
             self._warn_of_slow_steps(step)
 
     def left(self, share: float) -> float | None:
@@ -170,7 +171,10 @@ class Pace:
         if seconds > SLOW_STEP and not self._warned:
             self._warned = True
             remedy = self._settings.lighten(self._ranks.device.type)
-            self._ranks.say(f"warning    a step takes about {duration(seconds)} here: {remedy}")
+            self._say(f"warning    a step takes about {duration(seconds)} here: {remedy}")
+
+    def _say(self, text: str) -> None:
+        self._ranks.say(folded(text))
 
 
 def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
@@ -194,10 +198,9 @@ def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
         budget = settings.budget(samples)
         whole = f", for a run of {counted(budget.max_steps, 'step')}" if budget.max_steps else ""
         by = budget.steps_by or f"--max_minutes {budget.max_minutes:g}"
-        ranks.say(
-            f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}{whole} ({by}, {samples} rows an epoch); "
-            f"--batch_tokens {ceiling * settings.row_tokens} keeps {ceiling}"
-        )
+        rather = f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}{whole}"
+        keeps = f"--batch_tokens {ceiling * settings.row_tokens} keeps {ceiling}"
+        ranks.say(folded(f"{rather} ({by}, {samples} rows an epoch); {keeps}"))
 
 
 def fit_micro_batch(settings: StageSettings, ranks: Ranks, model: MiniDeepSeek, dtype: torch.dtype) -> None:
@@ -255,4 +258,5 @@ def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int, step:
             remedy = f"give --epochs {math.ceil(ENOUGH * settings.rows / samples)} for {ENOUGH} steps"
     if remedy.startswith("give") and settings.rows > ranks.shares and not settings.uneven:
         remedy += ", or a smaller --batch_tokens"
-    ranks.say(f"notice: this run ends after {about}{counted(steps, 'step')} ({by}), too few to learn; {remedy}")
+    ends = f"notice: this run ends after {about}{counted(steps, 'step')} ({by}), too few to learn"
+    ranks.say(folded(f"{ends}; {remedy}"))

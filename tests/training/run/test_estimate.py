@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import training.run.estimate
+from errors import INDENT, WIDTH
 from grpo_train import GRPOSettings
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -104,8 +105,8 @@ def test_the_remedy_of_grpo_names_what_makes_its_steps():
 
 
 def before_the_steps(shown: str, start: str) -> str:
-    """The one line that begins so, which must come before those of steps."""
-    lines = shown.splitlines()
+    """The one line that begins so, with what goes on below it, which must come before those of steps."""
+    lines = shown.replace(f"\n{INDENT}", " ").splitlines()
     (place,) = [number for number, line in enumerate(lines) if line.startswith(start)]
     assert place < min(number for number, line in enumerate(lines) if line.startswith("step "))
     return lines[place]
@@ -169,6 +170,16 @@ def test_a_run_that_does_not_fit_into_memory_is_warned_of_before_its_first_step(
     make("large", max_steps=1).run()
     warned = before_the_steps(capsys.readouterr().out, "warning    the run needs about ")
     assert "this machine has 100 MB a rank: lower --micro_tokens, now " in warned
+
+
+def test_what_is_said_before_the_steps_fits_a_terminal_whatever_the_machine_is(model, capsys, monkeypatch):
+    why = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)"
+    asked = settings(max_steps=3, max_minutes=60.0)
+    pace = Pace(asked, Ranks(0, 64, CPU, why), Budget(16_000, 600.0, None, "--epochs 2"))
+    pace.announce(model, range(100), 10**9, 400e9, torch.float32, Progress())
+    shown = capsys.readouterr().out
+    assert why in before_the_steps(f"{shown}step ", "machine ") and "too few to learn" in shown
+    assert "whichever is first" in shown and all(len(line) <= WIDTH for line in shown.splitlines())
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch):
