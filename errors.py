@@ -115,13 +115,14 @@ def waiting(what: str, speaks: bool = True) -> Iterator[None]:
 def folded(text: str) -> str:
     """Return a text with lines of at most `WIDTH`: what is longer goes on below, behind the column of labels.
 
-    If it can, with what stands behind the last semicolon.
+    If it can, with what stands behind the last semicolon or comma.
     """
 
     def fold(line: str) -> str:
-        begin, mark, end = line.rpartition("; ")
-        if len(line) > WIDTH and mark and len(begin) < WIDTH and len(INDENT + end) <= WIDTH:
-            return f"{begin};\n{INDENT}{end}"
+        for mark in ";," if len(line) > WIDTH else "":
+            begin, found, end = line.rpartition(f"{mark} ")
+            if found and len(begin) < WIDTH and len(INDENT + end) <= WIDTH:
+                return f"{begin}{mark}\n{INDENT}{end}"
         return fill(line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
 
     return "\n".join(map(fold, text.splitlines()))

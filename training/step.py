@@ -170,7 +170,7 @@ class OptimizerStep:
             # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
             if index and (index == last or ranks.in_step) and ranks.asked_to_stop():
                 raise Stopped
-            ranks.watch.show(*("micro-batches", index, len(micro_batches)) if last else ("", 0, 0))
+            ranks.watch.show(*(f"step {step + 1}, micro-batches", index, last + 1) if last else ("", 0, 0))
             began = time.perf_counter()
             batch = self.batches.take(step, index)
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
@@ -192,7 +192,7 @@ class OptimizerStep:
         """`accumulate` in a pipeline, whose schedule does all micro-batches: those of one are computed side by side."""
         if self.ranks.asked_to_stop():
             raise Stopped
-        self.ranks.watch.show("micro-batches", 0, len(micro_batches))
+        self.ranks.watch.show(f"step {step + 1}, micro-batches", 0, len(micro_batches))
         batches = [self.batches.take(step, index) for index in range(len(micro_batches))]
         measured = self.copies.compute_all(self.loss, batches, self._nominal)
         for indices, (loss, count, metrics) in zip(micro_batches, measured, strict=True):

@@ -252,6 +252,15 @@ def test_a_run_that_logs_seldom_is_not_silent(make, capsys, monkeypatch):
     assert shown == ["1", "2", "3", "4", "5"] and len(read_metrics(trainer.out / "metrics.jsonl")) == 3
 
 
+def test_a_long_step_says_how_far_it_is(make, capsys, monkeypatch):
+    monkeypatch.setattr(training.run.log, "QUIET", -1.0)
+    make(max_steps=2, micro_tokens=2 * 16).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("step 2, ")] == [
+        f"step 2, micro-batches: {done} of 4, {share}%" for done, share in ((0, 0), (1, 25), (2, 50), (3, 75))
+    ]
+
+
 @pytest.mark.parametrize("script", [full_sft, grpo_train], ids=["full_sft", "grpo_train"])
 def test_help_explains_each_word_of_a_line(script, run):
     shown = run(script.main, "--help").out
