@@ -113,7 +113,8 @@ def check_pipeline(settings: StageSettings, pipelines: int, config: LMConfig) ->
         raise UserError(f"--dist.zero 3: does not go with {option}, whose stages are needed all the time; give 1")
     if settings.carry_optimizer:
         raise UserError(f"--carry_optimizer: does not go with {option}; leave one of them out")
-    rows, micro_rows = settings.rows // pipelines, settings.micro_rows
+    rows = settings.rows // pipelines
+    micro_rows = min(settings.micro_rows, rows)
     if rows % micro_rows:
         raise UserError(
             f"{option}: --micro_tokens {settings.micro_tokens} does not cut the {rows} rows of a pipeline's step evenly"

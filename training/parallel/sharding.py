@@ -39,7 +39,7 @@ def shard(
 
     dtype: of the products; run: see `facts`. Shards go to the device, the whole does not.
     """
-    check_mesh(settings, ranks.world, model.config)
+    ranks.on_main(lambda: check_mesh(settings, ranks.world, model.config))
     check_facts(ranks, facts(settings, run, model))
     mesh = Mesh.of(settings, ranks)
     pipeline = Pipeline(model, mesh, settings.dist, dtype) if settings.dist.pp > 1 else None
@@ -59,7 +59,7 @@ class Sharded(nn.Module):
     ) -> None:
         """Cut the model, whose weights become shards in float32. dtype: of what is gathered, and of the products."""
         super().__init__()
-        self.pipeline, self._keeps = pipeline, zero < 3
+        self.pipeline, self._keeps, self._met = pipeline, zero < 3, False
         self._whole = (Piped(pipeline) if pipeline else model,)  # not a part of this module: it may be on other ranks
         self.parts = nn.ModuleList(pipeline.stages.values() if pipeline else [model])
         rounded = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -103,6 +103,11 @@ class Sharded(nn.Module):
         return nullcontext()
 
     def _exchanges(self, now: bool) -> None:
+        if not self._met:  # FSDP2 looks for gradients of a unit that has no part in a step, where it knows only shards
+            for unit in self._units:
+                unit.unshard()
+                unit.reshard()
+            self._met = True
         self.set_requires_gradient_sync(now)
         self.set_reshard_after_backward(now)
 

@@ -62,12 +62,24 @@ def train(make, tmp_path) -> Callable[..., Path]:
     return train
 
 
+def assert_nearly_the_same(cut: Path, one: Path) -> None:
+    for ours, theirs in zip(*(read_metrics(out / "metrics.jsonl") for out in (cut, one)), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_cut_train_as_one_process_does(case, train):
     """Weights, moments, router biases, losses, gradient norms and held-out losses of three steps."""
     world, cut, dataset, model, options = CASES[case]
     one = train("one", 1, dataset, model=model, val_every=3)
     assert_the_same_training(train("cut", world, dataset, cut, model=model, val_every=3, **options), one)
+
+
+@pytest.mark.parametrize("cut", [{"zero": 1}, {"zero": 3}, {"pp": 2, "schedule": "zbv"}])
+def test_an_mtp_chain_without_weight_has_no_part_until_it_has_one(cut, train):
+    late = {"mtp_weight": {"0": 0.0, "0.6": 0.3}, "max_steps": 2, "dtype": "bf16"}
+    assert_nearly_the_same(train("cut", 2, cut=cut, micro_tokens=TIME, **late), train("one", 1, **late))
 
 
 def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train):
@@ -93,9 +105,7 @@ def test_in_bfloat16_what_is_cut_is_near_what_is_not(cut, train, monkeypatch):
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")  # pipelines then compare types with those they expect
     one = train("one", 1, Packed, dtype="bf16")
     cut = train("cut", 2, Packed, cut, dtype="bf16", **CUT)
-    for ours, theirs in zip(*(read_metrics(out / "metrics.jsonl") for out in (cut, one)), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
+    assert_nearly_the_same(cut, one)
 
 
 @pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2}])
