@@ -216,6 +216,10 @@ def test_what_lasts_long_is_said_and_what_does_not_is_not(capsys, monkeypatch):
     with waiting("reading much"):
         time.sleep(0.2)
     assert capsys.readouterr().err == "reading much ...\n"
+    monkeypatch.setenv("RANK", "1")
+    with waiting("reading much"):
+        time.sleep(0.05)
+    assert not capsys.readouterr().err
 
 
 def test_what_is_tracked_is_told_now_and_then_in_a_log_file_and_in_a_bar_elsewhere(capsys, monkeypatch):
