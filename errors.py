@@ -101,10 +101,10 @@ def naming(file: Path) -> Iterator[None]:
 
 @contextmanager
 def waiting(what: str, speaks: bool = True) -> Iterator[None]:
-    """Say on stderr what takes so long, where something lasts more than `PATIENCE` seconds."""
+    """Say once, on stderr, what takes so long, where something lasts more than `PATIENCE` seconds on the main rank."""
     timer = threading.Timer(PATIENCE, print, (f"{what} ...",), {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    if speaks:
+    if speaks and os.environ.get("RANK", "0") == "0":
         timer.start()
     try:
         yield
