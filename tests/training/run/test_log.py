@@ -120,6 +120,19 @@ def test_a_log_file_hears_of_what_takes_long(tmp_path, capsys, monkeypatch):
     assert lines == [f"validating: {done} of 100, {done}%" for done in (31, 62, 93)]
 
 
+def test_a_step_of_less_is_told_of_at_its_end(tmp_path, capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(training.run.log.time, "monotonic", lambda: clock[0])
+    with RunLog(tmp_path, 0, True) as log:
+        for step in (1, 2, 3):
+            for done in range(4):
+                log.doing(f"step {step}, micro-batches", done, 4)
+                clock[0] += 6.0
+            log.stepped(step / 10, None, {"loss": float(step)})
+            log.pulse(step)
+    assert capsys.readouterr().out == "step      2   20%  loss 1.5000\n"
+
+
 def test_a_terminal_shows_two_bars_and_their_percentages(tmp_path, monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     monkeypatch.setattr(training.run.log, "Console", lambda: console)
