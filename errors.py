@@ -101,10 +101,10 @@ def naming(file: Path) -> Iterator[None]:
 
 @contextmanager
 def waiting(what: str, speaks: bool = True) -> Iterator[None]:
-    """Say on stderr what takes so long, where something lasts more than `PATIENCE` seconds."""
+    """Say once, on stderr, what takes so long, where something lasts more than `PATIENCE` seconds on the main rank."""
     timer = threading.Timer(PATIENCE, print, (f"{what} ...",), {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    if speaks:
+    if speaks and os.environ.get("RANK", "0") == "0":
         timer.start()
     try:
         yield
@@ -115,13 +115,14 @@ def waiting(what: str, speaks: bool = True) -> Iterator[None]:
 def folded(text: str) -> str:
     """Return a text with lines of at most `WIDTH`: what is longer goes on below, behind the column of labels.
 
-    If it can, with what stands behind the last semicolon.
+    If it can, with what stands behind the last semicolon or comma.
     """
 
     def fold(line: str) -> str:
-        begin, mark, end = line.rpartition("; ")
-        if len(line) > WIDTH and mark and len(begin) < WIDTH and len(INDENT + end) <= WIDTH:
-            return f"{begin};\n{INDENT}{end}"
+        for mark in ";," if len(line) > WIDTH else "":
+            begin, found, end = line.rpartition(f"{mark} ")
+            if found and len(begin) < WIDTH and len(INDENT + end) <= WIDTH:
+                return f"{begin}{mark}\n{INDENT}{end}"
         return fill(line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
 
     return "\n".join(map(fold, text.splitlines()))

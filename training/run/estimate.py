@@ -147,9 +147,9 @@ class Pace:
         step = seconds * share / rows  # the last micro-batch may have fewer rows
         if step > SLOW_STEP / 3:
             step_tokens = self._settings.rows * self._settings.row_tokens
-            _, left = length(self._budget, step, step_tokens, self._progress)
+            steps, left = length(self._budget, step, step_tokens, self._progress)
             part = "rest of the run" if self._progress.step else "whole run"
-            pace = f"about {duration(step)} a step, {duration(left)} for the {part}"
+            pace = f"about {duration(step)} a step, {duration(left + self._pauses(steps))} for the {part}"
             self._say(f"measured   micro-batch 1 of {math.ceil(share / rows)} took {duration(seconds)}: {pace}")
             self._warn_of_slow_steps(step)
 
@@ -158,13 +158,16 @@ class Pace:
 
         share: of the budget that is spent.
         """
-        (first, before, since), now, every = self._begin, self._progress, self._settings.val_every
+        (first, before, since), now = self._begin, self._progress
         if share <= before:
             return None
         rest = (1 - share) / (share - before)
-        steps = max(round(rest * (now.step - first)), 1)
-        validations = 1 + ((steps - 1 + now.step % every) // every if every else 0)
-        return rest * (now.seconds - since) + validations * self.pause
+        return rest * (now.seconds - since) + self._pauses(max(round(rest * (now.step - first)), 1))
+
+    def _pauses(self, steps: int) -> float:
+        """Return the seconds of validations in so many steps from now, the last of which ends the run."""
+        every, now = self._settings.val_every, self._progress.step
+        return (1 + ((steps - 1 + now % every) // every if every else 0)) * self.pause
 
     def _warn_of_slow_steps(self, seconds: float) -> None:
         """Say once what helps where a step takes so long that nobody would wait for the first."""

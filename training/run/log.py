@@ -81,7 +81,8 @@ class RunLog:
             return
         forget_after(self.path, step)
         self._measured: dict[str, list[float]] = {}  # by the steps since the last line
-        self._share, self._left, self._spoke = 0.0, None, time.monotonic()
+        self._share, self._left = 0.0, None
+        self._spoke = self._since = time.monotonic()  # of the last line, and of the work at hand
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=(console := Console()), transient=True,
@@ -120,9 +121,11 @@ class RunLog:
             return
         task = self.bar.tasks[self.work]
         if what != task.description or total != task.total:
+            self._since = time.monotonic()
             self.bar.reset(self.work, description=what, total=total, visible=bool(what))
         self.bar.update(self.work, completed=done)
-        if what and not self.bar.console.is_terminal and time.monotonic() - self._spoke > QUIET:
+        silent = time.monotonic() - max(self._spoke, self._since)  # steps that take less are told of at their end
+        if what and silent > QUIET and not self.bar.console.is_terminal:
             self.print(how_far(what, done, total))
 
     def pulse(self, step: int) -> None:

@@ -163,6 +163,11 @@ def test_a_small_last_micro_batch_takes_less(capsys):
     assert (
         "measured   micro-batch 1 of 2 took 40s: about 50s a step, 8m20s for the whole run" in capsys.readouterr().out
     )
+    asked = settings(sequence_length=64, batch_tokens=5 * 64, micro_tokens=4 * 64, val_every=5)
+    pace = Pace(asked, Ranks(0, 1, CPU), Budget(10, None))
+    pace.pause = 60.0  # after steps 5 and 10
+    pace.report(40.0, 4)
+    assert "about 50s a step, 10m20s for the whole run" in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_fit_into_memory_is_warned_of_before_its_first_step(make, capsys, monkeypatch):
