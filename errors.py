@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from textwrap import fill
 from typing import TypeVar
 from unicodedata import category
 
 Item = TypeVar("Item")
 LONGEST = 1000  # characters of a message; data may be quoted in it
 PATIENCE = 3.0  # seconds
+WIDTH = 100  # characters of a line that a run says, paths aside
+INDENT = " " * len("sample     ")
 QUIET = 30.0  # seconds after which a log file is told how far something is
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
@@ -98,15 +101,31 @@ def naming(file: Path) -> Iterator[None]:
 
 @contextmanager
 def waiting(what: str, speaks: bool = True) -> Iterator[None]:
-    """Say on stderr what takes so long, where something lasts more than `PATIENCE` seconds."""
+    """Say once, on stderr, what takes so long, where something lasts more than `PATIENCE` seconds on the main rank."""
     timer = threading.Timer(PATIENCE, print, (f"{what} ...",), {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    if speaks:
+    if speaks and os.environ.get("RANK", "0") == "0":
         timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def folded(text: str) -> str:
+    """Return a text with lines of at most `WIDTH`: what is longer goes on below, behind the column of labels.
+
+    If it can, with what stands behind the last semicolon or comma.
+    """
+
+    def fold(line: str) -> str:
+        for mark in ";," if len(line) > WIDTH else "":
+            begin, found, end = line.rpartition(f"{mark} ")
+            if found and len(begin) < WIDTH and len(INDENT + end) <= WIDTH:
+                return f"{begin}{mark}\n{INDENT}{end}"
+        return fill(line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(map(fold, text.splitlines()))
 
 
 def tracked(items: Iterable[Item], what: str, total: int, speaks: bool = True) -> Iterator[Item]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import nn
 
 from cli import parse
-from errors import UserError, command_line
+from errors import UserError, command_line, waiting
 from training.adapters.frozen import check_base, shrink_frozen
 from training.adapters.lora import LoraSettings
 from training.chats import ChatSettings, chat_samples, open_chats
@@ -51,8 +51,8 @@ class LoraSFTSettings(ChatSettings):
 
 def main() -> None:
     settings = parse(LoraSFTSettings, __doc__ or "")
-    # peft takes seconds to import, which --help need not wait for.
-    from training.adapters.adapter import Adapter, save_merged
+    with waiting("importing peft"):  # for seconds, which --help need not wait for
+        from training.adapters.adapter import Adapter, save_merged
 
     ranks = begin(settings)
     model, tokenizer = open_checkpoint(settings.ckpt)

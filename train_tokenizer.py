@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from cli import call
-from errors import UserError, command_line, waiting
+from errors import UserError, command_line, folded, waiting
 from text.corpus.compression import Compression, measure_compression
 from text.corpus.corpus import Corpus
 from text.files import peak_memory
@@ -89,10 +89,8 @@ def train_tokenizer(
     )
     print_table(measure_compression(tokenizer, held_out))
     if held_out:
-        print(
-            f"held out: the lines of {len(held_out)} documents that were not trained on; each is of one kind (mixed: "
-            "of several, or short), and all is their sum"
-        )
+        kinds = "each is of one kind (mixed: of several, or short), and all is their sum"
+        print(folded(f"held out: the lines of {len(held_out)} documents that were not trained on; {kinds}"))
     print(f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}: {Path(out) / 'tokenizer.json'}")
 
 

@@ -74,7 +74,7 @@ class ExpertsOverRanks(Experts):
     def __init__(self, whole: Experts, group: dist.ProcessGroup) -> None:
         """Take this rank's share of `whole`."""
         nn.Module.__init__(self)
-        self.group, self.grad_buffers, self.rows_sent = group, whole.grad_buffers, 0
+        self.group, self.grad_buffers, self.later, self.rows_sent = group, whole.grad_buffers, None, 0
         ranks, rank = group.size(), group.rank()
         for name, stack in whole.named_parameters():
             share = stack.detach().chunk(ranks)[rank].clone()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from model.ops import (
     run_experts,
     sort_by_expert,
 )
+
+if TYPE_CHECKING:
+    from model.pipeline import WeightGradients
 
 NO_CORRECTIONS: Mapping[str, LowRank] = {}
 
@@ -53,6 +56,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
         self.grad_buffers = {name: GradBuffer() for name, _ in self.named_parameters()}
+        self.later: WeightGradients | None = None  # where the gradients of the weights wait, if they do
 
     def forward(
         self,
@@ -83,7 +87,9 @@ class Experts(nn.Module):
         return self._product("down_proj", inner_RI, plan, corrections)
 
     def _product(self, name: str, x_RF: Tensor, plan: Plan, corrections: Mapping[str, LowRank]) -> Tensor:
-        out = grouped_linear(x_RF, getattr(self, name), plan.ends, self.grad_buffers[name])
+        weight, buffer = getattr(self, name), self.grad_buffers[name]
+        product = grouped_linear if self.later is None else self.later.grouped_linear
+        out = product(x_RF, weight, plan.ends, buffer)
         if name not in corrections:
             return out
         a, b, scale = corrections[name]

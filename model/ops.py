@@ -24,6 +24,7 @@ from model.rope import rotate as rotate_pairs
 if TYPE_CHECKING:
     from model.experts import Experts, Plan
     from model.moe import Router
+    from model.pipeline import WeightGradients
     from model.quantized import QuantizedWeight
 
 # CPU kernels are generated for each new row count (7 to 10 ms in bfloat16 against under 1 ms of work): each expert's
@@ -59,10 +60,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` computed by `linear`."""
+    """`nn.Linear` computed by `linear`. Attributes: later: where the gradient of its weight waits, if it does."""
+
+    later: WeightGradients | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
+        if self.later is not None and self.weight.requires_grad:
+            return self.later.linear(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
 
 

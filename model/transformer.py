@@ -89,6 +89,7 @@ class MiniDeepSeek(nn.Module):
         cache: Cache | None = None,
         mtp: int = 0,
         segment_ends: Tensor | None = None,
+        state: Tensor | None = None,
     ) -> Output:
         """Run the network over (batch, time) token ids.
 
@@ -99,14 +100,16 @@ class MiniDeepSeek(nn.Module):
                 `PromptLatents` for training on several continuations of a prompt.
             segment_ends: of `segment_ids`, from `model.kernels.attention.segment_ends`; made here when left out.
             mtp: 1 also runs the MTP chain over the tokens at hand, K > 1 the last depth for K steps (see `MTPChain`).
+            state: (batch, time, hidden) to begin with instead of the embedding, in a pipeline (`model.pipeline`).
         """
         time, device = input_ids.shape[1], input_ids.device
         positions = torch.arange(time, device=device)[None] if cache is None else cache.begin(*input_ids.shape)
         rope = self.rotary(positions if position_ids is None else position_ids)
         token_mask = None if segment_ids is None else segment_ids >= 0
 
-        embedding = state = self.embed(input_ids)
-        packed = (segment_ids, segment_ends, embedding, self.config)
+        embedding = self.embed(input_ids)
+        state = embedding if state is None else state
+        packed = (segment_ids, segment_ends, state, self.config)
         mask = packed_mask(*packed) if cache is None else cache.mask(time)
         routings = []
         for layer in self.model.layers:

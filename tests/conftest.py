@@ -25,7 +25,7 @@ import training.machine
 import training.run.samples
 import training.trainer
 from cli import call
-from errors import command_line
+from errors import WIDTH, command_line
 from LMConfig import LMConfig
 from model import MiniDeepSeek, kernels
 from model.kernels import compiled, decode
@@ -191,6 +191,13 @@ def call_main(main: Callable[[], None], *arguments: object) -> int:
 def as_options(given: dict[str, object]) -> list[object]:
     """Write settings as a command line does."""
     return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+def long_lines(shown: str, *folders: Path) -> list[str]:
+    """The lines that are longer than a line may be, where folders have names as short as people's."""
+    for folder in folders:
+        shown = shown.replace(str(folder), "out")
+    return [line for line in shown.splitlines() if len(line) > WIDTH]
 
 
 @pytest.fixture

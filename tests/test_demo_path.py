@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import RECIPE, call_main
+from conftest import RECIPE, call_main, long_lines
 
 import dpo_train
 import full_sft
@@ -80,30 +80,36 @@ def path(tmp_path_factory) -> Path:
     """Every stage once; pretraining is terminated and resumed on the way."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf8")
-    stage(world.__main__.main, "--out", folder / "world", "--scale", 0.01)
+    said = [stage(world.__main__.main, "--out", folder / "world", "--scale", 0.01)]
     corpus = folder / "world" / "pretrain.csv"
     options = ["--data", corpus, "--out", folder / "tokenizer", "--vocab_size", 500]
-    stage(lambda: call(train_tokenizer, ""), *options)
+    said.append(stage(lambda: call(train_tokenizer, ""), *options))
     arguments = ["--config", folder / "tiny.yaml", "--data", corpus, "--tokenizer", folder / "tokenizer"]
     arguments += ["--shards", folder / "shards", "--max_steps", 40, "--out", folder / "pretrain"]
-    shown = terminated(3, *arguments)
+    said.append(shown := terminated(3, *arguments))
     (saved,) = (folder / "pretrain").glob("step-*")
     assert f"interrupted: saved {saved}; the same command with --resume continues from there" in shown
-    shown = stage(pretrain.main, *arguments, "--resume")
+    said.append(shown := stage(pretrain.main, *arguments, "--resume"))
     assert f"resuming from {saved}" in shown and "finished: " in shown
     rows = ["--batch_tokens", 1024, "--micro_tokens", 512, "--log_every", 1, "--dtype", "fp32"]
     chats = ["--ckpt", folder / "pretrain" / "final", "--data", folder / "world" / "sft.jsonl", "--sequence_length", 64]
-    stage(full_sft.main, *chats, *rows, "--out", folder / "sft", "--max_steps", 30, "--optim.lr", 5e-3)
+    said.append(stage(full_sft.main, *chats, *rows, "--out", folder / "sft", "--max_steps", 30, "--optim.lr", 5e-3))
     pairs = ["--ckpt", folder / "sft" / "final", "--data", folder / "world" / "preferences.jsonl"]
     pairs += ["--val_text", folder / "world" / "heldout.txt", "--sequence_length", 128, "--val_tokens", 1024]
-    stage(dpo_train.main, *pairs, *rows, "--out", folder / "dpo", "--max_steps", 2, "--optim.lr", 1e-3)
+    said.append(stage(dpo_train.main, *pairs, *rows, "--out", folder / "dpo", "--max_steps", 2, "--optim.lr", 1e-3))
     sums = ["--ckpt", folder / "dpo" / "final", "--data", "arithmetic:1", "--rewards", '{"tag_count": 1, "near": 1}']
     shape = ["--sequence_length", 64, "--max_new_tokens", 24, "--prompts", 4, "--group", 4, "--dtype", "fp32"]
-    stage(grpo_train.main, *sums, *shape, "--out", folder / "grpo", "--max_steps", 2, "--val_problems", 8)
+    said.append(stage(grpo_train.main, *sums, *shape, "--out", folder / "grpo", "--max_steps", 2, "--val_problems", 8))
+    (folder / "said.txt").write_text("".join(said), encoding="utf8")
     for name, few in (("favours", 40), ("questions", 30)):
         lines = (folder / "world" / f"heldout_{name}.jsonl").read_text(encoding="utf8").splitlines()[::few]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf8")
     return folder
+
+
+def test_no_line_of_any_stage_is_longer_than_a_hundred_characters(path):
+    said = (path / "said.txt").read_text(encoding="utf8")
+    assert said.count("finished: ") == 4 and not long_lines(said, path)
 
 
 @pytest.mark.parametrize(("stage", "steps", "fall"), [("pretrain", 40, 0.8), ("sft", 30, 0.5)])

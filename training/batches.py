@@ -49,11 +49,11 @@ class Batches:
     def samples(self, step: int) -> list[range]:
         """Return the samples of each micro-batch of a step.
 
-        Rank r takes a contiguous share of the step's samples, so the sum over ranks is the sum over the batch.
+        A rank takes a contiguous share of the step's samples, so the sum over shares is the sum over the batch.
         """
-        rows, micro_rows, world = self._settings.rows, self._settings.micro_rows, self._ranks.world
-        first = step * rows + self._ranks.rank * (rows // world)
-        mine = range(first, first + rows // world)
+        rows, micro_rows, shares = self._settings.rows, self._settings.micro_rows, self._ranks.shares
+        first = step * rows + self._ranks.share_of_this * (rows // shares)
+        mine = range(first, first + rows // shares)
         return [mine[start : start + micro_rows] for start in range(0, len(mine), micro_rows)]
 
     def take(self, step: int, index: int) -> Batch:

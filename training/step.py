@@ -61,6 +61,8 @@ class PolicyDataset(Protocol):
     `prepare` is called on every rank at the start of every step, before the step's batches are asked for, and returns
     entries for the log. What later steps need of earlier ones is in `state`, the same on every rank: it is saved with
     each checkpoint, and a resumed run gives it to `load_state` before its first step.
+
+    It may have `take_shards(shards)`, called once where the ranks hold shards of the model (`training.parallel`).
     """
 
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]: ...
@@ -138,16 +140,13 @@ class OptimizerStep:
     def run(self, progress: Progress) -> StepResult:
         """Do the step after `progress.step`. Raises `Stopped` where a signal came before its last micro-batch."""
         if isinstance(self.dataset, PolicyDataset):
-            self.made = self.dataset.prepare(progress.step, self.model)
+            self.made = self.copies.measure(lambda model: self.dataset.prepare(progress.step, model))
         began = time.perf_counter()
         tally = self.accumulate(progress.step)
         gradients = self.copies.gradients()
-        squares = torch.nn.utils.get_total_norm(gradients).double().square()
-        if not (self.copies.disjoint or self.ranks.main):
-            # DDP has averaged them: the same on all ranks. The main rank's then hold, that no bit may part them.
-            squares = torch.zeros_like(squares)
         shared = self.share()
-        sums = tally.gather(self.ranks, squares=squares, tokens=self._tokens, **shared)
+        told = {"squares": self.copies.squares(gradients), "tokens": self._tokens}
+        sums = tally.gather(self.ranks, **told, **shared)
         shared = {name: sums.take(name) for name in shared}
         result, factor = self.normalise_and_clip(sums)
         result.shared = shared
@@ -164,6 +163,8 @@ class OptimizerStep:
         Gradients are those of the loss sum over the nominal number of labels, averaged over ranks.
         """
         ranks, tally, micro_batches = self.ranks, Tally(), self.batches.samples(step)
+        if self.copies.pipeline:
+            return self._accumulate_in_stages(step, micro_batches, tally)
         last, count_tokens = len(micro_batches) - 1, getattr(self.dataset, "count_tokens", positions)
         for index, indices in enumerate(micro_batches):
             if index and index < last and ranks.watch.asked and not ranks.in_step:
@@ -171,7 +172,7 @@ class OptimizerStep:
             # In the last one gradients are exchanged: before it the ranks agree whether to leave this step.
             if index and (index == last or ranks.in_step) and ranks.asked_to_stop():
                 raise Stopped
-            ranks.watch.show(*("micro-batches", index, len(micro_batches)) if last else ("", 0, 0))
+            ranks.watch.show(*(f"step {step + 1}, micro-batches", index, last + 1) if last else ("", 0, 0))
             began = time.perf_counter()
             batch = self.batches.take(step, index)
             # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
@@ -187,6 +188,20 @@ class OptimizerStep:
             self.parts.append((indices, loss.detach(), count))
             self._tokens += count_tokens(batch)
             tally.add({"loss": loss, "count": count, **metrics})
+        return tally
+
+    def _accumulate_in_stages(self, step: int, micro_batches: list[range], tally: Tally) -> Tally:
+        """`accumulate` in a pipeline, whose schedule does all micro-batches: those of one are computed side by side."""
+        if self.ranks.asked_to_stop():
+            raise Stopped
+        self.ranks.watch.show(f"step {step + 1}, micro-batches", 0, len(micro_batches))
+        batches = [self.batches.take(step, index) for index in range(len(micro_batches))]
+        measured = self.copies.compute_all(self.loss, batches, self._nominal)
+        for indices, (loss, count, metrics) in zip(micro_batches, measured, strict=True):
+            tally.add({"loss": loss, "count": count, **metrics})
+            if self.copies.pipeline.last is not None:  # elsewhere these are zeros
+                self.parts.append((indices, loss, count))
+                self._tokens += positions(batches[0])
         return tally
 
     def normalise_and_clip(self, sums: Sums) -> tuple[StepResult, float]:

@@ -69,6 +69,8 @@ class Trainer:
         optimizer: torch.optim.Optimizer | None = None,
         samples: Samples | None = None,
     ) -> None:
+        if settings.dist.cuts(ranks.world):
+            ranks = replace(ranks, in_step=True, pp=settings.dist.pp)
         self.settings, self.ranks, self.tokenizer = settings, ranks, tokenizer
         self.dtype = choose_dtype(settings.dtype, ranks.device)
         # FLOP/s of all ranks' matrix products, which MFU is a share of.
@@ -80,7 +82,7 @@ class Trainer:
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))
         fit_micro_batch(settings, ranks, model, self.dtype)
-        settings.check_fit(ranks.world, model.config.max_position_embeddings)
+        settings.check_fit(ranks.shares, model.config.max_position_embeddings)
         if unknown := {*settings.schedules} - {*getattr(loss, "schedules", ())}:
             raise UserError(f"{type(loss).__name__} has no schedule named {', '.join(sorted(unknown))}")
         if validation is None and (settings.keep_best or settings.patience):
@@ -94,7 +96,9 @@ class Trainer:
             from training.parallel.sharding import ShardedModel, shard  # slow to import
 
             self.copies = shard(settings, ranks, model, self.dtype, self.progress.run)
-            self.ranks, self.shards = replace(ranks, in_step=True), self.copies.shards
+            self.model, self.shards = self.copies.model, self.copies.shards
+            if take := getattr(dataset, "take_shards", None):
+                take(self.shards)
             settings.compile = False
             weights = ShardedModel(self.copies)
             if samples:
@@ -113,7 +117,8 @@ class Trainer:
         """Train until the budget is spent or a signal arrives. Returns the newest checkpoint folder."""
         lock = RunLock(self.out)
         with self.ranks.explained():
-            check_facts(self.ranks, facts(self.settings, self.progress.run, self.model))
+            if not self.shards:  # or they were compared when the model was cut
+                check_facts(self.ranks, facts(self.settings, self.progress.run, self.model))
             self.ranks.on_main(lock.acquire)
             try:
                 return self._run(lock)

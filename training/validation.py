@@ -106,9 +106,10 @@ def evaluate(
             out = model(**inputs)
         if not counts:
             continue
-        nats = token_losses(out.hidden, out.head, labels).double().sum()
-        counted = labels >= 0
-        sums += torch.stack([nats, counted.sum().double(), sizes[labels.clamp(min=0)][counted].double().sum()])
+        if out.head is not None:  # this is the last stage of a pipeline, or there is none
+            nats = token_losses(out.hidden, out.head, labels).double().sum()
+            counted = labels >= 0
+            sums += torch.stack([nats, counted.sum().double(), sizes[labels.clamp(min=0)][counted].double().sum()])
         if out.counts is not None:
             counts_LE += out.counts
     nats, tokens, size = ranks.sum(sums).tolist()

@@ -79,25 +79,38 @@ class GroupedLinear(torch.autograd.Function):
         weight_EOD = ctx.quantized.dense(ctx.dtype) if weight_EOD is None else weight_EOD
         ends, grad_RO, grad_x, grad_weight = ctx.ends, grad_RO.contiguous(), None, None
         if ctx.needs_input_grad[1]:
-            grad_weight = ctx.buffer.like(weight_EOD)
-        if ctx.quantized is None and fits(grad_RO, weight_EOD, ends):
-            if ctx.needs_input_grad[0]:
-                grad_x = product(grad_RO, weight_EOD, ends, back=True)
-            if grad_weight is not None:
-                all_gradients_into(grad_weight, grad_RO, x_RD.contiguous(), ends)
-            return grad_x, grad_weight, None, None
-        weight_of = Cast(weight_EOD, ctx.dtype)
-        if ctx.needs_input_grad[0]:
+            grad_weight = each_gradient_into(ctx.buffer.like(weight_EOD), grad_RO, x_RD, ends)
+        if ctx.needs_input_grad[0] and ctx.quantized is None and fits(grad_RO, weight_EOD, ends):
+            grad_x = product(grad_RO, weight_EOD, ends, back=True)
+        elif ctx.needs_input_grad[0]:
+            weight_of = Cast(weight_EOD, ctx.dtype)
             grad_x = grad_RO.new_empty(grad_RO.shape[0], weight_EOD.shape[2])
-        if grad_weight is not None:
-            for expert in set(range(len(ends))).difference(expert for expert, _ in spans(ends)):
-                grad_weight[expert].zero_()
-        for expert, rows in spans(ends):
-            if grad_x is not None:
+            for expert, rows in spans(ends):
                 product_into(grad_x[rows], grad_RO[rows], weight_of(expert).t())
-            if grad_weight is not None:
-                gradient_into(grad_weight[expert], grad_RO[rows], x_RD[rows])
         return grad_x, grad_weight, None, None
+
+
+def each_gradient_into(to_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, ends: list[int]) -> Tensor:
+    """to = grad^T x over each expert's rows, zeros where it has none; returns `to`."""
+    if fits(grad_RO, to_EOI, ends):
+        return all_gradients_into(to_EOI, grad_RO, x_RI.contiguous(), ends)
+    for expert in set(range(len(ends))).difference(expert for expert, _ in spans(ends)):
+        to_EOI[expert].zero_()
+    for expert, rows in spans(ends):
+        gradient_into(to_EOI[expert], grad_RO[rows], x_RI[rows])
+    return to_EOI
+
+
+def weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, weight_EOI: Tensor) -> Tensor:
+    """The gradient of the weight in `model.ops.grouped_linear`, computed apart."""
+    if not kernels.on_cuda(grad_RO):
+        to_EOI = torch.empty_like(weight_EOI, dtype=torch.float32)
+        return each_gradient_into(to_EOI, grad_RO, x_RI, ends_E.tolist())
+    if not without_host(grad_RO.dtype, grad_RO.device):
+        return each_gradient(grad_RO, x_RI, ends_E)
+    out, inner = (-size % ALIGNED for size in weight_EOI.shape[1:])
+    to_EOI = F.grouped_mm(F.pad(grad_RO, (0, out)).t(), F.pad(x_RI, (0, inner)), offs=ends_E)
+    return to_EOI[:, : weight_EOI.shape[1], : weight_EOI.shape[2]]
 
 
 class Cast:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import UserError
+from errors import UserError, folded
 from text.chats.encoded import EncodedChats, EncodedPairs, EncodedSamples
 from text.chats.packing import pack_best_fit, write_row
 from text.order import BLOCK, block_shares, mixed
@@ -115,7 +115,7 @@ class PackedDataset:
         filled = float(self.samples.positions(self._members).sum() / (len(self) * self.sequence_length))
         packed = f"packed into {len(self)} rows of {self.sequence_length} tokens, {filled:.1%} filled"
         packed += f", and {len(self.validation)} of what is held out" if self.validation else ""
-        print("\n".join([*self.report.lines(), self.report.balance(len(self._members), held), packed]))
+        print(folded("\n".join([*self.report.lines(), self.report.balance(len(self._members), held), packed])))
 
 
 class ChatDataset(PackedDataset):

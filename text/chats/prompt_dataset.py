@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from errors import UserError
+from errors import UserError, folded
 from text.chats.chat_template import Message, encode_chats
 from text.chats.problems import Problem, Problems, is_generated, open_problems, read_problems
 from text.order import block_shares, content_hash, mixed, scramble
@@ -102,7 +102,7 @@ class PromptDataset:
             fates = {use: self._used, "held out": self._held, "left out": self.too_long, **self.report.unused}
             lines.append(balance(self.report.rows, "rows", fates))
         measured = f"; {len(self.validation)} of those held out are measured on" if self.validation else ""
-        print("\n".join([*lines, f"{len(self)} problems an epoch{measured}"]))
+        print(folded("\n".join([*lines, f"{len(self)} problems an epoch{measured}"])))
 
     def _fitting(self, problems: list[Problem]) -> list[Problem]:
         encoded = encode_prompts(self.tokenizer, problems, self.system)

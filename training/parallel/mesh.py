@@ -1,21 +1,23 @@
-"""The ranks as a mesh: experts are spread over `ep` and copied over `copies`; all else is on all of `data`."""
+"""The ranks as a mesh: layers are spread over `pp`, a layer's experts over `ep`, copied over `copies`; `data`: both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from errors import UserError, check_least
+from training.parallel.placement import chunk_sizes
 from training.parallel.ranks import DistSettings, Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from LMConfig import LMConfig
     from training.settings import StageSettings
 
 
 @dataclass
-class ShardSettings(DistSettings):
+class CutSettings(DistSettings):
     """How ranks work together, and what is cut among them.
 
     Args:
@@ -26,6 +28,8 @@ class ShardSettings(DistSettings):
 
     zero: int = 0
     ep: int = 1
+
+    pp: ClassVar[int] = 1  # ranks that the layers are spread over
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,12 +42,47 @@ class ShardSettings(DistSettings):
         return self.ep > 1 or (self.zero > 0 and world > 1)
 
 
+@dataclass
+class ShardSettings(CutSettings):
+    """How ranks work together, what is cut among them, and how layers are.
+
+    Args:
+        pp: ranks that the layers are spread over, a pipeline; more than 1 cuts the optimiser state too.
+        schedule: of the pipeline: 1f1b, zbv or dualpipev.
+    """
+
+    pp: int = 1
+    schedule: str = "1f1b"
+
+    SCHEDULES: ClassVar[tuple[str, ...]] = ("1f1b", "zbv", "dualpipev")
+    FOLDED: ClassVar[tuple[str, ...]] = ("zbv", "dualpipev")  # into a V: a rank has two stages
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(1, **{"dist.pp": self.pp})
+        if self.schedule not in self.SCHEDULES:
+            raise UserError(f"--dist.schedule {self.schedule}: one of {', '.join(self.SCHEDULES)}")
+
+    @property
+    def stages(self) -> int:
+        """Return those of a pipeline."""
+        return self.pp * (2 if self.schedule in self.FOLDED else 1)
+
+    def cuts(self, world: int) -> bool:
+        return self.pp > 1 or super().cuts(world)
+
+
 class Mesh(NamedTuple):
-    """Attributes: data: all ranks; ep: neighbouring ones that share the experts of a layer; copies: of such a share."""
+    """The ranks that work with this one.
+
+    Attributes: data: those with the same layers; ep: neighbours among them that share the experts of a layer; copies:
+    those with the same share; pp: those with the other layers, a pipeline.
+    """
 
     data: DeviceMesh
     ep: DeviceMesh
     copies: DeviceMesh
+    pp: DeviceMesh
 
     @classmethod
     def of(cls, settings: StageSettings, ranks: Ranks) -> Mesh:
@@ -53,22 +92,53 @@ class Mesh(NamedTuple):
         """
         from torch.distributed.device_mesh import init_device_mesh  # slow to import
 
-        ep = settings.dist.ep
-        whole = init_device_mesh(ranks.device.type, (ranks.world // ep, ep), mesh_dim_names=("copies", "ep"))
-        return cls(whole._flatten("data"), whole["ep"], whole["copies"])
+        pp, ep = settings.dist.pp, settings.dist.ep
+        sizes = (pp, ranks.world // pp // ep, ep)
+        whole = init_device_mesh(ranks.device.type, sizes, mesh_dim_names=("pp", "copies", "ep"))
+        return cls(whole["copies", "ep"]._flatten("data"), whole["ep"], whole["copies"], whole["pp"])
 
 
-def check_mesh(settings: StageSettings, world: int, experts: int) -> None:
+def check_mesh(settings: StageSettings, world: int, config: LMConfig) -> None:
     """Raise `UserError` for options that do not go together."""
     dist, kind = settings.dist, settings.optim.kind
-    option = f"--dist.zero {dist.zero}" if dist.zero else f"--dist.ep {dist.ep}"
-    if world % dist.ep:
-        raise UserError(f"--dist.ep {dist.ep}: does not divide the {world} ranks; see --nproc_per_node of torchrun")
-    if experts % dist.ep:
-        raise UserError(f"--dist.ep {dist.ep}: does not divide --model.n_routed_experts {experts}")
+    given = [f"--dist.{name} {getattr(dist, name)}" for name in ("pp", "ep") if getattr(dist, name) > 1]
+    option = given[0] if given else f"--dist.zero {dist.zero}"
+    if world % (dist.pp * dist.ep):
+        shown, verb = " and ".join(given), "do" if len(given) > 1 else "does"
+        raise UserError(f"{shown}: {verb} not divide the {world} ranks; see --nproc_per_node of torchrun")
+    if config.n_routed_experts % dist.ep:
+        raise UserError(f"--dist.ep {dist.ep}: does not divide --model.n_routed_experts {config.n_routed_experts}")
+    if dist.pp > 1:
+        check_pipeline(settings, world // dist.pp, config)
     if kind not in ("adamw", "adamw_bf16"):
         raise UserError(f"--optim.kind {kind}: needs whole matrices, {option} cuts them; take adamw or adamw_bf16")
     if dist.gradients != "fp32":
         raise UserError(f"--dist.gradients {dist.gradients}: does not go with {option}; leave one of them out")
     if settings.compile:
         raise UserError(f"--compile true: does not go with {option}; leave one of them out")
+
+
+def check_pipeline(settings: StageSettings, pipelines: int, config: LMConfig) -> None:
+    """Raise `UserError` where so many pipelines cannot run."""
+    dist, depths = settings.dist, config.num_nextn_predict_layers
+    option, stages, layers = f"--dist.pp {dist.pp}", dist.stages, config.num_hidden_layers
+    if stages > layers + depths:
+        shown = f"{layers} layers" + f" and {depths} of MTP" * bool(depths)
+        raise UserError(f"{option}: {stages} stages ({dist.schedule}), but the model has {shown}; lower it")
+    if depths > chunk_sizes(layers + depths, stages)[-1]:
+        raise UserError(f"{option}: the last of {stages} stages cannot hold all {depths} layers of MTP; lower it")
+    if dist.zero == 3:
+        raise UserError(f"--dist.zero 3: does not go with {option}, whose stages are needed all the time; give 1")
+    if settings.carry_optimizer:
+        raise UserError(f"--carry_optimizer: does not go with {option}; leave one of them out")
+    rows = settings.rows // pipelines
+    micro_rows = min(settings.micro_rows, rows)
+    if rows % micro_rows:
+        raise UserError(
+            f"{option}: --micro_tokens {settings.micro_tokens} does not cut the {rows} rows of a pipeline's step evenly"
+        )
+    if dist.schedule != "zbv" and rows // micro_rows < stages:
+        raise UserError(
+            f"{option}: {dist.schedule} needs {stages} micro-batches of a pipeline, a step has {rows // micro_rows}; "
+            f"lower --micro_tokens, now {settings.micro_tokens}, or raise --batch_tokens"
+        )

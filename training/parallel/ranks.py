@@ -63,7 +63,7 @@ class Ranks:
 
     Attributes: rank 0 .. world - 1; the device it computes on, and why that one; timeout: see `DistSettings`; watch:
         what it is busy with, and whether a signal asked it to stop; in_step: a forward pass is a matter of all ranks,
-        each of which must make as many.
+        each of which must make as many; pp: ranks that share the layers, and the samples.
     """
 
     rank: int
@@ -73,6 +73,7 @@ class Ranks:
     timeout: float = DistSettings.timeout
     watch: Watch = field(default_factory=Watch, compare=False)
     in_step: bool = False
+    pp: int = 1
 
     @classmethod
     def start(cls, device: str, timeout: float = DistSettings.timeout) -> Ranks:
@@ -101,6 +102,16 @@ class Ranks:
         """Return whether this process writes files and prints."""
         return self.rank == 0
 
+    @property
+    def shares(self) -> int:
+        """Return among how many the samples are divided."""
+        return max(self.world // self.pp, 1)
+
+    @property
+    def share_of_this(self) -> int:
+        """Return which of these shares this rank has. Ranks of one pipeline are far apart, those of `ep` near."""
+        return self.rank % self.shares
+
     def say(self, text: str) -> None:
         """Print once, not once a process."""
         if self.main:
@@ -120,13 +131,14 @@ class Ranks:
         return self.sum(torch.tensor(float(self.watch.asked))).item() > 0
 
     def share(self, items: Sequence[Item], what: str) -> Iterator[tuple[Item, bool]]:
-        """Yield every `world`-th item, and whether it counts, until a signal came; `what` is done with them.
+        """Yield the items of this rank's share, and whether each counts, until a signal came; `what` is done with them.
 
         In step, ranks that have one item less get one again that does not count.
         """
-        count = -(-len(items) // self.world) if self.in_step else len(range(self.rank, len(items), self.world))
+        shares, first = self.shares, self.share_of_this
+        count = -(-len(items) // shares) if self.in_step else len(range(first, len(items), shares))
         for done in self.watch.track(range(count), what, count, self.asked_to_stop if self.in_step else None):
-            place = self.rank + done * self.world
+            place = first + done * shares
             yield items[place % len(items)], place < len(items)
 
     def gather(self, value: Any) -> list[Any]:

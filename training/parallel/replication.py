@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from model import MiniDeepSeek, kernels
 from training.losses import Batch, Loss, Metric
 from training.parallel.ranks import Ranks
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("*.py", *(f"{folder}/**/*.{kind}" for folder in ("model", "training", "text") for kind in ("py", "c", "h")))
 PART = 2**18  # numbers of a weight at a time: what lies between stays in a processor's cache
@@ -54,13 +55,14 @@ class Replicated:
     """The model on every rank, or on the only one.
 
     Attributes: module: what is called in training; averaged_over: ranks over which gradients are averaged, and not
-        summed; disjoint: each rank has other gradients, and not all the same.
+        summed; pipeline: None, for all layers are on each rank.
     """
 
-    disjoint = False
+    pipeline = None
 
     def __init__(self, model: MiniDeepSeek, ranks: Ranks, gradients: str = "fp32") -> None:
-        self.module, self.averaged_over = replicate(model, ranks, gradients), ranks.world
+        self._model, self.module = model, replicate(model, ranks, gradients)
+        self.averaged_over, self._counts = ranks.world, ranks.main
 
     def accumulating(self, more: bool) -> AbstractContextManager:
         """Keep gradients local while more micro-batches of the step follow."""
@@ -70,9 +72,18 @@ class Replicated:
         """Return the loss of a micro-batch."""
         return loss(self.module, batch)
 
+    def measure(self, work: Callable[[MiniDeepSeek], Result]) -> Result:
+        """Return what `work`, without gradients, makes of the model."""
+        return work(self._model)
+
     def gradients(self) -> list[torch.Tensor]:
         """Return those of all weights that have one."""
         return [p.grad for p in self.module.parameters() if p.grad is not None]
+
+    def squares(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Return the squared norm on the main rank, zero elsewhere: all have the same, and no bit may part them."""
+        squares = torch.nn.utils.get_total_norm(gradients).double().square()
+        return squares if self._counts else torch.zeros_like(squares)
 
 
 def facts(settings: object, run: dict[str, Any], model: MiniDeepSeek) -> dict[str, Any]:
@@ -115,13 +126,12 @@ def check_weights(ranks: Ranks, model: MiniDeepSeek, step: int) -> None:
     """Raise `UserError`, on the main rank, when what is trained is not the same to the bit on all ranks."""
     if ranks.world == 1:
         return
-    names, sums = listed(checksums(model))
-    everywhere = ranks.gather(sums)
+    everywhere = ranks.gather(dict(zip(*listed(checksums(model)), strict=True)))
     different = [
         (rank, name)
         for rank, theirs in enumerate(everywhere)
-        for name, one, other in zip(names, everywhere[0], theirs, strict=True)
-        if one != other
+        for name in everywhere[0]
+        if theirs.get(name, everywhere[0][name]) != everywhere[0][name]  # another stage has other weights
     ]
     if different:
         rank, name = different[0]
@@ -140,7 +150,7 @@ def checksums(model: MiniDeepSeek) -> dict[str, torch.Tensor]:
     """Return `checksum` of every weight that is trained and whole, and of the router biases."""
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad and not hasattr(p, "to_local")}
     moving |= {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
-    return {name: checksum(t.detach()) for name, t in moving.items()}
+    return {name: checksum(t.detach()) for name, t in moving.items() if not t.is_meta}
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ until the last micro-batch of a step. Every forward pass is a matter of all rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,44 +19,55 @@ from torch.distributed.tensor import DTensor
 
 from model import MiniDeepSeek
 from model.expert_parallel import ExpertsOverRanks
+from model.pipeline import Elsewhere
 from training.losses import Batch, Loss, Metric
 from training.parallel.mesh import Mesh, check_mesh
 from training.parallel.ranks import Ranks
 from training.parallel.replication import check_facts, facts
+from training.parallel.schedule import Ends, Measured, Piped, Pipeline
 from training.run.resume import WholeModel, same_shape
 from training.settings import StageSettings
 
 Result = TypeVar("Result")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def shard(
     settings: StageSettings, ranks: Ranks, model: MiniDeepSeek, dtype: torch.dtype, run: dict[str, Any]
 ) -> Sharded:
-    """Cut a model among the ranks as `--dist.zero` and `--dist.ep` say, once all are found to have the same.
+    """Cut a model among the ranks as `--dist.zero`, `ep` and `pp` say, once all are found to have the same.
 
     dtype: of the products; run: see `facts`. Shards go to the device, the whole does not.
     """
-    check_mesh(settings, ranks.world, model.config.n_routed_experts)
+    ranks.on_main(lambda: check_mesh(settings, ranks.world, model.config))
     check_facts(ranks, facts(settings, run, model))
-    return Sharded(model, Mesh.of(settings, ranks), settings.dist.zero, dtype)
+    mesh = Mesh.of(settings, ranks)
+    pipeline = Pipeline(model, mesh, settings.dist, dtype) if settings.dist.pp > 1 else None
+    return Sharded(model, mesh, settings.dist.zero, dtype, pipeline)
 
 
 class Sharded(nn.Module):
     """A model in shards, and the outermost of them: embedding, head and norm are whole within `forward`.
 
-    Attributes: as of `Replicated`; shards: the weights of this rank.
+    Attributes: as of `Replicated`; shards: the weights of this rank; pipeline: where layers are on other ranks.
     """
 
-    averaged_over, disjoint = 1, True
+    averaged_over = 1
 
-    def __init__(self, model: MiniDeepSeek, mesh: Mesh, zero: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: MiniDeepSeek, mesh: Mesh, zero: int, dtype: torch.dtype, pipeline: Pipeline | None = None
+    ) -> None:
         """Cut the model, whose weights become shards in float32. dtype: of what is gathered, and of the products."""
         super().__init__()
-        self.model, self._keeps = model, zero < 3
+        self.pipeline, self._keeps, self._met = pipeline, zero < 3, False
+        self._whole = (Piped(pipeline) if pipeline else model,)  # not a part of this module: it may be on other ranks
+        self.parts = nn.ModuleList(pipeline.stages.values() if pipeline else [model])
         rounded = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         exact = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
         given_back = {"reshard_after_forward": zero == 3}
-        for layer in (*model.model.layers, *model.mtp):
+        for layer in (layer for part in self.parts for layer in (*part.model.layers, *part.mtp)):
+            if isinstance(layer, Elsewhere):
+                continue
             if layer.is_moe:
                 if mesh.ep.size() > 1:
                     layer.mlp.experts = ExpertsOverRanks(layer.mlp.experts, mesh.ep.get_group())
@@ -70,21 +81,48 @@ class Sharded(nn.Module):
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)  # sums, to be divided once by the count of the whole step
             unit.set_force_sum_reduction_for_comms(True)
-        self.shards = Shards(model, mesh)
+        self.shards = Shards(self.parts, mesh, pipeline and pipeline.ends)
+        if pipeline:
+            pipeline.within = self._within
+
+    @property
+    def model(self) -> MiniDeepSeek:
+        """The whole, to be called on all ranks together; in a pipeline without gradients."""
+        return self._whole[0]
 
     def forward(self, work: Callable[[MiniDeepSeek], Result]) -> Result:
         """Call `work` with the model, where it can compute: on all ranks, with as many forward passes on each."""
         return work(self.model)
 
+    def _within(self, work: Callable[[], Result]) -> Result:
+        return self(lambda _: work())
+
     def accumulating(self, more: bool) -> AbstractContextManager:
         """With ZeRO-1 gradients and whole weights stay local while more micro-batches of the step follow."""
-        self.set_requires_gradient_sync(not (more and self._keeps))
-        self.set_reshard_after_backward(not (more and self._keeps))
+        self._exchanges(not (more and self._keeps))
         return nullcontext()
+
+    def _exchanges(self, now: bool) -> None:
+        if not self._met:  # FSDP2 looks for gradients of a unit that has no part in a step, where it knows only shards
+            for unit in self._units:
+                unit.unshard()
+                unit.reshard()
+            self._met = True
+        self.set_requires_gradient_sync(now)
+        self.set_reshard_after_backward(now)
 
     def compute(self, loss: Loss, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]:
         """Return the loss of a micro-batch."""
         return self(lambda model: loss(model, batch))
+
+    def compute_all(self, loss: Loss, batches: Sequence[Batch], nominal: int) -> list[Measured]:
+        """Do forward and backward passes of a step in a pipeline; gradients are of the sum over `nominal`."""
+        self._exchanges(False)
+        measured = self.pipeline.run(loss, batches, nominal)
+        self._exchanges(True)
+        # At the end of a backward pass, of nothing here, FSDP2 exchanges what has been accumulated.
+        self(lambda _: torch.zeros((), device=batches[0]["input_ids"].device, requires_grad=True) * 0).backward()
+        return measured
 
     def measure(self, work: Callable[[MiniDeepSeek], Result]) -> Result:
         """Return what `work`, without gradients, makes of the model. After it every rank has its shards alone."""
@@ -98,14 +136,19 @@ class Sharded(nn.Module):
         """Return those of the shards."""
         return self.shards.gradients()
 
+    def squares(self, gradients: list[Tensor]) -> Tensor:
+        """Return this rank's part of the squared norm, which is summed over ranks."""
+        return self.shards.squares(gradients)
+
 
 class Shards:
     """This rank's share of each weight, for optimiser and checkpoints: ordinary tensors in the memory of FSDP2's."""
 
-    def __init__(self, model: MiniDeepSeek, mesh: Mesh) -> None:
-        self._mesh = mesh
-        self._whole: dict[str, DTensor] = dict(model.named_parameters())
-        self._buffers = dict(model.named_buffers())
+    def __init__(self, parts: Iterable[nn.Module], mesh: Mesh, ends: Ends | None = None) -> None:
+        """parts: of the model, with names as in the whole; ends: where another rank trains the embedding too."""
+        self._mesh, self._ends, self._parts = mesh, ends, list(parts)
+        self._whole: dict[str, DTensor] = {name: p for part in self._parts for name, p in part.named_parameters()}
+        self._buffers = {name: buffer for part in self._parts for name, buffer in part.named_buffers()}
         self._mine = {name: nn.Parameter(p.detach().to_local(), p.requires_grad) for name, p in self._whole.items()}
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -117,19 +160,56 @@ class Shards:
         for name, p in self._whole.items():
             self._mine[name].grad = None if p.grad is None else p.grad.to_local()
             p.grad = None
+        if self._ends:
+            embedding = self._mine[EMBEDDING]
+            embedding.grad = torch.zeros_like(embedding) if embedding.grad is None else embedding.grad
+            dist.all_reduce(embedding.grad, group=self._ends.group)
         return [p.grad for p in self._mine.values() if p.grad is not None]
+
+    def squares(self, gradients: list[Tensor]) -> Tensor:
+        """Return the sum of their squares, float64, without those that another rank counts."""
+        again = self._mine[EMBEDDING].grad if self._ends and self._ends.is_last else None
+        return torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not again]).double().square()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the state dicts of the parts hold."""
+        return {name: tensor for part in self._parts for name, tensor in part.state_dict().items()}
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return whole ones on the main rank's host, nothing on the others; one after the other, by all ranks together.
 
-        tensors: the state dict of the model, or of these shards, named `weight` or `weight|quantity`.
+        tensors: `state_dict()`, or the optimiser's of these shards, named `weight|quantity`.
         """
-        whole = {}
+        whole, first = {}, self._mesh.data.get_local_rank() == 0
         for name, tensor in tensors.items():
             found = self._join(name.partition("|")[0], tensor)
-            if dist.get_rank() == 0:
+            if first:
                 whole[name] = found.cpu()
-        return whole
+        if first and self._mesh.pp.size() > 1:
+            self._collect(whole)
+        return whole if dist.get_rank() == 0 else {}
+
+    def _collect(self, whole: dict[str, Tensor]) -> None:
+        """Add to the first stage's what the first rank of each other stage has."""
+        group, rank, ranks = self._mesh.pp.get_group(), self._mesh.pp.get_local_rank(), self._mesh.pp.size()
+        described: list[Any] = [None] * ranks
+        dist.all_gather_object(described, {name: (x.shape, x.dtype) for name, x in whole.items()}, group)
+        if rank:
+            for tensor in whole.values():
+                dist.send(tensor.contiguous(), dist.get_global_rank(group, 0), group)
+        else:
+            for other in range(1, ranks):
+                for name, (shape, dtype) in described[other].items():
+                    tensor = torch.empty(shape, dtype=dtype)
+                    dist.recv(tensor, dist.get_global_rank(group, other), group)
+                    whole.setdefault(name, tensor)
+
+    @torch.no_grad()
+    def copy_to(self, model: MiniDeepSeek) -> None:
+        """Put the whole weights and buffers into a model of every rank, in the types that they have there."""
+        for name, mine in (*model.named_parameters(), *model.named_buffers()):
+            tensor = self._whole[name] if name in self._whole else self._buffers[name]
+            mine.copy_(self._join(name, tensor))
 
     def _join(self, weight: str, tensor: Tensor) -> Tensor:
         p = self._whole.get(weight)
@@ -146,7 +226,11 @@ class Shards:
 
     def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's share of whole ones, named as in `gather`."""
-        return {name: self._share(name.partition("|")[0], tensor) for name, tensor in tensors.items()}
+        here = {name: tensor for name, tensor in tensors.items() if self._is_here(name.partition("|")[0])}
+        return {name: self._share(name.partition("|")[0], tensor) for name, tensor in here.items()}
+
+    def _is_here(self, weight: str) -> bool:
+        return self._mesh.pp.size() == 1 or weight in self._mine or weight in self._buffers
 
     def _share(self, weight: str, tensor: Tensor) -> Tensor:
         if weight not in self._whole or not tensor.dim():
@@ -176,7 +260,7 @@ class ShardedModel(WholeModel):
         self.shards = sharded.shards
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.shards.gather(self.model.state_dict())
+        return self.shards.gather(self.shards.state_dict())
 
     def load(self, folder: Path) -> None:
         saved = MiniDeepSeek.from_pretrained(folder)

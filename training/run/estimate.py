@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from errors import folded
 from model import MiniDeepSeek
 from model.costs import activation_numbers, human
 from model.costs import count as count_costs
@@ -50,13 +51,16 @@ def length(budget: Budget, step: float, step_tokens: int, done: Progress) -> tup
     return max(min(steps), 1), max(min(steps), 1) * step
 
 
-def batch_line(rows: int, row_tokens: int, world: int, micro: int) -> str:
+def batch_line(rows: int, row_tokens: int, ranks: Ranks, micro: int) -> str:
     """Return how a step's rows are shared. micro: most rows of a micro-batch."""
-    share = rows // world
+    share = rows // ranks.shares
+    sharing = counted(ranks.shares, "rank")
+    if ranks.pp > 1:
+        sharing = f"{counted(ranks.shares, 'pipeline')} of {ranks.pp} ranks"
     micro = min(micro, share)
     parts = f"{math.ceil(share / micro):,} micro-batch{'es' * (share > micro)}"
     each = "at most " * (share % micro > 0) + counted(micro, "row")
-    return f"{counted(rows, 'row')} of {row_tokens} tokens: {counted(world, 'rank')}, {parts} of {each}"
+    return f"{counted(rows, 'row')} of {row_tokens} tokens: {sharing}, {parts} of {each}"
 
 
 def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, dtype: torch.dtype) -> float:
@@ -117,19 +121,19 @@ class Pace:
         ends += [f"{budget.max_minutes:g} minute{'s' * (budget.max_minutes != 1)}"] if budget.max_minutes else []
         ends += [counted(budget.max_tokens, "token")] if budget.max_tokens else []
         kernels = (model.config, dtype, ranks.device, settings.row_tokens, settings.compiles(ranks.device))
-        ranks.say(
+        self._say(
             f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
             f"MTP adds {human(costs.mtp)}\n"
             f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
             f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
             f"kernels    {kernel_report(*kernels)}\n"
-            f"batch      {batch_line(settings.rows, settings.row_tokens, ranks.world, settings.micro_rows)}\n"
+            f"batch      {batch_line(settings.rows, settings.row_tokens, ranks, settings.micro_rows)}\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
             f"takes      about {duration(step)} a step, {counted(steps, noun)} in {duration(seconds)}, "
             f"{human(needs, 'B')} of memory a rank{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
         )
         if needs > has:
-            ranks.say(
+            self._say(
                 f"warning    the run needs about {human(needs, 'B')}, this machine has "
                 f"{human(has, 'B')} a rank: lower --micro_tokens, now {settings.micro_tokens:,}, "
                 "pass --gradient_checkpointing true, or take a smaller model"
@@ -139,14 +143,14 @@ class Pace:
     def report(self, seconds: float, rows: int) -> None:
         """Say what the `seconds` of the first micro-batch, of so many rows, make of a step, where it is long."""
         self.known = True
-        share = self._settings.rows // self._ranks.world
+        share = self._settings.rows // self._ranks.shares
         step = seconds * share / rows  # the last micro-batch may have fewer rows
         if step > SLOW_STEP / 3:
             step_tokens = self._settings.rows * self._settings.row_tokens
-            _, left = length(self._budget, step, step_tokens, self._progress)
+            steps, left = length(self._budget, step, step_tokens, self._progress)
             part = "rest of the run" if self._progress.step else "whole run"
-            pace = f"about {duration(step)} a step, {duration(left)} for the {part}"
-            self._ranks.say(f"measured   micro-batch 1 of {math.ceil(share / rows)} took {duration(seconds)}: {pace}")
+            pace = f"about {duration(step)} a step, {duration(left + self._pauses(steps))} for the {part}"
+            self._say(f"measured   micro-batch 1 of {math.ceil(share / rows)} took {duration(seconds)}: {pace}")
             self._warn_of_slow_steps(step)
 
     def left(self, share: float) -> float | None:
@@ -154,20 +158,26 @@ class Pace:
 
         share: of the budget that is spent.
         """
-        (first, before, since), now, every = self._begin, self._progress, self._settings.val_every
+        (first, before, since), now = self._begin, self._progress
         if share <= before:
             return None
         rest = (1 - share) / (share - before)
-        steps = max(round(rest * (now.step - first)), 1)
-        validations = 1 + ((steps - 1 + now.step % every) // every if every else 0)
-        return rest * (now.seconds - since) + validations * self.pause
+        return rest * (now.seconds - since) + self._pauses(max(round(rest * (now.step - first)), 1))
+
+    def _pauses(self, steps: int) -> float:
+        """Return the seconds of validations in so many steps from now, the last of which ends the run."""
+        every, now = self._settings.val_every, self._progress.step
+        return (1 + ((steps - 1 + now % every) // every if every else 0)) * self.pause
 
     def _warn_of_slow_steps(self, seconds: float) -> None:
         """Say once what helps where a step takes so long that nobody would wait for the first."""
         if seconds > SLOW_STEP and not self._warned:
             self._warned = True
             remedy = self._settings.lighten(self._ranks.device.type)
-            self._ranks.say(f"warning    a step takes about {duration(seconds)} here: {remedy}")
+            self._say(f"warning    a step takes about {duration(seconds)} here: {remedy}")
+
+    def _say(self, text: str) -> None:
+        self._ranks.say(folded(text))
 
 
 def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
@@ -185,16 +195,15 @@ def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
         settings.batch_tokens = saved * settings.row_tokens
         return
     ceiling = settings.rows
-    rows = fitting_rows(settings, ranks.world, samples)
+    rows = fitting_rows(settings, ranks.shares, samples)
     if rows != ceiling:
         settings.batch_tokens = rows * settings.row_tokens
         budget = settings.budget(samples)
         whole = f", for a run of {counted(budget.max_steps, 'step')}" if budget.max_steps else ""
         by = budget.steps_by or f"--max_minutes {budget.max_minutes:g}"
-        ranks.say(
-            f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}{whole} ({by}, {samples} rows an epoch); "
-            f"--batch_tokens {ceiling * settings.row_tokens} keeps {ceiling}"
-        )
+        rather = f"notice: {rows} row{'s' * (rows > 1)} a step instead of {ceiling}{whole}"
+        keeps = f"--batch_tokens {ceiling * settings.row_tokens} keeps {ceiling}"
+        ranks.say(folded(f"{rather} ({by}, {samples} rows an epoch); {keeps}"))
 
 
 def fit_micro_batch(settings: StageSettings, ranks: Ranks, model: MiniDeepSeek, dtype: torch.dtype) -> None:
@@ -206,7 +215,7 @@ def fit_micro_batch(settings: StageSettings, ranks: Ranks, model: MiniDeepSeek, 
     chosen = settings.holds("micro_tokens") or settings.micro_tokens != usual
     if ranks.device.type != "cuda" or settings.uneven or chosen:
         return
-    rows, trial = settings.rows // ranks.world, copy.copy(settings)
+    rows, trial = settings.rows // ranks.shares, copy.copy(settings)
     for parts in range(1, rows + 1):
         trial.micro_tokens = -(-rows // parts) * settings.row_tokens
         if trial.micro_rows <= settings.micro_rows:
@@ -250,6 +259,7 @@ def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int, step:
         remedy = f"raise {by.split()[0]}"
         if by.startswith("--epochs"):
             remedy = f"give --epochs {math.ceil(ENOUGH * settings.rows / samples)} for {ENOUGH} steps"
-    if remedy.startswith("give") and settings.rows > ranks.world and not settings.uneven:
+    if remedy.startswith("give") and settings.rows > ranks.shares and not settings.uneven:
         remedy += ", or a smaller --batch_tokens"
-    ranks.say(f"notice: this run ends after {about}{counted(steps, 'step')} ({by}), too few to learn; {remedy}")
+    ends = f"notice: this run ends after {about}{counted(steps, 'step')} ({by}), too few to learn"
+    ranks.say(folded(f"{ends}; {remedy}"))

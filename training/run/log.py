@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from errors import QUIET, how_far, naming, one_line
+from errors import INDENT, QUIET, WIDTH, how_far, naming, one_line
 from text.files import json_text, replacing
 from training.run.trackers import Tracker
 
 STRUCTURED = ("sample", "max_vio", "expert_load", "held_out", "prompt", "text")  # not one number
 LARGEST = 1e300  # beyond it pictures cannot be scaled
-WIDTH = 100
 SHOWN, PROMPT, TEXT = 2, 32, 52  # samples; characters of a prompt's end, and of what follows it
 ROUNDING = 1e-7  # the surrogate of GRPO's first inner step is 0 but for this, and says nothing
 LEGEND = (
@@ -82,7 +81,8 @@ class RunLog:
             return
         forget_after(self.path, step)
         self._measured: dict[str, list[float]] = {}  # by the steps since the last line
-        self._share, self._left, self._spoke = 0.0, None, time.monotonic()
+        self._share, self._left = 0.0, None
+        self._spoke = self._since = time.monotonic()  # of the last line, and of the work at hand
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=(console := Console()), transient=True,
@@ -121,9 +121,11 @@ class RunLog:
             return
         task = self.bar.tasks[self.work]
         if what != task.description or total != task.total:
+            self._since = time.monotonic()
             self.bar.reset(self.work, description=what, total=total, visible=bool(what))
         self.bar.update(self.work, completed=done)
-        if what and not self.bar.console.is_terminal and time.monotonic() - self._spoke > QUIET:
+        silent = time.monotonic() - max(self._spoke, self._since)  # steps that take less are told of at their end
+        if what and silent > QUIET and not self.bar.console.is_terminal:
             self.print(how_far(what, done, total))
 
     def pulse(self, step: int) -> None:
@@ -152,7 +154,9 @@ class RunLog:
         if "sample" in metrics and "val_accuracy" in metrics:
             sample = metrics["sample"]
             worth = ", ".join(f"{name} {value:g}" for name, value in sample["rewards"].items())
-            self.print(f"> {sample['question']}\n{sample['completion']}    (wanted {sample['answer']}; {worth})")
+            shown_of_it = sample["question"], sample["completion"], f"(wanted {sample['answer']}; {worth})"
+            for label, text in zip(("sample     ", INDENT, INDENT), shown_of_it, strict=True):
+                self.print(label + _middle_left_out(one_line(text), WIDTH - len(INDENT)), style="dim")
             for tracker in self.trackers:
                 tracker.sample([{"prompt": sample["question"], "text": sample["completion"]}], metrics["step"])
 
@@ -174,6 +178,11 @@ class RunLog:
         """Print a line above the bar."""
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
         self._spoke = time.monotonic()
+
+
+def _middle_left_out(text: str, most: int) -> str:
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -92,21 +92,21 @@ class Samples:
         products = autocast(model.lm_head.weight.dtype, self._ranks.device)
         with naming(self._path), open(self._path, "a", encoding="utf8") as file, eager, products:
             for number, ids in enumerate(self._prompts):
-                self._ranks.watch.show("writing samples", number, len(self._prompts))
-                text = self._tokenizer.decode(self._continue(model, ids, end))
+                text = self._tokenizer.decode(self._continue(model, ids, end, number))
                 rows.append({"step": step, "prompt": self._tokenizer.decode(ids), "text": text})
                 file.write(json_text(rows[-1]) + "\n")
         model.train()
         self._ranks.watch.show("", 0, 0)
         show(step, rows)
 
-    def _continue(self, model: MiniDeepSeek, ids: list[int], end: float) -> list[int]:
-        """Return what follows a prompt; less of it after a signal, or past `end` on the monotonic clock."""
+    def _continue(self, model: MiniDeepSeek, ids: list[int], end: float, number: int) -> list[int]:
+        """Return what follows prompt `number`; less of it after a signal, or past `end` on the monotonic clock."""
         new, stop, ids_BT = [], self._tokenizer.eos_id, torch.tensor([ids], device=self._ranks.device)
         for token in stream(model, ids_BT, NEW, Sampling(temperature=0), (stop,)):
             if token.item() == stop:
                 break
             new.append(token.item())
+            self._ranks.watch.show("writing samples", number + len(new) / NEW, len(self._prompts))
             if self._ranks.watch.asked or time.monotonic() > end:
                 break
         return new

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from errors import folded
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, keep_last, load_training_state
@@ -165,10 +166,8 @@ class RunCheckpoints:
         if self._settings.keep_best and (best := progress.best):
             say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
             if numbers := self._ranks.on_main(lambda: unlearned(self._out, best)):
-                say(
-                    f"notice: no validation was better than before training\n        ({numbers}): "
-                    "nothing was learned that the held-out rows show"
-                )
+                said = "notice: no validation was better than before training: held-out rows show nothing learned"
+                say(folded(f"{said}; {numbers}"))
 
 
 def unlearned(out: Path, best: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_options, call_main
+from conftest import as_options, call_main, long_lines
 from forked import script_on_ranks
 from safetensors.torch import load_file
 
@@ -106,6 +106,8 @@ def test_a_best_adapter_that_is_worse_than_none_is_merged_and_that_is_said(rate,
     done = tune(tmp_path, *options)
     assert f"merged: {tmp_path / 'merged'}, with the adapter of {tmp_path / 'best'}\n" in done.out
     said = f"notice: merged all the same; on the held-out rows {pretrained / 'final'} is no worse without it"
+    assert done.out.index("(--max_steps 2), too few to learn") < done.out.index("step      1")
+    assert not long_lines(done.out, tmp_path, pretrained)
     assert (said in done.out) == ("no validation was better than before training" in done.out) == worse
 
 

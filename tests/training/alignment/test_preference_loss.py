@@ -21,6 +21,7 @@ from training.alignment.preference import (
 from training.log_probs import label_log_probs, log_probs_and_entropy
 from training.losses import Batch, token_losses
 from training.parallel.ranks import Ranks
+from training.run.interrupt import Watch
 
 PROMPTS_AND_ANSWERS = [(5, 6, 4), (3, 2, 7), (4, 5, 5)]
 
@@ -194,7 +195,12 @@ def test_held_out_pairs_are_shared_among_ranks_and_counted_once(models, monkeypa
     batches = [packed([pair]) for pair in given_pairs()]
     loss = PreferenceLoss(PreferenceSettings(), reference)
     measure = HeldOutPairs(loss, batches, [], np.zeros(61))
-    alone = measure(policy, torch.float32, Ranks(0, 1, torch.device("cpu")))
+    alone, shown = measure(policy, torch.float32, Ranks(0, 1, torch.device("cpu"))), []
+    watch = Watch(show=lambda *what: shown.append(what))
+    assert measure(policy, torch.float32, Ranks(0, 1, torch.device("cpu"), watch=watch)) == alone
+    assert shown == [*(("validating pairs", done, 3) for done in range(3)), ("", 0, 0)]
+    watch.asked = True  # which ends it, and what it returns is not used
+    assert measure(policy, torch.float32, Ranks(0, 1, torch.device("cpu"), watch=watch)) and len(shown) == 6
     assert alone.keys() >= {"val_loss", "val_accuracy", "val_margin", "val_chosen_log_prob", "val_kl"}
     sums: list[list[torch.Tensor]] = []
     for rank in (0, 1):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import as_options, call_main
+from conftest import as_options, call_main, long_lines
 from forked import script_on_ranks
 from victim import differences
 
@@ -55,6 +55,8 @@ def entries(out: Path) -> list[dict]:
 def test_a_student_comes_nearer_to_its_teacher(arguments, student, pretrained, world, tokenizer, run, tmp_path):
     done = run(distill.main, *arguments, "--out", tmp_path / "run", "--max_steps", 12)
     assert done.code == 0, done.err
+    assert done.out.index("(--max_steps 12), too few to learn") < done.out.index("step      1")
+    assert not long_lines(done.out, tmp_path, student.parent)
     for entry in entries(tmp_path / "run"):
         mixture = 0.5 * entry["divergence"] + 0.5 * entry["cross_entropy"]
         assert entry["loss"] == pytest.approx(mixture, rel=1e-4)

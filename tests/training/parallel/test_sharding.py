@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from forked import on_ranks
 from test_equality import OPTIONS, Packed, Uneven, assert_the_same_training
+from torch.distributed import set_debug_level_from_env
 from toy_stage import ROWS, TIME, Rows, files
 
 from errors import UserError, command_line
+from LMConfig import LMConfig
 from training.optim.build import OptimSettings
 from training.parallel.mesh import ShardSettings, check_mesh
 from training.parallel.ranks import Ranks
@@ -28,6 +30,9 @@ CASES = {  # ranks, how they cut, rows, model, and how the step is cut
     "zero 1, accumulated": (2, {"zero": 1}, Uneven, {}, {"micro_tokens": TIME}),
     "zero 3, accumulated, recomputed": (2, {"zero": 3}, Packed, {"num_nextn_predict_layers": 2}, CUT),
     "ep 4, recomputed": (4, {"ep": 4}, Packed, {"num_nextn_predict_layers": 0}, CUT),
+    "pp 2, tied, recomputed": (2, {"pp": 2}, Packed, {"tie_word_embeddings": True}, CUT),
+    "pp 2, zbv, recomputed": (2, {"pp": 2, "schedule": "zbv"}, Packed, {}, CUT),
+    "pp 2, dualpipev, ep 2": (4, {"pp": 2, "ep": 2, "schedule": "dualpipev"}, Uneven, {}, {"micro_tokens": TIME}),
     "ep 2, more copies than experts, zero 3, tied": (4, {"ep": 2, "zero": 3}, Packed, FEW, CUT),
 }
 
@@ -47,6 +52,7 @@ def train(make, tmp_path) -> Callable[..., Path]:
         given = {**OPTIONS, "max_steps": 3, "dist": ShardSettings(**(cut or {})), **options}
 
         def of_rank(rank: int) -> None:
+            set_debug_level_from_env()
             command_line(lambda: make(out, dataset(), ranks=Ranks.start("cpu", timeout=30), **given).run())
 
         ranks = on_ranks(world, of_rank, tmp_path)
@@ -54,6 +60,12 @@ def train(make, tmp_path) -> Callable[..., Path]:
         return tmp_path / out
 
     return train
+
+
+def assert_nearly_the_same(cut: Path, one: Path) -> None:
+    for ours, theirs in zip(*(read_metrics(out / "metrics.jsonl") for out in (cut, one)), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,52 +76,62 @@ def test_ranks_that_cut_train_as_one_process_does(case, train):
     assert_the_same_training(train("cut", world, dataset, cut, model=model, val_every=3, **options), one)
 
 
+@pytest.mark.parametrize("cut", [{"zero": 1}, {"zero": 3}, {"pp": 2, "schedule": "zbv"}])
+def test_an_mtp_chain_without_weight_has_no_part_until_it_has_one(cut, train):
+    late = {"mtp_weight": {"0": 0.0, "0.6": 0.3}, "max_steps": 2, "dtype": "bf16"}
+    assert_nearly_the_same(train("cut", 2, cut=cut, micro_tokens=TIME, **late), train("one", 1, **late))
+
+
 def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train):
     """One step on each: weights, moments and the order of the data go with it."""
-    whole = train("whole", 1, max_steps=5, val_every=1)
-    for step, (world, cut) in enumerate([(2, {"zero": 3}), (1, {}), (2, {"ep": 2}), (2, {}), (1, {"zero": 1})], 1):
-        moved = train("moved", world, cut=cut, max_steps=step, val_every=1, resume=True)
+    meshes = [(2, {"zero": 3}), (1, {}), (2, {"pp": 2, "schedule": "zbv"}), (2, {"ep": 2}), (2, {"pp": 2}), (2, {})]
+    whole = train("whole", 1, max_steps=len(meshes), val_every=1)
+    for step, (world, cut) in enumerate(meshes, 1):
+        moved = train("moved", world, cut=cut, max_steps=step, val_every=1, resume=True, micro_tokens=TIME)
     assert_the_same_training(moved, whole)
 
 
-def test_a_run_that_resumes_on_the_same_mesh_is_the_same_to_the_bit(train):
-    cut = {"ep": 2, "zero": 3}
-    whole = train("whole", 2, cut=cut, max_steps=2)
+@pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2, "schedule": "dualpipev"}])
+def test_a_run_that_resumes_on_the_same_mesh_is_the_same_to_the_bit(cut, train):
+    whole = train("whole", 2, cut=cut, max_steps=2, micro_tokens=TIME)
     for steps in (1, 2):
-        resumed = train("resumed", 2, cut=cut, max_steps=steps, resume=True)
+        resumed = train("resumed", 2, cut=cut, max_steps=steps, resume=True, micro_tokens=TIME)
     assert files(resumed / "final") == files(whole / "final")
 
 
-def test_in_bfloat16_what_is_cut_is_near_what_is_not(train):
+@pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2, "schedule": "zbv"}])
+def test_in_bfloat16_what_is_cut_is_near_what_is_not(cut, train, monkeypatch):
     """Weights are rounded before they are gathered, gradients summed in float32: the router is rounded in neither."""
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")  # pipelines then compare types with those they expect
     one = train("one", 1, Packed, dtype="bf16")
-    cut = train("cut", 2, Packed, {"ep": 2, "zero": 3}, dtype="bf16", **CUT)
-    for ours, theirs in zip(*(read_metrics(out / "metrics.jsonl") for out in (cut, one)), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
+    cut = train("cut", 2, Packed, cut, dtype="bf16", **CUT)
+    assert_nearly_the_same(cut, one)
 
 
-def test_a_signal_to_one_rank_saves_what_all_have(make, tmp_path):
+@pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2}])
+def test_a_signal_to_one_rank_saves_what_all_have(cut, make, tmp_path):
     def of_rank(rank: int) -> None:
         def before(indices: Sequence[int]) -> None:
-            if indices[0] == 2 * ROWS + ROWS // 2:  # the first of rank 1 in step 3
+            if rank and indices[0] in (2 * ROWS, 2 * ROWS + ROWS // 2):  # its first of step 3
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        given = {**OPTIONS, "dist": ShardSettings(ep=2, zero=3), "micro_tokens": TIME}
+        given = {**OPTIONS, "dist": ShardSettings(**cut), "micro_tokens": TIME}
         command_line(make(dataset=Rows(before), ranks=Ranks.start("cpu", timeout=30), **given | {"max_steps": 6}).run)
 
     ranks = on_ranks(2, of_rank, tmp_path)
     assert [rank.code for rank in ranks] == [0, 0], "".join(rank.output() for rank in ranks)
-    assert "interrupted: saved" in ranks[0].output() and (tmp_path / "run" / "step-2").is_dir()
+    step = 3 if "pp" in cut else 2  # a pipeline ends the step it is in
+    assert "interrupted: saved" in ranks[0].output() and (tmp_path / "run" / f"step-{step}").is_dir()
 
 
-def test_a_rank_that_dies_ends_the_run_in_one_line(make, tmp_path):
+@pytest.mark.parametrize("cut", [{"zero": 3}, {"pp": 2}, {"pp": 2, "schedule": "dualpipev"}])
+def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
     def of_rank(rank: int) -> None:
         def die(indices: Sequence[int]) -> None:
             if rank and indices[0] >= ROWS:
                 os._exit(9)
 
-        given = {**OPTIONS, "dist": ShardSettings(zero=3), "max_steps": 3}
+        given = {**OPTIONS, "dist": ShardSettings(**cut), "max_steps": 3, "micro_tokens": TIME}
         command_line(make(dataset=Rows(die), ranks=Ranks.start("cpu", timeout=30), **given).run)
 
     ranks = on_ranks(2, of_rank, tmp_path)
@@ -129,15 +151,26 @@ def test_ranks_that_begin_with_other_weights_stop_before_they_are_cut(make, tmp_
 
 
 def test_what_does_not_go_together_is_refused_in_one_line(make):
-    settings = NextTokenSettings(out="none", dist=ShardSettings(zero=1))
+    settings = NextTokenSettings(out="none", batch_tokens=8 * 512, micro_tokens=2 * 512, dist=ShardSettings(zero=1))
+    config = LMConfig.preset("demo", n_routed_experts=4, n_group=1, topk_group=1)
     for change, world, says in (
         (dict(dist=ShardSettings(ep=3)), 8, "--dist.ep 3: does not divide the 8 ranks"),
+        (dict(dist=ShardSettings(pp=2, ep=3)), 8, "--dist.pp 2 and --dist.ep 3: do not divide the 8 ranks"),
+        (dict(dist=ShardSettings(pp=8)), 8, "--dist.pp 8: 8 stages (1f1b), but the model has"),
+        (dict(dist=ShardSettings(pp=2, zero=3)), 8, "--dist.zero 3: does not go with --dist.pp 2"),
+        (dict(dist=ShardSettings(pp=2), carry_optimizer=True), 8, "--carry_optimizer: does not go with --dist.pp 2"),
+        (
+            dict(dist=ShardSettings(pp=2), micro_tokens=3 * 512),
+            2,
+            "--micro_tokens 1536 does not cut the 8 rows",
+        ),
+        (dict(dist=ShardSettings(pp=2)), 8, "--dist.pp 2: 1f1b needs 2 micro-batches of a pipeline, a step has 1; "),
         (dict(dist=ShardSettings(ep=8)), 8, "--dist.ep 8: does not divide --model.n_routed_experts 4"),
         (dict(optim=OptimSettings(kind="muon")), 8, "--optim.kind muon: needs whole matrices, --dist.zero 1 cuts them"),
         (dict(compile=True), 8, "--compile true: does not go with --dist.zero 1"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
-            check_mesh(replace(settings, **change), world, 4)
+            check_mesh(replace(settings, **change), world, config)
     for zero in (2, 4):
         with pytest.raises(UserError, match=f"--dist.zero {zero}: one of 0, 1, 3"):
             ShardSettings(zero=zero)

@@ -66,9 +66,9 @@ def test_the_best_checkpoint_is_kept_beside_the_last(measured, capsys):
 @pytest.mark.parametrize(
     ("values", "name", "told"),
     [
-        ([3.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "(val_bits_per_byte 3.0000 at step 0, 4.0000 at best)"),
-        ([4.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "(val_bits_per_byte 4.0000 at step 0, 4.0000 at best)"),
-        ([0.6, 0.4, 0.5, 0.3], "val_accuracy", "(val_accuracy 0.6000 at step 0, 0.5000 at best)"),
+        ([3.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "val_bits_per_byte 3.0000 at step 0, 4.0000 at best"),
+        ([4.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "val_bits_per_byte 4.0000 at step 0, 4.0000 at best"),
+        ([0.6, 0.4, 0.5, 0.3], "val_accuracy", "val_accuracy 0.6000 at step 0, 0.5000 at best"),
         ([0.4, 0.4, 0.5, 0.3], "val_accuracy", ""),
         ([4.5, 5.0, 4.0, 4.5], "val_bits_per_byte", ""),
     ],

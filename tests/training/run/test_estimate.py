@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import training.run.estimate
+from errors import INDENT, WIDTH
 from grpo_train import GRPOSettings
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -59,13 +60,15 @@ def test_a_run_lasts_as_long_as_its_budget_and_a_resumed_one_as_what_is_left(bud
 @pytest.mark.parametrize(
     ("shape", "line"),
     [
-        ((5, 1024, 1, 4), "5 rows of 1024 tokens: 1 rank, 2 micro-batches of at most 4 rows"),
-        ((8, 64, 2, 2), "8 rows of 64 tokens: 2 ranks, 2 micro-batches of 2 rows"),
-        ((1, 64, 1, 16), "1 row of 64 tokens: 1 rank, 1 micro-batch of 1 row"),
+        ((5, 1024, 1, 1, 4), "5 rows of 1024 tokens: 1 rank, 2 micro-batches of at most 4 rows"),
+        ((8, 64, 4, 2, 2), "8 rows of 64 tokens: 2 pipelines of 2 ranks, 2 micro-batches of 2 rows"),
+        ((8, 64, 2, 1, 2), "8 rows of 64 tokens: 2 ranks, 2 micro-batches of 2 rows"),
+        ((1, 64, 1, 1, 16), "1 row of 64 tokens: 1 rank, 1 micro-batch of 1 row"),
     ],
 )
 def test_the_shares_of_a_step_are_told_as_they_are(shape, line):
-    assert batch_line(*shape) == line
+    rows, row_tokens, world, pp, micro = shape
+    assert batch_line(rows, row_tokens, Ranks(0, world, torch.device("cpu"), pp=pp), micro) == line
 
 
 def test_the_memory_is_near_what_was_measured(model):
@@ -102,8 +105,8 @@ def test_the_remedy_of_grpo_names_what_makes_its_steps():
 
 
 def before_the_steps(shown: str, start: str) -> str:
-    """The one line that begins so, which must come before those of steps."""
-    lines = shown.splitlines()
+    """The one line that begins so, with what goes on below it, which must come before those of steps."""
+    lines = shown.replace(f"\n{INDENT}", " ").splitlines()
     (place,) = [number for number, line in enumerate(lines) if line.startswith(start)]
     assert place < min(number for number, line in enumerate(lines) if line.startswith("step "))
     return lines[place]
@@ -160,6 +163,11 @@ def test_a_small_last_micro_batch_takes_less(capsys):
     assert (
         "measured   micro-batch 1 of 2 took 40s: about 50s a step, 8m20s for the whole run" in capsys.readouterr().out
     )
+    asked = settings(sequence_length=64, batch_tokens=5 * 64, micro_tokens=4 * 64, val_every=5)
+    pace = Pace(asked, Ranks(0, 1, CPU), Budget(10, None))
+    pace.pause = 60.0  # after steps 5 and 10
+    pace.report(40.0, 4)
+    assert "about 50s a step, 10m20s for the whole run" in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_fit_into_memory_is_warned_of_before_its_first_step(make, capsys, monkeypatch):
@@ -167,6 +175,16 @@ def test_a_run_that_does_not_fit_into_memory_is_warned_of_before_its_first_step(
     make("large", max_steps=1).run()
     warned = before_the_steps(capsys.readouterr().out, "warning    the run needs about ")
     assert "this machine has 100 MB a rank: lower --micro_tokens, now " in warned
+
+
+def test_what_is_said_before_the_steps_fits_a_terminal_whatever_the_machine_is(model, capsys, monkeypatch):
+    why = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)"
+    asked = settings(max_steps=3, max_minutes=60.0)
+    pace = Pace(asked, Ranks(0, 64, CPU, why), Budget(16_000, 600.0, None, "--epochs 2"))
+    pace.announce(model, range(100), 10**9, 400e9, torch.float32, Progress())
+    shown = capsys.readouterr().out
+    assert why in before_the_steps(f"{shown}step ", "machine ") and "too few to learn" in shown
+    assert "whichever is first" in shown and all(len(line) <= WIDTH for line in shown.splitlines())
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch):

@@ -120,6 +120,19 @@ def test_a_log_file_hears_of_what_takes_long(tmp_path, capsys, monkeypatch):
     assert lines == [f"validating: {done} of 100, {done}%" for done in (31, 62, 93)]
 
 
+def test_a_step_of_less_is_told_of_at_its_end(tmp_path, capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(training.run.log.time, "monotonic", lambda: clock[0])
+    with RunLog(tmp_path, 0, True) as log:
+        for step in (1, 2, 3):
+            for done in range(4):
+                log.doing(f"step {step}, micro-batches", done, 4)
+                clock[0] += 6.0
+            log.stepped(step / 10, None, {"loss": float(step)})
+            log.pulse(step)
+    assert capsys.readouterr().out == "step      2   20%  loss 1.5000\n"
+
+
 def test_a_terminal_shows_two_bars_and_their_percentages(tmp_path, monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     monkeypatch.setattr(training.run.log, "Console", lambda: console)
@@ -216,6 +229,10 @@ def test_what_lasts_long_is_said_and_what_does_not_is_not(capsys, monkeypatch):
     with waiting("reading much"):
         time.sleep(0.2)
     assert capsys.readouterr().err == "reading much ...\n"
+    monkeypatch.setenv("RANK", "1")
+    with waiting("reading much"):
+        time.sleep(0.05)
+    assert not capsys.readouterr().err
 
 
 def test_what_is_tracked_is_told_now_and_then_in_a_log_file_and_in_a_bar_elsewhere(capsys, monkeypatch):
@@ -250,6 +267,15 @@ def test_a_run_that_logs_seldom_is_not_silent(make, capsys, monkeypatch):
     trainer.run()
     shown = re.findall(r"^step +(\d+) +\d+%", capsys.readouterr().out, flags=re.MULTILINE)
     assert shown == ["1", "2", "3", "4", "5"] and len(read_metrics(trainer.out / "metrics.jsonl")) == 3
+
+
+def test_a_long_step_says_how_far_it_is(make, capsys, monkeypatch):
+    monkeypatch.setattr(training.run.log, "QUIET", -1.0)
+    make(max_steps=2, micro_tokens=2 * 16).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("step 2, ")] == [
+        f"step 2, micro-batches: {done} of 4, {share}%" for done, share in ((0, 0), (1, 25), (2, 50), (3, 75))
+    ]
 
 
 @pytest.mark.parametrize("script", [full_sft, grpo_train], ids=["full_sft", "grpo_train"])

@@ -65,6 +65,11 @@ def test_a_sample_is_the_greedy_continuation_and_is_shown_in_one_line(make, caps
     trainer = with_samples(make(max_steps=1))
     trainer.run()
     entry = written(trainer.out)[-1]
+    shown = []
+    trainer.ranks.watch.show = lambda *what: shown.append(what)
+    trainer.samples.write(trainer.model, 1, lambda *_: None)
+    shares = [done for what, done, _ in shown if what]
+    assert shares == sorted(set(shares)) and shares[-1] <= len(PROMPTS) == shown[0][2] and shown[-1] == ("", 0, 0)
     ids = trainer.model.eval().generate(
         torch.tensor([PROMPTS[1]]), max_new_tokens=training.run.samples.NEW, eos_token_id=trainer.tokenizer.eos_id
     )[0]
