@@ -22,6 +22,7 @@ from training.alignment.reference import ask_once, frozen_reference
 from training.distill.teacher import identity
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
+from training.parallel.mesh import CutSettings
 from training.parallel.ranks import Ranks
 from training.run.resume import check_unused, saved_run
 from training.settings import StageSettings
@@ -54,6 +55,7 @@ class DPOSettings(StageSettings):
     precompute_reference: bool = True
     val_fraction: float = 0.05
     val_text: str = ""
+    dist: CutSettings = field(default_factory=CutSettings)
     sequence_length: int = PAIR_TOKENS
     batch_tokens: int = 8192
     optim: OptimSettings = field(

@@ -23,6 +23,7 @@ from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
+from training.parallel.mesh import CutSettings
 from training.run.resume import saved_run
 from training.settings import StageSettings
 from training.startup import begin, open_checkpoint
@@ -58,6 +59,7 @@ class GRPOSettings(StageSettings, RolloutSettings):
     reference: str = ""
     val_fraction: float = 0.02
     val_problems: int = 128
+    dist: CutSettings = field(default_factory=CutSettings)
     log_every: int = 1
     val_every: int = 20
     save_every: int = 50
@@ -106,7 +108,8 @@ def main() -> None:
     # The drafts of MTP earn no reward: its layers stay as they are, and so do the routers' biases (no bias_speed), so
     # that sampler, policy and reference route alike and a batch of one kind of problem does not set the balance.
     model.mtp.requires_grad_(False)
-    model = model.to(ranks.device)
+    if not (cut := settings.dist.cuts(ranks.world)):
+        model = model.to(ranks.device)
     reference = frozen_reference(model, tokenizer, settings.reference).to(ranks.device) if settings.beta else None
     longest = settings.sequence_length - settings.max_new_tokens
     options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
@@ -116,7 +119,7 @@ def main() -> None:
     if ranks.main:
         prompts.print_summary()
     dtype, limits = choose_dtype(settings.dtype, ranks.device), (settings.max_new_tokens, settings.temperature)
-    sampler = Sampler(model, dtype)
+    sampler = Sampler(model, dtype, ranks.device if cut else None)
     rollouts = Rollouts(prompts, rewards, sampler, settings, ranks)
     begun = ranks.on_main(lambda: saved_run(Path(settings.out), settings.resume))
     counts_positions = bool(begun) and not str(begun.get("data")).endswith(COUNTED)  # an older run goes on as it began

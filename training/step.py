@@ -61,6 +61,8 @@ class PolicyDataset(Protocol):
     `prepare` is called on every rank at the start of every step, before the step's batches are asked for, and returns
     entries for the log. What later steps need of earlier ones is in `state`, the same on every rank: it is saved with
     each checkpoint, and a resumed run gives it to `load_state` before its first step.
+
+    It may have `take_shards(shards)`, called once where the ranks hold shards of the model (`training.parallel`).
     """
 
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]: ...
@@ -138,7 +140,7 @@ class OptimizerStep:
     def run(self, progress: Progress) -> StepResult:
         """Do the step after `progress.step`. Raises `Stopped` where a signal came before its last micro-batch."""
         if isinstance(self.dataset, PolicyDataset):
-            self.made = self.dataset.prepare(progress.step, self.model)
+            self.made = self.copies.measure(lambda model: self.dataset.prepare(progress.step, model))
         began = time.perf_counter()
         tally = self.accumulate(progress.step)
         gradients = self.copies.gradients()

@@ -97,6 +97,8 @@ class Trainer:
 
             self.copies = shard(settings, ranks, model, self.dtype, self.progress.run)
             self.model, self.shards = self.copies.model, self.copies.shards
+            if take := getattr(dataset, "take_shards", None):
+                take(self.shards)
             settings.compile = False
             weights = ShardedModel(self.copies)
             if samples:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from training.log_probs import label_log_probs
 from training.losses import IGNORE, PLACES, Batch, located
 from training.machine import autocast, to_device
 from training.step import positions
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Shards
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
 ROWS, WIDTH = 16, 8
@@ -150,6 +153,10 @@ class Experience:
         tokens, decode = self.rows.tokens_RT[row].tolist(), self.prompts.tokenizer.decode
         return f"prompt {decode(tokens[:begin])[-SHOWN:]!r}, completion {decode(tokens[begin:end])[:SHOWN]!r}"
 
+    def take_shards(self, shards: Shards) -> None:
+        """Sample by weights that are gathered from the ranks."""
+        self.rollouts.sampler.shards = shards
+
     def state(self) -> dict[str, Tensor]:
         """Return the completions in use, if another step uses them."""
         if self.settings.mu == 1 or self.rows is None:
@@ -224,7 +231,10 @@ class Experience:
         mine = self.order.view(self.ranks.world, -1)[self.ranks.rank]
         trained = mine[self.rows.left_out_R[mine] == LeftOut.NO]
         # A rank may have nothing to train on, and an empty tensor splits into one empty part.
-        for rows in trained.split(self.micro_rows) if len(trained) else ():
+        parts = trained.split(self.micro_rows) if len(trained) else ()
+        if self.ranks.in_step:  # all make as many passes; of rows that are left out nothing is a label
+            parts = [*parts, *[mine[:1]] * (max(self.ranks.gather(len(parts))) - len(parts))]
+        for rows in parts:
             batch = to_device(located(self._tensors(rows)), device)
             with autocast(self.dtype, device):
                 hidden, head = completion_hidden(model, batch)

@@ -205,7 +205,8 @@ class HeldOutPairs:
         if self.pairs:
             tally = Tally()
             starts = range(0, len(self.pairs), ranks.world)
-            for start in ranks.watch.track(starts, "validating pairs", len(starts)):
+            stops = ranks.asked_to_stop if ranks.in_step else None
+            for start in ranks.watch.track(starts, "validating pairs", len(starts), stops):
                 mine = start + ranks.rank
                 # A rank that has none left measures one again and adds nothing: all ranks must have the same names.
                 batch, share = self.pairs[mine % len(self.pairs)], float(mine < len(self.pairs))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from text.order import scramble
 from text.tokenizer import Tokenizer
 from training.alignment.rewards import Sample
 from training.run.interrupt import Watch
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Shards
 
 SLOTS = 128  # completions at a time where no setting says: as many rows as decode.c takes
 
@@ -124,15 +128,19 @@ def to_samples(tokenizer: Tokenizer, problems: Sequence[Problem], groups: Sequen
 class Sampler:
     """The policy in the type that it computes in. In bfloat16 a copy of the matrices, refreshed for every rollout.
 
+    Where ranks train shards of it, each has such a copy of the whole.
+
     Norms and routers keep their float32 weights, so that products are rounded where autocast rounds them in training.
     Sampler and trainer differ by the order of their sums, by the absorbed form of attention, and on CPU, where few rows
     are decoded in C (`decoding/native.py`), by numbers between the products and logits that are not rounded at all.
     """
 
-    def __init__(self, model: MiniDeepSeek, dtype: torch.dtype) -> None:
+    def __init__(self, model: MiniDeepSeek, dtype: torch.dtype, whole_on: torch.device | None = None) -> None:
+        """whole_on: where the copy is, if the model will be in shards; before its first use `shards` is set."""
         self.source = self.model = model
-        if dtype != torch.float32:
-            self.model = copy.deepcopy(model).requires_grad_(False)
+        self.shards: Shards | None = None
+        if dtype != torch.float32 or whole_on:
+            self.model = copy.deepcopy(model).requires_grad_(False).to(whole_on)
             for module in self.model.modules():
                 if isinstance(module, (nn.Linear, nn.Embedding, Experts)):
                     module.to(dtype)
@@ -140,8 +148,10 @@ class Sampler:
 
     @torch.no_grad()
     def refresh(self) -> MiniDeepSeek:
-        """Return the policy as it is now."""
-        if self.model is not self.source:
+        """Return the policy as it is now; called by all ranks together."""
+        if self.shards:
+            self.shards.copy_to(self.model)
+        elif self.model is not self.source:
             for mine, theirs in zip(self.model.state_dict().values(), self.source.state_dict().values(), strict=True):
                 mine.copy_(theirs)
         return self.model

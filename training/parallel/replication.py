@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from model import MiniDeepSeek, kernels
 from training.losses import Batch, Loss, Metric
 from training.parallel.ranks import Ranks
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("*.py", *(f"{folder}/**/*.{kind}" for folder in ("model", "training", "text") for kind in ("py", "c", "h")))
 PART = 2**18  # numbers of a weight at a time: what lies between stays in a processor's cache
@@ -60,7 +61,8 @@ class Replicated:
     pipeline = None
 
     def __init__(self, model: MiniDeepSeek, ranks: Ranks, gradients: str = "fp32") -> None:
-        self.module, self.averaged_over, self._counts = replicate(model, ranks, gradients), ranks.world, ranks.main
+        self._model, self.module = model, replicate(model, ranks, gradients)
+        self.averaged_over, self._counts = ranks.world, ranks.main
 
     def accumulating(self, more: bool) -> AbstractContextManager:
         """Keep gradients local while more micro-batches of the step follow."""
@@ -69,6 +71,10 @@ class Replicated:
     def compute(self, loss: Loss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
         """Return the loss of a micro-batch."""
         return loss(self.module, batch)
+
+    def measure(self, work: Callable[[MiniDeepSeek], Result]) -> Result:
+        """Return what `work`, without gradients, makes of the model."""
+        return work(self._model)
 
     def gradients(self) -> list[torch.Tensor]:
         """Return those of all weights that have one."""

@@ -204,6 +204,13 @@ class Shards:
                     dist.recv(tensor, dist.get_global_rank(group, other), group)
                     whole.setdefault(name, tensor)
 
+    @torch.no_grad()
+    def copy_to(self, model: MiniDeepSeek) -> None:
+        """Put the whole weights and buffers into a model of every rank, in the types that they have there."""
+        for name, mine in (*model.named_parameters(), *model.named_buffers()):
+            tensor = self._whole[name] if name in self._whole else self._buffers[name]
+            mine.copy_(self._join(name, tensor))
+
     def _join(self, weight: str, tensor: Tensor) -> Tensor:
         p = self._whole.get(weight)
         if not isinstance(tensor, DTensor) and (p is None or not tensor.dim()):

@@ -136,12 +136,13 @@ def test_a_reference_of_ones_own_is_asked(arguments, finished, tmp_path, run):
     assert first["val_accuracy"] < 0.25 and first["val_margin"] < -0.5 and first["val_kl"] > 0
 
 
-def test_two_ranks_train_as_one_process_does(arguments, tmp_path, run):
+@pytest.mark.parametrize("cut", [[], ["--dist.zero", 3, "--dist.ep", 2]], ids=str)
+def test_two_ranks_train_as_one_process_does(cut, arguments, tmp_path, run):
     # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
     options = [*arguments, "--optim.eps", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(dpo_train.main, *options, "--out", one).code == 0
-    shown = script_on_ranks(2, dpo_train.main, [*options, "--out", two], tmp_path)
+    shown = script_on_ranks(2, dpo_train.main, [*options, "--out", two, *cut], tmp_path)
     assert "4 rows of 256 tokens: 2 ranks, 1 micro-batch of 2 rows" in shown
     for together, alone in zip(entries(two), entries(one), strict=True):
         assert together.keys() == alone.keys()

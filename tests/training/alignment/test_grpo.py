@@ -171,11 +171,12 @@ def test_another_mu_is_another_run(train):
     assert "for 2 steps" in done.err and "\n" not in done.err.strip()
 
 
-def test_two_ranks_train_as_one_process_does(train, pretrained, tmp_path):
+@pytest.mark.parametrize("cut", [[], ["--dist.zero", 3, "--dist.ep", 2]], ids=str)
+def test_two_ranks_train_as_one_process_does(cut, train, pretrained, tmp_path):
     options = [*VARIED, "--max_steps", 2, "--optim.eps", 1e-3, "--optim.lr", 1e-2, "--beta", 0.1, "--mu", 2]
     train("one", *options)
     given = ["--ckpt", pretrained / "final", "--out", tmp_path / "two", *SHAPE, *options]
-    script_on_ranks(2, grpo_train.main, given, tmp_path)
+    script_on_ranks(2, grpo_train.main, [*given, *cut], tmp_path)
     alone, together = entries(tmp_path / "one"), entries(tmp_path / "two")
     for name in ("reward", "completion_length", "zero_variance", "grad_norm", "total_loss", "kl", "entropy"):
         assert [e[name] for e in together[1:]] == pytest.approx([e[name] for e in alone[1:]], rel=1e-3, abs=1e-5), name
