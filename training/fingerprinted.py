@@ -10,14 +10,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from errors import naming
+from model.checkpoint.weight_files import usual_mode
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], fingerprint: str) -> None:
     """Write a safetensors file. Raises `UserError` where the disk refuses."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        save_file(arrays, temporary, {"fingerprint": fingerprint})
+        with usual_mode(path.with_suffix(".partial")) as temporary:
+            save_file(arrays, temporary, {"fingerprint": fingerprint})
         temporary.replace(path)
 
 

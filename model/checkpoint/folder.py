@@ -15,7 +15,7 @@ from torch import Tensor
 
 from errors import DamagedCheckpoint, waiting
 from LMConfig import TOKENS, LMConfig, write_json
-from model.checkpoint.weight_files import MTP, WEIGHTS, WeightFiles
+from model.checkpoint.weight_files import MTP, WEIGHTS, WeightFiles, usual_mode
 from model.costs import count
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
     mtp = {name: tensors.pop(name) for name in list(tensors) if _layer(name) >= config.num_hidden_layers}
     parts = {WEIGHTS: tensors} | ({MTP: mtp} if mtp else {})
     for name, part in parts.items():
-        save_file(part, folder / f".{name}.partial", metadata={"format": "pt"})
+        with usual_mode(folder / f".{name}.partial") as path:
+            save_file(part, path, metadata={"format": "pt"})
         with open(folder / f".{name}.partial", "rb") as file:
             os.fsync(file.fileno())
     if not mtp:

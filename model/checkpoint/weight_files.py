@@ -17,6 +17,15 @@ from model.checkpoint.fp8 import FP8, SCALE, block_size, dequantise
 WEIGHTS, MTP = "model.safetensors", "mtp.safetensors"
 
 
+@contextmanager
+def usual_mode(path: Path) -> Iterator[Path]:
+    """Give a file the mode of other new files: one that safetensors writes can be read by its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield path
+    path.chmod(mode)
+
+
 class WeightFiles:
     """model.safetensors, or the shards that model.safetensors.index.json lists, and mtp.safetensors beside them.
 

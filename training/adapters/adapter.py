@@ -17,6 +17,7 @@ from torch import Tensor
 from errors import DamagedCheckpoint, UserError, naming, quiet_imports
 from model import MiniDeepSeek
 from model.checkpoint.folder import CARD
+from model.checkpoint.weight_files import usual_mode
 from model.experts import Experts
 from text.tokenizer import Tokenizer
 from training.adapters.dropout import Dropout
@@ -98,7 +99,8 @@ class Adapter:
     def write(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write a copy of `tensors()` as `save` would."""
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / WEIGHTS, {"format": "pt", "base": self.base})
+        with usual_mode(folder / WEIGHTS) as path:
+            save_file(tensors, path, {"format": "pt", "base": self.base})
         self._saved_config().save_pretrained(str(folder))
 
     def load(self, folder: Path) -> None:

@@ -46,6 +46,11 @@ def parts(config: LMConfig, pp: int, folded: bool, time: int) -> list[Part]:
     for size in chunk_sizes(config.num_hidden_layers + config.num_nextn_predict_layers, count):
         chunks.append(_chunk(config, range(first, first + size), not chunks, len(chunks) == count - 1, time))
         first += size
+    embedding = config.vocab_size * config.hidden_size
+    if folded and config.tie_word_embeddings:  # one matrix, on the rank that has both ends
+        chunks[-1] += Part((), -embedding, 0, 0)
+    elif not folded and pp > 1 and config.num_nextn_predict_layers and not config.tie_word_embeddings:
+        chunks[-1] += Part((), embedding, 0, 0)  # MTP takes it too
     return [chunks[rank] + chunks[2 * pp - 1 - rank] if folded else chunks[rank] for rank in range(pp)]
 
 

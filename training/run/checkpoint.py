@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from model.checkpoint.folder import CARD
+from model.checkpoint.weight_files import usual_mode
 from text.files import json_text
 from text.tokenizer import Tokenizer
 from training.optim.build import load_state_tensors, state_tensors
@@ -138,7 +139,8 @@ class Snapshot:
             self._weights.write(tensors["weights"], temporary)
             self._tokenizer.save(temporary)
             state = {name: tensor.cpu().contiguous() for name, tensor in tensors["state"].items()}
-            save_file(state, temporary / STATE_FILE)
+            with usual_mode(temporary / STATE_FILE) as path:
+                save_file(state, path)
             (temporary / PROGRESS_FILE).write_text(json_text(self._progress, indent=2), encoding="utf8")
             write_manifest(temporary)
             if (folder / CARD).is_file():  # a person may have edited it, so it is in no manifest

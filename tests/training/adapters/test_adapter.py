@@ -103,6 +103,8 @@ def test_the_adapter_opens_in_transformers_and_merges_into_the_same_numbers(base
 def test_the_layout_is_that_of_peft_and_a_few_numbers(base, tmp_path):
     adapter = added(base, LoraSettings(targets="all", r=4), "out/sft/final")
     adapter.save(tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in ("adapter_config.json", "adapter_model.safetensors")}
+    assert len(modes) == 1  # who may read the one may read the other
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == adapter.parameters
     assert all(name.startswith("base_model.model.model.layers.") for name in tensors)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ import training.run.checkpoint
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
+from training.fingerprinted import save_arrays
 from training.optim.build import OptimSettings, build_optimizer
 from training.run.checkpoint import (
     MANIFEST,
@@ -83,6 +85,21 @@ def test_a_checkpoint_is_a_hugging_face_folder_with_the_training_beside_it_in_fl
     weights, state = (load_file(folder / name) for name in ("model.safetensors", "training/state.safetensors"))
     assert {tensor.dtype for tensor in (*weights.values(), *state.values())} == {torch.float32}
     assert {name.rsplit("|", 1)[1] for name in state} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.fixture
+def shared_with_the_group():
+    before = os.umask(0o007)
+    yield
+    os.umask(before)
+
+
+def test_who_may_read_other_new_files_may_read_the_weights(shared_with_the_group, sitting):
+    folder = sitting.save("step-2")
+    save_arrays(folder / "reference.safetensors", {"log_probs": np.zeros(2, np.float32)}, "f")
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.rglob("*.*")} == {
+        path.name: "0o660" for path in folder.rglob("*.*")
+    }
 
 
 def test_all_that_training_needs_comes_back(sitting, sit):
