@@ -240,15 +240,10 @@ def _counted(mesh: Mesh, out: str, pace: float, memory: bool) -> Counted:
     ranks = Ranks.start("cpu", timeout=SECONDS)
     torch.manual_seed(0)
     tokenizer = train_bpe(["one tokenizer"], 280, min_frequency=1)
+    model, rows = MiniDeepSeek(mesh.config), Rows(mesh.config.vocab_size, mesh.time)
     with patch("training.trainer.machine_peak", lambda *_: 1e12):  # nobody asks for the MFU
-        trainer = Trainer(
-            mesh.settings(out),
-            ranks,
-            MiniDeepSeek(mesh.config),
-            tokenizer,
-            Rows(mesh.config.vocab_size, mesh.time),
-            NextTokenLoss(),
-        )
+        trainer = Trainer(mesh.settings(out), ranks, model, tokenizer, rows, NextTokenLoss())
+    trainer.pace.known = True  # or it would say how long the run will take
 
     def step() -> None:
         trainer._set_rates()
