@@ -40,11 +40,14 @@ class Event(NamedTuple):
 
 
 class Trace:
-    """Records the passes of this process's stages from when it is entered; before there are any."""
+    """Records the passes of this process's stages from when it is entered; before there are any.
+
+    Attributes: pace: seconds that a pass lasts at least, by stage and kind.
+    """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self._pace: Mapping[tuple[int, str], float] = {}
+        self.pace: Mapping[tuple[int, str], float] = {}
         self._at = 0, 0, 0.0  # stage and micro-batch of a backward pass, and when it began
         self._stack = ExitStack()
 
@@ -93,13 +96,7 @@ class Trace:
         return result
 
     def _wait(self, began: float, stage: int, kind: str) -> None:
-        time.sleep(max(began + self._pace.get((stage, kind), 0.0) - time.perf_counter(), 0.0))
-
-    def pace_by(self, ranks: Sequence[Sequence[Event]], factor: float) -> None:
-        """From now on each pass lasts so many times as long as it computed here."""
-        costs = costs_of(event for events in ranks for event in events)
-        self._pace = {key: factor * cost for key, cost in costs.items()}
-        self.events = []
+        time.sleep(max(began + self.pace.get((stage, kind), 0.0) - time.perf_counter(), 0.0))
 
 
 def costs_of(events: Iterable[Event]) -> dict[tuple[int, str], float]:
@@ -180,8 +177,8 @@ def held_of(ranks: Sequence[Sequence[Event]]) -> float:
 def draw(panels: Mapping[str, Sequence[Sequence[Event]]], file: Path) -> None:
     """A panel for each schedule: a line for each rank, a box for each pass with the number of its micro-batch."""
     pyplot = load_pyplot()
-    size = (18, 2.3 * len(panels) + 0.6)
-    figure, axes = pyplot.subplots(len(panels), figsize=size, sharex=True, layout="constrained")
+    shape = (18, 2.3 * len(panels) + 0.6)
+    figure, axes = pyplot.subplots(len(panels), figsize=shape, sharex=True, layout="constrained")
     for panel, (title, ranks) in zip(axes, panels.items(), strict=True):
         begin = min(event.start for events in ranks for event in events)
         for rank, events in enumerate(ranks):
@@ -189,8 +186,10 @@ def draw(panels: Mapping[str, Sequence[Sequence[Event]]], file: Path) -> None:
             for event in events:
                 left, width = 1e3 * (event.start - begin), 1e3 * (event.end - event.start)
                 panel.barh(rank, width, 0.9, left, color=COLOURS[event.kind], edgecolor="white", linewidth=0.6)
-                ink = "black" if event.stage == first_stage else "white"
-                panel.text(left + width / 2, rank, event.micro_batch, ha="center", va="center", fontsize=7, color=ink)
+                ink, size = "black" if event.stage == first_stage else "white", 6 if event.kind == WEIGHT else 8
+                panel.text(
+                    left + width / 2, rank, event.micro_batch, ha="center", va="center", fontsize=size, color=ink
+                )
         panel.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in range(len(ranks))])
         panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)
