@@ -23,14 +23,13 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from victim import ProcessTree, Script, differences, prepare, stage_command, wait_until
+from victim import LIMIT, ProcessTree, Script, differences, prepare, stage_command, wait_until
 
 from errors import UserError, command_line
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
 AIMED = 0.4  # of the kills: at a save, when its temporary folder appears
 EARLY = 0.1  # of the kills: before training has begun
-LIMIT = 180.0  # seconds that a start may take to its end
 
 
 @dataclass
