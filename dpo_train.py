@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cli import parse
 from dataset import PreferenceDataset
-from errors import UserError, command_line, waiting
+from errors import UserError, command_line
 from model import MiniDeepSeek
 from text.chats.packed_dataset import CUT
 from text.order import PAIR_TOKENS
@@ -83,8 +83,7 @@ def main() -> None:
     model.mtp.requires_grad_(False)
     sources = find_sources(settings.data, settings.datasets, "preference")
     shape = settings.sequence_length, settings.seed, settings.on_error, settings.val_fraction, cut
-    with waiting(f"reading {settings.data}", ranks.main):
-        dataset = PreferenceDataset(sources, tokenizer, *shape)
+    dataset = PreferenceDataset(sources, tokenizer, *shape, progress=ranks.main)
     if ranks.main:
         dataset.print_summary()
     loss = PreferenceLoss(settings.preference, open_reference(settings, ranks, model, tokenizer, dataset))

@@ -19,7 +19,8 @@ from training.adapters.lora import LoraSettings
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
-from training.optim.build import OptimSettings, build_optimizer
+from training.optim.build import OptimSettings
+from training.parallel.mesh import CutSettings
 from training.run.checkpoint import BEST, read_progress
 from training.run.saver import unlearned
 from training.startup import begin, open_checkpoint
@@ -39,6 +40,7 @@ class LoraSFTSettings(ChatSettings):
     lora: LoraSettings = field(default_factory=LoraSettings)
     base: str = "auto"
     merge: bool = False
+    dist: CutSettings = field(default_factory=CutSettings)
     COMPILES: ClassVar[bool] = False
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=2e-3, weight_decay=0.0, decay_from=0.0))
 
@@ -47,6 +49,9 @@ class LoraSFTSettings(ChatSettings):
         check_base(self.base)
         if self.lora.dora and self.base != "auto":
             raise UserError(f"--base {self.base}: DoRA reads the weights themselves; leave it or --lora.dora out")
+        if self.dist.ep > 1 and self.lora.adapts_experts:
+            what = f"--lora.targets {self.lora.targets}"
+            raise UserError(f"--dist.ep {self.dist.ep}: does not go with {what}; give --dist.zero 3")
 
 
 def main() -> None:
@@ -64,10 +69,10 @@ def main() -> None:
     ranks.say(f"adapter    {adapter.parameters:,} parameters train: {settings.lora.targets}, r {settings.lora.r}")
     # Router biases stand still: an adapter has no place for them.
     loss = NextTokenLoss(mtp=False, balance_weight=0.0)
-    optimizer = build_optimizer(model, settings.optim, {"lora_B": settings.lora.plus_ratio})
+    ratios = {"lora_B": settings.lora.plus_ratio}
     samples = chat_samples(settings, tokenizer, ranks, dataset)
     # No name for the trainer: what DistributedDataParallel holds must go before the ranks' group does, or that waits.
-    reached = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, optimizer, samples).run()
+    reached = Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, adapter, ratios, samples).run()
     if settings.merge and ranks.main and reached.name == "final":
         best = Path(settings.out) / BEST
         chosen = best if settings.keep_best and best.is_dir() else reached

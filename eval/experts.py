@@ -1,4 +1,4 @@
-"""Which experts work on which texts (DeepSeek-V3, Figure 9): a heat map for each MoE layer, and MaxVio over the run.
+"""Which experts work on which texts (DeepSeek-V3, Figure 9): a heat map for each MoE layer.
 
 python eval/experts.py --ckpt out/pretrain/final --file chinese.txt,english.txt,code.txt
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from eval.score_files import out_folder, table
 from eval.tasks.texts import Text
 from text.files import json_text
 from training.metrics import max_violation
-from training.run.log import read_metrics
 from training.run.plots import load_pyplot, plain
 
 WINDOW = 512
@@ -80,37 +78,23 @@ def markdown(name: str, domains: dict[str, Tensor]) -> str:
     return "\n".join([f"# Experts of {name}", "", *table(rows, header), ""])
 
 
-def draw(name: str, domains: dict[str, Tensor], entries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a heat map of domains and experts for each layer; below, each layer's MaxVio over the run, if known."""
+def draw(name: str, domains: dict[str, Tensor], path: Path) -> None:
+    """Draw a heat map of domains and experts for each layer."""
     pyplot = load_pyplot()
-    from matplotlib.ticker import EngFormatter
-
     shown = torch.stack([relative(counts) for counts in domains.values()])  # (domains, layers, experts)
     layers, experts = shown.shape[1:]
-    known = [entry for entry in entries if entry.get("max_vio") and entry.get("tokens")]
-    columns, height = min(layers, 3), 1.2 + 0.45 * len(domains)
-    heights = [height] * -(-layers // columns) + [3.5] * bool(known)
-    figure = pyplot.figure(figsize=(5.2 * columns, sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    columns = min(layers, 3)
+    rows = -(-layers // columns)
+    figure = pyplot.figure(figsize=(5.2 * columns, rows * (1.2 + 0.45 * len(domains))), layout="constrained")
     maps = []
     for layer in range(layers):
-        axis = figure.add_subplot(grid[layer // columns, layer % columns])
+        axis = figure.add_subplot(rows, columns, layer + 1)
         shades = {"cmap": "viridis", "vmin": 0, "vmax": max(2.0, float(shown.max()))}
         image = axis.imshow(shown[:, layer].numpy(), aspect="auto", **shades)
         axis.set(title=f"MoE layer {layer + 1}", xlabel="expert", xticks=range(0, experts, max(experts // 8, 1)))
         axis.set_yticks(range(len(domains)), list(map(plain, domains)) if layer % columns == 0 else [""] * len(domains))
         maps.append(axis)
     figure.colorbar(image, ax=maps, label="load / mean load")
-    if known:
-        axis = figure.add_subplot(grid[-1, :])
-        for layer in range(len(known[-1]["max_vio"])):
-            points = [(entry["tokens"], entry["max_vio"][layer]) for entry in known if len(entry["max_vio"]) > layer]
-            title = f"MoE layer {layer + 1}" if layer < layers else f"MTP layer {layer - layers + 1}"
-            axis.plot(*zip(*points, strict=True), linewidth=1, label=title)
-        axis.set(title="balance of a step's batch while training", xlabel="tokens", ylabel="MaxVio (0 is even)")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        axis.grid(alpha=0.3)
-        axis.legend()
     figure.suptitle(plain(name))
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -161,7 +145,7 @@ def experts(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "experts.json").write_text(json_text(content) + "\n", encoding="utf8")
         (folder / "experts.md").write_text(page, encoding="utf8")
-    draw(ckpt, domains, read_metrics(Path(ckpt).absolute().parent / "metrics.jsonl"), folder / "experts.png")
+    draw(ckpt, domains, folder / "experts.png")
     print(page)
     print(f"written: {folder / 'experts.json'}, {folder / 'experts.md'}, {folder / 'experts.png'}")
 

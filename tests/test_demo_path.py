@@ -112,6 +112,14 @@ def test_no_line_of_any_stage_is_longer_than_a_hundred_characters(path):
     assert said.count("finished: ") == 4 and not long_lines(said, path)
 
 
+def test_a_stage_of_few_steps_says_so_before_the_first(path):
+    pretraining, tuning, preferring, solving, _ = (path / "said.txt").read_text(encoding="utf8").split("finished: ")
+    few = "notice: this run ends after 2 steps (--max_steps 2), too few to learn"
+    for said in (preferring, solving):
+        assert 0 < said.find(few) < said.find("step      1 ")
+    assert "too few" not in pretraining + tuning
+
+
 @pytest.mark.parametrize(("stage", "steps", "fall"), [("pretrain", 40, 0.8), ("sft", 30, 0.5)])
 def test_the_loss_falls_in_each_stage(stage, steps, fall, path):
     entries = read_metrics(path / stage / "metrics.jsonl")

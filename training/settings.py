@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -101,7 +102,7 @@ class StageSettings:
 
     DEFAULT_EPOCHS: ClassVar[float] = 1.0
     COMPILES: ClassVar[bool] = True  # on CUDA, where nothing is said
-    epilog: ClassVar = staticmethod(legend)
+    epilog: ClassVar[Callable[[], str]] = staticmethod(legend)
 
     def __post_init__(self) -> None:
         # The options of the command line; None where the settings are not read from one, and all of them hold.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from training.batches import Batches
 from training.losses import Loss
 from training.machine import choose_dtype, machine_peak, memory_used
 from training.metrics import FlopsCounter, StepResult, measures, step_entry, untrained_entry
-from training.optim.build import build_optimizer, set_learning_rate
+from training.optim.build import NO_RATIOS, build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
 from training.parallel.replication import Replicated, check_facts, check_weights, facts
 from training.run.checkpoint import BEST, Progress, Weights, newest
@@ -52,7 +53,7 @@ class Trainer:
         loss: returns (sum, count, metrics); sums are divided by the count of the whole step.
         validation: measures held-out data before the first step, every `val_every` steps and after the last, or None.
         weights: what checkpoints hold, if it is not the whole model.
-        optimizer: if it is not that of the settings over all weights with `requires_grad`.
+        lr_ratios: as in `build_optimizer`.
         samples: of the model's text on the way, or None.
     """
 
@@ -66,7 +67,7 @@ class Trainer:
         loss: Loss,
         validation: Validation | None = None,
         weights: Weights | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        lr_ratios: Mapping[str, float] = NO_RATIOS,
         samples: Samples | None = None,
     ) -> None:
         if settings.dist.cuts(ranks.world):
@@ -100,13 +101,15 @@ class Trainer:
             if take := getattr(dataset, "take_shards", None):
                 take(self.shards)
             settings.compile = False
-            weights = ShardedModel(self.copies)
+            if take := getattr(weights, "take_shards", None):
+                take(self.shards)
+            weights = weights or ShardedModel(self.copies)
             if samples:
                 ranks.say("notice: no samples of the model's text: no rank holds the whole model")
             self.samples = None
         else:
             model.to(ranks.device)
-        self.optimizer = optimizer or build_optimizer(self.shards or model, settings.optim)
+        self.optimizer = build_optimizer(self.shards or model, settings.optim, lr_ratios)
         weights, shards = weights or WholeModel(model), self.shards
         self.checkpoints = RunCheckpoints(settings, self.ranks, weights, tokenizer, self.optimizer, dataset, shards)
         self.skipping = Skipping(self.out, settings.max_skipped, self.ranks)

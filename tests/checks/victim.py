@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +132,8 @@ def write_recipes(base: Path, **changes: object) -> None:
         (base / f"{stage}.yaml").write_text(yaml.safe_dump({**recipe, **changes}), encoding="utf8")
 
 
-def stage_command(stage: str, base: Path, ranks: int) -> Script:
-    """A stage over what `prepare` made."""
+def stage_command(stage: str, base: Path, ranks: int, mesh: Sequence[str] = ()) -> Script:
+    """A stage over what `prepare` made. mesh: options that say what its ranks cut."""
     data = {
         "pretrain": base / "world" / "pretrain.csv",
         "sft": base / "world" / "sft.jsonl",
@@ -145,7 +145,7 @@ def stage_command(stage: str, base: Path, ranks: int) -> Script:
         options += ["--tokenizer", base / "tokenizer", "--shards", base / f"shards-{ranks}"]
     else:
         options += ["--ckpt", base / "pretrain" / "final"]
-    return Script(SCRIPTS[stage], tuple(map(str, options)), ranks)
+    return Script(SCRIPTS[stage], (*map(str, options), *mesh), ranks)
 
 
 def wait_until(true: Callable[[], bool], victim: ProcessTree, seconds: float) -> None:

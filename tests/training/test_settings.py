@@ -28,6 +28,15 @@ def test_defaults_are_deepseek_v3s_optimiser():
     assert settings.resume is False
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_types_of_settings_are_those_that_python_3_10_evaluates(stage):
+    """There a bare ClassVar or Final raises a TypeError as soon as the command line is read."""
+    annotations = [
+        text for kind in settings_of(stage).__mro__ for text in vars(kind).get("__annotations__", {}).values()
+    ]
+    assert annotations and not [text for text in annotations if re.search(r"\b(ClassVar|Final)\b(?!\[)", text)]
+
+
 @pytest.mark.parametrize("name", ["mtp_weight", "balance_weight", "bias_speed"])
 def test_a_weight_can_change_along_the_run(name, tmp_path):
     path = write_yaml(tmp_path, **{name: {0: 0.3, 0.68: 0.1}})

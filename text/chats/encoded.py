@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from errors import UserError, waiting
+from errors import QUIET, UserError, waiting
 from text.chats.chat_template import ROLE_MARKS, encode_chats
 from text.chats.conversations import read_conversations
 from text.chats.packing import cut_at_turn
@@ -102,7 +102,9 @@ class EncodedSamples(ABC):
         title, shown = f"encoding {self.what}", progress and sys.stderr.isatty()
         files = [file for source in self.sources for file in row_files(source, SUFFIXES, RowReport())]
         size = sum(file.stat().st_size for file in files if isinstance(file, Path)) or None
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc=title, leave=False, disable=not shown)
+        quiet = 0.0 if shown else QUIET  # in a log file each refresh is a line
+        pace = {"delay": quiet, "mininterval": quiet or 0.1, "maxinterval": quiet or 10.0}
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=title, leave=False, disable=not progress, **pace)
         with waiting(title, progress and not shown), bar:
             for owner, source in enumerate(self.sources):
                 rows = self._read(source, on_error)
@@ -223,9 +225,10 @@ class EncodedPairs(EncodedSamples):
         sequence_length: int,
         on_error: str = "skip",
         cut: bool = True,
+        progress: bool = False,
     ) -> None:
         self.cut = cut
-        super().__init__(sources, tokenizer, sequence_length, on_error)
+        super().__init__(sources, tokenizer, sequence_length, on_error, progress)
 
     def __getitem__(self, index: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         return self.sequence(2 * index), self.sequence(2 * index + 1)

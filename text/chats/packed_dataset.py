@@ -159,9 +159,10 @@ class PreferenceDataset(PackedDataset):
         on_error: str = "skip",
         val_fraction: float = 0.0,
         cut: bool = True,
+        progress: bool = True,
     ) -> None:
         """Read and encode the pairs; `cut` as in `EncodedPairs`. Raises `UserError` as `ChatDataset`."""
-        self.pairs = EncodedPairs(sources, tokenizer, sequence_length, on_error, cut)
+        self.pairs = EncodedPairs(sources, tokenizer, sequence_length, on_error, cut, progress)
         super().__init__(self.pairs, 2 * sequence_length, tokenizer.pad_id, seed, val_fraction=val_fraction)
 
     @property

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -30,6 +31,9 @@ with quiet_imports():
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
+if TYPE_CHECKING:
+    from training.parallel.sharding import Shards
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -39,6 +43,7 @@ class Adapter:
     def __init__(self, model: MiniDeepSeek, config: LoraConfig) -> None:
         """Raises `UserError` when the configuration names what the model does not have."""
         self.model, self.config = model, config
+        self.shards: Shards | None = None
         self.base, name, config.base_model_name_or_path = fingerprint(model), config.base_model_name_or_path, None
         try:
             self.peft: PeftModel = get_peft_model(model, config)
@@ -76,8 +81,15 @@ class Adapter:
         """How many are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
+    def take_shards(self, shards: Shards) -> None:
+        """From here on this rank has shards of A and B; all ranks call `tensors` together."""
+        self.shards = shards
+
     def tensors(self) -> dict[str, Tensor]:
         """A and B under peft's names."""
+        return self.shards.gather(self._state()) if self.shards else self._state()
+
+    def _state(self) -> dict[str, Tensor]:
         return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
 
     def save(self, folder: Path) -> None:
@@ -105,12 +117,20 @@ class Adapter:
                 base = (file.metadata() or {}).get("base", self.base)
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedCheckpoint(f"{path}: damaged or cut short ({error}); use an older one") from None
-        ours, theirs = ({name: t.shape for name, t in state.items()} for state in (self.tensors(), tensors))
+        ours, theirs = ({name: t.shape for name, t in state.items()} for state in (self._state(), tensors))
         if wrong := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
             raise UserError(
                 f"{folder}: its {wrong[0]} does not fit the model; give the --ckpt and the --lora settings of its run"
             )
-        set_peft_model_state_dict(self.peft, tensors)
+        if self.shards:
+            # peft leaves the name of the adapter out, and puts its own before those of the model.
+            names = {
+                name.replace(".default", ""): name for name, p in self.shards.named_parameters() if p.requires_grad
+            }
+            theirs = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+            self.shards.load({ours: theirs[name] for name, ours in names.items()})
+        else:
+            set_peft_model_state_dict(self.peft, tensors)
         return base
 
     def _saved_config(self) -> LoraConfig:

@@ -6,8 +6,22 @@ from math import comb
 from typing import NamedTuple
 
 from LMConfig import LMConfig
+from model.costs import human
 
 BF16, FP32 = 2, 4  # bytes
+
+
+class Line(NamedTuple):
+    """One number of a plan, with its unit, and where it comes from."""
+
+    name: str
+    value: float
+    unit: str
+    formula: str
+
+    def __str__(self) -> str:
+        number = f"{self.value:.3g} s" if self.unit == "s" else human(self.value, self.unit)
+        return f"  {self.name:<30}{number:>12}   {self.formula}"
 
 
 class Gpu(NamedTuple):
@@ -34,7 +48,6 @@ BUBBLES = {
     "dualpipe": ("(P/2-1) (F&B+B-3W)", lambda P, F, B, W: (P / 2 - 1) * (F + B + B - 3 * W), lambda P: P + 1),
     "dualpipev": ("(P-1) (F&B+B-3W) / 2", lambda P, F, B, W: (P - 1) * (F + B + B - 3 * W) / 2, lambda P: P + 0.5),
 }
-FOLDED = ("zbv", "dualpipev")
 
 
 class Sent(NamedTuple):
@@ -69,6 +82,18 @@ def rows_sent(config: LMConfig, ep: int, node: int) -> Sent:
     beside = min(ep, node)
     nodes = ep // beside
     return Sent((ep - beside) * a_rank, (beside - 1) * a_rank, (nodes - 1) * hit(experts // nodes))
+
+
+def exchanged(zero: int, held: float, micro_batches: int) -> dict[str, float]:
+    """Return the bytes that a rank sends of gradients and weights in a step, by kind.
+
+    held: the sum of what each ring of n ranks shares, times (n-1)/n. Gradients go there in fp32, and (0) come back,
+    or (1) weights in bf16; (3) with each micro-batch, the weights for its backward pass once more.
+    """
+    if zero == 0:
+        return {"all-reduce": 2 * FP32 * held}
+    rounds, gathered = (micro_batches, 2) if zero == 3 else (1, 1)
+    return {"reduce-scatter": FP32 * held * rounds, "all-gather": gathered * BF16 * held * rounds}
 
 
 def kept_bytes(config: LMConfig, moe: bool) -> int:

@@ -7,14 +7,14 @@ python -m training.parallel.plan --config configs/1b-moe.yaml --gpus 8 --gpu h10
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from cli import parse
 from errors import UserError, check_least, command_line
 from model.costs import count, human
-from training.parallel.formulas import BF16, BUBBLES, FOLDED, FP32, GPUS, kept_by_report, kept_bytes, rows_sent
+from training.parallel.formulas import BF16, BUBBLES, FP32, GPUS, Line, exchanged, kept_by_report, kept_bytes, rows_sent
 from training.parallel.mesh import ShardSettings
-from training.parallel.placement import Part, parts
+from training.parallel.placement import Part, parts, shared_by_ends
 from training.run.estimate import MOMENTS
 from training.settings import NextTokenSettings, model_config
 
@@ -57,19 +57,6 @@ class PlanSettings(NextTokenSettings):
             raise UserError(f"--share {self.share:g}: give a share of the peak, above 0 and at most 1")
 
 
-class Line(NamedTuple):
-    """One number of the plan, with its unit, and where it comes from."""
-
-    name: str
-    value: float
-    unit: str
-    formula: str
-
-    def __str__(self) -> str:
-        number = f"{self.value:.3g} s" if self.unit == "s" else human(self.value, self.unit)
-        return f"  {self.name:<30}{number:>12}   {self.formula}"
-
-
 class Plan:
     """The numbers of a run by name: `plan.of["GPU hours"]`. Raises `UserError` where ranks cannot share the work."""
 
@@ -79,9 +66,10 @@ class Plan:
         self.tokens = settings.micro_rows * settings.row_tokens  # of a micro-batch
         self.data = settings.gpus // self.dist.pp  # ranks that hold the same layers
         self.copies = self.data // self.dist.ep  # of each expert
+        self.zero = self.dist.zero or int(self.dist.cuts(settings.gpus))
         self._check()
         self.micro_batches = settings.rows // self.data // settings.micro_rows
-        self.folded = self.dist.schedule in FOLDED and self.dist.pp > 1
+        self.folded = self.dist.schedule in PlannedMesh.FOLDED and self.dist.pp > 1
         self.parts = parts(self.config, self.dist.pp, self.folded, settings.sequence_length)
         self.rows = rows_sent(self.config, self.dist.ep, settings.node)
         self.slowest = max(self.parts, key=self._pace)
@@ -113,8 +101,8 @@ class Plan:
                 remedies.append("--gradient_checkpointing true")
             if self.settings.micro_rows > 1:
                 remedies.append(f"a smaller --micro_tokens, now {self.settings.micro_tokens}")
-        elif self.dist.zero < 3 and self.data > 1:
-            remedies.append(f"--dist.zero {1 if self.dist.zero == 0 else 3}")
+        elif self.zero < 3 and self.data > 1 and (self.zero == 0 or self.dist.pp == 1):
+            remedies.append(f"--dist.zero {1 if self.zero == 0 else 3}")
         remedies.append("more --dist.ep, more --dist.pp or more --gpus")
         return (
             f"does not fit: {human(need, 'B')} of {human(has, 'B')} on the fullest rank, most of it {largest.name} "
@@ -130,7 +118,7 @@ class Plan:
             experts = self.config.n_routed_experts
             raise UserError(f"--dist.ep {dist.ep}: does not divide the {experts} experts of a layer")
         layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
-        if dist.pp > 1 and dist.pp * (2 if dist.schedule in FOLDED else 1) > layers:
+        if dist.pp > 1 and dist.stages > layers:
             raise UserError(f"--dist.pp {dist.pp}: the model has {layers} layers only; lower it")
         step = self.data * settings.micro_rows * settings.row_tokens
         if settings.rows * settings.row_tokens % step:
@@ -151,15 +139,14 @@ class Plan:
     def _mesh(self) -> list[Line]:
         dist, pp = self.dist, self.dist.pp
         return [
-            Line("ranks", self.settings.gpus, "", f"pp {pp} x data {self.data}; ep {dist.ep}, zero {dist.zero}"),
+            Line("ranks", self.settings.gpus, "", f"pp {pp} x data {self.data}; ep {dist.ep}, zero {self.zero}"),
             Line("copies of each expert", self.copies, "", f"data {self.data} / ep {dist.ep}"),
             Line("micro-batches a step", self.micro_batches, "", f"batch / data / {self.tokens} tokens"),
         ]
 
     def memory(self, rank: int) -> list[Line]:
         """Return what a rank of the pipeline holds, in bytes, and the sum."""
-        part, ep = self.parts[rank], self.dist.ep
-        zero = self.dist.zero or int(ep > 1)  # experts over ranks come with sharded state
+        part, ep, zero = self.parts[rank], self.dist.ep, self.zero
         experts = part.experts / ep
         held = part.weights + experts
         sharded = part.weights / self.data + experts / self.copies
@@ -219,6 +206,22 @@ class Plan:
         ib, nvlink = row * self.rows.ib, row * self.rows.nvlink
         return ib, nvlink, max(ib / self.gpu.ib, nvlink / self.gpu.nvlink)
 
+    def _passed(self, rank: int) -> int:
+        """Return the bytes of a micro-batch that a rank passes to its neighbours: states on, their gradients back."""
+        neighbours = (rank > 0) + (rank < self.dist.pp - 1)
+        return neighbours * (2 if self.folded else 1) * BF16 * self.config.hidden_size * self.tokens
+
+    def _exchanged(self, part: Part) -> dict[str, float]:
+        held = part.weights * (1 - 1 / self.data) + part.experts / self.dist.ep * (1 - 1 / self.copies)
+        return exchanged(self.zero, held, self.micro_batches)
+
+    def sent(self, rank: int) -> dict[str, float]:
+        """Return the bytes that a rank of the pipeline sends in a step, by kind."""
+        (ib, nvlink, _), many = self._sent(self.parts[rank]), self.micro_batches
+        ends = {"all-reduce": FP32 * shared_by_ends(self.config, self.dist.pp, self.folded, rank) / self.data}
+        moved = {"all-to-all": many * (ib + nvlink), "point to point": many * self._passed(rank)}
+        return ends | self._exchanged(self.parts[rank]) | moved
+
     def _pace(self, part: Part) -> float:
         """Return the seconds of a micro-batch: DualPipe sends what one computes while it computes another."""
         computing, sending = sum(self._seconds(part)[:2]), self._sent(part)[2]
@@ -234,11 +237,12 @@ class Plan:
         return self.dist.pp > 1 and self.dist.schedule in ("dualpipe", "dualpipev")
 
     def _micro_batch(self) -> list[Line]:
-        part, hidden = self.slowest, self.config.hidden_size
+        part = self.slowest
         forward, backward, _ = self._seconds(part)
         ib, nvlink, sending = self._sent(part)
         again = ", the forward pass again" if self.settings.gradient_checkpointing else ""
-        passed = 2 * BF16 * hidden * self.tokens if self.dist.pp > 1 else 0
+        passed = self._passed(self.parts.index(part))
+        of = "2 B x hidden x tokens, each way and each of its stages" if passed else "one stage"
         speeds = f"at {human(self.gpu.ib, 'B/s')} and {human(self.gpu.nvlink, 'B/s')}, at once"
         return [
             Line("forward F", forward, "s", f"FLOPs / 3 / ({self.settings.share:g} x {human(self.gpu.flops)}FLOP/s)"),
@@ -248,7 +252,7 @@ class Plan:
             Line("to the experts over IB", ib, "B", f"{self._journeys} x 2 B x hidden x rows x MoE layers"),
             Line("to the experts over NVLink", nvlink, "B", "the same"),
             Line("time of it", sending, "s", f"{speeds}{'; behind computation' if self._overlapped else ''}"),
-            Line("to the next stage, and back", passed, "B", "2 x 2 B x hidden x tokens" if passed else "one stage"),
+            Line("to the next stage, and back", passed, "B", of),
         ]
 
     def _bubbles(self) -> list[Line]:
@@ -259,11 +263,7 @@ class Plan:
     def _step(self) -> list[Line]:
         settings, part, costs = self.settings, self.slowest, count(self.config, self.settings.sequence_length)
         bubble = next(line.value for line in self._bubbles() if line.name == self.dist.schedule)
-        # Rings send (n-1)/n of what they carry: gradients in fp32 there and back (0); gradients there, weights in bf16
-        # back (1); with each micro-batch, the weights for its backward pass once more (3).
-        carried = {0: FP32 + FP32, 1: FP32 + BF16, 3: (FP32 + 2 * BF16) * self.micro_batches}[self.dist.zero]
-        gradients = part.weights * (1 - 1 / self.data) + part.experts / self.dist.ep * (1 - 1 / self.copies)
-        gradients *= carried
+        gradients = sum(self._exchanged(part).values())
         link = self.gpu.nvlink if self.settings.gpus <= settings.node else self.gpu.ib
         seconds = self.micro_batches * self._pace(part) + bubble + gradients / link
         batch = settings.rows * settings.row_tokens

@@ -246,8 +246,9 @@ class Shards:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's share of the weights of a whole model's state dict."""
-        places = self._mine | {name: buffer for name, buffer in self._buffers.items() if name in state}
+        """Take this rank's share of the weights of a whole model's state dict, or of some of them."""
+        mine = {name: p for name, p in self._mine.items() if name in state}
+        places = mine | {name: buffer for name, buffer in self._buffers.items() if name in state}
         for name, share in self.cut({name: state[name] for name in places}).items():
             places[name].copy_(share)
 

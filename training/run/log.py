@@ -82,7 +82,7 @@ class RunLog:
         forget_after(self.path, step)
         self._measured: dict[str, list[float]] = {}  # by the steps since the last line
         self._share, self._left = 0.0, None
-        self._spoke = self._since = time.monotonic()  # of the last line, and of the work at hand
+        self._spoke = self._stepped = time.monotonic()  # when the last line, and the last step, was
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=(console := Console()), transient=True,
@@ -109,7 +109,7 @@ class RunLog:
         """Take note of a step and what it measured: `share` of the budget is spent, `left` are seconds if known."""
         if not self.active:
             return
-        self._share, self._left = share, left
+        self._share, self._left, self._stepped = share, left, time.monotonic()
         for name, value in measured.items():
             if math.isfinite(value):
                 self._measured.setdefault(name, []).append(value)
@@ -121,10 +121,9 @@ class RunLog:
             return
         task = self.bar.tasks[self.work]
         if what != task.description or total != task.total:
-            self._since = time.monotonic()
             self.bar.reset(self.work, description=what, total=total, visible=bool(what))
         self.bar.update(self.work, completed=done)
-        silent = time.monotonic() - max(self._spoke, self._since)  # steps that take less are told of at their end
+        silent = time.monotonic() - max(self._spoke, self._stepped)  # steps that take less are told of at their end
         if what and silent > QUIET and not self.bar.console.is_terminal:
             self.print(how_far(what, done, total))
 

@@ -226,3 +226,12 @@ def test_pairs_of_one_prompt_are_held_out_together(tmp_path, tokenizer):
         for part in (data, data.validation)
     )  # fmt: skip
     assert train and held and not train & held and len(train | held) == 20
+
+
+def test_a_log_file_is_told_how_much_is_read(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("text.chats.encoded.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("text.chats.encoded.QUIET", 1e-9)
+    file = write(tmp_path / "pairs.jsonl", some_pairs(8))
+    for progress in (False, True):
+        PreferenceDataset([file], tokenizer, 32, progress=progress)
+        assert ("encoding pairs:  " in capsys.readouterr().err) == progress

@@ -147,16 +147,32 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tune, tmp_path, options):
     assert any(value.abs().max() > 0 for name, value in weights(cut).items() if "lora_B" in name)
 
 
-def test_two_ranks_that_were_cut_go_on_to_the_same_bits(tmp_path, arguments):
+@pytest.mark.parametrize("shards", [[], ["--dist.zero", 3]], ids=str)
+def test_two_ranks_that_were_cut_go_on_to_the_same_bits(shards, tmp_path, arguments):
     """Each rank draws masks of its own, which the checkpoint of rank 0 could not hold."""
     given = [*arguments, "--micro_tokens", 128, "--max_steps", 4, "--save_every", 2, "--lora.dropout", 0.5]
-    given += ["--dist.check_every", 1]
+    given += ["--dist.check_every", 1, *shards]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     script_on_ranks(2, lora_sft.main, [*given, "--out", whole], tmp_path)
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "final")
     script_on_ranks(2, lora_sft.main, [*given, "--out", cut, "--resume"], tmp_path)
     assert same_bits(weights(cut), weights(whole))
+
+
+def test_ranks_with_shards_train_the_adapter_of_one_process(tune, tmp_path, arguments):
+    options = ["--max_steps", 2, "--lora.dropout", 0, "--optim.eps", 1e-3]
+    for targets, shards in (("all", ["--dist.zero", 3]), ("attention,ffn", ["--dist.zero", 1, "--dist.ep", 2])):
+        one, two = tmp_path / targets / "one", tmp_path / targets / "two"
+        tune(one, *options, "--lora.targets", targets)
+        given = [*arguments, "--out", two, *options, "--lora.targets", targets, *shards, "--micro_tokens", 128]
+        script_on_ranks(2, lora_sft.main, given, tmp_path)
+        torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
+
+
+def test_experts_over_ranks_have_no_adapters(tune, tmp_path):
+    said = tune(tmp_path / "run", "--lora.targets", "all", "--dist.ep", 2, code=2).err
+    assert said.splitlines()[-1].endswith("--dist.ep 2: does not go with --lora.targets all; give --dist.zero 3")
 
 
 def test_two_ranks_and_recomputed_activations_train_the_adapter_of_one_process(tune, tmp_path, arguments):

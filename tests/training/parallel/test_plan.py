@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,11 +61,14 @@ def test_bubbles_are_those_of_table_2():
     assert [held(16) for _, _, held in BUBBLES.values()] == [16, 16, 17, 16.5]
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("pp", "folded"), [(1, False), (4, False), (4, True), (16, True)])
-def test_the_parts_of_all_ranks_are_the_model(pp, folded):
-    costs, all_parts = count(V3, 4096), parts(V3, pp, folded, 4096)
+def test_the_parts_of_all_ranks_are_the_model(pp, folded, tied):
+    config = replace(V3, tie_word_embeddings=tied)
+    costs, all_parts = count(config, 4096), parts(config, pp, folded, 4096)
     assert sorted(layer for part in all_parts for layer in part.layers) == list(range(62))
-    assert sum(part.weights + part.experts for part in all_parts) == costs.total + costs.mtp
+    again = config.vocab_size * config.hidden_size * (pp > 1 and not folded)  # the embedding, on the last rank too
+    assert sum(part.weights + part.experts for part in all_parts) == costs.total + costs.mtp + again
     assert sum(part.flops for part in all_parts) == pytest.approx(costs.flops, rel=1e-5)
 
 
@@ -74,7 +78,7 @@ def test_each_layer_has_the_weights_that_the_model_has():
     layers = [*model.model.layers, *model.mtp]
     for part in parts(config, 3, False, 256):
         held = [p for index in part.layers for p in layers[index].parameters()]
-        if 0 in part.layers:
+        if {0, 5} & {*part.layers}:  # MTP takes the embedding too
             held += model.model.embed_tokens.parameters()
         if 5 in part.layers:
             held += [model.lm_head.weight, model.model.norm.weight]

@@ -129,6 +129,11 @@ def test_what_is_left_follows_from_the_pace_of_this_sitting_and_counts_validatio
     assert pace.left(0.4) == pytest.approx(left)
 
 
+def test_every_stage_says_before_its_first_step_that_it_has_too_few(make, capsys):
+    make(max_steps=2).run()  # the loop of all stages
+    assert before_the_steps(capsys.readouterr().out, "notice: this run ends after 2 steps (--max_steps 2)")
+
+
 @pytest.fixture
 def slow_machine(monkeypatch):
     monkeypatch.setattr("training.machine.measured_peak", lambda *_, **__: 1e6)

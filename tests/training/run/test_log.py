@@ -113,7 +113,7 @@ def test_a_log_file_hears_of_what_takes_long(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training.run.log.time, "monotonic", lambda: clock[0])
     with RunLog(tmp_path, 0, True) as log:
         for done in range(100):
-            log.doing("validating", done, 100)
+            log.doing("validating" if done > 20 else "sampling", done, 100)
             clock[0] += 1.0
         log.doing("", 0, 0)
     lines = capsys.readouterr().out.splitlines()
