@@ -1,6 +1,6 @@
 """Kill training runs with SIGKILL at random moments and during saves, resume them, compare them with unbroken ones.
 
-python tests/checks/chaos.py --kills 100                         all stages, one and two ranks, what `make chaos` does
+python tests/checks/chaos.py --kills 100               all stages, one and two ranks, and meshes: what `make chaos` does
 python tests/checks/chaos.py --kills 12 --stage grpo --ranks 2
 
 Every start is the stage's script as a person starts it (with two ranks through torchrun), at a tiny size. A kill
@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from victim import ProcessTree, Script, differences, prepare, stage_command, wait_until
+from victim import LIMIT, ProcessTree, Script, differences, prepare, stage_command, wait_until
 
 from errors import UserError, command_line
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
+MESHES = (("--dist.zero", "3"), ("--dist.ep", "2"), ("--dist.pp", "2"))  # of pretraining on two ranks
 AIMED = 0.4  # of the kills: at a save, when its temporary folder appears
 EARLY = 0.1  # of the kills: before training has begun
-LIMIT = 180.0  # seconds that a start may take to its end
 
 
 @dataclass
@@ -114,15 +114,18 @@ def half_written(out: Path) -> set[tuple[str, int]]:
     return found
 
 
-def attack(base: Path, folder: Path, stage: str, ranks: int, kills: int, seed: int) -> Score:
+def attack(
+    base: Path, folder: Path, stage: str, ranks: int, kills: int, seed: int, mesh: tuple[str, ...] = ()
+) -> Score:
     """All kills of one stage on one number of ranks."""
-    place = folder / f"{stage}-{ranks}"
+    command = stage_command(stage, base, ranks, mesh)
+    stage = " ".join([stage, *mesh])
+    place = folder / f"{stage}-{ranks}".replace(" ", "")
     place.mkdir()
-    each = Attack(stage_command(stage, base, ranks), place, f"{seed} {stage} {ranks}")
-    runs, found = each.run(kills)
+    runs, found = (each := Attack(command, place, f"{seed} {stage} {ranks}")).run(kills)
     score = Score(stage, ranks, each.kills, each.in_saves, runs, found)
     print(
-        f"{stage:>9}, ranks {ranks}: {score.kills} kills survived, {score.in_saves} of them in a save; {runs} runs "
+        f"{stage:>20}, ranks {ranks}: {score.kills} kills survived, {score.in_saves} of them in a save; {runs} runs "
         f"completed, {len(found)} different from the unbroken run",
         flush=True,
     )
@@ -140,7 +143,8 @@ def main() -> None:
     options = parser.parse_args()
     stages = STAGES if options.stage == "all" else (options.stage,)
     worlds = (1, 2) if options.ranks == "both" else (int(options.ranks),)
-    pairs = list(product(worlds, stages))
+    pairs = [(world, stage, ()) for world, stage in product(worlds, stages)]
+    pairs += [(2, "pretrain", mesh) for mesh in MESHES if 2 in worlds and "pretrain" in stages]
     shares = [max(options.kills // len(pairs) + (place < options.kills % len(pairs)), 1) for place in range(len(pairs))]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
@@ -148,8 +152,8 @@ def main() -> None:
         prepare(folder / "base", stages)
         with ThreadPoolExecutor(options.jobs) as pool:
             tasks = [
-                pool.submit(attack, folder / "base", folder, stage, world, share, options.seed)
-                for (world, stage), share in zip(pairs, shares, strict=True)
+                pool.submit(attack, folder / "base", folder, stage, world, share, options.seed, mesh)
+                for (world, stage, mesh), share in zip(pairs, shares, strict=True)
             ]
             scores = [task.result() for task in tasks]
     kills, saves, found = (

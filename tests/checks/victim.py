@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 SCRIPTS = {"pretrain": "pretrain.py", "sft": "full_sft.py", "dpo": "dpo_train.py", "grpo": "grpo_train.py"}
+LIMIT = 1200.0  # seconds: what takes longer hangs, on a busy machine too
 # Of an entry of the log: what a clock or the machine said.
 CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory", "train_tokens_per_second")
 CLOCKS += ("rollout_seconds", "rollout_tokens_per_second")
@@ -121,7 +122,7 @@ def prepare(base: Path, stages: tuple[str, ...]) -> None:
     _run(["train_tokenizer.py", "--data", corpus, "--out", base / "tokenizer", "--vocab_size", "500"])
     if stages != ("pretrain",):
         victim = stage_command("pretrain", base, 1).start(base / "pretrain")
-        if victim.wait(300) != 0:
+        if victim.wait(LIMIT) != 0:
             raise UserError(f"the base model could not be trained:\n{victim.output()[-3000:]}")
 
 
@@ -131,8 +132,8 @@ def write_recipes(base: Path, **changes: object) -> None:
         (base / f"{stage}.yaml").write_text(yaml.safe_dump({**recipe, **changes}), encoding="utf8")
 
 
-def stage_command(stage: str, base: Path, ranks: int) -> Script:
-    """A stage over what `prepare` made."""
+def stage_command(stage: str, base: Path, ranks: int, mesh: Sequence[str] = ()) -> Script:
+    """A stage over what `prepare` made. mesh: options that say what its ranks cut."""
     data = {
         "pretrain": base / "world" / "pretrain.csv",
         "sft": base / "world" / "sft.jsonl",
@@ -144,7 +145,7 @@ def stage_command(stage: str, base: Path, ranks: int) -> Script:
         options += ["--tokenizer", base / "tokenizer", "--shards", base / f"shards-{ranks}"]
     else:
         options += ["--ckpt", base / "pretrain" / "final"]
-    return Script(SCRIPTS[stage], tuple(map(str, options)), ranks)
+    return Script(SCRIPTS[stage], (*map(str, options), *mesh), ranks)
 
 
 def wait_until(true: Callable[[], bool], victim: ProcessTree, seconds: float) -> None:
@@ -204,5 +205,5 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 def _run(arguments: list[object]) -> None:
     done = ProcessTree([sys.executable, *map(str, arguments)])
-    if done.wait(300) != 0:
+    if done.wait(LIMIT) != 0:
         raise UserError(f"{arguments[0]} failed:\n{done.output()[-3000:]}")

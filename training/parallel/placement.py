@@ -46,12 +46,17 @@ def parts(config: LMConfig, pp: int, folded: bool, time: int) -> list[Part]:
     for size in chunk_sizes(config.num_hidden_layers + config.num_nextn_predict_layers, count):
         chunks.append(_chunk(config, range(first, first + size), not chunks, len(chunks) == count - 1, time))
         first += size
-    embedding = config.vocab_size * config.hidden_size
-    if folded and config.tie_word_embeddings:  # one matrix, on the rank that has both ends
-        chunks[-1] += Part((), -embedding, 0, 0)
-    elif not folded and pp > 1 and config.num_nextn_predict_layers and not config.tie_word_embeddings:
-        chunks[-1] += Part((), embedding, 0, 0)  # MTP takes it too
+    if not config.tie_word_embeddings:
+        chunks[-1] += Part((), shared_by_ends(config, pp, folded, pp - 1), 0, 0)
+    elif folded:  # one matrix, on the rank that has both ends
+        chunks[-1] += Part((), -config.vocab_size * config.hidden_size, 0, 0)
     return [chunks[rank] + chunks[2 * pp - 1 - rank] if folded else chunks[rank] for rank in range(pp)]
+
+
+def shared_by_ends(config: LMConfig, pp: int, folded: bool, rank: int) -> int:
+    """Return how many weights a rank has in common with the other end of the line: the embedding, for MTP or a head."""
+    takes = config.num_nextn_predict_layers > 0 or config.tie_word_embeddings
+    return config.vocab_size * config.hidden_size if takes and pp > 1 and not folded and rank in (0, pp - 1) else 0
 
 
 def _chunk(config: LMConfig, layers: range, is_first: bool, is_last: bool, time: int) -> Part:

@@ -14,7 +14,7 @@ from errors import UserError, check_least, command_line
 from model.costs import count, human
 from training.parallel.formulas import BF16, BUBBLES, FP32, GPUS, Line, exchanged, kept_by_report, kept_bytes, rows_sent
 from training.parallel.mesh import ShardSettings
-from training.parallel.placement import Part, parts
+from training.parallel.placement import Part, parts, shared_by_ends
 from training.run.estimate import MOMENTS
 from training.settings import NextTokenSettings, model_config
 
@@ -217,9 +217,10 @@ class Plan:
 
     def sent(self, rank: int) -> dict[str, float]:
         """Return the bytes that a rank of the pipeline sends in a step, by kind."""
-        ib, nvlink, _ = self._sent(self.parts[rank])
-        of_micro_batches = {"all-to-all": ib + nvlink, "point to point": self._passed(rank)}
-        return self._exchanged(self.parts[rank]) | {k: self.micro_batches * v for k, v in of_micro_batches.items()}
+        (ib, nvlink, _), many = self._sent(self.parts[rank]), self.micro_batches
+        ends = {"all-reduce": FP32 * shared_by_ends(self.config, self.dist.pp, self.folded, rank) / self.data}
+        moved = {"all-to-all": many * (ib + nvlink), "point to point": many * self._passed(rank)}
+        return ends | self._exchanged(self.parts[rank]) | moved
 
     def _pace(self, part: Part) -> float:
         """Return the seconds of a micro-batch: DualPipe sends what one computes while it computes another."""
