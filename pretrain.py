@@ -42,6 +42,8 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
         min_chars: shorter documents are left out.
         workers: threads that tokenise; 0 means one a core.
         val_fraction: share of the documents held out.
+        fim_rate: share of the documents to train on whose middle is moved to their end, to be filled in (0.1 in
+            DeepSeek-V3, section 4.1).
         isolate: keep documents of one row from attending to each other (DeepSeek-V3 does not).
     """
 
@@ -55,6 +57,7 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
     min_chars: int = 1
     workers: int = 0
     val_fraction: float = 0.005
+    fim_rate: float = 0.0
     isolate: bool = False
     dist: ShardSettings = field(default_factory=ShardSettings)
 
@@ -84,10 +87,10 @@ def main() -> None:
     else:
         raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
 
-    options = ("column", "encoding", "min_chars", "workers", "val_fraction", "on_error")
+    options = ("column", "encoding", "min_chars", "workers", "val_fraction", "on_error", "fim_rate")
     data = find_sources(settings.data, settings.datasets, "text")
     corpus = (data, tokenizer, settings.shards)
-    given = {name: getattr(settings, name) for name in options}
+    given = {name: getattr(settings, name) for name in options} | {"fim_seed": settings.seed * (settings.fim_rate > 0)}
     if ranks.world > 1:
         ranks.on_main(lambda: sources_ready(*corpus, **given))  # so that data which are not there are reported once
         if not all(ranks.gather(sources_ready(*corpus, **given))):

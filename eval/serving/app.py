@@ -26,6 +26,7 @@ from eval.serving.generation import ApiError, Generation, chat_prompt, tool_name
 from eval.serving.replies import ChatReplies, CompletionReplies, respond
 from eval.serving.requests import ChatRequest, CompletionRequest, DetokenizeRequest, SampledRequest, TokenizeRequest
 from eval.serving.worker import Alternatives, Served, Worker, score_prompt
+from text.corpus.infilling import question
 
 PAGE = Path(__file__).parents[1] / "web"
 OPEN = ("/health", "/", "/page")  # without a key: the page asks for it
@@ -97,11 +98,12 @@ def create_app(worker: Worker, api_key: str = "", cors: Sequence[str] = (), host
     async def complete(body: CompletionRequest, request: Request) -> Response:
         check(body)
         answerer = served(body.model).answerer
-        if body.suffix:
-            raise ApiError(400, f"{body.model} was not trained to fill in the middle; leave suffix out", "suffix")
         prompts = body.prompts
         if isinstance(prompts[0], str):
             prompts = await asyncio.to_thread(answerer.tokenizer.encode_batch, prompts)
+        if body.suffix:
+            after = await asyncio.to_thread(answerer.tokenizer.encode, body.suffix)
+            prompts = [question(answerer.tokenizer, ids, after) for ids in prompts]
         prompts = [ids or [answerer.tokenizer.bos_id] for ids in prompts]
         if (most := max(map(max, prompts))) >= answerer.tokenizer.vocab_size:
             raise ApiError(

@@ -9,22 +9,30 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+from text.corpus.infilling import Infilling, rearranged
 from text.tokenizer import Tokenizer
 
 # A thread gets this many bytes of text at once, and so many batches wait for each, so that it never does.
 BATCH_BYTES, QUEUED = 1 << 18, 3
+PLAIN = Infilling()  # none
 
 
 class Encoded(NamedTuple):
-    """A document: its number in the corpus from 1, its hash, its UTF-8 bytes, and its tokens with `</s>`, uint16."""
+    """A document: its number in the corpus from 1, its hash, its UTF-8 bytes, and its tokens with `</s>`, uint16.
+
+    moved: whether its middle stands at the end.
+    """
 
     number: int
     digest: int
     size: int
     tokens: array
+    moved: bool = False
 
 
-def encode(documents: Iterable[tuple[int, int, bytes]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+def encode(
+    documents: Iterable[tuple[int, int, bytes]], tokenizer: Tokenizer, workers: int, infilling: Infilling = PLAIN
+) -> Iterator[Encoded]:
     """Encode (number, hash, UTF-8 bytes) of documents on `workers` threads, in order.
 
     `tokenizers` holds no GIL while it encodes a batch, so threads are as fast as processes, in less memory.
@@ -35,7 +43,7 @@ def encode(documents: Iterable[tuple[int, int, bytes]], tokenizer: Tokenizer, wo
     pool = ThreadPoolExecutor(workers)
     try:
         for batch in _batches(documents):
-            waiting.append(pool.submit(_encode, batch, tokenizer))
+            waiting.append(pool.submit(_encode, batch, tokenizer, infilling))
             if len(waiting) >= QUEUED * workers:
                 yield from waiting.popleft().result()
         while waiting:
@@ -53,7 +61,7 @@ class Part:
 
     def __init__(self) -> None:
         self.tokens, self.lengths, self.sizes, self.hashes = array("H"), array("I"), array("I"), array("Q")
-        self.last = 0
+        self.last = self.moved = 0
 
     def add(self, document: Encoded) -> None:
         self.tokens.extend(document.tokens)
@@ -61,6 +69,7 @@ class Part:
         self.sizes.append(document.size)
         self.hashes.append(document.digest)
         self.last = document.number
+        self.moved += document.moved
 
 
 def parts(documents: Iterable[Encoded], shard_tokens: int) -> Iterator[Part]:
@@ -87,9 +96,14 @@ def _batches(documents: Iterable[tuple[int, int, bytes]]) -> Iterator[list[tuple
         yield batch
 
 
-def _encode(batch: list[tuple[int, int, bytes]], tokenizer: Tokenizer) -> list[Encoded]:
-    encoded = tokenizer.encode_batch([data.decode("utf-8") for _, _, data in batch])
-    return [
-        Encoded(number, digest, len(data), array("H", [*ids, tokenizer.eos_id]))
-        for (number, digest, data), ids in zip(batch, encoded, strict=True)
-    ]
+def _encode(batch: list[tuple[int, int, bytes]], tokenizer: Tokenizer, infilling: Infilling = PLAIN) -> list[Encoded]:
+    pieces: list[str] = []
+    for _, digest, data in batch:
+        text = data.decode("utf-8")
+        pieces += infilling.parts(text, digest) if infilling.takes(digest) else (text,)
+    encoded, made = iter(tokenizer.encode_batch(pieces)), []
+    for number, digest, data in batch:
+        moved = infilling.takes(digest)
+        ids = rearranged(tokenizer, next(encoded), next(encoded), next(encoded)) if moved else next(encoded)
+        made.append(Encoded(number, digest, len(data), array("H", [*ids, tokenizer.eos_id]), moved))
+    return made

@@ -59,11 +59,6 @@ class PretrainDataset:
         return sum(self._windows)
 
     @property
-    def tokens_per_epoch(self) -> int:
-        """Labels of `len` samples, those that count nothing included."""
-        return len(self) * self.sequence_length
-
-    @property
     def identity(self) -> str:
         """What the order of the windows depends on beside the seed."""
         sizes, shares = (":".join(map(str, values)) for values in (self._windows, self._shares))

@@ -26,6 +26,7 @@ import xxhash
 
 from errors import UserError
 from text.corpus.corpus import Corpus
+from text.corpus.infilling import Infilling
 from text.files import replacing
 from text.order import content_hash
 from text.sources.registry import Source
@@ -43,7 +44,8 @@ class Recipe:
     """What decides, with the corpus and the tokenizer, what the shards hold.
 
     `shard_tokens`: tokens of a part, 128 MB at the default. `val_fraction`: share of documents that is held out, chosen
-    by their hash; of two documents or more each split gets at least one, unless the fraction is 0.
+    by their hash; of two documents or more each split gets at least one, unless the fraction is 0. `fim_rate`: share of
+    the documents to train on whose middle is moved to the end, chosen by `fim_seed` (see `text.corpus.infilling`).
     """
 
     column: str | None = None
@@ -52,8 +54,12 @@ class Recipe:
     min_chars: int = 1
     val_fraction: float = 0.005
     shard_tokens: int = 1 << 26
+    fim_rate: float = 0.0
+    fim_seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.fim_rate <= 1:
+            raise UserError(f"fim_rate {self.fim_rate}: give a share of the documents, from 0 to 1")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction {self.val_fraction}: give a share from 0 to below 1")
 
@@ -65,7 +71,15 @@ class Recipe:
 
     def work(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return what of an index decides, with the data, what the shards hold."""
-        return {"fingerprint": tokenizer.fingerprint, "recipe": asdict(self)}
+        recipe = asdict(self)
+        if not self.fim_rate:  # as older programs wrote it
+            del recipe["fim_rate"], recipe["fim_seed"]
+        return {"fingerprint": tokenizer.fingerprint, "recipe": recipe}
+
+    @property
+    def infilling(self) -> Infilling:
+        """Return which documents are rearranged."""
+        return Infilling(self.fim_rate, self.fim_seed, int(self.val_fraction * 2**64))
 
     def folder(self, plain: Path, tokenizer: Tokenizer) -> Path:
         """Return the folder of this work on the data whose name is `plain`: no other work on them has the same one.
@@ -75,7 +89,8 @@ class Recipe:
         with suppress(UserError):
             if (index := read_index(plain)) and not other_work(index, self.work(tokenizer)):
                 return plain
-        special = [(name, value) for name, value in asdict(self).items() if value != getattr(Recipe, name)]
+        recipe = self.work(tokenizer)["recipe"]
+        special = [(name, value) for name, value in recipe.items() if value != getattr(Recipe, name)]
         return plain.with_name(f"{plain.name}-{content_hash([tokenizer.fingerprint, *special])[:8]}")
 
 
@@ -207,7 +222,8 @@ def other_work(found: dict[str, Any], made: dict[str, Any]) -> list[str]:
     changes = []
     if found["fingerprint"] != made["fingerprint"]:
         changes.append(f"another tokenizer ({found['fingerprint']}, now {made['fingerprint']})")
-    for name, value in made["recipe"].items():
+    for name in {**made["recipe"], **found["recipe"]}:
+        value = made["recipe"].get(name)
         if (before := found["recipe"].get(name)) != value:
             changes.append(f"another {name} ({before}, now {value})")
     return changes

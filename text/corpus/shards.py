@@ -166,7 +166,8 @@ def _prepare(
     pace = {"mininterval": 0.2 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
     bar = tqdm(total=corpus.size or None, unit="B", unit_scale=True, desc="tokenise", **pace)
     with closing(Cleaner(report, out, recipe.min_chars)) as cleaner, bar:
-        documents = encode(_kept_documents(corpus, cleaner, done, bar), tokenizer, workers)
+        kept = _kept_documents(corpus, cleaner, done, bar)
+        documents = encode(kept, tokenizer, workers, recipe.infilling)
         for number, part in enumerate(parts(documents, recipe.shard_tokens), finished):
             if not number:
                 tokenizer.save(out / "tokenizer")
@@ -206,7 +207,8 @@ def _write_part(
         tokens = (stream[ends[place] - lengths[place] : ends[place]] for place in np.flatnonzero(chosen))
         name = f"{split}-{number:05d}"
         shards[split] = write_shard(out, name, tokens, lengths[chosen], sizes[chosen]) if chosen.any() else None
-    return {"read": part.last, **shards}
+    moved = {"moved": part.moved} if part.moved else {}
+    return {"read": part.last, **moved, **shards}
 
 
 def _hold_out(hashes: np.ndarray, fraction: float, has_train: bool, has_val: bool) -> np.ndarray:
@@ -267,6 +269,11 @@ def _total(parts: Sequence[dict[str, Any]], what: str, splits: Sequence[str] = S
     return sum(part[split][what] for part in parts for split in splits if part[split])
 
 
+def _share_moved(parts: list[dict[str, Any]]) -> str:
+    moved, documents = sum(part.get("moved", 0) for part in parts), _total(parts, "documents")
+    return f"to the end, to be filled in, in {moved:,} documents, {moved / documents:.2%}"
+
+
 def _print_table(parts: list[dict[str, Any]], corpus: Corpus, characters: int, speed: str) -> None:
     """Print what became of the documents."""
     tokens, size, report = _total(parts, "tokens"), _total(parts, "bytes"), corpus.report
@@ -275,6 +282,7 @@ def _print_table(parts: list[dict[str, Any]], corpus: Corpus, characters: int, s
         ("of the corpus", balance(report.rows, "documents", {**fates, **report.unused_by_kind})),
         *(("", line.strip()) for line in [*report.unread, *report.problem_lines()]),
         ("tokens", f"{tokens:,}, {_total(parts, 'tokens', ['val']):,} of them for validation"),
+        *([("middle moved", _share_moved(parts))] if any("moved" in part for part in parts) else []),
         ("bytes of text", f"{size:,}, {size / tokens:.2f} a token"),
         ("characters", f"{characters:,}, {characters / tokens:.2f} a token"),
         ("speed", speed),

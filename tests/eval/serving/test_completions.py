@@ -41,6 +41,15 @@ def test_completions_of_several_prompts_come_in_their_order(server):
     assert (nothing.choices[0].text, nothing.usage.completion_tokens) == ("你好", 0)
 
 
+def test_a_suffix_is_asked_for_as_training_shows_it(server, answerers):
+    tokenizer, create = answerers["two"].tokenizer, server.client().completions.create
+    prefix, suffix, middle = (tokenizer.special_ids[f"<|fim_{part}|>"] for part in ("prefix", "suffix", "middle"))
+    ids = [prefix, *tokenizer.encode("小猫"), suffix, *tokenizer.encode("公园。"), middle]
+    given = {"model": "two", "temperature": 0, "max_tokens": 8}
+    made, same = create(prompt="小猫", suffix="公园。", **given), create(prompt=ids, **given)
+    assert made.choices[0].text == same.choices[0].text and made.usage.prompt_tokens == len(ids)
+
+
 def test_sampling_inspected_or_not_gives_the_same_tokens(server):
     body = {"model": "two", "prompt": "你好", "seed": 5, "max_tokens": 16, "top_p": 0.9, "repetition_penalty": 1.2}
     plain, inspected = (
