@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from victim import ProcessTree, Script, differences, prepare, stage_command, wait_until
+from victim import LIMIT, ProcessTree, Script, differences, prepare, stage_command, wait_until
 
 from errors import UserError, command_line
 
@@ -31,7 +31,6 @@ STAGES = ("pretrain", "sft", "dpo", "grpo")
 MESHES = (("--dist.zero", "3"), ("--dist.ep", "2"), ("--dist.pp", "2"))  # of pretraining on two ranks
 AIMED = 0.4  # of the kills: at a save, when its temporary folder appears
 EARLY = 0.1  # of the kills: before training has begun
-LIMIT = 180.0  # seconds that a start may take to its end
 
 
 @dataclass

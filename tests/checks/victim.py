@@ -45,6 +45,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 SCRIPTS = {"pretrain": "pretrain.py", "sft": "full_sft.py", "dpo": "dpo_train.py", "grpo": "grpo_train.py"}
+LIMIT = 1200.0  # seconds: what takes longer hangs, on a busy machine too
 # Of an entry of the log: what a clock or the machine said.
 CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory", "train_tokens_per_second")
 CLOCKS += ("rollout_seconds", "rollout_tokens_per_second")
@@ -121,7 +122,7 @@ def prepare(base: Path, stages: tuple[str, ...]) -> None:
     _run(["train_tokenizer.py", "--data", corpus, "--out", base / "tokenizer", "--vocab_size", "500"])
     if stages != ("pretrain",):
         victim = stage_command("pretrain", base, 1).start(base / "pretrain")
-        if victim.wait(300) != 0:
+        if victim.wait(LIMIT) != 0:
             raise UserError(f"the base model could not be trained:\n{victim.output()[-3000:]}")
 
 
@@ -204,5 +205,5 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 def _run(arguments: list[object]) -> None:
     done = ProcessTree([sys.executable, *map(str, arguments)])
-    if done.wait(300) != 0:
+    if done.wait(LIMIT) != 0:
         raise UserError(f"{arguments[0]} failed:\n{done.output()[-3000:]}")
