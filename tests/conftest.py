@@ -72,6 +72,15 @@ def no_measuring() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def built_for_cpus() -> Iterator[None]:
+    """Without a GPU a CUDA build of torch, which every command would say in a line, passes for a CPU build."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr("torch.version.cuda", None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers each time, whichever tests run."""

@@ -156,7 +156,9 @@ def test_a_script_waits_for_no_library_that_it_may_not_need():
 
 
 def test_the_result_chats(path):
-    done = python("eval/chat.py", "--ckpt", path / "sft" / "final", "--once", "你好", "--temperature", 0)
+    done = python(
+        "eval/chat.py", "--ckpt", path / "sft" / "final", "--once", "你好", "--temperature", 0, "--device", "cpu"
+    )
     # What so little training says, if anything, is not known beforehand; that it ends its turn and is timed is.
     assert done.returncode == 0 and re.fullmatch(r"\[\d+ tokens, [\d.]+ tok/s\]", done.stderr.strip())
 
