@@ -7,8 +7,10 @@ python bench/scale.py --picture docs/dualpipev.png  the picture alone
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import torch._dynamo  # noqa: F401  what is slow to import: once, and not in each process that is forked
@@ -40,10 +42,7 @@ MESHES = {
 EVEN = {**SMALL, "num_hidden_layers": 8, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}  # stages alike
 TITLES = {"1f1b": "1F1B", "zbv": "ZB-V", "dualpipev": "DualPipeV"}
 SPLIT = {BOTH: INPUT + WEIGHT}  # with a store of weight gradients
-LONG, PACE = (
-    256,
-    20.0,
-)  # tokens of a micro-batch; in the picture passes last so many times as long as they compute: processes share cores
+LONG, PASS = 256, 0.25  # of the picture: tokens of a micro-batch; seconds of a forward pass, for processes share cores
 
 
 def main() -> None:
@@ -199,12 +198,16 @@ def bubbles(found: dict[str, list[Counted]]) -> str:
 
 
 def picture(file: Path) -> None:
-    """Draw DualPipeV and 1F1B on 4 ranks, from runs whose passes take their time, in proportion to what they cost."""
-    panels = {}
-    for kind in ("dualpipev", "1f1b"):
-        run = count(Mesh(4, {"pp": 4, "schedule": kind}, rows=10, time=LONG, model=EVEN), PACE, memory=False)
-        panels[TITLES[kind]] = [counted.paced for counted in run]
-    draw(panels, file)
+    """Draw DualPipeV and 1F1B on 4 ranks, from runs whose passes last in proportion to what their layers compute."""
+    folded, line = (Mesh(4, {"pp": 4, "schedule": kind}, 10, LONG, EVEN) for kind in ("dualpipev", "1f1b"))
+    costs = costs_of(event for counted in count(folded, memory=False) for event in counted.events)
+    slower = PASS / median(cost for (_, kind), cost in costs.items() if kind == FORWARD)
+    pace = {key: slower * cost for key, cost in costs.items()}
+    of_line: dict[tuple[int, str], float] = defaultdict(float)  # each of whose stages has the layers of two
+    for (stage, kind), seconds in pace.items():
+        of_line[stage // 2, FORWARD if kind == FORWARD else BOTH] += seconds
+    runs = {"DualPipeV": count(folded, memory=False, pace=pace), "1F1B": count(line, memory=False, pace=dict(of_line))}
+    draw({name: [counted.events for counted in ranks] for name, ranks in runs.items()}, file)
 
 
 if __name__ == "__main__":

@@ -230,6 +230,7 @@ class Trainer:
                 reached = rate * self.counter.flops()
                 self.peak = max(self.peak, reached)  # a neighbour on the machine made what was measured too low
                 entry = step_entry(result, progress, lr, rate, reached / self.peak, memory_used(self.ranks.device))
+                log.tell(entry)
                 measured = self._validate() if validate and not stop else {}
                 stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
                 if stop and validate and self.validation:
