@@ -276,7 +276,7 @@ class Trainer:
         optim, progress = self.settings.optim, self.progress
         tokens = progress.tokens * (progress.step + 1) / max(progress.step, 1)  # if samples stay as long as they were
         share = max(self.budget.progress(progress.step + 1, progress.seconds, tokens), 1e-4)
-        lr = learning_rate(share, optim.lr, optim.warmup, optim.decay_from, optim.final_lr_ratio)
+        lr = learning_rate(share, optim.lr, optim.warmup, optim.decay_from, optim.final_lr_ratio, optim.tails)
         set_learning_rate(self.optimizer, lr)
         for name, schedule in self.settings.schedules.items():
             setattr(self.loss, name, value_at(schedule, share, name))
