@@ -143,8 +143,10 @@ class RunLog:
             self.file.flush()
         if metrics["step"] != self._told:
             self.tell(metrics)
-        if line := held_out_line(shown(metrics)):
-            self.print(line)
+        mean = {name.removeprefix("ema_"): value for name, value in metrics.items() if name.startswith("ema_")}
+        for line in (held_out_line(shown(metrics)), held_out_line(shown({**metrics, **mean}), "ema") if mean else ""):
+            if line:
+                self.print(line)
         if self.trackers:
             numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
             numbers |= {f"max_vio/layer_{index}": value for index, value in enumerate(metrics.get("max_vio") or [])}
@@ -259,11 +261,11 @@ def step_line(metrics: dict[str, Any], means: dict[str, float], share: float, le
     return _fitted(parts, COLUMNS, values)
 
 
-def held_out_line(metrics: dict[str, Any]) -> str:
+def held_out_line(metrics: dict[str, Any], label: str = "val") -> str:
     """Return the line of a validation; empty where an entry has none."""
     if all(metrics.get(column.name) is None for column in HELD_OUT):
         return ""
-    return _fitted([f"step {metrics['step']:>6}", " val"], HELD_OUT, metrics)
+    return _fitted([f"step {metrics['step']:>6}", f" {label}"], HELD_OUT, metrics)
 
 
 def _fitted(parts: list[str], columns: Iterable[Column], values: dict[str, Any]) -> str:
@@ -297,6 +299,7 @@ def legend() -> str:
     left = "at the pace of this run so far, validations among it"
     rows = [("4%", "share of the budget that is spent"), ("3h12m left", left)]
     rows += [(_label(column), column.meaning) for column in COLUMNS]
+    rows += [("ema", "in the place of val: the same of the mean of the weights (--ema_decay)")]
     rows += [(f"val {_label(column)}", column.meaning) for column in HELD_OUT]
     lines = [f"  {name:<14} {meaning}" for name, meaning in rows]
     return "\n".join([LEGEND, *lines])
