@@ -66,6 +66,7 @@ def main() -> None:
 
 
 def head() -> str:
+    """Return what was measured, in words."""
     mesh = Mesh(1)
     config = mesh.config
     return (
@@ -94,7 +95,7 @@ def against(counted: float, formula: float, unit: str = "B") -> str:
 
 
 def sent(found: dict[str, list[Counted]]) -> str:
-    """Bytes of one step by kind and rank; ranks with the same layers are one line: their mean, and how far they go."""
+    """Return the bytes of one step by kind and rank; ranks with the same layers are one line, their mean."""
     kinds = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "point to point")
     rows = []
     for name, ranks in found.items():
@@ -109,7 +110,7 @@ def sent(found: dict[str, list[Counted]]) -> str:
 
 
 def held(found: dict[str, list[Counted]]) -> str:
-    """Memory of each mesh's fullest rank, and over all ranks: rows that a token and MoE layer send, and products."""
+    """Return memory of each mesh's fullest rank, and of all ranks rows that a token and layer send, and products."""
     rows = []
     for name, ranks in found.items():
         mesh, plan, count_of = MESHES[name], MESHES[name].plan(), len(ranks)
@@ -154,7 +155,7 @@ def one_forward_one_backward(stage: int, first: int, micro_batches: int) -> list
 
 
 def bubbles(found: dict[str, list[Counted]]) -> str:
-    """Table 2 of the paper: what a rank idles in a step, by formula and replayed with F = 1, B = 2 and W = 1."""
+    """Return Table 2 of the paper: what a rank idles in a step, by formula and replayed with F = 1, B = 2 and W = 1."""
     rows = []
     for pp, micro_batches in ((2, 16), (4, 16), (16, 120)):
         for kind in CLASSES:
