@@ -109,7 +109,7 @@ chaos: $(VENV)/installed-dev
 # A case starts 2 to 8 processes: one after the other, each process with one thread.
 scale: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/training/parallel/check_scale.py
-	OMP_NUM_THREADS=1 $(RUN) bench/scale.py --out out/scale
+	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(RUN) bench/scale.py --out out/scale
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

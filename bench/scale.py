@@ -57,7 +57,7 @@ def main() -> None:
     for name, mesh in MESHES.items():
         print(f"{name}: {mesh.world} processes", flush=True)
         found[name] = count(mesh)
-    text = "\n\n".join((head(), sent(found), routed(found), memory(found), products(found), bubbles(found)))
+    text = "\n\n".join((head(), sent(found), held(found), bubbles(found)))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.md").write_text(text + "\n", "utf8")
     print(text)
@@ -108,45 +108,25 @@ def sent(found: dict[str, list[Counted]]) -> str:
     return table("Bytes that a rank sends in a step", ("mesh", "ranks", *kinds), rows)
 
 
-def routed(found: dict[str, list[Counted]]) -> str:
-    """Rows that a token and a MoE layer send to other ranks."""
+def held(found: dict[str, list[Counted]]) -> str:
+    """Memory of each mesh's fullest rank, and over all ranks: rows that a token and MoE layer send, and products."""
     rows = []
     for name, ranks in found.items():
-        if MESHES[name].cut.get("ep", 1) > 1:
-            config, (ib, nvlink, _) = MESHES[name].config, MESHES[name].plan().rows
-            mean = sum(counted.rows_sent for counted in ranks) / len(ranks)
-            limit = f"{config.topk_group} of {config.n_group}"
-            rows.append((name, limit, against(mean, ib + nvlink, ""), human(mean * 2 * config.hidden_size, "B")))
-    return table("Rows a token sends to experts of other ranks", ("mesh", "groups", "rows", "bytes, one way"), rows)
-
-
-def memory(found: dict[str, list[Counted]]) -> str:
-    """The fullest rank of each mesh."""
-    rows = []
-    for name, ranks in found.items():
-        fullest = max(range(len(ranks)), key=lambda rank: ranks[rank].state + ranks[rank].peak)
-        lines = {line.name: line.value for line in MESHES[name].plan().memory(stage_of(MESHES[name], fullest))}
-        state = lines["optimiser and fp32 weights"]
-        beside = lines["weights in bf16"] + lines["gradients in fp32"] + lines["activations"]
-        counted = ranks[fullest]
-        rows.append((name, fullest, against(counted.state, state), against(counted.peak, beside)))
-    columns = ("mesh", "rank", "weights in fp32, moments", "most beside them: weights in bf16, gradients, activations")
-    return table("Memory of the fullest rank", columns, rows)
-
-
-def products(found: dict[str, list[Counted]]) -> str:
-    """Products with a weight matrix, a micro-batch and matrix, over all ranks."""
-    rows = []
-    for name, ranks in found.items():
-        mesh = MESHES[name]
-        micro_batches = mesh.rows * mesh.cut.get("pp", 1) // mesh.world
-        possible = micro_batches * sum(counted.of for counted in ranks)
-        shares = [
-            sum(counted.products.get(kind, 0) for counted in ranks) / possible for kind in ("forward", "dX", "dW")
-        ]
-        rows.append((name, micro_batches, *(f"{share:.3f}" for share in shares)))
-    columns = ("mesh", "micro-batches", "forward", "by inputs (dX)", "by weights (dW)")
-    return table("Products with a matrix in a micro-batch", columns, rows)
+        mesh, plan, count_of = MESHES[name], MESHES[name].plan(), len(ranks)
+        fullest = max(range(count_of), key=lambda rank: ranks[rank].state + ranks[rank].peak)
+        lines = {line.name: line.value for line in plan.memory(stage_of(mesh, fullest))}
+        beside = sum(lines[part] for part in ("weights in bf16", "gradients in fp32", "activations"))
+        row = [name, fullest, against(ranks[fullest].state, lines["optimiser and fp32 weights"])]
+        row += [against(ranks[fullest].peak, beside)]
+        row += [against(sum(counted.rows_sent for counted in ranks) / count_of, sum(plan.rows[:2]), "")]
+        possible = plan.micro_batches * sum(counted.of for counted in ranks)
+        kinds = ("forward", "dX", "dW")
+        rows.append((*row, *(f"{sum(counted.products[kind] for counted in ranks) / possible:.3f}" for kind in kinds)))
+    columns = (
+        "mesh", "fullest rank", "weights in fp32, moments", "most beside them: weights in bf16, gradients, activations",
+        "rows a token sends", "products with a matrix in a micro-batch: forward", "by inputs (dX)", "by weights (dW)",
+    )  # fmt: skip
+    return table("What a rank holds and computes", columns, rows)
 
 
 def order_of(kind: str, pp: int, micro_batches: int) -> list[list[list[Pass]]]:
@@ -178,13 +158,13 @@ def bubbles(found: dict[str, list[Counted]]) -> str:
     rows = []
     for pp, micro_batches in ((2, 16), (4, 16), (16, 120)):
         for kind in CLASSES:
-            formula, idle, held = BUBBLES[kind]
+            formula, idle, flying = BUBBLES[kind]
             share = 2 if kind in ShardSettings.FOLDED else 1  # stages of a rank
             order = order_of(kind, pp, micro_batches)
             given = replayed(order, lambda _, p, n=share: (2 if p == BOTH else 1) / n)
             seconds, part = idle_of(given)
             line = [TITLES[kind], pp, micro_batches, formula, f"{idle(pp, 1, 2, 1):g}", f"{seconds:g}", f"{part:.1%}"]
-            line += [f"{held(pp):g}", f"{held_of(given):g}"]
+            line += [f"{flying(pp):g}", f"{held_of(given):g}"]
             if run := found.get(f"pp {pp}, {kind}"):
                 events = [counted.events for counted in run]
                 costs = costs_of(event for ranks in events for event in ranks)
