@@ -7,8 +7,10 @@ python bench/scale.py --picture docs/dualpipev.png  the picture alone
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import torch._dynamo  # noqa: F401  what is slow to import: once, and not in each process that is forked
@@ -40,10 +42,7 @@ MESHES = {
 EVEN = {**SMALL, "num_hidden_layers": 8, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}  # stages alike
 TITLES = {"1f1b": "1F1B", "zbv": "ZB-V", "dualpipev": "DualPipeV"}
 SPLIT = {BOTH: INPUT + WEIGHT}  # with a store of weight gradients
-LONG, PACE = (
-    256,
-    20.0,
-)  # tokens of a micro-batch; in the picture passes last so many times as long as they compute: processes share cores
+LONG, PASS = 256, 0.25  # of the picture: tokens of a micro-batch; seconds of a forward pass, for processes share cores
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def main() -> None:
     for name, mesh in MESHES.items():
         print(f"{name}: {mesh.world} processes", flush=True)
         found[name] = count(mesh)
-    text = "\n\n".join((head(), sent(found), routed(found), memory(found), products(found), bubbles(found)))
+    text = "\n\n".join((head(), sent(found), held(found), bubbles(found)))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.md").write_text(text + "\n", "utf8")
     print(text)
@@ -109,45 +108,25 @@ def sent(found: dict[str, list[Counted]]) -> str:
     return table("Bytes that a rank sends in a step", ("mesh", "ranks", *kinds), rows)
 
 
-def routed(found: dict[str, list[Counted]]) -> str:
-    """Rows that a token and a MoE layer send to other ranks."""
+def held(found: dict[str, list[Counted]]) -> str:
+    """Memory of each mesh's fullest rank, and over all ranks: rows that a token and MoE layer send, and products."""
     rows = []
     for name, ranks in found.items():
-        if MESHES[name].cut.get("ep", 1) > 1:
-            config, (ib, nvlink, _) = MESHES[name].config, MESHES[name].plan().rows
-            mean = sum(counted.rows_sent for counted in ranks) / len(ranks)
-            limit = f"{config.topk_group} of {config.n_group}"
-            rows.append((name, limit, against(mean, ib + nvlink, ""), human(mean * 2 * config.hidden_size, "B")))
-    return table("Rows a token sends to experts of other ranks", ("mesh", "groups", "rows", "bytes, one way"), rows)
-
-
-def memory(found: dict[str, list[Counted]]) -> str:
-    """The fullest rank of each mesh."""
-    rows = []
-    for name, ranks in found.items():
-        fullest = max(range(len(ranks)), key=lambda rank: ranks[rank].state + ranks[rank].peak)
-        lines = {line.name: line.value for line in MESHES[name].plan().memory(stage_of(MESHES[name], fullest))}
-        state = lines["optimiser and fp32 weights"]
-        beside = lines["weights in bf16"] + lines["gradients in fp32"] + lines["activations"]
-        counted = ranks[fullest]
-        rows.append((name, fullest, against(counted.state, state), against(counted.peak, beside)))
-    columns = ("mesh", "rank", "weights in fp32, moments", "most beside them: weights in bf16, gradients, activations")
-    return table("Memory of the fullest rank", columns, rows)
-
-
-def products(found: dict[str, list[Counted]]) -> str:
-    """Products with a weight matrix, a micro-batch and matrix, over all ranks."""
-    rows = []
-    for name, ranks in found.items():
-        mesh = MESHES[name]
-        micro_batches = mesh.rows * mesh.cut.get("pp", 1) // mesh.world
-        possible = micro_batches * sum(counted.of for counted in ranks)
-        shares = [
-            sum(counted.products.get(kind, 0) for counted in ranks) / possible for kind in ("forward", "dX", "dW")
-        ]
-        rows.append((name, micro_batches, *(f"{share:.3f}" for share in shares)))
-    columns = ("mesh", "micro-batches", "forward", "by inputs (dX)", "by weights (dW)")
-    return table("Products with a matrix in a micro-batch", columns, rows)
+        mesh, plan, count_of = MESHES[name], MESHES[name].plan(), len(ranks)
+        fullest = max(range(count_of), key=lambda rank: ranks[rank].state + ranks[rank].peak)
+        lines = {line.name: line.value for line in plan.memory(stage_of(mesh, fullest))}
+        beside = sum(lines[part] for part in ("weights in bf16", "gradients in fp32", "activations"))
+        row = [name, fullest, against(ranks[fullest].state, lines["optimiser and fp32 weights"])]
+        row += [against(ranks[fullest].peak, beside)]
+        row += [against(sum(counted.rows_sent for counted in ranks) / count_of, sum(plan.rows[:2]), "")]
+        possible = plan.micro_batches * sum(counted.of for counted in ranks)
+        kinds = ("forward", "dX", "dW")
+        rows.append((*row, *(f"{sum(counted.products[kind] for counted in ranks) / possible:.3f}" for kind in kinds)))
+    columns = (
+        "mesh", "fullest rank", "weights in fp32, moments", "most beside them: weights in bf16, gradients, activations",
+        "rows a token sends", "products with a matrix in a micro-batch: forward", "by inputs (dX)", "by weights (dW)",
+    )  # fmt: skip
+    return table("What a rank holds and computes", columns, rows)
 
 
 def order_of(kind: str, pp: int, micro_batches: int) -> list[list[list[Pass]]]:
@@ -179,13 +158,13 @@ def bubbles(found: dict[str, list[Counted]]) -> str:
     rows = []
     for pp, micro_batches in ((2, 16), (4, 16), (16, 120)):
         for kind in CLASSES:
-            formula, idle, held = BUBBLES[kind]
+            formula, idle, flying = BUBBLES[kind]
             share = 2 if kind in ShardSettings.FOLDED else 1  # stages of a rank
             order = order_of(kind, pp, micro_batches)
             given = replayed(order, lambda _, p, n=share: (2 if p == BOTH else 1) / n)
             seconds, part = idle_of(given)
             line = [TITLES[kind], pp, micro_batches, formula, f"{idle(pp, 1, 2, 1):g}", f"{seconds:g}", f"{part:.1%}"]
-            line += [f"{held(pp):g}", f"{held_of(given):g}"]
+            line += [f"{flying(pp):g}", f"{held_of(given):g}"]
             if run := found.get(f"pp {pp}, {kind}"):
                 events = [counted.events for counted in run]
                 costs = costs_of(event for ranks in events for event in ranks)
@@ -199,12 +178,16 @@ def bubbles(found: dict[str, list[Counted]]) -> str:
 
 
 def picture(file: Path) -> None:
-    """Draw DualPipeV and 1F1B on 4 ranks, from runs whose passes take their time, in proportion to what they cost."""
-    panels = {}
-    for kind in ("dualpipev", "1f1b"):
-        run = count(Mesh(4, {"pp": 4, "schedule": kind}, rows=10, time=LONG, model=EVEN), PACE, memory=False)
-        panels[TITLES[kind]] = [counted.paced for counted in run]
-    draw(panels, file)
+    """Draw DualPipeV and 1F1B on 4 ranks, from runs whose passes last in proportion to what their layers compute."""
+    folded, line = (Mesh(4, {"pp": 4, "schedule": kind}, 10, LONG, EVEN) for kind in ("dualpipev", "1f1b"))
+    costs = costs_of(event for counted in count(folded, memory=False) for event in counted.events)
+    slower = PASS / median(cost for (_, kind), cost in costs.items() if kind == FORWARD)
+    pace = {key: slower * cost for key, cost in costs.items()}
+    of_line: dict[tuple[int, str], float] = defaultdict(float)  # each of whose stages has the layers of two
+    for (stage, kind), seconds in pace.items():
+        of_line[stage // 2, FORWARD if kind == FORWARD else BOTH] += seconds
+    runs = {"DualPipeV": count(folded, memory=False, pace=pace), "1F1B": count(line, memory=False, pace=dict(of_line))}
+    draw({name: [counted.events for counted in ranks] for name, ranks in runs.items()}, file)
 
 
 if __name__ == "__main__":

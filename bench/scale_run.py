@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -41,6 +41,7 @@ SMALL = dict(
     preset="demo", vocab_size=512, moe_intermediate_size=64, num_hidden_layers=7, num_experts_per_tok=4,
     num_nextn_predict_layers=1, tie_word_embeddings=False,
 )  # fmt: skip
+NO_PACE: Mapping[tuple[int, str], float] = {}
 SECONDS = 300.0  # that a mesh may take
 
 
@@ -80,7 +81,7 @@ class Counted:
     Attributes:
         sent: bytes by kind. products: with weights, by forward, dX and dW. of: how many a micro-batch has.
         rows_sent: to other ranks' experts, a token and layer. state: bytes of weights in float32 and moments.
-        peak: of what is allocated beside it. events: of a pipeline, as it ran; paced: when each action took its time.
+        peak: of what is allocated beside it. events: of a pipeline, in another step.
     """
 
     sent: dict[str, float]
@@ -90,7 +91,6 @@ class Counted:
     state: int
     peak: int
     events: list[Event] = field(default_factory=list)
-    paced: list[Event] = field(default_factory=list)
 
 
 class Rows:
@@ -195,11 +195,10 @@ def peak_of(work: Callable[[], object]) -> int:
     return peak
 
 
-def count(mesh: Mesh, pace: float = 0.0, memory: bool = True) -> list[Counted]:
+def count(mesh: Mesh, memory: bool = True, pace: Mapping[tuple[int, str], float] = NO_PACE) -> list[Counted]:
     """Train some steps on a mesh. Returns what each rank did in one.
 
-    pace: in a further step each pass of a stage lasts so many times as long as it computes; 0: without such a step.
-    memory: whether its peak is asked for, which takes a step more.
+    memory: whether its peak is asked for, which takes a step more; pace: see `Trace`, of the step whose events stay.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -208,7 +207,7 @@ def count(mesh: Mesh, pace: float = 0.0, memory: bool = True) -> list[Counted]:
     with tempfile.TemporaryDirectory() as out:
         for rank in range(mesh.world):
             ours, theirs = fork.Pipe()
-            given = (mesh, rank, port, out, pace, memory, theirs)
+            given = (mesh, rank, port, out, memory, pace, theirs)
             processes.append(fork.Process(target=_process, args=given, daemon=True))
             processes[-1].start()
             theirs.close()
@@ -226,29 +225,24 @@ def count(mesh: Mesh, pace: float = 0.0, memory: bool = True) -> list[Counted]:
     return found
 
 
-def _process(mesh: Mesh, rank: int, port: int, out: str, pace: float, memory: bool, result: Connection) -> None:
+def _process(mesh: Mesh, rank: int, port: int, out: str, memory: bool, pace: Mapping, result: Connection) -> None:
     given = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=mesh.world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update({name: str(value) for name, value in given.items()}, GLOO_SOCKET_IFNAME="lo")
-    os.environ.update(KINETO_LOG_LEVEL="99", TORCH_CPP_LOG_LEVEL="ERROR")  # the profiler says when it begins and ends
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler says when it begins and ends
     torch.set_num_threads(1)
-    result.send(_counted(mesh, out, pace, memory))
+    result.send(_counted(mesh, out, memory, pace))
     dist.barrier()  # a rank that leaves takes its connections with it
     os._exit(0)
 
 
-def _counted(mesh: Mesh, out: str, pace: float, memory: bool) -> Counted:
+def _counted(mesh: Mesh, out: str, memory: bool, pace: Mapping) -> Counted:
     ranks = Ranks.start("cpu", timeout=SECONDS)
     torch.manual_seed(0)
     tokenizer = train_bpe(["one tokenizer"], 280, min_frequency=1)
+    model, rows = MiniDeepSeek(mesh.config), Rows(mesh.config.vocab_size, mesh.time)
     with patch("training.trainer.machine_peak", lambda *_: 1e12):  # nobody asks for the MFU
-        trainer = Trainer(
-            mesh.settings(out),
-            ranks,
-            MiniDeepSeek(mesh.config),
-            tokenizer,
-            Rows(mesh.config.vocab_size, mesh.time),
-            NextTokenLoss(),
-        )
+        trainer = Trainer(mesh.settings(out), ranks, model, tokenizer, rows, NextTokenLoss(mtp=len(model.mtp) > 0))
+    trainer.pace.known = True  # or it would say how long the run will take
 
     def step() -> None:
         trainer._set_rates()
@@ -266,17 +260,11 @@ def _counted(mesh: Mesh, out: str, pace: float, memory: bool) -> Counted:
         rows = sum(getattr(module, "rows_sent", 0) for module in experts) - rows_before
         peak = peak_of(step) if memory else 0
         if trainer.copies.pipeline:
-            trace.events.clear()
-            step()
-        events = list(trace.events)
-        if pace:
-            trace.pace_by(ranks.gather(events), pace)
+            trace.events, trace.pace = [], pace
             step()
     held = [p for _, p in (trainer.shards or trainer.model).named_parameters()]
     held += [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
     of = sum(isinstance(module, Linear) for module in modules) + 2 * len(experts)
     passes = found["forward"] / max(of, 1) if mesh.recomputed else mesh.rows // ranks.world * mesh.cut.get("pp", 1)
     tokens = passes * mesh.time * max(len(experts), 1)
-    return Counted(
-        dict(sent.bytes), dict(found), of, rows / tokens, sum(p.nbytes for p in held), peak, events, trace.events
-    )
+    return Counted(dict(sent.bytes), dict(found), of, rows / tokens, sum(p.nbytes for p in held), peak, trace.events)

@@ -40,66 +40,63 @@ class Event(NamedTuple):
 
 
 class Trace:
-    """Records the passes of this process's stages from when it is entered; before there are any."""
+    """Records the passes of this process's stages from when it is entered; before there are any.
+
+    Attributes: pace: seconds that a pass lasts at least, by stage and kind.
+    """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self._pace: Mapping[tuple[int, str], float] = {}
-        self._current: tuple[int, int] = (0, 0)
+        self.pace: Mapping[tuple[int, str], float] = {}
+        self._at = 0, 0, 0.0  # stage and micro-batch of a backward pass, and when it began
         self._stack = ExitStack()
 
     def __enter__(self) -> Trace:
         forward, backward = PipelineStage.forward_one_chunk, PipelineStage.backward_one_chunk
         weight, take = PipelineStage.backward_weight_one_chunk, WeightGradients.take
-        trace = self
 
-        def forward_one_chunk(stage: Any, micro_batch: int, *args: Any, **options: Any) -> Any:
-            return trace._timed(
-                stage.stage_index, FORWARD, micro_batch, lambda: forward(stage, micro_batch, *args, **options)
-            )
+        def forward_one_chunk(stage: Any, number: int, *args: Any, **options: Any) -> Any:
+            return self._timed(stage.stage_index, FORWARD, number, lambda: forward(stage, number, *args, **options))
 
-        def backward_one_chunk(stage: Any, micro_batch: int, *args: Any, **options: Any) -> Any:
-            kind = INPUT if stage.dw_builder else BOTH
-            trace._current = stage.stage_index, micro_batch
-            return trace._timed(
-                stage.stage_index, kind, micro_batch, lambda: backward(stage, micro_batch, *args, **options)
-            )
+        def backward_one_chunk(stage: Any, number: int, *args: Any, **options: Any) -> Any:
+            self._at, kind = (stage.stage_index, number, time.perf_counter()), INPUT if stage.dw_builder else BOTH
+            return self._timed(stage.stage_index, kind, number, lambda: backward(stage, number, *args, **options))
 
-        def backward_weight_one_chunk(stage: Any, micro_batch: int, *args: Any, **options: Any) -> Any:
-            trace._current = stage.stage_index, micro_batch
-            return weight(stage, micro_batch, *args, **options)
+        def backward_weight_one_chunk(stage: Any, number: int, *args: Any, **options: Any) -> Any:
+            self._at = stage.stage_index, number, 0.0
+            return weight(stage, number, *args, **options)
 
         def taken(store: WeightGradients) -> Callable[[], None]:
             run = take(store)
-            return lambda: trace._timed(trace._current[0], WEIGHT, trace._current[1], run)
 
-        changed = {
-            "forward_one_chunk": forward_one_chunk, "backward_one_chunk": backward_one_chunk,
-            "backward_weight_one_chunk": backward_weight_one_chunk,
-        }  # fmt: skip
-        self._stack.enter_context(patch.multiple(PipelineStage, **changed))
+            def weights() -> None:
+                stage, number, began = self._at
+                self._wait(began, stage, INPUT)  # a whole backward pass: its first part ends here
+                self._timed(stage, WEIGHT, number, run)
+
+            return weights
+
+        for changed in (forward_one_chunk, backward_one_chunk, backward_weight_one_chunk):
+            self._stack.enter_context(patch.object(PipelineStage, changed.__name__, changed))
         self._stack.enter_context(patch.object(WeightGradients, "take", taken))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _timed(self, stage: int, kind: str, micro_batch: int, work: Callable[[], Any]) -> Any:
+    def _timed(self, stage: int, kind: str, number: int, work: Callable[[], Any]) -> Any:
         start, computing, place = time.perf_counter(), time.thread_time(), len(self.events)
         result = work()
-        within = self.events[place:]  # of a whole backward pass with a store: the weights' part, at its end
+        within = self.events[place:]  # the second part of a whole backward pass
         computed = time.thread_time() - computing - sum(event.computed for event in within)
         if not within:
-            time.sleep(max(start + self._pace.get((stage, kind), 0) - time.perf_counter(), 0))
+            self._wait(start, stage, kind)
         end = within[0].start if within else time.perf_counter()
-        self.events.insert(place, Event(stage, kind, micro_batch, start, end, computed))
+        self.events.insert(place, Event(stage, kind, number, start, end, computed))
         return result
 
-    def pace_by(self, ranks: Sequence[Sequence[Event]], factor: float) -> None:
-        """From now on each pass lasts so many times as long as it computed here."""
-        costs = costs_of(event for events in ranks for event in events)
-        self._pace = {key: factor * cost for key, cost in costs.items()}
-        self.events = []
+    def _wait(self, began: float, stage: int, kind: str) -> None:
+        time.sleep(max(began + self.pace.get((stage, kind), 0.0) - time.perf_counter(), 0.0))
 
 
 def costs_of(events: Iterable[Event]) -> dict[tuple[int, str], float]:
@@ -180,24 +177,19 @@ def held_of(ranks: Sequence[Sequence[Event]]) -> float:
 def draw(panels: Mapping[str, Sequence[Sequence[Event]]], file: Path) -> None:
     """A panel for each schedule: a line for each rank, a box for each pass with the number of its micro-batch."""
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(
-        len(panels), figsize=(16, 2.3 * len(panels) + 0.6), sharex=True, layout="constrained"
-    )
+    shape = (18, 2.3 * len(panels) + 0.6)
+    figure, axes = pyplot.subplots(len(panels), figsize=shape, sharex=True, layout="constrained")
     for panel, (title, ranks) in zip(axes, panels.items(), strict=True):
         begin = min(event.start for events in ranks for event in events)
         for rank, events in enumerate(ranks):
-            early = min(event.stage for event in events)
+            first_stage = min(event.stage for event in events)
             for event in events:
                 left, width = 1e3 * (event.start - begin), 1e3 * (event.end - event.start)
-                style = {"color": COLOURS[event.kind], "edgecolor": "white", "linewidth": 0.6}
-                panel.barh(rank, width, left=left, height=0.9, **style)
-                number = {
-                    "ha": "center",
-                    "va": "center",
-                    "fontsize": 7,
-                    "color": "black" if event.stage == early else "white",
-                }
-                panel.text(left + width / 2, rank, str(event.micro_batch), **number)
+                panel.barh(rank, width, 0.9, left, color=COLOURS[event.kind], edgecolor="white", linewidth=0.6)
+                ink, size = "black" if event.stage == first_stage else "white", 6 if event.kind == WEIGHT else 8
+                panel.text(
+                    left + width / 2, rank, event.micro_batch, ha="center", va="center", fontsize=size, color=ink
+                )
         panel.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in range(len(ranks))])
         panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from errors import UserError
 
 Schedule = float | dict[str, float]
+Tails = Mapping[str, float]
+NONE: Tails = {}
 
 
 @dataclass
@@ -45,18 +48,25 @@ class Budget:
         return shares
 
 
-def learning_rate(progress: float, peak: float, warmup: float, decay_from: float, final_ratio: float) -> float:
-    """Return the rate of a linear warm-up, then a constant, then a cosine (DeepSeek-V3 section 4.2).
+def learning_rate(
+    progress: float, peak: float, warmup: float, decay_from: float, final_ratio: float, tails: Tails = NONE
+) -> float:
+    """Return the rate of a linear warm-up, then a constant, then a cosine, then constants (DeepSeek-V3 section 4.2).
 
     Args:
         progress: share of the budget at the end of the step; `warmup` and `decay_from` are shares too.
-        final_ratio: the last rate over the peak.
+        final_ratio: the rate at the end of the cosine over the peak.
+        tails: {share: rate over the peak from there on}; the first of these shares ends the cosine.
     """
     if progress < warmup:
         return peak * progress / warmup
+    knots = sorted((float(share), ratio) for share, ratio in tails.items())
+    end = knots[0][0] if knots else 1.0
+    if progress > end:
+        return peak * [ratio for share, ratio in knots if share < progress][-1]
     if progress <= decay_from or decay_from >= 1:
         return peak
-    cosine = 0.5 * (1 + math.cos(math.pi * (progress - decay_from) / (1 - decay_from)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (progress - decay_from) / (end - decay_from)))
     return peak * (final_ratio + (1 - final_ratio) * cosine)
 
 

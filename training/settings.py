@@ -50,6 +50,8 @@ class StageSettings:
         micro_tokens: tokens a forward pass on one rank; the rest is accumulated. The default is raised on CUDA to what
             half of its memory holds.
         optim: optimiser and learning rate.
+        ema_decay: of the mean of the weights that is kept on the host, 0.999 for about the last thousand steps; it is
+            validated beside them and written to OUT/final-ema. 0: none.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         compile: torch.compile each layer; null: on CUDA, but not under adapters and not in GRPO.
         log_every: steps between log lines.
@@ -83,6 +85,7 @@ class StageSettings:
     batch_tokens: int = 32768
     micro_tokens: int = 8192
     optim: OptimSettings = field(default_factory=OptimSettings)
+    ema_decay: float = 0.0
     gradient_checkpointing: bool = False
     compile: bool | None = None
     log_every: int = 10
@@ -119,6 +122,8 @@ class StageSettings:
                 raise UserError(f"--{name} {value}: must be positive")
         if self.batch_tokens < self.sequence_length and not self.uneven:
             raise UserError(f"--batch_tokens {self.batch_tokens}: less than one row of {self.sequence_length} tokens")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema_decay {self.ema_decay:g}: from 0 to below 1, such as 0.999")
         if self.on_error not in ("skip", "stop"):
             raise UserError(f"--on_error {self.on_error}: one of skip, stop")
         if (self.keep_best or self.patience) and not self.val_every:

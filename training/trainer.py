@@ -111,7 +111,13 @@ class Trainer:
             model.to(ranks.device)
         self.optimizer = build_optimizer(self.shards or model, settings.optim, lr_ratios)
         weights, shards = weights or WholeModel(model), self.shards
-        self.checkpoints = RunCheckpoints(settings, self.ranks, weights, tokenizer, self.optimizer, dataset, shards)
+        self.ema = None
+        if settings.ema_decay:
+            from training.optim.ema import ExponentialMovingAverage  # for those who ask for it
+
+            self.ema = ExponentialMovingAverage(model, settings.ema_decay, shards)
+        held = (weights, tokenizer, self.optimizer, dataset, shards, self.ema)
+        self.checkpoints = RunCheckpoints(settings, self.ranks, *held)
         self.skipping = Skipping(self.out, settings.max_skipped, self.ranks)
         self.pace = Pace(settings, ranks, self.budget)
         self._began = time.perf_counter()  # when training would have begun, had nothing interrupted it
@@ -204,6 +210,8 @@ class Trainer:
             lr = self._set_rates()
             self._replicate()
             result = self._step()
+            if self.ema:
+                self.ema.update()
             progress.step += 1
             progress.tokens += result.tokens
             progress.seconds, stop = result.shared["seconds"], result.shared["stop"] > 0
@@ -222,6 +230,7 @@ class Trainer:
                 reached = rate * self.counter.flops()
                 self.peak = max(self.peak, reached)  # a neighbour on the machine made what was measured too low
                 entry = step_entry(result, progress, lr, rate, reached / self.peak, memory_used(self.ranks.device))
+                log.tell(entry)
                 measured = self._validate() if validate and not stop else {}
                 stop = stop or (validate and self.ranks.asked_to_stop())  # what was cut short measures nothing
                 if stop and validate and self.validation:
@@ -267,7 +276,7 @@ class Trainer:
         optim, progress = self.settings.optim, self.progress
         tokens = progress.tokens * (progress.step + 1) / max(progress.step, 1)  # if samples stay as long as they were
         share = max(self.budget.progress(progress.step + 1, progress.seconds, tokens), 1e-4)
-        lr = learning_rate(share, optim.lr, optim.warmup, optim.decay_from, optim.final_lr_ratio)
+        lr = learning_rate(share, optim.lr, optim.warmup, optim.decay_from, optim.final_lr_ratio, optim.tails)
         set_learning_rate(self.optimizer, lr)
         for name, schedule in self.settings.schedules.items():
             setattr(self.loss, name, value_at(schedule, share, name))
@@ -295,7 +304,13 @@ class Trainer:
         def measure(model: MiniDeepSeek) -> dict[str, Any]:
             return self.validation(model, self.dtype, self.ranks)
 
-        entry = self.copies.measure(measure) if self.shards else measure(self.model)
+        def measured() -> dict[str, Any]:
+            return self.copies.measure(measure) if self.shards else measure(self.model)
+
+        entry = measured()
+        if self.ema and self.progress.step:
+            with self.ema.in_place():
+                entry |= {f"ema_{name}": value for name, value in measured().items() if name.startswith("val_")}
         self.model.train()
         return entry
 

@@ -9,6 +9,7 @@ import pytest
 
 from errors import UserError
 from training.chats import ChatSettings
+from training.optim.build import OptimSettings
 from training.schedule import Budget, learning_rate, value_at
 from training.settings import StageSettings
 
@@ -30,6 +31,29 @@ def test_the_rate_jumps_nowhere_and_never_rises_after_the_warm_up():
     rates = [learning_rate(step / 1000, **RATE) for step in range(1001)]
     assert max(abs(a - b) for a, b in pairwise(rates)) < 0.021
     assert all(a >= b for a, b in pairwise(rates[100:]))
+
+
+def test_constant_tails_follow_the_cosine_which_ends_where_they_begin():
+    """DeepSeek-V3 section 4.2: 2.2e-4, along a cosine to 2.2e-5 over 4.3 T of 14.8 T tokens, then that, then 7.3e-6."""
+    paper = dict(
+        peak=2.2e-4, warmup=0.0, decay_from=10 / 14.8, final_ratio=0.1, tails={"0.9662": 0.1, "0.9887": 0.0332}
+    )
+    for trillions, rate in (
+        (10, 2.2e-4),
+        (12.15, 1.21e-4),
+        (14.29, 2.2e-5),
+        (14.4, 2.2e-5),
+        (14.63, 2.2e-5),
+        (14.7, 7.3e-6),
+    ):
+        assert learning_rate(trillions / 14.8, **paper) == pytest.approx(rate, rel=2e-3), trillions
+    assert learning_rate(1.0, **paper) == pytest.approx(7.3e-6, rel=2e-3)
+
+
+@pytest.mark.parametrize("tails", [{"0.3": 0.1}, {"1.0": 0.1}, {"0.9": -1.0}, {"late": 0.1}])
+def test_tails_that_no_run_could_follow_are_refused(tails):
+    with pytest.raises(UserError, match=r"--optim.tails .*: give shares between decay_from and 1"):
+        OptimSettings(tails=tails)
 
 
 def test_without_warm_up_or_fall_the_rate_is_the_peak():

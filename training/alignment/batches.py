@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ROWS, WIDTH = 16, 8
 SHOWN = 60  # characters of a prompt, and of a completion, in a message
 COUNTED = ", tokens of completions"  # in the identity of runs that count these; older ones count positions
+PATIENCE = 20  # rollouts without anything to learn, after which a line says so
 ENTRY = "entry"  # the log's entry among the saved tensors, as JSON in bytes
 
 
@@ -113,6 +114,7 @@ class Experience:
     counts_positions: bool = False
     rows: Rows | None = None
     entry: dict[str, Any] = field(default_factory=dict)
+    _barren: int = 0  # rollouts since one that taught something
 
     def __post_init__(self) -> None:
         self.prompts, self.settings, self.ranks = self.rollouts.prompts, self.rollouts.settings, self.rollouts.ranks
@@ -186,6 +188,13 @@ class Experience:
             self.rows.reference_log_probs_RT = self._log_probs(self.reference)
         totals = {name: sum(counts[name] for _, counts in everything) for name in sums}
         self.entry = log_entry(totals, groups[0], time.perf_counter() - begin)
+        self._barren = self._barren + 1 if (self.rows.left_out_R > 0).all() else 0
+        if self._barren and self._barren % PATIENCE == 0:
+            why = "all completions of a prompt have the same reward, or are cut"
+            remedy = "look at `sample` in metrics.jsonl; give easier problems, or another --rewards"
+            self.ranks.say(
+                f"warning    nothing to learn in {self._barren} rollouts in a row: {why};\n{' ' * 11}{remedy}"
+            )
 
     def arrange(self) -> None:
         """Deal the groups to the ranks, the longest first: equal work for all, and little padding in a batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -31,6 +31,8 @@ class OptimSettings:
         final_lr_ratio: last learning rate over the peak.
         warmup: share of the run with a linear warm-up.
         decay_from: share of the run from which the learning rate falls along a cosine.
+        tails: constant rates after the cosine, {share of the run: rate over the peak}; the first share ends the cosine.
+            DeepSeek-V3: {"0.966": 0.1, "0.989": 0.0332}.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
         weight_decay: on matrices only; norms, embeddings' biases and the router bias have none.
@@ -46,6 +48,7 @@ class OptimSettings:
     final_lr_ratio: float = 0.1
     warmup: float = 0.02
     decay_from: float = 0.5
+    tails: dict[str, float] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -62,6 +65,11 @@ class OptimSettings:
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("warmup", "decay_from"):
             self._check(name, 0 <= getattr(self, name) <= 1, "a share of the run, from 0 to 1")
+        try:
+            fits = all(self.decay_from < float(share) < 1 and ratio >= 0 for share, ratio in self.tails.items())
+        except ValueError:
+            fits = False
+        self._check("tails", fits, 'shares between decay_from and 1 with a rate over the peak: {"0.97": 0.1}')
         self._check("betas", all(0 <= rate < 1 for rate in self.betas), "a number from 0 to below 1")
         self._check("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
         if self.kind == "adamw_bf16" and max(self.betas) > SLOWEST:

@@ -13,7 +13,7 @@ from cli import parse
 from errors import UserError, check_least, command_line
 from model.costs import count, human
 from training.parallel.formulas import BF16, BUBBLES, FP32, GPUS, Line, exchanged, kept_by_report, kept_bytes, rows_sent
-from training.parallel.mesh import ShardSettings
+from training.parallel.mesh import ShardSettings, check_pipeline
 from training.parallel.placement import Part, parts, shared_by_ends
 from training.run.estimate import MOMENTS
 from training.settings import NextTokenSettings, model_config
@@ -117,9 +117,8 @@ class Plan:
         if self.config.n_routed_experts % dist.ep:
             experts = self.config.n_routed_experts
             raise UserError(f"--dist.ep {dist.ep}: does not divide the {experts} experts of a layer")
-        layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
-        if dist.pp > 1 and dist.stages > layers:
-            raise UserError(f"--dist.pp {dist.pp}: the model has {layers} layers only; lower it")
+        if dist.pp > 1:
+            check_pipeline(settings, self.data, self.config)
         step = self.data * settings.micro_rows * settings.row_tokens
         if settings.rows * settings.row_tokens % step:
             raise UserError(

@@ -81,7 +81,7 @@ class RunLog:
             return
         forget_after(self.path, step)
         self._measured: dict[str, list[float]] = {}  # by the steps since the last line
-        self._share, self._left = 0.0, None
+        self._share, self._left, self._told = 0.0, None, 0  # and the step whose line was the last
         self._spoke = self._stepped = time.monotonic()  # when the last line, and the last step, was
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -130,10 +130,10 @@ class RunLog:
     def pulse(self, step: int) -> None:
         """Print a line, but write no entry of metrics.jsonl, of a step whose like have been silent for long."""
         if self.active and time.monotonic() - self._spoke > QUIET:
-            self._print_step({"step": step})
+            self.tell({"step": step})
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Write one object into metrics.jsonl, one line on the terminal."""
+        """Write one object into metrics.jsonl, and a line for the step, unless it was told, and for a validation."""
         if not self.active:
             return
         # JSON has no word for what is not finite.
@@ -141,10 +141,12 @@ class RunLog:
         with naming(self.path):
             self.file.write(json_text(metrics) + "\n")
             self.file.flush()
-        if metrics["step"]:
-            self._print_step(metrics)
-        if line := held_out_line(shown(metrics)):
-            self.print(line)
+        if metrics["step"] != self._told:
+            self.tell(metrics)
+        mean = {name.removeprefix("ema_"): value for name, value in metrics.items() if name.startswith("ema_")}
+        for line in (held_out_line(shown(metrics)), held_out_line(shown({**metrics, **mean}), "ema") if mean else ""):
+            if line:
+                self.print(line)
         if self.trackers:
             numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
             numbers |= {f"max_vio/layer_{index}": value for index, value in enumerate(metrics.get("max_vio") or [])}
@@ -168,7 +170,11 @@ class RunLog:
         for tracker in self.trackers if rows else ():
             tracker.sample(rows, step)
 
-    def _print_step(self, metrics: dict[str, Any]) -> None:
+    def tell(self, metrics: dict[str, Any]) -> None:
+        """Print the line of a step, which need not wait for its validation."""
+        if not self.active:
+            return
+        self._told = metrics["step"]
         means = {name: sum(values) / len(values) for name, values in self._measured.items()}
         self._measured.clear()
         self.print(step_line(metrics, means, self._share, self._left))
@@ -255,18 +261,19 @@ def step_line(metrics: dict[str, Any], means: dict[str, float], share: float, le
     return _fitted(parts, COLUMNS, values)
 
 
-def held_out_line(metrics: dict[str, Any]) -> str:
+def held_out_line(metrics: dict[str, Any], label: str = "val") -> str:
     """Return the line of a validation; empty where an entry has none."""
     if all(metrics.get(column.name) is None for column in HELD_OUT):
         return ""
-    return _fitted([f"step {metrics['step']:>6}", " val"], HELD_OUT, metrics)
+    return _fitted([f"step {metrics['step']:>6}", f" {label}"], HELD_OUT, metrics)
 
 
 def _fitted(parts: list[str], columns: Iterable[Column], values: dict[str, Any]) -> str:
     line = "  ".join(parts)
     for column in columns:
         value = values.get(column.name)
-        if value is not None and len(longer := f"{line}  {column.form.format(value)}") <= WIDTH:
+        said = value is not None and math.isfinite(value)
+        if said and len(longer := f"{line}  {column.form.format(value)}") <= WIDTH:
             line = longer
     return line
 
@@ -292,6 +299,7 @@ def legend() -> str:
     left = "at the pace of this run so far, validations among it"
     rows = [("4%", "share of the budget that is spent"), ("3h12m left", left)]
     rows += [(_label(column), column.meaning) for column in COLUMNS]
+    rows += [("ema", "in the place of val: the same of the mean of the weights (--ema_decay)")]
     rows += [(f"val {_label(column)}", column.meaning) for column in HELD_OUT]
     lines = [f"  {name:<14} {meaning}" for name, meaning in rows]
     return "\n".join([LEGEND, *lines])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errors import folded
+from errors import folded, naming
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, keep_last, load_training_state
@@ -23,8 +24,10 @@ from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
 
 if TYPE_CHECKING:
+    from training.optim.ema import ExponentialMovingAverage
     from training.parallel.sharding import Shards
 
+MEAN = "final-ema"
 Tensors = dict[str, Any]  # tensors, or tables of them, by name
 
 
@@ -102,7 +105,9 @@ class RunCheckpoints:
         optimizer: torch.optim.Optimizer,
         dataset: Dataset,
         shards: Shards | None = None,
+        ema: ExponentialMovingAverage | None = None,
     ) -> None:
+        self._ema = ema
         self._out, self._settings, self._ranks = Path(settings.out), settings, ranks
         self._weights, self._tokenizer, self._optimizer, self._shards = weights, tokenizer, optimizer, shards
         self._made = dataset if isinstance(dataset, PolicyDataset) else None
@@ -124,6 +129,8 @@ class RunCheckpoints:
         self._ranks.check_shared(folder, lambda: contents(folder))
         self._weights.load(folder)
         state = load_training_state(folder, self._weights.model, self._optimizer, self._shards)
+        if self._ema is not None:
+            self._ema.load_state(state)
         if self._made is not None:
             self._made.load_state(state)
         self._ranks.gather(None)  # where another one could not read it, this says so
@@ -133,6 +140,7 @@ class RunCheckpoints:
     def save(self, name: str, progress: Progress) -> None:
         """Begin to write one of this moment; an error of the one before it comes up here."""
         data = {} if self._made is None else self._made.state()
+        data |= {} if self._ema is None else self._ema.state()
         snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data, self._shards)
         self._ranks.on_main(lambda: self._write(name, snapshot))
 
@@ -144,6 +152,25 @@ class RunCheckpoints:
                 keep_last(self._out, self._settings.keep)
 
         self.saver.save(snapshot.tensors, write)
+
+    def _save_mean(self, ema: ExponentialMovingAverage) -> None:
+        """Write the model with the mean of its weights: a folder to open, with no run in it to resume."""
+        folder = self._out / MEAN
+
+        def write(tensors: Tensors) -> None:
+            temporary = folder.with_name(f".{MEAN}.partial")
+            shutil.rmtree(temporary, ignore_errors=True)
+            with naming(folder):
+                temporary.mkdir()
+                self._weights.write(tensors, temporary)
+                self._tokenizer.save(temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.replace(folder)
+
+        with ema.in_place():
+            tensors = dict(self._weights.tensors())
+            self._ranks.on_main(lambda: write(tensors))
+        self._ranks.say(f"mean: {folder}, of the weights of the last steps (--ema_decay {ema.decay:g})")
 
     def wait(self) -> None:
         """Until what is being written is on the disk. Raises the error of a save that failed, on all ranks."""
@@ -159,6 +186,8 @@ class RunCheckpoints:
         if progress.finished or not self._ranks.on_main(folder.is_dir):
             self.save(folder.name, progress)
         self.wait()
+        if progress.finished and self._ema is not None:
+            self._save_mean(self._ema)
         if not progress.finished:
             say(f"interrupted: saved {folder}; the same command with --resume continues from there{aftermath()}")
             return

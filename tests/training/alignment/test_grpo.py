@@ -184,9 +184,11 @@ def test_two_ranks_train_as_one_process_does(cut, train, pretrained, tmp_path):
     assert [e.get("sample") for e in together] == [e.get("sample") for e in alone]
 
 
-def test_groups_without_variance_give_no_gradient(train, pretrained, tmp_path):
+def test_groups_without_variance_give_no_gradient(train, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.alignment.batches.PATIENCE", 2)  # rollouts, each for two steps
     silent = ["--rewards", json.dumps({f"{__name__}:constant": 1.0}), "--resample", 1, "--mu", 2]
-    train("run", *silent, "--max_steps", 3)
+    said = train("run", *silent, "--max_steps", 3).out
+    assert said.count("warning    nothing to learn in 2 rollouts in a row: ") == 1
     for entry in entries(tmp_path / "run")[1:]:
         assert (entry["zero_variance"], entry["redrawn"], entry["grad_norm"], entry["total_loss"]) == (1, 1, 0, 0)
     before, after = weights(pretrained / "final"), weights(tmp_path / "run" / "final")

@@ -18,8 +18,10 @@ from model.moe import Router
 from model.rope import RotaryEmbedding
 from training.parallel import plan
 from training.parallel.formulas import BUBBLES, kept_bytes, rows_sent
+from training.parallel.mesh import ShardSettings
 from training.parallel.placement import chunk_sizes, parts
 from training.parallel.plan import Plan, PlannedMesh, PlanSettings
+from training.parallel.schedule import CLASSES
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 V3 = LMConfig.preset("deepseek-v3")
@@ -52,6 +54,11 @@ def test_memory_is_that_of_the_report_with_its_recomputation_only(report):
         saved = lines["activations"] - report.recomputed(rank)[1].value
         assert lines["sum"] - saved < 80e9, rank
     assert report.verdict().startswith("does not fit") and "--gradient_checkpointing true" in report.verdict()
+
+
+def test_every_schedule_of_training_can_be_planned():
+    assert [*PlannedMesh.SCHEDULES] == [*ShardSettings.SCHEDULES[:2], "dualpipe", ShardSettings.SCHEDULES[2]]
+    assert {*CLASSES} == {*ShardSettings.SCHEDULES}
 
 
 def test_bubbles_are_those_of_table_2():
@@ -150,7 +157,12 @@ def test_zero_shards_what_it_says():
     [
         ("--gpus 12 --dist.ep 8", "--gpus 12: is no multiple of --dist.pp 1 x --dist.ep 8 = 8"),
         ("--gpus 64 --dist.ep 64", "--dist.ep 64: does not divide the 32 experts of a layer"),
-        ("--gpus 16 --dist.pp 16", "--dist.pp 16: the model has 17 layers only; lower it"),
+        (
+            "--gpus 16 --dist.pp 16",
+            "--dist.pp 16: 32 stages (dualpipev), but the model has 16 layers and 1 of MTP; lower",
+        ),
+        ("--dist.pp 2 --dist.zero 3", "--dist.zero 3: does not go with --dist.pp 2"),
+        ("--dist.pp 2 --dist.schedule gpipe", "--dist.schedule gpipe: one of 1f1b, zbv, dualpipe, dualpipev"),
         ("--gpus 48", "is no multiple of 48 ranks with the same layers x --micro_tokens 16384"),
         ("--gpu h900", "--gpu h900: one of a100, h100, h200, h800"),
         ("--dist.zero 2", "--dist.zero 2: one of 0, 1, 3"),

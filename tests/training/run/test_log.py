@@ -105,6 +105,7 @@ def test_no_line_is_longer_than_a_hundred_characters(metrics):
 def test_a_line_shows_how_far_the_run_is_and_how_long_it_still_takes():
     assert step_line(PRETRAINING, {}, 0.0412, 11_530.0).startswith("step 120000    4%  3h12m left  loss 2.5000  norm")
     assert " left" not in step_line(PRETRAINING, {}, 1.0, 0.0)
+    assert "nan" not in step_line({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 1e-3}, {}, 0.5, None)
 
 
 def test_a_log_file_hears_of_what_takes_long(tmp_path, capsys, monkeypatch):
@@ -167,6 +168,15 @@ def test_no_validation_is_silent_for_long_in_a_log_file(make, capsys, monkeypatc
     trainer.validation = Slow(clock)
     trainer.run()
     assert capsys.readouterr().out.count("validating: 2 of 3, 67%\n") == 2  # before the first step and after the last
+
+
+def test_the_line_of_a_step_does_not_wait_for_its_validation(make, capsys):
+    trainer, seen = make(max_steps=2, val_every=1), []
+    measure = trainer.validation
+    trainer.validation = lambda *given: (seen.append(capsys.readouterr().out), measure(*given))[1]
+    trainer.run()
+    assert [re.findall(r"step +(\d) .* loss", text)[-1:] for text in seen] == [[], ["1"], ["2"]]
+    assert re.findall(r"step +(\d)", capsys.readouterr().out) == ["2"]  # that of the validation
 
 
 def test_a_validation_has_its_units():
