@@ -66,7 +66,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
             _measured(one)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; measure with eval/run.py") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{path}: not scores as eval/run.py writes them; delete the file and measure again") from None
     return found
 

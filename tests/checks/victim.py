@@ -142,7 +142,7 @@ def stage_command(stage: str, base: Path, ranks: int, mesh: Sequence[str] = ()) 
     }[stage]
     options = ["--config", base / f"{stage}.yaml", "--data", data]
     if stage == "pretrain":
-        options += ["--tokenizer", base / "tokenizer", "--shards", base / f"shards-{ranks}"]
+        options += ["--tokenizer", base / "tokenizer", "--shards", base / f"shards-{'-'.join([str(ranks), *mesh])}"]
     else:
         options += ["--ckpt", base / "pretrain" / "final"]
     return Script(SCRIPTS[stage], (*map(str, options), *mesh), ranks)

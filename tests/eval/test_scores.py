@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from eval.score_files import markdown, out_folder, read_scores
+from eval.score_files import markdown, out_folder, read_scores, write_scores
 from eval.scores import Item, Measured, Score, ratio_interval, score_items, wilson
 from eval.tasks.problems import majority, pass_at_k
 
@@ -120,6 +120,8 @@ def test_results_stand_in_the_run_of_the_checkpoint_and_damaged_ones_are_named(p
     (tmp_path / "theirs").mkdir()
     assert out_folder(str(tmp_path / "theirs")) == Path("out/eval/theirs")
     assert out_folder("some/model.q8.gguf") == Path("out/eval/model.q8")
-    (tmp_path / "scores.json").write_text('{"suites": {"a": {}}}')
-    with pytest.raises(UserError, match=r"scores\.json: not scores as eval/run\.py writes them"):
-        read_scores(tmp_path)
+    write_scores(tmp_path, "m", {}, [Measured("a", {}, [Score("all", "acc", 0.5, items=2)], 2, 0, 1.0)])
+    for content in ('{"suites": {"a": {}}}', (tmp_path / "scores.json").read_text().replace("0.5", "1" * 400)):
+        (tmp_path / "scores.json").write_text(content)
+        with pytest.raises(UserError, match=r"scores\.json: not scores as eval/run\.py writes them"):
+            read_scores(tmp_path)

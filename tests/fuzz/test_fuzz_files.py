@@ -112,12 +112,12 @@ def read_shards(folder: Path, tools: SimpleNamespace) -> bytes:
 
 
 def logged(folder: Path, tools: SimpleNamespace) -> None:
-    """The log of a run: resumed, drawn as a script does at its end, and beside the loads of experts."""
+    """The log of a run: resumed, drawn as a script does at its end; loads of experts, whatever they are called."""
     RunLog(folder, 2, True)
     assert all(entry["step"] <= 2 for entry in read_metrics(folder / "metrics.jsonl"))
     draw_run(folder)
     domains = {"a$b$": torch.ones(2, 4), "b": torch.ones(2, 4)}
-    draw_loads("$x", domains, read_metrics(folder / "metrics.jsonl"), folder / "e.png")
+    draw_loads("$x", domains, folder / "e.png")
 
 
 def compared(folder: Path, tools: SimpleNamespace) -> None:
