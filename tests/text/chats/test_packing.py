@@ -169,7 +169,7 @@ def test_what_was_cut_and_dropped_is_counted(tmp_path, tokenizer, capsys):
     assert report.tokens == sum(len(ids) + 1 for ids, _ in segments(epoch_of(data, 0)))
     assert report.trained == int((epoch_of(data, 0)["labels"] >= 0).sum())
     data.print_summary()
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())  # lines that are too long are broken
     lines = "4 of 6 rows read, 2 skipped", f"{path}:6: broken JSON", "1 dropped", "1 cut after the last", "filled"
     assert all(line in text for line in lines)
 

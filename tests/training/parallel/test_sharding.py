@@ -121,7 +121,8 @@ def test_a_run_that_resumes_on_the_same_mesh_is_the_same_to_the_bit(cut, train):
 @pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2, "schedule": "zbv"}])
 def test_in_bfloat16_what_is_cut_is_near_what_is_not(cut, train, alone, monkeypatch):
     """Weights are rounded before they are gathered, gradients summed in float32: the router is rounded in neither."""
-    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")  # pipelines then compare types with those they expect
+    if "pp" in cut:  # its stages then compare types with those that they expect
+        monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
     one = alone(Packed, dtype="bf16")
     cut = train("cut", 2, Packed, cut, dtype="bf16", **CUT)
     assert_nearly_the_same(cut, one)
