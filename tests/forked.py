@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint.staging  # once, and not in each process that is forked
 
 GRACE = 5.0  # seconds
 

@@ -34,6 +34,8 @@ CASES = {  # ranks, how they cut, rows, model, and how the step is cut
     "pp 2, dualpipev, ep 2, data 2": (
         8, {"pp": 2, "ep": 2, "zero": 1, "schedule": "dualpipev"}, Packed, {}, {**CUT, "batch_tokens": 16 * TIME},
     ),
+    "ep 4": (4, {"ep": 4}, Packed, NO_MTP, CUT),
+    "zero 3, two MTP layers": (2, {"zero": 3}, Packed, TWO_MTP, CUT),
     "zero 1": (4, {"zero": 1}, Packed, TWO_MTP, ACCUMULATED),
     "zero 3": (4, {"zero": 3}, Uneven, TIED, CUT),
     "ep 2": (2, {"ep": 2}, Packed, {}, ACCUMULATED),

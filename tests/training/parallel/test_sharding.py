@@ -28,9 +28,7 @@ CUT = {"micro_tokens": TIME, "gradient_checkpointing": True}
 FEW = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "tie_word_embeddings": True}
 CASES = {  # ranks, how they cut, rows, model, and how the step is cut
     "zero 1, accumulated": (2, {"zero": 1}, Uneven, {}, {"micro_tokens": TIME}),
-    "zero 3, accumulated, recomputed": (2, {"zero": 3}, Packed, {"num_nextn_predict_layers": 2}, CUT),
-    "ep 4, recomputed": (4, {"ep": 4}, Packed, {"num_nextn_predict_layers": 0}, CUT),
-    "pp 2, tied, recomputed": (2, {"pp": 2}, Packed, {"tie_word_embeddings": True}, CUT),
+    "zero 3, ep 2, recomputed": (2, {"zero": 3, "ep": 2}, Packed, {"num_nextn_predict_layers": 2}, CUT),
     "pp 2, zbv, recomputed": (2, {"pp": 2, "schedule": "zbv"}, Packed, {}, CUT),
     "pp 2, dualpipev, ep 2": (4, {"pp": 2, "ep": 2, "schedule": "dualpipev"}, Uneven, {}, {"micro_tokens": TIME}),
     "ep 2, more copies than experts, zero 3, tied": (4, {"ep": 2, "zero": 3}, Packed, FEW, CUT),
@@ -110,7 +108,7 @@ def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train):
     assert_the_same_training(moved, whole)
 
 
-@pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2, "schedule": "dualpipev"}])
+@pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2}])
 def test_a_run_that_resumes_on_the_same_mesh_is_the_same_to_the_bit(cut, train):
     whole = train("whole", 2, cut=cut, max_steps=2, micro_tokens=TIME)
     for steps in (1, 2):
