@@ -98,12 +98,12 @@ def _batches(documents: Iterable[tuple[int, int, bytes]]) -> Iterator[list[tuple
 
 def _encode(batch: list[tuple[int, int, bytes]], tokenizer: Tokenizer, infilling: Infilling = PLAIN) -> list[Encoded]:
     pieces: list[str] = []
-    for _, digest, data in batch:
+    taken = [infilling.takes(digest) for _, digest, _ in batch]
+    for moved, (_, digest, data) in zip(taken, batch, strict=True):
         text = data.decode("utf-8")
-        pieces += infilling.parts(text, digest) if infilling.takes(digest) else (text,)
+        pieces += infilling.parts(text, digest) if moved else (text,)
     encoded, made = iter(tokenizer.encode_batch(pieces)), []
-    for number, digest, data in batch:
-        moved = infilling.takes(digest)
+    for moved, (number, digest, data) in zip(taken, batch, strict=True):
         ids = rearranged(tokenizer, next(encoded), next(encoded), next(encoded)) if moved else next(encoded)
         made.append(Encoded(number, digest, len(data), array("H", [*ids, tokenizer.eos_id]), moved))
     return made

@@ -23,7 +23,7 @@ class Infilling:
 
     def takes(self, digest: int) -> bool:
         """Return whether a document of this hash is rearranged."""
-        return digest >= self.spared and scramble(KEY, self.seed, digest) < self.rate * WORD
+        return self.rate > 0 and digest >= self.spared and scramble(KEY, self.seed, digest) < self.rate * WORD
 
     def parts(self, text: str, digest: int) -> tuple[str, str, str]:
         """Cut a document between characters, each of its two places equally likely anywhere: before, middle, after."""
