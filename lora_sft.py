@@ -20,7 +20,7 @@ from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
-from training.parallel.mesh import CutSettings
+from training.parallel.dist_settings import CutSettings
 from training.run.checkpoint import BEST, read_progress
 from training.run.saver import unlearned
 from training.startup import begin, open_checkpoint

@@ -18,7 +18,8 @@ from model.cache import LatentCache
 from model.decoding import runner
 from model.decoding.eager import EagerRunner, Step
 from model.decoding.engine import Engine
-from model.decoding.runner import GraphRunner, fits_graph
+from model.decoding.graph import GraphRunner
+from model.decoding.runner import fits_graph
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.scheduler import Request
 from model.decoding.slot_cache import SlotCache

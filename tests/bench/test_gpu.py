@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model import MiniDeepSeek
 from model.decoding import runner
 from model.decoding.eager import EagerRunner
-from model.decoding.runner import StaticCache
+from model.decoding.graph import StaticCache
 
 SHAPES = Place(torch.device("cpu"), timed=False)
 # Breaks and graphs are counted by tests/model/test_compile.py, and torch._dynamo takes long to import; `1b-moe` is
