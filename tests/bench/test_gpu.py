@@ -131,7 +131,7 @@ def test_plain_steps_where_graphs_could_be_fail(monkeypatch):
 def test_a_step_of_the_engine_that_waits_once_more_fails(monkeypatch):
     of = EagerRunner.step
     monkeypatch.setattr(
-        "model.decoding.runner.GraphRunner.step", lambda self, ids, last=1: (ids.max().item(), of(self, ids, last))[1]
+        "model.decoding.graph.GraphRunner.step", lambda self, ids, last=1: (ids.max().item(), of(self, ids, last))[1]
     )
     row = gpu.judge("engine", SHAPES)
     assert row.verdict == gpu.FAILED and "waits of a step: 3" in row.text

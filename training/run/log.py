@@ -213,6 +213,13 @@ def shown(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
+def held_out_text(entry: dict[str, Any], measure: str) -> str:
+    """Return a measure of a validation as the line of its step shows it."""
+    renamed = shown(entry)
+    name = measure if measure in renamed else "val_preferred"
+    return next(column.form for column in HELD_OUT if column.name == name).format(renamed[name])
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a metrics.jsonl; a line that was cut short, or is not an entry of a run, is left out."""
     entries = []
