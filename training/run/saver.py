@@ -203,9 +203,10 @@ class RunCheckpoints:
 def first_and_best(out: Path, best: dict[str, Any]) -> tuple[str, str]:
     """Return the validation before training, nothing where a later one surpassed it, and the best, as they are shown.
 
-    best: see `Progress`.
+    best: see `Progress`; where it is empty, so are both.
     """
-    measure = best["measure"]
+    if not (measure := best.get("measure")):
+        return "", ""
     entries = {entry["step"]: entry for entry in read_metrics(out / "metrics.jsonl") if measure in entry}
     reached = held_out_text(entries.get(best["step"], {}) | {measure: best["value"]}, measure)
     before = entries.get(0)
