@@ -82,6 +82,10 @@ class DistillSettings(ChatSettings, NextTokenSettings, DistillationSettings, OnP
             raise UserError(
                 f"--student: the teacher {self.teacher} is not a checkpoint of this project; give --ckpt instead"
             )
+        if self.on_policy and self.rows_by_share:
+            raise UserError(
+                f"--batch_tokens {self.batch_tokens}: --on_policy samples for steps of one size; give one number"
+            )
         if self.precompute_top_k and self.on_policy:
             raise UserError("--precompute_top_k: the student's answers are not known before; leave out --on_policy")
         if self.method == "logits" and is_endpoint(self.teacher):

@@ -57,7 +57,7 @@ class DPOSettings(StageSettings):
     val_text: str = ""
     dist: CutSettings = field(default_factory=CutSettings)
     sequence_length: int = PAIR_TOKENS
-    batch_tokens: int = 8192
+    batch_tokens: int | dict[str, int] = 8192
     optim: OptimSettings = field(
         default_factory=lambda: OptimSettings(lr=5e-5, weight_decay=0.0, warmup=0.1, decay_from=0.1)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
@@ -18,7 +20,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LMConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, layer)
+        kind = (
+            MultiHeadLatentAttention if config.attention == "mla" else resolve_name("model.variants:GroupedAttention")
+        )
+        self.self_attn = kind(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(layer)
         self.mlp = DeepseekMoE(config) if self.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)

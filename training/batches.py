@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -33,13 +34,21 @@ class Batches:
 
     Args:
         whole_run: whether they may be made ahead of their step; those of a `PolicyDataset` may not.
+        of_step: the samples of a step over all ranks, where steps are of several sizes.
     """
 
     def __init__(
-        self, settings: StageSettings, ranks: Ranks, dataset: Dataset, loss: Loss, whole_run: bool = True
+        self,
+        settings: StageSettings,
+        ranks: Ranks,
+        dataset: Dataset,
+        loss: Loss,
+        whole_run: bool = True,
+        of_step: Callable[[int], range] | None = None,
     ) -> None:
         self._settings, self._ranks, self._dataset, self._loss = settings, ranks, dataset, loss
         self._whole_run = whole_run
+        self.of_step = of_step or (lambda step: range(step * settings.rows, (step + 1) * settings.rows))
         self._ahead: deque[tuple[range, Future[Batch]]] = deque()
         self._thread: ThreadPoolExecutor | None = None
         if is_made_ahead(ranks.device):
@@ -51,9 +60,10 @@ class Batches:
 
         A rank takes a contiguous share of the step's samples, so the sum over shares is the sum over the batch.
         """
-        rows, micro_rows, shares = self._settings.rows, self._settings.micro_rows, self._ranks.shares
-        first = step * rows + self._ranks.share_of_this * (rows // shares)
-        mine = range(first, first + rows // shares)
+        samples, micro_rows = self.of_step(step), self._settings.micro_rows
+        rows = len(samples) // self._ranks.shares
+        first = samples.start + self._ranks.share_of_this * rows
+        mine = range(first, first + rows)
         return [mine[start : start + micro_rows] for start in range(0, len(mine), micro_rows)]
 
     def take(self, step: int, index: int) -> Batch:

@@ -33,7 +33,7 @@ class ChatSettings(SampleSettings):
     data: str
     packing: bool = True
     val_fraction: float = 0.01
-    batch_tokens: int = 16384
+    batch_tokens: int | dict[str, int] = 16384
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, weight_decay=0.0, decay_from=0.0))
 
     DEFAULT_EPOCHS: ClassVar[float] = 2.0

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from errors import UserError
+
+if TYPE_CHECKING:
+    from training.batch_schedule import BatchSchedule
 
 Schedule = float | dict[str, float]
 Tails = Mapping[str, float]
@@ -20,13 +24,15 @@ class Budget:
     Every schedule is a function of the share of the budget that is spent, so "train for two hours" ends with a finished
     model as well as "train for 1000 steps" does.
 
-    Attributes: steps_by: the option that `max_steps` follows from, the first of those that come down to steps.
+    Attributes: steps_by: the option that `max_steps` follows from, the first of those that come down to steps;
+        batches: where steps are of several sizes, whose number is then `max_steps`.
     """
 
     max_steps: int | None
     max_minutes: float | None
     max_tokens: int | None = None
     steps_by: str = "--max_steps"
+    batches: BatchSchedule | None = None
 
     def progress(self, step: int, seconds: float, tokens: float = 0) -> float:
         """Return the share of the budget spent after `step` steps, `seconds` of training and so many tokens, 0 .. 1."""
@@ -37,12 +43,18 @@ class Budget:
         shares = self._shares(step, seconds, tokens)
         return max(shares, key=shares.__getitem__)
 
+    def resume(self, step: int, samples: int) -> None:
+        """Lay out what is left of a run after a step, and so many samples, where steps are of several sizes."""
+        if self.batches:
+            self.batches.begin(step, samples)
+            self.max_steps, self.steps_by = self.batches.steps, self.batches.ends_by
+
     def _shares(self, step: int, seconds: float, tokens: float) -> dict[str, float]:
         shares = {}
         if self.max_tokens is not None:
             shares[f"--max_tokens {self.max_tokens}"] = tokens / self.max_tokens
         if self.max_steps is not None:
-            shares[self.steps_by] = step / max(self.max_steps, 1)
+            shares[self.steps_by] = self.batches.share(step) if self.batches else step / max(self.max_steps, 1)
         if self.max_minutes is not None:
             shares[f"--max_minutes {self.max_minutes:g}"] = seconds / (60 * self.max_minutes)
         return shares

@@ -45,8 +45,9 @@ class StageSettings:
             where no limit at all is given. Of several limits the first ends the run.
         sequence_length: tokens a row.
         batch_tokens: tokens an optimiser step, over all ranks. That of the command line holds; that of a recipe, or the
-            default, is the most: data too small for 100 such steps get smaller ones. grpo_train.py has --prompts and
-            --group instead.
+            default, is the most: data too small for 100 such steps get smaller ones. Or {share of the run: tokens from
+            there on}, such as {"0": 8192, "0.3": 32768}, which holds: shares of --max_steps, --max_tokens or --epochs.
+            grpo_train.py has --prompts and --group instead.
         micro_tokens: tokens a forward pass on one rank; the rest is accumulated. The default is raised on CUDA to what
             half of its memory holds.
         optim: optimiser and learning rate.
@@ -82,7 +83,7 @@ class StageSettings:
     max_minutes: float | None = None
     epochs: float | None = None
     sequence_length: int = ROW_TOKENS
-    batch_tokens: int = 32768
+    batch_tokens: int | dict[str, int] = 32768
     micro_tokens: int = 8192
     optim: OptimSettings = field(default_factory=OptimSettings)
     ema_decay: float = 0.0
@@ -110,8 +111,10 @@ class StageSettings:
     def __post_init__(self) -> None:
         # The options of the command line; None where the settings are not read from one, and all of them hold.
         self.by_hand: set[str] | None = None
-        for name in ("sequence_length", "batch_tokens", "micro_tokens", "log_every", "keep", "max_skipped"):
+        for name in ("sequence_length", "micro_tokens", "log_every", "keep", "max_skipped"):
             check_least(1, **{name: getattr(self, name)})
+        if isinstance(self.batch_tokens, dict) and not self.uneven:
+            resolve_name("training.batch_schedule:check")(self)
         check_least(0, threads=self.threads, val_every=self.val_every, save_every=self.save_every)
         check_least(0, patience=self.patience)
         check_seed(self.seed)
@@ -123,7 +126,8 @@ class StageSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} {value}: must be positive")
-        if self.batch_tokens < self.sequence_length and not self.uneven:
+        check_least(1, batch_tokens=min(self.batch_sizes))
+        if min(self.batch_sizes) < self.sequence_length and not self.uneven:
             raise UserError(f"--batch_tokens {self.batch_tokens}: less than one row of {self.sequence_length} tokens")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema_decay {self.ema_decay:g}: from 0 to below 1, such as 0.999")
@@ -152,8 +156,24 @@ class StageSettings:
 
     @property
     def rows(self) -> int:
-        """Return samples an optimiser step, over all ranks."""
-        return max(self.batch_tokens // self.row_tokens, 1)
+        """Return samples an optimiser step, over all ranks; those of the largest where sizes differ."""
+        return max(max(self.batch_sizes) // self.row_tokens, 1)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Return the tokens that an optimiser step may have."""
+        return list(self.batch_tokens.values()) if isinstance(self.batch_tokens, dict) else [self.batch_tokens]
+
+    @property
+    def rows_of_steps(self) -> list[int]:
+        """Return the sizes that steps have, in samples."""
+        return [*self.rows_by_share.values()] or [self.rows]
+
+    @property
+    def rows_by_share(self) -> dict[float, int]:
+        """Return samples an optimiser step from a share of the run on, in order; empty where all steps have as many."""
+        given = self.batch_tokens if isinstance(self.batch_tokens, dict) and not self.uneven else {}
+        return {share: tokens // self.row_tokens or 1 for share, tokens in sorted((float(s), given[s]) for s in given)}
 
     @property
     def micro_rows(self) -> int:
@@ -176,6 +196,9 @@ class StageSettings:
             steps[f"--max_tokens {self.max_tokens}"] = math.ceil(self.max_tokens / (rows * self.row_tokens))
         given = (self.max_steps, self.max_tokens, self.max_minutes, self.epochs)
         epochs = self.DEFAULT_EPOCHS if all(limit is None for limit in given) else self.epochs
+        if self.rows_by_share:
+            batches = resolve_name("training.batch_schedule:schedule_of")(self, samples, epochs)
+            return Budget(batches.steps, None, None, batches.ends_by, batches)
         if epochs is not None:
             steps[f"--epochs {epochs:g}"] = max(math.ceil(epochs * samples / rows), 1)
         first = min(steps, key=steps.__getitem__, default="")
@@ -183,9 +206,9 @@ class StageSettings:
 
     def check_fit(self, world: int, longest: int) -> None:
         """Raise `UserError` where a step cannot be shared by `world` ranks, or rows are too long for the model."""
-        if self.rows % world:
+        if bad := [rows for rows in self.rows_of_steps if rows % world]:
             raise UserError(
-                f"--batch_tokens {self.batch_tokens}: {self.rows} rows do not divide among {world} "
+                f"--batch_tokens {self.batch_tokens}: {bad[0]} rows do not divide among {world} "
                 f"ranks; choose a multiple of {world * self.row_tokens}"
             )
         if self.sequence_length > longest:
@@ -207,11 +230,18 @@ class NextTokenSettings(StageSettings):
     Args:
         mtp_weight: weight of the multi-token-prediction loss; a number or {share of the run: value}.
         mtp_steps: steps of the last MTP layer, all but the first on its own state, as when it drafts several tokens.
-        balance_weight: weight of the sequence-wise balance loss; a number or {share of the run: value}.
+        balance: what keeps the experts' loads even: bias, the routers' biases and beside them a little of the balance
+            loss; aux, that loss alone, whose weight then wants to be larger (0.001 to 0.01); none, neither of them.
+            Biases that a checkpoint has stay where they are under aux and none.
+        balance_scope: what the loads of the balance loss are counted over: sequence, each row for itself, or batch, all
+            rows of a micro-batch on a rank (of --micro_tokens), of which each may then prefer some experts.
+        balance_weight: weight of the balance loss; a number or {share of the run: value}.
         bias_speed: speed of the router's balancing bias; a number or {share of the run: value}.
     """
 
     mtp_weight: float | dict[str, float] = 0.3
+    balance: Literal["bias", "aux", "none"] = "bias"
+    balance_scope: Literal["sequence", "batch"] = "sequence"
     balance_weight: float | dict[str, float] = 1e-4
     bias_speed: float | dict[str, float] = 1e-3
     mtp_steps: int = 1
@@ -222,7 +252,9 @@ class NextTokenSettings(StageSettings):
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        return {name: getattr(self, name) for name in ("mtp_weight", "balance_weight", "bias_speed")}
+        without = {"bias": (), "aux": ("bias_speed",), "none": ("bias_speed", "balance_weight")}[self.balance]
+        names = ("mtp_weight", "balance_weight", "bias_speed")
+        return {name: 0.0 if name in without else getattr(self, name) for name in names}
 
 
 def model_config(choice: dict[str, Any]) -> LMConfig:

@@ -232,5 +232,5 @@ class OptimizerStep:
 
     @property
     def _nominal(self) -> int:
-        """Labels of a step whose every position has one."""
+        """Labels of the largest step, if every position has one."""
         return self.settings.rows * self.settings.row_tokens

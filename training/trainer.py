@@ -79,6 +79,8 @@ class Trainer:
         self.model = model
         self.model.gradient_checkpointing = settings.gradient_checkpointing
         self.model.has_dropout = any(isinstance(module, torch.nn.Dropout) for module in self.model.modules())
+        for router in model.routers():
+            router.balances_batch = getattr(settings, "balance_scope", "") == "batch"
         self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))
@@ -135,7 +137,7 @@ class Trainer:
                 lock.release()
 
     def _run(self, lock: RunLock) -> Path:
-        found = self.checkpoints.restore(self.progress.run, lambda progress: bool(self._end(progress)))
+        found = self.checkpoints.restore(self.progress.run, self._is_finished)
         self.progress = found or self.progress
         if found is None and self.settings.carry_optimizer:
             self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer, self.shards))
@@ -214,6 +216,8 @@ class Trainer:
                 self.ema.update()
             progress.step += 1
             progress.tokens += result.tokens
+            if self.budget.batches:
+                progress.samples = self.batches.of_step(progress.step).start
             progress.seconds, stop = result.shared["seconds"], result.shared["stop"] > 0
             if result.shared["failed"]:
                 self.checkpoints.wait()  # raises the error of the save that has failed meanwhile
@@ -261,7 +265,8 @@ class Trainer:
     def batches(self) -> Batches:
         """The micro-batches of this rank, to be closed."""
         made_by_policy = isinstance(self.dataset, PolicyDataset)
-        return Batches(self.settings, self.ranks, self.dataset, self.loss, whole_run=not made_by_policy)
+        of_step = self.budget.batches.of_step if self.budget.batches else None
+        return Batches(self.settings, self.ranks, self.dataset, self.loss, not made_by_policy, of_step)
 
     def _shared(self) -> dict[str, float]:
         """The main rank's clock, and whether any rank was asked to stop or could not save: all end at the same step."""
@@ -320,6 +325,11 @@ class Trainer:
         self.progress.finished = bool(self._end(self.progress))
         if better and self.settings.keep_best:
             self.checkpoints.save(BEST, self.progress)
+
+    def _is_finished(self, progress: Progress) -> bool:
+        """Return whether a run that is resumed is over; what is left of it is laid out from where it is."""
+        self.budget.resume(progress.step, progress.samples)
+        return bool(self._end(progress))
 
     def _end(self, progress: Progress) -> str:
         """Return what has ended a run that is so far; empty while nothing has."""

@@ -74,14 +74,13 @@ def check_pipeline(settings: StageSettings, pipelines: int, config: LMConfig) ->
         raise UserError(f"--dist.zero 3: does not go with {option}, whose stages are needed all the time; give 1")
     if settings.carry_optimizer:
         raise UserError(f"--carry_optimizer: does not go with {option}; leave one of them out")
-    rows = settings.rows // pipelines
-    micro_rows = min(settings.micro_rows, rows)
-    if rows % micro_rows:
-        raise UserError(
-            f"{option}: --micro_tokens {settings.micro_tokens} does not cut the {rows} rows of a pipeline's step evenly"
-        )
-    if dist.schedule != "zbv" and rows // micro_rows < stages:
-        raise UserError(
-            f"{option}: {dist.schedule} needs {stages} micro-batches of a pipeline, a step has {rows // micro_rows}; "
-            f"lower --micro_tokens, now {settings.micro_tokens}, or raise --batch_tokens"
-        )
+    for rows in [rows // pipelines for rows in settings.rows_of_steps]:
+        micro_rows = min(settings.micro_rows, rows)
+        if rows % micro_rows:
+            cut = f"does not cut the {rows} rows of a pipeline's step evenly"
+            raise UserError(f"{option}: --micro_tokens {settings.micro_tokens} {cut}")
+        if dist.schedule != "zbv" and rows // micro_rows < stages:
+            raise UserError(
+                f"{option}: {dist.schedule} needs {stages} micro-batches of a pipeline, a step has "
+                f"{rows // micro_rows}; lower --micro_tokens, now {settings.micro_tokens}, or raise --batch_tokens"
+            )

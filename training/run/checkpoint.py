@@ -49,6 +49,7 @@ class Progress:
     Attributes:
         step: optimiser steps done; tokens: positions seen, counted or not, or those of completions that were trained
             on; seconds: of training, over all sittings.
+        samples: those of all steps done, where steps are of several sizes; else 0, and not written down.
         finished: the budget is spent. run: settings that must not change between sittings.
         skipped: steps among `step` that were left out, since their loss or gradient was not finite.
         best: measure, value and step of the best validation; stale: how many have come since.
@@ -64,10 +65,11 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     stale: int = 0
     late: dict[str, Any] = field(default_factory=dict)
+    samples: int = 0
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for what no run ever wrote: progress.json may be damaged."""
-        counts = (self.step, self.skipped, self.stale)
+        counts = (self.step, self.skipped, self.stale, self.samples)
         numbers = (*counts, self.tokens, self.seconds, abs(self.best.get("value", 0)))
         fits = all(type(value) in (int, float) and 0 <= value < math.inf for value in numbers)
         fits = fits and all(type(value) is int for value in counts)
@@ -119,6 +121,8 @@ class Snapshot:
         shards: Shards | None = None,
     ) -> None:
         self._weights, self._tokenizer, self._progress = weights, tokenizer, asdict(progress)
+        if not progress.samples:
+            del self._progress["samples"]
         made = {f"{DATA}{name}": value for name, value in (data or {}).items()}
         state = state_tensors(optimizer, shards or weights.model)
         state = shards.gather(state) if shards else state

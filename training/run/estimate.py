@@ -40,7 +40,10 @@ def step_seconds(settings: StageSettings, flops: float, peak: float) -> float:
 
 
 def length(budget: Budget, step: float, step_tokens: int, done: Progress) -> tuple[int, float]:
-    """Return steps and seconds that a run has before it, whose steps take `step` seconds and have so many tokens."""
+    """Return steps and seconds that a run has before it, whose (largest) steps take `step` seconds.
+
+    step_tokens: of a step.
+    """
     steps = []
     if budget.max_steps is not None:
         steps.append(budget.max_steps - done.step)
@@ -48,7 +51,8 @@ def length(budget: Budget, step: float, step_tokens: int, done: Progress) -> tup
         steps.append(math.ceil((budget.max_tokens - done.tokens) / step_tokens))
     if budget.max_minutes is not None:
         steps.append(round((60 * budget.max_minutes - done.seconds) / step))
-    return max(min(steps), 1), max(min(steps), 1) * step
+    count = max(min(steps), 1)
+    return count, (budget.batches.largest_left(done.step) if budget.batches else count) * step
 
 
 def batch_line(rows: int, row_tokens: int, ranks: Ranks, micro: int) -> str:
@@ -96,6 +100,7 @@ class Pace:
     def __init__(self, settings: StageSettings, ranks: Ranks, budget: Budget) -> None:
         self._settings, self._ranks, self._budget = settings, ranks, budget
         self.known = self._warned = False
+        self._about = "up to" if budget.batches else "about"  # a step takes
         self._progress, self._begin = Progress(), (0, 0.0, 0.0)  # step, share and seconds where this sitting began
         self.pause = 0.0  # seconds that the last validation took: those to come take as long
 
@@ -108,7 +113,8 @@ class Pace:
         """
         settings, ranks, budget, self._progress = self._settings, self._ranks, self._budget, progress
         spent = progress.step, progress.seconds, progress.tokens
-        self._begin = progress.step, budget.progress(*spent), progress.seconds
+        share = budget.batches.done(progress.step) if budget.batches else budget.progress(*spent)
+        self._begin = progress.step, share, progress.seconds
         costs = count_costs(model.config, settings.sequence_length)
         step = step_seconds(settings, flops, peak)
         sampled = isinstance(dataset, PolicyDataset)
@@ -121,6 +127,9 @@ class Pace:
         ends = [counted(budget.max_steps, "step") + by] if budget.max_steps else []
         ends += [f"{budget.max_minutes:g} minute{'s' * (budget.max_minutes != 1)}"] if budget.max_minutes else []
         ends += [counted(budget.max_tokens, "token")] if budget.max_tokens else []
+        smaller, last = "", settings.rows
+        if budget.batches:
+            smaller, last = budget.batches.smaller_first(), budget.batches.phases[-1].rows
         kernels = (model.config, dtype, ranks.device, settings.row_tokens, settings.compiles(ranks.device))
         self._say(
             f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
@@ -128,7 +137,7 @@ class Pace:
             f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
             f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
             f"kernels    {kernel_report(*kernels)}\n"
-            f"batch      {batch_line(settings.rows, settings.row_tokens, ranks, settings.micro_rows)}\n"
+            f"batch      {smaller}{batch_line(last, settings.row_tokens, ranks, settings.micro_rows)}\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
             f"takes      {self._pace(step, counted(steps, noun), seconds, sampled)}, "
             f"{human(needs, 'B')} of memory a rank"
@@ -150,7 +159,7 @@ class Pace:
             step_tokens = self._settings.rows * self._settings.row_tokens
             steps, left = length(self._budget, step, step_tokens, self._progress)
             part = "rest of the run" if self._progress.step else "whole run"
-            pace = f"about {duration(step)} a step, {duration(left + self._pauses(steps))} for the {part}"
+            pace = f"{self._about} {duration(step)} a step, {duration(left + self._pauses(steps))} for the {part}"
             self._say(f"measured   micro-batch 1 of {math.ceil(share / rows)} took {duration(seconds)}: {pace}")
             self._warn_of_slow_steps(step)
 
@@ -160,6 +169,8 @@ class Pace:
         share: of the budget that is spent.
         """
         (first, before, since), now = self._begin, self._progress
+        if self._budget.batches:  # steps that are larger take longer
+            share = self._budget.batches.done(now.step)
         if share <= before:
             return None
         rest = (1 - share) / (share - before)
@@ -180,7 +191,7 @@ class Pace:
     def _pace(self, step: float, steps: str, seconds: float, sampled: bool) -> str:
         """Return how long steps take. sampled: their rows are, and nobody knows yet how long they become."""
         if not sampled:
-            return f"about {duration(step)} a step, {steps} in {duration(seconds)}"
+            return f"{self._about} {duration(step)} a step, {steps} in {duration(seconds)}"
         clock = self._budget.max_minutes and seconds >= 60 * self._budget.max_minutes - self._progress.seconds - step
         run = f"at least {steps}" if clock else f"{steps} in at most {duration(seconds)}"
         return f"at most {duration(step)} a step where replies are as long as they may be, {run}, sampling apart"
@@ -192,12 +203,13 @@ class Pace:
 def fit_batch(settings: StageSettings, ranks: Ranks, samples: int) -> None:
     """Set `batch_tokens` to whole rows that the ranks share evenly and that leave the run enough steps, if it can.
 
-    A value of the command line holds. A resumed run has the rows that it began with, whatever its budget is now.
+    A value of the command line holds, and so do several along the run. A resumed run has the rows that it began with,
+    whatever its budget is now.
 
     Args:
         samples: of an epoch.
     """
-    if settings.holds("batch_tokens") or settings.uneven:
+    if settings.holds("batch_tokens") or settings.uneven or settings.rows_by_share:
         return
     saved = ranks.on_main(lambda: saved_run(Path(settings.out), settings.resume)).get("rows")
     if type(saved) is int and saved > 0:

@@ -124,6 +124,8 @@ def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> 
         "data": getattr(dataset, "identity", ""),
         "optim.kind": settings.optim.kind,
     }
+    if settings.rows_by_share:
+        run["rows"] = {str(share): rows for share, rows in settings.rows_by_share.items()}
     content = getattr(dataset, "content", "")
     return {**run, "data.content": content} if content else run
 
