@@ -42,7 +42,12 @@ class Routing(NamedTuple):
 
 
 class Router(Float32Buffers):
-    """Sigmoid affinities, group-limited top-k, and the bias that balances the load by choosing only."""
+    """Sigmoid affinities, group-limited top-k, and the bias that balances the load by choosing only.
+
+    Attributes: balances_batch: the balance loss counts loads over all sequences of a pass (section 4.5.3).
+    """
+
+    balances_batch = False
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -101,11 +106,11 @@ class DeepseekMoE(nn.Module):
         if not count:
             return out, None
         scores_BTE, indices_BTK = (each.unflatten(0, x_BTD.shape[:2]) for each in (*scores, indices))
-        return out, routing(scores_BTE, indices_BTK, token_mask_BT)
+        return out, routing(scores_BTE, indices_BTK, token_mask_BT, self.gate.balances_batch)
 
 
-def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | None) -> Routing:
-    """Loads and the sequence-wise balance loss, each sequence for itself.
+def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | None, over_batch: bool = False) -> Routing:
+    """Loads and the balance loss, each sequence for itself, or by loads counted `over_batch`.
 
     Eq. 18: f_i = E / (K T) * #tokens that chose i (no gradient); Eq. 19, 20: P_i = mean over t of s_i / sum_j s_j;
     Eq. 17: L = sum_i f_i P_i, which is 1 at perfect balance. Chosen is what is computed, with bias and groups, where
@@ -123,5 +128,7 @@ def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | Non
         probability_BTE = probability_BTE * token_mask_BT.unsqueeze(-1)
     counts_BE = chosen_BTE.sum(1)
     f_BE = counts_BE * experts / (top_k * length_B1.clamp(min=1))
+    if over_batch:  # f of all tokens together; the sum over sequences of P, times their lengths, is P of all of them
+        f_BE = counts_BE.sum(0) * experts / (top_k * length_B1.sum().clamp(min=1))
     p_BE = probability_BTE.sum(1) / length_B1.clamp(min=1)
     return Routing(counts_BE.sum(0), (f_BE * p_BE).sum(1) * length_B1.squeeze(1))
