@@ -119,7 +119,7 @@ def main() -> None:
     if ranks.main:
         prompts.print_summary()
     if settings.replay_routing:
-        if not model.routers():
+        if not any(layer.is_moe for layer in model.model.layers):
             raise UserError(f"--replay_routing: {settings.ckpt} has no experts; leave it out")
         ranks.say("notice: --replay_routing samples in PyTorch: neither C nor CUDA graphs record the experts")
     dtype, limits = choose_dtype(settings.dtype, ranks.device), (settings.max_new_tokens, settings.temperature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import grpo_train
 from dataset import PromptDataset
 from model import MiniDeepSeek
 from model.decoding.recording import RecordingEngine
@@ -152,3 +153,12 @@ def test_what_is_replayed_is_kept_for_a_resumed_run(tiny_model, experience):
     made, again = experience(model, replay_routing=True, mu=2), experience(model, mu=2)
     again.load_state(made.state())
     assert torch.equal(batch_of(again)["experts"], batch_of(made)["experts"])
+
+
+def test_a_model_without_experts_has_nothing_to_replay(tiny_model, tokenizer, tmp_path, run):
+    """Those of its MTP layer take no part."""
+    tiny_model(vocab_size=600, first_k_dense_replace=3).save_pretrained(tmp_path / "dense")
+    tokenizer.save(tmp_path / "dense")
+    given = ["--ckpt", tmp_path / "dense", "--data", "arithmetic:1", "--sequence_length", 48, "--max_new_tokens", 8]
+    done = run(grpo_train.main, *given, "--out", tmp_path / "run", "--device", "cpu", "--replay_routing", "true")
+    assert done.code == 2 and done.err.endswith(f"{tmp_path / 'dense'} has no experts; leave it out\n")
