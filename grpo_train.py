@@ -23,7 +23,7 @@ from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
-from training.parallel.mesh import CutSettings
+from training.parallel.dist_settings import CutSettings
 from training.run.resume import saved_run
 from training.settings import StageSettings
 from training.startup import begin, open_checkpoint

@@ -18,7 +18,7 @@ from text.corpus.shards import open_sources, sources_ready
 from text.sources.registry import Source, find_sources
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
-from training.parallel.mesh import ShardSettings
+from training.parallel.dist_settings import ShardSettings
 from training.parallel.ranks import Ranks
 from training.run.samples import SampleSettings, open_samples, text_prompts
 from training.settings import NextTokenSettings

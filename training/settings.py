@@ -19,9 +19,8 @@ from LMConfig import LMConfig
 from text.order import ROW_TOKENS
 from text.sources.registry import REGISTRY
 from training.optim.build import OptimSettings
-from training.parallel.ranks import DistSettings
+from training.parallel.dist_settings import DistSettings
 from training.run.log import legend
-from training.run.trackers import tracker_names
 from training.schedule import Budget, Schedule
 
 
@@ -119,7 +118,10 @@ class StageSettings:
         check_least(0, threads=self.threads, val_every=self.val_every, save_every=self.save_every)
         check_least(0, patience=self.patience)
         check_seed(self.seed)
-        tracker_names(self.log_to, self.wandb)
+        # Where curves and samples go beside metrics.jsonl.
+        self.trackers: list[str] = []
+        if self.log_to or self.wandb:
+            self.trackers = resolve_name("training.run.trackers:tracker_names")(self.log_to, self.wandb)
         for name in ("max_steps", "max_tokens", "max_minutes", "epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -141,11 +143,6 @@ class StageSettings:
     def compiles(self, device: torch.device) -> bool:
         """Return whether layers are compiled."""
         return self.COMPILES and device.type == "cuda" if self.compile is None else self.compile
-
-    @property
-    def trackers(self) -> list[str]:
-        """Return where curves and samples go beside metrics.jsonl."""
-        return tracker_names(self.log_to, self.wandb)
 
     @property
     def uneven(self) -> bool:

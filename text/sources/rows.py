@@ -8,10 +8,10 @@ are not read with `datasets`: there one broken quote or byte ends a whole file, 
 from __future__ import annotations
 
 import heapq
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from errors import UserError
@@ -22,7 +22,6 @@ from text.sources.folders import METADATA, Folder
 from text.sources.json_rows import json_rows
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow
-from text.sources.table_rows import table_rows, without_nulls
 
 # Plain text has no rows: a document ends at a blank line, or with the line that makes it this many characters long.
 TEXT_DOCUMENT = 8192
@@ -141,7 +140,10 @@ def _rows_of_file(file: DataFile, source: Source) -> Iterator[tuple[str, Any]]:
     """Yield (place, row), or with a column (place, text). Raises `FileProblem` for what ends the reading early."""
     report, before, is_empty = file.report, file.report.bytes_read, True
     problems = report.problems.total()
-    rows = _hub_rows(file, source) if source.is_hub else READERS[suffix_of(Path(file.path))](file)
+    if source.is_hub:
+        rows = resolve_name("text.sources.table_rows:hub_rows")(file, source)
+    else:
+        rows = READERS[suffix_of(Path(file.path))](file)
     try:
         for line, row in rows:
             is_empty = False
@@ -177,23 +179,12 @@ def _text_documents(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
             line += piece[-1] == "\n"
 
 
-def _hub_rows(file: DataFile, source: Source) -> Iterator[tuple[int, Any]]:
-    """Stream the rows of a data set on the Hub. Raises `FileProblem` when the Hub does not give it."""
-    import datasets
-
-    more = {"data_dir": source.folder} if source.folder else {}
-    try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True, **more)
-        for number, row in enumerate(rows, 1):
-            yield number, without_nulls(row) if file.column is None else row
-    except (OSError, ValueError, RuntimeError) as error:
-        line = re.split(r"[\r\n]", str(error), maxsplit=1)[0] or type(error).__name__
-        problem = f"no such path here, and the Hub does not give it ({line})"
-        raise FileProblem("unreadable file", None, problem, "check the path or the name and the network") from error
+def _table_rows(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    return resolve_name("text.sources.table_rows:table_rows")(file)
 
 
 READERS: dict[str, Callable[[DataFile], Iterator[tuple[int, Any]]]] = {
     **{".csv": csv_rows, ".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows},
-    **{".parquet": table_rows, ".arrow": table_rows, ".txt": _text_documents},
+    **{".parquet": _table_rows, ".arrow": _table_rows, ".txt": _text_documents},
 }
 SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")
