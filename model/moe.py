@@ -56,11 +56,16 @@ class Router(Float32Buffers):
         # A buffer, not a parameter: no gradient, no weight decay, no optimiser state. Saved and loaded.
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (N, hidden) -> weights (N, K) float32, indices (N, K), scores s (N, E) float32."""
+    def forward(self, x_ND: Tensor, replayed_NK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (N, hidden) -> weights (N, K) float32, indices (N, K), scores s (N, E) float32.
+
+        replayed: (N, K) experts to take in place of those that are best now; negative in rows without any.
+        """
         with float32_only(x_ND.device):
             scores = F.linear(x_ND.float(), self.weight.float()).sigmoid()  # Eq. 15: s = sigmoid(u^T e)
         indices = self.choose(scores.detach())
+        if replayed_NK is not None:
+            indices = torch.where(replayed_NK < 0, indices, replayed_NK.long())
         weights = scores.gather(1, indices)  # Eq. 16: s + b chooses the experts, s alone weighs them
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
@@ -92,14 +97,18 @@ class DeepseekMoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, inner) if inner else None
 
     def forward(
-        self, x_BTD: Tensor, token_mask_BT: Tensor | None = None, count: bool = True
+        self,
+        x_BTD: Tensor,
+        token_mask_BT: Tensor | None = None,
+        count: bool = True,
+        replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """x: (batch, time, hidden) -> the same, and what the router did unless `count` is off (decoding).
 
-        token_mask: (batch, time) bool, False where a position is padding and is not counted.
+        token_mask: (batch, time) bool, False where a position is padding and is not counted. replayed: see `Router`.
         """
-        x_ND = x_BTD.flatten(0, 1)
-        weights, indices, *scores = self.gate(x_ND) if count else route(self.gate, x_ND)
+        x_ND, replayed = x_BTD.flatten(0, 1), () if replayed_BTK is None else (replayed_BTK.flatten(0, 1),)
+        weights, indices, *scores = self.gate(x_ND, *replayed) if count or replayed else route(self.gate, x_ND)
         out = self.experts(x_ND, weights, indices).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)
