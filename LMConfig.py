@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from errors import UserError
@@ -23,6 +24,8 @@ FIXED = {
     "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True, "use_cache": True,
     "torch_dtype": "float32",
 }  # fmt: skip
+# Attention and the model_type in config.json: with another than MLA a model is no DeepSeek-V3, and says so.
+MODEL_TYPES = {"mla": "deepseek_v3", "mha": "mini_deepseek_v3_mha", "gqa": "mini_deepseek_v3_gqa"}
 # Fields of other programs that change nothing here; model/checkpoint/fp8.py reads quantization_config.
 IGNORED = {
     "_name_or_path", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward", "dtype", "ep_size", "head_dim",
@@ -68,7 +71,7 @@ class LMConfig:
     num_hidden_layers: int = 8
     num_nextn_predict_layers: int = 1  # D, the depth of multi-token prediction (section 2.2)
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None  # MLA expands one latent for every head: always equal to num_attention_heads
+    num_key_value_heads: int | None = None  # fewer than num_attention_heads in GQA only: MLA expands one for every head
     n_shared_experts: int = 1
     n_routed_experts: int = 16
     num_experts_per_tok: int = 4
@@ -94,6 +97,7 @@ class LMConfig:
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int | None = 3
+    attention: str = "mla"  # mha or gqa to compare with (model/variants.py); their heads take the place of MLA's sizes
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -102,6 +106,11 @@ class LMConfig:
             self.rope_scaling = _with_type(self.rope_scaling)
         for name in (f.name for f in fields(self)):
             self._check_field(name)
+        if self.attention in ("mha", "gqa") and self.kv_lora_rank:
+            # The sizes are of the MLA to compare with: heads without latents that have as many parameters.
+            size = resolve_name("model.costs:equal_head_size")(self)
+            self.q_lora_rank, self.kv_lora_rank, self.qk_nope_head_dim = None, 0, 0
+            self.qk_rope_head_dim = self.v_head_dim = size
         for holds, field, complaint in self._rules():
             if not holds:
                 raise ConfigError(f"{field} = {getattr(self, field)!r}: {complaint}")
@@ -112,6 +121,13 @@ class LMConfig:
     def qk_head_dim(self) -> int:
         """Size of one query or key head: the part without and the part with RoPE."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """How many numbers attention caches of one position in each layer."""
+        if self.attention == "mla":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return self.num_key_value_heads * (self.qk_head_dim + self.v_head_dim)
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer `index` routes to experts; the first layers are dense. MTP layers count on from the last."""
@@ -143,7 +159,8 @@ class LMConfig:
         preset = given.pop("preset", None)
         self.check_names(given)
         remedy = "leave it out, or train a new model without --ckpt"
-        theirs = None if preset is None else self.preset(preset)
+        kind = {name: given[name] for name in ("attention", "num_key_value_heads") if name in given}
+        theirs = None if preset is None else self.preset(preset, **kind)
         aside = {*given, "num_key_value_heads", "vocab_size", *TOKENS}
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in FREE):
             if given.get(name, value) != value:
@@ -161,9 +178,14 @@ class LMConfig:
         """Read the content of a `deepseek_v3` config.json, of transformers 4 or 5; `place` names it in messages."""
         if not isinstance(data, dict):
             raise ConfigError(f"{place}: not a JSON object; restore the file")
+        kind = MODEL_TYPES.get(str(data.get("attention", "mla")), FIXED["model_type"])
+        fixed, whose = (
+            {**FIXED, "model_type": kind},
+            "DeepSeek-V3's" if kind == FIXED["model_type"] else "its attention's",
+        )
         for key in ("model_type", "moe_layer_freq", "scoring_func", "topk_method", "rope_interleave"):
-            if data.get(key, FIXED[key]) != FIXED[key]:
-                raise ConfigError(f"{place}: {key} is {data[key]!r}; only DeepSeek-V3's {FIXED[key]!r} is read")
+            if data.get(key, fixed[key]) != fixed[key]:
+                raise ConfigError(f"{place}: {key} is {data[key]!r}; only {whose} {fixed[key]!r} is read")
         rope = [data.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
         if not all(isinstance(part, dict) for part in rope):
             raise ConfigError(f"{place}: rope_scaling and rope_parameters must be JSON objects; restore the file")
@@ -207,6 +229,10 @@ class LMConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of config.json, with RoPE where transformers 4 and 5 look for it."""
         data = {**FIXED, **asdict(self)}
+        if self.attention == "mla":
+            del data["attention"]
+        else:  # other programs must not take it for a DeepSeek-V3
+            data |= {"model_type": MODEL_TYPES[self.attention], "architectures": ["MiniDeepSeek"]}
         scaling = dict(self.rope_scaling or {"type": "default"})
         data["rope_parameters"] = {"rope_type": scaling.pop("type"), "rope_theta": self.rope_theta, **scaling}
         if self.rope_scaling is None:
@@ -228,8 +254,9 @@ class LMConfig:
             raise ConfigError(f"{name} = {value!r}: of another type; set {field}")
         if kind not in ("int", "float"):
             return
-        if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-            least = "0 or more" if name in MAY_BE_ZERO else "a positive number"
+        may_be_zero = name in MAY_BE_ZERO or (self.attention != "mla" and name in ("kv_lora_rank", "qk_nope_head_dim"))
+        if value < 0 or (value == 0 and not may_be_zero):
+            least = "0 or more" if may_be_zero else "a positive number"
             raise ConfigError(f"{name} = {value}: out of range; set {least}")
         most = MOST_OF.get(name, MOST) if isinstance(value, int) else math.inf
         if not value <= most or value == math.inf:  # the first is so of NaN too
@@ -239,9 +266,18 @@ class LMConfig:
         """Return what the network relies on: whether it holds, the field, what is wrong and what to change."""
         heads, layers, experts = self.num_attention_heads, self.num_hidden_layers, self.n_routed_experts
         groups, chosen, per_group = self.n_group, self.topk_group, self.n_routed_experts // self.n_group
+        fewer = self.num_key_value_heads < heads and heads % self.num_key_value_heads == 0
+        no_latents = not (self.q_lora_rank or self.kv_lora_rank or self.qk_nope_head_dim)
         rules = [
-            (self.num_key_value_heads == heads, "num_key_value_heads",
-             f"MLA has a key and a value for every head; leave it out or set it to num_attention_heads = {heads}"),
+            (self.attention in MODEL_TYPES, "attention", f"one of {', '.join(MODEL_TYPES)}"),
+            (fewer or self.attention != "gqa", "num_key_value_heads",
+             f"GQA shares keys and values among heads; set a divisor of num_attention_heads = {heads} below it"),
+            (self.num_key_value_heads == heads or self.attention == "gqa", "num_key_value_heads",
+             f"{self.attention.upper()} has a key and a value for every head; leave it out or set it to "
+             f"num_attention_heads = {heads}"),
+            (no_latents or self.attention == "mla", "attention",
+             "has no latents; leave the sizes of MLA to what it is compared with, or set q_lora_rank to null, "
+             "kv_lora_rank and qk_nope_head_dim to 0"),
             (self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "RoPE turns pairs of features; make it even"),
             (self.first_k_dense_replace <= layers, "first_k_dense_replace",
              f"more dense layers than layers; lower it to num_hidden_layers = {layers} or less"),

@@ -22,7 +22,7 @@ from training.alignment.reference import ask_once, frozen_reference
 from training.distill.teacher import identity
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
-from training.parallel.mesh import CutSettings
+from training.parallel.dist_settings import CutSettings
 from training.parallel.ranks import Ranks
 from training.run.resume import check_unused, saved_run
 from training.settings import StageSettings

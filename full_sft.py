@@ -11,7 +11,7 @@ from cli import parse
 from errors import command_line
 from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
-from training.parallel.mesh import ShardSettings
+from training.parallel.dist_settings import ShardSettings
 from training.settings import NextTokenSettings
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer

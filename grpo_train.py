@@ -23,7 +23,7 @@ from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
-from training.parallel.mesh import CutSettings
+from training.parallel.dist_settings import CutSettings
 from training.run.resume import saved_run
 from training.settings import StageSettings
 from training.startup import begin, open_checkpoint
@@ -118,6 +118,10 @@ def main() -> None:
         prompts = PromptDataset(sources, tokenizer, longest, settings.seed, **options)
     if ranks.main:
         prompts.print_summary()
+    if settings.replay_routing:
+        if not any(layer.is_moe for layer in model.model.layers):
+            raise UserError(f"--replay_routing: {settings.ckpt} has no experts; leave it out")
+        ranks.say("notice: --replay_routing samples in PyTorch: neither C nor CUDA graphs record the experts")
     dtype, limits = choose_dtype(settings.dtype, ranks.device), (settings.max_new_tokens, settings.temperature)
     sampler = Sampler(model, dtype, ranks.device if cut else None)
     rollouts = Rollouts(prompts, rewards, sampler, settings, ranks)

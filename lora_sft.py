@@ -20,9 +20,9 @@ from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
-from training.parallel.mesh import CutSettings
+from training.parallel.dist_settings import CutSettings
 from training.run.checkpoint import BEST, read_progress
-from training.run.saver import unlearned
+from training.run.saver import first_and_best
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 
@@ -77,7 +77,7 @@ def main() -> None:
         best = Path(settings.out) / BEST
         chosen = best if settings.keep_best and best.is_dir() else reached
         save_merged(settings.ckpt, chosen, Path(settings.out) / "merged")
-        if chosen == best and unlearned(Path(settings.out), read_progress(best).best):
+        if chosen == best and first_and_best(Path(settings.out), read_progress(best).best)[0]:
             ranks.say(f"notice: merged all the same; on the held-out rows {settings.ckpt} is no worse without it")
     ranks.stop()
 

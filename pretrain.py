@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from cli import parse
 from errors import UserError, check_least, command_line
 from text.corpus.pretrain_dataset import PretrainDataset
 from text.corpus.shards import open_sources, sources_ready
-from text.sources.registry import find_sources
+from text.sources.registry import Source, find_sources
 from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
-from training.parallel.mesh import ShardSettings
+from training.parallel.dist_settings import ShardSettings
+from training.parallel.ranks import Ranks
 from training.run.samples import SampleSettings, open_samples, text_prompts
 from training.settings import NextTokenSettings
 from training.startup import begin, continue_checkpoint, new_model
@@ -44,6 +46,8 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
         val_fraction: share of the documents held out.
         fim_rate: share of the documents to train on whose middle is moved to their end, to be filled in (0.1 in
             DeepSeek-V3, section 4.1).
+        phases: runs one after another that extend the context of --ckpt, each in OUT/phaseN with settings of its own
+            and `times` the length that --ckpt was trained on (configs/extend.yaml).
         isolate: keep documents of one row from attending to each other (DeepSeek-V3 does not).
     """
 
@@ -59,6 +63,7 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
     val_fraction: float = 0.005
     fim_rate: float = 0.0
     isolate: bool = False
+    phases: list[dict[str, Any]] = field(default_factory=list)
     dist: ShardSettings = field(default_factory=ShardSettings)
 
     def __post_init__(self) -> None:
@@ -75,6 +80,15 @@ class PretrainSettings(NextTokenSettings, SampleSettings):
 
 def main() -> None:
     settings = parse(PretrainSettings, __doc__ or "")
+    if settings.phases:
+        ranks = resolve_name("training.phases:run_phases")(settings, train, open_data)
+    else:
+        ranks = train(settings)
+    ranks.stop()
+
+
+def train(settings: PretrainSettings) -> Ranks:
+    """Do one run, from the data to the last checkpoint."""
     ranks = begin(settings)
     if settings.ckpt:
         model, tokenizer = continue_checkpoint(settings, settings.ckpt, settings.model, ranks)
@@ -87,6 +101,21 @@ def main() -> None:
     else:
         raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
 
+    data, dataset, held_out = open_data(settings, tokenizer, ranks)
+    validation = None
+    if held_out:
+        batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
+        validation = BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(data, batches, tokenizer)})
+    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, text_prompts)
+    loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
+    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
+    return ranks
+
+
+def open_data(
+    settings: PretrainSettings, tokenizer: Tokenizer, ranks: Ranks
+) -> tuple[list[Source], PretrainDataset, PretrainDataset | None]:
+    """Return the sources, their rows to train on, and those held out; tokenised first where they have not been yet."""
     options = ("column", "encoding", "min_chars", "workers", "val_fraction", "on_error", "fim_rate")
     data = find_sources(settings.data, settings.datasets, "text")
     corpus = (data, tokenizer, settings.shards)
@@ -98,15 +127,10 @@ def main() -> None:
     with ranks.led() as check:
         sources = open_sources(*corpus, main=ranks.main, check=check, **given)
     dataset = PretrainDataset(sources, settings.sequence_length, settings.seed, isolate=settings.isolate)
-    validation, held_out = None, None
+    held_out = None
     if settings.val_fraction:
         held_out = PretrainDataset(sources, settings.sequence_length, split="val", isolate=settings.isolate)
-        batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
-        validation = BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(data, batches, tokenizer)})
-    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, text_prompts)
-    loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
-    Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
-    ranks.stop()
+    return data, dataset, held_out
 
 
 if __name__ == "__main__":

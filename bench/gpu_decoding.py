@@ -15,10 +15,11 @@ from torch import Tensor
 
 from model import MiniDeepSeek
 from model.cache import LatentCache
-from model.decoding import runner
+from model.decoding import graph
 from model.decoding.eager import EagerRunner, Step
 from model.decoding.engine import Engine
-from model.decoding.runner import GraphRunner, fits_graph
+from model.decoding.graph import GraphRunner
+from model.decoding.runner import fits_graph
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.scheduler import Request
 from model.decoding.slot_cache import SlotCache
@@ -127,7 +128,7 @@ def kept(step: Step) -> Tensor:
 def recorded(place: Place) -> Iterator[None]:
     """Let a CPU record tapes in the place of graphs, and lengths be short enough for several of them."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(runner, "SHORTEST", 8))
+        stack.enter_context(patch.object(graph, "SHORTEST", 8))
         if place.small:
             stack.enter_context(taped_graphs())
         yield

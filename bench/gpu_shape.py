@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.costs import count
-from model.decoding.runner import GraphRunner
+from model.decoding.graph import GraphRunner
 from model.decoding.slot_cache import SlotCache
 from training.losses import NextTokenLoss
 from training.optim.build import OptimSettings, build_optimizer

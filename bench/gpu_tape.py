@@ -92,7 +92,7 @@ def refused(what: object) -> None:
 
 @contextmanager
 def taped_graphs() -> Iterator[list[Tape]]:
-    """Let `model.decoding.runner` record tapes, which the list receives, of steps on any device."""
+    """Let `model.decoding.graph` record tapes, which the list receives, of steps on any device."""
     tapes: list[Tape] = []
 
     def new() -> Tape:
@@ -100,7 +100,7 @@ def taped_graphs() -> Iterator[list[Tape]]:
         return tapes[-1]
 
     with (
-        patch("model.decoding.runner.recordable", lambda device: True),
+        patch("model.decoding.graph.recordable", lambda device: True),
         patch("torch.cuda.graph_pool_handle", lambda: None),
         patch("torch.cuda.CUDAGraph", new),
         patch("torch.cuda.graph", lambda tape, **_: tape),

@@ -21,8 +21,8 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 import training.parallel.sharding  # noqa: F401
 from errors import command_line
 from model.costs import human
+from training.parallel.dist_settings import ShardSettings
 from training.parallel.formulas import BUBBLES
-from training.parallel.mesh import ShardSettings
 from training.parallel.schedule import CLASSES
 
 FREE = {**SMALL, "topk_group": 4}  # of 4 groups

@@ -31,7 +31,7 @@ from model.ops import Linear
 from model.pipeline import WeightGradients
 from text.tokenizer_training import train_bpe
 from training.losses import Batch, NextTokenLoss
-from training.parallel.mesh import ShardSettings
+from training.parallel.dist_settings import ShardSettings
 from training.parallel.plan import Plan, PlannedMesh, PlanSettings
 from training.parallel.ranks import Ranks
 from training.settings import NextTokenSettings, model_config

@@ -2,6 +2,8 @@
 
 python eval/compare.py out/a/pretrain out/b/pretrain --out out/comparison
 python eval/compare.py --watch out/a/pretrain out/b/pretrain        the picture is drawn again as they train
+python eval/compare.py out/a/pretrain --reference demo              is its loss normal? beside docs/curves/demo.csv
+python eval/compare.py --band demo out/seed0 out/seed1 out/seed2    makes that reference of runs of several seeds
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from pathlib import Path
 from errors import UserError, command_line, naming
 from eval.compared_run import ComparedRun, open_runs
 from eval.comparison import AXES, draw, markdown
+from eval.curves import FOLDER, measure_band, read_curve, write_curve
+from eval.curves import draw as draw_curve
+from eval.verdict import compare_with, report
 from text.files import replacing
 
 
@@ -23,17 +28,44 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="run folders, checkpoints in them, or folders with scores.json")
     parser.add_argument("--out", default="out/comparison", help="folder for comparison.md and comparison.png")
     parser.add_argument("--x", choices=AXES, default="tokens", help="what curves are drawn over (tokens)")
-    parser.add_argument("--watch", action="store_true", help="draw again whenever a run has logged more, until Ctrl-C")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--watch", action="store_true", help="draw again whenever a run has logged more, until Ctrl-C")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two looks with --watch (10)")
+    instead.add_argument("--reference", metavar="NAME", help="say whether each run is within a reference curve's band")
+    instead.add_argument("--band", metavar="NAME", help="make a reference curve of runs that differ in their seed")
+    parser.add_argument("--curves", default=str(FOLDER), help=f"folder of reference curves ({FOLDER})")
     given = parser.parse_args()
     if not 0 < given.every < 1e6:
         raise UserError(f"--every {given.every:g}: give a number of seconds above 0")
     out = Path(given.out)
-    if given.watch:
+    if given.reference is not None:
+        refer([ComparedRun.open(folder) for folder in given.runs], given.reference, out, Path(given.curves))
+    elif given.band is not None:
+        band([ComparedRun.open(folder) for folder in given.runs], given.band, Path(given.curves))
+    elif given.watch:
         watch(given.runs, out, given.x, given.every)
     else:
         print(write(open_runs(given.runs), out, given.x))
         print(f"written: {out / 'comparison.md'}, {out / 'comparison.png'}")
+
+
+def band(runs: Sequence[ComparedRun], name: str, folder: Path) -> None:
+    """Write a reference curve."""
+    if Path(name).name != name or not name:
+        raise UserError(f"--band {name}: give a name for the curve, not a path; --curves names the folder")
+    files = write_curve(measure_band(name, runs), runs, folder)
+    print(f"written: {', '.join(map(str, files))}")
+
+
+def refer(runs: Sequence[ComparedRun], name: str, out: Path, folder: Path) -> None:
+    """Say of each run whether it is within the band, and draw them over it."""
+    curve = read_curve(name, folder)
+    for run in runs:
+        print("\n".join([*report(curve, run, compare_with(curve, run)), ""]))
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
+    draw_curve(curve, runs, out / "reference.png")
+    print(f"written: {out / 'reference.png'}")
 
 
 def write(runs: Sequence[ComparedRun], out: Path, x: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from LMConfig import MODEL_TYPES
 from text.tokenizer import Tokenizer
 
 
@@ -50,7 +51,7 @@ def _is_own(folder: Path) -> bool:
         kind = json.loads((folder / "config.json").read_text(encoding="utf8")).get("model_type")
     except (ValueError, AttributeError, OSError):
         raise UserError(f"{folder / 'config.json'}: not a JSON object; restore the file") from None
-    if kind != "deepseek_v3":
+    if kind not in MODEL_TYPES.values():
         return False
     if (folder / "tokenizer.json").is_file():
         try:

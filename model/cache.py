@@ -37,7 +37,7 @@ class Cache(Protocol):
 class LatentCache:
     """Of each layer and position the normalised latent c^KV and the rotated k^R: kv_lora_rank + rope numbers.
 
-    Ordinary multi-head attention would cache heads * (qk + v) numbers.
+    Ordinary multi-head attention caches heads * (qk + v) numbers, and does so here too (`model.variants`).
 
     Args:
         batch: rows; max_length: positions allocated at once; mtp: for the MTP layers too.
@@ -57,8 +57,7 @@ class LatentCache:
         mtp: bool = False,
     ) -> None:
         layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.latents = torch.zeros(layers, batch, max_length, width, dtype=dtype, device=device)
+        self.latents = torch.zeros(layers, batch, max_length, config.cache_width, dtype=dtype, device=device)
         self.device, self.lengths = self.latents.device, [0] * layers
         self.padding = None if padding is None else padding.long()
 

@@ -2,6 +2,7 @@
 
 python LMConfig.py                                              what each preset costs
 python LMConfig.py --preset 26m --num_hidden_layers 6           a preset with other values, beside it
+python LMConfig.py --preset 26m --dense_twin                    beside it the dense model of equal FLOPs a token
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from errors import command_line
 from LMConfig import PRESETS, ConfigError, LMConfig, did_you_mean
-from model.costs import count, human
+from model.costs import count, dense_twin, human
 
 
 def table(configs: dict[str, LMConfig], time: int = 512) -> str:
@@ -41,6 +42,8 @@ def main() -> None:
         exit_on_error=False,
     )
     parser.add_argument("--preset", default=None, help=f"one of {', '.join(PRESETS)}; 64m where only fields are given")
+    twin = "beside it, and what to give --model for it: without experts, of equal training FLOPs a token"
+    parser.add_argument("--dense_twin", action="store_true", help=twin)
     for f in fields(LMConfig):
         parser.add_argument(f"--{f.name}", metavar=str(f.type).replace(" | None", ""), help=f"{f.default} in 64m")
     try:
@@ -49,15 +52,20 @@ def main() -> None:
         raise ConfigError(f"LMConfig.py: {error}; see --help") from None
     for argument in unknown:
         name = argument.removeprefix("--").partition("=")[0]
-        near = did_you_mean(f"--{name}", {"--preset", *(f"--{f.name}" for f in fields(LMConfig))})
+        near = did_you_mean(f"--{name}", {"--preset", "--dense_twin", *(f"--{f.name}" for f in fields(LMConfig))})
         raise ConfigError(f"{argument}: no such option{near}; see --help")
     values = {name: value for name, value in vars(given).items() if value is not None}
-    name = values.pop("preset", None)
-    configs = {one: LMConfig.preset(one) for one in (PRESETS if name is None and not values else [name or "64m"])}
+    name, twin = values.pop("preset", None), values.pop("dense_twin")
+    alone = name is None and not values and not twin
+    configs = {one: LMConfig.preset(one) for one in (PRESETS if alone else [name or "64m"])}
     if values:
         changes = {key: _parsed(key, value) for key, value in values.items()}
         changed = LMConfig.preset(name or "64m", **changes)
         configs[", ".join(f"{key} {value}" for key, value in changes.items())] = changed
+    if twin:
+        dense = dense_twin([*configs.values()][-1])
+        names = ("first_k_dense_replace", "intermediate_size")
+        configs[" ".join(f"--model.{name} {getattr(dense, name)}" for name in names)] = dense
     print(table(configs))
 
 

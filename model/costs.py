@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from LMConfig import LMConfig
 
@@ -13,7 +13,7 @@ class Costs:
     total: parameters of the main model (embedding and head included, MTP not).
     activated: parameters that one token uses: K of the E routed experts, the shared ones and everything dense.
     mtp: parameters that multi-token prediction adds.
-    cache_bytes: latent cache of one token in bfloat16, all layers.
+    cache_bytes: what attention caches of one token in bfloat16, all layers.
     mha_cache_bytes: what multi-head attention with the same heads would cache: keys and values of every head.
     products: training FLOPs of one token (forward and backward, MTP included) in products with weights.
     flops: the same with attention's products at sequence length `time`.
@@ -51,7 +51,7 @@ def count(config: LMConfig, time: int = 512) -> Costs:
         total=total,
         activated=total - (layers - dense) * unused,
         mtp=mtp,
-        cache_bytes=2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim),
+        cache_bytes=2 * layers * config.cache_width,
         mha_cache_bytes=2 * layers * heads * head_sizes,
         products=6 * products,
         flops=6 * products + 3 * (layers + depths) * heads * time * head_sizes,  # causal: half of the positions
@@ -59,8 +59,11 @@ def count(config: LMConfig, time: int = 512) -> Costs:
 
 
 def attention_parameters(config: LMConfig) -> int:
-    """Count the parameters of one MLA block, its inner norms and biases included."""
+    """Count the parameters of one block of attention, its inner norms and biases included."""
     hidden, heads, query = config.hidden_size, config.num_attention_heads, config.q_lora_rank
+    if not config.kv_lora_rank:  # MHA or GQA
+        inner = heads * config.qk_head_dim + config.cache_width
+        return hidden * (inner + heads * config.v_head_dim) + (inner + hidden if config.attention_bias else 0)
     latent, values = config.kv_lora_rank + config.qk_rope_head_dim, heads * config.v_head_dim
     bias = latent + hidden + (query or 0) if config.attention_bias else 0
     queries = heads * config.qk_head_dim
@@ -69,11 +72,34 @@ def attention_parameters(config: LMConfig) -> int:
     return queries + hidden * latent + keys_and_values + values * hidden + bias
 
 
+def equal_head_size(config: LMConfig) -> int:
+    """Return the size of MHA's or GQA's heads whose parameters are nearest to those of the MLA that config describes.
+
+    Layers, width and heads are those of MLA; a head of queries, keys and values has d numbers, of which RoPE turns all:
+    hidden * d * (2 heads + 2 key-value heads) parameters. d is even, so a model is up to a few thousandths off.
+    """
+    per_number = 2 * config.hidden_size * (config.num_attention_heads + config.num_key_value_heads)
+    return max(2 * round(attention_parameters(config) / per_number / 2), 2)
+
+
+def dense_twin(config: LMConfig) -> LMConfig:
+    """Return the same without experts: each layer's FFN has as many parameters as a token uses of these on average.
+
+    So its training FLOPs of a token are the same, to within the multiple of 8 that intermediate_size is rounded to. MTP
+    layers are left as they are; without any (num_nextn_predict_layers 0) nothing of the twin has experts.
+    """
+    chosen = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
+    routed = chosen + config.n_routed_experts / 3  # the router, as columns of three matrices
+    dense, layers = config.first_k_dense_replace, config.num_hidden_layers
+    mean = (dense * config.intermediate_size + (layers - dense) * routed) / layers
+    return replace(config, first_k_dense_replace=layers, intermediate_size=max(8 * round(mean / 8), 8))
+
+
 def activation_numbers(config: LMConfig) -> int:
     """Count the numbers that one token of training passes from product to product in the layers, MTP's included."""
     hidden, heads, width = config.hidden_size, config.num_attention_heads, config.qk_head_dim
-    kv = heads * (config.qk_nope_head_dim + config.v_head_dim)
-    rank, latent = config.q_lora_rank or 0, config.kv_lora_rank + config.qk_rope_head_dim
+    kv = heads * (config.qk_nope_head_dim + config.v_head_dim) if config.kv_lora_rank else 0
+    rank, latent = config.q_lora_rank or 0, config.cache_width
     query = hidden + rank + rank + heads * width if rank else hidden + heads * width
     attention = query + hidden + latent + config.kv_lora_rank + kv + heads * config.v_head_dim + hidden
     attention += heads * (2 * width + 2 * config.v_head_dim)  # the fused kernel: q, k and v in, the output out

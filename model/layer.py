@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
@@ -18,7 +20,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LMConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, layer)
+        kind = (
+            MultiHeadLatentAttention if config.attention == "mla" else resolve_name("model.variants:GroupedAttention")
+        )
+        self.self_attn = kind(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(layer)
         self.mlp = DeepseekMoE(config) if self.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
@@ -31,15 +36,17 @@ class DecoderLayer(nn.Module):
         cache: Cache | None = None,
         token_mask_BT: Tensor | None = None,
         last_positions_B: Tensor | None = None,
+        replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """x: (batch, time, hidden) -> the same, and what the router did (None in a dense layer).
 
-        last_positions: the only position of each row that is asked for: -> (batch, 1, hidden).
+        last_positions: the only position of each row that is asked for: -> (batch, 1, hidden). replayed: experts to
+        take, see `model.moe.Router`.
         """
         attended = self.self_attn(self.input_layernorm(x), rope, attention_mask, cache, last_positions_B)
         x = (x if last_positions_B is None else select_positions(x, last_positions_B)) + attended
         inner = self.post_attention_layernorm(x)
         if self.is_moe:
-            out, routing = self.mlp(inner, token_mask_BT, count=cache is None or cache.counts_loads)
+            out, routing = self.mlp(inner, token_mask_BT, cache is None or cache.counts_loads, replayed_BTK)
             return x + out, routing
         return x + self.mlp(inner), None

@@ -42,7 +42,12 @@ class Routing(NamedTuple):
 
 
 class Router(Float32Buffers):
-    """Sigmoid affinities, group-limited top-k, and the bias that balances the load by choosing only."""
+    """Sigmoid affinities, group-limited top-k, and the bias that balances the load by choosing only.
+
+    Attributes: balances_batch: the balance loss counts loads over all sequences of a pass (section 4.5.3).
+    """
+
+    balances_batch = False
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -51,11 +56,16 @@ class Router(Float32Buffers):
         # A buffer, not a parameter: no gradient, no weight decay, no optimiser state. Saved and loaded.
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (N, hidden) -> weights (N, K) float32, indices (N, K), scores s (N, E) float32."""
+    def forward(self, x_ND: Tensor, replayed_NK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (N, hidden) -> weights (N, K) float32, indices (N, K), scores s (N, E) float32.
+
+        replayed: (N, K) experts to take in place of those that are best now; negative in rows without any.
+        """
         with float32_only(x_ND.device):
             scores = F.linear(x_ND.float(), self.weight.float()).sigmoid()  # Eq. 15: s = sigmoid(u^T e)
         indices = self.choose(scores.detach())
+        if replayed_NK is not None:
+            indices = torch.where(replayed_NK < 0, indices, replayed_NK.long())
         weights = scores.gather(1, indices)  # Eq. 16: s + b chooses the experts, s alone weighs them
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # Eq. 13
@@ -87,25 +97,29 @@ class DeepseekMoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, inner) if inner else None
 
     def forward(
-        self, x_BTD: Tensor, token_mask_BT: Tensor | None = None, count: bool = True
+        self,
+        x_BTD: Tensor,
+        token_mask_BT: Tensor | None = None,
+        count: bool = True,
+        replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """x: (batch, time, hidden) -> the same, and what the router did unless `count` is off (decoding).
 
-        token_mask: (batch, time) bool, False where a position is padding and is not counted.
+        token_mask: (batch, time) bool, False where a position is padding and is not counted. replayed: see `Router`.
         """
-        x_ND = x_BTD.flatten(0, 1)
-        weights, indices, *scores = self.gate(x_ND) if count else route(self.gate, x_ND)
+        x_ND, replayed = x_BTD.flatten(0, 1), () if replayed_BTK is None else (replayed_BTK.flatten(0, 1),)
+        weights, indices, *scores = self.gate(x_ND, *replayed) if count or replayed else route(self.gate, x_ND)
         out = self.experts(x_ND, weights, indices).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)
         if not count:
             return out, None
         scores_BTE, indices_BTK = (each.unflatten(0, x_BTD.shape[:2]) for each in (*scores, indices))
-        return out, routing(scores_BTE, indices_BTK, token_mask_BT)
+        return out, routing(scores_BTE, indices_BTK, token_mask_BT, self.gate.balances_batch)
 
 
-def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | None) -> Routing:
-    """Loads and the sequence-wise balance loss, each sequence for itself.
+def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | None, over_batch: bool = False) -> Routing:
+    """Loads and the balance loss, each sequence for itself, or by loads counted `over_batch`.
 
     Eq. 18: f_i = E / (K T) * #tokens that chose i (no gradient); Eq. 19, 20: P_i = mean over t of s_i / sum_j s_j;
     Eq. 17: L = sum_i f_i P_i, which is 1 at perfect balance. Chosen is what is computed, with bias and groups, where
@@ -123,5 +137,7 @@ def routing(scores_BTE: Tensor, indices_BTK: Tensor, token_mask_BT: Tensor | Non
         probability_BTE = probability_BTE * token_mask_BT.unsqueeze(-1)
     counts_BE = chosen_BTE.sum(1)
     f_BE = counts_BE * experts / (top_k * length_B1.clamp(min=1))
+    if over_batch:  # f of all tokens together; the sum over sequences of P, times their lengths, is P of all of them
+        f_BE = counts_BE.sum(0) * experts / (top_k * length_B1.sum().clamp(min=1))
     p_BE = probability_BTE.sum(1) / length_B1.clamp(min=1)
     return Routing(counts_BE.sum(0), (f_BE * p_BE).sum(1) * length_B1.squeeze(1))

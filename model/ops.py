@@ -303,7 +303,8 @@ def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, ti
     if device.type == "cpu":
         kv, k_rope = q.new_empty(1, 16, heads, nope + config.v_head_dim), q.new_empty(1, 16, rope)
         isolated = "chunks of queries" if time <= attention.LONGEST_CHUNKED else SDPA
-        whole = "causal.c" if not compiled and causal.fits(q, kv, k_rope) else isolated
+        in_c = config.attention == "mla" and not compiled and causal.fits(q, kv, k_rope)
+        whole = "causal.c" if in_c else isolated
     else:
         whole, isolated = (attention.report(q, config.v_head_dim, segments) for segments in (False, True))
     report = "layers compiled; " * compiled + f"attention by {whole}"

@@ -90,6 +90,7 @@ class MiniDeepSeek(nn.Module):
         mtp: int = 0,
         segment_ends: Tensor | None = None,
         state: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> Output:
         """Run the network over (batch, time) token ids.
 
@@ -101,6 +102,8 @@ class MiniDeepSeek(nn.Module):
             segment_ends: of `segment_ids`, from `model.kernels.attention.segment_ends`; made here when left out.
             mtp: 1 also runs the MTP chain over the tokens at hand, K > 1 the last depth for K steps (see `MTPChain`).
             state: (batch, time, hidden) to begin with instead of the embedding, in a pipeline (`model.pipeline`).
+            experts: (batch, time, MoE layers, K) integers, those to take in place of the routers' choices, negative
+                where a router chooses. Their weights come from the scores of now.
         """
         time, device = input_ids.shape[1], input_ids.device
         positions = torch.arange(time, device=device)[None] if cache is None else cache.begin(*input_ids.shape)
@@ -111,9 +114,10 @@ class MiniDeepSeek(nn.Module):
         state = embedding if state is None else state
         packed = (segment_ids, segment_ends, state, self.config)
         mask = packed_mask(*packed) if cache is None else cache.mask(time)
-        routings = []
+        routings, replayed = [], iter(() if experts is None else experts.unbind(2))
         for layer in self.model.layers:
-            state, routing = self._run(layer, state, rope, mask, cache, token_mask)
+            chosen = next(replayed, None) if layer.is_moe else None
+            state, routing = self._run(layer, state, rope, mask, cache, token_mask, None, chosen)
             routings.append(routing)
         chain = self.mtp(state, embedding, rope, mask, segment_ids, mtp, self._run) if mtp else MTPOutput()
 

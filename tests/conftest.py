@@ -158,7 +158,7 @@ def their_model(tiny_config, transformers) -> Callable[..., nn.Module]:
         torch.manual_seed(1)
         rope = changes.pop("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
         fields = {**vars(tiny_config(num_nextn_predict_layers=0)), **changes}
-        del fields["rope_theta"], fields["rope_scaling"]
+        del fields["rope_theta"], fields["rope_scaling"], fields["attention"]
         model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**fields, rope_parameters=rope)).eval()
         with torch.no_grad():
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):

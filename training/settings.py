@@ -19,9 +19,8 @@ from LMConfig import LMConfig
 from text.order import ROW_TOKENS
 from text.sources.registry import REGISTRY
 from training.optim.build import OptimSettings
-from training.parallel.ranks import DistSettings
+from training.parallel.dist_settings import DistSettings
 from training.run.log import legend
-from training.run.trackers import tracker_names
 from training.schedule import Budget, Schedule
 
 
@@ -120,7 +119,10 @@ class StageSettings:
         check_least(0, threads=self.threads, val_every=self.val_every, save_every=self.save_every)
         check_least(0, patience=self.patience)
         check_seed(self.seed)
-        tracker_names(self.log_to, self.wandb)
+        # Where curves and samples go beside metrics.jsonl.
+        self.trackers: list[str] = []
+        if self.log_to or self.wandb:
+            self.trackers = resolve_name("training.run.trackers:tracker_names")(self.log_to, self.wandb)
         for name in ("max_steps", "max_tokens", "max_minutes", "epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -143,11 +145,6 @@ class StageSettings:
         """Return whether layers are compiled."""
         chosen = self.COMPILES and not self.fp8 and device.type == "cuda"
         return chosen if self.compile is None else self.compile
-
-    @property
-    def trackers(self) -> list[str]:
-        """Return where curves and samples go beside metrics.jsonl."""
-        return tracker_names(self.log_to, self.wandb)
 
     @property
     def uneven(self) -> bool:
@@ -235,13 +232,20 @@ class NextTokenSettings(StageSettings):
     Args:
         mtp_weight: weight of the multi-token-prediction loss; a number or {share of the run: value}.
         mtp_steps: steps of the last MTP layer, all but the first on its own state, as when it drafts several tokens.
-        balance_weight: weight of the sequence-wise balance loss; a number or {share of the run: value}.
+        balance: what keeps the experts' loads even: bias, the routers' biases and beside them a little of the balance
+            loss; aux, that loss alone, whose weight then wants to be larger (0.001 to 0.01); none, neither of them.
+            Biases that a checkpoint has stay where they are under aux and none.
+        balance_scope: what the loads of the balance loss are counted over: sequence, each row for itself, or batch, all
+            rows of a micro-batch on a rank (of --micro_tokens), of which each may then prefer some experts.
+        balance_weight: weight of the balance loss; a number or {share of the run: value}.
         bias_speed: speed of the router's balancing bias; a number or {share of the run: value}.
         fp8: true: products of linear layers and experts in FP8 (DeepSeek-V3, section 3.3), with either --dtype; by
             cuBLAS on Hopper, emulated elsewhere, which is slower. ue8m0: likewise, with scales that are powers of 2.
     """
 
     mtp_weight: float | dict[str, float] = 0.3
+    balance: Literal["bias", "aux", "none"] = "bias"
+    balance_scope: Literal["sequence", "batch"] = "sequence"
     balance_weight: float | dict[str, float] = 1e-4
     bias_speed: float | dict[str, float] = 1e-3
     mtp_steps: int = 1
@@ -255,7 +259,9 @@ class NextTokenSettings(StageSettings):
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        return {name: getattr(self, name) for name in ("mtp_weight", "balance_weight", "bias_speed")}
+        without = {"bias": (), "aux": ("bias_speed",), "none": ("bias_speed", "balance_weight")}[self.balance]
+        names = ("mtp_weight", "balance_weight", "bias_speed")
+        return {name: 0.0 if name in without else getattr(self, name) for name in names}
 
 
 def model_config(choice: dict[str, Any]) -> LMConfig:

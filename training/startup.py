@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from training.parallel.ranks import Ranks
 from training.run.checkpoint import newest
 from training.run.lock import restarted
 from training.run.resume import check_carried
-from training.run.trackers import check_installed
 from training.settings import StageSettings, model_config
 
 
@@ -27,7 +27,8 @@ def begin(settings: StageSettings) -> Ranks:
     The machine's peak is measured here, while its memory is empty and the other ranks wait.
     """
     ranks = Ranks.start(settings.device, settings.dist.timeout)
-    ranks.on_main(lambda: check_installed(settings.trackers))
+    if settings.trackers:
+        ranks.on_main(lambda: resolve_name("training.run.trackers:check_installed")(settings.trackers))
     if ranks.on_main(lambda: restarted(Path(settings.out))):
         settings.resume = settings.resume or True
     if settings.carry_optimizer and not resumes(settings, ranks):

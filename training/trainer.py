@@ -33,7 +33,6 @@ from training.run.plots import draw_run
 from training.run.resume import WholeModel, carry_optimizer, identity
 from training.run.samples import Samples
 from training.run.saver import RunCheckpoints
-from training.run.trackers import open_trackers
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
 from training.step import Dataset, OptimizerStep, PolicyDataset, Skipping
@@ -80,6 +79,8 @@ class Trainer:
         self.model = model
         self.model.gradient_checkpointing = settings.gradient_checkpointing
         self.model.has_dropout = any(isinstance(module, torch.nn.Dropout) for module in self.model.modules())
+        for router in model.routers():
+            router.balances_batch = getattr(settings, "balance_scope", "") == "batch"
         self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))
@@ -97,16 +98,15 @@ class Trainer:
         self.copies: Replicated | Sharded | None = None  # of the model, on all ranks
         self.shards = None
         if settings.dist.cuts(ranks.world):
-            from training.parallel.sharding import ShardedModel, shard  # slow to import
-
-            self.copies = shard(settings, ranks, model, self.dtype, self.progress.run)
+            cut = resolve_name("training.parallel.sharding:shard")
+            self.copies = cut(settings, ranks, model, self.dtype, self.progress.run)
             self.model, self.shards = self.copies.model, self.copies.shards
             if take := getattr(dataset, "take_shards", None):
                 take(self.shards)
             settings.compile = False
             if take := getattr(weights, "take_shards", None):
                 take(self.shards)
-            weights = weights or ShardedModel(self.copies)
+            weights = weights or resolve_name("training.parallel.sharding:ShardedModel")(self.copies)
             if samples:
                 ranks.say("notice: no samples of the model's text: no rank holds the whole model")
             self.samples = None
@@ -116,9 +116,8 @@ class Trainer:
         weights, shards = weights or WholeModel(model), self.shards
         self.ema = None
         if settings.ema_decay:
-            from training.optim.ema import ExponentialMovingAverage  # for those who ask for it
-
-            self.ema = ExponentialMovingAverage(model, settings.ema_decay, shards)
+            average = resolve_name("training.optim.ema:ExponentialMovingAverage")
+            self.ema = average(model, settings.ema_decay, shards)
         held = (weights, tokenizer, self.optimizer, dataset, shards, self.ema)
         self.checkpoints = RunCheckpoints(settings, self.ranks, *held)
         self.skipping = Skipping(self.out, settings.max_skipped, self.ranks)
@@ -167,8 +166,10 @@ class Trainer:
             save_resolved(self.settings, self.out / "config.yaml")
         if self.samples:
             self.samples.begin(self.progress.step)
-        step, named, project = self.progress.step, self.settings.trackers, self.settings.wandb
-        trackers = open_trackers(named, self.out, step, project, asdict(self.settings)) if self.ranks.main else []
+        step, named, trackers = self.progress.step, self.settings.trackers, []
+        if named and self.ranks.main:
+            opened = resolve_name("training.run.trackers:open_trackers")
+            trackers = opened(named, self.out, step, self.settings.wandb, asdict(self.settings))
         log = RunLog(self.out, step, self.ranks.main, trackers)
         with self.ranks.watch.listening(self.ranks.say), log:
             self.ranks.watch.show = log.doing

@@ -35,7 +35,7 @@ class Inside(NamedTuple):
     position: int
 
     def cache(self, model: MiniDeepSeek) -> dict[str, int]:
-        """Return the bytes in bfloat16 of the latent cache so far, and of what multi-head attention would hold."""
+        """Return the bytes in bfloat16 of the cache so far, and of what multi-head attention would hold."""
         costs = count(model.config)
         return {"mla_bytes": self.position * costs.cache_bytes, "mha_bytes": self.position * costs.mha_cache_bytes}
 

@@ -11,7 +11,7 @@ const WORDS = {
     inside: (model) => `Inside ${model}`, alternatives: "Alternatives and their probabilities", experts: (layer) => `Layer ${layer}: router scores s, chosen experts coloured`,
     weights: "weights", drafts: (yes, all) => `MTP drafted ${all} tokens, ${yes} accepted: they were what the model chose.`,
     draft: "MTP's draft for this place", accepted: "accepted", rejected: "rejected", none: "none for the first token",
-    cache: "Cache so far (bf16)", latent: "MLA's latents", heads: "multi-head attention", no_mtp: "This checkpoint has no MTP layer, so nothing is drafted.",
+    cache: "Cache so far (bf16)", held: "this model's attention", heads: "multi-head attention", no_mtp: "This checkpoint has no MTP layer, so nothing is drafted.",
     legend: "Under each token one row a MoE layer: the colours are its experts, the same throughout. ✓ and ✗: MTP's draft.",
     use: "Experts used in this reply", pick: "Choose a token; ← and → move.",
   },
@@ -24,7 +24,7 @@ const WORDS = {
     inside: (model) => `${model} 的内部`, alternatives: "候选 token 及其概率", experts: (layer) => `第 ${layer} 层：路由得分 s，选中的专家有颜色`,
     weights: "权重", drafts: (yes, all) => `MTP 起草了 ${all} 个 token，其中 ${yes} 个与模型的选择一致。`,
     draft: "MTP 在此处的草稿", accepted: "被接受", rejected: "未被接受", none: "无：第一个 token 没有草稿",
-    cache: "目前的缓存（bf16）", latent: "MLA 的潜在向量", heads: "多头注意力", no_mtp: "这个检查点没有 MTP 层，所以没有草稿。",
+    cache: "目前的缓存（bf16）", held: "这个模型的注意力", heads: "多头注意力", no_mtp: "这个检查点没有 MTP 层，所以没有草稿。",
     legend: "每个 token 下面，一行对应一个 MoE 层，颜色表示专家，全文一致。✓ 和 ✗ 表示 MTP 的草稿是否被接受。",
     use: "这条回复用到的专家", pick: "选择一个 token；用 ← 和 → 移动。",
   },
@@ -324,7 +324,7 @@ function details(token) {
     parts.push(make("p", { className: "caption", textContent: word("none") }));
   }
   parts.push(make("h3", { textContent: word("cache") }), bars([
-    { name: word("latent"), size: token.cache.mla_bytes, value: bytes(token.cache.mla_bytes), colour: "var(--good)" },
+    { name: word("held"), size: token.cache.mla_bytes, value: bytes(token.cache.mla_bytes), colour: "var(--good)" },
     { name: word("heads"), size: token.cache.mha_bytes, value: bytes(token.cache.mha_bytes), colour: "var(--quiet)" },
   ]));
   return parts;

@@ -56,7 +56,13 @@ HELLO = {"zh": ("你好，请介绍一下自己。", "从前"), "en": ("Hello, w
 # FOLDER stands for where a reader has put it.
 USE = """## Use
 
-FOLDER is where this file lies, or the name of the repository. With transformers:
+FOLDER is where this file lies, or the name of the repository. {transformers}With Mini DeepSeek-V3, from a folder:
+
+```bash
+{command}
+```
+"""
+USE_TRANSFORMERS = """With transformers:
 
 ```python
 from transformers import pipeline
@@ -65,11 +71,6 @@ model = pipeline("text-generation", model="FOLDER")
 print(model({words}, max_new_tokens=64)[0]["generated_text"]{answer})
 ```
 
-With Mini DeepSeek-V3, from a folder:
-
-```bash
-{command}
-```
 """
 USE_ADAPTER = """## Use
 
@@ -115,26 +116,31 @@ def card(folder: Path) -> str:
     """Return the card: front matter for the hub, training, scores, size, use. Names no place of this machine."""
     folder = folder.absolute()
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    config = None if is_adapter else LMConfig.from_pretrained(folder)
+    is_variant = config is not None and config.attention != "mla"
     trained = _trained(folder)
     run = folder.parent if trained else None
     command, settings = _settings(run) if run else ([], {})
     languages = _languages(folder)
     head = {
-        "license": "unknown", "language": languages, "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation", "tags": ["lora"] * is_adapter + ["deepseek_v3", "mini-deepseek-v3"],
+        "license": "unknown", "language": languages,
+        "library_name": "peft" if is_adapter else "" if is_variant else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora"] * is_adapter + ["deepseek_v3"] * (not is_variant) + ["mini-deepseek-v3"],
     }  # fmt: skip
     stage = command[0] if command else ""
     name = folder.parent.name if trained else folder.name
     kind = "An adapter of a Mini DeepSeek-V3" if is_adapter else "A Mini DeepSeek-V3"
+    kind += f" with {config.attention.upper()} in place of MLA, for comparison" if is_variant else ""
     lines = ["", f"# {name}", "", f"{kind}: {STAGES.get(stage, 'a small language model')}.", ""]
     if run and trained:
         lines += [*_training(run, trained, command, settings), *_held_out(run, trained), *_scores(run, folder)]
-    if not is_adapter:
-        lines += _size(LMConfig.from_pretrained(folder))
+    if config is not None:
+        lines += _size(config)
     if is_adapter:
         lines += [USE_ADAPTER.format(base=shlex.quote(public(str(settings.get("ckpt") or "BASE"))))]
     else:
-        lines += _use(stage != "pretrain.py" and _chats(folder), HELLO[(languages or ["en"])[0]])
+        lines += _use(stage != "pretrain.py" and _chats(folder), HELLO[(languages or ["en"])[0]], not is_variant)
     front = f"---\n{yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False)}---\n"
     front = front.replace("unknown\n", "unknown # yours to say; the licences of the data count\n", 1)
     body = "\n".join(lines)
@@ -262,14 +268,16 @@ def _chats(folder: Path) -> bool:
     return False
 
 
-def _use(chats: bool, hello: tuple[str, str]) -> list[str]:
+def _use(chats: bool, hello: tuple[str, str], in_transformers: bool) -> list[str]:
     """Return the lines that run a model that chats, or one that continues a text."""
     if chats:
-        chat = json.dumps([{"role": "user", "content": hello[0]}], ensure_ascii=False)
+        words, answer = json.dumps([{"role": "user", "content": hello[0]}], ensure_ascii=False), '[-1]["content"]'
         command = f'python eval/chat.py --ckpt FOLDER --once "{hello[0]}"'
-        return [USE.format(words=chat, answer='[-1]["content"]', command=command)]
-    command = "python full_sft.py --ckpt FOLDER --data chats.jsonl --out out/sft"
-    return [USE.format(words=f'"{hello[1]}"', answer="", command=command)]
+    else:
+        words, answer = f'"{hello[1]}"', ""
+        command = "python full_sft.py --ckpt FOLDER --data chats.jsonl --out out/sft"
+    elsewhere = USE_TRANSFORMERS.format(words=words, answer=answer) if in_transformers else ""
+    return [USE.format(transformers=elsewhere, command=command)]
 
 
 def _languages(folder: Path) -> list[str]:

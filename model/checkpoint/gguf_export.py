@@ -64,6 +64,7 @@ def not_in_llama_cpp(config: LMConfig) -> list[str]:
     lite = config.num_hidden_layers in (26, 27) or (config.num_hidden_layers == 48 and config.vocab_size == 128256)
     yarn = config.rope_scaling or {}
     reasons = [
+        (config.attention != "mla", f"attention {config.attention} is not DeepSeek-V3's"),
         (config.attention_bias, "attention_bias is not read"),
         (moe and config.n_shared_experts == 0, "n_shared_experts = 0, at least one shared expert is needed"),
         (lite and config.q_lora_rank is not None,

@@ -48,6 +48,8 @@ def export_vllm_cpu(source: Path, target: Path) -> None:
     rightly, and YaRN by a factor of 1 is plain RoPE.
     """
     config = LMConfig.from_pretrained(source)
+    if config.attention != "mla":
+        raise UserError(f"{source}: its attention is {config.attention}, not DeepSeek-V3's: vLLM cannot run it")
     plain = {
         "type": "yarn", "factor": 1.0, "original_max_position_embeddings": config.max_position_embeddings,
         "mscale": 1.0, "mscale_all_dim": 1.0,

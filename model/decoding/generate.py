@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,6 @@ from errors import UserError
 from model.cache import LatentCache, cache_dtype, send
 from model.decoding.runner import runner_for
 from model.decoding.sampling import Sampling
-from model.decoding.speculative import stream_speculative
 
 if TYPE_CHECKING:
     from model.transformer import MiniDeepSeek
@@ -51,7 +51,8 @@ def generate(
         check_speculative(model, input_ids, sampling)
         if attention_mask is not None and not attention_mask.all():
             raise UserError("speculative generation: of one prompt without padding only; leave the mask out")
-        tokens = stream_speculative(model, input_ids, max_new_tokens, stop, None, draft_tokens, sampling, seed)
+        drafted = resolve_name("model.decoding.speculative:stream_speculative")
+        tokens = drafted(model, input_ids, max_new_tokens, stop, None, draft_tokens, sampling, seed)
         return torch.cat((input_ids, input_ids.new_tensor(list(tokens)).view(1, -1)), dim=1)
     steps = list(stream(model, input_ids, max_new_tokens, sampling, stop, seed, attention_mask))
     new = send(torch.stack(steps, dim=1), input_ids.device) if steps else input_ids[:, :0]

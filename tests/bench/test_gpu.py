@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model import MiniDeepSeek
 from model.decoding import runner
 from model.decoding.eager import EagerRunner
-from model.decoding.runner import StaticCache
+from model.decoding.graph import StaticCache
 
 SHAPES = Place(torch.device("cpu"), timed=False)
 # Breaks and graphs are counted by tests/model/test_compile.py, and torch._dynamo takes long to import; `1b-moe` is
@@ -131,7 +131,7 @@ def test_plain_steps_where_graphs_could_be_fail(monkeypatch):
 def test_a_step_of_the_engine_that_waits_once_more_fails(monkeypatch):
     of = EagerRunner.step
     monkeypatch.setattr(
-        "model.decoding.runner.GraphRunner.step", lambda self, ids, last=1: (ids.max().item(), of(self, ids, last))[1]
+        "model.decoding.graph.GraphRunner.step", lambda self, ids, last=1: (ids.max().item(), of(self, ids, last))[1]
     )
     row = gpu.judge("engine", SHAPES)
     assert row.verdict == gpu.FAILED and "waits of a step: 3" in row.text

@@ -29,6 +29,12 @@ RULES = [
     ({"rope_scaling": 40}, "rope_scaling = 40", "set dict"),
     ({"vocab_size": None}, "vocab_size = None", "set int"),
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2", "leave it out or set it to num_attention_heads = 8"),
+    ({"attention": "mla2"}, "attention = 'mla2'", "one of mla, mha, gqa"),
+    ({"attention": "mha", "num_key_value_heads": 2}, "num_key_value_heads = 2", "MHA has a key and a value for every"),
+    ({"attention": "gqa"}, "num_key_value_heads = 8", "set a divisor of num_attention_heads = 8 below it"),
+    ({"attention": "gqa", "num_key_value_heads": 3}, "num_key_value_heads = 3", "set a divisor"),
+    ({"attention": "mha", "kv_lora_rank": 0}, "attention = 'mha'", "set q_lora_rank to null"),
+    ({"kv_lora_rank": 0}, "kv_lora_rank = 0", "set a positive number"),
     ({"qk_rope_head_dim": 31}, "qk_rope_head_dim = 31", "make it even"),
     ({"first_k_dense_replace": 9}, "first_k_dense_replace = 9", "lower it to num_hidden_layers = 8"),
     ({"n_group": 3}, "n_group = 3", "choose a divisor of n_routed_experts = 16"),
@@ -188,7 +194,7 @@ def test_our_config_json_means_the_same_to_transformers_and_comes_back(name, tmp
     assert rope.pop("rope_theta") == config.rope_theta
     kind = rope.pop("rope_type")
     assert (kind, rope) == (("yarn", config.rope_scaling) if config.rope_scaling else ("default", {}))
-    ours = {key: value for key, value in vars(config).items() if not key.startswith("rope_")}
+    ours = {key: value for key, value in vars(config).items() if key != "attention" and not key.startswith("rope_")}
     assert {key: getattr(theirs, key) for key in ours} == ours
     theirs.save_pretrained(tmp_path)
     assert LMConfig.from_pretrained(tmp_path) == config

@@ -23,6 +23,7 @@ OTHER = dict(
     first_k_dense_replace=2, norm_topk_prob=False, routed_scaling_factor=2.5, q_lora_rank=None, kv_lora_rank=20,
     qk_nope_head_dim=16, qk_rope_head_dim=10, v_head_dim=12, max_position_embeddings=4096, rope_theta=5e5,
     rope_scaling=YARN, rms_norm_eps=1e-5, initializer_range=0.1, attention_bias=True, tie_word_embeddings=True,
+    attention="mha",
 )  # fmt: skip
 
 
@@ -118,3 +119,11 @@ def test_a_default_is_not_given_and_a_preset_of_other_shapes_is_refused(run, pre
 def test_without_a_checkpoint_the_preset_is_64m_whatever_else_is_given():
     settings = pretrain.PretrainSettings(out="o", data="d", model={"num_hidden_layers": 3})
     assert settings.model == {"preset": "64m", "num_hidden_layers": 3}
+
+
+def test_a_preset_is_taken_with_the_attention_beside_it():
+    kind = {"attention": "gqa", "num_key_value_heads": 2}
+    config = LMConfig.preset("demo", **kind)
+    assert config.continued({"preset": "demo", **kind}, "DIR") == config
+    with pytest.raises(UserError, match=r"--model.preset demo: has .* leave it out"):
+        config.continued({"preset": "demo"}, "DIR")

@@ -192,6 +192,19 @@ def test_balance_loss_is_eq_17_to_20_for_each_sequence(lengths):
         torch.testing.assert_close(grad, wanted)
 
 
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 4]])
+def test_balance_loss_over_the_batch_is_that_of_one_sequence_of_all_tokens(lengths):
+    scores, indices = random_routing(2, 9)
+    token_mask = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
+    masked = None if lengths == [9, 9] else token_mask
+    loss = routing(scores, indices, masked, over_batch=True).balance_loss.sum()
+    expected = balance_by_hand(scores[token_mask][None], indices[token_mask][None], [sum(lengths)])
+    torch.testing.assert_close(loss, expected)
+    for grad, wanted in zip(*(torch.autograd.grad(x, [scores]) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(grad, wanted)
+    assert not torch.isclose(loss, routing(scores, indices, masked).balance_loss.sum())
+
+
 def test_balance_loss_teaches_the_router_through_the_scores_only(tiny_model):
     model = tiny_model()
     ids = torch.randint(0, 61, (2, 20))

@@ -115,3 +115,9 @@ def test_what_transformers_saves_again_is_ours_again(stages, tmp_path, transform
     assert all(torch.equal(state[name], tensor) for name, tensor in after.state_dict().items())
     assert {name for name in state if not name.startswith("mtp.")} == after.state_dict().keys()  # it drops MTP layers
     assert Tokenizer.from_folder(tmp_path).fingerprint == Tokenizer.from_folder(folder).fingerprint
+
+
+def test_a_checkpoint_with_another_attention_is_not_opened(transformers, tiny_model, tmp_path):
+    tiny_model(attention="mha").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="mini_deepseek_v3_mha"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -47,7 +47,8 @@ def test_a_weight_can_change_along_the_run(name, tmp_path):
 
 # What a recipe says tells whose it is; one that says none of it is fine-tuning's.
 SCRIPTS = {
-    "model": "pretrain", "preference": "dpo_train", "lora": "lora_sft", "samples": "distill", "rewards": "grpo_train"
+    "model": "pretrain", "preference": "dpo_train", "lora": "lora_sft", "samples": "distill", "rewards": "grpo_train",
+    "phases": "pretrain",
 }  # fmt: skip
 RECIPES = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "eval")  # those are suites
 

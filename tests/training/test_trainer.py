@@ -128,6 +128,31 @@ def test_the_weights_follow_their_schedules(make, monkeypatch):
     assert torch.equal(biases(trainer.model), before)
 
 
+BALANCES = {"bias": (1e-2, 1e-3), "aux": (0.0, 1e-3), "none": (0.0, 0.0)}  # gamma and alpha
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_experts_are_balanced_by_what_is_asked_for(balance, make):
+    trainer = make(max_steps=1, balance=balance, balance_weight=1e-3)
+    before = biases(trainer.model)
+    trainer.run()
+    assert (trainer.loss.bias_speed, trainer.loss.balance_weight) == BALANCES[balance]
+    assert torch.equal(biases(trainer.model), before) == (balance != "bias")
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_the_balance_loss_is_of_the_scope_that_is_asked_for(scope, make):
+    trainer = make(max_steps=1, balance="aux", balance_scope=scope)
+    trainer.run()
+    logged = read_metrics(trainer.out / "metrics.jsonl")[-1]["balance_loss"]
+    ours = make("again", max_steps=1)
+    for router in ours.model.routers():
+        router.balances_batch = scope == "batch"
+    batch = Rows().batch(range(ROWS))
+    sums = ours.model(batch["input_ids"], mtp=1).balance_loss.sum() / 3 / batch["labels"].numel()  # of 3 MoE layers
+    assert logged == pytest.approx(sums.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("budget", "steps"),
     [

@@ -7,14 +7,15 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from text.corpus.infilling import Infilling, rearranged
 from text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from text.corpus.infilling import Infilling
 
 # A thread gets this many bytes of text at once, and so many batches wait for each, so that it never does.
 BATCH_BYTES, QUEUED = 1 << 18, 3
-PLAIN = Infilling()  # none
 
 
 class Encoded(NamedTuple):
@@ -31,7 +32,10 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    documents: Iterable[tuple[int, int, bytes]], tokenizer: Tokenizer, workers: int, infilling: Infilling = PLAIN
+    documents: Iterable[tuple[int, int, bytes]],
+    tokenizer: Tokenizer,
+    workers: int,
+    infilling: Infilling | None = None,
 ) -> Iterator[Encoded]:
     """Encode (number, hash, UTF-8 bytes) of documents on `workers` threads, in order.
 
@@ -96,14 +100,16 @@ def _batches(documents: Iterable[tuple[int, int, bytes]]) -> Iterator[list[tuple
         yield batch
 
 
-def _encode(batch: list[tuple[int, int, bytes]], tokenizer: Tokenizer, infilling: Infilling = PLAIN) -> list[Encoded]:
+def _encode(
+    batch: list[tuple[int, int, bytes]], tokenizer: Tokenizer, infilling: Infilling | None = None
+) -> list[Encoded]:
     pieces: list[str] = []
-    taken = [infilling.takes(digest) for _, digest, _ in batch]
+    taken = [infilling is not None and infilling.takes(digest) for _, digest, _ in batch]
     for moved, (_, digest, data) in zip(taken, batch, strict=True):
         text = data.decode("utf-8")
         pieces += infilling.parts(text, digest) if moved else (text,)
     encoded, made = iter(tokenizer.encode_batch(pieces)), []
     for moved, (number, digest, data) in zip(taken, batch, strict=True):
-        ids = rearranged(tokenizer, next(encoded), next(encoded), next(encoded)) if moved else next(encoded)
+        ids = infilling.join(tokenizer, next(encoded), next(encoded), next(encoded)) if moved else next(encoded)
         made.append(Encoded(number, digest, len(data), array("H", [*ids, tokenizer.eos_id]), moved))
     return made

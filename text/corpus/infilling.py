@@ -17,13 +17,13 @@ class Infilling:
     Attributes: rate: share of the documents (0.1 in the paper); seed; spared: hashes below it are of held-out ones.
     """
 
-    rate: float = 0.0
-    seed: int = 0
-    spared: int = 0
+    rate: float
+    seed: int
+    spared: int
 
     def takes(self, digest: int) -> bool:
         """Return whether a document of this hash is rearranged."""
-        return self.rate > 0 and digest >= self.spared and scramble(KEY, self.seed, digest) < self.rate * WORD
+        return digest >= self.spared and scramble(KEY, self.seed, digest) < self.rate * WORD
 
     def parts(self, text: str, digest: int) -> tuple[str, str, str]:
         """Cut a document between characters, each of its two places equally likely anywhere: before, middle, after."""
@@ -31,10 +31,9 @@ class Infilling:
         first, second = sorted(places)
         return text[:first], text[first:second], text[second:]
 
-
-def rearranged(tokenizer: Tokenizer, before: list[int], middle: list[int], after: list[int]) -> list[int]:
-    """PSM, prefix, suffix, middle: the tokens of a document but for its end."""
-    return [*question(tokenizer, before, after), *middle]
+    def join(self, tokenizer: Tokenizer, before: list[int], middle: list[int], after: list[int]) -> list[int]:
+        """Return the tokens of a document but for its end in the order PSM: prefix, suffix, middle."""
+        return [*question(tokenizer, before, after), *middle]
 
 
 def question(tokenizer: Tokenizer, before: list[int], after: list[int]) -> list[int]:

@@ -19,18 +19,21 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from errors import UserError
 from text.corpus.corpus import Corpus
-from text.corpus.infilling import Infilling
 from text.files import replacing
 from text.order import content_hash
 from text.sources.registry import Source
 from text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from text.corpus.infilling import Infilling
 
 INDEX = "index.json"
 LAYOUT = 1
@@ -77,9 +80,13 @@ class Recipe:
         return {"fingerprint": tokenizer.fingerprint, "recipe": recipe}
 
     @property
-    def infilling(self) -> Infilling:
-        """Return which documents are rearranged."""
-        return Infilling(self.fim_rate, self.fim_seed, int(self.val_fraction * 2**64))
+    def infilling(self) -> Infilling | None:
+        """Return which documents are rearranged, None for none."""
+        if not self.fim_rate:
+            return None
+        return resolve_name("text.corpus.infilling:Infilling")(
+            self.fim_rate, self.fim_seed, int(self.val_fraction * 2**64)
+        )
 
     def folder(self, plain: Path, tokenizer: Tokenizer) -> Path:
         """Return the folder of this work on the data whose name is `plain`: no other work on them has the same one.

@@ -8,24 +8,18 @@ are not read with `datasets`: there one broken quote or byte ends a whole file, 
 from __future__ import annotations
 
 import heapq
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from errors import UserError
 from text.order import scramble
-from text.sources.csv_rows import csv_rows
 from text.sources.data_file import DataFile, FileProblem, suffix_of
 from text.sources.folders import METADATA, Folder
-from text.sources.json_rows import json_rows
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow
-from text.sources.table_rows import table_rows, without_nulls
-
-# Plain text has no rows: a document ends at a blank line, or with the line that makes it this many characters long.
-TEXT_DOCUMENT = 8192
 
 Item = TypeVar("Item")
 
@@ -141,7 +135,10 @@ def _rows_of_file(file: DataFile, source: Source) -> Iterator[tuple[str, Any]]:
     """Yield (place, row), or with a column (place, text). Raises `FileProblem` for what ends the reading early."""
     report, before, is_empty = file.report, file.report.bytes_read, True
     problems = report.problems.total()
-    rows = _hub_rows(file, source) if source.is_hub else READERS[suffix_of(Path(file.path))](file)
+    if source.is_hub:
+        rows = resolve_name("text.sources.table_rows:hub_rows")(file, source)
+    else:
+        rows = resolve_name(READERS[suffix_of(Path(file.path))])(file)
     try:
         for line, row in rows:
             is_empty = False
@@ -156,44 +153,11 @@ def _rows_of_file(file: DataFile, source: Source) -> Iterator[tuple[str, Any]]:
         raise FileProblem("empty file", None, "is empty", "name a file that has rows")
 
 
-def _text_documents(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield plain text: a blank line ends a document, and so does the line that brings it to `TEXT_DOCUMENT`."""
-    with file.open() as stream:
-        document: list[str] = []
-        size, first, line = 0, 1, 1
-        while True:
-            piece = stream.readline(TEXT_DOCUMENT)  # a line longer than a document comes in pieces
-            blank = not piece or piece.isspace()
-            if not blank and file.usable(line, piece):
-                first = first if document else line
-                document.append(piece)
-                size += len(piece)
-            if document and (blank or size >= TEXT_DOCUMENT):
-                file.mark()
-                yield first, {file.column: "".join(document).rstrip("\r\n")}
-                document, size = [], 0
-            if not piece:
-                return
-            line += piece[-1] == "\n"
-
-
-def _hub_rows(file: DataFile, source: Source) -> Iterator[tuple[int, Any]]:
-    """Stream the rows of a data set on the Hub. Raises `FileProblem` when the Hub does not give it."""
-    import datasets
-
-    more = {"data_dir": source.folder} if source.folder else {}
-    try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True, **more)
-        for number, row in enumerate(rows, 1):
-            yield number, without_nulls(row) if file.column is None else row
-    except (OSError, ValueError, RuntimeError) as error:
-        line = re.split(r"[\r\n]", str(error), maxsplit=1)[0] or type(error).__name__
-        problem = f"no such path here, and the Hub does not give it ({line})"
-        raise FileProblem("unreadable file", None, problem, "check the path or the name and the network") from error
-
-
-READERS: dict[str, Callable[[DataFile], Iterator[tuple[int, Any]]]] = {
-    **{".csv": csv_rows, ".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows},
-    **{".parquet": table_rows, ".arrow": table_rows, ".txt": _text_documents},
+# Who reads which files, bound when one is met.
+READERS = {
+    ".csv": "text.sources.csv_rows:csv_rows",
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "text.sources.json_rows:json_rows"),
+    **dict.fromkeys((".parquet", ".arrow"), "text.sources.table_rows:table_rows"),
+    ".txt": "text.sources.text_rows:text_rows",
 }
 SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")

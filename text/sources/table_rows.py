@@ -1,7 +1,8 @@
-"""Rows of Parquet and Arrow files, in bounded memory, with row numbers. pyarrow is imported when one is met."""
+"""Rows of Parquet and Arrow files, in bounded memory, with row numbers, and of data sets on the Hub."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from text.sources.data_file import DataFile, FileProblem
 
 if TYPE_CHECKING:
     import pyarrow
+
+    from text.sources.registry import Source
 
 ROWS_AT_ONCE = 128
 
@@ -38,6 +41,21 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_nulls(field) for name, field in value.items() if field is not None and field == field}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def hub_rows(file: DataFile, source: Source) -> Iterator[tuple[int, Any]]:
+    """Stream the rows of a data set on the Hub. Raises `FileProblem` when the Hub does not give it."""
+    import datasets
+
+    more = {"data_dir": source.folder} if source.folder else {}
+    try:
+        rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True, **more)
+        for number, row in enumerate(rows, 1):
+            yield number, without_nulls(row) if file.column is None else row
+    except (OSError, ValueError, RuntimeError) as error:
+        line = re.split(r"[\r\n]", str(error), maxsplit=1)[0] or type(error).__name__
+        problem = f"no such path here, and the Hub does not give it ({line})"
+        raise FileProblem("unreadable file", None, problem, "check the path or the name and the network") from error
 
 
 def _rows(file: DataFile, batch: pyarrow.RecordBatch, line: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from model import MiniDeepSeek
 
 # Short names of what can be adapted: matrices in every main layer, by name. The MTP layers stay as they are.
 MATRICES = {
-    "attention": r"self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
+    "attention": r"self_attn\.(q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
     "ffn": r"mlp\.(shared_experts\.)?(gate|up|down)_proj",
 }
 STACKED = ("gate_up_proj", "down_proj")

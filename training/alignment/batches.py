@@ -45,7 +45,10 @@ class LeftOut(IntEnum):
 
 @dataclass
 class Rows:
-    """What is known of the completions. `tokens_RT` has prompt, completion and padding; `lengths_R` counts both."""
+    """What is known of the completions. `tokens_RT` has prompt, completion and padding; `lengths_R` counts both.
+
+    `experts_RT`: (R, T, MoE layers, K) int16 of each position, where they are replayed; -1 where none was recorded.
+    """
 
     tokens_RT: Tensor
     prompt_lengths_R: Tensor
@@ -55,6 +58,7 @@ class Rows:
     left_out_R: Tensor
     old_log_probs_RT: Tensor | None = None
     reference_log_probs_RT: Tensor | None = None
+    experts_RT: Tensor | None = None
 
     @classmethod
     def of(cls, groups: list[Group], sequence_length: int, pad_id: int, filter_overlong: bool) -> Rows:
@@ -75,6 +79,7 @@ class Rows:
             torch.cat([completions.log_probs for completions in made]),
             torch.cat([group.advantages_G for group in groups]),
             torch.where(cut_R, LeftOut.OVERLONG, zero_variance_R * LeftOut.ZERO_VARIANCE),
+            experts_RT=_padded([experts for completions in made for experts in completions.experts], sequence_length),
         )
 
     @property
@@ -227,6 +232,9 @@ class Experience:
             "labels": completions_RT.masked_fill(~is_label_RT, IGNORE),
             "advantages": known.advantages_R[rows],
         }
+        if known.experts_RT is not None:
+            batch["prompt_experts"] = known.experts_RT[(prompts_P * size).unsqueeze(1), prompt_places]
+            batch["experts"] = known.experts_RT[rows.unsqueeze(1), places_RT[:, :-1]]
         place_RT = time_T.clamp(max=self.settings.max_new_tokens - 1).expand_as(places_RT)
         for name, log_probs_RT in known.tensors.items():
             if name.endswith("log_probs"):
@@ -274,6 +282,16 @@ def log_entry(totals: dict[str, float], shown: Group, seconds: float) -> dict[st
             "rewards": {name: values[0] for name, values in shown.values.items()},
         },
     }
+
+
+def _padded(experts: list[Tensor], time: int) -> Tensor | None:
+    """(positions, MoE layers, K) of each row -> (rows, time, MoE layers, K), or None where nothing was recorded."""
+    if not experts:
+        return None
+    padded = experts[0].new_full((len(experts), time, *experts[0].shape[1:]), -1)
+    for row_TLK, known in zip(padded, experts, strict=True):
+        row_TLK[: len(known)] = known
+    return padded
 
 
 def _multiple(size: int) -> int:

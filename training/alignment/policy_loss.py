@@ -22,11 +22,13 @@ def completion_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Args:
         batch: prompt_ids (prompts, time), padded on the left by prompt_padding (prompts,); prompt_of (rows,), which
-            prompt each completion continues; input_ids (rows, new - 1), the completions without their last token.
+            prompt each completion continues; input_ids (rows, new - 1), the completions without their last token;
+            perhaps prompt_experts and experts, of both, that sampling chose (see `MiniDeepSeek.forward`).
     """
     prompts, of = PromptLatents(batch["prompt_padding"]), batch["prompt_of"]
-    first = model(batch["prompt_ids"], cache=prompts)
-    rest = model(batch["input_ids"], cache=prompts.continued(of))
+    of_prompts, own = ({"experts": batch[name]} if name in batch else {} for name in ("prompt_experts", "experts"))
+    first = model(batch["prompt_ids"], cache=prompts, **of_prompts)
+    rest = model(batch["input_ids"], cache=prompts.continued(of), **own)
     return torch.cat((first.hidden[:, -1:].index_select(0, of), rest.hidden), dim=1), rest.head
 
 

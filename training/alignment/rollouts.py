@@ -34,6 +34,9 @@ class RolloutSettings:
             sampling); what still has none is left out.
         overlong: keep or filter completions that were cut at the limit.
         rollout_rows: most completions sampled at a time on one rank; one that ends makes room for the next.
+        replay_routing: train with the experts that sampling chose for each token, prompts included: where the routers
+            choose others, a probability changes though no weight did (Ma et al. 2025, arXiv 2510.11370). Their weights
+            come from the scores of training. Samples in PyTorch, not in C or CUDA graphs, which is slower.
     """
 
     prompts: int = 32
@@ -45,6 +48,7 @@ class RolloutSettings:
     resample: int = 0
     overlong: str = "keep"
     rollout_rows: int = 512
+    replay_routing: bool = False
 
     def check(self) -> None:
         """Raises `UserError` for a value that makes no sense."""
@@ -110,7 +114,8 @@ class Rollouts:
             keys = [(self.prompts.seed, KEY, slot, turn) for slot in slots]
             drawn_PGT = uniforms(keys, settings.group, settings.max_new_tokens)
             limits = tokenizer.eos_id, settings.temperature, settings.rollout_rows
-            made = list(sample_groups(policy, prompts, drawn_PGT, *limits, self.ranks.watch))
+            records = settings.replay_routing
+            made = list(sample_groups(policy, prompts, drawn_PGT, *limits, self.ranks.watch, records=records))
         if self.ranks.asked_to_stop():
             raise Stopped
         if not slots:

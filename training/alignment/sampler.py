@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,12 +41,14 @@ class Completions:
         tokens: (rows, new) int64, 0 after the end. lengths: (rows,) tokens of each, the end token included.
         log_probs: (rows, new) float32, the sampler's, 0 after the end.
         ended: (rows,) bool, False when cut at the limit.
+        experts: of each completion, where they were recorded (`model.decoding.recording.RecordingEngine.experts`).
     """
 
     tokens: Tensor
     lengths: Tensor
     log_probs: Tensor
     ended: Tensor
+    experts: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, completions: list[Completion], new: int) -> Completions:
@@ -67,6 +70,7 @@ def sample_groups(
     slots: int = SLOTS,
     watch: Watch | None = None,
     what: str = "sampling completions",
+    records: bool = False,
 ) -> Iterator[Completions]:
     """Sample a group of completions of each prompt, and yield the groups in their order as soon as they are whole.
 
@@ -77,6 +81,7 @@ def sample_groups(
         temperature: the log-probabilities are those of the tempered distribution; 0 takes the likeliest token.
         slots: most completions at a time; one that ends makes room for the next.
         watch: is shown how far this is, as `what`; once a signal came, no more groups come.
+        records: with the experts of each token; sampled in PyTorch.
     """
     watch = watch or Watch()
     sampling = Sampling(temperature=temperature)
@@ -86,14 +91,16 @@ def sample_groups(
     ]
     longest = max(len(request.prompt) + request.max_new_tokens for group in requests for request in group)
     total, done = sum(map(len, requests)), 0.0  # of one that runs the share of its tokens
-    engine = Engine(model, min(slots, total), longest)
+    kind = resolve_name("model.decoding.recording:RecordingEngine") if records else Engine
+    engine = kind(model, min(slots, total), longest)
     for group in [[engine.submit(request) for request in group] for group in requests]:
         while not all(completion.finish for completion in group):
             if watch.asked:
                 return
             watch.show(what, done, total)
             done += sum(advance(event.completion) for event in engine.step())
-        yield Completions.of(group, group[0].request.max_new_tokens)
+        made = Completions.of(group, group[0].request.max_new_tokens)
+        yield replace(made, experts=[engine.experts(one) for one in group]) if records else made
     watch.show("", 0, 0)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, quiet_imports
+from LMConfig import MODEL_TYPES
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.distill.distillation import Logits, Teacher
@@ -107,12 +108,12 @@ def open_frozen(name: str, dtype: torch.dtype, device: torch.device) -> tuple[An
 
 
 def is_ours(name: str) -> bool:
-    """Return whether a folder's config.json is that of a DeepSeek-V3."""
+    """Return whether a folder's config.json is that of a DeepSeek-V3, or of one with another attention."""
     try:
         config = json.loads((Path(name) / "config.json").read_text(encoding="utf8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") == "deepseek_v3"
+    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES.values()
 
 
 def open_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pkgutil import resolve_name
 
 import torch
 from torch import nn
 
 import model.kernels as kernels
 from errors import UserError, quiet_compiler, quiet_imports
-from training.optim.adamw import AdamWBF16
-from training.optim.muon import Muon
 
 KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
 # Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
@@ -147,8 +146,11 @@ def _class_of(kind: str, momentum: float) -> Callable[..., torch.optim.Optimizer
         except ImportError:
             raise UserError(f"--optim.kind {kind}: needs the package; pip install bitsandbytes") from None
         return PagedAdamW8bit
-    plain = partial(torch.optim.AdamW, fused=True)
-    return {"adamw": plain, "adamw_bf16": AdamWBF16, "muon": partial(Muon, momentum=momentum)}[kind]
+    if kind == "muon":
+        return partial(resolve_name("training.optim.muon:Muon"), momentum=momentum)
+    if kind == "adamw_bf16":
+        return resolve_name("training.optim.adamw:AdamWBF16")
+    return partial(torch.optim.AdamW, fused=True)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,74 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from errors import UserError, check_least
+from errors import UserError
 from training.parallel.placement import chunk_sizes
-from training.parallel.ranks import DistSettings, Ranks
+from training.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from LMConfig import LMConfig
     from training.settings import StageSettings
-
-
-@dataclass
-class CutSettings(DistSettings):
-    """How ranks work together, and what is cut among them.
-
-    Args:
-        zero: 0: each rank holds all weights, gradients and optimiser state; 1: a share of the optimiser state, with its
-            weights in float32; 3: of gradients and weights too.
-        ep: ranks that the experts of a layer are spread over; more than 1 cuts the optimiser state too.
-    """
-
-    zero: int = 0
-    ep: int = 1
-
-    pp: ClassVar[int] = 1  # ranks that the layers are spread over
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(1, **{"dist.ep": self.ep})
-        if self.zero not in (0, 1, 3):
-            raise UserError(f"--dist.zero {self.zero}: one of 0, 1, 3")
-
-    def cuts(self, world: int) -> bool:
-        """Return whether each of `world` ranks holds less than the whole."""
-        return self.ep > 1 or (self.zero > 0 and world > 1)
-
-
-@dataclass
-class ShardSettings(CutSettings):
-    """How ranks work together, what is cut among them, and how layers are.
-
-    Args:
-        pp: ranks that the layers are spread over, a pipeline; more than 1 cuts the optimiser state too.
-        schedule: of the pipeline: 1f1b, zbv or dualpipev.
-    """
-
-    pp: int = 1
-    schedule: str = "1f1b"
-
-    SCHEDULES: ClassVar[tuple[str, ...]] = ("1f1b", "zbv", "dualpipev")
-    FOLDED: ClassVar[tuple[str, ...]] = ("zbv", "dualpipev")  # into a V: a rank has two stages
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(1, **{"dist.pp": self.pp})
-        if self.schedule not in self.SCHEDULES:
-            raise UserError(f"--dist.schedule {self.schedule}: one of {', '.join(self.SCHEDULES)}")
-
-    @property
-    def stages(self) -> int:
-        """Return those of a pipeline."""
-        return self.pp * (2 if self.schedule in self.FOLDED else 1)
-
-    def cuts(self, world: int) -> bool:
-        return self.pp > 1 or super().cuts(world)
 
 
 class Mesh(NamedTuple):

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import UserError, check_least, naming
+from errors import UserError, naming
 from training.machine import choose_device
+from training.parallel.dist_settings import DistSettings
 from training.run.interrupt import Watch
 
 Result = TypeVar("Result")
@@ -29,32 +30,6 @@ GONE = ("connection closed", "connection reset", "connection refused", "broken p
 ROLL_CALL = 2.0  # seconds in which those who waited in vain must have said so
 LEADER_FAILED = "main rank failed"  # a key of the store
 LAG = 30.0  # seconds after which every node sees what one has written to a network file system
-
-
-@dataclass
-class DistSettings:
-    """How ranks work together.
-
-    Args:
-        timeout: seconds to wait for another rank before the run ends.
-        check_every: steps between checks that all ranks hold the same weights to the bit; 0: none.
-        gradients: fp32 or bf16: the type in which they are exchanged between ranks; bf16 moves half the bytes.
-    """
-
-    timeout: float = 1800.0
-    check_every: int = 100
-    gradients: str = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.gradients not in ("fp32", "bf16"):
-            raise UserError(f"--dist.gradients {self.gradients}: one of fp32, bf16")
-        if self.timeout <= 0:
-            raise UserError(f"--dist.timeout {self.timeout:g}: must be positive")
-        check_least(0, **{"dist.check_every": self.check_every})
-
-    def cuts(self, world: int) -> bool:
-        """Return whether each of `world` ranks holds less than the whole."""
-        return False
 
 
 @dataclass(frozen=True)

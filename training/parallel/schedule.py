@@ -24,7 +24,8 @@ from training.machine import autocast
 from training.parallel.placement import chunk_sizes
 
 if TYPE_CHECKING:
-    from training.parallel.mesh import Mesh, ShardSettings
+    from training.parallel.dist_settings import ShardSettings
+    from training.parallel.mesh import Mesh
 
 CLASSES = {"1f1b": "1F1B", "zbv": "ZBVZeroBubble", "dualpipev": "DualPipeV"}
 Work = Callable[[], Any]

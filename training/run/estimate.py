@@ -117,7 +117,8 @@ class Pace:
         self._begin = progress.step, share, progress.seconds
         costs = count_costs(model.config, settings.sequence_length)
         step = step_seconds(settings, flops, peak)
-        warn_of_few_steps(settings, ranks, len(dataset), step)
+        sampled = isinstance(dataset, PolicyDataset)
+        warn_of_few_steps(settings, ranks, len(dataset), None if sampled else step)
         steps, seconds = length(budget, step, settings.rows * settings.row_tokens, progress)
         needs, has = memory(settings, model, ranks.device, dtype), memory_of(ranks.device)
         noun = "more step" if progress.step else "step"
@@ -138,8 +139,8 @@ class Pace:
             f"kernels    {kernel_report(*kernels)}\n"
             f"batch      {smaller}{batch_line(last, settings.row_tokens, ranks, settings.micro_rows)}\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
-            f"takes      {self._about} {duration(step)} a step, {counted(steps, noun)} in {duration(seconds)}, "
-            f"{human(needs, 'B')} of memory a rank{', sampling apart' if isinstance(dataset, PolicyDataset) else ''}"
+            f"takes      {self._pace(step, counted(steps, noun), seconds, sampled)}, "
+            f"{human(needs, 'B')} of memory a rank"
         )
         if needs > has:
             self._say(
@@ -186,6 +187,14 @@ class Pace:
             self._warned = True
             remedy = self._settings.lighten(self._ranks.device.type)
             self._say(f"warning    a step takes about {duration(seconds)} here: {remedy}")
+
+    def _pace(self, step: float, steps: str, seconds: float, sampled: bool) -> str:
+        """Return how long steps take. sampled: their rows are, and nobody knows yet how long they become."""
+        if not sampled:
+            return f"{self._about} {duration(step)} a step, {steps} in {duration(seconds)}"
+        clock = self._budget.max_minutes and seconds >= 60 * self._budget.max_minutes - self._progress.seconds - step
+        run = f"at least {steps}" if clock else f"{steps} in at most {duration(seconds)}"
+        return f"at most {duration(step)} a step where replies are as long as they may be, {run}, sampling apart"
 
     def _say(self, text: str) -> None:
         self._ranks.say(folded(text))
@@ -253,13 +262,13 @@ def fitting_rows(settings: StageSettings, world: int, samples: int) -> int:
     return next((rows for rows in choices if steps(rows) >= enough), settings.rows)
 
 
-def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int, step: float) -> None:
+def warn_of_few_steps(settings: StageSettings, ranks: Ranks, samples: int, step: float | None) -> None:
     """Say in one line that a run is too short to learn from, and what makes it longer.
 
-    step: its seconds as estimated, which say how many the clock leaves.
+    step: its seconds as estimated, which say how many the clock leaves; None where nobody can.
     """
     budget, minutes = settings.budget(samples), settings.max_minutes
-    by_clock = max(round(60 * minutes / step), 1) if minutes else math.inf
+    by_clock = max(round(60 * minutes / step), 1) if minutes and step else math.inf
     steps = min(budget.max_steps or math.inf, by_clock)
     if steps >= FEW:
         return

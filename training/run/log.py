@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from errors import INDENT, QUIET, WIDTH, how_far, naming, one_line
 from text.files import json_text, replacing
-from training.run.trackers import Tracker
+
+if TYPE_CHECKING:
+    from training.run.trackers import Tracker
 
 STRUCTURED = ("sample", "max_vio", "expert_load", "held_out", "prompt", "text")  # not one number
 LARGEST = 1e300  # beyond it pictures cannot be scaled
@@ -209,6 +211,13 @@ def shown(entry: dict[str, Any]) -> dict[str, Any]:
     if "val_margin" in entry and "val_accuracy" in entry:
         entry["val_preferred"] = entry.pop("val_accuracy")
     return entry
+
+
+def held_out_text(entry: dict[str, Any], measure: str) -> str:
+    """Return a measure of a validation as the line of its step shows it."""
+    renamed = shown(entry)
+    name = measure if measure in renamed else "val_preferred"
+    return next(column.form for column in HELD_OUT if column.name == name).format(renamed[name])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

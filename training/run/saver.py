@@ -18,7 +18,7 @@ from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, keep_last, load_training_state
 from training.run.interrupt import aftermath
-from training.run.log import counted, read_metrics
+from training.run.log import counted, held_out_text, read_metrics
 from training.run.resume import contents, find_checkpoint
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
@@ -193,20 +193,22 @@ class RunCheckpoints:
             return
         say(f"finished: {folder} after {counted(progress.step, 'step')}, {progress.tokens:,} tokens (ended by {end})")
         if self._settings.keep_best and (best := progress.best):
-            say(f"best: {self._out / BEST} of step {best['step']}, {best['measure']} {best['value']:.4f}")
-            if numbers := self._ranks.on_main(lambda: unlearned(self._out, best)):
+            before, reached = self._ranks.on_main(lambda: first_and_best(self._out, best))
+            say(f"best: {self._out / BEST} of step {best['step']}, {reached}")
+            if before:
                 said = "notice: no validation was better than before training: held-out rows show nothing learned"
-                say(folded(f"{said}; {numbers}"))
+                say(folded(f"{said}; {before} at step 0, {reached} at best"))
 
 
-def unlearned(out: Path, best: dict[str, Any]) -> str:
-    """Return the numbers where the log of a run has a validation before training that none after it surpassed.
+def first_and_best(out: Path, best: dict[str, Any]) -> tuple[str, str]:
+    """Return the validation before training, nothing where a later one surpassed it, and the best, as they are shown.
 
-    Else nothing. best: see `Progress`.
+    best: see `Progress`; where it is empty, so are both.
     """
-    measure, log = best.get("measure"), out / "metrics.jsonl"
-    entries = read_metrics(log) if log.is_file() else []
-    before = next((entry.get(measure) for entry in entries if entry["step"] == 0), None)
-    if before is None or not MEASURES[measure] * (best["value"] - before) <= 0:
-        return ""
-    return f"{measure} {before:.4f} at step 0, {best['value']:.4f} at best"
+    if not (measure := best.get("measure")):
+        return "", ""
+    entries = {entry["step"]: entry for entry in read_metrics(out / "metrics.jsonl") if measure in entry}
+    reached = held_out_text(entries.get(best["step"], {}) | {measure: best["value"]}, measure)
+    before = entries.get(0)
+    surpassed = before is None or MEASURES[measure] * (best["value"] - before[measure]) > 0
+    return "" if surpassed else held_out_text(before, measure), reached

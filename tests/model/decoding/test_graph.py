@@ -12,10 +12,11 @@ from torch import Tensor
 
 from model import MiniDeepSeek
 from model.cache import LatentCache
-from model.decoding import runner
+from model.decoding import graph
 from model.decoding.eager import EagerRunner
 from model.decoding.engine import Engine
-from model.decoding.runner import GraphRunner, fits_graph, positions_seen
+from model.decoding.graph import GraphRunner, positions_seen
+from model.decoding.runner import fits_graph
 from model.decoding.sampling import Sampling
 from model.decoding.scheduler import Request
 from model.decoding.slot_cache import SlotCache
@@ -27,7 +28,7 @@ CLOSE = dict(atol=0.02, rtol=0.02)
 @pytest.fixture
 def tapes(on_cuda, monkeypatch) -> Iterator[list[Tape]]:
     """The tapes recorded, of small shapes."""
-    monkeypatch.setattr(runner, "SHORTEST", 8)
+    monkeypatch.setattr(graph, "SHORTEST", 8)
     with taped_graphs() as tapes:
         yield tapes
 

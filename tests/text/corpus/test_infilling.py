@@ -8,7 +8,7 @@ import pytest
 from data_files import write_texts
 
 from errors import UserError
-from text.corpus.infilling import Infilling, question, rearranged
+from text.corpus.infilling import Infilling, question
 from text.corpus.shard_set import ShardSet
 from text.corpus.shards import prepare_shards
 from text.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -50,7 +50,14 @@ def read(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def test_the_layout_is_prefix_suffix_middle_end(tokenizer):
     before, middle, after = (tokenizer.encode(part) for part in ("小猫", "去", "公园"))
-    assert rearranged(tokenizer, before, middle, after) == [PREFIX, *before, SUFFIX, *after, MIDDLE, *middle]
+    assert Infilling(1.0, 0, 0).join(tokenizer, before, middle, after) == [
+        PREFIX,
+        *before,
+        SUFFIX,
+        *after,
+        MIDDLE,
+        *middle,
+    ]
     assert question(tokenizer, before, after) == [PREFIX, *before, SUFFIX, *after, MIDDLE]
 
 
@@ -71,7 +78,7 @@ def test_which_ones_and_where_is_a_function_of_seed_and_text(shards):
     first, again, other = (documents(shards(name, fim_rate=0.3, fim_seed=seed), "train") for name, seed in
                            (("a", 1), ("b", 1), ("c", 2)))  # fmt: skip
     assert first == again != other
-    many = [Infilling(1.0, 0).parts("abcdef", digest) for digest in range(2000)]
+    many = [Infilling(1.0, 0, 0).parts("abcdef", digest) for digest in range(2000)]
     assert all(before + middle + after == "abcdef" for before, middle, after in many)
     assert {len(before) for before, _, _ in many} == set(range(7))
     assert sum(len(middle) for _, middle, _ in many) / 2000 == pytest.approx(16 / 7, rel=0.1)  # E|a - b| of 0 .. 6

@@ -174,6 +174,7 @@ def test_another_mu_is_another_run(train):
 @pytest.mark.parametrize("cut", [[], ["--dist.zero", 3, "--dist.ep", 2]], ids=str)
 def test_two_ranks_train_as_one_process_does(cut, train, pretrained, tmp_path):
     options = [*VARIED, "--max_steps", 2, "--optim.eps", 1e-3, "--optim.lr", 1e-2, "--beta", 0.1, "--mu", 2]
+    options += ["--replay_routing", "true"] if cut else []
     train("one", *options)
     given = ["--ckpt", pretrained / "final", "--out", tmp_path / "two", *SHAPE, *options]
     script_on_ranks(2, grpo_train.main, [*given, *cut], tmp_path)

@@ -13,7 +13,7 @@ from errors import UserError
 from model import MiniDeepSeek
 from training.optim.build import OptimSettings
 from training.optim.ema import ExponentialMovingAverage
-from training.parallel.mesh import ShardSettings
+from training.parallel.dist_settings import ShardSettings
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
 from training.settings import StageSettings

@@ -17,8 +17,8 @@ from model.layer import DecoderLayer
 from model.moe import Router
 from model.rope import RotaryEmbedding
 from training.parallel import plan
+from training.parallel.dist_settings import ShardSettings
 from training.parallel.formulas import BUBBLES, kept_bytes, rows_sent
-from training.parallel.mesh import ShardSettings
 from training.parallel.placement import chunk_sizes, parts
 from training.parallel.plan import Plan, PlannedMesh, PlanSettings
 from training.parallel.schedule import CLASSES

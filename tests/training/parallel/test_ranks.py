@@ -14,7 +14,8 @@ from toy_stage import TIME
 import pretrain
 from errors import UserError
 from training.optim.build import OptimSettings
-from training.parallel.ranks import DistSettings, Ranks
+from training.parallel.dist_settings import DistSettings
+from training.parallel.ranks import Ranks
 from training.parallel.replication import replicate
 from training.run.log import read_metrics
 from training.schedule import value_at

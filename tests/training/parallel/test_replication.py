@@ -14,7 +14,8 @@ from toy_stage import ROWS, Rows
 from errors import UserError, command_line
 from model import MiniDeepSeek
 from training.parallel import replication
-from training.parallel.ranks import DistSettings, Ranks
+from training.parallel.dist_settings import DistSettings
+from training.parallel.ranks import Ranks
 from training.parallel.replication import check_facts, checksums, code_version, facts, flat
 from training.trainer import Trainer
 

@@ -19,7 +19,8 @@ from toy_stage import ROWS, TIME, Rows, files
 from errors import UserError, command_line
 from LMConfig import LMConfig
 from training.optim.build import OptimSettings
-from training.parallel.mesh import ShardSettings, check_mesh
+from training.parallel.dist_settings import ShardSettings
+from training.parallel.mesh import check_mesh
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
 from training.settings import NextTokenSettings

@@ -10,6 +10,7 @@ from toy_stage import ROWS, Rows, files, interrupt_at, steps_logged
 
 from errors import UserError
 from training.run.checkpoint import Progress, read_progress
+from training.run.log import held_out_text
 
 
 class Measured:
@@ -60,15 +61,15 @@ def test_the_best_checkpoint_is_kept_beside_the_last(measured, capsys):
     assert files(trainer.out / "best").keys() == files(trainer.out / "final").keys()
     kept = files(trainer.out / "step-3")
     assert {name: files(trainer.out / "best")[name] for name in kept} == kept
-    assert "best of step 3, val_bits_per_byte 3.0000" in capsys.readouterr().out
+    assert "best of step 3, 3.0000 bits/byte" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("values", "name", "told"),
     [
-        ([3.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "val_bits_per_byte 3.0000 at step 0, 4.0000 at best"),
-        ([4.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "val_bits_per_byte 4.0000 at step 0, 4.0000 at best"),
-        ([0.6, 0.4, 0.5, 0.3], "val_accuracy", "val_accuracy 0.6000 at step 0, 0.5000 at best"),
+        ([3.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "3.0000 bits/byte at step 0, 4.0000 bits/byte at best"),
+        ([4.0, 5.0, 4.0, 4.5], "val_bits_per_byte", "4.0000 bits/byte at step 0, 4.0000 bits/byte at best"),
+        ([0.6, 0.4, 0.5, 0.3], "val_accuracy", "accuracy 60.0% at step 0, accuracy 50.0% at best"),
         ([0.4, 0.4, 0.5, 0.3], "val_accuracy", ""),
         ([4.5, 5.0, 4.0, 4.5], "val_bits_per_byte", ""),
     ],
@@ -82,6 +83,12 @@ def test_a_best_that_is_no_better_than_before_training_is_said_to_be(values, nam
     shown = capsys.readouterr().out
     assert shown.count("notice: no validation was better than before training") == bool(told)
     assert told in shown.partition("best: ")[2]
+
+
+def test_the_best_is_shown_under_the_name_that_its_step_has():
+    """Of pairs it is the share that is preferred, not of answers that are right."""
+    assert held_out_text({"step": 3, "val_accuracy": 0.638, "val_margin": 0.2}, "val_accuracy") == "preferred 63.8%"
+    assert held_out_text({"step": 3, "val_accuracy": 0.638}, "val_accuracy") == "accuracy 63.8%"
 
 
 def test_patience_ends_a_run_and_a_resume_leaves_it_ended(measured, capsys):
