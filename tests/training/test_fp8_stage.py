@@ -15,8 +15,9 @@ from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.fp8 import FP8Experts, FP8Linear
-from training.parallel.mesh import ShardSettings, check_mesh
-from training.parallel.ranks import DistSettings, Ranks
+from training.parallel.dist_settings import DistSettings, ShardSettings
+from training.parallel.mesh import check_mesh
+from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
 from training.settings import NextTokenSettings
 
