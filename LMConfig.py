@@ -178,12 +178,14 @@ class LMConfig:
         """Read the content of a `deepseek_v3` config.json, of transformers 4 or 5; `place` names it in messages."""
         if not isinstance(data, dict):
             raise ConfigError(f"{place}: not a JSON object; restore the file")
-        kind = data.get("attention", "mla")
-        if kind != "mla" and data.get("model_type") == MODEL_TYPES.get(str(kind)):
-            data = {**data, "model_type": FIXED["model_type"]}
+        kind = MODEL_TYPES.get(str(data.get("attention", "mla")), FIXED["model_type"])
+        fixed, whose = (
+            {**FIXED, "model_type": kind},
+            "DeepSeek-V3's" if kind == FIXED["model_type"] else "its attention's",
+        )
         for key in ("model_type", "moe_layer_freq", "scoring_func", "topk_method", "rope_interleave"):
-            if data.get(key, FIXED[key]) != FIXED[key]:
-                raise ConfigError(f"{place}: {key} is {data[key]!r}; only DeepSeek-V3's {FIXED[key]!r} is read")
+            if data.get(key, fixed[key]) != fixed[key]:
+                raise ConfigError(f"{place}: {key} is {data[key]!r}; only {whose} {fixed[key]!r} is read")
         rope = [data.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
         if not all(isinstance(part, dict) for part in rope):
             raise ConfigError(f"{place}: rope_scaling and rope_parameters must be JSON objects; restore the file")
