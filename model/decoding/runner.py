@@ -12,7 +12,6 @@ from torch import Tensor
 
 from model.cache import LatentCache
 from model.decoding.eager import EagerRunner
-from model.decoding.native import NativeRunner
 from model.experts import Experts
 from model.kernels.grouped import without_host
 from model.ops import FEW_TOKENS
@@ -25,7 +24,7 @@ def runner_for(model: MiniDeepSeek, cache: LatentCache) -> EagerRunner:
     """Return what is fastest here: steps in C on a CPU, as graphs on CUDA where they can be recorded."""
     device, drafts = cache.latents.device, len(cache.latents) > model.config.num_hidden_layers
     if device.type == "cpu":
-        return NativeRunner(model, cache)
+        return resolve_name("model.decoding.native:NativeRunner")(model, cache)
     # Drafts are verified several positions at once.
     if drafts or not fits_graph(model, cache.latents.dtype, device, cache.latents.shape[1]):
         return EagerRunner(model, cache)

@@ -16,15 +16,10 @@ from typing import Any, TypeVar
 
 from errors import UserError
 from text.order import scramble
-from text.sources.csv_rows import csv_rows
 from text.sources.data_file import DataFile, FileProblem, suffix_of
 from text.sources.folders import METADATA, Folder
-from text.sources.json_rows import json_rows
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow
-
-# Plain text has no rows: a document ends at a blank line, or with the line that makes it this many characters long.
-TEXT_DOCUMENT = 8192
 
 Item = TypeVar("Item")
 
@@ -143,7 +138,7 @@ def _rows_of_file(file: DataFile, source: Source) -> Iterator[tuple[str, Any]]:
     if source.is_hub:
         rows = resolve_name("text.sources.table_rows:hub_rows")(file, source)
     else:
-        rows = READERS[suffix_of(Path(file.path))](file)
+        rows = resolve_name(READERS[suffix_of(Path(file.path))])(file)
     try:
         for line, row in rows:
             is_empty = False
@@ -158,33 +153,11 @@ def _rows_of_file(file: DataFile, source: Source) -> Iterator[tuple[str, Any]]:
         raise FileProblem("empty file", None, "is empty", "name a file that has rows")
 
 
-def _text_documents(file: DataFile) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield plain text: a blank line ends a document, and so does the line that brings it to `TEXT_DOCUMENT`."""
-    with file.open() as stream:
-        document: list[str] = []
-        size, first, line = 0, 1, 1
-        while True:
-            piece = stream.readline(TEXT_DOCUMENT)  # a line longer than a document comes in pieces
-            blank = not piece or piece.isspace()
-            if not blank and file.usable(line, piece):
-                first = first if document else line
-                document.append(piece)
-                size += len(piece)
-            if document and (blank or size >= TEXT_DOCUMENT):
-                file.mark()
-                yield first, {file.column: "".join(document).rstrip("\r\n")}
-                document, size = [], 0
-            if not piece:
-                return
-            line += piece[-1] == "\n"
-
-
-def _table_rows(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    return resolve_name("text.sources.table_rows:table_rows")(file)
-
-
-READERS: dict[str, Callable[[DataFile], Iterator[tuple[int, Any]]]] = {
-    **{".csv": csv_rows, ".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows},
-    **{".parquet": _table_rows, ".arrow": _table_rows, ".txt": _text_documents},
+# Who reads which files, bound when one is met.
+READERS = {
+    ".csv": "text.sources.csv_rows:csv_rows",
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "text.sources.json_rows:json_rows"),
+    **dict.fromkeys((".parquet", ".arrow"), "text.sources.table_rows:table_rows"),
+    ".txt": "text.sources.text_rows:text_rows",
 }
 SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")

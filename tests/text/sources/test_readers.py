@@ -18,7 +18,7 @@ from text.corpus.corpus import Cleaner, Corpus
 from text.sources import json_rows
 from text.sources.data_file import DataFile
 from text.sources.row_report import RowReport
-from text.sources.rows import TEXT_DOCUMENT
+from text.sources.text_rows import TEXT_DOCUMENT
 
 CHINESE = "今天天气很好，我们去公园散步。"
 TEXTS = ["one", CHINESE, 'with "quotes", commas\nand lines', "last"]
