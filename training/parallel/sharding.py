@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from errors import waiting
 from model import MiniDeepSeek
+from model.checkpoint.folder import describe
 from model.expert_parallel import ExpertsOverRanks
 from model.pipeline import Elsewhere
 from training.losses import Batch, Loss, Metric
+from training.parallel.initial import Deferred, read
 from training.parallel.mesh import Mesh, check_mesh
 from training.parallel.ranks import Ranks
-from training.parallel.replication import check_facts, facts
+from training.parallel.replication import check_facts, facts, listed
 from training.parallel.schedule import Ends, Measured, Piped, Pipeline
 from training.run.resume import WholeModel, same_shape
 from training.settings import StageSettings
@@ -43,7 +46,10 @@ def shard(
     check_facts(ranks, facts(settings, run, model))
     mesh = Mesh.of(settings, ranks)
     pipeline = Pipeline(model, mesh, settings.dist, dtype) if settings.dist.pp > 1 else None
-    return Sharded(model, mesh, settings.dist.zero, dtype, pipeline)
+    sharded = Sharded(model, mesh, settings.dist.zero, dtype, pipeline)
+    if isinstance(model, Deferred):
+        check_facts(ranks, {"weights": dict(zip(*listed(model.put_in(sharded.shards)), strict=True))})
+    return sharded
 
 
 class Sharded(nn.Module):
@@ -81,6 +87,8 @@ class Sharded(nn.Module):
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)  # sums, to be divided once by the count of the whole step
             unit.set_force_sum_reduction_for_comms(True)
+        if any(p.is_meta for p in self.parameters()):
+            self._apply(lambda t: torch.empty_like(t, device=mesh.data.device_type) if t.is_meta else t)
         self.shards = Shards(self.parts, mesh, pipeline and pipeline.ends)
         if pipeline:
             pipeline.within = self._within
@@ -227,29 +235,38 @@ class Shards:
     def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's share of whole ones, named as in `gather`."""
         here = {name: tensor for name, tensor in tensors.items() if self._is_here(name.partition("|")[0])}
-        return {name: self._share(name.partition("|")[0], tensor) for name, tensor in here.items()}
+        return {name: tensor[self.rows(name.partition("|")[0])] if tensor.dim() else tensor
+                for name, tensor in here.items()}  # fmt: skip
 
     def _is_here(self, weight: str) -> bool:
         return self._mesh.pp.size() == 1 or weight in self._mine or weight in self._buffers
 
-    def _share(self, weight: str, tensor: Tensor) -> Tensor:
-        if weight not in self._whole or not tensor.dim():
-            return tensor
-        meshes = [self._mesh.ep, self._mesh.copies] if self._is_spread(weight) else [self._whole[weight].device_mesh]
-        for mesh in meshes:
-            rows = tensor.chunk(mesh.size())
-            tensor = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else tensor[:0]
-        return tensor
+    def rows(self, weight: str) -> slice:
+        """Return which rows of a whole weight this rank has, of its first axis; all of a buffer."""
+        if weight not in self._whole:
+            return slice(None)
+        p, first = self._whole[weight], 0
+        meshes = [self._mesh.ep, self._mesh.copies] if self._is_spread(weight) else [p.device_mesh]
+        count = p.shape[0] * (self._mesh.ep.size() if self._is_spread(weight) else 1)
+        for mesh in meshes:  # each cuts what the one before has left, as torch.chunk does
+            part = -(-count // mesh.size())
+            begin = min(mesh.get_local_rank() * part, count)
+            first, count = first + begin, min(part, count - begin)
+        return slice(first, first + count)
 
     def _is_spread(self, weight: str) -> bool:
         return self._mesh.ep.size() > 1 and ".mlp.experts." in weight
 
+    def places(self) -> dict[str, Tensor]:
+        """Return where the weights of a model's state dict are, this rank's share of each."""
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name in self.state_dict()}
+        return {name: p.detach() for name, p in self._mine.items()} | buffers
+
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Take this rank's share of the weights of a whole model's state dict, or of some of them."""
-        mine = {name: p for name, p in self._mine.items() if name in state}
-        places = mine | {name: buffer for name, buffer in self._buffers.items() if name in state}
-        for name, share in self.cut({name: state[name] for name in places}).items():
+        places = self._mine | self._buffers
+        for name, share in self.cut({name: state[name] for name in state if name in places}).items():
             places[name].copy_(share)
 
 
@@ -264,6 +281,7 @@ class ShardedModel(WholeModel):
         return self.shards.gather(self.shards.state_dict())
 
     def load(self, folder: Path) -> None:
-        saved = MiniDeepSeek.from_pretrained(folder)
-        same_shape(folder, saved.config, self.model.config)
-        self.shards.load(saved.state_dict())
+        config, files = describe(folder, lambda config: config)
+        same_shape(folder, config, self.model.config)
+        with waiting(f"reading {folder}"):
+            read(files, config, self.shards)
