@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import Forked
+from torch import nn
 
 from errors import DamagedCheckpoint
 from model import MiniDeepSeek
@@ -19,9 +21,8 @@ from training.settings import NextTokenSettings
 
 DEEP = {"num_hidden_layers": 8, "num_nextn_predict_layers": 1}
 MESHES = {  # ranks, which are looked at, how they cut, model
-    "zero 3": (3, (1, 2), {"zero": 3}, {}),
-    "ep 2, two copies": (4, (1, 2), {"ep": 2, "zero": 1}, {}),
-    "pp 2, ep 2, tied": (4, (1, 2), {"pp": 2, "ep": 2}, {"tie_word_embeddings": True}),
+    "ep 2, two copies, zero 3": (4, (1,), {"ep": 2, "zero": 3}, {}),
+    "pp 2, ep 2, tied, zero 1": (4, (1, 2), {"pp": 2, "ep": 2, "zero": 1}, {"tie_word_embeddings": True}),
     "pp 2, zbv, with biases": (2, (0, 1), {"pp": 2, "schedule": "zbv"}, {"attention_bias": True}),
 }
 
@@ -29,7 +30,7 @@ MESHES = {  # ranks, which are looked at, how they cut, model
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Once, and not in each process that is forked."""
-    for name in ("training.parallel.sharding", "scale_run", "torch.testing._internal.distributed.fake_pg"):
+    for name in ("training.parallel.sharding", "torch.testing._internal.distributed.fake_pg"):
         import_module(name)
 
 
@@ -103,24 +104,39 @@ def test_shares_are_those_of_one_process_to_the_bit(case, as_rank, tiny_config, 
     assert everywhere == saved.keys() - tied
 
 
-def test_no_rank_ever_holds_what_it_does_not_keep(as_rank, tiny_config, tmp_path):
-    """But one whole weight at a time, and what its checksum takes. A pair that should be tied is refused."""
-    config = tiny_config(**{**DEEP, "num_hidden_layers": 24})
+def resident() -> int:
+    """Bytes of all tensors that are alive and have memory, of those made since `gc.freeze`."""
+    alive = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter) and not one.is_meta]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in alive}.values())
+
+
+def test_no_rank_ever_holds_what_it_does_not_keep(as_rank, tiny_config, tmp_path, monkeypatch):
+    """But one whole weight at a time. A pair that should be tied is refused."""
+    config = tiny_config(**{**DEEP, "num_hidden_layers": 12})
     MiniDeepSeek(config).save_pretrained(tmp_path / "saved")
-    sizes = [p.nbytes for p in MiniDeepSeek(config).parameters()]
+    with torch.device("meta"):
+        sizes = [p.nbytes for p in MiniDeepSeek(config).parameters()]
 
     def work(_, shard: Callable) -> None:
-        from scale_run import peak_of
+        from training.parallel import initial
 
-        from training.parallel.initial import Deferred
+        checksum, seen = initial.checksum, []
 
-        for begin in (Deferred.drawn(config), Deferred.read(tmp_path / "saved", lambda config: config)):
-            kept: list = []
-            peak = peak_of(lambda begin=begin, kept=kept: kept.append(shard(begin)))
-            held = sum(p.nbytes for p in kept[0].places().values())
-            assert peak < held + 8 * max(sizes) < sum(sizes) / 2
+        def look(tensor: torch.Tensor) -> torch.Tensor:
+            seen.append(resident() if len(seen) % 8 == 0 else 0)
+            return checksum(tensor)
+
+        monkeypatch.setattr(initial, "checksum", look)
+        for make in (Deferred.drawn, lambda _: Deferred.read(tmp_path / "saved", lambda config: config)):
+            seen.clear()
+            gc.collect()
+            gc.freeze()
+            held = sum(p.nbytes for p in shard(make(config)).places().values())
+            assert len(seen) > 100 and held <= max(seen) < held + 3 * max(sizes) < sum(sizes) / 2
         tied = Deferred.read(tmp_path / "saved", lambda config: replace(config, tie_word_embeddings=True))
-        with pytest.raises(DamagedCheckpoint, match="saved: lm_head.weight and model.embed_tokens.weight differ"):
+        with pytest.raises(DamagedCheckpoint, match=r"saved: lm_head.weight and model.embed_tokens.weight differ"):
             shard(tied)
+
+    from training.parallel.initial import Deferred
 
     as_rank(1, 4, {"zero": 3}, work)
