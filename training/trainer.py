@@ -106,7 +106,7 @@ class Trainer:
             settings.compile = False
             if take := getattr(weights, "take_shards", None):
                 take(self.shards)
-            weights = weights or resolve_name("training.parallel.sharding:ShardedModel")(self.copies)
+            weights = weights or resolve_name("training.parallel.saved:ShardedModel")(self.copies)
             if samples:
                 ranks.say("notice: no samples of the model's text: no rank holds the whole model")
             self.samples = None

@@ -128,17 +128,31 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu") for name, tensor in state.items()}
     tensors = to_hugging_face(state, config)
-    mtp = {name: tensors.pop(name) for name in list(tensors) if _layer(name) >= config.num_hidden_layers}
-    parts = {WEIGHTS: tensors} | ({MTP: mtp} if mtp else {})
-    for name, part in parts.items():
+    mtp = {name: tensors.pop(name) for name in list(tensors) if is_mtp(name, config)}
+    write_weights({WEIGHTS: tensors} | ({MTP: mtp} if mtp else {}), folder)
+    if not mtp:
+        (folder / MTP).unlink(missing_ok=True)
+    write_config(config, folder)
+
+
+def is_mtp(name: str, config: LMConfig) -> bool:
+    """Return whether a weight, under its released name, is in the file of the MTP layers."""
+    return _layer(name) >= config.num_hidden_layers
+
+
+def write_weights(files: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    """Write tensors under their released names, by the names of files; each is there when all are on the disk."""
+    for name, part in files.items():
         with usual_mode(folder / f".{name}.partial") as path:
             save_file(part, path, metadata={"format": "pt"})
         with open(folder / f".{name}.partial", "rb") as file:
             os.fsync(file.fileno())
-    if not mtp:
-        (folder / MTP).unlink(missing_ok=True)
-    for name in parts:
+    for name in files:
         os.replace(folder / f".{name}.partial", folder / name)
+
+
+def write_config(config: LMConfig, folder: Path) -> None:
+    """Write config.json and generation_config.json."""
     config.save_pretrained(folder)
     generation = {name: getattr(config, name) for name in TOKENS if getattr(config, name) is not None}
     write_json({**generation, "do_sample": False}, folder / "generation_config.json")

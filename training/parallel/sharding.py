@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,22 +16,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from errors import waiting
 from model import MiniDeepSeek
-from model.checkpoint.folder import describe
 from model.expert_parallel import ExpertsOverRanks
 from model.pipeline import Elsewhere
 from training.losses import Batch, Loss, Metric
-from training.parallel.initial import Deferred, read
+from training.optim.ema import MARK
+from training.parallel.initial import Deferred
 from training.parallel.mesh import Mesh, check_mesh
 from training.parallel.ranks import Ranks
 from training.parallel.replication import check_facts, facts, listed
 from training.parallel.schedule import Ends, Measured, Piped, Pipeline
-from training.run.resume import WholeModel, same_shape
+from training.run.checkpoint import DATA
 from training.settings import StageSettings
 
 Result = TypeVar("Result")
 EMBEDDING = "model.embed_tokens.weight"
+MEANS = f"{DATA}{MARK}"
 
 
 def shard(
@@ -183,34 +182,39 @@ class Shards:
         """Return what the state dicts of the parts hold."""
         return {name: tensor for part in self._parts for name, tensor in part.state_dict().items()}
 
-    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return whole ones on the main rank's host, nothing on the others; one after the other, by all ranks together.
+    @property
+    def number(self) -> tuple[int, int]:
+        """Return which of how many ranks this is, from 1."""
+        return dist.get_rank() + 1, dist.get_world_size()
 
-        tensors: `state_dict()`, or the optimiser's of these shards, named `weight|quantity`.
+    def gather(self, here: dict[str, Tensor], writers: dict[str, int]) -> dict[str, Tensor]:
+        """Return whole ones on the host of the rank that writes each, one after the other.
+
+        here: weights and buffers as in `state_dict()`; writers: by name, of those of all stages, in one order on all
+        ranks, which call this together.
         """
-        whole, first = {}, self._mesh.data.get_local_rank() == 0
-        for name, tensor in tensors.items():
-            found = self._join(name.partition("|")[0], tensor)
-            if first:
+        whole, pp = {}, self._mesh.pp
+        everywhere: list[Any] = [[*here]]
+        if pp.size() > 1:
+            everywhere = [None] * pp.size()
+            dist.all_gather_object(everywhere, [*here], pp.get_group())
+        rank, width = dist.get_rank(), self._mesh.data.size()
+        for name, writer in writers.items():
+            stage = next(stage for stage, names in enumerate(everywhere) if name in names)
+            found = self._join(name, here[name]) if stage == pp.get_local_rank() else None
+            source = stage * width + writer % width  # ranks of a stage are neighbours
+            if source != writer and rank == source:
+                described = [found.shape, found.dtype]
+                dist.send_object_list(described, writer, pp.get_group())
+                dist.send(found.contiguous(), writer, pp.get_group())
+            elif source != writer and rank == writer:
+                described = [None, None]
+                dist.recv_object_list(described, source, pp.get_group())
+                found = torch.empty(described[0], dtype=described[1], device=self._mesh.data.device_type)
+                dist.recv(found, source, pp.get_group())
+            if rank == writer:
                 whole[name] = found.cpu()
-        if first and self._mesh.pp.size() > 1:
-            self._collect(whole)
-        return whole if dist.get_rank() == 0 else {}
-
-    def _collect(self, whole: dict[str, Tensor]) -> None:
-        """Add to the first stage's what the first rank of each other stage has."""
-        group, rank, ranks = self._mesh.pp.get_group(), self._mesh.pp.get_local_rank(), self._mesh.pp.size()
-        described: list[Any] = [None] * ranks
-        dist.all_gather_object(described, {name: (x.shape, x.dtype) for name, x in whole.items()}, group)
-        if rank:
-            for tensor in whole.values():
-                dist.send(tensor.contiguous(), dist.get_global_rank(group, 0), group)
-        else:
-            for other in range(1, ranks):
-                for name, (shape, dtype) in described[other].items():
-                    tensor = torch.empty(shape, dtype=dtype)
-                    dist.recv(tensor, dist.get_global_rank(group, other), group)
-                    whole.setdefault(name, tensor)
+        return whole
 
     @torch.no_grad()
     def copy_to(self, model: MiniDeepSeek) -> None:
@@ -220,23 +224,14 @@ class Shards:
             mine.copy_(self._join(name, tensor))
 
     def _join(self, weight: str, tensor: Tensor) -> Tensor:
-        p = self._whole.get(weight)
-        if not isinstance(tensor, DTensor) and (p is None or not tensor.dim()):
-            return tensor.clone()  # a buffer, or a count of steps
         if not isinstance(tensor, DTensor):
-            tensor = DTensor.from_local(tensor, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            return tensor.clone()  # a buffer
         full = tensor.detach().full_tensor()
         if not self._is_spread(weight):
             return full
         parts = [torch.empty_like(full) for _ in range(self._mesh.ep.size())]
         dist.all_gather(parts, full, group=self._mesh.ep.get_group())
         return torch.cat(parts)
-
-    def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's share of whole ones, named as in `gather`."""
-        here = {name: tensor for name, tensor in tensors.items() if self._is_here(name.partition("|")[0])}
-        return {name: tensor[self.rows(name.partition("|")[0])] if tensor.dim() else tensor
-                for name, tensor in here.items()}  # fmt: skip
 
     def _is_here(self, weight: str) -> bool:
         return self._mesh.pp.size() == 1 or weight in self._mine or weight in self._buffers
@@ -266,22 +261,23 @@ class Shards:
     def load(self, state: dict[str, Tensor]) -> None:
         """Take this rank's share of the weights of a whole model's state dict, or of some of them."""
         places = self._mine | self._buffers
-        for name, share in self.cut({name: state[name] for name in state if name in places}).items():
-            places[name].copy_(share)
+        for name in state.keys() & places.keys():
+            places[name].copy_(state[name][self.rows(name)] if state[name].dim() else state[name])
 
+    def state_rows(self, name: str) -> slice | None:
+        """Return which rows this rank has of a tensor in a checkpoint's training state; None where it has no part.
 
-class ShardedModel(WholeModel):
-    """The weights of a checkpoint, whole as those of one process."""
+        name: `weight|quantity` of the optimiser, or of a data set, or of the mean.
+        """
+        weight = name.removeprefix(MEANS) if name.startswith(MEANS) else name.partition("|")[0]
+        if name.startswith(DATA) and not name.startswith(MEANS):
+            return slice(None)
+        return self.rows(weight) if self._is_here(weight) else None
 
-    def __init__(self, sharded: Sharded) -> None:
-        super().__init__(sharded.model)
-        self.shards = sharded.shards
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.shards.gather(self.shards.state_dict())
-
-    def load(self, folder: Path) -> None:
-        config, files = describe(folder, lambda config: config)
-        same_shape(folder, config, self.model.config)
-        with waiting(f"reading {folder}"):
-            read(files, config, self.shards)
+    def writes(self, name: str, tensor: Tensor) -> bool:
+        """Return whether this rank writes what it has of such a tensor: what others have too, one of them writes."""
+        if name.startswith(DATA) and not name.startswith(MEANS):
+            return dist.get_rank() == 0
+        if self._ends and self._ends.is_last and EMBEDDING in name:
+            return False
+        return bool(tensor.dim()) or self._mesh.data.get_local_rank() == 0
