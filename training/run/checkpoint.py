@@ -264,19 +264,19 @@ def read_state(folder: Path, remedy: str, shards: Shards | None = None) -> dict[
                     if not (shape := view.get_shape()) or (rows == slice(None) and not any(first)):
                         pieces.setdefault(name, []).append((0, file.get_tensor(name)))
                         continue
-                    begin = first[0] if first else 0
-                    start, stop = max(rows.start or 0, begin), min(rows.stop or math.inf, begin + shape[0])
+                    begin, last = first[0] if first else 0, math.inf if rows.stop is None else rows.stop
+                    start, stop = max(rows.start or 0, begin), min(last, begin + shape[0])
                     if start < stop:
                         pieces.setdefault(name, []).append((start, view[start - begin : stop - begin]))
                     elif rows.start == rows.stop and name not in pieces:  # a rank without rows
                         pieces[name] = [(0, file.get_tensor(name)[:0])]
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        joined = {}
+        for name in list(pieces):
+            parts = [part for _, part in sorted(pieces.pop(name), key=lambda piece: piece[0])]
+            joined[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         what = f"damaged or cut short ({error}); restore the file, {remedy}"
         raise DamagedCheckpoint(f"{path}: {what}") from None
-    joined = {}
-    for name in list(pieces):
-        parts = [part for _, part in sorted(pieces.pop(name), key=lambda piece: piece[0])]
-        joined[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined
 
 

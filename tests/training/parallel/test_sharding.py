@@ -104,6 +104,7 @@ def test_an_mtp_chain_without_weight_has_no_part_until_it_has_one(cut, train, al
     assert_nearly_the_same(train("cut", 2, cut=cut, micro_tokens=TIME, **late), alone(Uneven, **late))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train, monkeypatch):
     """One step on each: weights, moments and the order of the data go with it. No rank has all of it to write."""
     saved = import_module("training.parallel.saved")
