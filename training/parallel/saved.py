@@ -50,7 +50,7 @@ class Agreement:
             work()
         except Exception as error:
             mine = error if isinstance(error, OSError) else OSError(str(error))
-        said = None if mine is None else (mine.errno, f"rank {dist.get_rank()}: {mine}")
+        said = None if mine is None else (mine.errno, f"rank {dist.get_rank()}: {mine.strerror or mine}")
         everywhere: list[tuple[int | None, str] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, said, self._group)
         if mine is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -185,6 +186,23 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
     assert [rank.code for rank in ranks] == [2, 9]
     (line,) = [line for line in ranks[0].output().splitlines() if "error" in line or "Traceback" in line]
     assert line == "error: rank 0: another rank has ended; its own message says why"
+
+
+def test_a_rank_that_cannot_write_its_share_ends_the_run_in_one_line(make, tmp_path, monkeypatch):
+    def of_rank(rank: int) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if rank:
+            monkeypatch.setattr("training.run.checkpoint.save_file", full)
+        given = {**OPTIONS, "dist": ShardSettings(zero=3), "max_steps": 1}
+        command_line(make(ranks=Ranks.start("cpu", timeout=30), **given).run)
+
+    ranks = on_ranks(2, of_rank, tmp_path)
+    assert [rank.code for rank in ranks] == [2, 2]
+    (line,) = [line for rank in ranks for line in rank.output().splitlines() if "error" in line or "Traceback" in line]
+    assert "final: could not be saved ([Errno 28] rank 1: No space left on device); no checkpoint" in line
+    assert not [*(tmp_path / "run").glob("*final*")]
 
 
 def test_ranks_that_begin_with_other_weights_stop_before_they_are_cut(make, tmp_path):
