@@ -46,7 +46,8 @@ class StageSettings:
         sequence_length: tokens a row.
         batch_tokens: tokens an optimiser step, over all ranks. That of the command line holds; that of a recipe, or the
             default, is the most: data too small for 100 such steps get smaller ones. Or {share of the run: tokens from
-            there on}, such as {"0": 8192, "0.3": 32768}, which holds: shares of --max_steps, --max_tokens or --epochs.
+            there on}, such as {"0": 8192, "0.3": 32768}, which holds: shares of --max_steps, --max_tokens or --epochs,
+            not of --max_minutes.
             grpo_train.py has --prompts and --group instead.
         micro_tokens: tokens a forward pass on one rank; the rest is accumulated. The default is raised on CUDA to what
             half of its memory holds.
@@ -106,7 +107,7 @@ class StageSettings:
 
     DEFAULT_EPOCHS: ClassVar[float] = 1.0
     COMPILES: ClassVar[bool] = True  # on CUDA, where nothing is said
-    fp8: ClassVar[bool | Literal["ue8m0"]] = False  # a setting of some stages
+    fp8 = False  # a setting of some stages; an annotation here would hide theirs
     epilog: ClassVar[Callable[[], str]] = staticmethod(legend)
 
     def __post_init__(self) -> None:
