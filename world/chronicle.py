@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from errors import command_line
+from errors import check_least, command_line
 from text.files import write_json_lines
 from world.cast import World, reserved
 from world.corpus import documents
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=250, help="chronicles (250)")
     parser.add_argument("--characters", type=int, default=4_000, help="of the pages in each, a quarter of it (4000)")
     options = parser.parse_args()
+    check_least(1, documents=options.documents, characters=options.characters)
     generate(Path(options.out), options.seed, options.documents, options.characters)
 
 
