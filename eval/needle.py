@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from cli import call
@@ -165,7 +166,8 @@ def markdown(models: Sequence[Found], lengths: Sequence[int], cell: int, depths:
 def draw(models: Sequence[Found], lengths: Sequence[int], depths: Sequence[float], chance: float, path: Path) -> None:
     """Draw a heat map for each model: depth over length."""
     pyplot = load_pyplot()
-    size = (1.6 + max(1.0 * len(lengths), 3.0) * len(models), 1.8 + 0.45 * len(depths))
+    width = max(0.7 * len(lengths), 2.5)  # inches of a map
+    size = (1.6 + width * len(models), 1.9 + 0.45 * len(depths))
     figure, axes = pyplot.subplots(1, len(models), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axis, model in zip(axes.flat, models, strict=True):
         shares = [[100 * share for share in row] for row in zip(*model.chosen, strict=True)]  # (depths, lengths)
@@ -173,7 +175,8 @@ def draw(models: Sequence[Found], lengths: Sequence[int], depths: Sequence[float
         for y, row in enumerate(shares):
             for x, share in enumerate(row):
                 axis.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8)
-        axis.set(title=plain(model.name), xlabel="context (tokens)", xticks=range(len(lengths)))
+        axis.set_title(fill(plain(model.name), round(11 * width)), fontsize=9)
+        axis.set(xlabel="context (tokens)", xticks=range(len(lengths)))
         axis.set_xticklabels([f"{length:,}" for length in lengths], rotation=45)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.flat[0].set_ylabel("depth of the fact (from the beginning)")

@@ -82,7 +82,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W^UK (H, nope, rank) and W^UV (H, rank, value) of every head, as views where the weight is plain."""
-        if type(self.kv_b_proj) is Linear:
+        if isinstance(self.kv_b_proj, Linear):
             weight = self.kv_b_proj.weight
         else:  # quantized, or with an adapter around it: what it makes of each unit of the latent
             weight = self.kv_b_proj(torch.eye(self.rank, device=self.kv_a_layernorm.weight.device)).t()

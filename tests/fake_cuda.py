@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,11 @@ def recomputed_step() -> None:
     train(model(), Rows(), NextTokenLoss(), gradient_checkpointing=True)
 
 
+def fp8_step() -> None:
+    with patch("torch.version.cuda", "12.9"), redirect_stdout(None):
+        train(model(), Rows(packed=True), NextTokenLoss(), fp8=True)
+
+
 def preference_step() -> None:
     policy = model()
     policy.mtp.requires_grad_(False)
@@ -202,7 +208,7 @@ def generation() -> None:
 
 
 CASES: list[Callable[[], None]] = [
-    moe_layer, training_step, packed_step, recomputed_step, preference_step, distillation_step, lora_step,
+    moe_layer, training_step, packed_step, recomputed_step, fp8_step, preference_step, distillation_step, lora_step,
     policy_loss, quantized_experts, decoding, generation,
 ]  # fmt: skip
 

@@ -46,7 +46,8 @@ class StageSettings:
         sequence_length: tokens a row.
         batch_tokens: tokens an optimiser step, over all ranks. That of the command line holds; that of a recipe, or the
             default, is the most: data too small for 100 such steps get smaller ones. Or {share of the run: tokens from
-            there on}, such as {"0": 8192, "0.3": 32768}, which holds: shares of --max_steps, --max_tokens or --epochs.
+            there on}, such as {"0": 8192, "0.3": 32768}, which holds: shares of --max_steps, --max_tokens or --epochs,
+            not of --max_minutes.
             grpo_train.py has --prompts and --group instead.
         micro_tokens: tokens a forward pass on one rank; the rest is accumulated. The default is raised on CUDA to what
             half of its memory holds.
@@ -54,7 +55,7 @@ class StageSettings:
         ema_decay: of the mean of the weights that is kept on the host, 0.999 for about the last thousand steps; it is
             validated beside them and written to OUT/final-ema. 0: none.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        compile: torch.compile each layer; null: on CUDA, but not under adapters and not in GRPO.
+        compile: torch.compile each layer; null: on CUDA, but not under adapters, not in GRPO and not with --fp8.
         log_every: steps between log lines.
         val_every: steps between validations; 0: only before the first and after the last step.
         val_tokens: most held-out tokens to validate on.
@@ -106,6 +107,7 @@ class StageSettings:
 
     DEFAULT_EPOCHS: ClassVar[float] = 1.0
     COMPILES: ClassVar[bool] = True  # on CUDA, where nothing is said
+    fp8: ClassVar[bool | Literal["ue8m0"]] = False  # a setting of some stages
     epilog: ClassVar[Callable[[], str]] = staticmethod(legend)
 
     def __post_init__(self) -> None:
@@ -142,7 +144,8 @@ class StageSettings:
 
     def compiles(self, device: torch.device) -> bool:
         """Return whether layers are compiled."""
-        return self.COMPILES and device.type == "cuda" if self.compile is None else self.compile
+        chosen = self.COMPILES and not self.fp8 and device.type == "cuda"
+        return chosen if self.compile is None else self.compile
 
     @property
     def uneven(self) -> bool:
@@ -237,6 +240,8 @@ class NextTokenSettings(StageSettings):
             rows of a micro-batch on a rank (of --micro_tokens), of which each may then prefer some experts.
         balance_weight: weight of the balance loss; a number or {share of the run: value}.
         bias_speed: speed of the router's balancing bias; a number or {share of the run: value}.
+        fp8: true: products of linear layers and experts in FP8 (DeepSeek-V3, section 3.3), with either --dtype; by
+            cuBLAS on Hopper, emulated elsewhere, which is slower. ue8m0: likewise, with scales that are powers of 2.
     """
 
     mtp_weight: float | dict[str, float] = 0.3
@@ -245,9 +250,12 @@ class NextTokenSettings(StageSettings):
     balance_weight: float | dict[str, float] = 1e-4
     bias_speed: float | dict[str, float] = 1e-3
     mtp_steps: int = 1
+    fp8: bool | Literal["ue8m0"] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.fp8 and self.compile:
+            raise UserError("--fp8: does not go with --compile true; leave one of them out")
         check_least(1, mtp_steps=self.mtp_steps)
 
     @property

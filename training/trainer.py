@@ -90,6 +90,8 @@ class Trainer:
             raise UserError(f"{type(loss).__name__} has no schedule named {', '.join(sorted(unknown))}")
         if validation is None and (settings.keep_best or settings.patience):
             raise UserError("--keep_best and --patience: nothing is held out to measure on; give --val_fraction")
+        if settings.fp8:
+            ranks.say(resolve_name("model.fp8:to_fp8")(model, ranks.device, settings.fp8 == "ue8m0"))
         self.budget = settings.budget(len(dataset))
         self.progress = Progress(run=identity(settings, tokenizer, dataset))
         self.counter = FlopsCounter(model, loss, settings.sequence_length)

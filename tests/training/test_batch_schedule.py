@@ -7,13 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from demo_settings import read
+from demo_settings import read, settings_of
 from forked import on_ranks
 from toy_stage import TIME, Maker, Rows
 from victim import differences
 
+from cli import parse
 from errors import UserError
+from LMConfig import LMConfig
 from training.optim.build import OptimSettings
+from training.parallel.dist_settings import ShardSettings
+from training.parallel.mesh import check_mesh
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import read_progress
 from training.run.log import read_metrics
@@ -165,6 +169,17 @@ def test_sizes_that_no_run_could_have_are_refused_in_one_line(given, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_each_size_must_divide_among_the_ranks(make):
+def test_each_size_must_divide_among_ranks_and_fill_a_pipeline(make):
     with pytest.raises(UserError, match=r"5 rows do not divide among 2 ranks"):
         make(world=2, batch_tokens={"0": 2 * TIME, "0.5": 5 * TIME})
+    sizes = {"0": 1024, "0.5": 8192}
+    piped = NextTokenSettings(out="o", batch_tokens=sizes, micro_tokens=1024, dist=ShardSettings(pp=2))
+    with pytest.raises(UserError, match=r"needs \d micro-batches of a pipeline, a step has 1; lower --micro_tokens"):
+        check_mesh(piped, 2, LMConfig.preset("demo"))
+
+
+def test_a_student_that_answers_itself_has_steps_of_one_size():
+    given = ["--teacher", "t", "--ckpt", "c", "--data", "d", "--out", "o", "--batch_tokens", "{0: 512, 0.5: 1024}"]
+    assert parse(settings_of("distill"), "", given).rows_by_share == {0.0: 1, 0.5: 2}
+    with pytest.raises(UserError, match=r"--on_policy samples for steps of one size; give one number"):
+        parse(settings_of("distill"), "", [*given, "--on_policy", "0.5"])
