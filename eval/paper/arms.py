@@ -36,12 +36,12 @@ def read_arms(size: str = "", folder: Path = FOLDER) -> dict[str, Arm]:
     """Return all arms by name. size: a YAML file of changes of the base, for larger models; the arms change that."""
     files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     require(BASE in files, f"{folder}: no {BASE}.yaml; run it from the root of the project")
-    base = _read(files[BASE])
+    base = read_settings(files[BASE])
     if size:
-        base = merged(base, _read(Path(size)))
+        base = merged(base, read_settings(Path(size)))
     arms = {}
     for name, path in files.items():
-        changes = {} if name == BASE else _read(path)
+        changes = {} if name == BASE else read_settings(path)
         other, dense = changes.pop("equal_time_with", ""), changes.pop("dense_twin", False)
         require(not other or other in files, f"{path}: equal_time_with names {other!r}, which is no arm of {folder}")
         settings = merged(base, changes)
@@ -74,7 +74,8 @@ def _dense(choice: dict[str, Any]) -> dict[str, Any]:
     return {"preset": choice["preset"], **changes}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings. Raises `UserError` for another file."""
     try:
         read = yaml.safe_load(path.read_text(encoding="utf8"))
     except (OSError, yaml.YAMLError) as error:
