@@ -237,8 +237,9 @@ def context(bench: Bench) -> Result:
         [stage, *(centre([100 * one[place] for one in each], "{:.1f}") for place in (0, 1))]
         for stage, each in found.items()
     ]
-    gain = Difference.of([long for _, long in found["before"]], [long for _, long in found["after phase 2"]])
-    note = f"Beyond the trained length {Difference(100 * gain.mean, 100 * gain.noise).text('{:+.1f}')} points by the stage; "
+    before, after = ([100 * far for _, far in found[stage]] for stage in (STAGES[0], STAGES[-1]))
+    gain = Difference.of(before, after)
+    note = f"Beyond the trained length {gain.text('{:+.1f}')} points by the stage; "
     note += f"guessing finds {100 * content['chance']:.0f} %. The map is that of seed {bench.lab.seeds[0]}."
     header = ("model", "needles found at the trained length, %", "at longer ones, %")
     return Result(header, rows, gain.verdict(lower=False), note, [f"../context/seed-{bench.lab.seeds[0]}/needle.png"])

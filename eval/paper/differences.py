@@ -51,5 +51,5 @@ def weakest(verdicts: Sequence[str]) -> str:
 
 def centre(values: Sequence[float], form: str = "{:.4f}") -> str:
     """Return mean and two standard deviations over seeds."""
-    spread = f" ± {form.format(2 * stdev(values))}" if len(values) > 1 else ""
+    spread = f" ± {form.format(2 * stdev(values)).lstrip('+')}" if len(values) > 1 else ""
     return f"{form.format(mean(values))}{spread}"

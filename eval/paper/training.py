@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -87,9 +88,10 @@ class Laboratory:
         if arm not in self._rates:
             found: dict[str, list[float]] = {arm: [], BASE: []}
             print(f"measuring the speed of {arm}", flush=True)
+            shutil.rmtree(self.out / "rates" / arm, ignore_errors=True)
             for turn in range(ROUNDS):
                 for name in found:
-                    folder = self.out / "rates" / f"{name}-{turn}"
+                    folder = self.out / "rates" / arm / f"{name}-{turn}"
                     given = {**self.arms[name].settings, "max_steps": PROBE, "max_tokens": None, "val_fraction": 0.0}
                     self._pretrain(folder, given, 0, again=True)
                     logged = ComparedRun.open(str(folder)).trained[1:]
