@@ -13,6 +13,7 @@
 # make gpu    the doctor for CUDA: every fast path against the plain one on this GPU, then speed: out/gpu/gpu.md
 # make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
+# make paper  the claims of the paper at a small size, over three seeds, each with its noise: out/paper/paper.md (an hour and a half; ONLY=mtp,fp8)
 # make scale  every mesh (ZeRO, experts, pipelines; 2 to 8 processes) trains as one process does; bytes, memory, bubbles beside formulas: out/scale/summary.md
 # make samples   the sample answers of README and docs, asked again of the demo's models      make figure   docs/model.svg
 # make notebook  JupyterLab with the eight notebooks      make check-notebooks  run them all (half an hour; installs jupyter on demand)
@@ -31,7 +32,7 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
 
-.PHONY: notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench gpu clean-demo chaos scale fuzz
+.PHONY: paper notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench gpu clean-demo chaos scale fuzz
 .DELETE_ON_ERROR:
 
 demo: $(OUT)/grpo/final/config.json
@@ -110,6 +111,12 @@ chaos: $(VENV)/installed-dev
 scale: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/training/parallel/check_scale.py
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(RUN) bench/scale.py --out out/scale
+
+paper: $(OUT)/tokenizer/tokenizer.json $(WORLD)/long/long.jsonl
+	$(RUN) -m eval.paper --tokenizer $(OUT)/tokenizer $(if $(ONLY),--only $(ONLY)) --r1 $(R1)
+
+$(WORLD)/long/long.jsonl: | $(VENV)/installed
+	$(RUN) -m world.chronicle --out $(WORLD)/long
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from model import MiniDeepSeek, ops
 from model.experts import Experts, LowRank
+from model.fp8 import BLOCK as FP8_BLOCK
+from model.fp8 import TILE, Quantised
+from model.fp8 import product as fp8_product
 from model.norm import RMSNorm
 from model.quantized import Int8Weight, QuantizedLinear
 from model.rope import RotaryEmbedding
@@ -215,6 +218,19 @@ def quantized(place: Place) -> Iterator[Finding]:
         yield from compared("bf16", run, lambda x, w=exact[kind]: F.linear(x, w), [x], prefix=kind)
 
 
+def fp8(place: Place) -> Iterator[Finding]:
+    """Products of FP8 numbers, by cuBLAS on Hopper from CUDA 12.9 on, against float64; partial tiles among them."""
+    small = {"partial": (133, 200, 140)}
+    for kind, (height, inner, width) in (small if place.small else {**small, "whole": (4096, 2048, 768)}).items():
+        x, w = (torch.randn(size, inner, device=place.device) for size in (height, width))
+        a = Quantised.of(x, TILE, powers=False)
+        for name, block in (("tiles by blocks", FP8_BLOCK), ("tiles by tiles", TILE)):
+            b = Quantised.of(w, block, powers=False)
+            exact = a.dense().double() @ b.dense().double().t()
+            # Tensor cores add 128 products with fewer bits than float32 has (DeepSeek-V3 section 3.3.2).
+            yield Finding(f"{kind}: {name}", relative(fp8_product(a, b), exact), 3e-3)
+
+
 def compared(
     name: str,
     fast: Callable[..., Tensor],
@@ -278,5 +294,5 @@ def trained(model: MiniDeepSeek, ids: Tensor, place: Place, dtype: torch.dtype) 
 
 CHECKS = {
     check.__name__: check
-    for check in (norms, rope, experts, loss, router, network, bf16, checkpointing, optimizer, quantized)
+    for check in (norms, rope, experts, loss, router, network, bf16, checkpointing, optimizer, quantized, fp8)
 }

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,11 @@ def write_curve(curve: Curve, runs: Sequence[ComparedRun], folder: Path) -> list
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(files[0]) as stream:
             stream.write(text.getvalue().encode("utf8"))
-    draw(curve, runs, files[1])
+    draw(
+        curve,
+        [replace(run, name=f"seed {seed}") for run, seed in zip(runs, curve.facts["seeds"], strict=True)],
+        files[1],
+    )
     return files
 
 

@@ -12,10 +12,10 @@ from training.run.checkpoint import newest, read_progress
 
 # Settings on which no loss depends, or which follow from the machine.
 OF_NO_MATTER = {
-    "background_save", "column", "compile", "data", "datasets", "device", "dist", "encoding", "gradient_checkpointing",
-    "keep", "keep_best", "log_every", "log_to", "max_skipped", "on_error", "out", "phases", "resume", "sample_every",
-    "sample_prompts", "save_every", "seed", "shards", "threads", "tokenizer", "val_every", "val_tokens", "wandb",
-    "workers", "max_minutes", "max_steps", "max_tokens", "epochs",
+    "background_save", "column", "compile", "data", "datasets", "device", "dist", "ema_decay", "encoding", "epochs",
+    "gradient_checkpointing", "keep", "keep_best", "log_every", "log_to", "max_minutes", "max_skipped", "max_steps",
+    "max_tokens", "micro_tokens", "on_error", "out", "patience", "phases", "resume", "sample_every", "sample_prompts",
+    "save_every", "seed", "shards", "threads", "tokenizer", "val_every", "val_tokens", "wandb", "workers",
 }  # fmt: skip
 
 

@@ -91,9 +91,11 @@ def report(curve: Curve, run: ComparedRun, verdicts: Sequence[Verdict]) -> list[
     for verdict in verdicts:
         last, low, high = verdict.last
         place = f"{verdict.deviations[-1][0]:,.0f} tokens {last:.4g}, a further seed's {low:.4g} to {high:.4g}"
-        where = "within the band" if verdict.left is None else (
-            f"left the band at {verdict.left:,.0f} tokens, {'above' if verdict.above else 'below'}"
-        )  # fmt: skip
+        where = "within the band"
+        if verdict.left is not None:
+            side, now = ("above" if out else "below" for out in (verdict.above, last > high))
+            later = "inside again" if low <= last <= high else f"now {now}" if now != side else "still there"
+            where = f"left the band at {verdict.left:,.0f} tokens, {side} ({later})"
         lines.append(f"{verdict.measure} ({MEASURES[verdict.measure]}): {where}; at {place}")
     changes = differences(own, facts)
     left = any(verdict.left is not None for verdict in verdicts)

@@ -38,15 +38,15 @@ def block_size(folder: Path) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def times_scales(numbers: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Each e4m3 number times its block's scale, (..., M, N) float32: see `dequantise`, which checks them first."""
-    out, (rows, columns) = numbers.float(), block
-    scales = scales.repeat_interleave(columns, -1)[..., : out.shape[-1]]
+def scale_(x: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Multiply each number of a float32 matrix, in place, by its block's scale: see `dequantise`."""
+    rows, columns = block
+    scales = scales.repeat_interleave(columns, -1)[..., : x.shape[-1]]
     if rows == 1:
-        return out.mul_(scales)
+        return x.mul_(scales)
     for row in range(scales.shape[-2]):  # a row of blocks at a time: no second matrix of all scales is made
-        out[..., row * rows : (row + 1) * rows, :] *= scales[..., row : row + 1, :]
-    return out
+        x[..., row * rows : (row + 1) * rows, :] *= scales[..., row : row + 1, :]
+    return x
 
 
 def dequantise(name: str, weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
@@ -68,7 +68,7 @@ def dequantise(name: str, weight: Tensor, scales: Tensor, block: tuple[int, int]
     scales = scales.float()
     if not (scales.isfinite() & (scales >= 0)).all():
         raise DamagedCheckpoint(f"scales {name}{SCALE} hold NaN, infinity or numbers below 0; fetch the file again")
-    out = times_scales(weight, scales, block)
+    out = scale_(weight.float(), scales, block)
     if not out.isfinite().all():
         raise DamagedCheckpoint(f"weight {name} holds NaN or infinity; fetch the file again")
     return out

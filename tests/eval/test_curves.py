@@ -53,11 +53,9 @@ def make(tmp_path) -> Callable[..., ComparedRun]:
 
 
 @pytest.fixture
-def demo(make, tmp_path) -> Curve:
-    """Of four seeds, written and read again."""
-    runs = [make(seed) for seed in range(4)]
-    write_curve(measure_band("demo", runs), runs, tmp_path / "curves")
-    return read_curve("demo", tmp_path / "curves")
+def demo(make) -> Curve:
+    """Of four seeds."""
+    return measure_band("demo", [make(seed) for seed in range(4)])
 
 
 def said(curve: Curve, run: ComparedRun) -> str:
@@ -99,6 +97,8 @@ def test_a_run_that_strays_is_told_where_and_on_which_side(demo, make):
     )
     (loss, *_) = compare_with(demo, make(9, lambda step: 0.5 * (step > 60)))
     assert 60_000 < loss.left < 70_000 and loss.above
+    assert "(still there)" in above and "(now above)" in said(demo, make(9, lambda step: -0.7 if step < 60 else 0.7))
+    assert "(inside again)" in said(demo, make(9, lambda step: 0.7 * (40 < step < 80)))
     below = compare_with(demo, make(9, lambda step: -0.5 * (step > 100)))
     assert 100_000 < below[0].left < 112_000 and not below[0].above
     spike = compare_with(demo, make(9, lambda step: 2.0 * (step == 60)))[0]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from demo_settings import read
+from conftest import as_options
+from demo_settings import STAGES, read, settings_of
 from forked import on_ranks
 from toy_stage import files
 from victim import differences
 
 import pretrain
+from cli import parse
 from errors import UserError
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -55,6 +57,17 @@ def test_ranks_train_in_fp8_together(make, tmp_path):
     make("alone", fp8=True, max_steps=2).run()
     together, alone = (read_metrics(tmp_path / out / "metrics.jsonl")[-1] for out in ("run", "alone"))
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_stages_that_predict_given_text_take_it(script):
+    given = as_options({"out": "o", "data": "d", "ckpt": "c"} | ({"teacher": "t"} if script == "distill" else {}))
+    if script in ("pretrain", "full_sft", "distill"):
+        assert parse(settings_of(script), "", [*given, "--fp8"]).fp8 is True
+    else:
+        with pytest.raises(UserError, match=r"there is no --fp8 here"):
+            parse(settings_of(script), "", [*given, "--fp8"])
+    assert parse(settings_of(script), "", given).fp8 is False
 
 
 def test_what_it_does_not_go_with_is_one_line():

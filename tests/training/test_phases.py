@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from forked import on_ranks
 from safetensors.torch import load_file
 
 import pretrain
+from cli import parse
 from LMConfig import LMConfig
 from model import MiniDeepSeek
+from training.phases import phase_settings
 from training.run.log import read_metrics
 
 # Those of `pretrained` have 64 tokens.
@@ -105,6 +108,25 @@ def test_two_ranks_train_both_phases(extended, words, tmp_path):
     assert [rank.code for rank in done] == [0, 0], "".join(rank.output() for rank in done)
     one, two = (read_metrics(out / "phase2" / "metrics.jsonl")[-1] for out in (extended, tmp_path / "out"))
     assert two["step"] == 4 and two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+
+
+def test_the_command_line_wins_over_phases_and_these_over_what_the_run_of_the_checkpoint_did(
+    words, pretrained, monkeypatch, tmp_path
+):
+    run = Path(shutil.copytree(pretrained, tmp_path / "run"))
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf8"))
+    (run / "config.yaml").write_text(yaml.safe_dump({**settings, "isolate": True}), encoding="utf8")
+
+    def planned(*given: object) -> list[pretrain.PretrainSettings]:
+        line = [*words, "--ckpt", str(run / "final"), "--out", str(tmp_path / "out"), *map(str, given)]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *line])
+        return phase_settings(parse(pretrain.PretrainSettings, ""))
+
+    assert [phase.isolate for phase in planned()] == [True, True]
+    assert [phase.batch_tokens for phase in planned()] == [1024, 512]
+    first, second = planned("--isolate", "false", "--max_steps", 9, "--optim.lr", 1e-5)
+    assert not first.isolate and not second.isolate
+    assert (first.max_steps, second.max_steps, second.optim.lr) == (9, 9, 1e-5)
 
 
 BAD = {

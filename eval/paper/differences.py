@@ -1,0 +1,55 @@
+"""Two arms over the same seeds: their difference, and how far the seeds themselves are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+HOLDS, DOES_NOT, UNKNOWN = "holds here", "does not hold at this size", "cannot tell"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean over seeds of b - a, in pairs of one seed: the same first weights where shapes agree, the same data.
+
+    Attributes: noise: two standard deviations of a pair's difference, which is 3.5 standard errors of the mean of
+    three; nan for a single seed.
+    """
+
+    mean: float
+    noise: float
+
+    @classmethod
+    def of(cls, a: Sequence[float], b: Sequence[float]) -> Difference:
+        """Compare b with a."""
+        pairs = [after - before for before, after in zip(a, b, strict=True)]
+        return cls(mean(pairs), 2 * stdev(pairs) if len(pairs) > 1 else math.nan)
+
+    @property
+    def is_clear(self) -> bool:
+        """Return whether it is beyond the noise; never for a single seed."""
+        return abs(self.mean) > self.noise
+
+    def verdict(self, lower: bool = True) -> str:
+        """Return whether the claim holds that b is lower than a (or higher)."""
+        if not self.is_clear:
+            return UNKNOWN
+        return HOLDS if (self.mean < 0) == lower else DOES_NOT
+
+    def text(self, form: str = "{:+.4f}") -> str:
+        """Return it with its noise."""
+        around = "one seed" if math.isnan(self.noise) else f"± {form.format(self.noise).lstrip('+')}"
+        return f"{form.format(self.mean)} {around}"
+
+
+def weakest(verdicts: Sequence[str]) -> str:
+    """Return what can be said of a claim that has several parts."""
+    return next((verdict for verdict in (DOES_NOT, UNKNOWN) if verdict in verdicts), HOLDS)
+
+
+def centre(values: Sequence[float], form: str = "{:.4f}") -> str:
+    """Return mean and two standard deviations over seeds."""
+    spread = f" ± {form.format(2 * stdev(values)).lstrip('+')}" if len(values) > 1 else ""
+    return f"{form.format(mean(values))}{spread}"
