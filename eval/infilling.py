@@ -1,6 +1,6 @@
 """Filling in the middle (DeepSeek-V3 section 4.1): gaps of held-out documents, filled to the letter.
 
-python -m world.gaps --out data/demo/gaps.jsonl
+python -m world.gaps --out data/demo
 python eval/infilling.py --ckpt out/pretrain/final --file data/demo/gaps.jsonl
 
 Each gap is filled twice: with what follows it, as a model that was pretrained with --fim_rate has learned, and from

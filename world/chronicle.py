@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from errors import command_line
+from errors import check_least, command_line
 from text.files import write_json_lines
 from world.cast import World, reserved
 from world.corpus import documents
@@ -22,7 +22,6 @@ from world.facts import Exchange
 from world.grammar import sentences
 from world.reading import questions_and_answers, scene
 
-TOLD, ASKED = 6, 4  # stories and questions after each page: more are told than asked about, so that some are far away
 # A fact, and its question with the answer up to the place: a who, x a thing, p a place.
 PLANTED = (
     ("{a}在{p}捡到了{x}。", "问：{a}在哪里捡到了{x}？\n答：{a}在"),
@@ -31,7 +30,7 @@ PLANTED = (
 
 
 def chronicle(rng: random.Random, world: World, pages: Iterator[str]) -> str:
-    """Return the pages as one document: each is followed by small stories, and by questions about any story so far.
+    """Return the pages as one document: each is followed by two small stories and a question about any story so far.
 
     Within the document no other story answers the question, and none is asked about twice.
     """
@@ -40,16 +39,16 @@ def chronicle(rng: random.Random, world: World, pages: Iterator[str]) -> str:
     known: set[str] = set()
     for page in pages:
         lines.append(page)
-        for _ in range(TOLD):
+        for _ in range(2):
             story, exchanges = scene(rng, world, "zh")
             asked = [exchange for exchange in exchanges if "谁" not in exchange.question]
             if asked and not known & {exchange.question for exchange in asked}:
                 known |= {exchange.question for exchange in asked}
                 lines.append(story)
                 open_questions.append(rng.choice(asked))
-        rng.shuffle(open_questions)
-        lines.append(questions_and_answers(open_questions[:ASKED], "zh"))
-        del open_questions[:ASKED]
+        if open_questions:
+            chosen = open_questions.pop(rng.randrange(len(open_questions)))
+            lines.append(questions_and_answers([chosen], "zh"))
     return "\n".join(lines)
 
 
@@ -66,7 +65,7 @@ def needle(rng: random.Random, world: World) -> dict[str, Any]:
     return {"fact": fact, "question": question, "answer": words["p"], "choices": places}
 
 
-def generate(out: Path, seed: int = 0, count: int = 250, characters: int = 4_000, needles: int = 200) -> None:
+def generate(out: Path, seed: int = 0, count: int = 300, characters: int = 12_000, needles: int = 200) -> None:
     """Write both files into `out`: `count` documents of so many characters of pages, and the facts."""
     world, rng = World.build(seed), random.Random(f"{seed}/chronicles")
     pages = (documents(world, f"chronicle/{number}", characters) for number in range(count))
@@ -79,9 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="data/demo/long", help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="which world (default 0)")
-    parser.add_argument("--documents", type=int, default=250, help="chronicles (250)")
-    parser.add_argument("--characters", type=int, default=4_000, help="of the pages in each, a quarter of it (4000)")
+    parser.add_argument("--documents", type=int, default=300, help="chronicles (300)")
+    parser.add_argument("--characters", type=int, default=12_000, help="of the pages in each (12000)")
     options = parser.parse_args()
+    check_least(1, documents=options.documents, characters=options.characters)
     generate(Path(options.out), options.seed, options.documents, options.characters)
 
 

@@ -1,6 +1,6 @@
 """Held-out documents with a gap whose filling is known, to measure what a model that fills in the middle has learned.
 
-python -m world.gaps --out data/demo/gaps.jsonl
+python -m world.gaps --out data/demo        writes gaps.jsonl
 
 value      a fact of a character, which the world's text states elsewhere
 result     what a sum comes to
@@ -44,16 +44,16 @@ def _gap(text: str, begin: int, end: int, kind: str) -> dict[str, str]:
     return {"prefix": text[:begin], "middle": text[begin:end], "suffix": text[end:], "kind": kind}
 
 
-def generate(file: Path, seed: int = 0) -> None:
-    """Write the gaps of the documents of heldout.txt, of the same seed."""
+def generate(out: Path, seed: int = 0) -> None:
+    """Write gaps.jsonl into `out`: gaps of the documents of heldout.txt, of the same seed."""
     world, rng = World.build(seed), random.Random(f"{seed}/gaps")
-    rows = [gap for text in documents(world, "heldout", HELDOUT_CHARACTERS) for gap in gaps(rng, world, text)]
-    write_json_lines(file, rows)
+    held_out = documents(world, "heldout", HELDOUT_CHARACTERS)
+    write_json_lines(out / "gaps.jsonl", (gap for text in held_out for gap in gaps(rng, world, text)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="data/demo/gaps.jsonl", help="file to write")
+    parser.add_argument("--out", default="data/demo", help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="which world (default 0)")
     options = parser.parse_args()
     generate(Path(options.out), options.seed)

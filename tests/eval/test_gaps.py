@@ -16,9 +16,9 @@ from world.gaps import SUM, generate
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gaps") / "gaps.jsonl"
-    generate(path)
-    return path
+    folder = tmp_path_factory.mktemp("gaps")
+    generate(folder)
+    return folder / "gaps.jsonl"
 
 
 def test_gaps_are_of_held_out_documents_and_have_one_filling(file, world):

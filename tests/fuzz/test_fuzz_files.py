@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,14 +26,19 @@ import lora_sft
 import pretrain
 from cli import parse
 from dataset import PretrainDataset
-from eval.compared_run import open_runs
+from eval.compared_run import ComparedRun, open_runs
 from eval.comparison import markdown
+from eval.curves import draw as draw_curve
+from eval.curves import read_curve
 from eval.experts import draw as draw_loads
 from eval.held_out import held_out_documents
+from eval.infilling import read_gaps
+from eval.needle import Haystack, read_needles
 from eval.page import write_page
 from eval.perplexity import read_blocks
 from eval.questions import read_questions
 from eval.style import read_polite_requests
+from eval.verdict import compare_with, report
 from fuzz.hostile import Outcome, Thrower, thrown
 from fuzz.mutations import damaged_folder, files_of, lay_out
 from fuzz.suites import SCORED, SUITES, measured, suite
@@ -125,6 +131,20 @@ def compared(folder: Path, tools: SimpleNamespace) -> None:
     markdown(runs)
     eval.comparison.draw(runs, Path("c.png"), "tokens")
     write_page(["a", "b"], Path("page", "report.html"))
+
+
+def referred(folder: Path, tools: SimpleNamespace) -> None:
+    """A run beside a reference curve; what is said of it is in lines that a terminal only shows."""
+    curve, run = read_curve("demo.csv"), ComparedRun.open("a")
+    said = report(curve, run, compare_with(curve, run))
+    assert all(line.isprintable() for line in said)
+    draw_curve(curve, [run], Path("c.png"))
+
+
+def planted(folder: Path, tools: SimpleNamespace) -> None:
+    haystack = Haystack(tools.tokenizer, ["春天来了。", "a b c"])
+    for needle in read_needles(folder / "q.jsonl"):
+        haystack.plant(needle, 500, 0.5, random.Random(0))
 
 
 def held_out(folder: Path, tools: SimpleNamespace) -> None:
@@ -228,6 +248,16 @@ LLAMA_FACTORY = {
              "columns": {"messages": "conversations"}, "tags": {"role_tag": "from", "user_tag": "human"}},
 }  # fmt: skip
 QUESTIONS = b'{"question": "1+1?", "answer": "2", "kind": "sum", "opening": "a", "closing": "b"}\n' * 3
+NEEDLES = [
+    {"fact": f"{n} 在河边。", "question": f"{n} 在", "answer": "河边", "choices": ["河边", "湖边"]} for n in "abc"
+]
+GAPS = [{"prefix": f"{n}加", "middle": "1", "suffix": "等于3", "kind": "sum"} for n in range(3)]
+FACTS = {"seeds": [0, 1], "tokens": 300, "tokenizer": "t", "held_out": "a.csv 01", "settings": {"optim.lr": 0.1},
+         "signs": {"grad_norm": 0.1, "max_vio_worst": 0.2}}  # fmt: skip
+CURVE = "".join(f"# {line}\n" for line in yaml.safe_dump(FACTS).splitlines()) + "measure,tokens,mean,sigma,step_sigma\n"
+CURVE += "".join(f"loss,{100 * n},{5 - n},0.1,0.2\nval_bits_per_byte,{100 * n},2,0.1,0\n" for n in (1, 2, 3))
+REFERRED = {"demo.csv": CURVE.encode(), "a/metrics.jsonl": file_bytes("a.jsonl", ENTRIES),
+            "a/config.yaml": b"seed: 1\noptim: {lr: 0.2}\nmodel: {preset: demo}\n"}  # fmt: skip
 STAGES = {
     "pretrain": (pretrain.PretrainSettings, {"data": "a", "out": "b"}),
     "sft": (full_sft.SFTSettings, {"data": "a", "out": "b", "ckpt": "c"}),
@@ -268,6 +298,9 @@ TARGETS = {
     "datasets.yaml": Target(sources_of, {"datasets.yaml": (ROOT / "datasets.yaml").read_bytes()}),
     "dataset_info.json": Target(sources_of, {"dataset_info.json": json.dumps(LLAMA_FACTORY).encode()}),
     "questions": Target(lambda folder, _: read_questions(folder / "q.jsonl"), {"q.jsonl": QUESTIONS}),
+    "needles": Target(planted, {"q.jsonl": file_bytes("a.jsonl", NEEDLES)}),
+    "gaps": Target(lambda folder, _: read_gaps(folder / "q.jsonl"), {"q.jsonl": file_bytes("a.jsonl", GAPS)}),
+    "reference": Target(referred, REFERRED, 0.3),
     "requests": Target(lambda folder, _: read_polite_requests(folder / "q.jsonl"), {"q.jsonl": QUESTIONS}),
     "text": Target(lambda folder, _: list(read_blocks(folder / "q.jsonl")), {"q.jsonl": QUESTIONS}),
     **{f"recipe of {name}": Target(settled(kind), recipe(name), 0.5) for name, (kind, _) in STAGES.items()},

@@ -12,7 +12,7 @@ from fuzz.mutations import lay_out
 from fuzz.test_fuzz_files import ROOT, TARGETS
 from fuzz.test_fuzz_words import as_script
 from model import hf
-from world import greeting_messages, reasoning
+from world import chronicle, gaps, greeting_messages, reasoning
 
 
 def test_a_network_beyond_any_memory(throw, checkpoint, tmp_path):
@@ -31,7 +31,7 @@ def test_data_that_would_move_the_cursor(throw, tokenizer_folder, tmp_path):
     assert "\x1b" not in done.out + done.err
 
 
-@pytest.mark.parametrize("script", [greeting_messages, reasoning])
+@pytest.mark.parametrize("script", [greeting_messages, reasoning, chronicle, gaps])
 def test_a_world_into_a_file(script, throw, tmp_path):
     (tmp_path / "x").write_text("")
     done = throw(as_script, script.main, "--out", tmp_path / "x")
@@ -45,10 +45,12 @@ ENTRY_POINTS = {
     "collect.py": "test_collecting", "train_tokenizer.py": "test_training_a_tokenizer",
     "dataset.py": "test_what_dataset_py_says", "LMConfig.py": "test_a_config_with_other_values",
     "model/hf.py": "import", "eval/chat.py": "test_a_conversation", "eval/compare.py": "comparison",
-    "eval/experts.py": "log", "eval/held_out.py": "pretraining", "eval/perplexity.py": "test_a_text_to_score",
+    "eval/experts.py": "log", "eval/held_out.py": "pretraining", "eval/infilling.py": "gaps",
+    "eval/needle.py": "needles", "eval/perplexity.py": "test_a_text_to_score",
     "eval/questions.py": "questions", "eval/reasoning.py": "test_the_options_of", "eval/report.py": "pretraining",
     "eval/run.py": "suite questions", "eval/serve.py": "test_the_options_of", "eval/style.py": "requests",
     "training/parallel/plan.py": "test_a_plan", "world/__main__.py": "test_the_options_of_the_world",
+    "world/chronicle.py": "test_a_world_into_a_file", "world/gaps.py": "test_a_world_into_a_file",
     "world/greeting_messages.py": "test_a_world_into_a_file", "world/reasoning.py": "test_a_world_into_a_file",
 }  # fmt: skip
 # Started by the others, never by a person; or another name of one of them.
