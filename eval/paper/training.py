@@ -110,7 +110,9 @@ class Laboratory:
             return arm.settings
         own = next(one for one in self.arms.values() if one.settings == arm.settings and not one.equal_time_with)
         step, tokens = arm.settings["batch_tokens"], arm.settings["max_tokens"]
-        longer = tokens * self.rate(own.name) / self.rate(arm.equal_time_with)
+        # The base last: it is measured beside the others.
+        rates = {each: self.rate(each) for each in sorted((own.name, arm.equal_time_with), key=BASE.__eq__)}
+        longer = tokens * rates[own.name] / rates[arm.equal_time_with]
         return {**arm.settings, "max_tokens": round(longer / step) * step}
 
     def _done(self, name: str, seed: int, settings: dict[str, Any]) -> bool:
