@@ -72,7 +72,7 @@ class Laboratory:
         print(f"training {len(waiting)} runs, {self.jobs} at once, into {self.out}", flush=True)
         done = [lambda name=name, seed=seed: self._train(name, seed, settings[name]) for name, seed in waiting]
         print(f"1/{len(done)}  {done[0]()}", flush=True)  # alone: it makes the shards for all
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(min(self.jobs, len(done))) as pool:
             try:
                 for count, line in enumerate(pool.map(lambda run: run(), done[1:]), 2):
                     print(f"{count}/{len(done)}  {line}", flush=True)
