@@ -27,7 +27,7 @@ class SFTSettings(ChatSettings, NextTokenSettings):
 def main() -> None:
     settings = parse(SFTSettings, __doc__ or "")
     ranks = begin(settings)
-    model, tokenizer = open_checkpoint(settings.ckpt)
+    model, tokenizer = open_checkpoint(settings.ckpt, cut=settings.dist.cuts(ranks.world))
     dataset, validation = open_chats(settings, tokenizer, ranks)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
     samples = chat_samples(settings, tokenizer, ranks, dataset)

@@ -97,7 +97,7 @@ def train(settings: PretrainSettings) -> Ranks:
                 f"{settings.tokenizer}: not the tokenizer that {settings.ckpt} was trained with; leave --tokenizer out"
             )
     elif settings.tokenizer:
-        model, tokenizer = new_model(settings.model, settings.tokenizer)
+        model, tokenizer = new_model(settings.model, settings.tokenizer, settings.dist.cuts(ranks.world))
     else:
         raise UserError("pretrain.py: give --tokenizer DIR (made by train_tokenizer.py), or --ckpt DIR to start from")
 

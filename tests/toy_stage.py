@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 
@@ -70,7 +71,12 @@ class Maker:
         ranks = ranks or Ranks(0, world, torch.device("cpu"))
         validation = BitsPerByte([Rows().batch(range(100, 104))], self.tokenizer.token_bytes)
         loss = NextTokenLoss(mtp=bool(config.num_nextn_predict_layers), mtp_steps=settings.mtp_steps)
-        return Trainer(settings, ranks, MiniDeepSeek(config), self.tokenizer, dataset or Rows(), loss, validation)
+        make = (
+            resolve_name("training.parallel.initial:Deferred.drawn")
+            if settings.dist.cuts(ranks.world)
+            else MiniDeepSeek
+        )
+        return Trainer(settings, ranks, make(config), self.tokenizer, dataset or Rows(), loss, validation)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -20,6 +20,8 @@ from training.run.lock import restarted
 from training.run.resume import check_carried
 from training.settings import StageSettings, model_config
 
+DEFERRED = "training.parallel.initial:Deferred"
+
 
 def begin(settings: StageSettings) -> Ranks:
     """Join the other ranks, set threads and seed: the same weights on every rank. A restart by torchrun resumes.
@@ -46,14 +48,20 @@ def resumes(settings: StageSettings, ranks: Ranks) -> bool:
     return bool(settings.resume) and ranks.on_main(lambda: newest(Path(settings.out)) is not None)
 
 
-def open_checkpoint(folder: str, choice: dict[str, Any] | None = None) -> tuple[MiniDeepSeek, Tokenizer]:
-    """Open the fp32 model of a checkpoint folder and its tokenizer. choice: as in `LMConfig.continued`."""
+def open_checkpoint(
+    folder: str, choice: dict[str, Any] | None = None, cut: bool = False
+) -> tuple[MiniDeepSeek, Tokenizer]:
+    """Open the fp32 model of a checkpoint folder and its tokenizer.
+
+    choice: as in `LMConfig.continued`. cut: the weights wait until ranks take their shares.
+    """
     if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
         raise UserError(
             f"{folder}: is an adapter, not a model; give the checkpoint it was trained on as --ckpt and the adapter "
             "as --lora, or merge them with lora_sft.py --merge"
         )
-    model = MiniDeepSeek.from_pretrained(folder, adapt=lambda config: config.continued(choice or {}, folder))
+    read = resolve_name(f"{DEFERRED}.read") if cut else MiniDeepSeek.from_pretrained
+    model = read(folder, adapt=lambda config: config.continued(choice or {}, folder))
     tokenizer = Tokenizer.from_folder(folder)
     check_vocabulary(model.config, tokenizer, folder)
     return model, tokenizer
@@ -69,7 +77,7 @@ def continue_checkpoint(
     """
     if resumes(settings, ranks):
         choice = {name: value for name, value in choice.items() if name != "preset"}
-    model, tokenizer = open_checkpoint(folder, choice)
+    model, tokenizer = open_checkpoint(folder, choice, settings.dist.cuts(ranks.world))
     now = asdict(model.config)
     before = {name: getattr(LMConfig.from_pretrained(folder), name) for name in now if name in choice}
     changed = [f"{name} = {now[name]} (was {value})" for name, value in before.items() if now[name] != value]
@@ -78,8 +86,10 @@ def continue_checkpoint(
     return model, tokenizer
 
 
-def new_model(choice: dict[str, Any], folder: str) -> tuple[MiniDeepSeek, Tokenizer]:
-    """Make random weights for the tokenizer of a folder. choice: as in `model_config`.
+def new_model(choice: dict[str, Any], folder: str, cut: bool = False) -> tuple[MiniDeepSeek, Tokenizer]:
+    """Make random weights for the tokenizer of a folder.
+
+    choice: as in `model_config`. cut: as in `open_checkpoint`.
 
     Raises `UserError` for a vocabulary that is smaller than the tokenizer's, or for other special tokens.
     """
@@ -91,7 +101,8 @@ def new_model(choice: dict[str, Any], folder: str) -> tuple[MiniDeepSeek, Tokeni
     fixed["vocab_size"] = tokenizer.vocab_size
     for name in wrong:
         raise UserError(f"--model.{name} {choice[name]}: it is {fixed[name]} in {folder}; leave it out")
-    return MiniDeepSeek(model_config({**fixed, **choice})), tokenizer
+    make = resolve_name(f"{DEFERRED}.drawn") if cut else MiniDeepSeek
+    return make(model_config({**fixed, **choice})), tokenizer
 
 
 def check_vocabulary(config: LMConfig, tokenizer: Tokenizer, place: str | Path) -> None:

@@ -29,7 +29,7 @@ from training.run.interrupt import Stopped
 from training.settings import StageSettings
 
 if TYPE_CHECKING:
-    from training.parallel.sharding import Sharded
+    from training.parallel.sharding import Sharded, Shards
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 8  # samples that the message at the end of a run names
@@ -39,7 +39,7 @@ Part = tuple[range, Tensor, Tensor]  # of a micro-batch: indices of its samples,
 class Dataset(Protocol):
     """What a stage trains on: sample `i`, counted from the start of training, is a function of (seed, i) alone.
 
-    Its positions are the tokens of a run, unless it has `count_tokens(batch) -> int`, of a batch on the device.
+    Its positions are the tokens of a run, unless it is a `CountingDataset`.
     """
 
     def __len__(self) -> int: ...
@@ -55,14 +55,26 @@ class NamingDataset(Protocol):
 
 
 @runtime_checkable
+class CountingDataset(Protocol):
+    """A data set that says itself how many tokens of a run a batch on the device has."""
+
+    def count_tokens(self, batch: Batch) -> int: ...
+
+
+@runtime_checkable
+class ShardedUser(Protocol):
+    """A data set, or what checkpoints hold, that uses the weights itself: told once where ranks hold shards of them."""
+
+    def take_shards(self, shards: Shards) -> None: ...
+
+
+@runtime_checkable
 class PolicyDataset(Protocol):
     """A data set that the model in training makes, such as its own answers.
 
     `prepare` is called on every rank at the start of every step, before the step's batches are asked for, and returns
     entries for the log. What later steps need of earlier ones is in `state`, the same on every rank: it is saved with
     each checkpoint, and a resumed run gives it to `load_state` before its first step.
-
-    It may have `take_shards(shards)`, called once where the ranks hold shards of the model (`training.parallel`).
     """
 
     def prepare(self, step: int, model: MiniDeepSeek) -> dict[str, Any]: ...
@@ -165,7 +177,8 @@ class OptimizerStep:
         ranks, tally, micro_batches = self.ranks, Tally(), self.batches.samples(step)
         if self.copies.pipeline:
             return self._accumulate_in_stages(step, micro_batches, tally)
-        last, count_tokens = len(micro_batches) - 1, getattr(self.dataset, "count_tokens", positions)
+        last = len(micro_batches) - 1
+        count_tokens = self.dataset.count_tokens if isinstance(self.dataset, CountingDataset) else positions
         for index, indices in enumerate(micro_batches):
             if index and index < last and ranks.watch.asked and not ranks.in_step:
                 continue

@@ -35,7 +35,7 @@ from training.run.samples import Samples
 from training.run.saver import RunCheckpoints
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
-from training.step import Dataset, OptimizerStep, PolicyDataset, Skipping
+from training.step import Dataset, OptimizerStep, PolicyDataset, ShardedUser, Skipping
 from training.validation import Validation
 
 if TYPE_CHECKING:
@@ -101,12 +101,11 @@ class Trainer:
             cut = resolve_name("training.parallel.sharding:shard")
             self.copies = cut(settings, ranks, model, self.dtype, self.progress.run)
             self.model, self.shards = self.copies.model, self.copies.shards
-            if take := getattr(dataset, "take_shards", None):
-                take(self.shards)
+            for user in (dataset, weights):
+                if isinstance(user, ShardedUser):
+                    user.take_shards(self.shards)
             settings.compile = False
-            if take := getattr(weights, "take_shards", None):
-                take(self.shards)
-            weights = weights or resolve_name("training.parallel.sharding:ShardedModel")(self.copies)
+            weights = weights or resolve_name("training.parallel.saved:ShardedModel")(self.copies)
             if samples:
                 ranks.say("notice: no samples of the model's text: no rank holds the whole model")
             self.samples = None

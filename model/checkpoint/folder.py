@@ -32,11 +32,14 @@ def released_name(name: str, config: LMConfig) -> str:
     return re.sub(r"^mtp\.(\d+)\.", lambda m: f"model.layers.{config.num_hidden_layers + int(m[1])}.", name)
 
 
-def single_experts(name: str, stack: Tensor) -> dict[str, Tensor]:
-    """A stack of experts, (E, ...) as a weight `name` that `STACKED` matches, as views under the released names."""
+def single_experts(name: str, stack: Tensor, first: int = 0) -> dict[str, Tensor]:
+    """A stack of experts, (E, ...) as a weight `name` that `STACKED` matches, as views under the released names.
+
+    first: the number of its first expert.
+    """
     prefix, kind = STACKED.fullmatch(name).groups()
     out: dict[str, Tensor] = {}
-    for expert, matrix in enumerate(stack):
+    for expert, matrix in enumerate(stack, first):
         if kind == "down_proj":
             out[f"{prefix}.{expert}.down_proj.weight"] = matrix
         else:
@@ -76,7 +79,8 @@ def to_hugging_face(state: dict[str, Tensor], config: LMConfig) -> dict[str, Ten
 def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy named tensors into the model, each straight into its place: single experts as released, or stacked ones.
 
-    Embedding and head of a tied model are one place, which either of them fills; both must agree.
+    Embedding and head of a tied model are one place, which either of them fills; both must agree. On the meta device
+    all that is only checked, but for the last.
 
     Raises:
         DamagedCheckpoint: a weight is missing, superfluous, or of another shape than in the model.
@@ -97,7 +101,7 @@ def fill(model: MiniDeepSeek, tensors: Iterable[tuple[str, Tensor]]) -> None:
                 f"weight {name} has shape {tuple(tensor.shape)}, config.json says {tuple(place.shape)}"
             )
         first = name not in tied or name in missing
-        if not first and not torch.allclose(place, tensor.to(place), rtol=0, atol=0, equal_nan=True):
+        if not (first or place.is_meta) and not torch.allclose(place, tensor.to(place), rtol=0, atol=0, equal_nan=True):
             raise DamagedCheckpoint(
                 f"{' and '.join(TIED)} differ, though config.json ties them; set its tie_word_embeddings to false"
             )
@@ -124,17 +128,31 @@ def save_state(state: dict[str, Tensor], config: LMConfig, folder: Path) -> None
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu") for name, tensor in state.items()}
     tensors = to_hugging_face(state, config)
-    mtp = {name: tensors.pop(name) for name in list(tensors) if _layer(name) >= config.num_hidden_layers}
-    parts = {WEIGHTS: tensors} | ({MTP: mtp} if mtp else {})
-    for name, part in parts.items():
+    mtp = {name: tensors.pop(name) for name in list(tensors) if is_mtp(name, config)}
+    write_weights({WEIGHTS: tensors} | ({MTP: mtp} if mtp else {}), folder)
+    if not mtp:
+        (folder / MTP).unlink(missing_ok=True)
+    write_config(config, folder)
+
+
+def is_mtp(name: str, config: LMConfig) -> bool:
+    """Return whether a weight, under its released name, is in the file of the MTP layers."""
+    return _layer(name) >= config.num_hidden_layers
+
+
+def write_weights(files: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    """Write tensors under their released names, by the names of files; each is there when all are on the disk."""
+    for name, part in files.items():
         with usual_mode(folder / f".{name}.partial") as path:
             save_file(part, path, metadata={"format": "pt"})
         with open(folder / f".{name}.partial", "rb") as file:
             os.fsync(file.fileno())
-    if not mtp:
-        (folder / MTP).unlink(missing_ok=True)
-    for name in parts:
+    for name in files:
         os.replace(folder / f".{name}.partial", folder / name)
+
+
+def write_config(config: LMConfig, folder: Path) -> None:
+    """Write config.json and generation_config.json."""
     config.save_pretrained(folder)
     generation = {name: getattr(config, name) for name in TOKENS if getattr(config, name) is not None}
     write_json({**generation, "do_sample": False}, folder / "generation_config.json")
@@ -157,7 +175,18 @@ def load_pretrained(
     Raises:
         UserError, DamagedCheckpoint: no such folder, not a DeepSeek-V3, or weights that config.json does not describe.
     """
-    folder = Path(folder)
+    config, files = describe(Path(folder), adapt)
+    model = cls(config)
+    try:
+        with waiting(f"reading {folder}"):
+            fill(model, files)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
+    return model.to(device=device, dtype=dtype)
+
+
+def describe(folder: Path, adapt: Callable[[LMConfig], LMConfig]) -> tuple[LMConfig, WeightFiles]:
+    """Return the configuration of the network to build for a folder, and its files. See `load_pretrained`."""
     config = LMConfig.from_pretrained(folder)
     files = WeightFiles(folder)
     if config.num_nextn_predict_layers and not any(_layer(name) >= config.num_hidden_layers for name in files.names):
@@ -174,13 +203,7 @@ def load_pretrained(
             f"{folder}: config.json describes a network of {size:,} weights, the files hold {files.numbers:,}; "
             "restore config.json, or use another checkpoint"
         )
-    model = cls(adapt(config))
-    try:
-        with waiting(f"reading {folder}"):
-            fill(model, files)
-    except DamagedCheckpoint as error:
-        raise DamagedCheckpoint(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
-    return model.to(device=device, dtype=dtype)
+    return adapt(config), files
 
 
 def _layer(name: str) -> int:

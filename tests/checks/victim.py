@@ -167,7 +167,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
         elif name.endswith("progress.json"):
             facts = [json.loads(path.read_text(encoding="utf8")) | {"seconds": 0} for path in (one, other)]
             found += [f"{name}: {key}" for key in facts[0] if facts[0][key] != facts[1].get(key)]
-        elif name.endswith("state.safetensors"):
+        elif name.startswith("training/state"):
             found += [f"{name}: {key} differs" for key in _unequal(load_file(one), load_file(other))]
         elif one.read_bytes() != other.read_bytes():
             found.append(f"{name} differs")

@@ -87,7 +87,8 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B under peft's names."""
-        return self.shards.gather(self._state()) if self.shards else self._state()
+        state = self._state()
+        return self.shards.gather(state, dict.fromkeys(state, 0)) if self.shards else state
 
     def _state(self) -> dict[str, Tensor]:
         return get_peft_model_state_dict(self.peft, save_embedding_layers=False)

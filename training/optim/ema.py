@@ -24,7 +24,7 @@ class ExponentialMovingAverage:
 
     def __init__(self, model: nn.Module, decay: float, shards: Shards | None = None) -> None:
         """Begin with the weights as they are. shards: of the weights, where this rank has no more."""
-        self.decay, self._shards = decay, shards
+        self.decay = decay
         self._adding: Future[None] | None = None
         self._weights = {name: p.detach() for name, p in (shards or model).named_parameters()}
         self.means = {name: w.to("cpu", torch.float32, copy=True) for name, w in self._weights.items()}
@@ -74,17 +74,12 @@ class ExponentialMovingAverage:
             w.copy_(tensors[name])
 
     def state(self) -> dict[str, Tensor]:
-        """Return the whole means by name, for a checkpoint; of shards on the main rank, by all ranks together."""
+        """Return the means by name, for a checkpoint: whole ones, or this rank's share of each."""
         self.wait()
-        if self._shards is None:
-            return {f"{MARK}{name}": mean for name, mean in self.means.items()}
-        whole = self._shards.gather({f"{name}|": mean for name, mean in self.means.items()})
-        return {f"{MARK}{name.removesuffix('|')}": mean for name, mean in whole.items()}
+        return {f"{MARK}{name}": mean for name, mean in self.means.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`; where a run has begun without, the mean begins with the weights of its checkpoint."""
         found = {name.removeprefix(MARK): mean for name, mean in state.items() if name.startswith(MARK)}
-        if self._shards and found:
-            found = self._shards.cut(found)
         for name, mean in self.means.items():
             mean.copy_(found.get(name, self._weights[name]))

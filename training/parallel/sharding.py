@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,15 +20,18 @@ from model import MiniDeepSeek
 from model.expert_parallel import ExpertsOverRanks
 from model.pipeline import Elsewhere
 from training.losses import Batch, Loss, Metric
+from training.optim.ema import MARK
+from training.parallel.initial import Deferred
 from training.parallel.mesh import Mesh, check_mesh
 from training.parallel.ranks import Ranks
-from training.parallel.replication import check_facts, facts
+from training.parallel.replication import check_facts, facts, listed
 from training.parallel.schedule import Ends, Measured, Piped, Pipeline
-from training.run.resume import WholeModel, same_shape
+from training.run.checkpoint import DATA
 from training.settings import StageSettings
 
 Result = TypeVar("Result")
 EMBEDDING = "model.embed_tokens.weight"
+MEANS = f"{DATA}{MARK}"
 
 
 def shard(
@@ -43,7 +45,10 @@ def shard(
     check_facts(ranks, facts(settings, run, model))
     mesh = Mesh.of(settings, ranks)
     pipeline = Pipeline(model, mesh, settings.dist, dtype) if settings.dist.pp > 1 else None
-    return Sharded(model, mesh, settings.dist.zero, dtype, pipeline)
+    sharded = Sharded(model, mesh, settings.dist.zero, dtype, pipeline)
+    if isinstance(model, Deferred):
+        check_facts(ranks, {"weights": dict(zip(*listed(model.put_in(sharded.shards)), strict=True))})
+    return sharded
 
 
 class Sharded(nn.Module):
@@ -81,6 +86,8 @@ class Sharded(nn.Module):
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)  # sums, to be divided once by the count of the whole step
             unit.set_force_sum_reduction_for_comms(True)
+        if any(p.is_meta for p in self.parameters()):
+            self._apply(lambda t: torch.empty_like(t, device=mesh.data.device_type) if t.is_meta else t)
         self.shards = Shards(self.parts, mesh, pipeline and pipeline.ends)
         if pipeline:
             pipeline.within = self._within
@@ -175,34 +182,39 @@ class Shards:
         """Return what the state dicts of the parts hold."""
         return {name: tensor for part in self._parts for name, tensor in part.state_dict().items()}
 
-    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return whole ones on the main rank's host, nothing on the others; one after the other, by all ranks together.
+    @property
+    def number(self) -> tuple[int, int]:
+        """Return which of how many ranks this is, from 1."""
+        return dist.get_rank() + 1, dist.get_world_size()
 
-        tensors: `state_dict()`, or the optimiser's of these shards, named `weight|quantity`.
+    def gather(self, here: dict[str, Tensor], writers: dict[str, int]) -> dict[str, Tensor]:
+        """Return whole ones on the host of the rank that writes each, one after the other.
+
+        here: weights and buffers as in `state_dict()`; writers: by name, of those of all stages, in one order on all
+        ranks, which call this together.
         """
-        whole, first = {}, self._mesh.data.get_local_rank() == 0
-        for name, tensor in tensors.items():
-            found = self._join(name.partition("|")[0], tensor)
-            if first:
+        whole, pp = {}, self._mesh.pp
+        everywhere: list[Any] = [[*here]]
+        if pp.size() > 1:
+            everywhere = [None] * pp.size()
+            dist.all_gather_object(everywhere, [*here], pp.get_group())
+        rank, width = dist.get_rank(), self._mesh.data.size()
+        for name, writer in writers.items():
+            stage = next(stage for stage, names in enumerate(everywhere) if name in names)
+            found = self._join(name, here[name]) if stage == pp.get_local_rank() else None
+            source = stage * width + writer % width  # ranks of a stage are neighbours
+            if source != writer and rank == source:
+                described = [found.shape, found.dtype]
+                dist.send_object_list(described, writer, pp.get_group())
+                dist.send(found.contiguous(), writer, pp.get_group())
+            elif source != writer and rank == writer:
+                described = [None, None]
+                dist.recv_object_list(described, source, pp.get_group())
+                found = torch.empty(described[0], dtype=described[1], device=self._mesh.data.device_type)
+                dist.recv(found, source, pp.get_group())
+            if rank == writer:
                 whole[name] = found.cpu()
-        if first and self._mesh.pp.size() > 1:
-            self._collect(whole)
-        return whole if dist.get_rank() == 0 else {}
-
-    def _collect(self, whole: dict[str, Tensor]) -> None:
-        """Add to the first stage's what the first rank of each other stage has."""
-        group, rank, ranks = self._mesh.pp.get_group(), self._mesh.pp.get_local_rank(), self._mesh.pp.size()
-        described: list[Any] = [None] * ranks
-        dist.all_gather_object(described, {name: (x.shape, x.dtype) for name, x in whole.items()}, group)
-        if rank:
-            for tensor in whole.values():
-                dist.send(tensor.contiguous(), dist.get_global_rank(group, 0), group)
-        else:
-            for other in range(1, ranks):
-                for name, (shape, dtype) in described[other].items():
-                    tensor = torch.empty(shape, dtype=dtype)
-                    dist.recv(tensor, dist.get_global_rank(group, other), group)
-                    whole.setdefault(name, tensor)
+        return whole
 
     @torch.no_grad()
     def copy_to(self, model: MiniDeepSeek) -> None:
@@ -212,11 +224,8 @@ class Shards:
             mine.copy_(self._join(name, tensor))
 
     def _join(self, weight: str, tensor: Tensor) -> Tensor:
-        p = self._whole.get(weight)
-        if not isinstance(tensor, DTensor) and (p is None or not tensor.dim()):
-            return tensor.clone()  # a buffer, or a count of steps
         if not isinstance(tensor, DTensor):
-            tensor = DTensor.from_local(tensor, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            return tensor.clone()  # a buffer
         full = tensor.detach().full_tensor()
         if not self._is_spread(weight):
             return full
@@ -224,46 +233,51 @@ class Shards:
         dist.all_gather(parts, full, group=self._mesh.ep.get_group())
         return torch.cat(parts)
 
-    def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's share of whole ones, named as in `gather`."""
-        here = {name: tensor for name, tensor in tensors.items() if self._is_here(name.partition("|")[0])}
-        return {name: self._share(name.partition("|")[0], tensor) for name, tensor in here.items()}
-
     def _is_here(self, weight: str) -> bool:
         return self._mesh.pp.size() == 1 or weight in self._mine or weight in self._buffers
 
-    def _share(self, weight: str, tensor: Tensor) -> Tensor:
-        if weight not in self._whole or not tensor.dim():
-            return tensor
-        meshes = [self._mesh.ep, self._mesh.copies] if self._is_spread(weight) else [self._whole[weight].device_mesh]
-        for mesh in meshes:
-            rows = tensor.chunk(mesh.size())
-            tensor = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else tensor[:0]
-        return tensor
+    def rows(self, weight: str) -> slice:
+        """Return which rows of a whole weight this rank has, of its first axis; all of a buffer."""
+        if weight not in self._whole:
+            return slice(None)
+        p, first = self._whole[weight], 0
+        meshes = [self._mesh.ep, self._mesh.copies] if self._is_spread(weight) else [p.device_mesh]
+        count = p.shape[0] * (self._mesh.ep.size() if self._is_spread(weight) else 1)
+        for mesh in meshes:  # each cuts what the one before has left, as torch.chunk does
+            part = -(-count // mesh.size())
+            begin = min(mesh.get_local_rank() * part, count)
+            first, count = first + begin, min(part, count - begin)
+        return slice(first, first + count)
 
     def _is_spread(self, weight: str) -> bool:
         return self._mesh.ep.size() > 1 and ".mlp.experts." in weight
 
+    def places(self) -> dict[str, Tensor]:
+        """Return where the weights of a model's state dict are, this rank's share of each."""
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name in self.state_dict()}
+        return {name: p.detach() for name, p in self._mine.items()} | buffers
+
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Take this rank's share of the weights of a whole model's state dict, or of some of them."""
-        mine = {name: p for name, p in self._mine.items() if name in state}
-        places = mine | {name: buffer for name, buffer in self._buffers.items() if name in state}
-        for name, share in self.cut({name: state[name] for name in places}).items():
-            places[name].copy_(share)
+        places = self._mine | self._buffers
+        for name in state.keys() & places.keys():
+            places[name].copy_(state[name][self.rows(name)] if state[name].dim() else state[name])
 
+    def state_rows(self, name: str) -> slice | None:
+        """Return which rows this rank has of a tensor in a checkpoint's training state; None where it has no part.
 
-class ShardedModel(WholeModel):
-    """The weights of a checkpoint, whole as those of one process."""
+        name: `weight|quantity` of the optimiser, or of a data set, or of the mean.
+        """
+        weight = name.removeprefix(MEANS) if name.startswith(MEANS) else name.partition("|")[0]
+        if name.startswith(DATA) and not name.startswith(MEANS):
+            return slice(None)
+        return self.rows(weight) if self._is_here(weight) else None
 
-    def __init__(self, sharded: Sharded) -> None:
-        super().__init__(sharded.model)
-        self.shards = sharded.shards
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.shards.gather(self.shards.state_dict())
-
-    def load(self, folder: Path) -> None:
-        saved = MiniDeepSeek.from_pretrained(folder)
-        same_shape(folder, saved.config, self.model.config)
-        self.shards.load(saved.state_dict())
+    def writes(self, name: str, tensor: Tensor) -> bool:
+        """Return whether this rank writes what it has of such a tensor: what others have too, one of them writes."""
+        if name.startswith(DATA) and not name.startswith(MEANS):
+            return dist.get_rank() == 0
+        if self._ends and self._ends.is_last and EMBEDDING in name:
+            return False
+        return bool(tensor.dim()) or self._mesh.data.get_local_rank() == 0

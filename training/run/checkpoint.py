@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
@@ -29,6 +30,8 @@ from training.optim.build import load_state_tensors, state_tensors
 if TYPE_CHECKING:
     from training.parallel.sharding import Shards
 
+STATE_SHARDS = "training/state-{:05}-of-{:05}.safetensors"  # where ranks hold shards: of each rank
+SHARDING = "DCP_SHARDING_INFO"  # as torch.distributed.checkpoint's HuggingFaceStorageReader reads them
 MANIFEST = "training/manifest.json"  # size and checksum of every file of a checkpoint
 STATE_FILE, PROGRESS_FILE = "training/state.safetensors", "training/progress.json"
 STEP = re.compile(r"step-(\d+)$")
@@ -95,10 +98,13 @@ class Weights(Protocol):
     model: MiniDeepSeek
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return them themselves, not copies."""
+        """Return them themselves, not copies; where ranks hold shards, whole ones that this rank is to write."""
 
     def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        """Write a copy of `tensors()`, and what else belongs to it, into a folder. Called while training continues."""
+        """Write a copy of `tensors()`, and what else belongs to it, into a folder. Called while training continues.
+
+        Where ranks hold shards, on each that has tensors.
+        """
 
     def load(self, folder: Path) -> None:
         """Put those of a folder in place. Raises `UserError` when they are of another model."""
@@ -108,7 +114,7 @@ class Snapshot:
     """What a checkpoint holds of a moment: `tensors`, to be copied before training continues, and the rest.
 
     data: the state of a data set that the model makes itself, if it has any. shards: of the weights, where this rank
-    has no more; all ranks then make the snapshot together, and the main one writes it.
+    has no more; all ranks then make the snapshot together, and each writes its share of it.
     """
 
     def __init__(
@@ -124,27 +130,46 @@ class Snapshot:
         if not progress.samples:
             del self._progress["samples"]
         made = {f"{DATA}{name}": value for name, value in (data or {}).items()}
-        state = state_tensors(optimizer, shards or weights.model)
-        state = shards.gather(state) if shards else state
-        self.tensors = {"weights": dict(weights.tensors()), "state": state | made}
+        state = state_tensors(optimizer, shards or weights.model) | made
+        self._state_file, self._metadata = STATE_FILE, None
+        if shards:
+            state = {name: tensor for name, tensor in state.items() if shards.writes(name, tensor)}
+            self._state_file, first = STATE_SHARDS.format(*shards.number), {}
+            for name, tensor in state.items():
+                rows = shards.state_rows(name)
+                first[name] = {"saved_offsets": [rows.start or 0, *[0] * (tensor.dim() - 1)][: tensor.dim()]}
+            self._metadata = {SHARDING: json.dumps(first, sort_keys=True)}
+        self.tensors = {"weights": dict(weights.tensors()), "state": state}
 
-    def write(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    def write(
+        self,
+        folder: Path,
+        tensors: dict[str, dict[str, torch.Tensor]],
+        main: bool = True,
+        agree: Callable[[Callable[[], object]], None] = lambda work: work(),
+    ) -> None:
         """Write it with a copy of its tensors under a temporary name, flush it, and rename it.
 
-        So it is complete or not there. Raises `UserError` when it cannot be written.
+        So it is complete or not there. Raises `UserError` when it cannot be written, on the main rank alone.
+
+        main: whether this is the main rank; agree: does a piece of work on all ranks, and raises `OSError` on each
+        where one of them failed.
         """
         temporary, before, out = folder.with_name(f".{folder.name}.partial"), _before(folder), folder.parent
         gone = FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(out))
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+
+        def begin() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
             if not out.is_dir():  # made again, it might lie on another disk
                 raise gone
             (temporary / "training").mkdir(parents=True)
-            self._weights.write(tensors["weights"], temporary)
+
+        try:
+            agree(begin if main else _nothing)
+            agree(lambda: self._write_tensors(temporary, tensors))
+            if not main:
+                return
             self._tokenizer.save(temporary)
-            state = {name: tensor.cpu().contiguous() for name, tensor in tensors["state"].items()}
-            with usual_mode(temporary / STATE_FILE) as path:
-                save_file(state, path)
             (temporary / PROGRESS_FILE).write_text(json_text(self._progress, indent=2), encoding="utf8")
             write_manifest(temporary)
             if (folder / CARD).is_file():  # a person may have edited it, so it is in no manifest
@@ -158,6 +183,8 @@ class Snapshot:
             _flush(out)
             shutil.rmtree(before, ignore_errors=True)
         except (OSError, SafetensorError) as error:
+            if not main:
+                return
             cause = error if out.is_dir() else gone  # it may have vanished meanwhile
             shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):
@@ -166,6 +193,18 @@ class Snapshot:
             safe = f"the checkpoint before it is intact: {last}" if last else "no checkpoint was there before"
             remedy = REMEDIES.get(getattr(cause, "errno", None), "free some space and use --resume")
             raise UserError(f"{folder}: could not be saved ({cause}); {safe}; {remedy}") from None
+
+    def _write_tensors(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        if tensors["weights"]:
+            self._weights.write(tensors["weights"], folder)
+        state = {name: tensor.cpu().contiguous() for name, tensor in tensors["state"].items()}
+        with usual_mode(folder / self._state_file) as path:
+            save_file(state, path, self._metadata)
+        _flush(path)
+
+
+def _nothing() -> None:
+    pass
 
 
 def give_back(folder: Path) -> None:
@@ -189,25 +228,56 @@ def load_training_state(
     the checkpoints before it: `--resume last-good` would end here again, so it is not offered.
     """
     aside, path = f"or move {folder} elsewhere and use --resume", folder / STATE_FILE
-    state = read_state(folder, aside)
+    state = read_state(folder, aside, shards)
     data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
     try:
-        load_state_tensors(optimizer, shards or model, shards.cut(state) if shards else state)
+        load_state_tensors(optimizer, shards or model, state)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         settings = f"give the settings that the run began with, {aside}"
         raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); {settings}") from None
     return data
 
 
-def read_state(folder: Path, remedy: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of optimiser and data set. Raises `DamagedCheckpoint`."""
+def state_files(folder: Path) -> list[Path]:
+    """Return those of optimiser and data set: one, or those of the ranks that held shards."""
+    found = sorted(folder.glob(STATE_FILE.replace(".", "-*-of-*.")))
+    return [folder / STATE_FILE] if (folder / STATE_FILE).is_file() or not found else found
+
+
+def read_state(folder: Path, remedy: str, shards: Shards | None = None) -> dict[str, torch.Tensor]:
+    """Return the tensors of optimiser and data set, or this rank's share of them. Raises `DamagedCheckpoint`.
+
+    Each is in one piece, or in several of some of its rows, written by one rank each.
+    """
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    path = folder / STATE_FILE
     try:
-        state = load_file(folder / STATE_FILE)
-    except (SafetensorError, OSError, ValueError) as error:
+        for path in state_files(folder):
+            with safe_open(path, "pt") as file:
+                offsets = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    # `rng` is of older checkpoints: now a function of seed, step, micro-batch and rank.
+                    rows = None if name.startswith("rng") else shards.state_rows(name) if shards else slice(None)
+                    if rows is None:  # of no weight that is here
+                        continue
+                    view, first = file.get_slice(name), offsets.get(name, {}).get("saved_offsets", [])
+                    if not (shape := view.get_shape()) or (rows == slice(None) and not any(first)):
+                        pieces.setdefault(name, []).append((0, file.get_tensor(name)))
+                        continue
+                    begin, last = first[0] if first else 0, math.inf if rows.stop is None else rows.stop
+                    start, stop = max(rows.start or 0, begin), min(last, begin + shape[0])
+                    if start < stop:
+                        pieces.setdefault(name, []).append((start, view[start - begin : stop - begin]))
+                    elif rows.start == rows.stop and name not in pieces:  # a rank without rows
+                        pieces[name] = [(0, file.get_tensor(name)[:0])]
+        joined = {}
+        for name in list(pieces):
+            parts = [part for _, part in sorted(pieces.pop(name), key=lambda piece: piece[0])]
+            joined[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         what = f"damaged or cut short ({error}); restore the file, {remedy}"
-        raise DamagedCheckpoint(f"{folder / STATE_FILE}: {what}") from None
-    # `rng` is of older checkpoints: now a function of seed, step, micro-batch and rank.
-    return {name: value for name, value in state.items() if not name.startswith("rng")}
+        raise DamagedCheckpoint(f"{path}: {what}") from None
+    return joined
 
 
 def read_progress(folder: Path) -> Progress:

@@ -24,13 +24,13 @@ from training.run.checkpoint import (
     DATA,
     MANIFEST,
     PROGRESS_FILE,
-    STATE_FILE,
     Progress,
     checkpoints,
     give_back,
     newest,
     read_progress,
     read_state,
+    state_files,
     verify,
 )  # fmt: skip
 from training.settings import StageSettings
@@ -178,7 +178,7 @@ def check_carried(settings: StageSettings) -> None:
     ckpt = getattr(settings, "ckpt", "")
     if not ckpt:
         raise UserError("--carry_optimizer: takes the state beside the weights of --ckpt; give it, or leave it out")
-    if not (Path(ckpt) / STATE_FILE).is_file():
+    if not state_files(Path(ckpt))[0].is_file():
         raise UserError(f"{ckpt}: has no training state to carry on; name a checkpoint of a run, or {LEAVE}")
     kind, ours = read_progress(Path(ckpt)).run.get("optim.kind", settings.optim.kind), settings.optim.kind
     if kind != ours:
@@ -194,7 +194,7 @@ def carry_optimizer(
     without any there, such as an MTP chain that had not been trained, begin without. Raises `UserError`, or
     `DamagedCheckpoint` for a file that cannot be read.
     """
-    state = read_state(folder, f"or {LEAVE}")
+    state = read_state(folder, f"or {LEAVE}", shards)
     members = {id(p) for group in optimizer.param_groups for p in group["params"]}
     known = dict((shards or model).named_parameters())
     trained = {name for name, p in known.items() if id(p) in members}
@@ -205,7 +205,7 @@ def carry_optimizer(
         if not (found := trained & {*names.values()}):
             raise ValueError("it has none of the weights that are trained here")
         carried = {key: state[key] for key, name in names.items() if name in trained}
-        load_state_tensors(optimizer, shards or model, shards.cut(carried) if shards else carried)
+        load_state_tensors(optimizer, shards or model, carried)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: its training state does not fit this run ({error}); {LEAVE}") from None
     return f"optimizer  moments of {len(found)} of {len(trained)} weights from {folder}; step and schedule start again"

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +92,9 @@ def _step_back() -> None:
 
 
 class RunCheckpoints:
-    """What is saved of a run, and read of it again. All ranks call these together; the main one writes.
+    """What is saved of a run, and read of it again. All ranks call these together.
+
+    The main one writes; where ranks hold shards, each writes its share, and the main one what makes it a checkpoint.
 
     Attributes: saver: writes them.
     """
@@ -112,6 +115,7 @@ class RunCheckpoints:
         self._weights, self._tokenizer, self._optimizer, self._shards = weights, tokenizer, optimizer, shards
         self._made = dataset if isinstance(dataset, PolicyDataset) else None
         self.saver = Saver(settings.background_save, ranks.device)
+        self._agree = resolve_name("training.parallel.saved:Agreement")(ranks) if shards else _alone
 
     def restore(self, run: dict[str, object], is_finished: Callable[[Progress], bool]) -> Progress | None:
         """Put the newest one in place, if asked to and there is one. Returns how far the run is, or None.
@@ -141,17 +145,21 @@ class RunCheckpoints:
         """Begin to write one of this moment; an error of the one before it comes up here."""
         data = {} if self._made is None else self._made.state()
         data |= {} if self._ema is None else self._ema.state()
+        self.wait()
         snapshot = Snapshot(self._weights, self._tokenizer, self._optimizer, progress, data, self._shards)
-        self._ranks.on_main(lambda: self._write(name, snapshot))
-
-    def _write(self, name: str, snapshot: Snapshot) -> None:
 
         def write(tensors: Tensors) -> None:
-            snapshot.write(self._out / name, tensors)
-            if name not in ("final", BEST):
+            snapshot.write(self._out / name, tensors, self._ranks.main, self._agree)
+            if self._ranks.main and name not in ("final", BEST):
                 keep_last(self._out, self._settings.keep)
 
-        self.saver.save(snapshot.tensors, write)
+        self._each(lambda: self.saver.save(snapshot.tensors, write))
+
+    def _each(self, work: Callable[[], None]) -> None:
+        """Call `work` on the main rank, and on those that hold shards; an error of the main one's ends all."""
+        if self._shards and not self._ranks.main:
+            work()
+        self._ranks.on_main(work)
 
     def _save_mean(self, ema: ExponentialMovingAverage) -> None:
         """Write the model with the mean of its weights: a folder to open, with no run in it to resume."""
@@ -159,22 +167,24 @@ class RunCheckpoints:
 
         def write(tensors: Tensors) -> None:
             temporary = folder.with_name(f".{MEAN}.partial")
-            shutil.rmtree(temporary, ignore_errors=True)
             with naming(folder):
-                temporary.mkdir()
-                self._weights.write(tensors, temporary)
-                self._tokenizer.save(temporary)
-                shutil.rmtree(folder, ignore_errors=True)
-                temporary.replace(folder)
+                if self._ranks.main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                self._agree(temporary.mkdir if self._ranks.main else lambda: None)
+                self._agree(lambda: self._weights.write(tensors, temporary) if tensors else None)
+                if self._ranks.main:
+                    self._tokenizer.save(temporary)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    temporary.replace(folder)
 
         with ema.in_place():
             tensors = dict(self._weights.tensors())
-            self._ranks.on_main(lambda: write(tensors))
+            self._each(lambda: write(tensors))
         self._ranks.say(f"mean: {folder}, of the weights of the last steps (--ema_decay {ema.decay:g})")
 
     def wait(self) -> None:
         """Until what is being written is on the disk. Raises the error of a save that failed, on all ranks."""
-        self._ranks.on_main(self.saver.wait)
+        self._each(self.saver.wait)
 
     def finish(self, progress: Progress, end: str) -> None:
         """Save the end of the run, which `end` has brought about, or the point where it was interrupted, and say so."""
@@ -198,6 +208,10 @@ class RunCheckpoints:
             if before:
                 said = "notice: no validation was better than before training: held-out rows show nothing learned"
                 say(folded(f"{said}; {before} at step 0, {reached} at best"))
+
+
+def _alone(work: Callable[[], object]) -> None:
+    work()
 
 
 def first_and_best(out: Path, best: dict[str, Any]) -> tuple[str, str]:

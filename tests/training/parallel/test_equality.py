@@ -14,6 +14,7 @@ from toy_stage import ROWS, TIME, Rows, files
 from training.losses import IGNORE, Batch, NextTokenLoss
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
+from training.run.checkpoint import read_state
 from training.run.log import read_metrics
 from training.trainer import Trainer
 
@@ -67,10 +68,9 @@ def train(make, tmp_path) -> Callable[..., Path]:
 
 def assert_the_same_training(ours: Path, theirs: Path) -> None:
     """Weights, moments and measures equal to rounding; router biases, loads and counts equal."""
-    names = ["model.safetensors", "training/state.safetensors"]
-    names += ["mtp.safetensors"] * (ours / "final" / "mtp.safetensors").exists()
-    for name in names:
-        one, other = (load_file(out / "final" / name) for out in (ours, theirs))
+    names = ["model.safetensors"] + ["mtp.safetensors"] * (ours / "final" / "mtp.safetensors").exists()
+    pairs = [[load_file(out / "final" / name) for out in (ours, theirs)] for name in names]
+    for one, other in [*pairs, [read_state(out / "final", "") for out in (ours, theirs)]]:
         assert one.keys() == other.keys()
         for key in one:
             if key.endswith("e_score_correction_bias"):

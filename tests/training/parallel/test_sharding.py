@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import signal
@@ -11,9 +13,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from forked import on_ranks
+from safetensors.torch import load_file
 from test_equality import OPTIONS, Packed, Uneven, assert_the_same_training
-from torch.distributed import set_debug_level_from_env
+from torch.distributed import checkpoint, set_debug_level_from_env
 from toy_stage import ROWS, TIME, Rows, files
 
 from errors import UserError, command_line
@@ -22,6 +26,7 @@ from training.optim.build import OptimSettings
 from training.parallel.dist_settings import ShardSettings
 from training.parallel.mesh import check_mesh
 from training.parallel.ranks import Ranks
+from training.run.checkpoint import read_state
 from training.run.log import read_metrics
 from training.settings import NextTokenSettings
 
@@ -100,13 +105,37 @@ def test_an_mtp_chain_without_weight_has_no_part_until_it_has_one(cut, train, al
     assert_nearly_the_same(train("cut", 2, cut=cut, micro_tokens=TIME, **late), alone(Uneven, **late))
 
 
-def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train):
-    """One step on each: weights, moments and the order of the data go with it."""
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train, monkeypatch):
+    """One step on each: weights, moments and the order of the data go with it. No rank has all of it to write."""
+    saved = import_module("training.parallel.saved")
+    gather = saved.ShardedModel.tensors
+
+    def tensors(weights: object) -> dict[str, torch.Tensor]:
+        found, whole = gather(weights), sum(t.nbytes for t in saved._meta_state(weights.model.config).values())
+        assert 0 < sum(tensor.nbytes for tensor in found.values()) < 0.9 * whole
+        return found
+
+    monkeypatch.setattr(saved.ShardedModel, "tensors", tensors)
+    monkeypatch.setattr(saved, "LARGEST", 60_000)
     meshes = [(2, {"zero": 3}), (1, {}), (2, {"pp": 2, "schedule": "zbv"}), (2, {"ep": 2}), (2, {"pp": 2}), (2, {})]
     whole = train("whole", 1, max_steps=len(meshes), val_every=1)
     for step, (world, cut) in enumerate(meshes, 1):
         moved = train("moved", world, cut=cut, max_steps=step, val_every=1, resume=True, micro_tokens=TIME)
+        if cut:
+            written_by_ranks(moved / "final")
     assert_the_same_training(moved, whole)
+
+
+def written_by_ranks(final: Path) -> None:
+    """Files that list one another, and state that torch.distributed.checkpoint reads as we do."""
+    places = json.loads((final / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len({*places.values()}) > 2 and not (final / "model.safetensors").exists()
+    assert all(name in load_file(final / file) for name, file in places.items())
+    state = read_state(final, "")
+    theirs = {name: torch.full_like(tensor, -1.0) for name, tensor in state.items()}
+    checkpoint.load(theirs, storage_reader=checkpoint.HuggingFaceStorageReader(str(final / "training")), no_dist=True)
+    assert len(state) > 50 and all(torch.equal(theirs[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2}])
@@ -157,6 +186,23 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
     assert [rank.code for rank in ranks] == [2, 9]
     (line,) = [line for line in ranks[0].output().splitlines() if "error" in line or "Traceback" in line]
     assert line == "error: rank 0: another rank has ended; its own message says why"
+
+
+def test_a_rank_that_cannot_write_its_share_ends_the_run_in_one_line(make, tmp_path, monkeypatch):
+    def of_rank(rank: int) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if rank:
+            monkeypatch.setattr("training.run.checkpoint.save_file", full)
+        given = {**OPTIONS, "dist": ShardSettings(zero=3), "max_steps": 1}
+        command_line(make(ranks=Ranks.start("cpu", timeout=30), **given).run)
+
+    ranks = on_ranks(2, of_rank, tmp_path)
+    assert [rank.code for rank in ranks] == [2, 2]
+    (line,) = [line for rank in ranks for line in rank.output().splitlines() if "error" in line or "Traceback" in line]
+    assert "final: could not be saved ([Errno 28] rank 1: No space left on device); no checkpoint" in line
+    assert not [*(tmp_path / "run").glob("*final*")]
 
 
 def test_ranks_that_begin_with_other_weights_stop_before_they_are_cut(make, tmp_path):

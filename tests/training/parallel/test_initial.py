@@ -1,0 +1,142 @@
+"""A model that is cut begins without memory: each rank has its share of what one process begins with, and no more."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+import torch.distributed as dist
+from forked import Forked
+from torch import nn
+
+from errors import DamagedCheckpoint
+from model import MiniDeepSeek
+from training.parallel.dist_settings import ShardSettings
+from training.parallel.ranks import Ranks
+from training.settings import NextTokenSettings
+
+DEEP = {"num_hidden_layers": 8, "num_nextn_predict_layers": 1}
+MESHES = {  # ranks, which are looked at, how they cut, model
+    "ep 2, two copies, zero 3": (4, (1,), {"ep": 2, "zero": 3}, {}),
+    "pp 2, ep 2, tied, zero 1": (4, (1, 2), {"pp": 2, "ep": 2, "zero": 1}, {"tie_word_embeddings": True}),
+    "pp 2, zbv, with biases": (2, (0, 1), {"pp": 2, "schedule": "zbv"}, {"attention_bias": True}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Once, and not in each process that is forked."""
+    for name in ("training.parallel.sharding", "torch.testing._internal.distributed.fake_pg"):
+        import_module(name)
+
+
+@pytest.fixture
+def as_rank(tmp_path) -> Callable[..., None]:
+    """`as_rank(rank, world, cut, work)`: `work(mesh, shard)` as that rank, whose peers are silent.
+
+    `shard(model)` cuts one that has no memory, and returns its shards with their first weights.
+    """
+
+    def as_rank(rank: int, world: int, cut: dict, work: Callable) -> None:
+        def call() -> None:
+            from training.parallel.mesh import Mesh
+            from training.parallel.schedule import Pipeline
+            from training.parallel.sharding import Sharded
+
+            store = import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
+            dist.init_process_group("fake", store=store, rank=rank, world_size=world)
+            given = dict(out="none", sequence_length=16, batch_tokens=256, micro_tokens=16, dist=ShardSettings(**cut))
+            settings = NextTokenSettings(**given)
+            mesh = Mesh.of(settings, Ranks(rank, world, torch.device("cpu"), pp=settings.dist.pp))
+
+            def shard(model: MiniDeepSeek) -> object:
+                pipeline = Pipeline(model, mesh, settings.dist, torch.float32) if settings.dist.pp > 1 else None
+                shards = Sharded(model, mesh, settings.dist.zero, torch.float32, pipeline).shards
+                model.put_in(shards)
+                return shards
+
+            work(mesh, shard)
+
+        process = Forked(call, tmp_path / "rank.log")
+        process.wait(120)
+        assert process.code == 0, process.output()
+
+    return as_rank
+
+
+@pytest.mark.parametrize("case", MESHES)
+def test_shares_are_those_of_one_process_to_the_bit(case, as_rank, tiny_config, tmp_path):
+    """Of weights that are drawn, and of those that are read; all of a pipeline's are on some rank."""
+    world, ranks, cut, changes = MESHES[case]
+    config = tiny_config(**DEEP, **changes)
+    torch.manual_seed(5)
+    whole = MiniDeepSeek(config)
+    drawn = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    whole.mtp[0].mlp.gate.e_score_correction_bias.normal_()
+    whole.save_pretrained(tmp_path / "saved")
+    saved, tied = whole.state_dict(), {"lm_head.weight"} if config.tie_word_embeddings else set()
+
+    def work(mesh, shard: Callable) -> None:
+        from training.parallel.initial import Deferred
+
+        torch.manual_seed(5)
+        models = (Deferred.drawn(config), drawn), (Deferred.read(tmp_path / "saved", lambda config: config), saved)
+        torch.rand(9)  # data may be drawn meanwhile
+        for model, expected in models:
+            found = shard(model).places()
+            assert len(found) > 20 and found.keys() <= expected.keys() - tied
+            assert mesh.pp.size() > 1 or found.keys() == expected.keys() - tied
+            for name, share in found.items():
+                rows = expected[name]
+                if name in dict(whole.named_parameters()):
+                    for of in (mesh.ep, mesh.copies) if ".experts." in name else (mesh.data,):
+                        rows = [*rows.chunk(of.size()), *of.size() * [rows[:0]]][of.get_local_rank()]
+                assert torch.equal(share, rows), name
+        (tmp_path / str(dist.get_rank())).write_text("\n".join(found))
+
+    for rank in ranks:
+        as_rank(rank, world, cut, work)
+    everywhere = {name for rank in ranks for name in (tmp_path / str(rank)).read_text().split()}
+    assert everywhere == saved.keys() - tied
+
+
+def resident() -> int:
+    """Bytes of all tensors that are alive and have memory, of those made since `gc.freeze`."""
+    alive = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter) and not one.is_meta]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in alive}.values())
+
+
+def test_no_rank_ever_holds_what_it_does_not_keep(as_rank, tiny_config, tmp_path, monkeypatch):
+    """But one whole weight at a time. A pair that should be tied is refused."""
+    config = tiny_config(**{**DEEP, "num_hidden_layers": 12})
+    MiniDeepSeek(config).save_pretrained(tmp_path / "saved")
+    with torch.device("meta"):
+        sizes = [p.nbytes for p in MiniDeepSeek(config).parameters()]
+
+    def work(_, shard: Callable) -> None:
+        from training.parallel import initial
+
+        checksum, seen = initial.checksum, []
+
+        def look(tensor: torch.Tensor) -> torch.Tensor:
+            seen.append(resident() if len(seen) % 8 == 0 else 0)
+            return checksum(tensor)
+
+        monkeypatch.setattr(initial, "checksum", look)
+        for make in (Deferred.drawn, lambda _: Deferred.read(tmp_path / "saved", lambda config: config)):
+            seen.clear()
+            gc.collect()
+            gc.freeze()
+            held = sum(p.nbytes for p in shard(make(config)).places().values())
+            assert len(seen) > 100 and held <= max(seen) < held + 3 * max(sizes) < sum(sizes) / 2
+        tied = Deferred.read(tmp_path / "saved", lambda config: replace(config, tie_word_embeddings=True))
+        with pytest.raises(DamagedCheckpoint, match=r"saved: lm_head.weight and model.embed_tokens.weight differ"):
+            shard(tied)
+
+    from training.parallel.initial import Deferred
+
+    as_rank(1, 4, {"zero": 3}, work)

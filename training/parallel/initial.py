@@ -1,0 +1,146 @@
+"""First weights of a model that is cut: it begins on the meta device, and each rank keeps its share of each weight.
+
+One process draws its first weights from one generator, one after the other. So does each rank here, or reads them one
+after the other from a checkpoint: a whole weight is there until the rank has taken its share of it, and no longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from errors import DamagedCheckpoint
+from LMConfig import LMConfig
+from model import MiniDeepSeek
+from model.checkpoint.folder import STACKED, TIED, describe, fill, released_name, single_experts
+from model.checkpoint.weight_files import WeightFiles
+from training.parallel.replication import checksum
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Shards
+
+Keep = Callable[[Tensor, Tensor], None]  # called with a parameter on the meta device, and what is drawn for it
+DRAWS = {torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default}
+CONSTANTS = {torch.ops.aten.zero_.default, torch.ops.aten.fill_.Scalar}
+
+
+class Deferred(MiniDeepSeek):
+    """A model whose weights have no memory yet, but for those that are never drawn, such as norms.
+
+    Attributes: put_in: puts the first weights into shards, by all ranks alike. Returns the checksum of each whole one.
+    """
+
+    def __init__(self, config: LMConfig, put_in: Callable[[Shards], dict[str, Tensor]]) -> None:
+        with EmptyOnMeta():
+            super().__init__(config)
+        self.put_in = put_in
+
+    @classmethod
+    def drawn(cls, config: LMConfig) -> Deferred:
+        """Return a model that will have the weights that `MiniDeepSeek(config)` would have now."""
+        state = torch.get_rng_state()
+        return cls(config, lambda shards: draw(config, state, shards))
+
+    @classmethod
+    def read(cls, folder: str | Path, adapt: Callable[[LMConfig], LMConfig]) -> Deferred:
+        """Return a model that will have the weights of `MiniDeepSeek.from_pretrained(folder, adapt=adapt)`."""
+        config, files = describe(Path(folder), adapt)
+        return cls(config, lambda shards: read(files, config, shards))
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """Memory that is yet to be filled is on the meta device; what is computed is not."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+class Drawing(TorchDispatchMode):
+    """What is drawn in place for a tensor on the meta device is drawn for one of its size, which `keep` then gets."""
+
+    def __init__(self, keep: Keep) -> None:
+        super().__init__()
+        self._keep = keep
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in DRAWS | CONSTANTS and args[0].is_meta:
+            whole = torch.empty(args[0].shape, dtype=args[0].dtype)
+            self._keep(args[0], func(whole, *args[1:], **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+class _Uninitialised(MiniDeepSeek):
+    """As the constructors of its layers leave it, which draw too."""
+
+    def _initialise(self, module: nn.Module) -> None:
+        pass
+
+
+def draw(config: LMConfig, state: Tensor, shards: Shards) -> dict[str, Tensor]:
+    """Put in what `MiniDeepSeek(config)` draws where the generator is at `state`. Returns checksums."""
+    before, sums = torch.get_rng_state(), {}
+    torch.set_rng_state(state)
+    apart = replace(config, tie_word_embeddings=False)  # a head is drawn before it is tied
+    with EmptyOnMeta(), Drawing(lambda *_: None):
+        whole = _Uninitialised(apart)
+    names = {p: name for name, p in whole.named_parameters()}
+
+    def keep(p: Tensor, drawn: Tensor) -> None:
+        sums[names[p]] = checksum(drawn)
+        shards.load({names[p]: drawn})
+
+    with Drawing(keep):
+        whole.apply(lambda module: MiniDeepSeek._initialise(whole, module))
+    torch.set_rng_state(before)
+    return sums
+
+
+def read(files: WeightFiles, config: LMConfig, shards: Shards) -> dict[str, Tensor]:
+    """Put in the weights of a folder. Returns checksums. Raises `DamagedCheckpoint`, as `model.checkpoint.folder.fill`.
+
+    config: of the model; the folder has all of its weights.
+    """
+    places: dict[str, tuple[Tensor, slice]] = {}
+    for weight, share in shards.places().items():
+        name, rows = released_name(weight, config), shards.rows(weight)
+        places[name] = share, rows
+        if STACKED.match(name):  # an expert is whole or not here
+            places |= {one: (view, slice(None)) for one, view in single_experts(name, share, rows.start or 0).items()}
+    if config.tie_word_embeddings:
+        places |= {name: places[other] for name, other in zip(TIED, TIED[::-1], strict=True) if other in places}
+    sums: dict[str, Tensor] = {}
+    tied: list[Tensor] = []
+
+    def kept() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in files:
+            yield name, tensor  # and it fits
+            sums[name] = checksum(tensor)
+            if name not in places:
+                continue
+            place, rows = places[name]
+            if config.tie_word_embeddings and name in TIED:
+                tied.append(sums[name])
+            place.copy_(tensor[rows] if tensor.dim() else tensor)
+
+    with EmptyOnMeta():
+        whole = MiniDeepSeek(config)
+    try:
+        with torch.no_grad():
+            fill(whole.to("meta"), kept())
+        if len({int(one) for one in tied}) > 1:
+            raise DamagedCheckpoint(
+                f"{' and '.join(TIED)} differ, though config.json ties them; set its tie_word_embeddings to false"
+            )
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(error if str(files.folder) in str(error) else f"{files.folder}: {error}") from None
+    return sums
