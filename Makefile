@@ -131,7 +131,7 @@ RACE_DATA ?= $(TEXT)
 bench: $(VENV)/installed-dev
 	$(RUN) bench/train_step.py --rounds 4 --json $(BENCH)/1-train-bf16.json
 	$(RUN) bench/train_step.py --dtype fp32 --rounds 5 --json $(BENCH)/2-train-fp32.json
-	$(RUN) bench/decode.py --peers eager grouped_mm --json $(BENCH)/3-decode.json
+	$(RUN) bench/decode.py --peers eager grouped_mm llama.cpp --json $(BENCH)/3-decode.json
 	$(RUN) bench/decode.py --batch 16 --prompt 1024 --new 64 --peers eager/eager grouped_mm/eager --rounds 4 --json $(BENCH)/4-decode-many.json
 	$(RUN) bench/decode.py --quantize int8 --peers --json $(BENCH)/4-decode-int8.json
 	$(RUN) bench/batching.py --peers "lock step" eager --requests 64 --slots 16 --rounds 3 --json $(BENCH)/5-batching.json

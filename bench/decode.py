@@ -1,13 +1,18 @@
-"""Greedy decoding against transformers' DeepseekV3 on the same weights, interleaved.
+"""Greedy decoding against transformers' DeepseekV3, and llama.cpp, on the same weights, interleaved.
 
 python bench/decode.py [--preset 64m] [--dtype bf16] [--batch 1] [--prompt 128] [--new 64] [--rounds 5]
 python bench/decode.py --quantize int8 [--peers]        ours with 8-bit weights too [and no transformers]
+python bench/decode.py --peers llama.cpp                llama.cpp on our GGUF, one prompt; llama.cpp/q8_0: in 8 bits
+
+llama.cpp is left out where llama_cpp is not installed: pip install llama-cpp-python.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
 import harness
 import torch
@@ -16,13 +21,17 @@ from harness import MEMORY, SPEED, Verdict
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.cache import LatentCache
+from model.checkpoint.gguf_export import export_gguf
 from model.costs import count
 from model.decoding.generate import stream
 from model.decoding.sampling import Sampling
+from text.tokenizer import Tokenizer
 from training.adapters.frozen import shrink_frozen
 from training.machine import DTYPES
 
 PREFILL, CACHED = "prefill tokens/s", "cached"
+LLAMA = "llama.cpp"
+GGUF_TYPES = {"bf16": "bf16", "fp32": "f32"}
 
 
 def measured_bandwidth(device: torch.device, megabytes: int = 1024, times: int = 5) -> float:
@@ -50,19 +59,30 @@ def main() -> None:
     parser = harness.parser_of(__doc__, batch=1, prompt=128, new=64)
     harness.add_peers(parser, "eager", "batched_mm", "grouped_mm")
     parser.add_argument("--quantize", choices=["int8"], help="measure ours with weights in 8 bits too")
+    parser.add_argument("--tokenizer", default="out/demo/tokenizer", help="folder of the one that a GGUF file needs")
     options = parser.parse_args()
+    if find_spec("llama_cpp") is None or options.batch > 1:
+        options.peers = [peer for peer in options.peers if not peer.startswith(LLAMA)]
     if options.worker:
         work(options)
         return
     config = LMConfig.preset(options.preset, num_nextn_predict_layers=0)
     workers = {"ours": "ours", **({f"ours {options.quantize}": options.quantize} if options.quantize else {})}
     with harness.checkpoint(config) as folder:
-        workers |= {f"transformers {peer}": peer for peer in options.peers}
+        for peer in options.peers:
+            workers[peer if peer.startswith(LLAMA) else f"transformers {peer}"] = peer
+            if peer.startswith(LLAMA):
+                Tokenizer.from_folder(options.tokenizer).save(folder)
+                export_gguf(Path(folder), gguf_of(folder, peer), peer.partition("/")[2] or GGUF_TYPES[options.dtype])
         found = harness.measured(workers, options.rounds, folder)
     ours, baselines = found[0], [one for one in found if one.name.startswith("transformers")]
     verdicts = [Verdict.between(found[1], ours, SPEED, f"{SPEED} in 8 bits")] if options.quantize else []
     best = {key: max(baselines, key=lambda one: one.median(key)) for key in (SPEED, PREFILL)} if baselines else {}
     verdicts += [Verdict.between(ours, one, key) for key, one in best.items()]
+    for one in found:
+        if one.name.startswith(LLAMA):
+            mine = found[1] if options.quantize and "/" in one.name else ours
+            verdicts += [Verdict.between(mine, one, key) for key in (SPEED, PREFILL)]
     read = weights_read(config, options.batch) * DTYPES[options.dtype].itemsize
     expanded = count(config).mha_cache_bytes // 2 // config.num_hidden_layers
     theirs = f", transformers {best[SPEED].median(CACHED):,.0f}" if best else ""
@@ -80,6 +100,11 @@ def main() -> None:
     harness.report(title, found, columns, verdicts, facts, options.json)
 
 
+def gguf_of(folder: str, peer: str) -> Path:
+    """Return the file that a llama.cpp peer reads."""
+    return Path(folder) / f"{peer.replace('/', '-')}.gguf"
+
+
 def work(options: argparse.Namespace) -> None:
     """Decode in this process, once for each line on stdin. The first token's time is the prefill's."""
     device, dtype = harness.device_of(options.device), DTYPES[options.dtype]
@@ -95,6 +120,18 @@ def work(options: argparse.Namespace) -> None:
         def times() -> list[float]:
             tokens = stream(model, prompt, options.new, Sampling(temperature=0))
             return [harness.now(device) for _ in tokens]
+    elif options.worker.startswith(LLAMA):
+        from llama_cpp import Llama
+
+        file, threads = gguf_of(options.folder, options.worker), torch.get_num_threads()
+        room = {"n_ctx": options.prompt + options.new + 1, "n_batch": options.prompt}
+        llama = Llama(str(file), n_threads=threads, n_threads_batch=threads, verbose=False, **room)
+        cached = 0
+
+        def times() -> list[float]:
+            llama.reset()
+            made = llama.generate(prompt[0].tolist(), top_k=1, temp=0.0)
+            return [harness.now(device) for _, _ in zip(range(options.new), made, strict=False)]
     else:
         model = harness.open_baseline(options.folder, options.worker, dtype).to(device).eval()
         model.generation_config.eos_token_id = None

@@ -48,7 +48,7 @@ def parser_of(doc: str, preset: str = "64m", dtype: str = "bf16", **numbers: int
 
 def add_peers(parser: argparse.ArgumentParser, *peers: str) -> None:
     """The option `--peers`: the baselines, with these as its default."""
-    text = "transformers: experts_implementation, or that/attn_implementation"
+    text = "of transformers: experts_implementation, or that/attn_implementation"
     parser.add_argument("--peers", nargs="*", default=peers, help=text)
 
 

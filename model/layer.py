@@ -20,9 +20,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LMConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        kind = (
-            MultiHeadLatentAttention if config.attention == "mla" else resolve_name("model.variants:GroupedAttention")
-        )
+        kind = MultiHeadLatentAttention
+        if config.attention != "mla":  # to compare it with
+            kind = resolve_name("model.variants:GroupedAttention")
         self.self_attn = kind(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(layer)

@@ -25,6 +25,8 @@ from eval.paper.page import write
 from eval.paper.training import Corpus, Laboratory
 from LMConfig import did_you_mean
 
+MOST_SEEDS = 100
+
 
 def paper(
     tokenizer: str,
@@ -57,6 +59,7 @@ def paper(
         device: auto, cpu or cuda
     """
     check_least(1, seeds=seeds)
+    require(seeds <= MOST_SEEDS, f"--seeds {seeds}: {MOST_SEEDS} at most")
     check_least(0, jobs=jobs)
     known = {claim.name: claim for claim in CLAIMS}
     names = [name.strip() for name in only.split(",") if name.strip()] or [*known]

@@ -14,7 +14,7 @@ from LMConfig import LMConfig
 from model.costs import dense_twin
 from training.settings import model_config
 
-FOLDER = Path("configs/paper")
+FOLDER = Path(__file__).parents[2] / "configs" / "paper"
 BASE = "base"
 
 
@@ -35,7 +35,7 @@ class Arm:
 def read_arms(size: str = "", folder: Path = FOLDER) -> dict[str, Arm]:
     """Return all arms by name. size: a YAML file of changes of the base, for larger models; the arms change that."""
     files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    require(BASE in files, f"{folder}: no {BASE}.yaml; run it from the root of the project")
+    require(BASE in files, f"{folder}: no {BASE}.yaml; restore the folder")
     base = read_settings(files[BASE])
     if size:
         base = merged(base, read_settings(Path(size)))

@@ -72,7 +72,7 @@ class Laboratory:
         print(f"training {len(waiting)} runs, {self.jobs} at once, into {self.out}", flush=True)
         done = [lambda name=name, seed=seed: self._train(name, seed, settings[name]) for name, seed in waiting]
         print(f"1/{len(done)}  {done[0]()}", flush=True)  # alone: it makes the shards for all
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(min(self.jobs, len(done))) as pool:
             try:
                 for count, line in enumerate(pool.map(lambda run: run(), done[1:]), 2):
                     print(f"{count}/{len(done)}  {line}", flush=True)
@@ -110,7 +110,9 @@ class Laboratory:
             return arm.settings
         own = next(one for one in self.arms.values() if one.settings == arm.settings and not one.equal_time_with)
         step, tokens = arm.settings["batch_tokens"], arm.settings["max_tokens"]
-        longer = tokens * self.rate(own.name) / self.rate(arm.equal_time_with)
+        # The base last: it is measured beside the others.
+        rates = {each: self.rate(each) for each in sorted((own.name, arm.equal_time_with), key=BASE.__eq__)}
+        longer = tokens * rates[own.name] / rates[arm.equal_time_with]
         return {**arm.settings, "max_tokens": round(longer / step) * step}
 
     def _done(self, name: str, seed: int, settings: dict[str, Any]) -> bool:

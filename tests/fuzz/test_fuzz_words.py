@@ -30,6 +30,7 @@ from eval.compared_run import open_runs
 from eval.comparison import markdown
 from eval.experts import experts
 from eval.held_out import held_out
+from eval.paper.__main__ import paper
 from eval.perplexity import perplexity, score_text
 from eval.questions import questions
 from eval.reasoning import reasoning
@@ -126,6 +127,7 @@ SCRIPTS: dict[Callable[..., None], dict[str, str]] = {
     held_out: {"run": "OUT", "out": "OUT/held.jsonl"},
     report: {"out": "OUT"},
     serve: {"ckpt": "CKPT", "port": "0"},
+    paper: {"tokenizer": "CKPT", "data": "FILE", "text": "FILE", "only": "balance", "out": "OUT"},
 }
 WORDS = ("", "0", "-1", "3", "0.5", "nan", "inf", "1e999", "9" * 400, "null", "true", "[1]", "{}", "x", "int8", "cpu",
          "fp32", "arithmetic:1", "CKPT", "FILE", "nowhere", "FILE,FILE", ",", "\ud800", "*a")  # fmt: skip
@@ -141,6 +143,7 @@ def test_the_options_of(throw, folder, script, data):
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         for name in ("matplotlib.figure.Figure.savefig", "uvicorn.Server.run", "eval.serve.Worker"):
             patch.setattr(name, lambda *_, **__: None)
+        patch.setattr("eval.paper.training.start", lambda *_: None)  # then no run is there
         patch.setattr("eval.run.find_spec", lambda _: None)  # lm-eval takes seconds to read its own task files
         patch.chdir(place)
         Path("OUT").mkdir()
