@@ -19,7 +19,8 @@ from cli import call
 from errors import check_least, command_line, require
 from eval.needle import read_texts
 from eval.paper.arms import BASE, read_arms
-from eval.paper.claims import CLAIMS, Bench
+from eval.paper.bench import Bench
+from eval.paper.claims import CLAIMS
 from eval.paper.context import extend
 from eval.paper.page import write
 from eval.paper.training import Corpus, Laboratory

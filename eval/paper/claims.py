@@ -1,49 +1,14 @@
-"""The claims, each with the arms that it needs, what is measured of them, and what can be said."""
+"""The claims: each with what the paper says, the arms that it needs, and what is measured of them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from statistics import mean
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-
-from eval.answering import Answerer
-from eval.compared_run import ComparedRun
-from eval.curves import logged
-from eval.paper import figures, probes
+from eval.paper import measures
 from eval.paper.arms import BASE
-from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, weakest
-from eval.paper.training import Laboratory
-from LMConfig import LMConfig
-
-BITS = "val_bits_per_byte"
-LENGTHS = (1024, 8192, 32768)  # positions that decoding is measured after
-STAGES = ("before", "YaRN alone", "after phase 1", "after phase 2")
-FP8_BOUND = 0.0025  # of the loss (section 3.3)
-SWEPT = ("bias-slow", "bias-slower", "alpha-0", "alpha-1e-2", "scale-2.5", "groups")
-PAPERS = ("bias-slow", "scale-2.5", "groups")  # the values of DeepSeek-V3; the others are around the base's
-LAST = 0.1  # share of a run that MaxVio's end is the mean of
-
-
-@dataclass
-class Result:
-    """Of one claim.
-
-    Attributes: rows: a table under `header`; verdict: one of `differences`; note: what the table alone does not say;
-    figures: files in figures/, or paths from there.
-    """
-
-    header: Sequence[str]
-    rows: list[Sequence[str]]
-    verdict: str
-    note: str = ""
-    figures: list[str] = field(default_factory=list)
+from eval.paper.bench import Bench
+from eval.paper.measures import SWEPT, Result
 
 
 @dataclass(frozen=True)
@@ -57,297 +22,82 @@ class Claim:
     measure: Callable[[Bench], Result]
 
 
-class Bench:
-    """Trained arms to measure. texts: held-out documents; others: folders of further commands, by what they are."""
-
-    def __init__(self, lab: Laboratory, texts: Sequence[str], others: dict[str, Path]) -> None:
-        self.lab, self.texts, self.others, self.page = lab, list(texts), others, lab.out
-
-    def runs(self, arm: str) -> list[ComparedRun]:
-        return [self.lab.run(arm, seed) for seed in self.lab.seeds]
-
-    def finals(self, arm: str, key: str = BITS) -> list[float]:
-        """Return a measure at the end of each seed."""
-        return [run.last(key) for run in self.runs(arm)]
-
-    def ends(self, arm: str, key: str) -> list[float]:
-        """Return the mean of a measure over the end of each seed's run."""
-        return [float(each[-max(round(LAST * len(each)), 1) :, 1].mean()) for each in self.logs(arm, key)]
-
-    def logs(self, arm: str, key: str) -> list[np.ndarray]:
-        return [logged(run, key) for run in self.runs(arm)]
-
-    def against(self, arm: str, other: str = BASE, key: str = BITS) -> Difference:
-        """Compare an arm with another."""
-        return Difference.of(self.finals(other, key), self.finals(arm, key))
-
-    def answerers(self, arm: str) -> list[Answerer]:
-        device = "cpu" if self.lab.device == "auto" and not torch.cuda.is_available() else self.lab.device
-        return [Answerer.open(str(self.lab.final(arm, seed)), device) for seed in self.lab.seeds]
-
-    def config(self, arm: str) -> LMConfig:
-        return LMConfig.from_pretrained(self.lab.final(arm, self.lab.seeds[0]))
-
-    @cached_property
-    def domains(self) -> dict[str, list[str]]:
-        return probes.domains(self.texts)
-
-    def figure(self, name: str) -> Path:
-        return self.page / "figures" / f"{name}.png"
-
-    def bits(self, *arms: str, other: str = BASE) -> list[list[str]]:
-        """Return rows of held-out bits per byte: arm, value, difference from the first."""
-        rows = [[other, centre(self.finals(other)), ""]]
-        return rows + [[arm, centre(self.finals(arm)), self.against(arm, other).text()] for arm in arms]
-
-
-BITS_HEADER = ("arm", "held-out bits per byte", "difference from the first")
-
-
-def balance(bench: Bench) -> Result:
-    arms = (BASE, "balance-aux", "balance-none")
-    violations = {arm: bench.ends(arm, "max_vio_worst") for arm in arms}
-    rows = [[*row, centre(violations[row[0]], "{:.2f}")] for row in bench.bits(*arms[1:])]
-    figures.curves(bench.figure("balance"), {arm: bench.runs(arm) for arm in arms}, "max_vio_worst",
-                   "MaxVio of the worst layer", log=True)  # fmt: skip
-    verdicts = [bench.against(arm).verdict(lower=False) for arm in arms[1:]]
-    collapsed = Difference.of(violations[BASE], violations["balance-none"])
-    note = f"Without balancing MaxVio is {collapsed.text('{:+.2f}')} higher at the end."
-    return Result((*BITS_HEADER, "MaxVio at the end"), rows, weakest(verdicts), note, ["balance.png"])
-
-
-def scope(bench: Bench) -> Result:
-    arms = (BASE, "balance-aux", "balance-aux-batch")
-    found = {arm: [probes.expert_loads(one, bench.domains) for one in bench.answerers(arm)] for arm in arms}
-    distances = {arm: [probes.apart(counts) for counts in each] for arm, each in found.items()}
-    rows = [[*row, centre(distances[row[0]], "{:.3f}")] for row in bench.bits("balance-aux-batch", other="balance-aux")]
-    rows.append([BASE, centre(bench.finals(BASE)), "", centre(distances[BASE], "{:.3f}")])
-    figures.loads(bench.figure("scope"), {arm: each[0] for arm, each in found.items()})
-    special = Difference.of(distances["balance-aux"], distances["balance-aux-batch"])
-    bits = bench.against("balance-aux-batch", "balance-aux").verdict()
-    note = f"Experts are {special.text('{:+.3f}')} further apart by domain with the batch-wise loss: "
-    note += f"{special.verdict(lower=False)}; bits per byte: {bits}."
-    verdict = weakest([special.verdict(lower=False), bits])
-    return Result((*BITS_HEADER, "distance of the domains' experts"), rows, verdict, note, ["scope.png"])
-
-
-def mtp(bench: Bench) -> Result:
-    arms = (BASE, "mtp", "base-longer")
-    right = {arm: [probes.accuracy(one, bench.texts) for one in bench.answerers(arm)] for arm in arms}
-    tokens = {arm: f"{bench.runs(arm)[0].last('tokens'):,.0f}" for arm in arms}
-    rows = [[*row, centre(right[row[0]], "{:.4f}"), tokens[row[0]]] for row in bench.bits(*arms[1:])]
-    figures.curves(
-        bench.figure("mtp"), {arm: bench.runs(arm) for arm in arms}, BITS, "held-out bits per byte", log=True
-    )
-    equal, timed = bench.against("mtp"), bench.against("mtp", "base-longer")
-    note = f"At equal tokens {equal.text()}: {equal.verdict()}; at equal time {timed.text()}: {timed.verdict()}."
-    return Result((*BITS_HEADER, "next-token accuracy", "tokens"), rows, equal.verdict(), note, ["mtp.png"])
-
-
-def acceptance(bench: Bench) -> Result:
-    found = {}
-    for name, texts in bench.domains.items():
-        found[name] = [probes.drafts(one, texts) for one in bench.answerers("mtp")]
-    rows = [
-        [name, centre([100 * one.accepted for one in each], "{:.1f}"),
-         f"{mean(one.drafted_rate for one in each):,.0f}", f"{mean(one.plain_rate for one in each):,.0f}",
-         centre([one.drafted_rate / one.plain_rate for one in each], "{:.2f}")]
-        for name, each in found.items()
-    ]  # fmt: skip
-    shares = [mean(each[seed].accepted for each in found.values()) for seed in range(len(bench.lab.seeds))]
-    figures.points(bench.figure("acceptance"), {n: [100 * o.accepted for o in e] for n, e in found.items()},
-                   "second tokens accepted (%)")  # fmt: skip
-    low, high = mean(shares) - _noise(shares), mean(shares) + _noise(shares)
-    verdict = HOLDS if low >= 0.85 else DOES_NOT if high < 0.85 else UNKNOWN
-    header = ("domain", "second tokens accepted, %", "tokens/s with drafts", "without", "ratio")
-    return Result(header, rows, verdict, f"Mean of the domains: {centre([100 * s for s in shares], '{:.1f}')} %.",
-                  ["acceptance.png"])  # fmt: skip
-
-
-def attention(bench: Bench) -> Result:
-    arms = (BASE, "mha", "gqa")
-    configs = {"mla" if arm == BASE else arm: bench.config(arm) for arm in arms}
-    device = torch.device("cuda" if torch.cuda.is_available() and bench.lab.device != "cpu" else "cpu")
-    rates = probes.decoding(configs, LENGTHS, device)
-    fastest = probes.decoding({"mla": configs["mla"]}, LENGTHS, device, fastest=True)["mla"]
-    rows = []
-    for (name, *row), (kind, config) in zip(bench.bits(*arms[1:]), configs.items(), strict=True):
-        speed = [f"{rate:,.0f}" for rate in rates[kind]]
-        rows.append([f"{kind} ({name})", *row, f"{probes.cache_bytes(config):,}", *speed])
-    rows.append(["mla, fastest runner", "", "", "", *(f"{rate:,.0f}" for rate in fastest)])
-    figures.lines(bench.figure("attention"), LENGTHS, {**rates, "mla, fastest runner": fastest},
-                  ("positions in the cache", "tokens a second, one row"))  # fmt: skip
-    verdicts = [bench.against("mha").verdict(lower=False), bench.against("gqa").verdict(lower=False)]
-    note = f"MLA beats MHA: {verdicts[0]}; MLA beats GQA: {verdicts[1]}, in bits per byte at equal parameters."
-    header = (*BITS_HEADER, "cache, bytes a token", *(f"tokens/s at {length:,}" for length in LENGTHS))
-    return Result(header, rows, weakest(verdicts), note, ["attention.png"])
-
-
-def fp8(bench: Bench) -> Result:
-    relative, final = [], []
-    for plain, rounded in zip(bench.logs(BASE, "loss"), bench.logs("fp8", "loss"), strict=True):
-        half = len(plain) // 2
-        relative.append(float(((rounded[half:, 1] - plain[half:, 1]) / plain[half:, 1]).mean()))
-    for before, after in zip(bench.finals(BASE, "val_loss"), bench.finals("fp8", "val_loss"), strict=True):
-        final.append(after / before - 1)
-    rows = [["training loss, second half", centre([100 * r for r in relative], "{:+.3f}")],
-            ["held-out loss at the end", centre([100 * r for r in final], "{:+.3f}")]]  # fmt: skip
-    figures.curves(
-        bench.figure("fp8"), {BASE: bench.runs(BASE), "fp8": bench.runs("fp8")}, "loss", "training loss, nats"
-    )
-    worst = [abs(mean(each)) + _noise(each) for each in (relative, final)]
-    best = [abs(mean(each)) - _noise(each) for each in (relative, final)]
-    verdict = HOLDS if max(worst) <= FP8_BOUND else DOES_NOT if max(best) > FP8_BOUND else UNKNOWN
-    return Result(("loss", "FP8 over the base's type, %"), rows, verdict, "", ["fp8.png"])
-
-
-def experts(bench: Bench) -> Result:
-    arms = ("coarse", "unshared")
-    figures.points(bench.figure("experts"), {a: bench.finals(a) for a in (BASE, *arms)}, "held-out bits per byte")
-    verdicts = [bench.against(arm).verdict(lower=False) for arm in arms]
-    note = f"Finer experts are better: {verdicts[0]}; a shared expert is better: {verdicts[1]}."
-    return Result(BITS_HEADER, bench.bits(*arms), weakest(verdicts), note, ["experts.png"])
-
-
-def dense(bench: Bench) -> Result:
-    arms = ("dense", "dense-longer")
-    rows = [[*row, f"{bench.runs(row[0])[0].last('tokens'):,.0f}"] for row in bench.bits(*arms)]
-    figures.curves(bench.figure("dense"), {a: bench.runs(a) for a in (BASE, *arms)}, BITS, "held-out bits per byte",
-                   log=True)  # fmt: skip
-    equal, timed = (bench.against(arm).verdict(lower=False) for arm in arms)
-    note = f"At equal tokens: {equal}; at equal time: {timed}."
-    return Result((*BITS_HEADER, "tokens"), rows, equal, note, ["dense.png"])
-
-
-def context(bench: Bench) -> Result:
-    """Reads what eval/needle.py wrote of each seed: before, after the switch alone, after both phases."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for seed in bench.lab.seeds:
-        content = json.loads((bench.page / "context" / f"seed-{seed}" / "needle.json").read_text(encoding="utf8"))
-        inside = [length <= content["lengths"][0] for length in content["lengths"]]
-        for stage, model in zip(
-            ("before", "YaRN alone", "after phase 1", "after phase 2"), content["models"], strict=True
-        ):
-            cells = [mean(row) for row in model["chosen"]]
-            short = mean(cell for cell, fits in zip(cells, inside, strict=True) if fits)
-            found.setdefault(stage, []).append(
-                (short, mean(c for c, fits in zip(cells, inside, strict=True) if not fits))
-            )
-    rows = [
-        [stage, *(centre([100 * one[place] for one in each], "{:.1f}") for place in (0, 1))]
-        for stage, each in found.items()
-    ]
-    before, after = ([100 * far for _, far in found[stage]] for stage in (STAGES[0], STAGES[-1]))
-    gain = Difference.of(before, after)
-    note = f"Beyond the trained length {gain.text('{:+.1f}')} points by the stage; "
-    note += f"guessing finds {100 * content['chance']:.0f} %. The map is that of seed {bench.lab.seeds[0]}."
-    header = ("model", "needles found at the trained length, %", "at longer ones, %")
-    return Result(header, rows, gain.verdict(lower=False), note, [f"../context/seed-{bench.lab.seeds[0]}/needle.png"])
-
-
-def sweeps(bench: Bench) -> Result:
-    rows = [[*row, centre(bench.ends(row[0], "max_vio_worst"), "{:.2f}")] for row in bench.bits(*SWEPT)]
-    figures.points(bench.figure("sweeps"), {a: bench.finals(a) for a in (BASE, *SWEPT)}, "held-out bits per byte")
-    worse = [arm for arm in PAPERS if (found := bench.against(arm)).is_clear and found.mean > 0]
-    clear = [arm for arm in SWEPT if bench.against(arm).is_clear]
-    note = f"Differences beyond the noise: {', '.join(clear) or 'none'}."
-    return Result((*BITS_HEADER, "MaxVio at the end"), rows, DOES_NOT if worse else HOLDS, note, ["sweeps.png"])
-
-
-def reasoning(bench: Bench) -> Result:
-    path = bench.others.get("r1", Path("none")) / "table.json"
-    if not path.is_file():
-        return Result(("stage",), [["not run: make r1"]], UNKNOWN, f"{path} is not there; make r1 writes it.")
-    stages: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))
-    names = [name for name in stages[0] if name != "ckpt"]
-    rows = [[Path(stage.get("ckpt", "")).parent.name, *(_cell(stage.get(name)) for name in names)] for stage in stages]
-    return Result(("stage", *names), rows, UNKNOWN, "One seed: no noise is known.")
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _noise(values: Sequence[float]) -> float:
-    return 2 * float(np.std(values, ddof=1)) if len(values) > 1 else float("inf")
-
-
 CLAIMS = (
     Claim(
         "balance",
         "Balancing by a bias beats the auxiliary loss, and without either experts collapse",
         "DeepSeek-V3, Table 5 and section 4.5.2: better on most benchmarks",
         (BASE, "balance-aux", "balance-none"),
-        balance,
+        measures.balance,
     ),
     Claim(
         "scope",
         "Batch-wise balance lets experts specialise more than sequence-wise balance, and is no worse",
         "DeepSeek-V3, section 4.5.3 and Figure 9: validation loss 2.258 sequence-wise, 2.253 batch-wise, at 1B",
         (BASE, "balance-aux", "balance-aux-batch"),
-        scope,
+        measures.scope,
     ),
     Claim(
         "mtp",
         "Multi-token prediction helps the main model",
         "DeepSeek-V3, Table 4: better on most benchmarks, at equal tokens",
         (BASE, "mtp", "base-longer"),
-        mtp,
+        measures.mtp,
     ),
     Claim(
         "acceptance",
         "85 to 90 % of second tokens are accepted",
         "DeepSeek-V3, section 5.4.3: 85 to 90 % across topics, 1.8 times the tokens a second",
         ("mtp",),
-        acceptance,
+        measures.acceptance,
     ),
     Claim(
         "attention",
         "MLA is better than MHA and GQA, with a smaller cache",
         "DeepSeek-V2, Tables 8 and 9: MHA beats GQA and MQA; MLA beats MHA with 4 to 14 % of its cache",
         (BASE, "mha", "gqa"),
-        attention,
+        measures.attention,
     ),
     Claim(
         "fp8",
         "FP8 training stays within 0.25 % of the loss in bf16",
         "DeepSeek-V3, section 3.3 and Appendix B.1: below 0.25 %",
         (BASE, "fp8"),
-        fp8,
+        measures.fp8,
     ),
     Claim(
         "experts",
         "Fine-grained and shared experts are better",
         "DeepSeekMoE, Figures 3 and 4",
         (BASE, "coarse", "unshared"),
-        experts,
+        measures.experts,
     ),
     Claim(
         "dense",
         "A mixture of experts beats a dense model of equal active FLOPs",
         "DeepSeekMoE, Table 1; DeepSeek-V2, Figure 1",
         (BASE, "dense", "dense-longer"),
-        dense,
+        measures.dense,
     ),
     Claim(
         "context",
         "YaRN in two phases finds needles at 16 times the length",
         "DeepSeek-V3, Figure 8: at all depths up to 128K tokens",
         (BASE,),
-        context,
+        measures.context,
     ),
     Claim(
         "sweeps",
         "Speed of the bias, weight of the sequence-wise loss, scale and group limit as in the paper do no harm",
         "DeepSeek-V3, section 4.2: speed 0.001, weight 0.0001, scale 2.5, 4 of 8 groups",
         (BASE, *SWEPT),
-        sweeps,
+        measures.sweeps,
     ),
     Claim(
         "r1",
         "A cold start helps RL, and a distilled student beats RL of a small model",
         "DeepSeek-R1, sections 2 to 4",
         (),
-        reasoning,
+        measures.reasoning,
     ),
 )

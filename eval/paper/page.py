@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import naming
-from eval.paper.claims import Claim, Result
+from eval.paper.claims import Claim
+from eval.paper.measures import Result
 from eval.score_files import table
 from text.files import replacing
 

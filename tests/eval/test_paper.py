@@ -12,7 +12,8 @@ from data_files import entry, write_run
 from errors import UserError
 from eval.paper import training
 from eval.paper.arms import BASE, merged, read_arms
-from eval.paper.claims import CLAIMS, Bench
+from eval.paper.bench import Bench
+from eval.paper.claims import CLAIMS
 from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, weakest
 from eval.paper.page import write
 from eval.paper.probes import accuracy, cache_bytes, decoding, domains, drafts
