@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,23 @@ from training.run.plots import load_pyplot, plain
 SIZE = (6.4, 3.6)  # inches
 
 
-def curves(
-    path: Path, arms: Mapping[str, Sequence[ComparedRun]], measure: str, label: str, log: bool = False,
-    value: Callable[[np.ndarray], np.ndarray] = lambda curve: curve,
-) -> None:  # fmt: skip
+def curves(path: Path, arms: Mapping[str, Sequence[ComparedRun]], measure: str, label: str) -> None:
     """Draw a measure over tokens: of each arm the mean over its seeds, and the band of two sigma."""
     pyplot = load_pyplot()
+    from matplotlib.ticker import EngFormatter
+
     figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
     for name, runs in arms.items():
         found = [logged(run, measure) for run in runs]
         shortest = min(map(len, found))
-        lines = np.stack([value(curve[:shortest, 1]) for curve in found])
+        lines = np.stack([curve[:shortest, 1] for curve in found])
         tokens, middle = found[0][:shortest, 0], lines.mean(0)
         (line,) = axis.plot(tokens, middle, label=plain(name))
         if len(lines) > 1:
             spread = 2 * lines.std(0, ddof=1)
             axis.fill_between(tokens, middle - spread, middle + spread, color=line.get_color(), alpha=0.2, lw=0)
-    axis.set(xlabel="tokens", ylabel=label, yscale="log" if log else "linear")
+    axis.set(xlabel="tokens", ylabel=label)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.legend(fontsize=8)
     _write(pyplot, figure, path)
 
