@@ -152,5 +152,8 @@ def _times(phase: Any, number: int) -> float:
 
 
 def _options(given: dict[str, Any]) -> list[str]:
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in given.items()
+    }
     return [f"--{name}={text}" for name, text in texts.items()]

@@ -18,6 +18,7 @@ import yaml
 from errors import UserError, naming
 from eval.compared_run import ComparedRun
 from eval.paper.arms import BASE, Arm
+from text.files import json_text
 
 ROOT = Path(__file__).parents[2]
 PROBE, ROUNDS = 40, 3  # steps of a run that measures how fast an arm is; how often, by turns
@@ -100,7 +101,7 @@ class Laboratory:
             self._rates.setdefault(BASE, median(found[BASE]))
             self._rates[arm] = ratio * self._rates[BASE]
             with naming(path):
-                path.write_text(json.dumps(self._rates, indent=1) + "\n", encoding="utf8")
+                path.write_text(json_text(self._rates) + "\n", encoding="utf8")
         return self._rates[arm]
 
     def _settings(self, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from data_files import entry, write_run
 
+from cli import parse
 from errors import UserError
 from eval.paper import training
 from eval.paper.arms import BASE, merged, read_arms
@@ -19,6 +20,7 @@ from eval.paper.page import write
 from eval.paper.probes import accuracy, cache_bytes, decoding, domains, drafts
 from eval.paper.training import Corpus, Laboratory
 from model.costs import count
+from pretrain import PretrainSettings
 from training.settings import model_config
 
 CORPUS = Corpus("a.csv", "tokenizer", "shards")
@@ -46,6 +48,14 @@ def test_every_arm_changes_what_it_names_and_a_claim_needs_it(arms):
     }
     with pytest.raises(UserError, match="the base names no number"):
         merged({}, {"c": "*3"})
+
+
+def test_every_arm_is_a_recipe_of_pretrain(arms, tmp_path):
+    for name, arm in arms.items():
+        (tmp_path / "arm.yaml").write_text(yaml.safe_dump(arm.settings))
+        given = ["--config", str(tmp_path / "arm.yaml"), "--data", "d", "--out", "o", "--tokenizer", "t"]
+        settings = parse(PretrainSettings, "", given)
+        assert model_config(settings.model).max_position_embeddings >= settings.sequence_length, name
 
 
 def test_arms_that_must_be_alike_are(arms):
