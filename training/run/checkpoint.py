@@ -138,7 +138,7 @@ class Snapshot:
             for name, tensor in state.items():
                 rows = shards.state_rows(name)
                 first[name] = {"saved_offsets": [rows.start or 0, *[0] * (tensor.dim() - 1)][: tensor.dim()]}
-            self._metadata = {SHARDING: json.dumps(first, sort_keys=True)}
+            self._metadata = {SHARDING: json.dumps(first, sort_keys=True, ensure_ascii=False)}
         self.tensors = {"weights": dict(weights.tensors()), "state": state}
 
     def write(
