@@ -117,7 +117,7 @@ def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train, monkeypatch):
 
     monkeypatch.setattr(saved.ShardedModel, "tensors", tensors)
     monkeypatch.setattr(saved, "LARGEST", 60_000)
-    meshes = [(2, {"zero": 3}), (1, {}), (2, {"pp": 2, "schedule": "zbv"}), (2, {"ep": 2})]
+    meshes = [(2, {"zero": 3}), (2, {"pp": 2, "schedule": "zbv"}), (2, {"ep": 2}), (1, {})]
     whole = train("whole", 1, max_steps=len(meshes), val_every=1)
     for step, (world, cut) in enumerate(meshes, 1):
         moved = train("moved", world, cut=cut, max_steps=step, val_every=1, resume=True, micro_tokens=TIME)
