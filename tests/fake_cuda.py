@@ -33,7 +33,7 @@ from model.quantized import Int8Weight, quantize_weights
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
 from training.alignment.policy_loss import GRPOLoss
-from training.alignment.preference import PreferenceLoss, PreferenceSettings
+from training.alignment.preference import PreferenceLoss, PreferenceSettings, whole
 from training.distill.distillation import DistillationLoss, DistillationSettings
 from training.distill.teacher import CheckpointTeacher
 from training.losses import IGNORE, Loss, NextTokenLoss
@@ -134,7 +134,7 @@ def fp8_step() -> None:
 def preference_step() -> None:
     policy = model()
     policy.mtp.requires_grad_(False)
-    loss = PreferenceLoss(PreferenceSettings(), model().requires_grad_(False))
+    loss = PreferenceLoss(PreferenceSettings(), whole(model().requires_grad_(False)))
     train(policy, Rows(packed=True), loss, StageSettings, steps=1)
 
 

@@ -196,6 +196,53 @@ def commands(*variables: str, target: str = "demo") -> list[list[str]]:
     return [line[1:] for line in lines if line and line[0] == ".venv/bin/python" and "pip" not in line]
 
 
+DIAL = ("3", "7", "14", "30")
+
+
+@pytest.mark.parametrize("minutes", DIAL)
+def test_minutes_of_make_demo_are_a_line_of_tokens_and_steps(minutes, tmp_path):
+    """No stage has a clock, whose models a busy machine would change; more minutes are more of each, elsewhere."""
+    table = [line.split() for line in (ROOT / "configs/demo/budgets.txt").read_text().splitlines() if line[0] != "#"]
+    assert [line[0] for line in table] == [*DIAL] and all(len(line) == 9 and line[5] == "|" for line in table)
+    for column in range(1, 5):
+        numbers = [int(line[column]) for line in table]
+        assert numbers == sorted(numbers)
+    made = commands(f"MINUTES={minutes}", f"WORLD={tmp_path}")[2:6]
+    kinds = (PretrainSettings, SFTSettings, DPOSettings, GRPOSettings)
+    stages = [parse(kind, "", command[1:]) for kind, command in zip(kinds, made, strict=True)]
+    spent = [stages[0].max_tokens, stages[1].max_tokens, stages[2].max_steps, stages[3].max_steps]
+    assert [str(number) for number in spent] == table[DIAL.index(minutes)][1:5]
+    assert all(stage.max_minutes is None for stage in stages)
+    folder = "out/demo" if minutes == "7" else f"out/demo-{minutes}"
+    assert {str(Path(stage.out).parent) for stage in stages} == {folder}
+
+
+@pytest.mark.parametrize("minutes", ["", "5", "7 14", "07", "%", "."])
+def test_other_minutes_are_refused_in_one_line_with_the_four(minutes):
+    done = subprocess.run(["make", "-n", "demo", f"MINUTES={minutes}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"MINUTES={minutes}: give one of {' '.join(DIAL)}," in done.stderr
+
+
+def test_make_demo_says_first_what_it_spends_and_what_to_expect(tmp_path):
+    def said(*variables: str) -> list[str]:
+        command = ["make", "-n", "demo", *variables]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[:2]
+
+    spends, expects = said("MINUTES=3")
+    assert re.fullmatch(r"MINUTES=3 into out/demo-3: \d+ tokens of pretraining, \d+ of fine-tuning, .*", spends)
+    assert re.fullmatch(r"expect about \d+ % exact answers .*, \d+ % .*, \d+ % of held-out sums", expects)
+    (tmp_path / "my.csv").touch()
+    spends, other = said(f"DATA={tmp_path / 'my.csv'}")
+    assert spends.startswith("MINUTES=7 into out/my: ") and "expect" not in other
+
+
+def test_no_recipe_of_the_demo_or_the_r1_path_ends_by_the_clock():
+    recipes = [file for folder in ("demo", "r1") for file in (ROOT / "configs" / folder).glob("*.yaml")]
+    assert len(recipes) == 12
+    assert [file for file in recipes if "max_minutes" in yaml.safe_load(file.read_text(encoding="utf8"))] == []
+
+
 def test_make_demo_runs_the_stages_in_order(tmp_path):
     world, out = tmp_path / "world", tmp_path / "out"
     made = commands(f"WORLD={world}", f"OUT={out}")

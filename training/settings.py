@@ -107,7 +107,7 @@ class StageSettings:
 
     DEFAULT_EPOCHS: ClassVar[float] = 1.0
     COMPILES: ClassVar[bool] = True  # on CUDA, where nothing is said
-    fp8 = False  # a setting of some stages; an annotation here would hide theirs
+    fp8, balance_scope = False, "sequence"  # settings of some stages; annotations here would hide theirs
     epilog: ClassVar[Callable[[], str]] = staticmethod(legend)
 
     def __post_init__(self) -> None:

@@ -80,7 +80,7 @@ class Trainer:
         self.model.gradient_checkpointing = settings.gradient_checkpointing
         self.model.has_dropout = any(isinstance(module, torch.nn.Dropout) for module in self.model.modules())
         for router in model.routers():
-            router.balances_batch = getattr(settings, "balance_scope", "") == "batch"
+            router.balances_batch = settings.balance_scope == "batch"
         self.dataset, self.loss, self.validation, self.samples = dataset, loss, validation, samples
         self.out = Path(settings.out)
         fit_batch(settings, ranks, len(dataset))

@@ -88,7 +88,7 @@ CLAIMS = (
     ),
     Claim(
         "sweeps",
-        "Speed of the bias, weight of the sequence-wise loss, scale and group limit as in the paper do no harm",
+        "Speed of the bias, weight of the sequence-wise loss, scale and group limit: the paper's values beside others",
         "DeepSeek-V3, section 4.2: speed 0.001, weight 0.0001, scale 2.5, 4 of 8 groups",
         (BASE, *SWEPT),
         measures.sweeps,

@@ -10,12 +10,16 @@ from statistics import mean, stdev
 HOLDS, DOES_NOT, UNKNOWN = "holds here", "does not hold at this size", "cannot tell"
 
 
+def noise(values: Sequence[float]) -> float:
+    """Return two standard deviations over seeds; nan for a single one, which is above and below nothing."""
+    return 2 * stdev(values) if len(values) > 1 else math.nan
+
+
 @dataclass(frozen=True)
 class Difference:
     """The mean over seeds of b - a, in pairs of one seed: the same first weights where shapes agree, the same data.
 
-    Attributes: noise: two standard deviations of a pair's difference, which is 3.5 standard errors of the mean of
-    three; nan for a single seed.
+    Attributes: noise: see `noise`, of a pair's difference: 3.5 standard errors of the mean of three.
     """
 
     mean: float
@@ -25,7 +29,7 @@ class Difference:
     def of(cls, a: Sequence[float], b: Sequence[float]) -> Difference:
         """Compare b with a."""
         pairs = [after - before for before, after in zip(a, b, strict=True)]
-        return cls(mean(pairs), 2 * stdev(pairs) if len(pairs) > 1 else math.nan)
+        return cls(mean(pairs), noise(pairs))
 
     @property
     def is_clear(self) -> bool:
@@ -40,8 +44,7 @@ class Difference:
 
     def text(self, form: str = "{:+.4f}") -> str:
         """Return it with its noise."""
-        around = "one seed" if math.isnan(self.noise) else f"± {form.format(self.noise).lstrip('+')}"
-        return f"{form.format(self.mean)} {around}"
+        return f"{form.format(self.mean)} {_around(self.noise, form) or 'one seed'}"
 
 
 def weakest(verdicts: Sequence[str]) -> str:
@@ -51,5 +54,8 @@ def weakest(verdicts: Sequence[str]) -> str:
 
 def centre(values: Sequence[float], form: str = "{:.4f}") -> str:
     """Return mean and two standard deviations over seeds."""
-    spread = f" ± {form.format(2 * stdev(values)).lstrip('+')}" if len(values) > 1 else ""
-    return f"{form.format(mean(values))}{spread}"
+    return f"{form.format(mean(values))} {_around(noise(values), form)}".rstrip()
+
+
+def _around(noise: float, form: str) -> str:
+    return "" if math.isnan(noise) else f"± {form.format(noise).lstrip('+')}"

@@ -9,26 +9,25 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 
 from eval.paper import figures, probes
 from eval.paper.arms import BASE
 from eval.paper.bench import BITS, Bench
-from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, weakest
+from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, noise, weakest
 
 LENGTHS = (1024, 8192, 32768)  # positions that decoding is measured after
 STAGES = ("before", "YaRN alone", "after phase 1", "after phase 2")
 FP8_BOUND = 0.0025  # of the loss (section 3.3)
 SWEPT = ("bias-slow", "bias-slower", "alpha-0", "alpha-1e-2", "scale-2.5", "groups")
-PAPERS = ("bias-slow", "scale-2.5", "groups")  # the values of DeepSeek-V3; the others are around the base's
 
 
 @dataclass
 class Result:
     """Of one claim.
 
-    Attributes: rows: a table under `header`; verdict: one of `differences`; note: what the table alone does not say;
+    Attributes: rows: a table under `header`; verdict: one of `differences`, or which of several arms are clearly better
+    or worse; note: what the table alone does not say;
     figures: files in figures/, or paths from there.
     """
 
@@ -94,7 +93,7 @@ def acceptance(bench: Bench) -> Result:
     shares = [mean(each[seed].accepted for each in found.values()) for seed in range(len(bench.lab.seeds))]
     figures.points(bench.figure("acceptance"), {n: [100 * o.accepted for o in e] for n, e in found.items()},
                    "second tokens accepted (%)")  # fmt: skip
-    low, high = mean(shares) - _noise(shares), mean(shares) + _noise(shares)
+    low, high = mean(shares) - noise(shares), mean(shares) + noise(shares)
     verdict = HOLDS if low >= 0.85 else DOES_NOT if high < 0.85 else UNKNOWN
     header = ("domain", "second tokens accepted, %", "tokens/s with drafts", "without", "ratio")
     return Result(header, rows, verdict, f"Mean of the domains: {centre([100 * s for s in shares], '{:.1f}')} %.",
@@ -132,8 +131,8 @@ def fp8(bench: Bench) -> Result:
     figures.curves(
         bench.figure("fp8"), {BASE: bench.runs(BASE), "fp8": bench.runs("fp8")}, "loss", "training loss, nats"
     )
-    worst = [abs(mean(each)) + _noise(each) for each in (relative, final)]
-    best = [abs(mean(each)) - _noise(each) for each in (relative, final)]
+    worst = [abs(mean(each)) + noise(each) for each in (relative, final)]
+    best = [abs(mean(each)) - noise(each) for each in (relative, final)]
     verdict = HOLDS if max(worst) <= FP8_BOUND else DOES_NOT if max(best) > FP8_BOUND else UNKNOWN
     return Result(("loss", "FP8 over the base's type, %"), rows, verdict, "", ["fp8.png"])
 
@@ -184,10 +183,17 @@ def context(bench: Bench) -> Result:
 def sweeps(bench: Bench) -> Result:
     rows = [[*row, centre(bench.ends(row[0], "max_vio_worst"), "{:.2f}")] for row in bench.bits(*SWEPT)]
     figures.points(bench.figure("sweeps"), {a: bench.finals(a) for a in (BASE, *SWEPT)}, "held-out bits per byte")
-    worse = [arm for arm in PAPERS if (found := bench.against(arm)).is_clear and found.mean > 0]
-    clear = [arm for arm in SWEPT if bench.against(arm).is_clear]
-    note = f"Differences beyond the noise: {', '.join(clear) or 'none'}."
-    return Result((*BITS_HEADER, "MaxVio at the end"), rows, DOES_NOT if worse else HOLDS, note, ["sweeps.png"])
+    found = {arm: bench.against(arm) for arm in SWEPT}
+    clear = {arm: each for arm, each in found.items() if each.is_clear}
+    said = [f"{arm} is {'worse' if each.mean > 0 else 'better'}, {each.text()}" for arm, each in clear.items()]
+    said += [f"{UNKNOWN} of the others" if said else UNKNOWN] if len(clear) < len(found) else []
+    unseen = max((each.noise for arm, each in found.items() if arm not in clear), default=0.0)
+    note = (
+        f"Where nothing can be told, effects of up to {unseen:.4f} bits per byte would not be seen."
+        if unseen > 0
+        else ""
+    )
+    return Result((*BITS_HEADER, "MaxVio at the end"), rows, "; ".join(said), note, ["sweeps.png"])
 
 
 def reasoning(bench: Bench) -> Result:
@@ -202,7 +208,3 @@ def reasoning(bench: Bench) -> Result:
 
 def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _noise(values: Sequence[float]) -> float:
-    return 2 * float(np.std(values, ddof=1)) if len(values) > 1 else float("inf")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,10 +17,10 @@ import yaml
 from errors import UserError, naming
 from eval.compared_run import ComparedRun
 from eval.paper.arms import BASE, Arm
+from eval.paper.speed import training_rates
 from text.files import json_text
 
 ROOT = Path(__file__).parents[2]
-PROBE, ROUNDS = 40, 3  # steps of a run that measures how fast an arm is; how often, by turns
 
 
 @dataclass(frozen=True)
@@ -87,20 +86,15 @@ class Laboratory:
         if not self._rates and path.is_file():
             self._rates = json.loads(path.read_text(encoding="utf8"))
         if arm not in self._rates:
-            found: dict[str, list[float]] = {arm: [], BASE: []}
             print(f"measuring the speed of {arm}", flush=True)
-            shutil.rmtree(self.out / "rates" / arm, ignore_errors=True)
-            for turn in range(ROUNDS):
-                for name in found:
-                    folder = self.out / "rates" / arm / f"{name}-{turn}"
-                    given = {**self.arms[name].settings, "max_steps": PROBE, "max_tokens": None, "val_fraction": 0.0}
-                    self._pretrain(folder, given, 0, again=True)
-                    logged = ComparedRun.open(str(folder)).trained[1:]
-                    found[name].append(median(entry["tokens_per_second"] for entry in logged))
-            ratio = median(own / base for own, base in zip(found[arm], found[BASE], strict=True))
+            given = {name: self.arms[name].settings for name in (BASE, arm)}
+            found = training_rates(given, self.corpus.tokenizer, self.device, self.threads)
             self._rates.setdefault(BASE, median(found[BASE]))
-            self._rates[arm] = ratio * self._rates[BASE]
+            if arm != BASE:  # the median over the rounds, whose pace cancels
+                pairs = zip(found[arm], found[BASE], strict=True)
+                self._rates[arm] = self._rates[BASE] * median(own / base for own, base in pairs)
             with naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json_text(self._rates) + "\n", encoding="utf8")
         return self._rates[arm]
 
@@ -125,16 +119,14 @@ class Laboratory:
 
     def _train(self, name: str, seed: int, settings: dict[str, Any]) -> str:
         folder = self.folder(name, seed)
-        self._pretrain(folder, settings, seed)
+        start(ROOT / "pretrain.py", folder, settings, self._options(seed))
         run = ComparedRun.open(str(folder))
         return f"{name}, seed {seed}: {run.last('val_bits_per_byte'):.4f} bits per byte, {run.last('seconds'):.0f} s"
 
-    def _pretrain(self, folder: Path, settings: dict[str, Any], seed: int, again: bool = False) -> None:
+    def _options(self, seed: int) -> list[str]:
         options = ["--data", self.corpus.data, "--tokenizer", self.corpus.tokenizer, "--shards", self.corpus.shards]
         options += ["--seed", str(seed), "--device", self.device, "--threads", str(self.threads)]
-        if not again:
-            options += ["--resume", "true"]
-        start(ROOT / "pretrain.py", folder, settings, options)
+        return [*options, "--resume", "true"]
 
 
 def start(script: Path, folder: Path, settings: dict[str, Any], options: Sequence[str]) -> None:

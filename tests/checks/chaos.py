@@ -28,7 +28,7 @@ from victim import LIMIT, ProcessTree, Script, differences, prepare, stage_comma
 from errors import UserError, command_line
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
-MESHES = (("--dist.zero", "3"), ("--dist.ep", "2"), ("--dist.pp", "2"))  # of pretraining on two ranks
+MESHES = (("--dist.zero", "1"), ("--dist.zero", "3"), ("--dist.ep", "2"), ("--dist.pp", "2"))  # pretraining, two ranks
 AIMED = 0.4  # of the kills: at a save, when its temporary folder appears
 EARLY = 0.1  # of the kills: before training has begun
 

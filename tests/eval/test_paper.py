@@ -11,11 +11,11 @@ from data_files import entry, write_run
 
 from cli import parse
 from errors import UserError
-from eval.paper import training
+from eval.paper import speed, training
 from eval.paper.arms import BASE, merged, read_arms
 from eval.paper.bench import Bench
 from eval.paper.claims import CLAIMS
-from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, weakest
+from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, weakest
 from eval.paper.page import write
 from eval.paper.probes import accuracy, cache_bytes, decoding, domains, drafts
 from eval.paper.training import Corpus, Laboratory
@@ -88,7 +88,8 @@ def test_a_difference_within_the_noise_says_nothing():
     assert clear.mean == pytest.approx(-0.0967, abs=1e-4) and clear.noise == pytest.approx(2 * 0.00577, abs=1e-4)
     assert clear.verdict() == HOLDS and clear.verdict(lower=False) == DOES_NOT
     assert Difference.of([1.0, 2.0, 3.0], [0.9, 2.1, 2.9]).verdict() == UNKNOWN
-    assert Difference.of([1.0], [0.5]).verdict() == UNKNOWN
+    assert Difference.of([1.0], [0.5]).verdict() == UNKNOWN and Difference.of([1.0], [0.5]).text() == "-0.5000 one seed"
+    assert centre([1.0]) == "1.0000" and centre([1.0, 3.0], "{:.1f}") == "2.0 ± 2.8"
     assert (
         weakest([HOLDS, UNKNOWN]) == UNKNOWN and weakest([UNKNOWN, DOES_NOT]) == DOES_NOT and weakest([HOLDS]) == HOLDS
     )
@@ -102,10 +103,11 @@ def lab(arms, tmp_path, monkeypatch):
     def start(script, folder: Path, settings, options):
         started.append((folder, settings))
         seed = int(options[options.index("--seed") + 1])
-        rate, bits = (50.0, 1.9) if settings["model"]["num_nextn_predict_layers"] else (100.0, 2.0)
+        bits = 1.9 if settings["model"]["num_nextn_predict_layers"] else 2.0
+        bits += 0.1 * (settings["bias_speed"] == 1e-4) + (seed % 2) * 0.1 * (settings["balance_weight"] == 0)
         entries = [
             entry(step, loss=4 - step / 10 + seed, val_bits_per_byte=bits + seed / 100, val_loss=3.0 + seed,
-                  max_vio=[0.1, 0.5 if settings["balance"] == "none" else 0.2], tokens_per_second=rate)
+                  max_vio=[0.1, 0.5 if settings["balance"] == "none" else 0.2])
             for step in range(11)
         ]  # fmt: skip
         write_run(folder, *entries)
@@ -113,7 +115,11 @@ def lab(arms, tmp_path, monkeypatch):
         (folder / "final").mkdir()
         (folder / "final" / "config.json").write_text("{}")
 
+    def rates(arms, *_):
+        return {name: [50.0 if arm["model"]["num_nextn_predict_layers"] else 100.0] * 3 for name, arm in arms.items()}
+
     monkeypatch.setattr(training, "start", start)
+    monkeypatch.setattr(training, "training_rates", rates)
     made = Laboratory(tmp_path, dict(arms), CORPUS, seeds=(0, 1, 2), jobs=2)
     made.started = started
     return made
@@ -135,8 +141,29 @@ def test_an_arm_of_equal_time_trains_for_whole_steps_of_it(lab):
     longer = [settings["max_tokens"] for folder, settings in lab.started if folder.parent.name == "base-longer"]
     assert longer == [2 * lab.arms[BASE].settings["max_tokens"]] * 3
     measured = len(lab.started)
+    assert measured == 9  # speeds are measured without a run
     lab.train(["base-longer"])
     assert len(lab.started) == measured
+
+
+def test_speeds_are_those_of_the_arms_and_leave_no_run(arms, pretrained, monkeypatch):
+    """By turns: what slows the machine down slows all of them."""
+    turns, now = [], [0.0]
+
+    def step(trainer):
+        turns.append(bool(trainer.model.mtp))
+        now[0] += 2.0 if trainer.model.mtp else 1.0
+        return trainer_step(trainer)
+
+    trainer_step = speed.TimedTrainer._step
+    monkeypatch.setattr(speed.TimedTrainer, "_step", step)
+    monkeypatch.setattr(speed, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed, "ROUNDS", 2)
+    small = {"sequence_length": 16, "batch_tokens": 32, "micro_tokens": 32}
+    given = {name: {**arms[name].settings, **small} for name in (BASE, "mtp")}
+    found = speed.training_rates(given, str(pretrained / "final"), "cpu", 1)
+    assert found == {BASE: [32.0] * 2, "mtp": [16.0] * 2}
+    assert turns == [False] * 3 + [True] * 3 + ([False] * 6 + [True] * 6) * 2
 
 
 def test_claims_that_logs_decide(lab, tmp_path):
@@ -148,6 +175,9 @@ def test_claims_that_logs_decide(lab, tmp_path):
     assert found["balance"].verdict == UNKNOWN  # all have the same bits per byte
     assert found["balance"].rows[2] == ["balance-none", "2.0100 ± 0.0200", "+0.0000 ± 0.0000", "0.50 ± 0.00"]
     assert found["fp8"].verdict == HOLDS and found["fp8"].rows[0][1] == "+0.000 ± 0.000"
+    # One arm is clearly worse; another is in a single seed; the rest is as the base.
+    assert found["sweeps"].verdict == f"bias-slower is worse, +0.1000 ± 0.0000; {UNKNOWN} of the others"
+    assert "effects of up to 0.1155 bits per byte would not be seen" in found["sweeps"].note
     page = write(tmp_path, "head", results).read_text(encoding="utf8")
     assert all(f"(figures/{name}.png)" in page and f"--only {name}`" in page for name in names)
     assert (tmp_path / "figures" / "balance.png").stat().st_size > 5000

@@ -45,7 +45,17 @@ def shard(
     check_facts(ranks, facts(settings, run, model))
     mesh = Mesh.of(settings, ranks)
     pipeline = Pipeline(model, mesh, settings.dist, dtype) if settings.dist.pp > 1 else None
-    sharded = Sharded(model, mesh, settings.dist.zero, dtype, pipeline)
+    return _filled(ranks, Sharded(model, mesh, settings.dist.zero, dtype, pipeline), model)
+
+
+def shard_frozen(settings: StageSettings, ranks: Ranks, model: Deferred, dtype: torch.dtype) -> Sharded:
+    """Cut a model that is asked but never trained. A layer of it is whole only while it computes."""
+    ranks.on_main(lambda: check_mesh(settings, ranks.world, model.config))
+    return _filled(ranks, Sharded(model.requires_grad_(False).eval(), Mesh.of(settings, ranks), 3, dtype), model)
+
+
+def _filled(ranks: Ranks, sharded: Sharded, model: MiniDeepSeek) -> Sharded:
+    """Put the first weights in, of which all ranks must find the same."""
     if isinstance(model, Deferred):
         check_facts(ranks, {"weights": dict(zip(*listed(model.put_in(sharded.shards)), strict=True))})
     return sharded
