@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from test_equality import Packed, Uneven, assert_the_same_training
-from test_sharding import CUT, FEW, ends_by_its_timeout, imported, train  # noqa: F401
+from test_sharding import CUT, TIED, ends_by_its_timeout, imported, train  # noqa: F401
 from toy_stage import TIME
 
 ACCUMULATED = {"micro_tokens": TIME}
 NO_MTP, TWO_MTP = {"num_nextn_predict_layers": 0}, {"num_nextn_predict_layers": 2}
-TIED = {"tie_word_embeddings": True}
+FEW = TIED | {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
 TALL = {"num_hidden_layers": 7}
 CASES = {  # ranks, how they cut, rows, model, and how the step is cut
     "pp 2, tied": (2, {"pp": 2}, Packed, TIED, CUT),
