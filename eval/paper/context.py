@@ -13,7 +13,7 @@ from eval.paper.arms import BASE, FOLDER, read_settings
 from eval.paper.training import ROOT, Laboratory, start
 
 FACTOR = 16  # of the last phase
-TIMES, DEPTHS, TRIALS = (1, 4, 16), "0,50,100", 12  # lengths of contexts, over the trained one; and eval/needle.py's
+TIMES, DEPTHS, TRIALS = (1, 4, 16), "0,50,100", 8  # lengths of contexts, over the trained one; and eval/needle.py's
 BEFORE, SWITCHED, PHASES = "before", "YaRN alone", ("after phase 1", "after phase 2")
 
 
