@@ -28,9 +28,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def arguments(pretrained, tmp_path_factory) -> list[object]:
-    """A small run on greeting messages, all but --out; nothing is held out."""
+    """A small run on some greeting messages, all but --out; nothing is held out."""
     folder = tmp_path_factory.mktemp("messages")
     greeting_messages.generate(folder)
+    rows = json.loads((folder / "train.json").read_text(encoding="utf8"))
+    (folder / "train.json").write_text(json.dumps(rows[::10], ensure_ascii=False), encoding="utf8")
     given = {
         "ckpt": pretrained / "final", "data": folder / "train.json", "sequence_length": 128, "batch_tokens": 512,
         "micro_tokens": 256, "dtype": "fp32", "device": "cpu", "log_every": 1, "val_fraction": 0, "val_tokens": 512,
