@@ -17,7 +17,7 @@ from text.chats.packed_dataset import CUT
 from text.order import PAIR_TOKENS
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
-from training.alignment.preference import HeldOutPairs, PreferenceLoss, PreferenceSettings, text_batches
+from training.alignment.preference import Ask, HeldOutPairs, PreferenceLoss, PreferenceSettings, text_batches
 from training.alignment.reference import ask_once, frozen_reference
 from training.distill.teacher import identity
 from training.machine import choose_dtype
@@ -77,7 +77,7 @@ def main() -> None:
     ranks = begin(settings)
     # Refuses a folder in use before minutes are spent.
     ranks.on_main(lambda: check_unused(Path(settings.out), settings.resume))
-    model, tokenizer = open_checkpoint(settings.ckpt)
+    model, tokenizer = open_checkpoint(settings.ckpt, cut=settings.dist.cuts(ranks.world))
     cut = settle_length(settings, ranks, model.config.max_position_embeddings)
     # The MTP layers have no part in this loss. Router biases stand still: policy and reference route by the same ones.
     model.mtp.requires_grad_(False)
@@ -114,19 +114,20 @@ def settle_length(settings: DPOSettings, ranks: Ranks, longest: int) -> bool:
 
 def open_reference(
     settings: DPOSettings, ranks: Ranks, model: MiniDeepSeek, tokenizer: Tokenizer, dataset: PreferenceDataset
-) -> MiniDeepSeek | None:
-    """Return the frozen model to ask at each step; None when the data set knows its answers or nobody needs them."""
+) -> Ask | None:
+    """Return what asks the frozen model at each step; None when the data set knows its answers or nobody needs them."""
     if not settings.preference.needs_reference:
         return None
-    # Before the first step the model in training is its own reference.
-    own = settings.precompute_reference and not settings.reference
-    reference = model if own else frozen_reference(model, tokenizer, settings.reference)
+
+    def asks() -> Ask:  # before the first step the model in training is its own reference
+        return frozen_reference(settings, ranks, model, tokenizer, settings.precompute_reference)
+
     if not settings.precompute_reference:
-        return reference.to(ranks.device)
+        return asks()
     dtype = choose_dtype(settings.dtype, ranks.device)
     fingerprint = json.dumps((dataset.pairs.fingerprint, identity(settings.reference or settings.ckpt), str(dtype)))
     path, resume = Path(settings.out) / "reference.safetensors", bool(settings.resume)
-    ask_once(reference, dataset, path, fingerprint, resume, settings.micro_rows, dtype, ranks)
+    ask_once(asks, dataset, path, fingerprint, resume, settings.micro_rows, dtype, ranks)
     return None
 
 

@@ -104,13 +104,14 @@ def main() -> None:
     settings.check_by_hand()
     ranks = begin(settings)
     rewards = Rewards.of(settings.rewards)
-    model, tokenizer = open_checkpoint(settings.ckpt)
+    cut = settings.dist.cuts(ranks.world)
+    model, tokenizer = open_checkpoint(settings.ckpt, cut=cut)
     # The drafts of MTP earn no reward: its layers stay as they are, and so do the routers' biases (no bias_speed), so
     # that sampler, policy and reference route alike and a batch of one kind of problem does not set the balance.
     model.mtp.requires_grad_(False)
-    if not (cut := settings.dist.cuts(ranks.world)):
+    if not cut:
         model = model.to(ranks.device)
-    reference = frozen_reference(model, tokenizer, settings.reference).to(ranks.device) if settings.beta else None
+    reference = frozen_reference(settings, ranks, model, tokenizer) if settings.beta else None
     longest = settings.sequence_length - settings.max_new_tokens
     options = {name: getattr(settings, name) for name in ("system", "on_error", "val_fraction", "val_problems")}
     sources = find_sources(settings.data, settings.datasets, "prompt")

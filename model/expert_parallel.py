@@ -74,7 +74,8 @@ class ExpertsOverRanks(Experts):
     def __init__(self, whole: Experts, group: dist.ProcessGroup) -> None:
         """Take this rank's share of `whole`."""
         nn.Module.__init__(self)
-        self.group, self.grad_buffers, self.later, self.rows_sent = group, whole.grad_buffers, None, 0
+        vars(self).update({name: value for name, value in vars(whole).items() if name not in vars(self)})
+        self.group, self.later, self.rows_sent = group, None, 0
         ranks, rank = group.size(), group.rank()
         for name, stack in whole.named_parameters():
             share = stack.detach().chunk(ranks)[rank].clone()
@@ -113,3 +114,10 @@ class ExpertsOverRanks(Experts):
         y_RD = Combine.apply(y_PD, pairs.token, pairs.of_choice)
         y_SD = AllToAll.apply(y_RD, ways[1], ways[0], self.group)
         return Combine.apply(y_SD, out.token, out.of_choice)
+
+
+def over_ranks(whole: Experts, group: dist.ProcessGroup) -> ExpertsOverRanks:
+    """Return this rank's share of `whole`, whose products are made as there: in FP8, say."""
+    own = type(whole)
+    kind = ExpertsOverRanks if own is Experts else type(f"{own.__name__}OverRanks", (ExpertsOverRanks, own), {})
+    return kind(whole, group)

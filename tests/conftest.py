@@ -42,6 +42,11 @@ TINY = dict(
 )  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: whoever has nothing left then takes short ones, and no worker stays alone with a long one."""
+    items.sort(key=lambda item: "tests/training/" not in item.nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Models this small only wait for each other's threads, ten times as long as they compute on a busy machine."""

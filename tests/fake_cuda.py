@@ -33,7 +33,7 @@ from model.quantized import Int8Weight, quantize_weights
 from training.adapters.adapter import Adapter
 from training.adapters.lora import LoraSettings
 from training.alignment.policy_loss import GRPOLoss
-from training.alignment.preference import PreferenceLoss, PreferenceSettings
+from training.alignment.preference import PreferenceLoss, PreferenceSettings, whole
 from training.distill.distillation import DistillationLoss, DistillationSettings
 from training.distill.teacher import CheckpointTeacher
 from training.losses import IGNORE, Loss, NextTokenLoss
@@ -74,20 +74,22 @@ def model(**changes: int) -> MiniDeepSeek:
         return MiniDeepSeek(LMConfig(**{**SIZES, **changes}))
 
 
-def train(trained: MiniDeepSeek, rows: Rows, loss: Loss, kind: type = NextTokenSettings, **changes: object) -> None:
-    """Two steps of two micro-batches. Every parameter that learns keeps its shape and has a moment on the device."""
+def train(
+    trained: MiniDeepSeek, rows: Rows, loss: Loss, kind: type = NextTokenSettings, steps: int = 2, **changes: object
+) -> None:
+    """Steps of two micro-batches. Every parameter that learns keeps its shape and has a moment on the device."""
     settings = kind(
         out="none", batch_tokens=ROWS * TIME, micro_tokens=ROWS * TIME // 2, sequence_length=TIME, dtype="bf16",
-        max_steps=2, **changes,
+        max_steps=steps, **changes,
     )  # fmt: skip
     before = {name: p.shape for name, p in trained.named_parameters() if p.requires_grad}
     made = Trainer(settings, Ranks(0, 1, CUDA), trained, SimpleNamespace(fingerprint=""), rows, loss)
     try:
-        for _ in range(2):  # every number that is read is 1, that of ranks which were asked to stop too
+        for _ in range(steps):  # every number that is read is 1, that of ranks which were asked to stop too
             made._loop(RunLog(Path("none"), 0, False))
     finally:
         made.batches.close()
-    assert made.progress.step == 2 and made.progress.skipped == 0
+    assert made.progress.step == steps and made.progress.skipped == 0
     assert {name: p.shape for name, p in trained.named_parameters() if p.requires_grad} == before
     moments = [state["exp_avg"] for state in made.optimizer.state.values()]
     assert len(moments) == len(before) and all(moment.device == CUDA for moment in moments)
@@ -119,25 +121,27 @@ def packed_step() -> None:
 
 
 def recomputed_step() -> None:
-    train(model(), Rows(), NextTokenLoss(), gradient_checkpointing=True)
+    train(model(), Rows(), NextTokenLoss(), steps=1, gradient_checkpointing=True)
 
 
 def fp8_step() -> None:
+    """One of a model without MTP: each product is dozens of calls."""
     with patch("torch.version.cuda", "12.9"), redirect_stdout(None):
-        train(model(), Rows(packed=True), NextTokenLoss(), fp8=True)
+        trained = model(num_nextn_predict_layers=0)
+        train(trained, Rows(packed=True), NextTokenLoss(mtp=False), steps=1, fp8=True)
 
 
 def preference_step() -> None:
     policy = model()
     policy.mtp.requires_grad_(False)
-    loss = PreferenceLoss(PreferenceSettings(), model().requires_grad_(False))
-    train(policy, Rows(packed=True), loss, StageSettings)
+    loss = PreferenceLoss(PreferenceSettings(), whole(model().requires_grad_(False)))
+    train(policy, Rows(packed=True), loss, StageSettings, steps=1)
 
 
 def distillation_step() -> None:
     teacher = CheckpointTeacher(model().requires_grad_(False), VOCAB)
     loss = DistillationLoss(mtp=True, settings=DistillationSettings(loss="jsd"), teacher=teacher)
-    train(model(), Rows(packed=True), loss)
+    train(model(), Rows(packed=True), loss, steps=1)
 
 
 def lora_step() -> None:
@@ -145,7 +149,7 @@ def lora_step() -> None:
     with CUDA, patch("training.adapters.adapter.fingerprint", lambda _: ""):
         adapted = Adapter.add(model(), LoraSettings(targets="all", r=4), "base").model
     adapted.mtp.requires_grad_(False)
-    train(adapted, Rows(packed=True), NextTokenLoss(mtp=False))
+    train(adapted, Rows(packed=True), NextTokenLoss(mtp=False), steps=1)
 
 
 def moe_layer() -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
+from eval.paper import context as needles
 from eval.paper import figures, probes
 from eval.paper.arms import BASE
 from eval.paper.bench import BITS, Bench
 from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, noise, weakest
 
 LENGTHS = (1024, 8192, 32768)  # positions that decoding is measured after
-STAGES = ("before", "YaRN alone", "after phase 1", "after phase 2")
 FP8_BOUND = 0.0025  # of the loss (section 3.3)
 SWEPT = ("bias-slow", "bias-slower", "alpha-0", "alpha-1e-2", "scale-2.5", "groups")
 
@@ -156,28 +156,25 @@ def dense(bench: Bench) -> Result:
 
 def context(bench: Bench) -> Result:
     """Reads what eval/needle.py wrote of each seed: before, after the switch alone, after both phases."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    near: dict[str, list[float]] = {}
+    far: dict[str, list[float]] = {}
     for seed in bench.lab.seeds:
-        content = json.loads((bench.page / "context" / f"seed-{seed}" / "needle.json").read_text(encoding="utf8"))
-        inside = [length <= content["lengths"][0] for length in content["lengths"]]
-        for stage, model in zip(
-            ("before", "YaRN alone", "after phase 1", "after phase 2"), content["models"], strict=True
-        ):
-            cells = [mean(row) for row in model["chosen"]]
-            short = mean(cell for cell, fits in zip(cells, inside, strict=True) if fits)
-            found.setdefault(stage, []).append(
-                (short, mean(c for c, fits in zip(cells, inside, strict=True) if not fits))
-            )
-    rows = [
-        [stage, *(centre([100 * one[place] for one in each], "{:.1f}") for place in (0, 1))]
-        for stage, each in found.items()
-    ]
-    before, after = ([100 * far for _, far in found[stage]] for stage in (STAGES[0], STAGES[-1]))
-    gain = Difference.of(before, after)
-    note = f"Beyond the trained length {gain.text('{:+.1f}')} points by the stage; "
-    note += f"guessing finds {100 * content['chance']:.0f} %. The map is that of seed {bench.lab.seeds[0]}."
+        content, shares = needles.found(bench.lab, seed)
+        for stage, cells in shares.items():
+            means = dict(zip(content["lengths"], (100 * mean(row) for row in cells), strict=True))
+            near.setdefault(stage, []).append(means.pop(min(means)))  # the length of training
+            far.setdefault(stage, []).append(mean(means.values()))
+    rows = [[stage, centre(near[stage], "{:.1f}"), centre(far[stage], "{:.1f}")] for stage in near]
+    chance = 100 * content["chance"]
+    gain = Difference.of(far[needles.BEFORE], far[needles.PHASES[-1]])
+    known = Difference.of([chance] * len(near[needles.BEFORE]), near[needles.BEFORE])
+    note = f"Beyond the trained length {gain.text('{:+.1f}')} points by the stage; guessing finds {chance:.0f} %."
+    if not (known.is_clear and known.mean > 0):
+        note += " Before, no more than that is found at the trained length either: there is nothing to carry further."
+    note += f" The map is that of seed {bench.lab.seeds[0]}."
+    picture = f"../{needles.folder(bench.lab, bench.lab.seeds[0]).relative_to(bench.page)}/needle.png"
     header = ("model", "needles found at the trained length, %", "at longer ones, %")
-    return Result(header, rows, gain.verdict(lower=False), note, [f"../context/seed-{bench.lab.seeds[0]}/needle.png"])
+    return Result(header, rows, gain.verdict(lower=False), note, [picture])
 
 
 def sweeps(bench: Bench) -> Result:

@@ -30,7 +30,7 @@ class WeightFiles:
     """model.safetensors, or the shards that model.safetensors.index.json lists, and mtp.safetensors beside them.
 
     Attributes:
-        names: of all tensors, as the files hold them. numbers: how many are in them all.
+        names: of all tensors, as the files hold them, and the file of each. numbers: how many are in them all.
     Raises:
         UserError: no such folder, no weights in it, or quantised by a method that is not read.
         DamagedCheckpoint: a file that is cut short, or a damaged list of shards.
@@ -41,7 +41,7 @@ class WeightFiles:
         found = {path: self._sizes(path) for path in _files(folder)}
         # Each matrix right before its scales, so that the two meet at once where they are in one file.
         self._names = {path: sorted(sizes) for path, sizes in found.items()}
-        self.names = {name for names in self._names.values() for name in names}
+        self.names = {name: path for path, names in self._names.items() for name in names}
         self.numbers = sum(size for sizes in found.values() for size in sizes.values())
 
     @staticmethod
@@ -49,6 +49,12 @@ class WeightFiles:
         """How many numbers each tensor of a file has."""
         with _reading(path), safe_open(path, framework="pt") as file:
             return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one of them; FP8 dequantised, as when all are read."""
+        with _reading(self.names[name]), safe_open(self.names[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+        return dequantise(name, tensor, self[name + SCALE], self.block) if tensor.dtype == FP8 else tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor; FP8 matrices are dequantised to float32 and their scales left out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from data_files import entry, write_run
 
 from cli import parse
 from errors import UserError
-from eval.paper import speed, training
+from eval.paper import context, speed, training
 from eval.paper.arms import BASE, merged, read_arms
 from eval.paper.bench import Bench
 from eval.paper.claims import CLAIMS
@@ -181,6 +182,28 @@ def test_claims_that_logs_decide(lab, tmp_path):
     page = write(tmp_path, "head", results).read_text(encoding="utf8")
     assert all(f"(figures/{name}.png)" in page and f"--only {name}`" in page for name in names)
     assert (tmp_path / "figures" / "balance.png").stat().st_size > 5000
+
+
+def test_needles_are_told_apart_by_the_names_of_their_models(lab):
+    """In any order. The stage finds 30 % more beyond the trained length; the base is at guessing within it."""
+    far = {"base/seed-0/final, YaRN x 16 untrained": 0.1, "context/seed-0/phase2/final": 0.4, "base/seed-0/final": 0.1,
+           "context/seed-0/phase1/final": 0.2}  # fmt: skip
+    for seed in lab.seeds:
+        out = context.folder(lab, seed)
+        out.mkdir(parents=True)
+        models = [{"name": name.replace("seed-0", f"seed-{seed}"), "chosen": [[0.1, 0.06], [share, share]]}
+                  for name, share in far.items()]  # fmt: skip
+        content = {"lengths": [256, 1024], "chance": 1 / 12, "models": models}
+        (out / "needle.json").write_text(json.dumps(content), encoding="utf8")
+    (claim,) = [claim for claim in CLAIMS if claim.name == "context"]
+    result = claim.measure(Bench(lab, [], {}))
+    assert [row[0] for row in result.rows] == ["YaRN alone", "after phase 2", "before", "after phase 1"]
+    assert [row[2][:4] for row in result.rows] == ["10.0", "40.0", "10.0", "20.0"]
+    assert result.verdict == HOLDS and "+30.0 ± 0.0 points" in result.note and "nothing to carry" in result.note
+    del content["models"][1]
+    (out / "needle.json").write_text(json.dumps(content), encoding="utf8")
+    with pytest.raises(UserError, match="has no model after phase 2; remove the file"):
+        context.found(lab, lab.seeds[-1])
 
 
 def test_probes(answerer, arms):

@@ -21,6 +21,7 @@ from dataset import ChatDataset, PreferenceDataset
 from errors import UserError
 from text.order import BLOCK
 from text.sources.registry import Source
+from training.alignment.preference import whole
 from training.alignment.reference import reference_log_probs
 from training.run.log import read_metrics
 
@@ -139,7 +140,7 @@ def test_the_reference_is_asked_about_every_pair_of_a_mixture(pair_paths, tokeni
     from training.parallel.ranks import Ranks
 
     data, model = pair_mixture(pair_paths, tokenizer), tiny_model(vocab_size=600)
-    log_probs = reference_log_probs(model, data, 4, torch.float32, Ranks(0, 1, torch.device("cpu")))
+    log_probs = reference_log_probs(whole(model), data, 4, torch.float32, Ranks(0, 1, torch.device("cpu")))
     assert (log_probs[data.pairs.mask.astype(bool)] < 0).all()
 
 

@@ -14,14 +14,11 @@ from victim import differences
 import pretrain
 from cli import parse
 from errors import UserError
-from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.fp8 import FP8Experts, FP8Linear
-from training.parallel.dist_settings import DistSettings, ShardSettings
-from training.parallel.mesh import check_mesh
+from training.parallel.dist_settings import DistSettings
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
-from training.settings import NextTokenSettings
 
 
 def test_a_run_in_fp8_with_a_growing_batch_leaves_an_ordinary_checkpoint(pretrain_arguments, tmp_path, run):
@@ -76,6 +73,3 @@ def test_what_it_does_not_go_with_is_one_line():
         read("--fp8", "--compile", "true")
     with pytest.raises(UserError, match="e5m2"):
         read("--fp8", "e5m2")
-    cut = NextTokenSettings(out="o", fp8=True, dist=ShardSettings(zero=1))
-    with pytest.raises(UserError, match=r"--fp8: does not go with --dist.zero 1; leave one of them out"):
-        check_mesh(cut, 2, LMConfig.preset("demo"))

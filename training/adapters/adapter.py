@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,8 @@ class Adapter:
 
         base: folder of the model, absolute in the adapter's files, where peft looks for it from any folder.
         """
-        adapter = cls(model, settings.peft_config(model, os.path.abspath(base)))
+        with getattr(model, "extended", nullcontext)():  # of weights that are yet to come
+            adapter = cls(model, settings.peft_config(model, os.path.abspath(base)))
         for module in model.modules():
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and settings.dropout:
                 module.lora_dropout.update({name: Dropout(settings.dropout) for name in module.lora_dropout})
@@ -177,12 +179,14 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def fingerprint(model: MiniDeepSeek) -> str:
-    """Return the same for the same weights in the same type, the MTP layers aside."""
+    """Return the same for the same weights in the same type, the MTP layers aside; of files where they are there."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    whole = ((name, [tensor]) for name, tensor in sorted(model.state_dict().items()))
+    for name, pieces in model.stored() if hasattr(model, "stored") else whole:
         if not name.startswith("mtp."):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            for piece in pieces:
+                digest.update(piece.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

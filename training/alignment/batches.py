@@ -25,6 +25,7 @@ from training.machine import autocast, to_device
 from training.step import positions
 
 if TYPE_CHECKING:
+    from training.alignment.preference import Ask
     from training.parallel.sharding import Shards
 
 # A product of a new shape costs a CPU 10 ms of code generation: batches have a multiple of so many rows and positions.
@@ -115,7 +116,7 @@ class Experience:
     sequence_length: int
     micro_rows: int
     dtype: torch.dtype
-    reference: MiniDeepSeek | None = None
+    reference: Ask | None = None
     counts_positions: bool = False
     rows: Rows | None = None
     entry: dict[str, Any] = field(default_factory=dict)
@@ -190,7 +191,7 @@ class Experience:
         if self.settings.mu > 1:
             self.rows.old_log_probs_RT = self._log_probs(model)
         if self.reference is not None:
-            self.rows.reference_log_probs_RT = self._log_probs(self.reference)
+            self.rows.reference_log_probs_RT = self.reference(self._log_probs)
         totals = {name: sum(counts[name] for _, counts in everything) for name in sums}
         self.entry = log_entry(totals, groups[0], time.perf_counter() - begin)
         self._barren = self._barren + 1 if (self.rows.left_out_R > 0).all() else 0

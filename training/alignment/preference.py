@@ -26,6 +26,7 @@ from training.metrics import Tally
 from training.parallel.ranks import Ranks
 from training.validation import evaluate
 
+Ask = Callable[[Callable[[MiniDeepSeek], Tensor]], Tensor]  # gives work the model that it asks
 SIDES, TOKENS = "sides", "side_tokens"  # in a batch: see `PreferenceLoss.prepare`
 CHARACTERS_A_TOKEN = 8  # read at most; text has fewer
 
@@ -114,7 +115,7 @@ class PreferenceLoss:
     """
 
     settings: PreferenceSettings
-    reference: nn.Module | None = None
+    reference: Ask | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Metric]]:
         """Return the sum over pairs, their number, and what is logged.
@@ -128,7 +129,10 @@ class PreferenceLoss:
         known = torch.zeros_like(log_probs)  # where nothing is compared with a reference
         if self.settings.needs_reference:
             with torch.no_grad():
-                known = batch["reference"] if "reference" in batch else answer_log_probs(self.reference, batch)
+                if "reference" in batch:
+                    known = batch["reference"]
+                else:
+                    known = self.reference(lambda reference: answer_log_probs(reference, batch))
         tokens = batch[TOKENS]
         drift = (log_probs - known).detach().square() / 2
         values = torch.stack([log_probs, known, drift])
@@ -155,6 +159,11 @@ class PreferenceLoss:
         sides, count = sides_of(batch["segment_ids"])
         counted = (batch["labels"] != IGNORE).float().unsqueeze(0)
         return {**located(batch), SIDES: sides, TOKENS: sums_by_side(counted, sides, count)[0]}
+
+
+def whole(model: MiniDeepSeek) -> Ask:
+    """Return what asks a model that is here."""
+    return lambda work: work(model)
 
 
 def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:

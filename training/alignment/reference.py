@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +17,27 @@ from dataset import PreferenceDataset
 from errors import UserError, tracked
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
-from training.alignment.preference import answer_log_probs
+from training.alignment.preference import Ask, answer_log_probs, whole
 from training.fingerprinted import open_arrays, save_arrays
-from training.machine import autocast
+from training.machine import autocast, choose_dtype
 from training.parallel.ranks import Ranks
 from training.startup import open_checkpoint
 
 
-def frozen_reference(model: MiniDeepSeek, tokenizer: Tokenizer, folder: str) -> MiniDeepSeek:
-    """Return the model of `folder`, or a copy of `model` where none is named; its weights and biases never move.
+def frozen_reference(
+    settings: Any, ranks: Ranks, model: MiniDeepSeek, tokenizer: Tokenizer, as_it_is: bool = False
+) -> Ask:
+    """Return what asks the model of `settings.reference`, or where none is named `model` as it is before training.
+
+    Its weights and biases never move. Where ranks cut the model they cut it too, and ask it together.
+
+    as_it_is: it is asked before `model` is trained, of which no copy is needed then.
 
     Raises `UserError` unless it reads the same tokens and has the same shape as the model in training.
     """
-    if not folder:
-        reference = copy.deepcopy(model)
-    else:
-        reference, theirs = open_checkpoint(folder)
+    cut, folder, reference = settings.dist.cuts(ranks.world), settings.reference, model
+    if folder or cut:
+        reference, theirs = open_checkpoint(folder or settings.ckpt, cut=cut)
         if theirs.fingerprint != tokenizer.fingerprint:
             raise UserError(f"--reference {folder}: has another tokenizer than --ckpt; both must read the same tokens")
         ours = asdict(model.config)
@@ -38,12 +47,20 @@ def frozen_reference(model: MiniDeepSeek, tokenizer: Tokenizer, folder: str) -> 
                     f"--reference {folder}: its {name} is {value}, that of --ckpt {ours[name]}; "
                     "name a checkpoint of the same shape, or leave it out"
                 )
-    return reference.requires_grad_(False).eval()
+    elif not as_it_is:
+        reference = copy.deepcopy(model)
+    if cut:
+        dtype = choose_dtype(settings.dtype, ranks.device)
+        return resolve_name("training.parallel.sharding:shard_frozen")(settings, ranks, reference, dtype).measure
+    reference = reference.to(ranks.device)
+    if not as_it_is or folder:
+        reference.requires_grad_(False).eval()
+    return whole(reference)
 
 
 def ask_once(
-    reference: MiniDeepSeek, dataset: PreferenceDataset, path: Path, fingerprint: str, resume: bool, micro_rows: int,
-    dtype: torch.dtype, ranks: Ranks,
+    open_reference: Callable[[], Ask], dataset: PreferenceDataset, path: Path, fingerprint: str, resume: bool,
+    micro_rows: int, dtype: torch.dtype, ranks: Ranks,
 ) -> None:  # fmt: skip
     """Let the data set know what the reference says, kept in `path`: a resumed run has the very same numbers.
 
@@ -52,7 +69,8 @@ def ask_once(
     # The main rank's: where each looked for itself, one might find the file that another does not.
     log_probs = ranks.on_main(lambda: load_log_probs(path, fingerprint) if resume else None)
     if log_probs is None:
-        log_probs = reference_log_probs(reference, dataset, micro_rows, dtype, ranks)
+        log_probs = reference_log_probs(open_reference(), dataset, micro_rows, dtype, ranks)
+        gc.collect()  # modules in shards hold one another
         if ranks.main:
             save_arrays(path, {"log_probs": log_probs}, fingerprint)
     dataset.know_reference(log_probs)
@@ -66,23 +84,23 @@ def load_log_probs(path: Path, fingerprint: str) -> np.ndarray | None:
 
 @torch.no_grad()
 def reference_log_probs(
-    reference: MiniDeepSeek, dataset: PreferenceDataset, micro_rows: int, dtype: torch.dtype, ranks: Ranks
+    ask: Ask, dataset: PreferenceDataset, micro_rows: int, dtype: torch.dtype, ranks: Ranks
 ) -> np.ndarray:
     """log p of every compared token of all pairs, the held-out ones too: (tokens,) float32 of `dataset.pairs.ids`.
 
-    The ranks share the work, and each gets all of it.
+    The ranks share the work, each as many batches as the others, and get all of it.
     """
     ranks.say(f"asking the reference about {len(dataset.pairs)} pairs, once")
-    reference.to(ranks.device)
     log_probs = torch.zeros(len(dataset.pairs.ids), dtype=torch.float32)
     work = [(part, start) for part in dataset.everything() for start in range(0, len(part), micro_rows)]
-    work = work[ranks.rank :: ranks.world]
-    for part, start in tracked(work, "asking the reference, batches", len(work), ranks.main):
+    places = range(ranks.rank, -(-len(work) // ranks.world) * ranks.world, ranks.world)
+    for place in tracked(places, "asking the reference, batches", len(places), ranks.main):
+        part, start = work[place % len(work)]
         rows = range(start, min(start + micro_rows, len(part)))
         batch = {name: value.to(ranks.device) for name, value in part.batch(rows).items()}
         with autocast(dtype, ranks.device):
-            values = answer_log_probs(reference, batch).cpu()
-        for row, index in enumerate(rows):
-            places = torch.from_numpy(part.places(index))
-            log_probs[places] = values[row, : len(places)]
+            values = ask(lambda model, batch=batch: answer_log_probs(model, batch)).cpu()
+        for row, index in enumerate(rows if place < len(work) else ()):  # another rank has the others
+            tokens = torch.from_numpy(part.places(index))
+            log_probs[tokens] = values[row, : len(tokens)]
     return ranks.sum(log_probs.to(ranks.device)).cpu().numpy()

@@ -147,10 +147,12 @@ class Sampler:
         self.source = self.model = model
         self.shards: Shards | None = None
         if dtype != torch.float32 or whole_on:
-            self.model = copy.deepcopy(model).requires_grad_(False).to(whole_on)
+            self.model = copy.deepcopy(model).requires_grad_(False)
             for module in self.model.modules():
                 if isinstance(module, (nn.Linear, nn.Embedding, Experts)):
                     module.to(dtype)
+            if whole_on:
+                resolve_name("training.parallel.initial:with_memory")(self.model, whole_on)
             self.model.eval()
 
     @torch.no_grad()

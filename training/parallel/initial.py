@@ -7,6 +7,7 @@ after the other from a checkpoint: a whole weight is there until the rank has ta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from errors import DamagedCheckpoint
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.checkpoint.folder import STACKED, TIED, describe, fill, released_name, single_experts
+from model.checkpoint.folder import STACKED, TIED, describe, fill, released_name, released_views, single_experts
 from model.checkpoint.weight_files import WeightFiles
 from training.parallel.replication import checksum
 
@@ -35,12 +36,15 @@ class Deferred(MiniDeepSeek):
     """A model whose weights have no memory yet, but for those that are never drawn, such as norms.
 
     Attributes: put_in: puts the first weights into shards, by all ranks alike. Returns the checksum of each whole one.
+    files: that hold them, where they are read.
     """
 
-    def __init__(self, config: LMConfig, put_in: Callable[[Shards], dict[str, Tensor]]) -> None:
+    def __init__(
+        self, config: LMConfig, put_in: Callable[[Shards], dict[str, Tensor]], files: WeightFiles | None = None
+    ) -> None:
         with EmptyOnMeta():
             super().__init__(config)
-        self.put_in = put_in
+        self.put_in, self.files = put_in, files
 
     @classmethod
     def drawn(cls, config: LMConfig) -> Deferred:
@@ -52,7 +56,28 @@ class Deferred(MiniDeepSeek):
     def read(cls, folder: str | Path, adapt: Callable[[LMConfig], LMConfig]) -> Deferred:
         """Return a model that will have the weights of `MiniDeepSeek.from_pretrained(folder, adapt=adapt)`."""
         config, files = describe(Path(folder), adapt)
-        return cls(config, lambda shards: read(files, config, shards))
+        return cls(config, lambda shards: read(files, config, shards), files)
+
+    def stored(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
+        """Yield each weight of the files by its name in our state dict, in the order of names, in pieces of its bytes.
+
+        What lies there as one experts' matrices is one weight here, and comes expert by expert.
+        """
+        config, tied = self.config, dict(zip(TIED, TIED[::-1], strict=True))
+        with EmptyOnMeta():
+            state = MiniDeepSeek(config).to("meta").state_dict()
+        for name in sorted(state):
+            whole = released_name(name, config)
+            whole = whole if whole in self.files.names else tied.get(whole, whole)
+            pieces = [whole] if whole in self.files.names else released_views({name: state[name]}, config)
+            yield name, (self.files[piece].float() for piece in pieces)
+
+    @contextmanager
+    def extended(self) -> Iterator[None]:
+        """What modules of one's own draw within is what they would draw beside the whole model, and it has memory."""
+        draw_each(self.config, lambda *_: None)  # the generator is then where one process's is
+        with KeptInMemory():
+            yield
 
 
 class EmptyOnMeta(TorchFunctionMode):
@@ -62,6 +87,16 @@ class EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+class KeptInMemory(TorchDispatchMode):
+    """What would go to the meta device, where the weights beside it are, stays where it is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            kwargs["device"] = args[0].device
         return func(*args, **kwargs)
 
 
@@ -90,19 +125,32 @@ def draw(config: LMConfig, state: Tensor, shards: Shards) -> dict[str, Tensor]:
     """Put in what `MiniDeepSeek(config)` draws where the generator is at `state`. Returns checksums."""
     before, sums = torch.get_rng_state(), {}
     torch.set_rng_state(state)
+
+    def keep(name: str, weight: Tensor) -> None:
+        sums[name] = checksum(weight)
+        shards.load({name: weight})
+
+    draw_each(config, keep)
+    torch.set_rng_state(before)
+    return sums
+
+
+def draw_each(config: LMConfig, keep: Callable[[str, Tensor], None]) -> None:
+    """Draw what `MiniDeepSeek(config)` draws; `keep` is called with names and weights."""
     apart = replace(config, tie_word_embeddings=False)  # a head is drawn before it is tied
     with EmptyOnMeta(), Drawing(lambda *_: None):
         whole = _Uninitialised(apart)
     names = {p: name for name, p in whole.named_parameters()}
-
-    def keep(p: Tensor, drawn: Tensor) -> None:
-        sums[names[p]] = checksum(drawn)
-        shards.load({names[p]: drawn})
-
-    with Drawing(keep):
+    with Drawing(lambda p, weight: keep(names[p], weight)):
         whole.apply(lambda module: MiniDeepSeek._initialise(whole, module))
-    torch.set_rng_state(before)
-    return sums
+
+
+def with_memory(model: MiniDeepSeek, device: torch.device) -> MiniDeepSeek:
+    """Return the model on a device, with memory, not yet filled, for what has had none."""
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    if model.config.tie_word_embeddings:  # which memory for each of them has untied
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
 def read(files: WeightFiles, config: LMConfig, shards: Shards) -> dict[str, Tensor]:
@@ -112,7 +160,7 @@ def read(files: WeightFiles, config: LMConfig, shards: Shards) -> dict[str, Tens
     """
     places: dict[str, tuple[Tensor, slice]] = {}
     for weight, share in shards.places().items():
-        name, rows = released_name(weight, config), shards.rows(weight)
+        name, rows = released_name(weight.replace(".base_layer", ""), config), shards.rows(weight)  # under adapters
         places[name] = share, rows
         if STACKED.match(name):  # an expert is whole or not here
             places |= {one: (view, slice(None)) for one, view in single_experts(name, share, rows.start or 0).items()}

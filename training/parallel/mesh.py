@@ -59,8 +59,6 @@ def check_mesh(settings: StageSettings, world: int, config: LMConfig) -> None:
         raise UserError(f"--dist.gradients {dist.gradients}: does not go with {option}; leave one of them out")
     if settings.compile:
         raise UserError(f"--compile true: does not go with {option}; leave one of them out")
-    if settings.fp8:
-        raise UserError(f"--fp8: does not go with {option}; leave one of them out")
 
 
 def check_pipeline(settings: StageSettings, pipelines: int, config: LMConfig) -> None:

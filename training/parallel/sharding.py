@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import MiniDeepSeek
-from model.expert_parallel import ExpertsOverRanks
+from model.expert_parallel import over_ranks
 from model.pipeline import Elsewhere
 from training.losses import Batch, Loss, Metric
 from training.optim.ema import MARK
@@ -45,7 +45,19 @@ def shard(
     check_facts(ranks, facts(settings, run, model))
     mesh = Mesh.of(settings, ranks)
     pipeline = Pipeline(model, mesh, settings.dist, dtype) if settings.dist.pp > 1 else None
-    sharded = Sharded(model, mesh, settings.dist.zero, dtype, pipeline)
+    # Numbers in FP8 are made of the whole weight on one process; rounded to bfloat16 on the way they would be others.
+    sharded = Sharded(model, mesh, settings.dist.zero, torch.float32 if settings.fp8 else dtype, pipeline)
+    return _filled(ranks, sharded, model)
+
+
+def shard_frozen(settings: StageSettings, ranks: Ranks, model: Deferred, dtype: torch.dtype) -> Sharded:
+    """Cut a model that is asked but never trained. A layer of it is whole only while it computes."""
+    ranks.on_main(lambda: check_mesh(settings, ranks.world, model.config))
+    return _filled(ranks, Sharded(model.requires_grad_(False).eval(), Mesh.of(settings, ranks), 3, dtype), model)
+
+
+def _filled(ranks: Ranks, sharded: Sharded, model: MiniDeepSeek) -> Sharded:
+    """Put the first weights in, of which all ranks must find the same."""
     if isinstance(model, Deferred):
         check_facts(ranks, {"weights": dict(zip(*listed(model.put_in(sharded.shards)), strict=True))})
     return sharded
@@ -75,7 +87,7 @@ class Sharded(nn.Module):
                 continue
             if layer.is_moe:
                 if mesh.ep.size() > 1:
-                    layer.mlp.experts = ExpertsOverRanks(layer.mlp.experts, mesh.ep.get_group())
+                    layer.mlp.experts = over_ranks(layer.mlp.experts, mesh.ep.get_group())
                 fully_shard(layer.mlp.experts, mesh=mesh.copies, mp_policy=rounded, **given_back)
                 fully_shard(layer.mlp.gate, mesh=mesh.data, mp_policy=exact, **given_back)  # not rounded to route by
             if hasattr(layer, "shared_head"):  # called from outside of its layer

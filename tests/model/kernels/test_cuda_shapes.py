@@ -13,18 +13,19 @@ import torch
 
 HERE = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
-# Two steps of two micro-batches each: a step waits for the device once. The host then knows what the gradients are
+# Steps of two micro-batches each: a step waits for the device once. The host then knows what the gradients are
 # divided by, whether loss and gradient are finite, what is logged, and whether a rank was asked to stop.
-STEPS = 2 * ["on_host = summed.cpu()"]
+STEP = ["on_host = summed.cpu()"]
+STEPS = 2 * STEP
 WAITS = {
     "moe_layer": [],
     "training_step": STEPS,
     "packed_step": STEPS,
-    "recomputed_step": STEPS,
-    "fp8_step": STEPS + 16 * ["numbers = torch.cat((plan.ends, plan.counts)).tolist()"],  # for each product of experts
-    "preference_step": STEPS,
-    "distillation_step": STEPS,
-    "lora_step": STEPS,
+    "recomputed_step": STEP,
+    "fp8_step": STEP + 4 * ["numbers = torch.cat((plan.ends, plan.counts)).tolist()"],  # for each product of experts
+    "preference_step": STEP,
+    "distillation_step": STEP,
+    "lora_step": STEP,
     "policy_loss": [],
     "quantized_experts": [],
     "decoding": [],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import as_options, call_main, long_lines
 from forked import script_on_ranks
+from resident import holding
 from safetensors.torch import load_file
 
 import lora_sft
@@ -27,9 +28,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def arguments(pretrained, tmp_path_factory) -> list[object]:
-    """A small run on greeting messages, all but --out; nothing is held out."""
+    """A small run on some greeting messages, all but --out; nothing is held out."""
     folder = tmp_path_factory.mktemp("messages")
     greeting_messages.generate(folder)
+    rows = json.loads((folder / "train.json").read_text(encoding="utf8"))
+    (folder / "train.json").write_text(json.dumps(rows[::10], ensure_ascii=False), encoding="utf8")
     given = {
         "ckpt": pretrained / "final", "data": folder / "train.json", "sequence_length": 128, "batch_tokens": 512,
         "micro_tokens": 256, "dtype": "fp32", "device": "cpu", "log_every": 1, "val_fraction": 0, "val_tokens": 512,
@@ -160,13 +163,14 @@ def test_two_ranks_that_were_cut_go_on_to_the_same_bits(shards, tmp_path, argume
     assert same_bits(weights(cut), weights(whole))
 
 
-def test_ranks_with_shards_train_the_adapter_of_one_process(tune, tmp_path, arguments):
+def test_ranks_with_shards_train_the_adapter_of_one_process(tune, tmp_path, arguments, pretrained):
+    """Neither ever holds more than its share of the base, and an adapter."""
     options = ["--max_steps", 2, "--lora.dropout", 0, "--optim.eps", 1e-3]
     for targets, shards in (("all", ["--dist.zero", 3]), ("attention,ffn", ["--dist.zero", 1, "--dist.ep", 2])):
         one, two = tmp_path / targets / "one", tmp_path / targets / "two"
         tune(one, *options, "--lora.targets", targets)
         given = [*arguments, "--out", two, *options, "--lora.targets", targets, *shards, "--micro_tokens", 128]
-        script_on_ranks(2, lora_sft.main, given, tmp_path)
+        script_on_ranks(2, holding(lora_sft.main, 0.6, pretrained / "final"), given, tmp_path)
         torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
 
 

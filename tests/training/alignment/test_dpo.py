@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import as_options, call_main
 from forked import script_on_ranks
+from resident import holding
 from safetensors.torch import load_file
 from victim import differences, entries
 
@@ -136,13 +137,22 @@ def test_a_reference_of_ones_own_is_asked(arguments, finished, tmp_path, run):
     assert first["val_accuracy"] < 0.25 and first["val_margin"] < -0.5 and first["val_kl"] > 0
 
 
-@pytest.mark.parametrize("cut", [[], ["--dist.zero", 3, "--dist.ep", 2]], ids=str)
-def test_two_ranks_train_as_one_process_does(cut, arguments, tmp_path, run):
+LIVE = ["--dist.zero", 1, "--precompute_reference", "false"]
+
+
+@pytest.mark.parametrize(
+    ("cut", "held"),
+    [([], None), (["--dist.zero", 3, "--dist.ep", 2], 0.5), (LIVE, 1)],
+    ids=["", "zero 3, ep 2", "live"],
+)
+def test_two_ranks_train_as_one_process_does(cut, held, arguments, pretrained, tmp_path, run):
+    """Of what they cut, neither ever holds more than its shares: of the policy, and of a reference that stays."""
     # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
     options = [*arguments, "--optim.eps", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(dpo_train.main, *options, "--out", one).code == 0
-    shown = script_on_ranks(2, dpo_train.main, [*options, "--out", two, *cut], tmp_path)
+    main = holding(dpo_train.main, held, pretrained / "final") if held else dpo_train.main
+    shown = script_on_ranks(2, main, [*options, "--out", two, *cut], tmp_path)
     assert "4 rows of 256 tokens: 2 ranks, 1 micro-batch of 2 rows" in shown
     for together, alone in zip(entries(two), entries(one), strict=True):
         assert together.keys() == alone.keys()

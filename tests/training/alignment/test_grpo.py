@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import script_on_ranks
+from resident import holding
 from safetensors.torch import load_file
 from victim import differences, entries
 
@@ -173,11 +174,13 @@ def test_another_mu_is_another_run(train):
 
 @pytest.mark.parametrize("cut", [[], ["--dist.zero", 3, "--dist.ep", 2]], ids=str)
 def test_two_ranks_train_as_one_process_does(cut, train, pretrained, tmp_path):
+    """Of what they cut each has its shares, of policy and reference, and the copy that it samples from."""
     options = [*VARIED, "--max_steps", 2, "--optim.eps", 1e-3, "--optim.lr", 1e-2, "--beta", 0.1, "--mu", 2]
     options += ["--replay_routing", "true"] if cut else []
     train("one", *options)
     given = ["--ckpt", pretrained / "final", "--out", tmp_path / "two", *SHAPE, *options]
-    script_on_ranks(2, grpo_train.main, [*given, *cut], tmp_path)
+    main = holding(grpo_train.main, 2, pretrained / "final") if cut else grpo_train.main
+    script_on_ranks(2, main, [*given, *cut], tmp_path)
     alone, together = entries(tmp_path / "one"), entries(tmp_path / "two")
     for name in ("reward", "completion_length", "zero_variance", "grad_norm", "total_loss", "kl", "entropy"):
         assert [e[name] for e in together[1:]] == pytest.approx([e[name] for e in alone[1:]], rel=1e-3, abs=1e-5), name

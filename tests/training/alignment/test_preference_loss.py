@@ -17,6 +17,7 @@ from training.alignment.preference import (
     PreferenceSettings,
     sigmoid_dpo,
     simpo,
+    whole,
 )
 from training.log_probs import label_log_probs, log_probs_and_entropy
 from training.losses import Batch, token_losses
@@ -96,7 +97,7 @@ def test_loss_and_gradient_from_a_folder_equal_those_of_trl(loss, beta, want, no
     `given_pairs`, with `models` opened by AutoModelForCausalLM; the norm is that of all gradients."""
     policy, reference = models
     settings = PreferenceSettings(loss=loss, beta=beta, nll_weight=0.0)
-    total, count, metrics = PreferenceLoss(settings, reference)(policy, packed(given_pairs()))
+    total, count, metrics = PreferenceLoss(settings, whole(reference))(policy, packed(given_pairs()))
     (total / count).backward()
     assert (total / count).item() == pytest.approx(want, rel=1e-4)
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
@@ -126,7 +127,7 @@ def test_loss_and_gradient_equal_plain_transformers(models, tmp_path):
         nll = -log_prob(theirs[0], prompt, answers[0]) / len(answers[0])
         want = want + (0.3 * nll - F.logsigmoid(0.1 * (ratios[0] - ratios[1]))) / 3
     want.backward()
-    loss = PreferenceLoss(PreferenceSettings(beta=0.1, nll_weight=0.3), reference)
+    loss = PreferenceLoss(PreferenceSettings(beta=0.1, nll_weight=0.3), whole(reference))
     total, count, _ = loss(policy, packed(given_pairs()))
     (total / count).backward()
     assert (total / count).item() == pytest.approx(want.item(), abs=1e-4)
@@ -162,7 +163,7 @@ def test_log_probs_and_their_gradient_are_those_of_full_logits():
 
 def test_the_prompt_and_the_padding_have_no_part_and_the_end_token_has(models):
     policy, reference = models
-    loss = PreferenceLoss(PreferenceSettings(), reference)
+    loss = PreferenceLoss(PreferenceSettings(), whole(reference))
     row = packed(given_pairs())
     _, _, metrics = loss(policy, row)
     short = {name: value[:, :50] for name, value in row.items()}  # less padding
@@ -178,7 +179,7 @@ def test_the_prompt_and_the_padding_have_no_part_and_the_end_token_has(models):
 def test_how_pairs_share_rows_changes_nothing(models):
     """Three pairs in one row, and in rows of two, of one and of none: the same sums, so also the same gradient."""
     policy, reference = models
-    loss, pairs = PreferenceLoss(PreferenceSettings(nll_weight=0.2), reference), given_pairs()
+    loss, pairs = PreferenceLoss(PreferenceSettings(nll_weight=0.2), whole(reference)), given_pairs()
     uneven = [packed(pairs[:2]), packed(pairs[2:]), packed([])]
     together = {name: torch.cat([row[name] for row in uneven]) for name in uneven[0]}
     results = [loss(policy, packed(pairs)), loss(policy, together)]
@@ -193,7 +194,7 @@ def test_held_out_pairs_are_shared_among_ranks_and_counted_once(models, monkeypa
     """Three batches on two ranks: the rank that has one less adds nothing in its last turn."""
     policy, reference = models
     batches = [packed([pair]) for pair in given_pairs()]
-    loss = PreferenceLoss(PreferenceSettings(), reference)
+    loss = PreferenceLoss(PreferenceSettings(), whole(reference))
     measure = HeldOutPairs(loss, batches, [], np.zeros(61))
     alone, shown = measure(policy, torch.float32, Ranks(0, 1, torch.device("cpu"))), []
     watch = Watch(show=lambda *what: shown.append(what))

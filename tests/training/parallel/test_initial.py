@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import Forked
+from resident import seen_while
 from torch import nn
 
 from errors import DamagedCheckpoint
@@ -104,13 +104,41 @@ def test_shares_are_those_of_one_process_to_the_bit(case, as_rank, tiny_config, 
     assert everywhere == saved.keys() - tied
 
 
-def resident() -> int:
-    """Bytes of all tensors that are alive and have memory, of those made since `gc.freeze`."""
-    alive = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter) and not one.is_meta]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in alive}.values())
+def test_an_adapter_begins_as_that_of_one_process_to_the_bit(as_rank, tiny_config, tmp_path):
+    """Drawn after weights that no rank draws, on weights that are rounded when they have been read."""
+    from training.adapters.adapter import Adapter, LoraSettings
+    from training.adapters.frozen import shrink_frozen
+
+    torch.manual_seed(6)
+    MiniDeepSeek(tiny_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "saved")
+
+    def adapted(make: Callable) -> Adapter:
+        torch.manual_seed(5)
+        model = make(tmp_path / "saved", adapt=lambda config: config)
+        model.mtp = nn.ModuleList()
+        adapter = Adapter.add(model, LoraSettings(targets="all"), "base")
+        shrink_frozen(model, "auto", torch.bfloat16)
+        return adapter
+
+    one = adapted(MiniDeepSeek.from_pretrained)
+    expected, trained = one.model.state_dict(), {n for n, p in one.model.named_parameters() if p.requires_grad}
+
+    def work(mesh, shard: Callable) -> None:
+        adapter = adapted(Deferred.read)
+        places = shard(adapter.model).places()
+        assert adapter.base == one.base and len(trained) > 30 and places.keys() == expected.keys() - {"lm_head.weight"}
+        for name, share in places.items():
+            rows = expected[name]
+            if name in dict(one.model.named_parameters()):
+                rows = [*rows.chunk(2), rows[:0]][mesh.data.get_local_rank()]
+            assert torch.equal(share, rows) and share.dtype == rows.dtype, name
+
+    from training.parallel.initial import Deferred
+
+    as_rank(1, 2, {"zero": 3}, work)
 
 
-def test_no_rank_ever_holds_what_it_does_not_keep(as_rank, tiny_config, tmp_path, monkeypatch):
+def test_no_rank_ever_holds_what_it_does_not_keep(as_rank, tiny_config, tmp_path):
     """But one whole weight at a time. A pair that should be tied is refused."""
     config = tiny_config(**{**DEEP, "num_hidden_layers": 12})
     MiniDeepSeek(config).save_pretrained(tmp_path / "saved")
@@ -118,20 +146,10 @@ def test_no_rank_ever_holds_what_it_does_not_keep(as_rank, tiny_config, tmp_path
         sizes = [p.nbytes for p in MiniDeepSeek(config).parameters()]
 
     def work(_, shard: Callable) -> None:
-        from training.parallel import initial
-
-        checksum, seen = initial.checksum, []
-
-        def look(tensor: torch.Tensor) -> torch.Tensor:
-            seen.append(resident() if len(seen) % 8 == 0 else 0)
-            return checksum(tensor)
-
-        monkeypatch.setattr(initial, "checksum", look)
         for make in (Deferred.drawn, lambda _: Deferred.read(tmp_path / "saved", lambda config: config)):
-            seen.clear()
-            gc.collect()
-            gc.freeze()
-            held = sum(p.nbytes for p in shard(make(config)).places().values())
+            shards = []
+            seen = seen_while(lambda make=make, shards=shards: shards.append(shard(make(config))))
+            held = sum(p.nbytes for p in shards[0].places().values())
             assert len(seen) > 100 and held <= max(seen) < held + 3 * max(sizes) < sum(sizes) / 2
         tied = Deferred.read(tmp_path / "saved", lambda config: replace(config, tie_word_embeddings=True))
         with pytest.raises(DamagedCheckpoint, match=r"saved: lm_head.weight and model.embed_tokens.weight differ"):

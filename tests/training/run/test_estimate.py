@@ -192,6 +192,32 @@ def test_what_is_said_before_the_steps_fits_a_terminal_whatever_the_machine_is(m
     assert "whichever is first" in shown and all(len(line) <= WIDTH for line in shown.splitlines())
 
 
+class Sampled:
+    """A data set whose rows the model writes, so that nobody knows how long they become."""
+
+    def prepare(self, step: int, model: MiniDeepSeek) -> dict: ...
+    def state(self) -> dict: ...
+    def load_state(self, state: dict) -> None: ...
+    def __len__(self) -> int:
+        return 100
+
+
+@pytest.mark.parametrize(
+    ("budget", "run"),
+    [(Budget(7, None), "7 steps in at most 35s"), (Budget(None, 1.0), "at least 12 steps"),
+     (Budget(7, 1.0), "7 steps in at most 35s")],
+)  # fmt: skip
+def test_what_is_sampled_takes_at_most_so_long_and_a_clock_leaves_at_least_so_many_steps(
+    budget, run, model, capsys, monkeypatch
+):
+    """A clock ends a run whose steps are shorter after more of them; a number of steps ends it sooner."""
+    monkeypatch.setattr(training.run.estimate, "step_seconds", lambda *_: 5.0)
+    minutes = {"max_minutes": budget.max_minutes} if budget.max_minutes else {}
+    Pace(settings(**minutes), Ranks(0, 1, CPU), budget).announce(model, Sampled(), 1, 1.0, torch.float32, Progress())
+    (line,) = [line for line in capsys.readouterr().out.replace(f"\n{INDENT}", " ").splitlines() if line[:5] == "takes"]
+    assert f"at most 5s a step where replies are as long as they may be, {run}, sampling apart, " in line
+
+
 def test_ranks_of_one_machine_share_its_memory(monkeypatch):
     whole = training.run.estimate.memory_of(CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

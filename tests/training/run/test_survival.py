@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos import STAGES, Attack, half_written
+from chaos import Attack, half_written
 from conftest import call_main
 from forked import Forked, ForkedRanks, start_ranks
 from victim import differences, stage_command, write_recipes
@@ -40,15 +40,14 @@ def base(world, tokenizer_folder, pretrained, tmp_path) -> Path:
     """What all stages begin with, and shorter recipes for them."""
     base = tmp_path / "base"
     base.mkdir()
-    write_recipes(base, max_steps=10, save_every=2)
+    write_recipes(base, max_steps=8, save_every=2)
     for name, folder in {"world": world, "tokenizer": tokenizer_folder, "pretrain": pretrained}.items():
         (base / name).symlink_to(folder)
     return base
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_survives_a_kill_on_one_rank_and_on_two(stage, ranks, base, tmp_path):
+@pytest.mark.parametrize(("stage", "ranks"), [("pretrain", 2), ("sft", 1), ("dpo", 2), ("grpo", 1)])
+def test_every_stage_survives_a_kill(stage, ranks, base, tmp_path):
     attack = Attack(ForkedStage(stage, base, ranks, tmp_path), tmp_path, seed=f"{stage} {ranks}")
     _, found = attack.run(kills=1)
     assert attack.kills == 1 and not found
