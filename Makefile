@@ -40,8 +40,8 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)$(addprefix -,$(f
 # The made-up world repeats its sentences: without a limit, whole phrases would become tokens that hide the names in them.
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
-# Three parts of stories and facts to one of the school book.
-READ := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv=3,$(WORLD)/lessons.csv=1)
+# Six parts of stories and facts, and one of the school book alone.
+READ := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv=6,$(WORLD)/lessons.csv=1)
 
 .PHONY: paper notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench gpu clean-demo chaos scale fuzz
 .DELETE_ON_ERROR:

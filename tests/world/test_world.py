@@ -55,7 +55,8 @@ def questions(folder) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def training_texts(folder, rows, chats) -> list[str]:
-    return rows + read_rows(folder, "lessons.csv") + ["\n".join(message["content"] for message in chat) for chat in chats]
+    talked = ["\n".join(message["content"] for message in chat) for chat in chats]
+    return [*rows, *read_rows(folder, "lessons.csv"), *talked]
 
 
 def read_rows(folder: Path, name: str = "pretrain.csv") -> list[str]:
