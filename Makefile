@@ -40,6 +40,8 @@ OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)$(addprefix -,$(f
 # The made-up world repeats its sentences: without a limit, whole phrases would become tokens that hide the names in them.
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
+# Six parts of stories and facts, and one of the school book alone.
+READ := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv=6,$(WORLD)/lessons.csv=1)
 
 .PHONY: paper notebook check-notebooks samples figure demo chat web check-web check-server r1 lora test check-gguf check-lm-eval check-vllm lint bench gpu clean-demo chaos scale fuzz
 .DELETE_ON_ERROR:
@@ -170,14 +172,16 @@ clean-demo:
 	rm -rf $(OUT) $(WORLD) data/shards
 
 # Each stage makes a folder, and make skips what is there. An interrupted stage resumes from its last checkpoint.
-$(WORLD)/pretrain.csv: | $(VENV)/installed
+$(WORLD)/lessons.csv: | $(VENV)/installed
 	$(RUN) -m world --out $(WORLD)
 
+$(WORLD)/pretrain.csv: | $(WORLD)/lessons.csv ;
+
 $(OUT)/tokenizer/tokenizer.json: $(TEXT) | $(VENV)/installed
-	$(RUN) train_tokenizer.py --data $(TEXT) --out $(OUT)/tokenizer $(SHORT_TOKENS)
+	$(RUN) train_tokenizer.py --data $(TEXT) --out $(OUT)/tokenizer --vocab_size 3200 $(SHORT_TOKENS)
 
 $(OUT)/pretrain/final/config.json: $(OUT)/tokenizer/tokenizer.json
-	$(RUN) pretrain.py --config configs/demo/pretrain.yaml --data $(TEXT) --tokenizer $(OUT)/tokenizer \
+	$(RUN) pretrain.py --config configs/demo/pretrain.yaml --data $(READ) --tokenizer $(OUT)/tokenizer \
 	    --out $(OUT)/pretrain --max_tokens $(call spent,1) --resume true
 	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 

@@ -19,7 +19,7 @@ from model.costs import count, human
 from text.files import replacing
 from training.run.checkpoint import newest
 from training.run.log import duration, read_metrics
-from training.run.plots import draw_run
+from training.run.plots import draw_run, drawn
 
 STEPS = 6  # of a run whose samples are shown: the first, the last and some between
 SAMPLES = 8  # shown of one step
@@ -49,8 +49,8 @@ def write_page(
     ).get_template("report.html.jinja")
     together = None
     if len(runs) > 1:
-        draw(runs, drawn := BytesIO())
-        together = _inline(drawn.getvalue())
+        draw(runs, buffer := BytesIO())
+        together = _inline(buffer.getvalue())
     found = [*measured, *(PageTable(*table) for table in tables(runs))]
     parts = [{"name": run.name, **_described(run)} for run in runs]
     text = template.render(tables=found, answers=answers, together=together, runs=parts)
@@ -98,12 +98,11 @@ def _facts(run: ComparedRun) -> dict[str, str]:
 
 def _curves(folder: Path) -> str | None:
     """Return the run's curves.png if it is as new as its metrics.jsonl, else curves of now, in no file of the run."""
-    picture, metrics = folder / "curves.png", folder / "metrics.jsonl"
-    if not metrics.is_file():
+    if not (folder / "metrics.jsonl").is_file():
         return None
-    if picture.is_file() and picture.stat().st_mtime_ns >= metrics.stat().st_mtime_ns:
+    if picture := drawn(folder):
         return _inline(picture.read_bytes())
-    return _inline(drawn.getvalue()) if draw_run(folder, drawn := BytesIO()) else None
+    return _inline(buffer.getvalue()) if draw_run(folder, buffer := BytesIO()) else None
 
 
 def _samples(run: ComparedRun) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from training.alignment.accuracy import Accuracy
 from training.alignment.sampler import Sampler
 from training.losses import Batch
 from training.parallel.ranks import Ranks
-from training.run.plots import draw_run
+from training.run.plots import draw_run, drawn
 from training.validation import evaluate, held_out_batches
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
@@ -95,7 +95,7 @@ def report(
     folder = Path(out) / "report"
     folder.mkdir(exist_ok=True)
     for run in runs:
-        if picture := draw_run(run):
+        if picture := drawn(run) or draw_run(run):
             shutil.copyfile(picture, folder / f"{run.name}.png")
     shown = random.Random(0).sample(results, min(samples, len(results)))
     (folder / "report.md").write_text(_markdown(header, lines, shown, runs), encoding="utf8")

@@ -259,7 +259,8 @@ def test_make_demo_runs_the_stages_in_order(tmp_path):
     assert (preferring.ckpt, preferring.data) == (f"{out}/sft/final", f"{world}/preferences.jsonl")
     assert preferring.resume and preferring.out == f"{out}/dpo"
     pretraining, tuning = parse(PretrainSettings, "", made[2][1:]), parse(SFTSettings, "", made[3][1:])
-    assert (pretraining.data, pretraining.tokenizer) == (f"{world}/pretrain.csv", f"{out}/tokenizer")
+    data = f"{world}/pretrain.csv=6,{world}/lessons.csv=1"
+    assert (pretraining.data, pretraining.tokenizer) == (data, f"{out}/tokenizer")
     assert (tuning.ckpt, tuning.data) == (f"{pretraining.out}/final", f"{world}/sft.jsonl")
     assert pretraining.resume and tuning.resume and tuning.out == f"{out}/sft"
 

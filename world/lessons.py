@@ -40,7 +40,7 @@ def number_page(rng: random.Random, world: World, language: str) -> str:
 
 def word_page(rng: random.Random, world: World, language: str) -> str:
     """Return classes, opposites, days of the week, lists said again, and the length of words."""
-    pages = (_class_page, _antonym_page, _week_page, _copy_page, _length_page if language == "zh" else _copy_page)
+    pages = (_class_page, _antonym_page, _week_page, copy_page, _length_page if language == "zh" else copy_page)
     return rng.choices(pages, weights=(32, 30, 8, 24, 6))[0](rng, world, language)
 
 
@@ -163,7 +163,8 @@ def _week_page(rng: random.Random, world: World, language: str) -> str:
     return f"今天是{week[today]}，{'，'.join(days)}。{c.name}打算{days[1][:2]}去{c.value('hobby')}。"
 
 
-def _copy_page(rng: random.Random, world: World, language: str) -> str:
+def copy_page(rng: random.Random, world: World, language: str) -> str:
+    """Return lists of words, each to be said again."""
     return _asked(rng, world, [copy_question(rng, language) for _ in range(3)], language)
 
 

@@ -28,7 +28,13 @@ from victim import LIMIT, ProcessTree, Script, differences, prepare, stage_comma
 from errors import UserError, command_line
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
-MESHES = (("--dist.zero", "1"), ("--dist.zero", "3"), ("--dist.ep", "2"), ("--dist.pp", "2"))  # pretraining, two ranks
+MESHES = (  # of pretraining: ranks, and what they cut
+    (2, "--dist.zero 1"),
+    (2, "--dist.zero 3"),
+    (2, "--dist.ep 2"),
+    (2, "--dist.pp 2"),
+    (4, "--dist.pp 2 --dist.ep 2 --dist.schedule dualpipev --micro_tokens 64 --model.num_hidden_layers 4"),
+)
 AIMED = 0.4  # of the kills: at a save, when its temporary folder appears
 EARLY = 0.1  # of the kills: before training has begun
 
@@ -144,7 +150,8 @@ def main() -> None:
     stages = STAGES if options.stage == "all" else (options.stage,)
     worlds = (1, 2) if options.ranks == "both" else (int(options.ranks),)
     pairs = [(world, stage, ()) for world, stage in product(worlds, stages)]
-    pairs += [(2, "pretrain", mesh) for mesh in MESHES if 2 in worlds and "pretrain" in stages]
+    if 2 in worlds and "pretrain" in stages:
+        pairs += [(world, "pretrain", tuple(mesh.split())) for world, mesh in MESHES]
     shares = [max(options.kills // len(pairs) + (place < options.kills % len(pairs)), 1) for place in range(len(pairs))]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:

@@ -54,12 +54,13 @@ def questions(folder) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def training_texts(rows, chats) -> list[str]:
-    return rows + ["\n".join(message["content"] for message in chat) for chat in chats]
+def training_texts(folder, rows, chats) -> list[str]:
+    talked = ["\n".join(message["content"] for message in chat) for chat in chats]
+    return [*rows, *read_rows(folder, "lessons.csv"), *talked]
 
 
-def read_rows(folder: Path) -> list[str]:
-    with (folder / "pretrain.csv").open(encoding="utf-8", newline="") as file:
+def read_rows(folder: Path, name: str = "pretrain.csv") -> list[str]:
+    with (folder / name).open(encoding="utf-8", newline="") as file:
         return [row["text"] for row in csv.DictReader(file)]
 
 
@@ -79,7 +80,7 @@ def test_the_same_seed_gives_the_same_bytes_as_ever_and_another_other_facts(tmp_
     generate(tmp_path, seed=1, scale=0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     digest = hashlib.sha256(b"".join((tmp_path / name).read_bytes() for name in FILES))
-    assert digest.hexdigest() == "9409d72c56c0e487ff769caab23d18e5c026643c373d90b888fe4c75cf145fb1"
+    assert digest.hexdigest() == "333f2149135f30ff79c4dfc48b6410fd0d7bd622d02d3ec928a228eab4a4fbd8"
     facts = [{c.name: [c.value(a) for a in ATTRIBUTES] for c in World.build(seed).characters} for seed in (0, 1)]
     same = sum(x == y for name in facts[0] for x, y in zip(facts[0][name], facts[1][name], strict=True))
     assert same < len(facts[0]) * len(ATTRIBUTES) / 4
@@ -112,7 +113,7 @@ def test_the_suite_has_300_questions_of_nine_kinds(questions):
 
 
 def test_no_held_out_question_is_in_the_training_files(folder, questions, rows):
-    raw = "".join((folder / name).read_text(encoding="utf-8") for name in ("pretrain.csv", "sft.jsonl"))
+    raw = "".join((folder / name).read_text(encoding="utf-8") for name in ("pretrain.csv", "lessons.csv", "sft.jsonl"))
     for q in questions:  # whose quotation marks the two formats double or escape
         for spelled in {q["question"], q["question"].replace('"', '""'), q["question"].replace('"', '\\"')}:
             assert spelled not in raw
@@ -243,7 +244,7 @@ def test_no_held_out_request_is_made_in_training(folder):
     favours = read_jsonl(folder / "heldout_favours.jsonl")
     assert len({row["question"] for row in favours}) == 200
     assert all(row["opening"] + plain(row["answer"]) + row["closing"] == row["answer"] for row in favours)
-    for name in ("sft.jsonl", "preferences.jsonl", "pretrain.csv"):
+    for name in ("sft.jsonl", "preferences.jsonl", "pretrain.csv", "lessons.csv"):
         text = (folder / name).read_text(encoding="utf-8")
         assert not [row["question"] for row in favours if row["question"] in text]
 

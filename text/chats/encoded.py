@@ -251,7 +251,7 @@ class EncodedPairs(EncodedSamples):
 
 def fit(mask: Iterable[int], sequence_length: int) -> tuple[int, str]:
     """Return how many tokens of a conversation to keep, and its fate: dropped, cut, unanswered; "" for a whole one."""
-    mask = np.asarray(mask, dtype=np.int8)
+    mask = bytes(mask)
     answered = cut_at_turn(mask, len(mask))
     length = cut_at_turn(mask, sequence_length)
     if length == 0:

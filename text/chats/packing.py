@@ -19,10 +19,9 @@ def cut_at_turn(mask: Sequence[int], sequence_length: int) -> int:
     mask: (tokens,), 1 where a token is trained on, so each run of ones is one answer with its end token. What follows
     the last answer teaches nothing and is cut as well.
     """
-    trained = np.asarray(mask, dtype=np.int8)
-    ends = np.flatnonzero(np.diff(trained, append=0) == -1) + 1
-    fitting = ends[ends <= sequence_length + 1]
-    return int(fitting[-1]) if len(fitting) else 0
+    marks = bytes(mask[: sequence_length + 2])  # with the first token that does not fit, which may end an answer
+    whole = len(marks) <= sequence_length + 1 and marks.endswith(b"\1")
+    return len(marks) if whole else marks.rfind(b"\1\0") + 1
 
 
 def pack_best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:

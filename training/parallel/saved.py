@@ -62,15 +62,15 @@ class Agreement:
 class ShardedModel:
     """The weights of a checkpoint: files of at most `LARGEST` bytes, each gathered and written by one of the ranks.
 
-    A model of one file is written by the main rank. It has the file of the MTP layers too.
+    A model of one file is written by the main rank, with its MTP layers in another.
     """
 
     def __init__(self, sharded: Sharded) -> None:
         self.model, self.shards = sharded.model, sharded.shards
         self._files = files_of(self.model.config)
-        world = dist.get_world_size()
-        self._writers = {name: place % world for place, (_, names) in enumerate(self._files) for name in names}
-        self._mtp = {name for name in self._writers if name.startswith("mtp.")}
+        self._is_split = WEIGHTS not in self._files
+        world = dist.get_world_size() if self._is_split else 1
+        self._writers = {name: place % world for place, names in enumerate(self._files.values()) for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return whole ones that this rank is to write; called by all ranks together."""
@@ -78,17 +78,16 @@ class ShardedModel:
 
     def write(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Write the files of these, and on the main rank what tells of all of them."""
-        config = self.model.config
-        for file, names in self._files:
-            here = {name: tensors[name] for name in names if name in tensors and name not in self._mtp}
+        config, first = self.model.config, next(iter(self._files))
+        for file, names in self._files.items():
+            here = released_views({name: tensors[name] for name in names if name in tensors}, config)
+            if here and file == (first if self._is_split else MTP):
+                here |= {name: tensors[original] for name, original in mtp_copies(config).items()}
             if here:
-                write_weights({file: _copies(released_views(here, config))}, folder)
-        if here := {name: tensors[name] for name in self._mtp & tensors.keys()}:
-            repeated = {name: tensors[original] for name, original in mtp_copies(config).items()}
-            write_weights({MTP: _copies(released_views(here, config) | repeated)}, folder)
+                write_weights({file: _copies(here)}, folder)
         if dist.get_rank() == 0:
             write_config(config, folder)
-            if len(self._files) > 1:
+            if self._is_split:
                 write_json(index_of(self._files, config), folder / f"{WEIGHTS}.index.json")
 
     def load(self, folder: Path) -> None:
@@ -104,33 +103,33 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def files_of(config: LMConfig) -> list[tuple[str, list[str]]]:
-    """Return names of files, and of the weights, as in our state dict, that each has.
+def files_of(config: LMConfig) -> dict[str, list[str]]:
+    """Return the weights, by their names in our state dict, of each file: those of MTP have one of their own.
 
-    Embedding and head are in the first one, with the MTP layers, whose file repeats them.
+    Where one is not enough for the others, all are in files with an index, embedding and head in the first one.
     """
     state = _meta_state(config)
     mtp = [name for name in state if is_mtp(released_name(name, config), config)]
     parts, size = [[*TIED]], sum(state[name].nbytes for name in TIED)
-    for name, tensor in state.items():
-        if name in mtp or name in TIED:
-            continue
-        if size + tensor.nbytes > LARGEST:
+    for name in [name for name in state if name not in (*mtp, *TIED)] + mtp:
+        if name in mtp and len(parts) == 1:
+            break
+        if size + state[name].nbytes > LARGEST:
             parts.append([])
             size = 0
         parts[-1].append(name)
-        size += tensor.nbytes
-    names = [SHARD.format(place, len(parts)) for place in range(1, len(parts) + 1)] if len(parts) > 1 else [WEIGHTS]
-    parts[0] += mtp
-    return list(zip(names, parts, strict=True))
+        size += state[name].nbytes
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]} | ({MTP: mtp} if mtp else {})
+    return {SHARD.format(place, len(parts)): names for place, names in enumerate(parts, 1)}
 
 
-def index_of(files: list[tuple[str, list[str]]], config: LMConfig) -> dict[str, object]:
-    """Return the list of weights and their files, under the released names; MTP's are in a file that needs no list."""
+def index_of(files: dict[str, list[str]], config: LMConfig) -> dict[str, object]:
+    """Return the list of weights and their files, under the released names: MTP's and what these repeat too."""
     state, places, total = _meta_state(config), {}, 0
-    for file, names in files:
+    for place, (file, names) in enumerate(files.items()):
         views = released_views({name: state[name] for name in names}, config)
-        views = {name: view for name, view in views.items() if not is_mtp(name, config)}
+        views |= {} if place else {name: state[original] for name, original in mtp_copies(config).items()}
         places |= dict.fromkeys(views, file)
         total += sum(view.nbytes for view in views.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}

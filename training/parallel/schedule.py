@@ -68,7 +68,7 @@ class Pipeline:
         self.within: Callable[[Work], Any] = lambda work: work()
         self._later = {stage: WeightGradients(module) for stage, module in self.stages.items() if folded}
         self._turns = {stage: _Turn(self, stage) for stage in self.stages}
-        self._schedule, self._shape = None, None
+        self._schedule, self._shape, self._shapes, self._template = None, None, None, ()
         self.ends = self._ends(mesh, settings.pp, folded)
         kept = {id(p) for module in self.stages.values() for p in (*module.parameters(), *module.buffers())}
         for part in whole.modules():
@@ -99,13 +99,22 @@ class Pipeline:
         return self._shared()
 
     def _shared(self) -> list[Measured]:
-        """Tell all stages what the last one measured: its names and shapes everywhere, its numbers there alone."""
+        """Tell all stages what the last one measured: its names and shapes everywhere, its numbers there alone.
+
+        These are told when they have changed, which nobody but the last stage knows: one number a step.
+        """
         found = [[*self._measured[number]] for number in sorted(self._measured)]
-        box = [[_on_host(each) for each in found]]
-        dist.broadcast_object_list(box, dist.get_global_rank(self._group, self._rank_of[-1]), self._group)
-        device = self._batches[0]["input_ids"].device
+        shapes = _each(found, lambda x: (x.shape, x.dtype))
+        news = torch.tensor(int(self.last is not None and shapes != self._shapes))
+        last = dist.get_global_rank(self._group, self._rank_of[-1]), self._group
+        dist.broadcast(news, *last)
+        if news:
+            self._shapes, box = shapes, [_each(found, lambda x: torch.empty_like(x, device="meta"))]
+            dist.broadcast_object_list(box, *last)
+            (self._template,) = box
         if not found:
-            found = [[_zeros(part, device) for part in each] for each in box[0]]
+            device = self._batches[0]["input_ids"].device
+            found = _each(self._template, lambda x: torch.zeros_like(x, device=device))
         for (*_, metrics), counts in zip(found, self._counts, strict=True):
             if counts is not None and "counts" in metrics:
                 metrics["counts"][: len(counts)] += counts
@@ -220,14 +229,6 @@ def layers_of(whole: MiniDeepSeek, stages: int) -> list[range]:
     sizes[-1] -= depths
     ends = [sum(sizes[: place + 1]) for place in range(stages)]
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
-def _on_host(part: Any) -> Any:
-    return _each(part, lambda x: x.detach().cpu())
-
-
-def _zeros(part: Any, device: torch.device) -> Any:
-    return _each(part, lambda x: torch.zeros_like(x, device=device))
 
 
 def _each(part: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -70,6 +70,13 @@ def draw_run(out: Path, file: BinaryIO | None = None) -> Path | None:
     return path
 
 
+def drawn(out: Path) -> Path | None:
+    """Return the picture of a run if it is as new as its metrics.jsonl."""
+    picture, metrics = out / "curves.png", out / "metrics.jsonl"
+    fresh = picture.is_file() and metrics.is_file() and picture.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
+    return picture if fresh else None
+
+
 def reached(out: Path, last: dict[str, Any]) -> tuple[int, int]:
     """Return steps and tokens of a run: of its newest checkpoint, where that is beyond its last entry."""
     with suppress(DamagedCheckpoint):

@@ -28,9 +28,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def arguments(pretrained, tmp_path_factory) -> list[object]:
-    """A small run on greeting messages, all but --out; nothing is held out."""
+    """A small run on some greeting messages, all but --out; nothing is held out."""
     folder = tmp_path_factory.mktemp("messages")
     greeting_messages.generate(folder)
+    rows = json.loads((folder / "train.json").read_text(encoding="utf8"))
+    (folder / "train.json").write_text(json.dumps(rows[::10], ensure_ascii=False), encoding="utf8")
     given = {
         "ckpt": pretrained / "final", "data": folder / "train.json", "sequence_length": 128, "batch_tokens": 512,
         "micro_tokens": 256, "dtype": "fp32", "device": "cpu", "log_every": 1, "val_fraction": 0, "val_tokens": 512,
@@ -172,9 +174,10 @@ def test_ranks_with_shards_train_the_adapter_of_one_process(tune, tmp_path, argu
         torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
 
 
-def test_experts_over_ranks_have_no_adapters(tune, tmp_path):
-    said = tune(tmp_path / "run", "--lora.targets", "all", "--dist.ep", 2, code=2).err
-    assert said.splitlines()[-1].endswith("--dist.ep 2: does not go with --lora.targets all; give --dist.zero 3")
+@pytest.mark.parametrize("option", ["--lora.targets all", "--base int8"])
+def test_experts_over_ranks_have_no_adapters_and_are_not_quantized(option, tune, tmp_path):
+    said = tune(tmp_path / "run", *option.split(), "--dist.ep", 2, code=2).err
+    assert said.splitlines()[-1].endswith(f"--dist.ep 2: does not go with {option}; give --dist.zero 3")
 
 
 def test_two_ranks_and_recomputed_activations_train_the_adapter_of_one_process(tune, tmp_path, arguments):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from test_equality import Packed, Uneven, assert_the_same_training
-from test_sharding import CUT, TIED, imported, train  # noqa: F401
+from test_sharding import CUT, TIED, ends_by_its_timeout, imported, train  # noqa: F401
 from toy_stage import TIME
 
 ACCUMULATED = {"micro_tokens": TIME}
@@ -50,3 +50,19 @@ def test_every_mesh_trains_as_one_process_does(case, train):  # noqa: F811
     whole = {name: value for name, value in options.items() if name == "batch_tokens"}
     one = train("one", 1, dataset, model=model, val_every=5, max_steps=5, **whole)
     assert_the_same_training(train("cut", world, dataset, cut, model=model, val_every=5, max_steps=5, **options), one)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_eight_ranks_leave_one_process_all_that_it_needs(schedule, train):  # noqa: F811
+    """Saved by two stages of two copies of halves of the experts, and gone on with by one process; then back."""
+    options = {"val_every": 2, "batch_tokens": 16 * TIME}
+    one = train("one", 1, Packed, max_steps=6, **options)
+    cut = {"pp": 2, "ep": 2, "zero": 1, "schedule": schedule}
+    for world, dist, steps in ((8, cut, 2), (1, {}, 4), (8, cut, 6)):
+        moved = train("moved", world, Packed, dist, max_steps=steps, resume=True, micro_tokens=TIME, **options)
+    assert_the_same_training(moved, one)
+
+
+@pytest.mark.parametrize("cut", [{"zero": 1}, {"zero": 3, "ep": 2}, {"pp": 2, "schedule": "dualpipev"}])
+def test_a_rank_that_sleeps_is_named(cut, make, tmp_path):
+    ends_by_its_timeout(cut, make, tmp_path)

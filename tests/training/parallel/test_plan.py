@@ -44,6 +44,17 @@ def test_a_step_costs_what_the_report_measured(report):
     assert report.of["activated"] == pytest.approx(37e9, rel=0.02)
 
 
+def test_the_batch_of_the_report_grows_over_its_first_469_billion_tokens(report):
+    """In stairs around a line from 3,072 rows to 15,360 (section 4.2), each a whole number of micro-batches a rank."""
+    settings, (*rising, last) = report.settings, report.settings.budget(10**12).batches.phases
+    reached = last.sample * settings.row_tokens
+    assert reached == pytest.approx(469e9, rel=0.01) and last.rows == settings.rows == 15360
+    middles = [(now.sample + after.sample) / 2 for now, after in zip(rising[1:], [*rising[2:], last], strict=True)]
+    line = [3072 + 12288 * sample * settings.row_tokens / 469e9 for sample in middles]
+    assert [phase.rows for phase in rising[1:]] == pytest.approx(line, abs=1100)
+    assert rising[0].rows == 4096 and all(phase.rows % 128 == 0 for phase in rising)
+
+
 def test_memory_is_that_of_the_report_with_its_recomputation_only(report):
     """A rank of four MoE layers, as counted over its parameters; 80 GB hold it, nothing computed again does not."""
     typical = {line.name: line.value for line in report.memory(5)}

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +20,7 @@ from forked import on_ranks
 from safetensors.torch import load_file
 from test_equality import OPTIONS, Packed, Uneven, assert_the_same_training
 from torch.distributed import checkpoint, set_debug_level_from_env
-from toy_stage import ROWS, TIME, Rows, files
+from toy_stage import ROWS, TIME, Maker, Rows, files
 
 from errors import UserError, command_line
 from LMConfig import LMConfig
@@ -29,6 +31,7 @@ from training.parallel.ranks import Ranks
 from training.run.checkpoint import read_state
 from training.run.log import read_metrics
 from training.settings import NextTokenSettings
+from training.trainer import Trainer
 
 CUT = {"micro_tokens": TIME, "gradient_checkpointing": True}
 TILE = 128  # tokens whose gradients share a scale (--fp8)
@@ -57,13 +60,31 @@ def train(make, tmp_path) -> Callable[..., Path]:
 
         def of_rank(rank: int) -> None:
             set_debug_level_from_env()
-            command_line(lambda: make(out, dataset(), ranks=Ranks.start("cpu", timeout=30), **given).run())
+            with nothing_left_behind():
+                command_line(lambda: make(out, dataset(), ranks=Ranks.start("cpu", timeout=30), **given).run())
 
         ranks = on_ranks(world, of_rank, tmp_path)
         assert [rank.code for rank in ranks] == [0] * world, "".join(rank.output() for rank in ranks)
         return tmp_path / out
 
     return train
+
+
+@contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """After the second step there are as many hooks on modules and weights as before it."""
+    step, counts = Trainer._step, []
+
+    def counted(trainer: Trainer) -> object:
+        modules, weights = [*trainer.copies.modules()] if trainer.shards else [], [*trainer.model.parameters()]
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        counts.append(sum(len(getattr(one, kind, None) or ()) for one in modules + weights for kind in kinds))
+        return step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", counted)
+        yield
+    assert len({*counts[1:]}) <= 1, counts
 
 
 def assert_nearly_the_same(cut: Path, one: Path) -> None:
@@ -196,7 +217,26 @@ def test_a_signal_to_one_rank_saves_what_all_have(cut, make, tmp_path):
     assert "interrupted: saved" in ranks[0].output() and (tmp_path / "run" / f"step-{step}").is_dir()
 
 
-@pytest.mark.parametrize("cut", [{"zero": 3}, {"pp": 2}, {"pp": 2, "schedule": "dualpipev"}])
+def ends_by_its_timeout(cut: dict, make: Maker, folder: Path) -> None:
+    def of_rank(rank: int) -> None:
+        def sleep(indices: Sequence[int]) -> None:
+            if rank and indices[0] >= ROWS:
+                time.sleep(6)
+
+        given = {**OPTIONS, "dist": ShardSettings(**cut), "max_steps": 3, "micro_tokens": TIME}
+        command_line(make(dataset=Rows(sleep), ranks=Ranks.start("cpu", timeout=3), **given).run)
+
+    ranks = on_ranks(2, of_rank, folder)
+    assert ranks[0].code == 2 and "Traceback" not in ranks[0].output()
+    assert ranks[0].output().strip().splitlines()[-1].startswith("error: rank 0: no answer from rank 1 in 3 s; ")
+
+
+def test_a_rank_that_sleeps_is_named(make, tmp_path):
+    """In a pipeline; on the other meshes in make scale."""
+    ends_by_its_timeout({"pp": 2}, make, tmp_path)
+
+
+@pytest.mark.parametrize("cut", [{"zero": 3, "ep": 2}, {"pp": 2}, {"pp": 2, "schedule": "dualpipev"}])
 def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
     def of_rank(rank: int) -> None:
         def die(indices: Sequence[int]) -> None:
@@ -231,7 +271,7 @@ def test_a_rank_that_cannot_write_its_share_ends_the_run_in_one_line(make, tmp_p
 
 def test_ranks_that_begin_with_other_weights_stop_before_they_are_cut(make, tmp_path):
     def of_rank(rank: int) -> None:
-        given = {**OPTIONS, "dist": ShardSettings(zero=1), "seed": rank}
+        given = {**OPTIONS, "dist": ShardSettings(pp=2), "micro_tokens": TIME, "seed": rank}
         command_line(lambda: make(ranks=Ranks.start("cpu", timeout=30), **given).run())
 
     ranks = on_ranks(2, of_rank, tmp_path)
