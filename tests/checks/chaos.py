@@ -1,6 +1,6 @@
 """Kill training runs with SIGKILL at random moments and during saves, resume them, compare them with unbroken ones.
 
-python tests/checks/chaos.py --kills 100             all stages, one and two ranks, and each mesh: what `make chaos` does
+python tests/checks/chaos.py --kills 100            all stages, one and two ranks, and each mesh: what `make chaos` does
 python tests/checks/chaos.py --kills 12 --stage grpo --ranks 2
 
 Every start is the stage's script as a person starts it (with two ranks through torchrun), at a tiny size. A kill
