@@ -49,8 +49,8 @@ class LoraSFTSettings(ChatSettings):
         check_base(self.base)
         if self.lora.dora and self.base != "auto":
             raise UserError(f"--base {self.base}: DoRA reads the weights themselves; leave it or --lora.dora out")
-        if self.dist.ep > 1 and self.lora.adapts_experts:
-            what = f"--lora.targets {self.lora.targets}"
+        if self.dist.ep > 1 and (self.lora.adapts_experts or self.base != "auto"):
+            what = f"--lora.targets {self.lora.targets}" if self.lora.adapts_experts else f"--base {self.base}"
             raise UserError(f"--dist.ep {self.dist.ep}: does not go with {what}; give --dist.zero 3")
 
 

@@ -58,7 +58,10 @@ class Bench:
         return probes.domains(self.texts)
 
     def figure(self, name: str) -> Path:
-        return self.page / "figures" / f"{name}.png"
+        """Return where a figure goes, in a folder that is there."""
+        folder = self.page / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.png"
 
     def bits(self, *arms: str, other: str = BASE) -> list[list[str]]:
         """Return rows of held-out bits per byte: arm, value, difference from the first."""

@@ -47,6 +47,12 @@ class Difference:
         return f"{form.format(self.mean)} {_around(self.noise, form) or 'one seed'}"
 
 
+def reaches(values: Sequence[float], bound: float) -> str:
+    """Return whether the seeds' values are a bound or more, beyond their noise."""
+    low, high = mean(values) - noise(values), mean(values) + noise(values)
+    return HOLDS if low >= bound else DOES_NOT if high < bound else UNKNOWN
+
+
 def weakest(verdicts: Sequence[str]) -> str:
     """Return what can be said of a claim that has several parts."""
     return next((verdict for verdict in (DOES_NOT, UNKNOWN) if verdict in verdicts), HOLDS)

@@ -81,6 +81,5 @@ def loads(path: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _write(pyplot: Any, figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -9,15 +9,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 
+from eval.needle import Found, draw
 from eval.paper import context as needles
 from eval.paper import figures, probes
 from eval.paper.arms import BASE
 from eval.paper.bench import BITS, Bench
-from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, noise, weakest
+from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, noise, reaches, weakest
 
 LENGTHS = (1024, 8192, 32768)  # positions that decoding is measured after
+ACCEPTED = 0.85  # of second tokens (section 5.4.3)
+FOUND = 50  # per cent of needles; the paper finds all
 FP8_BOUND = 0.0025  # of the loss (section 3.3)
 SWEPT = ("bias-slow", "bias-slower", "alpha-0", "alpha-1e-2", "scale-2.5", "groups")
 
@@ -93,11 +97,9 @@ def acceptance(bench: Bench) -> Result:
     shares = [mean(each[seed].accepted for each in found.values()) for seed in range(len(bench.lab.seeds))]
     figures.points(bench.figure("acceptance"), {n: [100 * o.accepted for o in e] for n, e in found.items()},
                    "second tokens accepted (%)")  # fmt: skip
-    low, high = mean(shares) - noise(shares), mean(shares) + noise(shares)
-    verdict = HOLDS if low >= 0.85 else DOES_NOT if high < 0.85 else UNKNOWN
     header = ("domain", "second tokens accepted, %", "tokens/s with drafts", "without", "ratio")
-    return Result(header, rows, verdict, f"Mean of the domains: {centre([100 * s for s in shares], '{:.1f}')} %.",
-                  ["acceptance.png"])  # fmt: skip
+    note = f"Mean of the domains: {centre([100 * s for s in shares], '{:.1f}')} %."
+    return Result(header, rows, reaches(shares, ACCEPTED), note, ["acceptance.png"])
 
 
 def attention(bench: Bench) -> Result:
@@ -158,23 +160,25 @@ def context(bench: Bench) -> Result:
     """Reads what eval/needle.py wrote of each seed: before, after the switch alone, after both phases."""
     near: dict[str, list[float]] = {}
     far: dict[str, list[float]] = {}
+    maps: dict[str, list[list[list[float]]]] = {}
     for seed in bench.lab.seeds:
         content, shares = needles.found(bench.lab, seed)
         for stage, cells in shares.items():
             means = dict(zip(content["lengths"], (100 * mean(row) for row in cells), strict=True))
             near.setdefault(stage, []).append(means.pop(min(means)))  # the length of training
             far.setdefault(stage, []).append(mean(means.values()))
+            maps.setdefault(stage, []).append(cells)
     rows = [[stage, centre(near[stage], "{:.1f}"), centre(far[stage], "{:.1f}")] for stage in near]
+    drawn = [Found(stage, np.mean(cells, 0).tolist(), []) for stage, cells in maps.items()]
+    draw(drawn, content["lengths"], content["depths"], content["chance"], bench.figure("context"))
     chance = 100 * content["chance"]
     gain = Difference.of(far[needles.BEFORE], far[needles.PHASES[-1]])
     known = Difference.of([chance] * len(near[needles.BEFORE]), near[needles.BEFORE])
     note = f"Beyond the trained length {gain.text('{:+.1f}')} points by the stage; guessing finds {chance:.0f} %."
     if not (known.is_clear and known.mean > 0):
         note += " Before, no more than that is found at the trained length either: there is nothing to carry further."
-    note += f" The map is that of seed {bench.lab.seeds[0]}."
-    picture = f"../{needles.folder(bench.lab, bench.lab.seeds[0]).relative_to(bench.page)}/needle.png"
     header = ("model", "needles found at the trained length, %", "at longer ones, %")
-    return Result(header, rows, gain.verdict(lower=False), note, [picture])
+    return Result(header, rows, reaches(far[needles.PHASES[-1]], FOUND), note, ["context.png"])
 
 
 def sweeps(bench: Bench) -> Result:

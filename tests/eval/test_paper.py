@@ -16,7 +16,7 @@ from eval.paper import context, speed, training
 from eval.paper.arms import BASE, merged, read_arms
 from eval.paper.bench import Bench
 from eval.paper.claims import CLAIMS
-from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, weakest
+from eval.paper.differences import DOES_NOT, HOLDS, UNKNOWN, Difference, centre, reaches, weakest
 from eval.paper.page import write
 from eval.paper.probes import accuracy, cache_bytes, decoding, domains, drafts
 from eval.paper.training import Corpus, Laboratory
@@ -90,6 +90,9 @@ def test_a_difference_within_the_noise_says_nothing():
     assert clear.verdict() == HOLDS and clear.verdict(lower=False) == DOES_NOT
     assert Difference.of([1.0, 2.0, 3.0], [0.9, 2.1, 2.9]).verdict() == UNKNOWN
     assert Difference.of([1.0], [0.5]).verdict() == UNKNOWN and Difference.of([1.0], [0.5]).text() == "-0.5000 one seed"
+    assert [reaches(values, 0.5) for values in ([0.6, 0.61], [0.4, 0.41], [0.4, 0.6], [0.6])] == [
+        HOLDS, DOES_NOT, UNKNOWN, UNKNOWN,
+    ]  # fmt: skip
     assert centre([1.0]) == "1.0000" and centre([1.0, 3.0], "{:.1f}") == "2.0 ± 2.8"
     assert (
         weakest([HOLDS, UNKNOWN]) == UNKNOWN and weakest([UNKNOWN, DOES_NOT]) == DOES_NOT and weakest([HOLDS]) == HOLDS
@@ -185,7 +188,7 @@ def test_claims_that_logs_decide(lab, tmp_path):
 
 
 def test_needles_are_told_apart_by_the_names_of_their_models(lab):
-    """In any order. The stage finds 30 % more beyond the trained length; the base is at guessing within it."""
+    """In any order. The stage finds 30 points more beyond the trained length, but not most; the base only guesses."""
     far = {"base/seed-0/final, YaRN x 16 untrained": 0.1, "context/seed-0/phase2/final": 0.4, "base/seed-0/final": 0.1,
            "context/seed-0/phase1/final": 0.2}  # fmt: skip
     for seed in lab.seeds:
@@ -193,13 +196,14 @@ def test_needles_are_told_apart_by_the_names_of_their_models(lab):
         out.mkdir(parents=True)
         models = [{"name": name.replace("seed-0", f"seed-{seed}"), "chosen": [[0.1, 0.06], [share, share]]}
                   for name, share in far.items()]  # fmt: skip
-        content = {"lengths": [256, 1024], "chance": 1 / 12, "models": models}
+        content = {"lengths": [256, 1024], "depths": [0.0, 1.0], "chance": 1 / 12, "models": models}
         (out / "needle.json").write_text(json.dumps(content), encoding="utf8")
     (claim,) = [claim for claim in CLAIMS if claim.name == "context"]
     result = claim.measure(Bench(lab, [], {}))
     assert [row[0] for row in result.rows] == ["YaRN alone", "after phase 2", "before", "after phase 1"]
     assert [row[2][:4] for row in result.rows] == ["10.0", "40.0", "10.0", "20.0"]
-    assert result.verdict == HOLDS and "+30.0 ± 0.0 points" in result.note and "nothing to carry" in result.note
+    assert result.verdict == DOES_NOT and "+30.0 ± 0.0 points" in result.note and "nothing to carry" in result.note
+    assert Path(Bench(lab, [], {}).figure("context")).read_bytes().startswith(b"\x89PNG")
     del content["models"][1]
     (out / "needle.json").write_text(json.dumps(content), encoding="utf8")
     with pytest.raises(UserError, match="has no model after phase 2; remove the file"):

@@ -60,6 +60,7 @@ def test_frequencies_are_not_part_of_a_checkpoint(tiny_model):
         {"mscale_all_dim": 0.7},
         {"attention_factor": 1.5},
         {"beta_fast": 8, "beta_slow": 2},
+        {"beta_slow": 1e-7},  # the slowest pair there could be is the last
         {"factor": 40.0, "original_max_position_embeddings": 4096},
     ],
 )

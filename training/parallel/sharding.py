@@ -206,23 +206,21 @@ class Shards:
         ranks, which call this together.
         """
         whole, pp = {}, self._mesh.pp
-        everywhere: list[Any] = [[*here]]
+        described = {name: (self._full_shape(name, tensor), tensor.dtype) for name, tensor in here.items()}
+        everywhere: list[Any] = [described]
         if pp.size() > 1:
             everywhere = [None] * pp.size()
-            dist.all_gather_object(everywhere, [*here], pp.get_group())
+            dist.all_gather_object(everywhere, described, pp.get_group())
         rank, width = dist.get_rank(), self._mesh.data.size()
         for name, writer in writers.items():
             stage = next(stage for stage, names in enumerate(everywhere) if name in names)
             found = self._join(name, here[name]) if stage == pp.get_local_rank() else None
             source = stage * width + writer % width  # ranks of a stage are neighbours
             if source != writer and rank == source:
-                described = [found.shape, found.dtype]
-                dist.send_object_list(described, writer, pp.get_group())
                 dist.send(found.contiguous(), writer, pp.get_group())
             elif source != writer and rank == writer:
-                described = [None, None]
-                dist.recv_object_list(described, source, pp.get_group())
-                found = torch.empty(described[0], dtype=described[1], device=self._mesh.data.device_type)
+                shape, dtype = everywhere[stage][name]
+                found = torch.empty(shape, dtype=dtype, device=self._mesh.data.device_type)
                 dist.recv(found, source, pp.get_group())
             if rank == writer:
                 whole[name] = found.cpu()
@@ -244,6 +242,11 @@ class Shards:
         parts = [torch.empty_like(full) for _ in range(self._mesh.ep.size())]
         dist.all_gather(parts, full, group=self._mesh.ep.get_group())
         return torch.cat(parts)
+
+    def _full_shape(self, weight: str, tensor: Tensor) -> torch.Size:
+        """Return that of what `_join` returns."""
+        parts = self._mesh.ep.size() if isinstance(tensor, DTensor) and self._is_spread(weight) else 1
+        return tensor.shape if parts == 1 else torch.Size((tensor.shape[0] * parts, *tensor.shape[1:]))
 
     def _is_here(self, weight: str) -> bool:
         return self._mesh.pp.size() == 1 or weight in self._mine or weight in self._buffers

@@ -174,9 +174,10 @@ def test_ranks_with_shards_train_the_adapter_of_one_process(tune, tmp_path, argu
         torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
 
 
-def test_experts_over_ranks_have_no_adapters(tune, tmp_path):
-    said = tune(tmp_path / "run", "--lora.targets", "all", "--dist.ep", 2, code=2).err
-    assert said.splitlines()[-1].endswith("--dist.ep 2: does not go with --lora.targets all; give --dist.zero 3")
+@pytest.mark.parametrize("option", ["--lora.targets all", "--base int8"])
+def test_experts_over_ranks_have_no_adapters_and_are_not_quantized(option, tune, tmp_path):
+    said = tune(tmp_path / "run", *option.split(), "--dist.ep", 2, code=2).err
+    assert said.splitlines()[-1].endswith(f"--dist.ep 2: does not go with {option}; give --dist.zero 3")
 
 
 def test_two_ranks_and_recomputed_activations_train_the_adapter_of_one_process(tune, tmp_path, arguments):

@@ -55,7 +55,7 @@ def test_every_mesh_trains_as_one_process_does(case, train):  # noqa: F811
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
 def test_eight_ranks_leave_one_process_all_that_it_needs(schedule, train):  # noqa: F811
     """Saved by two stages of two copies of halves of the experts, and gone on with by one process; then back."""
-    options = {"val_every": 4, "batch_tokens": 16 * TIME}
+    options = {"val_every": 2, "batch_tokens": 16 * TIME}
     one = train("one", 1, Packed, max_steps=6, **options)
     cut = {"pp": 2, "ep": 2, "zero": 1, "schedule": schedule}
     for world, dist, steps in ((8, cut, 2), (1, {}, 4), (8, cut, 6)):
