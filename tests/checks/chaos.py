@@ -1,6 +1,6 @@
 """Kill training runs with SIGKILL at random moments and during saves, resume them, compare them with unbroken ones.
 
-python tests/checks/chaos.py --kills 100               all stages, one and two ranks, and meshes: what `make chaos` does
+python tests/checks/chaos.py --kills 100            all stages, one and two ranks, and each mesh: what `make chaos` does
 python tests/checks/chaos.py --kills 12 --stage grpo --ranks 2
 
 Every start is the stage's script as a person starts it (with two ranks through torchrun), at a tiny size. A kill
@@ -28,12 +28,13 @@ from victim import LIMIT, ProcessTree, Script, differences, prepare, stage_comma
 from errors import UserError, command_line
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
+FOLDED = "--dist.schedule dualpipev --model.num_hidden_layers 4 --micro_tokens 64 --max_steps 40"
 MESHES = (  # of pretraining: ranks, and what they cut
     (2, "--dist.zero 1"),
     (2, "--dist.zero 3"),
     (2, "--dist.ep 2"),
     (2, "--dist.pp 2"),
-    (4, "--dist.pp 2 --dist.ep 2 --dist.schedule dualpipev --micro_tokens 64 --model.num_hidden_layers 4"),
+    (4, f"--dist.pp 2 --dist.ep 2 {FOLDED}"),
 )
 AIMED = 0.4  # of the kills: at a save, when its temporary folder appears
 EARLY = 0.1  # of the kills: before training has begun
