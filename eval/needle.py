@@ -167,7 +167,7 @@ def draw(models: Sequence[Found], lengths: Sequence[int], depths: Sequence[float
     """Draw a heat map for each model: depth over length."""
     pyplot = load_pyplot()
     width = max(0.7 * len(lengths), 2.5)  # inches of a map
-    size = (1.6 + width * len(models), 1.9 + 0.45 * len(depths))
+    size = (1.6 + width * len(models), max(1.9 + 0.45 * len(depths), 3.9))  # room for the labels
     figure, axes = pyplot.subplots(1, len(models), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axis, model in zip(axes.flat, models, strict=True):
         shares = [[100 * share for share in row] for row in zip(*model.chosen, strict=True)]  # (depths, lengths)
