@@ -60,9 +60,7 @@ def main() -> None:
         from training.adapters.adapter import Adapter, save_merged
 
     ranks = begin(settings)
-    # What is quantized, or split into magnitude and direction, is read whole for that.
-    as_it_is = settings.base == "auto" and not settings.lora.dora
-    model, tokenizer = open_checkpoint(settings.ckpt, cut=settings.dist.cuts(ranks.world) and as_it_is)
+    model, tokenizer = open_checkpoint(settings.ckpt, cut=settings.dist.cuts(ranks.world))
     # The MTP layers predict from states that the adapter changes, and have no adapter: they take no part.
     model.mtp = nn.ModuleList()
     adapter = Adapter.add(model, settings.lora, settings.ckpt)

@@ -27,7 +27,10 @@ def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:
     """Store the matrices that are not trained in `dtype`, or those of the layers quantized: `int8` or `nf4`.
 
     Norms and routers keep float32, and what is trained stays as it is. Embedding and head are never quantized.
+    Of a model whose weights are yet to come, each that is quantized is read for that.
     """
+    quantize, read = nf4_or_int8 if base == "nf4" else int8, getattr(model, "whole", None)
+    names = {p: name.replace(".base_layer", "") for name, p in model.named_parameters()} if read else {}
     for name, module in list(model.named_modules()):
         is_matrix = isinstance(module, (nn.Embedding, Experts)) or type(module) in (nn.Linear, Linear)
         if not is_matrix or any(parameter.requires_grad for parameter in module.parameters()):
@@ -35,7 +38,7 @@ def shrink_frozen(model: MiniDeepSeek, base: str, dtype: torch.dtype) -> None:
         if base == "auto" or not name.startswith("model.layers."):
             module.to(dtype)
         else:
-            quantize_weights(model, name, nf4_or_int8 if base == "nf4" else int8)
+            quantize_weights(model, name, (lambda p: quantize(read(names[p], p))) if read else quantize)
 
 
 def int8(weight: Tensor) -> Int8Weight:

@@ -63,20 +63,31 @@ class Deferred(MiniDeepSeek):
 
         What lies there as one experts' matrices is one weight here, and comes expert by expert.
         """
-        config, tied = self.config, dict(zip(TIED, TIED[::-1], strict=True))
         with EmptyOnMeta():
-            state = MiniDeepSeek(config).to("meta").state_dict()
+            state = MiniDeepSeek(self.config).to("meta").state_dict()
         for name in sorted(state):
-            whole = released_name(name, config)
-            whole = whole if whole in self.files.names else tied.get(whole, whole)
-            pieces = [whole] if whole in self.files.names else released_views({name: state[name]}, config)
-            yield name, (self.files[piece].float() for piece in pieces)
+            yield name, self._pieces(name, state[name])
+
+    def whole(self, name: str, weight: Tensor) -> Tensor:
+        """Read a weight of the files, float32. weight: of its shape."""
+        return torch.cat([piece.flatten() for piece in self._pieces(name, weight)]).view(weight.shape)
+
+    def _pieces(self, name: str, weight: Tensor) -> Iterator[Tensor]:
+        files, tied = self.files, dict(zip(TIED, TIED[::-1], strict=True))
+        stored = released_name(name, self.config)
+        stored = stored if stored in files.names else tied.get(stored, stored)
+        pieces = [stored] if stored in files.names else released_views({name: weight}, self.config)
+        return (files[piece].float() for piece in pieces)
 
     @contextmanager
     def extended(self) -> Iterator[None]:
-        """What modules of one's own draw within is what they would draw beside the whole model, and it has memory."""
+        """What modules of one's own draw within is what they would draw beside the whole model, and it has memory.
+
+        What they make of one of its weights (DoRA its norms) they make of the weight that is read for it.
+        """
+        names = {p: name for name, p in self.named_parameters()}
         draw_each(self.config, lambda *_: None)  # the generator is then where one process's is
-        with KeptInMemory():
+        with KeptInMemory(lambda p: self.whole(names[p], p)):
             yield
 
 
@@ -91,12 +102,20 @@ class EmptyOnMeta(TorchFunctionMode):
 
 
 class KeptInMemory(TorchDispatchMode):
-    """What would go to the meta device, where the weights beside it are, stays where it is."""
+    """What would go to the meta device, where the weights beside it are, stays where it is; one of them is read."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        """read: called with a weight on the meta device."""
+        super().__init__()
+        self._read = read
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.ops.aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "meta":
-            kwargs["device"] = args[0].device
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+            to_meta = torch.device(kwargs["device"]).type == "meta"
+            if args[0].is_meta and not to_meta:
+                return self._read(args[0])
+            kwargs["device"] = args[0].device if to_meta else kwargs["device"]
         return func(*args, **kwargs)
 
 

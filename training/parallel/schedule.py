@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CLASSES = {"1f1b": "1F1B", "zbv": "ZBVZeroBubble", "dualpipev": "DualPipeV"}
 Work = Callable[[], Any]
+Seed = Callable[[int, int], None]  # called with micro-batch and stage before a forward pass, for what is drawn there
 
 
 class Measured(NamedTuple):
@@ -86,12 +87,8 @@ class Pipeline:
         mine = next((group for group, pair in zip(groups, pairs, strict=True) if dist.get_rank() in pair), None)
         return mine and Ends(mine, self.last is not None)
 
-    def run(
-        self, loss: Loss, batches: Sequence[Batch], nominal: int, seed: Callable[[int, int], None]
-    ) -> list[Measured]:
+    def run(self, loss: Loss, batches: Sequence[Batch], nominal: int, seed: Seed) -> list[Measured]:
         """Do forward and backward passes of all micro-batches of a step; gradients are of the sum over `nominal`.
-
-        seed: called with micro-batch and stage before each forward pass, for what is drawn there.
 
         Returns what was measured in each; on the ranks without the last stage zeros, but their own experts' loads.
         """

@@ -26,7 +26,7 @@ from training.parallel.initial import Deferred
 from training.parallel.mesh import Mesh, check_mesh
 from training.parallel.ranks import Ranks
 from training.parallel.replication import check_facts, facts, listed
-from training.parallel.schedule import Ends, Measured, Piped, Pipeline, check_stages
+from training.parallel.schedule import Ends, Measured, Piped, Pipeline, Seed, check_stages
 from training.run.checkpoint import DATA
 from training.settings import StageSettings
 
@@ -106,7 +106,7 @@ class Sharded(nn.Module):
             self._apply(lambda t: torch.empty_like(t, device=mesh.data.device_type) if t.is_meta else t)
         self.shards = Shards(self.parts, mesh, pipeline and pipeline.ends)
         if pipeline:
-            pipeline.within = self._within
+            pipeline.within = lambda work: self(lambda _: work())
 
     @property
     def model(self) -> MiniDeepSeek:
@@ -116,9 +116,6 @@ class Sharded(nn.Module):
     def forward(self, work: Callable[[MiniDeepSeek], Result]) -> Result:
         """Call `work` with the model, where it can compute: on all ranks, with as many forward passes on each."""
         return work(self.model)
-
-    def _within(self, work: Callable[[], Result]) -> Result:
-        return self(lambda _: work())
 
     def accumulating(self, more: bool) -> AbstractContextManager:
         """With ZeRO-1 gradients and whole weights stay local while more micro-batches of the step follow."""
@@ -138,9 +135,7 @@ class Sharded(nn.Module):
         """Return the loss of a micro-batch."""
         return self(lambda model: loss(model, batch))
 
-    def compute_all(
-        self, loss: Loss, batches: Sequence[Batch], nominal: int, seed: Callable[[int, int], None]
-    ) -> list[Measured]:
+    def compute_all(self, loss: Loss, batches: Sequence[Batch], nominal: int, seed: Seed) -> list[Measured]:
         """Do forward and backward passes of a step in a pipeline: `Pipeline.run`."""
         self._exchanges(False)
         measured = self.pipeline.run(loss, batches, nominal, seed)

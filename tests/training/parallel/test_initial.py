@@ -104,8 +104,12 @@ def test_shares_are_those_of_one_process_to_the_bit(case, as_rank, tiny_config, 
     assert everywhere == saved.keys() - tied
 
 
-def test_an_adapter_begins_as_that_of_one_process_to_the_bit(as_rank, tiny_config, tmp_path):
-    """Drawn after weights that no rank draws, on weights that are rounded when they have been read."""
+@pytest.mark.parametrize(("targets", "base"), [("all", "auto"), ("all", "nf4"), ("attention,ffn", "dora")])
+def test_an_adapter_begins_as_that_of_one_process_to_the_bit(targets, base, as_rank, tiny_config, tmp_path):
+    """Drawn after weights that no rank draws, on weights that are rounded when they have been read.
+
+    What is quantized, or measured for DoRA, is read for that alone: no other matrix of the base is there before.
+    """
     from training.adapters.adapter import Adapter, LoraSettings
     from training.adapters.frozen import shrink_frozen
 
@@ -116,8 +120,8 @@ def test_an_adapter_begins_as_that_of_one_process_to_the_bit(as_rank, tiny_confi
         torch.manual_seed(5)
         model = make(tmp_path / "saved", adapt=lambda config: config)
         model.mtp = nn.ModuleList()
-        adapter = Adapter.add(model, LoraSettings(targets="all"), "base")
-        shrink_frozen(model, "auto", torch.bfloat16)
+        adapter = Adapter.add(model, LoraSettings(targets=targets, dora=base == "dora"), "base")
+        shrink_frozen(model, "auto" if base == "dora" else base, torch.bfloat16)
         return adapter
 
     one = adapted(MiniDeepSeek.from_pretrained)
@@ -125,8 +129,9 @@ def test_an_adapter_begins_as_that_of_one_process_to_the_bit(as_rank, tiny_confi
 
     def work(mesh, shard: Callable) -> None:
         adapter = adapted(Deferred.read)
+        assert all(p.is_meta for p in adapter.model.parameters() if p.dim() > 1 and not p.requires_grad)
         places = shard(adapter.model).places()
-        assert adapter.base == one.base and len(trained) > 30 and places.keys() == expected.keys() - {"lm_head.weight"}
+        assert adapter.base == one.base and len(trained) > 20 and places.keys() == expected.keys() - {"lm_head.weight"}
         for name, share in places.items():
             rows = expected[name]
             if name in dict(one.model.named_parameters()):
