@@ -1,6 +1,6 @@
 """The claims of the paper at a size that a person can train: each with its arms, seeds, noise, figure and verdict.
 
-python -m eval.paper --tokenizer out/demo/tokenizer                       all of them, on the demo's world (make paper)
+python -m eval.paper --tokenizer out/paper/tokenizer                      all of them, on the demo's world (make paper)
 python -m eval.paper --tokenizer DIR --only mtp,fp8 --data my.csv --text my_heldout.txt
 python -m eval.paper --tokenizer DIR --size configs/paper/sizes/64m.yaml --data seq_monkey.csv --device cuda
 
