@@ -20,7 +20,7 @@ from training.chats import ChatSettings, chat_samples, open_chats
 from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
-from training.parallel.dist_settings import CutSettings
+from training.parallel.dist_settings import ShardSettings
 from training.run.checkpoint import BEST, read_progress
 from training.run.saver import first_and_best
 from training.startup import begin, open_checkpoint
@@ -40,7 +40,7 @@ class LoraSFTSettings(ChatSettings):
     lora: LoraSettings = field(default_factory=LoraSettings)
     base: str = "auto"
     merge: bool = False
-    dist: CutSettings = field(default_factory=CutSettings)
+    dist: ShardSettings = field(default_factory=ShardSettings)
     COMPILES: ClassVar[bool] = False
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=2e-3, weight_decay=0.0, decay_from=0.0))
 

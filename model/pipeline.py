@@ -80,10 +80,10 @@ class WeightGradients:
     """
 
     def __init__(self, stage: nn.Module) -> None:
-        """Take those of the linear layers and experts of a stage."""
+        """Take those of the linear layers and experts of a stage that are trained."""
         self._waiting: list[Callable[[], None]] = []
         for module in stage.modules():
-            if isinstance(module, (Linear, Experts)):
+            if isinstance(module, (Linear, Experts)) and any(p.requires_grad for p in module.parameters()):
                 module.later = self
 
     def linear(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -188,8 +189,7 @@ class OptimizerStep:
             ranks.watch.show(*(f"step {step + 1}, micro-batches", index, last + 1) if last else ("", 0, 0))
             began = time.perf_counter()
             batch = self.batches.take(step, index)
-            # What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
-            set_seed(scramble(self.settings.seed, step, index, ranks.rank) >> 1, ranks.device)
+            self._seed(step, index)
             with self.copies.accumulating(index < last):
                 with autocast(self.dtype, ranks.device):
                     loss, count, metrics = self.copies.compute(self.loss, batch)
@@ -209,13 +209,20 @@ class OptimizerStep:
             raise Stopped
         self.ranks.watch.show(f"step {step + 1}, micro-batches", 0, len(micro_batches))
         batches = [self.batches.take(step, index) for index in range(len(micro_batches))]
-        measured = self.copies.compute_all(self.loss, batches, self._nominal)
+        measured = self.copies.compute_all(self.loss, batches, self._nominal, partial(self._seed, step))
         for indices, (loss, count, metrics) in zip(micro_batches, measured, strict=True):
             tally.add({"loss": loss, "count": count, **metrics})
             if self.copies.pipeline.last is not None:  # elsewhere these are zeros
                 self.parts.append((indices, loss, count))
                 self._tokens += positions(batches[0])
         return tally
+
+    def _seed(self, step: int, *place: int) -> None:
+        """What dropout draws is a function of these numbers, like the order of the data: a resumed run draws it too.
+
+        place: of a micro-batch, and in a pipeline of a stage.
+        """
+        set_seed(scramble(self.settings.seed, step, *place, self.ranks.rank) >> 1, self.ranks.device)
 
     def normalise_and_clip(self, sums: Sums) -> tuple[StepResult, float]:
         """Divide by the count of the whole step, over all ranks.

@@ -67,6 +67,14 @@ def test_weight_gradients_that_wait_are_the_same_and_each_computed_once(recomput
         torch.testing.assert_close(2 * one.grad, other.grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_frozen_weights_have_no_gradients_that_wait(tiny_model, batch, monkeypatch):
+    frozen = tiny_model(vocab_size=600).requires_grad_(False)
+    frozen.model.embed_tokens.requires_grad_()
+    monkeypatch.setattr(WeightGradients(frozen), "add", lambda _: pytest.fail("a gradient that nobody wants"))
+    NextTokenLoss()(frozen, batch)[0].backward()
+    assert frozen.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
 def test_weights_in_bfloat16_collect_their_gradients_in_float32():
     layer = Linear(32, 32, bias=False, dtype=torch.bfloat16)
     later, x = WeightGradients(layer), torch.ones(4, 32, dtype=torch.bfloat16, requires_grad=True)

@@ -90,7 +90,10 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """A and B under peft's names."""
         state = self._state()
-        return self.shards.gather(state, dict.fromkeys(state, 0)) if self.shards else state
+        if self.shards is None:
+            return state
+        here = {name: tensor for name, tensor in state.items() if not tensor.is_meta}  # of this rank's stages
+        return self.shards.gather(here, dict.fromkeys(state, 0))
 
     def _state(self) -> dict[str, Tensor]:
         return get_peft_model_state_dict(self.peft, save_embedding_layers=False)

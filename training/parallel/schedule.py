@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
+from errors import UserError
 from model import MiniDeepSeek
 from model.pipeline import Stage, WeightGradients
 from model.transformer import Output
@@ -77,19 +78,24 @@ class Pipeline:
                 part.to("meta")
 
     def _ends(self, mesh: Mesh, pp: int, folded: bool) -> Ends | None:
-        if folded or not (len(self.whole.mtp) or self.whole.config.tie_word_embeddings):
+        takes = len(self.whole.mtp) or self.whole.config.tie_word_embeddings
+        if folded or not takes or not self.whole.model.embed_tokens.weight.requires_grad:
             return None
         pairs = [[place, (pp - 1) * mesh.data.size() + place] for place in range(mesh.data.size())]
         groups = [dist.new_group(pair) for pair in pairs]  # by all ranks, each of them
         mine = next((group for group, pair in zip(groups, pairs, strict=True) if dist.get_rank() in pair), None)
         return mine and Ends(mine, self.last is not None)
 
-    def run(self, loss: Loss, batches: Sequence[Batch], nominal: int) -> list[Measured]:
+    def run(
+        self, loss: Loss, batches: Sequence[Batch], nominal: int, seed: Callable[[int, int], None]
+    ) -> list[Measured]:
         """Do forward and backward passes of all micro-batches of a step; gradients are of the sum over `nominal`.
+
+        seed: called with micro-batch and stage before each forward pass, for what is drawn there.
 
         Returns what was measured in each; on the ranks without the last stage zeros, but their own experts' loads.
         """
-        self._batches, self._loss, self._nominal = batches, loss, nominal
+        self._batches, self._loss, self._nominal, self._seed = batches, loss, nominal, seed
         self._measured: dict[int, Measured] = {}
         self._counts: list[Tensor | None] = [None] * len(batches)
         schedule = self._of(batches)
@@ -148,6 +154,7 @@ class Pipeline:
         batch, stage = self._batches[micro_batch], self.stages[number]
         state, balance = received if number else (None, None)
         rows = len(batch["input_ids"])
+        self._seed(micro_batch, number)
 
         def model(**inputs: Any) -> Output:
             return stage(**inputs, state=state, balance=balance)
@@ -229,6 +236,16 @@ def layers_of(whole: MiniDeepSeek, stages: int) -> list[range]:
     sizes[-1] -= depths
     ends = [sum(sizes[: place + 1]) for place in range(stages)]
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def check_stages(whole: MiniDeepSeek, settings: ShardSettings) -> None:
+    """Raise `UserError` where the layers of a stage are all frozen, as where only some have adapters."""
+    for number, layers in enumerate(layers_of(whole, settings.stages), 1):
+        if layers and not any(p.requires_grad for index in layers for p in whole.model.layers[index].parameters()):
+            raise UserError(
+                f"--dist.pp {settings.pp}: nothing trains in stage {number} of {settings.stages} "
+                f"({settings.schedule}); lower it, or give --lora.targets attention too"
+            )
 
 
 def _each(part: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from training.parallel.initial import Deferred
 from training.parallel.mesh import Mesh, check_mesh
 from training.parallel.ranks import Ranks
 from training.parallel.replication import check_facts, facts, listed
-from training.parallel.schedule import Ends, Measured, Piped, Pipeline
+from training.parallel.schedule import Ends, Measured, Piped, Pipeline, check_stages
 from training.run.checkpoint import DATA
 from training.settings import StageSettings
 
@@ -41,7 +42,10 @@ def shard(
 
     dtype: of the products; run: see `facts`. Shards go to the device, the whole does not.
     """
-    ranks.on_main(lambda: check_mesh(settings, ranks.world, model.config))
+    config = replace(model.config, num_nextn_predict_layers=len(model.mtp))  # an adapter's model has left them out
+    ranks.on_main(lambda: check_mesh(settings, ranks.world, config))
+    if settings.dist.pp > 1:
+        ranks.on_main(lambda: check_stages(model, settings.dist))
     check_facts(ranks, facts(settings, run, model))
     mesh = Mesh.of(settings, ranks)
     pipeline = Pipeline(model, mesh, settings.dist, dtype) if settings.dist.pp > 1 else None
@@ -134,10 +138,12 @@ class Sharded(nn.Module):
         """Return the loss of a micro-batch."""
         return self(lambda model: loss(model, batch))
 
-    def compute_all(self, loss: Loss, batches: Sequence[Batch], nominal: int) -> list[Measured]:
-        """Do forward and backward passes of a step in a pipeline; gradients are of the sum over `nominal`."""
+    def compute_all(
+        self, loss: Loss, batches: Sequence[Batch], nominal: int, seed: Callable[[int, int], None]
+    ) -> list[Measured]:
+        """Do forward and backward passes of a step in a pipeline: `Pipeline.run`."""
         self._exchanges(False)
-        measured = self.pipeline.run(loss, batches, nominal)
+        measured = self.pipeline.run(loss, batches, nominal, seed)
         self._exchanges(True)
         # At the end of a backward pass, of nothing here, FSDP2 exchanges what has been accumulated.
         self(lambda _: torch.zeros((), device=batches[0]["input_ids"].device, requires_grad=True) * 0).backward()

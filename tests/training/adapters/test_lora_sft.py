@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import lora_sft
 from errors import UserError
 from eval.answering import Answerer
 from eval.chat import chat
+from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.checkpoint.card import card
 from training.run.log import read_metrics
@@ -150,7 +152,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tune, tmp_path, options):
     assert any(value.abs().max() > 0 for name, value in weights(cut).items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("shards", [[], ["--dist.zero", 3]], ids=str)
+@pytest.mark.parametrize("shards", [[], ["--dist.zero", 3], ["--dist.pp", 2]], ids=str)
 def test_two_ranks_that_were_cut_go_on_to_the_same_bits(shards, tmp_path, arguments):
     """Each rank draws masks of its own, which the checkpoint of rank 0 could not hold."""
     given = [*arguments, "--micro_tokens", 128, "--max_steps", 4, "--save_every", 2, "--lora.dropout", 0.5]
@@ -172,6 +174,21 @@ def test_ranks_with_shards_train_the_adapter_of_one_process(tune, tmp_path, argu
         given = [*arguments, "--out", two, *options, "--lora.targets", targets, *shards, "--micro_tokens", 128]
         script_on_ranks(2, holding(lora_sft.main, 0.6, pretrained / "final"), given, tmp_path)
         torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
+
+
+def test_a_pipeline_trains_the_adapter_of_one_process(tune, tmp_path, arguments, pretrained):
+    """Folded into a V, where the gradients of weights wait, if they are trained; head and embedding are one matrix."""
+    base, one, two = tmp_path / "base", tmp_path / "one", tmp_path / "two"
+    shutil.copytree(pretrained / "final", base, ignore=shutil.ignore_patterns("*.safetensors"))
+    deeper = {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    MiniDeepSeek(replace(LMConfig.from_pretrained(pretrained / "final"), **deeper)).save_pretrained(base)
+    options = ["--ckpt", base, "--max_steps", 2, "--lora.dropout", 0, "--optim.eps", 1e-3, "--lora.targets", "all"]
+    tune(one, *options)
+    given = [*arguments, "--out", two, *options, "--dist.pp", 2, "--dist.schedule", "zbv", "--micro_tokens", 128]
+    script_on_ranks(2, holding(lora_sft.main, 0.8, base), given, tmp_path)
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
+    for ours, theirs in zip(*(read_metrics(out / "metrics.jsonl") for out in (two, one)), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("option", ["--lora.targets all", "--base int8"])

@@ -24,6 +24,7 @@ from toy_stage import ROWS, TIME, Maker, Rows, files
 
 from errors import UserError, command_line
 from LMConfig import LMConfig
+from model import MiniDeepSeek
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import ShardSettings
 from training.parallel.mesh import check_mesh
@@ -300,6 +301,11 @@ def test_what_does_not_go_together_is_refused_in_one_line(make):
     ):
         with pytest.raises(UserError, match=re.escape(says)):
             check_mesh(replace(settings, **change), world, config)
+    with torch.device("meta"):
+        adapted = MiniDeepSeek(config)
+    adapted.model.layers.requires_grad_(False)
+    with pytest.raises(UserError, match=r"--dist.pp 2: nothing trains in stage 1 of 2 \(1f1b\); .* --lora.targets att"):
+        import_module("training.parallel.schedule").check_stages(adapted, ShardSettings(pp=2))
     for zero in (2, 4):
         with pytest.raises(UserError, match=f"--dist.zero {zero}: one of 0, 1, 3"):
             ShardSettings(zero=zero)
