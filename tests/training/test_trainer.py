@@ -84,7 +84,7 @@ def test_the_gradient_is_clipped(make):
 
 
 def test_a_gradient_within_the_clip_stays_as_it_is(make):
-    """A clip of just above its norm and one of far above it give the same weights, under an epsilon that shows scale."""
+    """A clip of just above its norm and one of far above it give the same weights, where epsilon shows scale."""
     weights, norm = [], 0.0
     for clip in (1e9, 1.01):
         trainer = make(f"clip {clip}", max_steps=1, optim=OptimSettings(clip=clip * (norm or 1), eps=1.0))
