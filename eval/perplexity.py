@@ -68,7 +68,10 @@ def read_blocks(path: Path) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a text file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert it with iconv -f GB18030 -t UTF-8") from None
+        remedy = "convert it with iconv -f GB18030 -t UTF-8"
+        if error.reason == "unexpected end of data":  # all before it is UTF-8
+            remedy = "it ends within a character; cut it between two, as with head -n"
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); {remedy}") from None
 
 
 def perplexity(

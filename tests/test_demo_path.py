@@ -219,14 +219,15 @@ def test_minutes_of_make_demo_are_a_line_of_tokens_and_steps(minutes, tmp_path):
 
 @pytest.mark.parametrize("minutes", ["", "5", "7 14", "07", "%", "."])
 def test_other_minutes_are_refused_in_one_line_with_the_four(minutes):
-    done = subprocess.run(["make", "-n", "demo", f"MINUTES={minutes}"], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "-n", "--no-print-directory", "demo", f"MINUTES={minutes}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert f"MINUTES={minutes}: give one of {' '.join(DIAL)}," in done.stderr
 
 
 def test_make_demo_says_first_what_it_spends_and_what_to_expect(tmp_path):
     def said(*variables: str) -> list[str]:
-        command = ["make", "-n", "demo", *variables]
+        command = ["make", "-n", "--no-print-directory", "demo", *variables]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[:2]
 
     spends, expects = said("MINUTES=3")

@@ -83,6 +83,17 @@ def test_the_gradient_is_clipped(make):
     assert read_metrics(trainer.out / "metrics.jsonl")[1]["grad_norm"] > 0.01
 
 
+def test_a_gradient_within_the_clip_stays_as_it_is(make):
+    """A clip of just above its norm and one of far above it give the same weights, where epsilon shows scale."""
+    weights, norm = [], 0.0
+    for clip in (1e9, 1.01):
+        trainer = make(f"clip {clip}", max_steps=1, optim=OptimSettings(clip=clip * (norm or 1), eps=1.0))
+        trainer.run()
+        norm = read_metrics(trainer.out / "metrics.jsonl")[1]["grad_norm"]
+        weights.append(trainer.model.lm_head.weight.clone())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
+
+
 def test_every_logged_step_has_the_keys_people_rely_on(make):
     trainer = make(max_steps=7, log_every=3, val_every=2)
     trainer.run()

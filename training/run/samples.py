@@ -35,7 +35,8 @@ class SampleSettings(StageSettings):
     """Settings of a stage that shows the model's own text while it is trained.
 
     Args:
-        sample_every: steps between samples of the model's text, also kept in OUT/samples.jsonl; 0: at each validation.
+        sample_every: steps between samples of the model's text, also kept in OUT/samples.jsonl, besides those before
+            the first step and after the last; 0: at each validation.
         sample_prompts: file of prompts for them, one a line; empty: texts or questions of what is held out.
     """
 

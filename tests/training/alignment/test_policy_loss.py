@@ -191,3 +191,14 @@ def test_prompts_read_once_give_what_whole_rows_give(checkpointing, tiny_model):
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
     for ours, theirs in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_logged_is_of_tokens_and_not_of_what_fills_their_rows():
+    """Sampler and reference say of each token what the policy says; what stands behind the first's end is no token."""
+    said = torch.full((2, 2), 0.5).log()
+    said[0, 1] = -3.0
+    batch = toy(reference_log_probs=said, sampled_log_probs=said)
+    _, _, metrics = GRPOLoss("dapo", 4, beta=0.1)(TwoTokens(), batch)
+    for name in ("kl", "mismatch"):
+        total, count = metrics[name]
+        assert total.item() == pytest.approx(0, abs=1e-6) and count == 3

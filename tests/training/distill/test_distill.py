@@ -134,7 +134,7 @@ def test_answers_are_the_students_samples_after_the_datas_prompts(world, tokeniz
             place = prompts.index(ids[:begin])
             drawn = uniforms([(5, SAMPLING, 7, place)], 1, 12)
             (made,) = sample_groups(data.sampler.source, [prompts[place]], drawn, 2)
-            length = int(made.lengths[0])
+            length = min(int(made.lengths[0]), 96 + 1 - begin)  # it ends where its row does
             same = prompts.count(prompts[place]) > 1  # of equal prompts each has its own uniforms
             assert same or labels[begin - 1 :].tolist() == made.tokens[0, :length].tolist()
             found += 1

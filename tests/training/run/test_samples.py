@@ -164,7 +164,7 @@ def test_pretraining_continues_held_out_texts(pretrain_arguments, short, tmp_pat
 
 def test_fine_tuning_answers_held_out_questions(pretrained, world, short, tmp_path, run: Callable):
     given = ["--ckpt", pretrained / "final", "--data", world / "sft.jsonl", "--sequence_length", 64]
-    given += ["--batch_tokens", 512, "--val_tokens", 1024, "--out", tmp_path / "run"]
+    given += ["--batch_tokens", 512, "--val_tokens", 1024, "--val_fraction", 0.05, "--out", tmp_path / "run"]
     assert run(full_sft.main, *given, *short).code == 0
     entries = written(tmp_path / "run")
     assert [entry["step"] for entry in entries] == [0, 0, 2, 2] and entries[0]["prompt"] == entries[2]["prompt"]
