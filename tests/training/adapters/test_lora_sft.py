@@ -187,8 +187,9 @@ def test_a_pipeline_trains_the_adapter_of_one_process(tune, tmp_path, arguments,
     given = [*arguments, "--out", two, *options, "--dist.pp", 2, "--dist.schedule", "zbv", "--micro_tokens", 128]
     script_on_ranks(2, holding(lora_sft.main, 0.8, base), given, tmp_path)
     torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
+    names = ("loss", "grad_norm")
     for ours, theirs in zip(*(read_metrics(out / "metrics.jsonl") for out in (two, one)), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-4)
 
 
 @pytest.mark.parametrize("option", ["--lora.targets all", "--base int8"])
