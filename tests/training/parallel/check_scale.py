@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import test_equality
-from test_equality import Packed, Uneven, assert_the_same_training, measure  # noqa: F401
-from test_sharding import (  # noqa: F401
-    TIED,
-    ends_by_its_timeout,
-    ends_with_the_other,
-    goes_from_mesh_to_mesh,
-    imported,
-    resumes_to_the_bit,
-    train,
-)
+from test_equality import Packed, Uneven, assert_the_same_training
+from test_sharding import TIED, imported, train  # noqa: F401
 from toy_stage import TIME
 
+pytestmark = pytest.mark.scale
 ACCUMULATED = {"micro_tokens": TIME}
 CUT = ACCUMULATED | {"gradient_checkpointing": True}
 NO_MTP, TWO_MTP = {"num_nextn_predict_layers": 0}, {"num_nextn_predict_layers": 2}
@@ -71,33 +63,3 @@ def test_eight_ranks_leave_one_process_all_that_it_needs(schedule, train):  # no
     for world, dist, steps in ((8, cut, 2), (1, {}, 4), (8, cut, 6)):
         moved = train("moved", world, Packed, dist, max_steps=steps, resume=True, micro_tokens=TIME, **options)
     assert_the_same_training(moved, one)
-
-
-@pytest.mark.parametrize("cut", [{"zero": 1}, {"zero": 3, "ep": 2}, {"pp": 2, "schedule": "dualpipev"}])
-def test_a_rank_that_sleeps_is_named(cut, make, tmp_path):
-    ends_by_its_timeout(cut, make, tmp_path)
-
-
-@pytest.mark.parametrize("cut", [{"pp": 2, "schedule": "dualpipev"}])
-def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
-    ends_with_the_other(cut, make, tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train, monkeypatch):  # noqa: F811
-    goes_from_mesh_to_mesh(({"zero": 3}, {"pp": 2}, {"ep": 2}), train, monkeypatch)
-
-
-def test_a_pipeline_that_resumes_is_the_same_to_the_bit(train):  # noqa: F811
-    resumes_to_the_bit({"pp": 2}, train)
-
-
-@pytest.mark.parametrize("case", test_equality.CASES)
-def test_four_ranks_train_as_one_process_does(case, train):  # noqa: F811
-    dataset, model, cut = test_equality.CASES[case]
-    one = train("one", 1, dataset, model=model)
-    assert_the_same_training(train("four", 4, dataset, model=model, **cut), one)
-
-
-def test_loads_losses_and_norms_of_four_ranks_are_right(measure):  # noqa: F811
-    test_equality.assert_measured(*measure(4))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import on_ranks
+from forked import at_scale, on_ranks
 from safetensors.torch import load_file
 from toy_stage import ROWS, TIME, Rows, files
 
@@ -86,12 +86,12 @@ def assert_the_same_training(ours: Path, theirs: Path) -> None:
             assert one.get(count) == other.get(count), count
 
 
+@pytest.mark.parametrize("ranks", [2, *at_scale(4)])
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_train_as_one_process_does(case, train):
-    """Four do in make scale."""
+def test_ranks_train_as_one_process_does(case, ranks, train):
     dataset, model, cut = CASES[case]
     one = train("one", 1, dataset, model=model)
-    for world in (1, 2) if cut else (2,):
+    for world in (1, ranks) if cut else (ranks,):
         assert_the_same_training(train(f"on {world}", world, dataset, model=model, **cut), one)
 
 
@@ -158,6 +158,6 @@ def measure(make, tmp_path, monkeypatch) -> Callable[..., tuple[dict[str, object
     return measure
 
 
-@pytest.mark.parametrize(("ranks", "cut"), [(1, {"micro_tokens": 3 * TIME}), (2, CUT)])
-def test_loads_losses_and_norms_are_right_however_the_step_is_cut(ranks, cut, measure):
-    assert_measured(*measure(ranks, **cut))
+@pytest.mark.parametrize("ranks", [1, 2, *at_scale(4)])
+def test_loads_losses_and_norms_are_right_however_the_step_is_cut(ranks, measure):
+    assert_measured(*measure(ranks, **{1: {"micro_tokens": 3 * TIME}, 2: CUT, 4: {}}[ranks]))

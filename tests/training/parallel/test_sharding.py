@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Forked, on_ranks
+from forked import Forked, at_scale, on_ranks
 from safetensors.torch import load_file
 from test_equality import OPTIONS, Packed, Uneven, assert_the_same_training
 from torch.distributed import checkpoint, set_debug_level_from_env
@@ -156,8 +156,10 @@ def test_an_mtp_chain_without_weight_has_no_part_until_it_has_one(cut, train, al
     assert_nearly_the_same(train("cut", 2, cut=cut, **HALVES, **late), alone(Uneven, **late))
 
 
-def goes_from_mesh_to_mesh(meshes: Sequence[dict], train: Callable[..., Path], monkeypatch) -> None:
-    """One step on each, and one on one process."""
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("meshes", [(CLOSE, FOLDED), *at_scale(({"zero": 3}, {"pp": 2}, {"ep": 2}))])
+def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(meshes, train, monkeypatch):
+    """One step on each: weights, moments and the order of the data go with it. No rank has all of it to write."""
     saved = import_module("training.parallel.saved")
     gather = saved.ShardedModel.tensors
 
@@ -176,12 +178,6 @@ def goes_from_mesh_to_mesh(meshes: Sequence[dict], train: Callable[..., Path], m
     assert_the_same_training(moved, whole)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train, monkeypatch):
-    """Weights, moments and the order of the data go with it. No rank has all of it to write."""
-    goes_from_mesh_to_mesh((CLOSE, FOLDED), train, monkeypatch)
-
-
 def written_by_ranks(final: Path) -> None:
     """Files that list one another, and state that torch.distributed.checkpoint reads as we do."""
     places = json.loads((final / "model.safetensors.index.json").read_text())["weight_map"]
@@ -193,17 +189,14 @@ def written_by_ranks(final: Path) -> None:
     assert len(state) > 50 and all(torch.equal(theirs[name], state[name]) for name in state)
 
 
-def resumes_to_the_bit(cut: dict, train: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("cut", [CLOSE, *at_scale({"pp": 2})])
+def test_a_run_that_resumes_on_the_same_mesh_is_the_same_to_the_bit(cut, train):
     whole = train("whole", 2, cut=cut, save_every=1, keep=9, **HALVES)
     ended = files(whole / "final")
     shutil.rmtree(whole / "final")
     resumed = train("whole", 2, cut=cut, resume=True, **HALVES)
     assert files(resumed / "final") == ended
     assert len(read_metrics(resumed / "metrics.jsonl")) == 3
-
-
-def test_a_run_that_resumes_on_the_same_mesh_is_the_same_to_the_bit(train):
-    resumes_to_the_bit(CLOSE, train)
 
 
 @pytest.mark.parametrize("cut", [CLOSE, FOLDED])
@@ -243,27 +236,19 @@ def in_step_two(deed: Callable[[], object], timeout: float, cut: dict, make: Mak
     return on_ranks(2, of_rank, folder)
 
 
-def ends_by_its_timeout(cut: dict, make: Maker, folder: Path) -> None:
-    ranks = in_step_two(lambda: time.sleep(6), 3, cut, make, folder)
+@pytest.mark.parametrize("cut", [{"pp": 2}, *at_scale({"zero": 1}, CLOSE, {"pp": 2, "schedule": "dualpipev"})])
+def test_a_rank_that_sleeps_is_named(cut, make, tmp_path):
+    ranks = in_step_two(lambda: time.sleep(6), 3, cut, make, tmp_path)
     assert ranks[0].code == 2 and "Traceback" not in ranks[0].output()
     assert ranks[0].output().strip().splitlines()[-1].startswith("error: rank 0: no answer from rank 1 in 3 s; ")
 
 
-def ends_with_the_other(cut: dict, make: Maker, folder: Path) -> None:
-    ranks = in_step_two(lambda: os._exit(9), 30, cut, make, folder)
+@pytest.mark.parametrize("cut", [CLOSE, {"pp": 2}, *at_scale({"pp": 2, "schedule": "dualpipev"})])
+def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
+    ranks = in_step_two(lambda: os._exit(9), 30, cut, make, tmp_path)
     assert [rank.code for rank in ranks] == [2, 9]
     (line,) = [line for line in ranks[0].output().splitlines() if "error" in line or "Traceback" in line]
     assert line == "error: rank 0: another rank has ended; its own message says why"
-
-
-def test_a_rank_that_sleeps_is_named(make, tmp_path):
-    """In a pipeline; on the other meshes in make scale."""
-    ends_by_its_timeout({"pp": 2}, make, tmp_path)
-
-
-@pytest.mark.parametrize("cut", [CLOSE, {"pp": 2}])
-def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
-    ends_with_the_other(cut, make, tmp_path)
 
 
 def test_a_rank_that_cannot_write_its_share_ends_the_run_in_one_line(make, tmp_path, monkeypatch):
