@@ -18,40 +18,36 @@ from text.order import PAIR_TOKENS
 from text.sources.registry import find_sources
 from text.tokenizer import Tokenizer
 from training.alignment.preference import Ask, HeldOutPairs, PreferenceLoss, PreferenceSettings, text_batches
-from training.alignment.reference import ask_once, frozen_reference
+from training.alignment.reference import ReferenceSettings, ask_once, frozen_reference
 from training.distill.teacher import identity
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import CutSettings
 from training.parallel.ranks import Ranks
-from training.run.resume import check_unused, saved_run
-from training.settings import StageSettings
+from training.run.checkpoint import saved_run
+from training.run.resume import check_unused
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 from training.validation import held_out_batches, labels_name
 
 
 @dataclass(kw_only=True)
-class DPOSettings(StageSettings):
+class DPOSettings(ReferenceSettings):
     """Settings of preference learning.
 
     Args:
-        ckpt: checkpoint folder to start from; it should already answer questions.
         data: pairs (prompt, chosen, rejected): names in --datasets, files, folders or Hub ids, separated by commas;
             NAME=WEIGHT sets a source's share of the mixture.
         sequence_length: most tokens of a conversation; a row holds two of them, or several short ones. What is longer
             loses the oldest turns of its prompt.
         preference: the loss over the pairs.
-        reference: checkpoint folder of the reference, if it is not `ckpt`.
         precompute_reference: ask the reference once, before training, and hold no second model in memory.
         val_fraction: share of the prompts held out.
         val_text: UTF-8 text to measure bits per byte on, to see whether the model forgets.
     """
 
-    ckpt: str
     data: str
     preference: PreferenceSettings = field(default_factory=PreferenceSettings)
-    reference: str = ""
     precompute_reference: bool = True
     val_fraction: float = 0.05
     val_text: str = ""

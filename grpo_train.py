@@ -17,26 +17,24 @@ from text.sources.registry import find_sources
 from training.alignment.accuracy import Accuracy
 from training.alignment.batches import COUNTED, Experience
 from training.alignment.policy_loss import GRPOLoss
-from training.alignment.reference import frozen_reference
+from training.alignment.reference import ReferenceSettings, frozen_reference
 from training.alignment.rewards import Rewards
 from training.alignment.rollouts import Rollouts, RolloutSettings
 from training.alignment.sampler import Sampler
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import CutSettings
-from training.run.resume import saved_run
-from training.settings import StageSettings
+from training.run.checkpoint import saved_run
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 from training.validation import problems_name
 
 
 @dataclass(kw_only=True)
-class GRPOSettings(StageSettings, RolloutSettings):
+class GRPOSettings(ReferenceSettings, RolloutSettings):
     """Settings of reinforcement learning. A step has prompts * group rows: batch_tokens does not count here.
 
     Args:
-        ckpt: checkpoint folder to start from.
         data: problems, separated by commas, each NAME or NAME=WEIGHT: a name in --datasets, a file or Hub id of
             questions and answers, arithmetic:1-3, or reasoning_gym:TASK.
         rewards: names and weights; see training/alignment/rewards.py; package.module:function for one of your own.
@@ -44,19 +42,16 @@ class GRPOSettings(StageSettings, RolloutSettings):
         clip_low: how far the probability of a token may fall in the steps on one batch, 0.2 for 0.8 times.
         clip_high: how far it may rise; DAPO takes 0.28.
         beta: weight of the KL term to the reference; 0 needs no reference.
-        reference: checkpoint folder of the reference; the model at the start when left out.
         val_fraction: share of the problems of files held out.
         val_problems: most held-out problems to measure on.
     """
 
-    ckpt: str
     data: str
     rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
     system: str = ""
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.0
-    reference: str = ""
     val_fraction: float = 0.02
     val_problems: int = 128
     dist: CutSettings = field(default_factory=CutSettings)

@@ -20,8 +20,7 @@ from text.tokenizer import Tokenizer
 from training.losses import NextTokenLoss
 from training.parallel.dist_settings import ShardSettings
 from training.parallel.ranks import Ranks
-from training.run.samples import SampleSettings, open_samples, text_prompts
-from training.settings import NextTokenSettings
+from training.settings import NextTokenSettings, SampleSettings
 from training.startup import begin, continue_checkpoint, new_model
 from training.trainer import Trainer
 from training.validation import BitsPerByte, held_out_batches, labels_name
@@ -106,7 +105,8 @@ def train(settings: PretrainSettings) -> Ranks:
     if held_out:
         batches = held_out_batches(held_out, settings.val_tokens, settings.micro_tokens)
         validation = BitsPerByte(batches, tokenizer.token_bytes, {"text": labels_name(data, batches, tokenizer)})
-    samples = open_samples(settings, tokenizer, ranks, held_out or dataset, validation is not None, text_prompts)
+    show = resolve_name("training.run.samples:text_samples")
+    samples = show(settings, tokenizer, ranks, held_out or dataset, validation is not None)
     loss = NextTokenLoss(mtp=bool(model.mtp), mtp_steps=settings.mtp_steps)
     Trainer(settings, ranks, model, tokenizer, dataset, loss, validation, samples=samples).run()
     return ranks

@@ -95,6 +95,7 @@ def micro_batch(place: Place) -> Iterator[Finding]:
 
 def trainer(place: Place) -> Iterator[Finding]:
     """The project's own loop: one wait for the device a step, none a micro-batch."""
+    from eval.paper.speed import RandomRows
     from training.parallel.ranks import Ranks
     from training.settings import NextTokenSettings
     from training.trainer import Trainer
@@ -108,7 +109,7 @@ def trainer(place: Place) -> Iterator[Finding]:
                 out=folder, batch_tokens=rows * width, micro_tokens=rows * width // cut, sequence_length=width,
                 dtype="bf16", max_steps=100, device=place.device.type,
             )  # fmt: skip
-            data, named = Rows(place, width, model.config.vocab_size), SimpleNamespace(fingerprint="")
+            data, named = RandomRows(width, model.config.vocab_size), SimpleNamespace(fingerprint="")
             made = Trainer(settings, Ranks(0, 1, place.device), model, named, data, NextTokenLoss())
             made._began = time.perf_counter()
             made._set_rates()
@@ -131,23 +132,6 @@ def trainer(place: Place) -> Iterator[Finding]:
     yield Finding("waits of a step", float(found[0]), None if place.small else 1)
     if place.timed:
         yield Finding("speed in four micro-batches", rows * width / seconds, unit="tokens/s")
-
-
-@dataclass
-class Rows:
-    """A data set of random tokens."""
-
-    place: Place
-    width: int
-    vocab: int
-
-    def __len__(self) -> int:
-        return 10_000
-
-    def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(indices[0])
-        ids = torch.randint(0, self.vocab, (len(indices), self.width + 1), generator=draw)
-        return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
 
 def compiled(place: Place) -> Iterator[Finding]:

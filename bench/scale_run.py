@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import UserError
+from eval.paper.speed import RandomRows
 from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.experts import Experts
@@ -30,7 +31,7 @@ from model.kernels.grouped import GroupedLinear
 from model.ops import Linear
 from model.pipeline import WeightGradients
 from text.tokenizer_training import train_bpe
-from training.losses import Batch, NextTokenLoss
+from training.losses import NextTokenLoss
 from training.parallel.dist_settings import ShardSettings
 from training.parallel.plan import Plan, PlannedMesh, PlanSettings
 from training.parallel.ranks import Ranks
@@ -91,23 +92,6 @@ class Counted:
     state: int
     peak: int
     events: list[Event] = field(default_factory=list)
-
-
-class Rows:
-    """Random ids; sample i is drawn by the seed i."""
-
-    def __init__(self, vocab: int, time: int) -> None:
-        self._vocab, self.sequence_length = vocab, time
-
-    def __len__(self) -> int:
-        return 2**20
-
-    def batch(self, indices: list[int]) -> Batch:
-        size = (self.sequence_length + 1,)
-        ids = torch.stack(
-            [torch.randint(self._vocab, size, generator=torch.Generator().manual_seed(i)) for i in indices]
-        )
-        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
 
 class Sent(TorchDispatchMode):
@@ -239,7 +223,7 @@ def _counted(mesh: Mesh, out: str, memory: bool, pace: Mapping) -> Counted:
     ranks = Ranks.start("cpu", timeout=SECONDS)
     torch.manual_seed(0)
     tokenizer = train_bpe(["one tokenizer"], 280, min_frequency=1)
-    model, rows = MiniDeepSeek(mesh.config), Rows(mesh.config.vocab_size, mesh.time)
+    model, rows = MiniDeepSeek(mesh.config), RandomRows(mesh.time, mesh.config.vocab_size)
     with patch("training.trainer.machine_peak", lambda *_: 1e12):  # nobody asks for the MFU
         trainer = Trainer(mesh.settings(out), ranks, model, tokenizer, rows, NextTokenLoss(mtp=len(model.mtp) > 0))
     trainer.pace.known = True  # or it would say how long the run will take

@@ -5,7 +5,8 @@ python bench/serve.py --ckpt out/demo/sft/final
 
 Clients stream completions over HTTP, each its next one when the last has ended. Prompts differ, and no reply ends
 before its last token (the end token's row of the head is 0). All servers run, one is asked at a time. A baseline that
-is not installed is left out: pip install 'llama-cpp-python[server]', 'transformers[serving]'.
+is not installed is left out: pip install 'llama-cpp-python[server]', 'transformers[serving]'. llama.cpp's own
+`llama-server`, which has slots as ours has, is taken from PATH; llama-cpp-python's source has it in vendor/llama.cpp.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import socket
 import statistics
 import subprocess
@@ -43,9 +45,10 @@ ROOT = Path(__file__).parents[1]
 REQUESTS, FIRST, LATE = "requests/s", "first text, ms", "first text, p95, ms"
 MEASURES = {SPEED: "{:,.0f}", REQUESTS: "{:.2f}", FIRST: "{:,.0f}", LATE: "{:,.0f}"}
 NAMES = {"fp32": ("float32", "f32"), "bf16": ("bfloat16", "bf16")}  # transformers' and llama.cpp's
-# Baseline -> the packages it needs.
+# Baseline -> the packages or programs it needs.
 PEERS = {
     "llama.cpp": ("llama_cpp", "sse_starlette", "starlette_context"),
+    "llama-server": ("llama-server",),
     "transformers": ("transformers", "fastapi", "openai"),
     "transformers, continuous batching": ("transformers", "fastapi", "openai"),
 }
@@ -57,14 +60,16 @@ def main() -> None:
     parser.add_argument("--ckpt", help="checkpoint folder; without it, random weights of --preset")
     parser.add_argument("--tokenizer", default="out/demo/tokenizer", help="folder of the tokenizer of random weights")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="how many ask at a time")
-    parser.add_argument("--peers", nargs="*", default=["llama.cpp", "transformers"], choices=list(PEERS))
+    parser.add_argument(
+        "--peers", nargs="*", default=["llama.cpp", "llama-server", "transformers"], choices=list(PEERS)
+    )
     options = parser.parse_args()
     if options.worker:
         work(options)
         return
     names = {"ours": "ours", **{peer: peer for peer in options.peers if installed(peer)}}
     with tempfile.TemporaryDirectory() as folder:
-        prepare(options, Path(folder), with_gguf="llama.cpp" in names)
+        prepare(options, Path(folder), with_gguf=not names.keys().isdisjoint({"llama.cpp", "llama-server"}))
         ours, *baselines = harness.measured(names, options.rounds, folder)
     what = options.ckpt or f"{options.preset}, random weights"
     title = (
@@ -78,7 +83,7 @@ def main() -> None:
 
 
 def installed(peer: str) -> bool:
-    missing = [package for package in PEERS[peer] if not find_spec(package)]
+    missing = [needed for needed in PEERS[peer] if not (find_spec(needed) or shutil.which(needed))]
     if missing:
         print(f"notice: {peer} is left out: {', '.join(missing)} not installed", file=sys.stderr)
     return not missing
@@ -128,6 +133,7 @@ def running(options: argparse.Namespace) -> Iterator[tuple[psutil.Process, str]]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     threads, (type_name, _) = str(torch.get_num_threads()), NAMES[options.dtype]
+    context = options.prompt * 2 + options.new + 64
     peer = [sys.executable, "-m", "transformers.cli.transformers", "serve", options.folder, "--dtype", type_name]
     commands = {
         "ours": [
@@ -137,8 +143,12 @@ def running(options: argparse.Namespace) -> Iterator[tuple[psutil.Process, str]]
         "llama.cpp": [
             sys.executable, "-m", "llama_cpp.server", "--model", str(Path(options.folder) / GGUF),
             "--n_threads", threads, "--n_threads_batch", threads, "--verbose", "False",
-            "--n_ctx", str(options.prompt * 2 + options.new + 64),
+            "--n_ctx", str(context),
             "--interrupt_requests", "False",  # else each request ends the one before it
+        ],
+        "llama-server": [
+            "llama-server", "--model", str(Path(options.folder) / GGUF), "--threads", threads,
+            "--parallel", str(options.slots), "--ctx-size", str(options.slots * context),
         ],
         "transformers": [*peer, "--device", "cpu"],
         "transformers, continuous batching": [*peer, "--device", "cpu", "--continuous-batching"],
@@ -157,13 +167,13 @@ def running(options: argparse.Namespace) -> Iterator[tuple[psutil.Process, str]]
 
 
 def wait_for(url: str, server: subprocess.Popen) -> None:
-    """Wait for any answer: the list of models of transformers' own server fails without a hub's cache."""
+    """Wait for any answer but "loading": the list of models of transformers' own server fails without a hub's cache."""
     until = time.monotonic() + START
     with httpx.Client(trust_env=False, verify=False) as client:
         while time.monotonic() < until and server.poll() is None:
             with suppress(httpx.TransportError):
-                client.get(f"{url}/v1/models")
-                return
+                if client.get(f"{url}/v1/models").status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    return
             time.sleep(0.5)
     raise UserError(f"the server did not start: {' '.join(map(str, server.args))}")
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from textwrap import fill
 from typing import Any, BinaryIO
 
 from eval.compared_run import ComparedRun
@@ -192,7 +193,7 @@ def _curves(axis: Any, title: str, unit: str, lines: list[Line], colours: dict[s
             marker = "o" if len(reported) == 1 else ""  # a line of one point would not be seen
             points = [entry[x] for entry in reported], [entry[key] for entry in reported]
             axis.plot(*points, styles[key] + marker, color=colours[run.name], linewidth=1.2, label=label)
-    axis.set(title=plain(title), xlabel=AXES[x], ylabel=unit)
+    axis.set(title=fill(plain(title), 48), xlabel=AXES[x], ylabel=unit)
     from_zero(axis, max((entry.get(x) or 0 for run, _, _ in lines for entry in run.trained), default=0))
     axis.grid(alpha=0.3)
     if len(styles) > 1:

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from LMConfig import LMConfig
-from model.kernels.fused import weighted_swiglu
-from model.kernels.grouped import GradBuffer
 from model.ops import (
     autocast,
     expert_rows,
     gather_sum,
+    grad_buffer,
     grouped_linear,
     padded_rows,
     row_block,
     row_tile,
     run_experts,
     sort_by_expert,
+    weighted_swiglu,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Experts(nn.Module):
         count, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
-        self.grad_buffers = {name: GradBuffer() for name, _ in self.named_parameters()}
+        self.grad_buffers = {name: grad_buffer() for name, _ in self.named_parameters()}
         self.later: WeightGradients | None = None  # where the gradients of the weights wait, if they do
 
     def forward(

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 import model.kernels as kernels
 from LMConfig import LMConfig
 from model.attention import AttentionMask
-from model.kernels import attention, causal, decode, fused, grouped, products
-from model.kernels.attention import FLASH_ATTN, SDPA
-from model.kernels.grouped import GradBuffer
 from model.rope import rotate as rotate_pairs
 
 if TYPE_CHECKING:
     from model.experts import Experts, Plan
+    from model.kernels.grouped import GradBuffer
     from model.moe import Router
     from model.pipeline import WeightGradients
     from model.quantized import QuantizedWeight
@@ -37,26 +35,31 @@ FEW_CHOICES = 16  # up to so many (token, expert) pairs are computed one by one
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32; in the type of x."""
-    if type(weight) is not nn.Parameter or not fused.fits(x):
+    if type(weight) is not nn.Parameter or not kernels.fused.fits(x):
         if x.dtype == weight.dtype:
             return F.rms_norm(x, weight.shape, weight, eps)  # goes through float32 by itself
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
-    return fused.RMSNorm.apply(x, weight.float(), eps)
+    return kernels.fused.RMSNorm.apply(x, weight.float(), eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020)."""
-    if not fused.fits(gate, up):
+    if not kernels.fused.fits(gate, up):
         return F.silu(gate) * up
-    return fused.SwiGLU.apply(None, gate, up)
+    return kernels.fused.SwiGLU.apply(None, gate, up)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: (..., in) -> (..., out)."""
-    if not products.fits(x, weight, bias):
+    if not kernels.products.fits(x, weight, bias):
         return F.linear(x, weight, bias)
-    out = products.LinearProduct.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    out = kernels.products.LinearProduct.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     return out if bias is None else out + bias
+
+
+def weighted_swiglu(gate_up_R2I: Tensor, weight_R: Tensor) -> Tensor:
+    """silu(gate) * up * weight for [gate | up] = gate_up, keeping nothing else for the backward pass."""
+    return kernels.fused.weighted_swiglu(gate_up_R2I, weight_R)
 
 
 class Linear(nn.Linear):
@@ -73,18 +76,18 @@ class Linear(nn.Linear):
 
 def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden (..., hidden) after a norm, head (vocab, hidden) -> (..., vocab) float32."""
-    if not decode.projects(hidden, head):
+    if not kernels.decode.projects(hidden, head):
         return F.linear(hidden, head.to(hidden.dtype)).float()
-    return decode.project(hidden, head, head.dtype)
+    return kernels.decode.project(hidden, head, head.dtype)
 
 
 def packed_mask(segment_ids: Tensor | None, segment_ends: Tensor | None, x: Tensor, config: LMConfig) -> AttentionMask:
     """The mask of (batch, time) segment ids, if any, made once for all layers; x: in the type that they compute in."""
     if segment_ids is None:
         return AttentionMask()
-    if not attention.takes_segments(x, config.qk_head_dim, config.v_head_dim):
+    if not kernels.attention.takes_segments(x, config.qk_head_dim, config.v_head_dim):
         return AttentionMask.isolated(segment_ids)
-    ends = attention.segment_ends(segment_ids) if segment_ends is None else segment_ends
+    ends = kernels.attention.segment_ends(segment_ids) if segment_ends is None else segment_ends
     return AttentionMask(segment_ends=ends)
 
 
@@ -113,10 +116,10 @@ def causal_attention(
         rope: from `RotaryEmbedding`, of the T positions.
         prefill: for a cache: without gradients, so that what is computed need not have the bits of training.
     """
-    if prefill and causal.prefill_fits(q_BTHQ) and (mask.plain or mask.padding is not None):
-        return causal.prefill(q_BTHQ, kv_BSHE, k_rope_BSR, rope, scale, mask.padding)
-    if mask.plain and causal.fits(q_BTHQ, kv_BSHE, k_rope_BSR):
-        return causal.CausalAttention.apply(q_BTHQ, kv_BSHE, k_rope_BSR, rope, scale)
+    if prefill and kernels.causal.prefill_fits(q_BTHQ) and (mask.plain or mask.padding is not None):
+        return kernels.causal.prefill(q_BTHQ, kv_BSHE, k_rope_BSR, rope, scale, mask.padding)
+    if mask.plain and kernels.causal.fits(q_BTHQ, kv_BSHE, k_rope_BSR):
+        return kernels.causal.CausalAttention.apply(q_BTHQ, kv_BSHE, k_rope_BSR, rope, scale)
     rope_size, heads = k_rope_BSR.shape[-1], q_BTHQ.shape[2]
     nope = q_BTHQ.shape[-1] - rope_size
     q_nope, q_rope = q_BTHQ.split((nope, rope_size), dim=-1)
@@ -129,23 +132,22 @@ def causal_attention(
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: AttentionMask) -> Tensor:
     """softmax(q k^T * scale) v. q, k: (batch, time, heads, qk); v: (batch, time, heads, value), as the result is."""
     value_size, sizes = v.shape[-1], (q.shape[1], k.shape[1], q.device)
-    if kernels.on_cpu(q) and q.shape[1] <= attention.LONGEST_CHUNKED:
+    if kernels.on_cpu(q) and q.shape[1] <= kernels.attention.LONGEST_CHUNKED:
         # Causality alone needs no mask where the softmax knows of it.
-        causal_only = mask.allowed is None and fused.available(q)
+        causal_only = mask.allowed is None and kernels.fused.available(q)
         allowed = None if causal_only else mask.as_bool(*sizes)
         added = None if allowed is None else torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
         # Autocast would carry each softmax through memory in float32; the kernel computes in float32 anyway.
         with torch.autocast("cpu", enabled=False):
-            return attention.ChunkedAttention.apply(q, k, v, added, causal_only, scale)
+            return kernels.attention.ChunkedAttention.apply(q, k, v, added, causal_only, scale)
     # The fused kernels want one head size for q, k and v: zeros added to v change nothing and are cut off again.
     if value_size < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - value_size))
     plain = mask.plain and q.shape[1] == k.shape[1]
-    plain = mask.plain and q.shape[1] == k.shape[1]
     if mask.segment_ends is not None:
-        return attention.segments(q, k, v, scale, mask.segment_ends)[..., :value_size]
-    if plain and attention.cuda_kernel(q, q.shape[-1], value_size) == FLASH_ATTN:
-        out = attention.flash_attention().flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+        return kernels.attention.segments(q, k, v, scale, mask.segment_ends)[..., :value_size]
+    if plain and kernels.attention.cuda_kernel(q, q.shape[-1], value_size) == kernels.attention.FLASH_ATTN:
+        out = kernels.attention.flash_attention().flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
         return out[..., :value_size]
     q, k, v, allowed = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None if plain else mask.as_bool(*sizes)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=plain, scale=scale)
@@ -160,12 +162,14 @@ def small_products(x: Tensor) -> Tensor:
 def route(router: Router, x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (N, K) float32 and indices (N, K) of the router, where nobody asks for gradients or scores."""
     watched = router._forward_hooks or router._forward_pre_hooks
-    fits = x_ND.is_contiguous() and type(router.weight) is nn.Parameter and fused.fits(x_ND)
+    fits = x_ND.is_contiguous() and type(router.weight) is nn.Parameter and kernels.fused.fits(x_ND)
     if torch.is_grad_enabled() or watched or not fits or router.e_score_correction_bias.dtype != torch.float32:
         return router(x_ND)[:2]
     c, weight, bias = router.config, router.weight.float(), router.e_score_correction_bias
     groups = (c.n_group, c.topk_group)
-    return fused.route(x_ND, weight, bias, c.num_experts_per_tok, groups, c.norm_topk_prob, c.routed_scaling_factor)
+    return kernels.fused.route(
+        x_ND, weight, bias, c.num_experts_per_tok, groups, c.norm_topk_prob, c.routed_scaling_factor
+    )
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -182,8 +186,8 @@ def run_experts(module: Experts, x_ND: Tensor, *routed: Tensor | Mapping) -> Ten
         return _experts_on_cpu(module, x_ND, *routed)
     weights_NK, indices_NK, corrections = routed
     dense = not corrections and isinstance(module.gate_up_proj, Tensor) and not torch.is_grad_enabled()
-    if dense and len(x_ND) <= FEW_TOKENS and not grouped.without_host(x_ND.dtype, x_ND.device):
-        return grouped.without_rows(x_ND, weights_NK, indices_NK, module.gate_up_proj, module.down_proj)
+    if dense and len(x_ND) <= FEW_TOKENS and not kernels.grouped.without_host(x_ND.dtype, x_ND.device):
+        return kernels.grouped.without_rows(x_ND, weights_NK, indices_NK, module.gate_up_proj, module.down_proj)
     return module.dispatched(x_ND, *routed)
 
 
@@ -194,18 +198,19 @@ def _experts_on_cpu(
     """The number of rows is read from the data: a compiled graph would hold for one step."""
     if indices_NK.numel() <= FEW_CHOICES and _in_turn(module, x_ND, corrections):
         weights = weights_NK.to(x_ND.dtype)
-        return grouped.few_experts(x_ND, weights, indices_NK, module.gate_up_proj, module.down_proj)
+        return kernels.grouped.few_experts(x_ND, weights, indices_NK, module.gate_up_proj, module.down_proj)
     return module.dispatched(x_ND, weights_NK, indices_NK, corrections)
 
 
 def expert_rows(module: Experts, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping) -> Tensor:
     """`rows` of the experts; without gradients on a CPU one expert after the other, the same bits."""
-    if kernels.on_cuda(x_ND) and not grouped.without_host(x_ND.dtype, x_ND.device):
-        plan = replace(plan, ends=grouped.read_ends(plan.ends))  # the host waits for the device here, once a layer
+    if kernels.on_cuda(x_ND) and not kernels.grouped.without_host(x_ND.dtype, x_ND.device):
+        # The host waits for the device here, once a layer.
+        plan = replace(plan, ends=kernels.grouped.read_ends(plan.ends))
     if not _in_turn(module, x_ND, corrections):
         return module.rows(x_ND, weights_R, plan, corrections)
     weights = (module.gate_up_proj, module.down_proj)
-    return grouped.experts_in_turn(x_ND, weights_R, plan.token_of_row, plan.ends.tolist(), *weights)
+    return kernels.grouped.experts_in_turn(x_ND, weights_R, plan.token_of_row, plan.ends.tolist(), *weights)
 
 
 def _in_turn(module: Experts, x_ND: Tensor, corrections: Mapping) -> bool:
@@ -224,8 +229,8 @@ def sort_by_expert(expert_of_choice: Tensor, experts: int) -> tuple[Tensor, Tens
 
 def row_tile(module: Experts, x_ND: Tensor, corrections: Mapping) -> int | None:
     """The block that rows are padded to where one call computes all experts, whatever their number; else None."""
-    suits = grouped.suits(x_ND, module.gate_up_proj, module.down_proj)
-    return grouped.TILE if suits and not _in_turn(module, x_ND, corrections) else None
+    suits = kernels.grouped.suits(x_ND, module.gate_up_proj, module.down_proj)
+    return kernels.grouped.TILE if suits and not _in_turn(module, x_ND, corrections) else None
 
 
 def row_block(indices_NK: Tensor, experts: int) -> int:
@@ -259,10 +264,15 @@ def grouped_linear(
         buffer: memory for the weight's gradient.
     """
     if kernels.on_cuda(x_RD):
-        without_host = grouped.without_host(x_RD.dtype, x_RD.device)
-        product = grouped.grouped_mm if without_host else grouped.LoopedLinear.apply
+        without_host = kernels.grouped.without_host(x_RD.dtype, x_RD.device)
+        product = kernels.grouped.grouped_mm if without_host else kernels.grouped.LoopedLinear.apply
         return product(x_RD, weight_EOD, ends_E)
-    return grouped.GroupedLinear.apply(x_RD, weight_EOD, ends_E.tolist(), buffer or GradBuffer())
+    return kernels.grouped.GroupedLinear.apply(x_RD, weight_EOD, ends_E.tolist(), buffer or grad_buffer())
+
+
+def grad_buffer() -> GradBuffer:
+    """Memory for the gradient of a stack of weights, used again in each step."""
+    return kernels.grouped.GradBuffer()
 
 
 def gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
@@ -270,8 +280,8 @@ def gather_sum(rows_RD: Tensor, row_of_choice: Tensor) -> Tensor:
     if kernels.on_cuda(rows_RD):
         rows_NKD = rows_RD.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape)
         return rows_NKD.sum(1, dtype=rows_RD.dtype)  # autocast would make it float32, and the residual stream with it
-    if fused.fits(rows_RD) and rows_RD.is_contiguous():
-        return fused.gather_sum(rows_RD, row_of_choice)
+    if kernels.fused.fits(rows_RD) and rows_RD.is_contiguous():
+        return kernels.fused.gather_sum(rows_RD, row_of_choice)
     # K additions of contiguous rows are several times faster than a sum over a middle axis.
     first, *others = row_of_choice.unbind(1)
     total = rows_RD.index_select(0, first)
@@ -286,31 +296,11 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]
     Both are 0 where a label is negative, and computed in float32: rounded to bfloat16 first, a p of 0.999 would be 1,
     without loss and gradient.
     """
-    if fused.available(logits_NV):
-        return fused.cross_entropy_(logits_NV, labels_N.contiguous()), logits_NV
+    if kernels.fused.available(logits_NV):
+        return kernels.fused.cross_entropy_(logits_NV, labels_N.contiguous()), logits_NV
     counted, target = labels_N >= 0, labels_N.clamp(min=0)
     log_p = logits_NV.log_softmax(-1, dtype=torch.float32)
     nll_N = -log_p.gather(1, target.unsqueeze(1)).squeeze(1)
     error_NV = log_p.exp_()
     error_NV[torch.arange(len(target), device=target.device), target] -= 1  # scatter_add_ would copy all of it
     return nll_N.masked_fill(~counted, 0), torch.mul(error_NV, counted.unsqueeze(1), out=logits_NV)
-
-
-def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, time: int, compiled: bool = False) -> str:
-    """Say in one line which kernels training takes here. time: positions of a row; compiled: by torch.compile."""
-    heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
-    q = torch.empty(1, 16, heads, nope + rope, dtype=dtype, device=device)  # no rule depends on how many positions
-    if device.type == "cpu":
-        kv, k_rope = q.new_empty(1, 16, heads, nope + config.v_head_dim), q.new_empty(1, 16, rope)
-        isolated = "chunks of queries" if time <= attention.LONGEST_CHUNKED else SDPA
-        in_c = config.attention == "mla" and not compiled and causal.fits(q, kv, k_rope)
-        whole = "causal.c" if in_c else isolated
-    else:
-        whole, isolated = (attention.report(q, config.v_head_dim, segments) for segments in (False, True))
-    report = "layers compiled; " * compiled + f"attention by {whole}"
-    report += "" if isolated == whole else f", of isolated samples by {isolated}"
-    if device.type == "cpu" or not config.is_moe_layer(config.num_hidden_layers - 1):
-        return report
-    if grouped.without_host(dtype, device):
-        return f"{report}; experts by grouped_mm"
-    return f"{report}; experts one by one, a wait for the device in each layer (none: bf16 on sm90 and sm100)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from LMConfig import LMConfig
 from model.cache import Cache
 from model.checkpoint.folder import load_pretrained, save_pretrained
-from model.decoding.generate import generate
 from model.experts import Experts
 from model.layer import DecoderLayer
 from model.moe import Router, Routing
@@ -143,7 +143,7 @@ class MiniDeepSeek(nn.Module):
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Return prompt and completion, (batch, time + new); for the options see `model.decoding.generate.generate`."""
-        return generate(self, input_ids, **options)
+        return resolve_name("model.decoding.generate:generate")(self, input_ids, **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *options: Any, **named: Any) -> MiniDeepSeek:

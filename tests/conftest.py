@@ -58,7 +58,7 @@ def one_thread() -> None:
 def few_pictures() -> Iterator[None]:
     """Runs leave their curves out, which would take longer than the runs; test_plots.py draws them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.trainer, "draw_run", lambda out: None)
+        patch.setattr(training.trainer.Trainer, "_draw", lambda trainer: None)
         yield
 
 

@@ -31,7 +31,7 @@ from text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from training.adapters.adapter import Adapter
 from training.distill.teacher import open_transformers
 from training.optim.build import OptimSettings, build_optimizer
-from training.run.checkpoint import load_training_state
+from training.run.state import load_training_state
 from training.startup import open_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,8 @@ from text.chats.encoded import ROWS_AT_ONCE, fit, fit_pair, last_answer
 from text.chats.preferences import to_preference
 from text.chats.problems import COLUMNS, is_generated, open_problems, problem_reader
 from text.chats.prompt_dataset import encode_prompts
-from text.corpus.corpus import Cleaner, Corpus
+from text.corpus.corpus import Corpus
+from text.corpus.documents import Cleaner
 from text.order import ANSWER_TOKENS, PAIR_TOKENS, ROW_TOKENS
 from text.sources.folders import Folder
 from text.sources.formats import FORMATS

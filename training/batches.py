@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.kernels.attention import segment_ends
+import model.kernels as kernels
 from training.losses import Batch, Loss
 from training.machine import pinned, to_device
 from training.parallel.ranks import Ranks
@@ -91,5 +91,5 @@ class Batches:
         if self._thread is None:
             return batch
         if "segment_ids" in batch:  # of a GPU the host would wait for how many segments there are
-            batch = {**batch, "segment_ends": segment_ends(batch["segment_ids"])}
+            batch = {**batch, "segment_ends": kernels.attention.segment_ends(batch["segment_ids"])}
         return {name: pinned(x) for name, x in batch.items()}

@@ -13,7 +13,8 @@ from text.tokenizer import Tokenizer
 from training.losses import IGNORE, Batch
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
-from training.run.samples import LONGEST, Samples, SampleSettings, first_different, open_samples
+from training.run.samples import LONGEST, Samples, first_different, open_samples
+from training.settings import SampleSettings
 from training.validation import BitsPerByte, held_out_batches, labels_name
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model.kernels as kernels
-from model.kernels.products import add_gradient, product
 from model.ops import cross_entropy_
 from model.transformer import Output
 
@@ -58,13 +57,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         trains_head = with_grad and head_VD.requires_grad
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if trains_head else None
         for part in chunks(hidden_ND, len(weight)):
-            logits_NV = product(hidden_ND[part], weight)
+            logits_NV = kernels.products.product(hidden_ND[part], weight)
             nll_N, error_NV = cross_entropy_(logits_NV, labels_N[part])
             total += nll_N.sum()
             if with_grad:
-                grad_hidden[part] = product(error_NV, weight.t())
+                grad_hidden[part] = kernels.products.product(error_NV, weight.t())
                 if trains_head:
-                    add_gradient(grad_head, error_NV, hidden_ND[part])
+                    kernels.products.add_gradient(grad_head, error_NV, hidden_ND[part])
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_VD.dtype
         return total

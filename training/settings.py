@@ -227,6 +227,24 @@ class StageSettings:
 
 
 @dataclass(kw_only=True)
+class SampleSettings(StageSettings):
+    """Settings of a stage that shows the model's own text while it is trained.
+
+    Args:
+        sample_every: steps between samples of the model's text, also kept in OUT/samples.jsonl, besides those before
+            the first step and after the last; 0: at each validation.
+        sample_prompts: file of prompts for them, one a line; empty: texts or questions of what is held out.
+    """
+
+    sample_every: int = 0
+    sample_prompts: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(0, sample_every=self.sample_every)
+
+
+@dataclass(kw_only=True)
 class NextTokenSettings(StageSettings):
     """Settings of the stages that predict the next token of given text.
 

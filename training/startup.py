@@ -17,7 +17,6 @@ from training.machine import choose_dtype, machine_peak
 from training.parallel.ranks import Ranks
 from training.run.checkpoint import newest
 from training.run.lock import restarted
-from training.run.resume import check_carried
 from training.settings import StageSettings, model_config
 
 DEFERRED = "training.parallel.initial:Deferred"
@@ -34,7 +33,7 @@ def begin(settings: StageSettings) -> Ranks:
     if ranks.on_main(lambda: restarted(Path(settings.out))):
         settings.resume = settings.resume or True
     if settings.carry_optimizer and not resumes(settings, ranks):
-        ranks.on_main(lambda: check_carried(settings))
+        ranks.on_main(lambda: resolve_name("training.run.state:check_carried")(settings))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     dtype = choose_dtype(settings.dtype, ranks.device)

@@ -23,15 +23,12 @@ from training.machine import choose_dtype, machine_peak, memory_used
 from training.metrics import FlopsCounter, StepResult, measures, step_entry, untrained_entry
 from training.optim.build import NO_RATIOS, build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
-from training.parallel.replication import Replicated, check_facts, check_weights, facts
-from training.run.checkpoint import BEST, Progress, Weights, newest
+from training.parallel.replication import Replicated
+from training.run.checkpoint import BEST, Progress, Weights, WholeModel, identity, newest
 from training.run.estimate import Pace, fit_batch, fit_micro_batch
 from training.run.interrupt import Stopped
 from training.run.lock import RunLock
 from training.run.log import RunLog, counted
-from training.run.plots import draw_run
-from training.run.resume import WholeModel, carry_optimizer, identity
-from training.run.samples import Samples
 from training.run.saver import RunCheckpoints
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
@@ -40,7 +37,9 @@ from training.validation import Validation
 
 if TYPE_CHECKING:
     from training.parallel.sharding import Sharded
+    from training.run.samples import Samples
 
+CHECKS = "training.parallel.rank_checks"
 GRAPHS = 64  # that torch.compile may make of one kind of layer
 
 
@@ -127,8 +126,9 @@ class Trainer:
         """Train until the budget is spent or a signal arrives. Returns the newest checkpoint folder."""
         lock = RunLock(self.out)
         with self.ranks.explained():
-            if not self.shards:  # or they were compared when the model was cut
-                check_facts(self.ranks, facts(self.settings, self.progress.run, self.model))
+            if self.ranks.world > 1 and not self.shards:  # or they were compared when the model was cut
+                checks = resolve_name(CHECKS)
+                checks.check_facts(self.ranks, checks.facts(self.settings, self.progress.run, self.model))
             self.ranks.on_main(lock.acquire)
             try:
                 return self._run(lock)
@@ -141,7 +141,8 @@ class Trainer:
         found = self.checkpoints.restore(self.progress.run, self._is_finished)
         self.progress = found or self.progress
         if found is None and self.settings.carry_optimizer:
-            self.ranks.say(carry_optimizer(Path(self.settings.ckpt), self.model, self.optimizer, self.shards))
+            carry = resolve_name("training.run.state:carry_optimizer")
+            self.ranks.say(carry(Path(self.settings.ckpt), self.model, self.optimizer, self.shards))
         if self.progress.finished and not self.progress.late:
             final, end = self.out / "final", self._end(self.progress)
             if not self.ranks.on_main(lambda: newest(self.out) == final):
@@ -177,7 +178,7 @@ class Trainer:
                     self._loop(log)
         self.checkpoints.finish(self.progress, self._end(self.progress))
         if self.ranks.main:
-            draw_run(self.out)
+            self._draw()
         return newest(self.out) or self.out
 
     def _measure_first(self, log: RunLog, fresh: bool) -> bool:
@@ -222,8 +223,9 @@ class Trainer:
             progress.seconds, stop = result.shared["seconds"], result.shared["stop"] > 0
             if result.shared["failed"]:
                 self.checkpoints.wait()  # raises the error of the save that has failed meanwhile
-            if settings.dist.check_every and progress.step % settings.dist.check_every == 0:
-                check_weights(self.ranks, self.model, progress.step)
+            every = settings.dist.check_every if self.ranks.world > 1 else 0
+            if every and progress.step % every == 0:
+                resolve_name(CHECKS).check_weights(self.ranks, self.model, progress.step)
             share = self.budget.progress(progress.step, progress.seconds, progress.tokens)
             progress.finished = share >= 1
             log.stepped(share, self.pace.left(share), measures(result))
@@ -331,6 +333,9 @@ class Trainer:
         """Return whether a run that is resumed is over; what is left of it is laid out from where it is."""
         self.budget.resume(progress.step, progress.samples)
         return bool(self._end(progress))
+
+    def _draw(self) -> None:
+        resolve_name("training.run.plots:draw_run")(self.out)
 
     def _end(self, progress: Progress) -> str:
         """Return what has ended a run that is so far; empty while nothing has."""

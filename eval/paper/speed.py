@@ -22,7 +22,7 @@ OPTIONS = {field.name for field in fields(NextTokenSettings)} - {"optim"}
 
 
 class RandomRows:
-    """Rows of random tokens: what they say has no part in how long a step takes."""
+    """Rows of random tokens, sample i drawn by the seed i: what they say has no part in how long a step takes."""
 
     def __init__(self, tokens: int, vocabulary: int) -> None:
         self.sequence_length, self._vocabulary = tokens, vocabulary
@@ -31,9 +31,9 @@ class RandomRows:
         return 2**20
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        draw = torch.Generator().manual_seed(indices[0])
-        ids = torch.randint(self._vocabulary, (len(indices), self.sequence_length + 1), generator=draw)
-        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+        draws, size = [torch.Generator().manual_seed(index) for index in indices], (self.sequence_length + 1,)
+        ids = torch.stack([torch.randint(self._vocabulary, size, generator=draw) for draw in draws])
+        return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
 
 class TimedTrainer(Trainer):

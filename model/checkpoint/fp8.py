@@ -5,8 +5,9 @@ A matrix `NAME` stands beside its scales `NAME_scale_inv`; a number's value is t
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +18,12 @@ FP8 = torch.float8_e4m3fn
 SCALE = "_scale_inv"  # what a matrix's name is followed by in the name of its scales
 
 
-def block_size(folder: Path) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, by the folder's config.json; None where nothing is quantised.
+def block_size(path: Path, quantization: Any) -> tuple[int, int]:
+    """Rows and columns that share a scale, by the quantization_config of the config.json at `path`.
 
     Raises:
         UserError: quantised by another method than DeepSeek's.
     """
-    path = folder / "config.json"
-    quantization = json.loads(path.read_text(encoding="utf8")).get("quantization_config")
-    if quantization is None:
-        return None
     given = quantization if isinstance(quantization, dict) else {}
     method, number, block = (given.get(key) for key in ("quant_method", "fmt", "weight_block_size"))
     whole = isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
@@ -36,6 +33,34 @@ def block_size(folder: Path) -> tuple[int, int] | None:
             "only 'fp8', 'e4m3' and two sides such as [128, 128] are read: use the released folder, or a bf16 copy"
         )
     return block[0], block[1]
+
+
+def dequantised(
+    tensors: Iterable[tuple[str, Tensor]], block: tuple[int, int] | None, path: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors, FP8 matrices in float32 and without their scales.
+
+    In memory are the tensor at hand, the one before it, and FP8 halves that wait for a later one. path: of config.json.
+    """
+    waiting: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        scales_of = name.removesuffix(SCALE)
+        if scales_of == name and tensor.dtype != FP8:
+            yield name, tensor
+            continue
+        other = scales_of if scales_of != name else name + SCALE
+        if other not in waiting:
+            waiting[name] = tensor
+            continue
+        if block is None:
+            raise DamagedCheckpoint(f"{path}: no quantization_config, though {scales_of} is FP8; restore the file")
+        pair = {name: tensor, other: waiting.pop(other)}
+        tensor = dequantise(scales_of, pair[scales_of], pair[scales_of + SCALE], block)
+        yield scales_of, tensor
+    for name in sorted(waiting):
+        if name.endswith(SCALE):
+            raise DamagedCheckpoint(f"scales {name} are there without their FP8 matrix; fetch the files again")
+        raise DamagedCheckpoint(f"weight {name} is FP8 without its scales {name}{SCALE}; fetch the files again")
 
 
 def scale_(x: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:

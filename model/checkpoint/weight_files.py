@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import DamagedCheckpoint, UserError
-from model.checkpoint.fp8 import FP8, SCALE, block_size, dequantise
 
+FP8 = "model.checkpoint.fp8"
 WEIGHTS, MTP = "model.safetensors", "mtp.safetensors"
 
 
@@ -37,56 +38,50 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.block = folder, block_size(folder)
+        config = folder / "config.json"
+        quantization = json.loads(config.read_text(encoding="utf8")).get("quantization_config")
+        self.folder, self.block, self.is_fp8 = folder, None, quantization is not None
+        if self.is_fp8:
+            self.block = resolve_name(FP8).block_size(config, quantization)
         found = {path: self._sizes(path) for path in _files(folder)}
         # Each matrix right before its scales, so that the two meet at once where they are in one file.
         self._names = {path: sorted(sizes) for path, sizes in found.items()}
         self.names = {name: path for path, names in self._names.items() for name in names}
         self.numbers = sum(size for sizes in found.values() for size in sizes.values())
 
-    @staticmethod
-    def _sizes(path: Path) -> dict[str, int]:
+    def _sizes(self, path: Path) -> dict[str, int]:
         """How many numbers each tensor of a file has."""
         with _reading(path), safe_open(path, framework="pt") as file:
-            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            self.is_fp8 |= any(view.get_dtype() == "F8_E4M3" for view in views.values())
+            return {name: math.prod(view.get_shape()) for name, view in views.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one of them; FP8 dequantised, as when all are read."""
         with _reading(self.names[name]), safe_open(self.names[name], framework="pt") as file:
             tensor = file.get_tensor(name)
-        return dequantise(name, tensor, self[name + SCALE], self.block) if tensor.dtype == FP8 else tensor
+        if not self.is_fp8 or tensor.dtype != (fp8 := resolve_name(FP8)).FP8:
+            return tensor
+        return fp8.dequantise(name, tensor, self[name + fp8.SCALE], self.block)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor; FP8 matrices are dequantised to float32 and their scales left out.
+        """Yield name and tensor; FP8 matrices are dequantised to float32 and their scales left out."""
+        tensors = self._tensors()
+        if self.is_fp8:
+            tensors = resolve_name(FP8).dequantised(tensors, self.block, self.folder / "config.json")
+        for name, tensor in tensors:
+            if not tensor.is_floating_point():
+                number = f"{tensor.dtype}; only floating point is read"
+                raise DamagedCheckpoint(f"{self.names[name]}: weight {name} is of {number}")
+            yield name, tensor
 
-        In memory are the tensor at hand, the one before it, and FP8 halves that wait for a later file.
-        """
-        waiting: dict[str, Tensor] = {}
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for path, names in self._names.items():
             with safe_open(path, framework="pt") as file:
                 for name in names:
                     with _reading(path):
                         tensor = file.get_tensor(name)
-                    scales_of = name.removesuffix(SCALE)
-                    if scales_of != name or tensor.dtype == FP8:
-                        other = scales_of if scales_of != name else name + SCALE
-                        if other not in waiting:
-                            waiting[name] = tensor
-                            continue
-                        if self.block is None:
-                            at = f"{self.folder / 'config.json'}: no quantization_config"
-                            raise DamagedCheckpoint(f"{at}, though {scales_of} is FP8; restore the file")
-                        pair = {name: tensor, other: waiting.pop(other)}
-                        tensor = dequantise(scales_of, pair[scales_of], pair[scales_of + SCALE], self.block)
-                        name = scales_of
-                    elif not tensor.is_floating_point():
-                        number = f"{tensor.dtype}; only floating point is read"
-                        raise DamagedCheckpoint(f"{path}: weight {name} is of {number}")
                     yield name, tensor
-        for name in sorted(waiting):
-            if name.endswith(SCALE):
-                raise DamagedCheckpoint(f"scales {name} are there without their FP8 matrix; fetch the files again")
-            raise DamagedCheckpoint(f"weight {name} is FP8 without its scales {name}{SCALE}; fetch the files again")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,7 +1,21 @@
 """Fast kernels: C for CPUs, compiled on the machine at hand, each file beside its caller; tensors in, tensors out."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+FILES = ("attention", "causal", "decode", "fused", "grouped", "products", "report")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Find a file of kernels when an operation first takes it: `kernels.fused`."""
+    if name not in FILES:
+        raise AttributeError(f"model.kernels: there is no {name}")
+    return import_module(f"{__name__}.{name}")  # which makes it an attribute: nothing comes here twice
 
 
 def on_cuda(x: Tensor) -> bool:

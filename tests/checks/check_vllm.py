@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from check_gguf import QUESTIONS, SMALL, random_model
+from safetensors.torch import load_file, save_file
 
 from cli import call
 from errors import UserError, command_line
+from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.checkpoint.hf_import import export_vllm_cpu
 from text.chats.chat_template import encode_chat
 from text.tokenizer import Tokenizer
+from training.parallel import saved
 
 NEW_TOKENS = 24
 TOLERANCE = 1e-4  # nats
@@ -72,6 +77,7 @@ def check(ckpt: str, vllm: str = ".venv-vllm/bin/python") -> None:
     with tempfile.TemporaryDirectory() as name:
         with redirect_stdout(None):
             cases = [*of_checkpoint(Path(ckpt), Path(name)), *of_random_weights(Path(name))]
+            cases.append(of_several_files(cases[-1], Path(name) / "several files"))
         differing = [case.name for case in cases if differs(case, vllm, Path(name))]
     print(f"differs: {', '.join(differing)}" if differing else "vLLM and this project agree")
     sys.exit(bool(differing))
@@ -102,6 +108,19 @@ def of_random_weights(folder: Path) -> list[Case]:
         cases.append(Case(f"small, untied, {end}", small, prompts, EXPANDED))
         cases.append(Case(f"released head sizes, YaRN, groups, {end}", released, prompts))
     return cases
+
+
+def of_several_files(case: Case, folder: Path) -> Case:
+    """The same weights as a run over ranks writes a large model: several files, MTP among them, with one index."""
+    weights = load_file(case.folder / "model.safetensors") | load_file(case.folder / "mtp.safetensors")
+    shutil.copytree(case.folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = LMConfig.from_pretrained(folder)
+    with mock.patch.object(saved, "LARGEST", sum(weight.nbytes for weight in weights.values()) // 3):
+        index = saved.index_of(saved.files_of(config), config)
+    for file in set(index["weight_map"].values()):
+        save_file({name: weights[name] for name, place in index["weight_map"].items() if place == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return Case(f"{case.name}, {len(set(index['weight_map'].values()))} files", folder, case.prompts)
 
 
 def differs(case: Case, vllm: str, folder: Path) -> bool:

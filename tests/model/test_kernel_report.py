@@ -13,7 +13,8 @@ import model.kernels as kernels
 from LMConfig import LMConfig
 from model.attention import AttentionMask
 from model.kernels import attention, causal
-from model.ops import attend, kernel_report
+from model.kernels.report import kernel_report
+from model.ops import attend
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SYMBOL = "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa"

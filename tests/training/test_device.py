@@ -10,6 +10,7 @@ import pytest
 import torch
 from forked import on_ranks
 
+import training.parallel.group
 import training.parallel.ranks
 from errors import UserError, command_line
 from training.machine import choose_device
@@ -103,8 +104,8 @@ def test_a_rank_names_its_gpu_to_the_others(device, named, gpus, monkeypatch):
     given = []
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(training.parallel.ranks, "_store", lambda *_: None)
-    monkeypatch.setattr(training.parallel.ranks, "_check_devices", lambda *_: None)
+    monkeypatch.setattr(training.parallel.group, "_store", lambda *_: None)
+    monkeypatch.setattr(training.parallel.group, "_check_devices", lambda *_: None)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **named: given.append(named["device_id"]))
     Ranks.start(device)
     assert given == [named]

@@ -17,7 +17,7 @@ import training.machine
 import training.trainer
 from errors import UserError
 from model import MiniDeepSeek
-from model.ops import kernel_report
+from model.kernels.report import kernel_report
 from training.losses import Batch, NextTokenLoss
 from training.machine import machine_peak, measured_peak
 from training.optim.build import OptimSettings

@@ -12,10 +12,9 @@ A folder of shards holds
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ import xxhash
 
 from errors import UserError
 from text.corpus.corpus import Corpus
-from text.files import replacing
 from text.order import content_hash
 from text.sources.registry import Source
 from text.tokenizer import Tokenizer
@@ -264,32 +262,6 @@ def find_damage(folder: Path, part: dict[str, Any], checksums: bool = True) -> s
             except OSError as error:
                 return f"{file}: shard cannot be read ({error.strerror})"
     return None
-
-
-def write_shard(
-    folder: Path, name: str, tokens: Iterable[np.ndarray], lengths: np.ndarray, sizes: np.ndarray
-) -> dict[str, Any]:
-    """Write one shard and its bounds; return its entry in the index. On an error the files are as they were before.
-
-    lengths, sizes: (documents,) uint32, tokens and UTF-8 bytes of each.
-    """
-    ends = np.cumsum(lengths, dtype=np.uint32)
-    bounds = io.BytesIO()
-    np.save(bounds, np.stack([ends, sizes], axis=1))
-    counts = {"tokens": int(ends[-1]), "documents": len(lengths), "bytes": int(sizes.sum(dtype=np.int64))}
-    entry = {"name": name, **counts}
-    pieces = {
-        "bin": (part.astype("<u2", copy=False).view(np.uint8).data for part in tokens),
-        "npy": [bounds.getbuffer()],
-    }
-    for suffix, parts in pieces.items():
-        digest, size = xxhash.xxh3_64(), 0
-        with replacing(folder / f"{name}.{suffix}") as stream:
-            for part in parts:
-                digest.update(part)
-                size += stream.write(part)
-        entry |= {f"{suffix}_size": size, f"{suffix}_checksum": digest.hexdigest()}
-    return entry
 
 
 def _checksum(file: Path) -> str:

@@ -15,14 +15,6 @@ from text.sources.row_report import RowError, RowReport
 
 # After so many rows without text in the column, no later one is expected to have it.
 COLUMN_TRIES = 100
-# Formats that may be packed with gzip, .gz behind their own suffix.
-ZIPPED = (".csv", ".json", ".jsonl", ".ndjson", ".txt")
-
-
-def suffix_of(path: Path) -> str:
-    """Return what decides how a file is read: its suffix in lower case, without .gz where the format may be packed."""
-    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
-    return inner if suffix == ".gz" and inner in ZIPPED else suffix
 
 
 class FileProblem(RowError):

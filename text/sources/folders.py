@@ -13,10 +13,13 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errors import UserError
-from text.sources.data_file import suffix_of
+
+if TYPE_CHECKING:
+    from text.sources.registry import Source
+    from text.sources.row_report import RowReport
 
 TRAIN = "train"
 # What `save_to_disk` and the Hub write beside the data, and LLaMA-Factory's registry.
@@ -31,6 +34,47 @@ SPLITS = {
 SAVED = {"dataset_dict.json": "splits", "state.json": "_data_files"}
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 SHARD = re.compile(r"[-_.]\d{5,}-of-\d{5,}.*")
+# Formats that may be packed with gzip, .gz behind their own suffix.
+ZIPPED = (".csv", ".json", ".jsonl", ".ndjson", ".txt")
+# Who reads which files, bound when one is met.
+READERS = {
+    ".csv": "text.sources.csv_rows:csv_rows",
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "text.sources.json_rows:json_rows"),
+    **dict.fromkeys((".parquet", ".arrow"), "text.sources.table_rows:table_rows"),
+    ".txt": "text.sources.text_rows:text_rows",
+}
+SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")
+
+
+def suffix_of(path: Path) -> str:
+    """Return what decides how a file is read: its suffix in lower case, without .gz where the format may be packed."""
+    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if suffix == ".gz" and inner in ZIPPED else suffix
+
+
+def row_files(source: Source, suffixes: Collection[str], report: RowReport) -> list[Path | str]:
+    """Return the file itself, those in and below a folder, sorted, or the name of a data set on the Hub.
+
+    What is left out for being of another split goes into the report. Raises `UserError` when there is none.
+    """
+    if source.is_hub:
+        return [source.path]
+    path, formats = Path(source.path), ", ".join(suffixes)
+    try:
+        if path.is_dir():
+            folder = Folder.read(path, suffixes, source.split)
+            if not folder.files:
+                raise UserError(f"{path}: the folder has no data; put files of {formats} there")
+            report.unread += folder.notices()
+            return list(folder.files)
+        if path.is_file():
+            if suffix_of(path) not in suffixes or path.name in METADATA:
+                raise UserError(f"{path}: a format that is not read; give one of {formats}")
+            with open(path, "rb"):
+                return [path]
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}; check the path and its permissions") from error
+    raise UserError(f"{path}: no such file or folder; check the path")
 
 
 @dataclass

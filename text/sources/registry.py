@@ -16,11 +16,10 @@ from typing import Any
 
 from errors import UserError, with_home
 from text.files import read_yaml
-from text.sources.folders import TRAIN
+from text.sources.folders import READERS, TRAIN
 from text.sources.formats import FORMATS, KINDS, TAGS, Layout
 
 REGISTRY = "datasets.yaml"
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".txt")
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 GENERATORS = ("arithmetic", "reasoning_gym")
 
@@ -118,7 +117,7 @@ def _find(entry: str, registry: Path, kind: str | None) -> Source:
             raise UserError(f"--data {entry}: is a path here and a name in {registry}; {hint}")
         return names.source(entry)
     is_generator = kind in ("prompt", None) and entry.partition(":")[0] in GENERATORS
-    if exists or suffix.lower() in (*SUFFIXES, ".gz") or is_generator:
+    if exists or suffix.lower() in (*READERS, ".gz") or is_generator:
         return Source(entry)  # a reader raises an error for a path that is not there
     # With a folder data here, data/chatz is a slip of the pen; asking the Hub for it would take half a minute.
     if not Path(entry).parent.is_dir() and (hub := HUB_NAME.fullmatch(entry)):

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from errors import UserError
 from text.order import scramble
-from text.sources.data_file import DataFile, FileProblem, suffix_of
-from text.sources.folders import METADATA, Folder
+from text.sources.data_file import DataFile, FileProblem
+from text.sources.folders import READERS, SUFFIXES, row_files, suffix_of
 from text.sources.registry import Source
 from text.sources.row_report import RowError, RowReport, UnwantedRow
 
@@ -70,31 +70,6 @@ def placed_rows(
         report.left_out += report.accepted - before - len(items)
         report.accepted = before + len(items)
     yield from items
-
-
-def row_files(source: Source, suffixes: Iterable[str], report: RowReport) -> list[Path | str]:
-    """Return the file itself, those in and below a folder, sorted, or the name of a data set on the Hub.
-
-    What is left out for being of another split goes into the report. Raises `UserError` when there is none.
-    """
-    if source.is_hub:
-        return [source.path]
-    path, formats = Path(source.path), ", ".join(suffixes)
-    try:
-        if path.is_dir():
-            folder = Folder.read(path, suffixes, source.split)
-            if not folder.files:
-                raise UserError(f"{path}: the folder has no data; put files of {formats} there")
-            report.unread += folder.notices()
-            return list(folder.files)
-        if path.is_file():
-            if suffix_of(path) not in suffixes or path.name in METADATA:
-                raise UserError(f"{path}: a format that is not read; give one of {formats}")
-            with open(path, "rb"):
-                return [path]
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror}; check the path and its permissions") from error
-    raise UserError(f"{path}: no such file or folder; check the path")
 
 
 def sample_by_count(items: Iterable[Item], count: int, seed: int = 0) -> list[Item]:
@@ -151,13 +126,3 @@ def _rows_of_file(file: DataFile, source: Source) -> Iterator[tuple[str, Any]]:
         raise FileProblem("unreadable file", None, f"cannot be read ({error})", "fetch or fix it") from error
     if is_empty and report.problems.total() == problems:
         raise FileProblem("empty file", None, "is empty", "name a file that has rows")
-
-
-# Who reads which files, bound when one is met.
-READERS = {
-    ".csv": "text.sources.csv_rows:csv_rows",
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "text.sources.json_rows:json_rows"),
-    **dict.fromkeys((".parquet", ".arrow"), "text.sources.table_rows:table_rows"),
-    ".txt": "text.sources.text_rows:text_rows",
-}
-SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")

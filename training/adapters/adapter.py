@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 import xxhash
@@ -38,6 +39,17 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+@runtime_checkable
+class Awaited(Protocol):
+    """A model whose weights are still in their files (`training.parallel.initial.Deferred`)."""
+
+    def stored(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
+        """Yield each weight by its name, in the order of names, in pieces of its bytes."""
+
+    def extended(self) -> AbstractContextManager[None]:
+        """Give what modules draw within the numbers that they would draw beside the whole model."""
+
+
 class Adapter:
     """An adapter in its place: `model` is the model with it, whose other weights are frozen. What checkpoints hold."""
 
@@ -63,7 +75,7 @@ class Adapter:
 
         base: folder of the model, absolute in the adapter's files, where peft looks for it from any folder.
         """
-        with getattr(model, "extended", nullcontext)():  # of weights that are yet to come
+        with model.extended() if isinstance(model, Awaited) else nullcontext():
             adapter = cls(model, settings.peft_config(model, os.path.abspath(base)))
         for module in model.modules():
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and settings.dropout:
@@ -185,7 +197,7 @@ def fingerprint(model: MiniDeepSeek) -> str:
     """Return the same for the same weights in the same type, the MTP layers aside; of files where they are there."""
     digest = xxhash.xxh3_128()
     whole = ((name, [tensor]) for name, tensor in sorted(model.state_dict().items()))
-    for name, pieces in model.stored() if hasattr(model, "stored") else whole:
+    for name, pieces in model.stored() if isinstance(model, Awaited) else whole:
         if not name.startswith("mtp."):
             digest.update(name.encode())
             for piece in pieces:

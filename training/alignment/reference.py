@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset import PreferenceDataset
 from errors import UserError, tracked
@@ -21,11 +21,43 @@ from training.alignment.preference import Ask, answer_log_probs, whole
 from training.fingerprinted import open_arrays, save_arrays
 from training.machine import autocast, choose_dtype
 from training.parallel.ranks import Ranks
+from training.settings import StageSettings
 from training.startup import open_checkpoint
+
+if TYPE_CHECKING:
+    from training.parallel.sharding import Sharded
+
+
+@dataclass(kw_only=True)
+class ReferenceSettings(StageSettings):
+    """Settings of a stage that compares the model in training with a reference.
+
+    Args:
+        ckpt: checkpoint folder to start from; it should already answer questions.
+        reference: checkpoint folder of the reference, if it is not `ckpt`.
+    """
+
+    ckpt: str
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class ShardedReference:
+    """A reference in shards, which all ranks ask together."""
+
+    sharded: Sharded
+
+    def __call__(self, work: Callable[[MiniDeepSeek], Tensor]) -> Tensor:
+        return self.sharded.measure(work)
+
+    def close(self) -> None:
+        """Give its memory back; FSDP's modules hold one another, so a collection would have to find them first."""
+        for _, share in self.sharded.shards.named_parameters():
+            share.untyped_storage().resize_(0)
 
 
 def frozen_reference(
-    settings: Any, ranks: Ranks, model: MiniDeepSeek, tokenizer: Tokenizer, as_it_is: bool = False
+    settings: ReferenceSettings, ranks: Ranks, model: MiniDeepSeek, tokenizer: Tokenizer, as_it_is: bool = False
 ) -> Ask:
     """Return what asks the model of `settings.reference`, or where none is named `model` as it is before training.
 
@@ -51,7 +83,8 @@ def frozen_reference(
         reference = copy.deepcopy(model)
     if cut:
         dtype = choose_dtype(settings.dtype, ranks.device)
-        return resolve_name("training.parallel.sharding:shard_frozen")(settings, ranks, reference, dtype).measure
+        shard = resolve_name("training.parallel.sharding:shard_frozen")
+        return ShardedReference(shard(settings, ranks, reference, dtype))
     reference = reference.to(ranks.device)
     if not as_it_is or folder:
         reference.requires_grad_(False).eval()
@@ -69,8 +102,10 @@ def ask_once(
     # The main rank's: where each looked for itself, one might find the file that another does not.
     log_probs = ranks.on_main(lambda: load_log_probs(path, fingerprint) if resume else None)
     if log_probs is None:
-        log_probs = reference_log_probs(open_reference(), dataset, micro_rows, dtype, ranks)
-        gc.collect()  # modules in shards hold one another
+        reference = open_reference()
+        log_probs = reference_log_probs(reference, dataset, micro_rows, dtype, ranks)
+        if isinstance(reference, ShardedReference):
+            reference.close()
         if ranks.main:
             save_arrays(path, {"log_probs": log_probs}, fingerprint)
     dataset.know_reference(log_probs)

@@ -168,33 +168,3 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
             else:
                 tensors[f"{names[p]}|{key}"] = torch.as_tensor(value).detach()
     return tensors
-
-
-def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Undo `state_tensors`. Raises `KeyError` or `ValueError` for what is not a state of these parameters."""
-    parameters = dict(model.named_parameters())
-    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        parameter, key, *part = name.split("|")
-        p = parameters[parameter]
-        if part:
-            parts.setdefault((parameter, key), {})[part[0]] = value.to(p.device)
-            continue
-        dtype = getattr(optimizer, "moment_dtype", p.dtype)
-        is_moment = key in (*MOMENTS, "momentum_buffer")
-        if (is_moment and (value.shape, value.dtype) != (p.shape, dtype)) or (key == "step" and value.numel() != 1):
-            raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
-        # The step counter stays where the fused kernel wants it: beside the parameter; bitsandbytes counts in int.
-        counter = value.dim() == 0 and not value.is_floating_point()
-        stays = key == "step" and getattr(optimizer, "counts_on_host", False)
-        optimizer.state[p][key] = int(value) if counter else value if stays else value.to(p.device)
-    for (parameter, key), held in parts.items():
-        from torchao.optim.subclass_8bit import OptimState8bit
-
-        # The second moment has no sign.
-        p = parameters[parameter]
-        state = OptimState8bit(held["codes"], held["scale"], held["qmap"], signed=key == "exp_avg")
-        optimizer.state[p][key] = state.view(p.shape)
-    for state in optimizer.state.values():
-        if not {*MOMENTS, "step"} <= {*state} and ({*MOMENTS} & {*state} or {*state} == {"step"}):
-            raise ValueError(f"a parameter with {', '.join(sorted(state))} alone")

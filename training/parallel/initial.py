@@ -22,7 +22,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from model.checkpoint.folder import STACKED, TIED, describe, fill, released_name, released_views, single_experts
 from model.checkpoint.weight_files import WeightFiles
-from training.parallel.replication import checksum
+from training.parallel.rank_checks import checksum
 
 if TYPE_CHECKING:
     from training.parallel.sharding import Shards

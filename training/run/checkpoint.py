@@ -12,26 +12,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
-from model.checkpoint.folder import CARD
+from model.checkpoint.folder import CARD, save_state
 from model.checkpoint.weight_files import usual_mode
 from text.files import json_text
 from text.tokenizer import Tokenizer
-from training.optim.build import load_state_tensors, state_tensors
+from training.optim.build import state_tensors
+from training.settings import StageSettings
 
 if TYPE_CHECKING:
     from training.parallel.sharding import Shards
 
 STATE_SHARDS = "training/state-{:05}-of-{:05}.safetensors"  # where ranks hold shards: of each rank
 SHARDING = "DCP_SHARDING_INFO"  # as torch.distributed.checkpoint's HuggingFaceStorageReader reads them
+Resume = bool | Literal["last-good"]
 MANIFEST = "training/manifest.json"  # size and checksum of every file of a checkpoint
 STATE_FILE, PROGRESS_FILE = "training/state.safetensors", "training/progress.json"
 STEP = re.compile(r"step-(\d+)$")
@@ -108,6 +111,24 @@ class Weights(Protocol):
 
     def load(self, folder: Path) -> None:
         """Put those of a folder in place. Raises `UserError` when they are of another model."""
+
+
+class WholeModel:
+    """The weights of a checkpoint that stands for itself: all of the model's."""
+
+    def __init__(self, model: MiniDeepSeek) -> None:
+        self.model = model
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+    def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        save_state(tensors, self.model.config, folder)
+
+    def load(self, folder: Path) -> None:
+        saved = MiniDeepSeek.from_pretrained(folder)
+        resolve_name("training.run.resume:same_shape")(folder, saved.config, self.model.config)
+        self.model.load_state_dict(saved.state_dict())
 
 
 class Snapshot:
@@ -217,69 +238,6 @@ def _before(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.before")
 
 
-def load_training_state(
-    folder: Path, model: MiniDeepSeek, optimizer: torch.optim.Optimizer, shards: Shards | None = None
-) -> dict[str, torch.Tensor]:
-    """Put the optimiser state of `folder` into objects that already hold its weights. Returns the data set's.
-
-    shards: of the weights, where this rank has no more.
-
-    Raises `DamagedCheckpoint`. What passed its checksums and does not fit was saved under other settings, and so were
-    the checkpoints before it: `--resume last-good` would end here again, so it is not offered.
-    """
-    aside, path = f"or move {folder} elsewhere and use --resume", folder / STATE_FILE
-    state = read_state(folder, aside, shards)
-    data = {name.removeprefix(DATA): state.pop(name) for name in list(state) if name.startswith(DATA)}
-    try:
-        load_state_tensors(optimizer, shards or model, state)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        settings = f"give the settings that the run began with, {aside}"
-        raise DamagedCheckpoint(f"{path}: does not fit the model ({error}); {settings}") from None
-    return data
-
-
-def state_files(folder: Path) -> list[Path]:
-    """Return those of optimiser and data set: one, or those of the ranks that held shards."""
-    found = sorted(folder.glob(STATE_FILE.replace(".", "-*-of-*.")))
-    return [folder / STATE_FILE] if (folder / STATE_FILE).is_file() or not found else found
-
-
-def read_state(folder: Path, remedy: str, shards: Shards | None = None) -> dict[str, torch.Tensor]:
-    """Return the tensors of optimiser and data set, or this rank's share of them. Raises `DamagedCheckpoint`.
-
-    Each is in one piece, or in several of some of its rows, written by one rank each.
-    """
-    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    path = folder / STATE_FILE
-    try:
-        for path in state_files(folder):
-            with safe_open(path, "pt") as file:
-                offsets = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    # `rng` is of older checkpoints: now a function of seed, step, micro-batch and rank.
-                    rows = None if name.startswith("rng") else shards.state_rows(name) if shards else slice(None)
-                    if rows is None:  # of no weight that is here
-                        continue
-                    view, first = file.get_slice(name), offsets.get(name, {}).get("saved_offsets", [])
-                    if not (shape := view.get_shape()) or (rows == slice(None) and not any(first)):
-                        pieces.setdefault(name, []).append((0, file.get_tensor(name)))
-                        continue
-                    begin, last = first[0] if first else 0, math.inf if rows.stop is None else rows.stop
-                    start, stop = max(rows.start or 0, begin), min(last, begin + shape[0])
-                    if start < stop:
-                        pieces.setdefault(name, []).append((start, view[start - begin : stop - begin]))
-                    elif rows.start == rows.stop and name not in pieces:  # a rank without rows
-                        pieces[name] = [(0, file.get_tensor(name)[:0])]
-        joined = {}
-        for name in list(pieces):
-            parts = [part for _, part in sorted(pieces.pop(name), key=lambda piece: piece[0])]
-            joined[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        what = f"damaged or cut short ({error}); restore the file, {remedy}"
-        raise DamagedCheckpoint(f"{path}: {what}") from None
-    return joined
-
-
 def read_progress(folder: Path) -> Progress:
     """Return how far the run was at this checkpoint. Raises `DamagedCheckpoint`, without a remedy."""
     path = folder / PROGRESS_FILE
@@ -303,6 +261,38 @@ def newest(out: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def holds_run(out: Path) -> bool:
+    """Return whether something of a run is in the folder: a checkpoint, or one that made room for another."""
+    return newest(out) is not None or any(path.is_dir() for path in (out / BEST, *out.glob(".*.before")))
+
+
+def saved_run(out: Path, resume: Resume) -> dict[str, Any]:
+    """Return what a run that is to be resumed may not change; empty where no checkpoint of it can be read."""
+    for folder in reversed(checkpoints(out)) if resume and out.is_dir() else ():
+        with suppress(DamagedCheckpoint):
+            return read_progress(folder).run
+    return {}
+
+
+def identity(settings: StageSettings, tokenizer: Tokenizer, dataset: object) -> dict[str, Any]:
+    """Return what the data, their order and the optimiser's state depend on: a run cannot change it midway.
+
+    `data.content` is for data sets whose `identity` does not tell their content; a run that lacks a key may resume.
+    """
+    run = {
+        "seed": settings.seed,
+        "sequence_length": settings.sequence_length,
+        "rows": settings.rows,
+        "tokenizer": tokenizer.fingerprint,
+        "data": getattr(dataset, "identity", ""),
+        "optim.kind": settings.optim.kind,
+    }
+    if settings.rows_by_share:
+        run["rows"] = {str(share): rows for share, rows in settings.rows_by_share.items()}
+    content = getattr(dataset, "content", "")
+    return {**run, "data.content": content} if content else run
+
+
 def keep_last(out: Path, count: int) -> None:
     """Delete all but the last `count` step checkpoints."""
     for path in [path for path in checkpoints(out) if path.name != "final"][: -count or None]:
@@ -313,37 +303,9 @@ def write_manifest(folder: Path) -> None:
     """Note size and checksum of every file of a checkpoint folder. XXH3, which reads a GB in less than 0.1 s."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)} for path in paths
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": checksum(path)} for path in paths
     }
     (folder / MANIFEST).write_text(json_text(files, indent=2), encoding="utf8")
-
-
-def verify(folder: Path) -> None:
-    """Read all that the manifest of a checkpoint names. A folder without one, from before there were any, passes.
-
-    Raises `DamagedCheckpoint`, which names the first file that is not what was saved.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        return
-    try:
-        files = json.loads(path.read_text(encoding="utf8"))
-        saved = {str(name): (int(facts["bytes"]), str(facts["xxh3_128"])) for name, facts in files.items()}
-        if outside := [name for name in saved if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise ValueError(f"{outside[0]!r} is not in the folder")
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from None
-    for name, (size, checksum) in saved.items():
-        what = ""
-        try:
-            if (now := (folder / name).stat().st_size) != size:
-                what = f"{now:,} bytes, {size:,} were saved"
-            elif _checksum(folder / name) != checksum:
-                what = "its checksum is not that of what was saved"
-        except OSError as error:
-            what = str(error.strerror)
-        if what:
-            raise DamagedCheckpoint(f"{folder / name}: damaged or cut short ({what})")
 
 
 def _step(folder: Path) -> float:
@@ -356,7 +318,7 @@ def _step(folder: Path) -> float:
         return math.inf
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while part := file.read(1 << 22):

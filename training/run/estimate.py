@@ -11,15 +11,13 @@ from pathlib import Path
 import torch
 
 from errors import folded
-from model import MiniDeepSeek
+from model import MiniDeepSeek, kernels
 from model.costs import activation_numbers, human
 from model.costs import count as count_costs
-from model.ops import kernel_report
 from training.losses import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import Progress
+from training.run.checkpoint import Progress, saved_run
 from training.run.log import counted, duration
-from training.run.resume import saved_run
 from training.schedule import Budget
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
@@ -130,13 +128,13 @@ class Pace:
         smaller, last = "", settings.rows
         if budget.batches:
             smaller, last = budget.batches.smaller_first(), budget.batches.phases[-1].rows
-        kernels = (model.config, dtype, ranks.device, settings.row_tokens, settings.compiles(ranks.device))
+        taken = (model.config, dtype, ranks.device, settings.row_tokens, settings.compiles(ranks.device))
         self._say(
             f"model      {human(costs.total)} parameters, {human(costs.activated)} activated, "
             f"MTP adds {human(costs.mtp)}\n"
             f"machine    {ranks.world} x {ranks.device.type}{why}, {torch.get_num_threads()} threads, "
             f"{str(dtype).removeprefix('torch.')}, matrix products {peak / 1e9:,.0f} GFLOP/s\n"
-            f"kernels    {kernel_report(*kernels)}\n"
+            f"kernels    {kernels.report.kernel_report(*taken)}\n"
             f"batch      {smaller}{batch_line(last, settings.row_tokens, ranks, settings.micro_rows)}\n"
             f"until      {' or '.join(ends)}{', whichever is first' if len(ends) > 1 else ''}\n"
             f"takes      {self._pace(step, counted(steps, noun), seconds, sampled)}, "

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from errors import UserError, check_least, naming
+from errors import UserError, naming
 from model import MiniDeepSeek
 from model.decoding.generate import stream
 from model.decoding.sampling import Sampling
@@ -22,30 +21,12 @@ from training.losses import Batch
 from training.machine import autocast
 from training.parallel.ranks import Ranks
 from training.run.log import TEXT, forget_after
-from training.settings import StageSettings
+from training.settings import SampleSettings
 
 BUILT_IN = 2  # prompts where no file gives any
 BEGINNING, LONGEST, NEW = 16, 256, 48  # tokens: of a text to continue, of a prompt at most, of what is written
 TRIED = 64  # rows looked at for them
 PATIENCE = 0.25  # share of --dist.timeout that the other ranks wait for all samples together
-
-
-@dataclass(kw_only=True)
-class SampleSettings(StageSettings):
-    """Settings of a stage that shows the model's own text while it is trained.
-
-    Args:
-        sample_every: steps between samples of the model's text, also kept in OUT/samples.jsonl, besides those before
-            the first step and after the last; 0: at each validation.
-        sample_prompts: file of prompts for them, one a line; empty: texts or questions of what is held out.
-    """
-
-    sample_every: int = 0
-    sample_prompts: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(0, sample_every=self.sample_every)
 
 
 class Rows(Protocol):
@@ -145,6 +126,13 @@ def read_prompts(file: str) -> list[str]:
     if not lines:
         raise UserError(f"--sample_prompts {file}: empty; give one prompt a line")
     return lines
+
+
+def text_samples(
+    settings: SampleSettings, tokenizer: Tokenizer, ranks: Ranks, rows: Rows, validated: bool
+) -> Samples | None:
+    """Continuations of texts while the model is trained; see `open_samples`."""
+    return open_samples(settings, tokenizer, ranks, rows, validated, text_prompts)
 
 
 def text_prompts(tokenizer: Tokenizer, lines: list[str], rows: Iterable[Batch]) -> list[list[int]]:

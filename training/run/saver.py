@@ -17,10 +17,9 @@ import torch
 from errors import folded, naming
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, keep_last, load_training_state
+from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, holds_run, keep_last
 from training.run.interrupt import aftermath
 from training.run.log import counted, held_out_text, read_metrics
-from training.run.resume import contents, find_checkpoint
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
 
@@ -123,16 +122,20 @@ class RunCheckpoints:
         A run that is complete is left as it is; one that `is_finished` without that is put in place, to be saved as its
         end. run: what must not have changed since.
         """
-        found = self._ranks.on_main(lambda: find_checkpoint(self._out, self._settings.resume, run))
+        out, found = self._out, None
+        if self._ranks.on_main(lambda: holds_run(out)):
+            resume = resolve_name("training.run.resume")
+            found = self._ranks.on_main(lambda: resume.find_checkpoint(out, self._settings.resume, run))
         if found is None:
             return None
         folder, progress = found
         progress.finished = is_finished(progress)
         if progress.finished and folder.name == "final":
             return progress
-        self._ranks.check_shared(folder, lambda: contents(folder))
+        self._ranks.check_shared(folder, lambda: resume.contents(folder))
         self._weights.load(folder)
-        state = load_training_state(folder, self._weights.model, self._optimizer, self._shards)
+        load = resolve_name("training.run.state:load_training_state")
+        state = load(folder, self._weights.model, self._optimizer, self._shards)
         if self._ema is not None:
             self._ema.load_state(state)
         if self._made is not None:

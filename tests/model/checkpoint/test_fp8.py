@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import model.checkpoint.weight_files
+import model.checkpoint.fp8
 from errors import DamagedCheckpoint, UserError
 from model import MiniDeepSeek
 
@@ -152,7 +152,7 @@ def test_scales_that_are_powers_of_two_in_a_byte_are_read(published):
 
 def test_no_more_than_two_matrices_are_held_besides_the_model(published, monkeypatch):
     made: list[weakref.ref] = []
-    original = model.checkpoint.weight_files.dequantise
+    original = model.checkpoint.fp8.dequantise
 
     def counted(*arguments):
         assert sum(reference() is not None for reference in made) <= 1
@@ -160,7 +160,7 @@ def test_no_more_than_two_matrices_are_held_besides_the_model(published, monkeyp
         made.append(weakref.ref(matrix))
         return matrix
 
-    monkeypatch.setattr(model.checkpoint.weight_files, "dequantise", counted)
+    monkeypatch.setattr(model.checkpoint.fp8, "dequantise", counted)
     MiniDeepSeek.from_pretrained(published)
     assert len(made) > 80
 

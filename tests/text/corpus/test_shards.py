@@ -22,7 +22,8 @@ import text.corpus.shards
 from errors import UserError
 from text.corpus.encoding import Encoded, parts
 from text.corpus.shard_set import ShardSet, read_index
-from text.corpus.shards import _hold_out, open_sources, prepare_shards, sources_ready
+from text.corpus.shards import open_sources, prepare_shards, sources_ready
+from text.corpus.tokenising import _hold_out
 from text.sources.registry import Source
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe

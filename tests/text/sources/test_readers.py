@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from text.corpus.corpus import Cleaner, Corpus
+from text.corpus.corpus import Corpus
+from text.corpus.documents import Cleaner
 from text.sources import json_rows
 from text.sources.data_file import DataFile
 from text.sources.row_report import RowReport

@@ -8,7 +8,8 @@ from torch import nn
 
 from model.kernels import fused
 from training.optim.adamw import AdamWBF16, plain_adamw_
-from training.optim.build import load_state_tensors, state_tensors
+from training.optim.build import state_tensors
+from training.run.state import load_state_tensors
 
 SIZES = [(3,), (16,), (5, 7), (64, 33), (3, 40, 50)]  # whole lanes or not
 

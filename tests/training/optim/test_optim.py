@@ -15,11 +15,11 @@ from errors import UserError
 from training.optim.build import (
     OptimSettings,
     build_optimizer,
-    load_state_tensors,
     set_learning_rate,
     state_tensors,
     step_scaled,
 )
+from training.run.state import load_state_tensors
 
 
 @pytest.fixture

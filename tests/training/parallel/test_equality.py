@@ -14,8 +14,8 @@ from toy_stage import ROWS, TIME, Rows, files
 from training.losses import IGNORE, Batch, NextTokenLoss
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import read_state
 from training.run.log import read_metrics
+from training.run.state import read_state
 from training.trainer import Trainer
 
 # With a large epsilon AdamW does not turn the rounding of a tiny gradient into a whole step.

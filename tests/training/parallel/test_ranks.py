@@ -15,6 +15,7 @@ import pretrain
 from errors import UserError
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import DistSettings
+from training.parallel.group import RankGroup
 from training.parallel.ranks import Ranks
 from training.parallel.replication import replicate
 from training.run.log import read_metrics
@@ -71,7 +72,7 @@ def test_one_process_needs_no_torchrun():
 
 
 def test_an_error_of_ones_own_is_not_blamed_on_a_peer():
-    with pytest.raises(RuntimeError, match="out of memory"), Ranks(0, 2, torch.device("cpu")).explained():
+    with pytest.raises(RuntimeError, match="out of memory"), RankGroup(0, 2, torch.device("cpu")).explained():
         raise RuntimeError("CUDA out of memory")
 
 

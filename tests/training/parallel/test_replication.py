@@ -13,10 +13,10 @@ from toy_stage import ROWS, Rows
 
 from errors import UserError, command_line
 from model import MiniDeepSeek
-from training.parallel import replication
+from training.parallel import rank_checks
 from training.parallel.dist_settings import DistSettings
+from training.parallel.rank_checks import check_facts, checksums, code_version, facts, flat
 from training.parallel.ranks import Ranks
-from training.parallel.replication import check_facts, checksums, code_version, facts, flat
 from training.trainer import Trainer
 
 
@@ -49,24 +49,24 @@ def error(ranks: list[Forked]) -> str:
 
 def test_a_checksum_depends_on_the_place_of_each_number():
     numbers = torch.arange(2**19 + 3, dtype=torch.float32)
-    sums = {replication.checksum(numbers).item()}
+    sums = {rank_checks.checksum(numbers).item()}
     for one, other in ((0, 1), (2, 2**18 + 2), (5, 2**19 + 1)):
         swapped = numbers.clone()
         swapped[one], swapped[other] = numbers[other], numbers[one]
-        sums.add(replication.checksum(swapped).item())
-    sums.add(replication.checksum(numbers.roll(2**18)).item())
+        sums.add(rank_checks.checksum(swapped).item())
+    sums.add(rank_checks.checksum(numbers.roll(2**18)).item())
     assert len(sums) == 5
-    assert replication.checksum(numbers.bfloat16()) != replication.checksum(numbers.bfloat16().flip(0))
+    assert rank_checks.checksum(numbers.bfloat16()) != rank_checks.checksum(numbers.bfloat16().flip(0))
 
 
 def test_a_gpu_sums_in_larger_parts_what_a_cpu_sums_in_small_ones(on_cuda, monkeypatch):
     """No part is left out, and all sums are read at once."""
-    monkeypatch.setattr(replication, "LARGE_PART", 1000)
+    monkeypatch.setattr(rank_checks, "LARGE_PART", 1000)
     numbers = torch.arange(2500, dtype=torch.float32)
     bits = numbers.view(torch.int32).long()
     parts = [(part * (2 * torch.arange(len(part)) + 1)).sum() for part in bits.split(1000)]
-    assert replication.checksum(numbers) == 31 * (31 * parts[0] + parts[1]) + parts[2]
-    assert replication.listed({"a": torch.tensor(2**62), "b": torch.tensor(-3)}) == (["a", "b"], [2**62, -3])
+    assert rank_checks.checksum(numbers) == 31 * (31 * parts[0] + parts[1]) + parts[2]
+    assert rank_checks.listed({"a": torch.tensor(2**62), "b": torch.tensor(-3)}) == (["a", "b"], [2**62, -3])
 
 
 def test_two_ranks_that_agree_train(together, tmp_path):
@@ -147,7 +147,7 @@ def test_any_change_of_the_sources_is_another_version(tmp_path, monkeypatch):
     (tmp_path / "model" / "kernels").mkdir(parents=True)
     for name in ("pretrain.py", "model/moe.py"):
         (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr(replication, "ROOT", tmp_path)
+    monkeypatch.setattr(rank_checks, "ROOT", tmp_path)
     versions = [code_version()]
     (tmp_path / "model" / "moe.py").write_text("x = 2\n")
     versions.append(code_version())

@@ -30,8 +30,8 @@ from training.optim.build import OptimSettings
 from training.parallel.dist_settings import ShardSettings
 from training.parallel.mesh import check_mesh
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import read_state
 from training.run.log import read_metrics
+from training.run.state import read_state
 from training.settings import NextTokenSettings
 from training.trainer import Trainer
 

@@ -15,7 +15,7 @@ import pretrain
 from model import MiniDeepSeek
 from training.optim.build import OptimSettings, build_optimizer, state_tensors
 from training.run.log import read_metrics
-from training.run.resume import carry_optimizer
+from training.run.state import carry_optimizer
 
 
 @pytest.fixture

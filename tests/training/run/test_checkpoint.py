@@ -25,13 +25,14 @@ from training.run.checkpoint import (
     MANIFEST,
     Progress,
     Snapshot,
+    WholeModel,
     checkpoints,
     keep_last,
-    load_training_state,
     newest,
     read_progress,
 )
-from training.run.resume import WholeModel, find_checkpoint
+from training.run.resume import find_checkpoint
+from training.run.state import load_training_state
 
 
 class Sitting:

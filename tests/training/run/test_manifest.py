@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from toy_stage import files
 
 from errors import DamagedCheckpoint
-from training.run.checkpoint import MANIFEST, verify, write_manifest
+from training.run.checkpoint import MANIFEST, write_manifest
 from training.run.log import read_metrics
+from training.run.resume import verify
 
 
 def flip(path: Path) -> None:

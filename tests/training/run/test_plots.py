@@ -11,9 +11,11 @@ import pytest
 from toy_stage import ROWS, TIME, interrupt_at
 
 import training.run.plots
-import training.trainer
 from training.run.log import read_metrics
 from training.run.plots import draw_run, load_pyplot, plain
+from training.trainer import Trainer
+
+DRAW = Trainer._draw
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_a_real_run_is_drawn_from_its_metrics(pretrained, tmp_path, drawn):
 
 
 def test_a_finished_run_has_its_curves(make, monkeypatch):
-    monkeypatch.setattr(training.trainer, "draw_run", draw_run)
+    monkeypatch.setattr(Trainer, "_draw", DRAW)
     trainer = make(max_steps=2)
     trainer.run()
     assert (trainer.out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -111,7 +113,7 @@ def test_a_single_point_stands_on_an_axis_from_zero(tokens, tmp_path, drawn):
 
 def test_the_title_tells_where_the_run_is_between_two_entries(make, monkeypatch, drawn):
     """Interrupted, resumed and interrupted again at steps that are not logged."""
-    monkeypatch.setattr(training.trainer, "draw_run", draw_run)
+    monkeypatch.setattr(Trainer, "_draw", DRAW)
     given = dict(max_steps=9, log_every=100)
     trainer = make(dataset=interrupt_at(3, signal.SIGTERM), **given)
     trainer.run()

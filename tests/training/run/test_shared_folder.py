@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import dpo_train
 import pretrain
-import training.parallel.ranks
+import training.parallel.group
 from errors import command_line
 from training.parallel.ranks import Ranks
 
@@ -23,7 +23,7 @@ from training.parallel.ranks import Ranks
 @pytest.fixture
 def apart(tmp_path, monkeypatch) -> Callable[..., list[Forked]]:
     """`apart(work)`: two ranks, each in a working folder of its own, node-0 and node-1, as on two nodes."""
-    monkeypatch.setattr(training.parallel.ranks, "LAG", 0.2)  # seconds
+    monkeypatch.setattr(training.parallel.group, "LAG", 0.2)  # seconds
 
     def call(work: Callable[[int], object]) -> list[Forked]:
         def on_node(rank: int) -> object:
@@ -73,18 +73,18 @@ def test_a_fresh_run_needs_no_common_disk_and_a_resume_sees_one_checkpoint_on_al
 
 def test_a_checkpoint_that_is_seen_late_is_waited_for(train, tmp_path, monkeypatch):
     """As on a network file system, where a node remembers for some seconds what it saw."""
-    from training.run import saver
+    from training.run import resume
 
     assert_fine(train(max_steps=2))
     shutil.copytree(tmp_path / "node-0" / "run", tmp_path / "node-1" / "run")
-    look, looks = saver.contents, []
+    look, looks = resume.contents, []
 
     def late(folder: Path) -> str | None:
         looks.append(folder)
         return None if len(looks) < 4 and os.environ["RANK"] == "1" else look(folder)
 
-    monkeypatch.setattr(saver, "contents", late)
-    monkeypatch.setattr(training.parallel.ranks, "LAG", 20.0)
+    monkeypatch.setattr(resume, "contents", late)
+    monkeypatch.setattr(training.parallel.group, "LAG", 20.0)
     assert_fine(train(max_steps=4, resume=True))
 
 
@@ -102,7 +102,7 @@ def test_shards_that_only_rank_0_would_see_are_not_made(apart, pretrain_argument
 
 def test_a_common_folder_of_shards_is_made_by_one_rank_and_read_by_both(pretrain_arguments, tmp_path, monkeypatch):
     arguments = [*pretrain_arguments, "--shards", tmp_path / "shards", "--out", tmp_path / "run", "--max_steps", 1]
-    monkeypatch.setattr(training.parallel.ranks, "LAG", 5.0)
+    monkeypatch.setattr(training.parallel.group, "LAG", 5.0)
     assert_fine(on_ranks(2, lambda rank: call_main(pretrain.main, *arguments), tmp_path))
     assert not list((tmp_path / "shards").glob(".*"))
 
