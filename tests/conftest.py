@@ -32,7 +32,7 @@ from model.kernels import compiled, decode
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
-from training.parallel import replication
+from training.parallel import rank_checks
 from world.corpus import generate
 
 TINY = dict(
@@ -81,9 +81,9 @@ def no_measuring() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def one_version() -> Iterator[None]:
     """The sources do not change meanwhile: each run would read them all again."""
-    version = replication.code_version()
+    version = rank_checks.code_version()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replication, "code_version", lambda: version)
+        patch.setattr(rank_checks, "code_version", lambda: version)
         yield
 
 
