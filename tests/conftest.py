@@ -325,6 +325,14 @@ def pretrained(once, pretrain_arguments: list[str]) -> Path:
     return once("stages", make) / "pretrain"
 
 
+@pytest.fixture(scope="session")
+def demo_path(once) -> Path:
+    """What `make demo` leaves, at a tiny size: world, tokenizer, and a run folder of each stage."""
+    import demo_path
+
+    return once("demo", lambda folder: demo_path.walk(folder, RECIPE))
+
+
 @pytest.fixture
 def checkpoint(pretrained: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint of `pretrained`, to be changed."""
