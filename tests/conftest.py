@@ -79,6 +79,14 @@ def no_measuring() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """What a process wrote that is killed is there all the same; the power does not fail here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_version() -> Iterator[None]:
     """The sources do not change meanwhile: each run would read them all again."""
     version = rank_checks.code_version()
