@@ -24,11 +24,13 @@ from training.metrics import FlopsCounter, StepResult, measures, step_entry, unt
 from training.optim.build import NO_RATIOS, build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
 from training.parallel.replication import Replicated
-from training.run.checkpoint import BEST, Progress, Weights, WholeModel, identity, newest
+from training.run.checkpoint import Weights, WholeModel
 from training.run.estimate import Pace, fit_batch, fit_micro_batch
 from training.run.interrupt import Stopped
+from training.run.lines import counted
 from training.run.lock import RunLock
-from training.run.log import RunLog, counted
+from training.run.log import RunLog
+from training.run.progress import BEST, Progress, identity, newest
 from training.run.saver import RunCheckpoints
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved

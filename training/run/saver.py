@@ -17,9 +17,11 @@ import torch
 from errors import folded, naming
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, holds_run, keep_last
+from training.run.checkpoint import Snapshot, Weights
 from training.run.interrupt import aftermath
-from training.run.log import counted, held_out_text, read_metrics
+from training.run.lines import counted, held_out_text
+from training.run.log import read_metrics
+from training.run.progress import BEST, MEASURES, Progress, holds_run, keep_last
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
 
