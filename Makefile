@@ -24,6 +24,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --no-compile --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
 # The line of the table that MINUTES names. What a model learns depends on its tokens and steps alone, how long that takes on the machine.
@@ -75,9 +76,10 @@ check-web: $(OUT)/grpo/final/config.json $(VENV)/installed-dev
 	@$(RUN) -c 'import selenium' 2>/dev/null || $(RUN) -m pip install selenium==4.50.0
 	$(RUN) tests/checks/check_web.py --ckpt $(CKPT) --shots out/web
 
-# One process a core, each with one thread: models this small only wait for each other's threads.
+# One process a core, each with one thread: models this small only wait for each other's threads. Where two threads are
+# the claim, whoever waits leaves the core to the other process.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n logical --dist worksteal
 
 fuzz: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/fuzz --hypothesis-profile=long
@@ -125,7 +127,7 @@ chaos: $(VENV)/installed-dev
 
 # A case starts 2 to 8 processes: one after the other, each process with one thread.
 scale: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/training/parallel/check_scale.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m scale tests/training tests/training/parallel/check_scale.py
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(RUN) bench/scale.py --out out/scale
 
 # A tokenizer of its own: its figures are those of 6,400 tokens, whatever the demo has.
@@ -270,15 +272,19 @@ $(OUT)/lora/final/adapter_config.json: $(OUT)/sft/final/config.json $(BLESSINGS)
 export PYTHONDONTWRITEBYTECODE :=
 
 # A CUDA build of torch is several GB: without an NVIDIA driver the CPU build is asked for first.
-$(VENV)/installed: requirements.txt pyproject.toml
+$(VENV)/torch: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"error: Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}; run make PYTHON=python3.12 ...")'
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { echo "error: python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "installing requirements into $(VENV) (a few minutes, once)"
-	@$(RUN) -c 'import torch' 2>/dev/null || { ! command -v nvidia-smi >/dev/null && $(RUN) -m pip install --no-compile "torch==$(TORCH)+cpu" 2>/dev/null; } \
-	    || $(RUN) -m pip install --no-compile "torch==$(TORCH)"
-	$(RUN) -m pip install --no-compile -r requirements.txt
+	@$(RUN) -c 'import torch' 2>/dev/null || { ! command -v nvidia-smi >/dev/null && $(INSTALL) "torch==$(TORCH)+cpu" 2>/dev/null; } \
+	    || $(INSTALL) "torch==$(TORCH)"
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(RUN) -m pip install --no-compile -r requirements-dev.txt
+$(VENV)/installed: $(VENV)/torch requirements.txt pyproject.toml
+	$(INSTALL) -r requirements.txt
 	@touch $@
+
+# All in one go, where nothing is installed yet: each call of pip looks at every package again.
+$(VENV)/installed-dev: $(VENV)/torch requirements.txt requirements-dev.txt pyproject.toml
+	$(INSTALL) -r requirements-dev.txt
+	@touch $(VENV)/installed $@

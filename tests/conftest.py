@@ -32,6 +32,7 @@ from model.kernels import compiled, decode
 from model.norm import RMSNorm
 from text.tokenizer import Tokenizer
 from text.tokenizer_training import train_bpe
+from training.parallel import rank_checks
 from world.corpus import generate
 
 TINY = dict(
@@ -74,6 +75,15 @@ def no_measuring() -> Iterator[None]:
     """The machine's peak is not measured, which would take longer than a run: PFLOP/s that no step goes beyond."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.machine, "measured_peak", lambda *_, **__: 1e15)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_version() -> Iterator[None]:
+    """The sources do not change meanwhile: each run would read them all again."""
+    version = rank_checks.code_version()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_checks, "code_version", lambda: version)
         yield
 
 

@@ -75,11 +75,17 @@ def model(**changes: int) -> MiniDeepSeek:
 
 
 def train(
-    trained: MiniDeepSeek, rows: Rows, loss: Loss, kind: type = NextTokenSettings, steps: int = 2, **changes: object
+    trained: MiniDeepSeek,
+    rows: Rows,
+    loss: Loss,
+    kind: type = NextTokenSettings,
+    steps: int = 1,
+    parts: int = 1,
+    **changes: object,
 ) -> None:
-    """Steps of two micro-batches. Every parameter that learns keeps its shape and has a moment on the device."""
+    """Steps of so many micro-batches. Every parameter that learns keeps its shape and has a moment on the device."""
     settings = kind(
-        out="none", batch_tokens=ROWS * TIME, micro_tokens=ROWS * TIME // 2, sequence_length=TIME, dtype="bf16",
+        out="none", batch_tokens=ROWS * TIME, micro_tokens=ROWS * TIME // parts, sequence_length=TIME, dtype="bf16",
         max_steps=steps, **changes,
     )  # fmt: skip
     before = {name: p.shape for name, p in trained.named_parameters() if p.requires_grad}
@@ -113,35 +119,35 @@ def bf16() -> torch.autocast:
 
 
 def training_step() -> None:
-    train(model(), Rows(), NextTokenLoss())
+    train(model(), Rows(), NextTokenLoss(), steps=2, parts=2)
 
 
 def packed_step() -> None:
-    train(model(), Rows(packed=True), NextTokenLoss())
+    train(model(), Rows(packed=True), NextTokenLoss(), parts=2)
 
 
 def recomputed_step() -> None:
-    train(model(), Rows(), NextTokenLoss(), steps=1, gradient_checkpointing=True)
+    train(model(), Rows(), NextTokenLoss(), gradient_checkpointing=True)
 
 
 def fp8_step() -> None:
     """One of a model without MTP: each product is dozens of calls."""
     with patch("torch.version.cuda", "12.9"), redirect_stdout(None):
         trained = model(num_nextn_predict_layers=0)
-        train(trained, Rows(packed=True), NextTokenLoss(mtp=False), steps=1, fp8=True)
+        train(trained, Rows(packed=True), NextTokenLoss(mtp=False), fp8=True)
 
 
 def preference_step() -> None:
     policy = model()
     policy.mtp.requires_grad_(False)
     loss = PreferenceLoss(PreferenceSettings(), whole(model().requires_grad_(False)))
-    train(policy, Rows(packed=True), loss, StageSettings, steps=1)
+    train(policy, Rows(packed=True), loss, StageSettings)
 
 
 def distillation_step() -> None:
     teacher = CheckpointTeacher(model().requires_grad_(False), VOCAB)
     loss = DistillationLoss(mtp=True, settings=DistillationSettings(loss="jsd"), teacher=teacher)
-    train(model(), Rows(packed=True), loss, steps=1)
+    train(model(), Rows(packed=True), loss)
 
 
 def lora_step() -> None:
@@ -149,7 +155,7 @@ def lora_step() -> None:
     with CUDA, patch("training.adapters.adapter.fingerprint", lambda _: ""):
         adapted = Adapter.add(model(), LoraSettings(targets="all", r=4), "base").model
     adapted.mtp.requires_grad_(False)
-    train(adapted, Rows(packed=True), NextTokenLoss(mtp=False), steps=1)
+    train(adapted, Rows(packed=True), NextTokenLoss(mtp=False))
 
 
 def moe_layer() -> None:

@@ -11,10 +11,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint.staging  # once, and not in each process that is forked
 
 GRACE = 5.0  # seconds
+
+
+def at_scale(*values: object) -> list[object]:
+    """Cases of `pytest.mark.parametrize` for `make scale`, whose claim `make test` checks in another case."""
+    return [pytest.param(value, marks=pytest.mark.scale) for value in values]
 
 
 class Forked:

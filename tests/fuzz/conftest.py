@@ -23,7 +23,7 @@ ANY_SPEED = {
     "phases": PHASES,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-settings.register_profile("short", max_examples=20, derandomize=True, database=None, **ANY_SPEED)
+settings.register_profile("short", max_examples=10, derandomize=True, database=None, **ANY_SPEED)
 settings.register_profile("long", max_examples=200, print_blob=True, **ANY_SPEED)
 
 

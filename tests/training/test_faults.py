@@ -39,14 +39,14 @@ def at_step(step: int, happen: Callable[[], object]) -> Rows:
 @pytest.mark.parametrize("background", [True, False])
 def test_a_disk_that_fills_ends_the_run_and_a_resume_loses_nothing(background, make, monkeypatch):
     """Saves of step 2 and 4; the disk is full from step 3 on."""
-    whole = make("whole", max_steps=8, save_every=2)
+    whole = make("whole", max_steps=5, save_every=2)
     whole.run()
 
     def full(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        trainer = make(max_steps=8, save_every=2, background_save=background)
+        trainer = make(max_steps=5, save_every=2, background_save=background)
         fills = at_step(
             3, lambda: (trainer.checkpoints.wait(), patch.setattr(training.run.checkpoint, "save_file", full))
         )
@@ -58,7 +58,7 @@ def test_a_disk_that_fills_ends_the_run_and_a_resume_loses_nothing(background, m
     assert f"intact: {trainer.out / 'step-2'}; free some space and use --resume" in message and "\n" not in message
     assert [path.name for path in trainer.out.glob("*step-*")] == ["step-2"]
     verify(trainer.out / "step-2")
-    make(max_steps=8, save_every=2, resume=True).run()
+    make(max_steps=5, save_every=2, resume=True).run()
     assert files(trainer.out / "final") == files(whole.out / "final")
 
 

@@ -105,8 +105,7 @@ def test_drafts_do_not_depend_on_the_passes_before(depth, most, length, half_tra
             assert chain.draft(states, tokens) == drafts
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("most", [1, 3, 6])
+@pytest.mark.parametrize(("most", "dtype"), [(1, torch.float32), (3, torch.bfloat16), (6, torch.float32)])
 def test_a_pass_in_one_call_drafts_and_accepts_what_several_calls_do(most, dtype, half_trained, monkeypatch):
     model, run, calls, found = copy.deepcopy(half_trained(1)).to(dtype), GreedyPass.run, [], []
     with torch.no_grad():  # or, after so simple a text, all drafts were right

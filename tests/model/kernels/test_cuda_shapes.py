@@ -13,16 +13,15 @@ import torch
 
 HERE = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
-# Steps of two micro-batches each: a step waits for the device once. The host then knows what the gradients are
+# A step waits for the device once, however many micro-batches it has. The host then knows what the gradients are
 # divided by, whether loss and gradient are finite, what is logged, and whether a rank was asked to stop.
 STEP = ["on_host = summed.cpu()"]
-STEPS = 2 * STEP
 WAITS = {
     "moe_layer": [],
-    "training_step": STEPS,
-    "packed_step": STEPS,
+    "training_step": 2 * STEP,  # of two steps
+    "packed_step": STEP,
     "recomputed_step": STEP,
-    "fp8_step": STEP + 4 * ["numbers = torch.cat((plan.ends, plan.counts)).tolist()"],  # for each product of experts
+    "fp8_step": STEP + 2 * ["numbers = torch.cat((plan.ends, plan.counts)).tolist()"],  # for each product of experts
     "preference_step": STEP,
     "distillation_step": STEP,
     "lora_step": STEP,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import as_options, call_main, long_lines
-from forked import script_on_ranks
+from forked import at_scale, script_on_ranks
 from resident import holding
 from safetensors.torch import load_file
 
@@ -143,7 +143,7 @@ def test_an_adapter_opens_whatever_name_it_gives_its_base(tuned, pretrained, tmp
 @pytest.mark.parametrize("options", [[], ["--lora.targets", "all", "--base", "int8", "--gradient_checkpointing"]])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(tune, tmp_path, options):
     """Dropout too: its masks are a function of the step."""
-    whole, cut, options = tmp_path / "whole", tmp_path / "cut", ["--max_steps", 4, "--save_every", 2, *options]
+    whole, cut, options = tmp_path / "whole", tmp_path / "cut", ["--max_steps", 2, "--save_every", 1, *options]
     tune(whole, *options)
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "final")
@@ -152,10 +152,10 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tune, tmp_path, options):
     assert any(value.abs().max() > 0 for name, value in weights(cut).items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("shards", [[], ["--dist.zero", 3], ["--dist.pp", 2]], ids=str)
+@pytest.mark.parametrize("shards", [["--dist.zero", 3], *at_scale([], ["--dist.pp", 2])], ids=str)
 def test_two_ranks_that_were_cut_go_on_to_the_same_bits(shards, tmp_path, arguments):
     """Each rank draws masks of its own, which the checkpoint of rank 0 could not hold."""
-    given = [*arguments, "--micro_tokens", 128, "--max_steps", 4, "--save_every", 2, "--lora.dropout", 0.5]
+    given = [*arguments, "--micro_tokens", 128, "--max_steps", 2, "--save_every", 1, "--lora.dropout", 0.5]
     given += ["--dist.check_every", 1, *shards]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     script_on_ranks(2, lora_sft.main, [*given, "--out", whole], tmp_path)
@@ -165,15 +165,18 @@ def test_two_ranks_that_were_cut_go_on_to_the_same_bits(shards, tmp_path, argume
     assert same_bits(weights(cut), weights(whole))
 
 
-def test_ranks_with_shards_train_the_adapter_of_one_process(tune, tmp_path, arguments, pretrained):
+CUTS = {"all": ["--dist.zero", 3], "attention,ffn": ["--dist.zero", 1, "--dist.ep", 2]}
+
+
+@pytest.mark.parametrize("targets", ["all", *at_scale("attention,ffn")])
+def test_ranks_with_shards_train_the_adapter_of_one_process(targets, tune, tmp_path, arguments, pretrained):
     """Neither ever holds more than its share of the base, and an adapter."""
-    options = ["--max_steps", 2, "--lora.dropout", 0, "--optim.eps", 1e-3]
-    for targets, shards in (("all", ["--dist.zero", 3]), ("attention,ffn", ["--dist.zero", 1, "--dist.ep", 2])):
-        one, two = tmp_path / targets / "one", tmp_path / targets / "two"
-        tune(one, *options, "--lora.targets", targets)
-        given = [*arguments, "--out", two, *options, "--lora.targets", targets, *shards, "--micro_tokens", 128]
-        script_on_ranks(2, holding(lora_sft.main, 0.6, pretrained / "final"), given, tmp_path)
-        torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
+    options = ["--max_steps", 2, "--lora.dropout", 0, "--optim.eps", 1e-3, "--lora.targets", targets]
+    one, two = tmp_path / "one", tmp_path / "two"
+    tune(one, *options)
+    given = [*arguments, "--out", two, *options, *CUTS[targets], "--micro_tokens", 128]
+    script_on_ranks(2, holding(lora_sft.main, 0.6, pretrained / "final"), given, tmp_path)
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-3, atol=1e-6)
 
 
 def test_a_pipeline_trains_the_adapter_of_one_process(tune, tmp_path, arguments, pretrained):
@@ -201,7 +204,7 @@ def test_experts_over_ranks_have_no_adapters_and_are_not_quantized(option, tune,
 def test_two_ranks_and_recomputed_activations_train_the_adapter_of_one_process(tune, tmp_path, arguments):
     one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
     # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
-    options = ["--max_steps", 3, "--lora.targets", "all", "--lora.dropout", 0, "--optim.eps", 1e-3]
+    options = ["--max_steps", 2, "--lora.targets", "all", "--lora.dropout", 0, "--optim.eps", 1e-3]
     options += ["--micro_tokens", 128]
     tune(one, *options)
     tune(again, *options, "--gradient_checkpointing")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import as_options, call_main
-from forked import script_on_ranks
+from forked import at_scale, script_on_ranks
 from resident import holding
 from safetensors.torch import load_file
 from victim import differences, entries
@@ -95,6 +95,7 @@ def test_a_run_of_an_earlier_version_resumes_at_its_own_length_and_without_cut_p
     pairs.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf8")
     recipe.write_text("{sequence_length: 32, dtype: fp32, device: cpu, save_every: 2, keep: 9}", encoding="utf8")
     given = ["--config", recipe, "--ckpt", pretrained / "final", "--data", pairs, "--out", out, "--val_fraction", 0]
+    given += ["--batch_tokens", 384, "--micro_tokens", 384]
     whole = settle_length
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dpo_train, "settle_length", lambda *given: whole(*given) and False)  # nothing was cut then
@@ -137,28 +138,34 @@ def test_a_reference_of_ones_own_is_asked(arguments, finished, tmp_path, run):
     assert first["val_accuracy"] < 0.25 and first["val_margin"] < -0.5 and first["val_kl"] > 0
 
 
-LIVE = ["--dist.zero", 1, "--precompute_reference", "false"]
+CUTS = {
+    "": ([], None),
+    "zero 3, ep 2": (["--dist.zero", 3, "--dist.ep", 2], 0.5),
+    "live": (["--dist.zero", 1, "--precompute_reference", "false"], 1),
+}
+# A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
+STEADY = ["--optim.eps", "1e-3", "--max_steps", 2]
 
 
-@pytest.mark.parametrize(
-    ("cut", "held"),
-    [([], None), (["--dist.zero", 3, "--dist.ep", 2], 0.5), (LIVE, 1)],
-    ids=["", "zero 3, ep 2", "live"],
-)
-def test_two_ranks_train_as_one_process_does(cut, held, arguments, pretrained, tmp_path, run):
+@pytest.fixture(scope="module")
+def alone(arguments, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert call_main(dpo_train.main, *arguments, *STEADY, "--out", out) == 0
+    return out
+
+
+@pytest.mark.parametrize("cut", ["", "zero 3, ep 2", *at_scale("live")])
+def test_two_ranks_train_as_one_process_does(cut, arguments, alone, pretrained, tmp_path):
     """Of what they cut, neither ever holds more than its shares: of the policy, and of a reference that stays."""
-    # A large epsilon keeps AdamW from turning the rounding of tiny gradients into whole steps.
-    options = [*arguments, "--optim.eps", "1e-3"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run(dpo_train.main, *options, "--out", one).code == 0
+    (cut, held), two = CUTS[cut], tmp_path / "two"
     main = holding(dpo_train.main, held, pretrained / "final") if held else dpo_train.main
-    shown = script_on_ranks(2, main, [*options, "--out", two, *cut], tmp_path)
+    shown = script_on_ranks(2, main, [*arguments, *STEADY, "--out", two, *cut], tmp_path)
     assert "4 rows of 256 tokens: 2 ranks, 1 micro-batch of 2 rows" in shown
-    for together, alone in zip(entries(two), entries(one), strict=True):
-        assert together.keys() == alone.keys()
-        assert together.pop("held_out", None) == alone.pop("held_out", None)
-        for name in alone:
-            assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), (name, alone["step"])
+    for ours, theirs in zip(entries(two), entries(alone), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours.pop("held_out", None) == theirs.pop("held_out", None)
+        for name in theirs:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (name, theirs["step"])
 
 
 def test_a_relative_without_a_reference_learns_the_same_pairs(arguments, tmp_path, run):

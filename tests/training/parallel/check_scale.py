@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from test_equality import Packed, Uneven, assert_the_same_training
-from test_sharding import CUT, TIED, ends_by_its_timeout, imported, train  # noqa: F401
+from test_sharding import TIED, imported, train  # noqa: F401
 from toy_stage import TIME
 
+pytestmark = pytest.mark.scale
 ACCUMULATED = {"micro_tokens": TIME}
+CUT = ACCUMULATED | {"gradient_checkpointing": True}
 NO_MTP, TWO_MTP = {"num_nextn_predict_layers": 0}, {"num_nextn_predict_layers": 2}
 FEW = TIED | {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}
 TALL = {"num_hidden_layers": 7}
@@ -61,8 +63,3 @@ def test_eight_ranks_leave_one_process_all_that_it_needs(schedule, train):  # no
     for world, dist, steps in ((8, cut, 2), (1, {}, 4), (8, cut, 6)):
         moved = train("moved", world, Packed, dist, max_steps=steps, resume=True, micro_tokens=TIME, **options)
     assert_the_same_training(moved, one)
-
-
-@pytest.mark.parametrize("cut", [{"zero": 1}, {"zero": 3, "ep": 2}, {"pp": 2, "schedule": "dualpipev"}])
-def test_a_rank_that_sleeps_is_named(cut, make, tmp_path):
-    ends_by_its_timeout(cut, make, tmp_path)

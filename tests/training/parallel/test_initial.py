@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.distributed as dist
-from forked import Forked
+from forked import Forked, at_scale
 from resident import seen_while
 from torch import nn
 
@@ -25,6 +25,7 @@ MESHES = {  # ranks, which are looked at, how they cut, model
     "pp 2, ep 2, tied, zero 1": (4, (1, 2), {"pp": 2, "ep": 2, "zero": 1}, {"tie_word_embeddings": True}),
     "pp 2, zbv, with biases": (2, (0, 1), {"pp": 2, "schedule": "zbv"}, {"attention_bias": True}),
 }
+FEW = ("ep 2, two copies, zero 3", "pp 2, ep 2, tied, zero 1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +69,7 @@ def as_rank(tmp_path) -> Callable[..., None]:
     return as_rank
 
 
-@pytest.mark.parametrize("case", MESHES)
+@pytest.mark.parametrize("case", [*FEW, *at_scale("pp 2, zbv, with biases")])
 def test_shares_are_those_of_one_process_to_the_bit(case, as_rank, tiny_config, tmp_path):
     """Of weights that are drawn, and of those that are read; all of a pipeline's are on some rank."""
     world, ranks, cut, changes = MESHES[case]

@@ -85,7 +85,7 @@ SCHEDULES = {
 @pytest.mark.parametrize(("mtp_weight", "tied"), SCHEDULES.values(), ids=SCHEDULES)
 def test_an_mtp_layer_that_rests_keeps_no_rank_waiting(mtp_weight, tied, make, tmp_path):
     """The head is used after `forward`, where DistributedDataParallel cannot see it; gradients equal one process's."""
-    options = dict(mtp_weight=mtp_weight, micro_tokens=TIME, optim=OptimSettings(eps=1e-2), max_steps=4)
+    options = dict(mtp_weight=mtp_weight, micro_tokens=2 * TIME, optim=OptimSettings(eps=1e-2), max_steps=4)
 
     def train(out: str, rank: int, world: int) -> None:
         ranks = Ranks.start("cpu", timeout=30.0) if world > 1 else None

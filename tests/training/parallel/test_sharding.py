@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import on_ranks
+from forked import Forked, at_scale, on_ranks
 from safetensors.torch import load_file
 from test_equality import OPTIONS, Packed, Uneven, assert_the_same_training
 from torch.distributed import checkpoint, set_debug_level_from_env
@@ -34,15 +35,18 @@ from training.run.state import read_state
 from training.settings import NextTokenSettings
 from training.trainer import Trainer
 
-CUT = {"micro_tokens": TIME, "gradient_checkpointing": True}
+HALVES = {"micro_tokens": 2 * TIME}
+CUT = HALVES | {"gradient_checkpointing": True}
 TILE = 128  # tokens whose gradients share a scale (--fp8)
 TIED = {"tie_word_embeddings": True}
-CASES = {  # ranks, how they cut, rows, model, and how the step is cut
-    "zero 1, accumulated": (2, {"zero": 1}, Uneven, {}, {"micro_tokens": TIME}),
-    "zero 3, ep 2, tied, recomputed": (2, {"zero": 3, "ep": 2}, Packed, TIED | {"num_nextn_predict_layers": 2}, CUT),
-    "pp 2, zbv, recomputed": (2, {"pp": 2, "schedule": "zbv"}, Packed, {}, CUT),
-    "pp 2, dualpipev, ep 2": (4, {"pp": 2, "ep": 2, "schedule": "dualpipev"}, Uneven, {}, {"micro_tokens": TIME}),
+CASES = {  # how two ranks cut, rows, model, and how the step is cut; more meshes are in check_scale.py
+    "zero 1, accumulated": ({"zero": 1}, Uneven, {}, HALVES),
+    "zero 3, ep 2, tied, recomputed": ({"zero": 3, "ep": 2}, Packed, TIED, CUT),
+    "pp 2, zbv, recomputed": ({"pp": 2, "schedule": "zbv"}, Packed, {}, CUT),
+    "pp 2, dualpipev, tied": ({"pp": 2, "schedule": "dualpipev"}, Uneven, TIED, HALVES),
 }
+CLOSE = {"zero": 3, "ep": 2}
+FOLDED = {"pp": 2, "schedule": "zbv"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +61,7 @@ def train(make, tmp_path) -> Callable[..., Path]:
     """`train(out, world, dataset, cut, **options)`: a run on so many ranks. Returns its folder."""
 
     def train(out: str, world: int, dataset: type[Rows] = Uneven, cut: dict | None = None, **options: object) -> Path:
-        given = {**OPTIONS, "max_steps": 3, "dist": ShardSettings(**(cut or {})), **options}
+        given = {**OPTIONS, "dist": ShardSettings(**(cut or {})), **options}
 
         def of_rank(rank: int) -> None:
             set_debug_level_from_env()
@@ -73,19 +77,20 @@ def train(make, tmp_path) -> Callable[..., Path]:
 
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """After the second step there are as many hooks on modules and weights as before it."""
+    """After the second step there are as many hooks on modules and weights as after the first."""
     step, counts = Trainer._step, []
 
     def counted(trainer: Trainer) -> object:
+        result = step(trainer)
         modules, weights = [*trainer.copies.modules()] if trainer.shards else [], [*trainer.model.parameters()]
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         counts.append(sum(len(getattr(one, kind, None) or ()) for one in modules + weights for kind in kinds))
-        return step(trainer)
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_step", counted)
         yield
-    assert len({*counts[1:]}) <= 1, counts
+    assert len({*counts}) <= 1, counts
 
 
 def assert_nearly_the_same(cut: Path, one: Path) -> None:
@@ -115,10 +120,10 @@ def alone(train, runs) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_cut_train_as_one_process_does(case, train, alone):
-    """Weights, moments, router biases, losses, gradient norms and held-out losses of three steps."""
-    world, cut, dataset, model, options = CASES[case]
-    one = alone(dataset, model=model, val_every=3)
-    assert_the_same_training(train("cut", world, dataset, cut, model=model, val_every=3, **options), one)
+    """Weights, moments, router biases, losses, gradient norms and held-out losses of two steps."""
+    cut, dataset, model, options = CASES[case]
+    one = alone(dataset, model=model, val_every=2)
+    assert_the_same_training(train("cut", 2, dataset, cut, model=model, val_every=2, **options), one)
 
 
 FP8 = {  # how ranks cut, tokens of a micro-batch on one process, and the model
@@ -145,14 +150,15 @@ def test_weights_become_fp8_before_anything_has_rounded_them(train):
     assert_nearly_the_same(*runs)
 
 
-@pytest.mark.parametrize("cut", [{"zero": 1}, {"pp": 2, "schedule": "zbv"}])
+@pytest.mark.parametrize("cut", [{"zero": 1}, {"pp": 2}])
 def test_an_mtp_chain_without_weight_has_no_part_until_it_has_one(cut, train, alone):
-    late = {"mtp_weight": {"0": 0.0, "0.6": 0.3}, "max_steps": 2, "dtype": "bf16"}
-    assert_nearly_the_same(train("cut", 2, cut=cut, micro_tokens=TIME, **late), alone(Uneven, **late))
+    late = {"mtp_weight": {"0": 0.0, "0.6": 0.3}, "dtype": "bf16"}
+    assert_nearly_the_same(train("cut", 2, cut=cut, **HALVES, **late), alone(Uneven, **late))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train, monkeypatch):
+@pytest.mark.parametrize("meshes", [(CLOSE, FOLDED), *at_scale(({"zero": 3}, {"pp": 2}, {"ep": 2}))])
+def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(meshes, train, monkeypatch):
     """One step on each: weights, moments and the order of the data go with it. No rank has all of it to write."""
     saved = import_module("training.parallel.saved")
     gather = saved.ShardedModel.tensors
@@ -164,10 +170,9 @@ def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(train, monkeypatch):
 
     monkeypatch.setattr(saved.ShardedModel, "tensors", tensors)
     monkeypatch.setattr(saved, "LARGEST", 60_000)
-    meshes = [(2, {"zero": 3}), (2, {"pp": 2, "schedule": "zbv"}), (2, {"ep": 2}), (1, {})]
-    whole = train("whole", 1, max_steps=len(meshes), val_every=1)
-    for step, (world, cut) in enumerate(meshes, 1):
-        moved = train("moved", world, cut=cut, max_steps=step, val_every=1, resume=True, micro_tokens=TIME)
+    whole = train("whole", 1, max_steps=len(meshes) + 1, val_every=1)
+    for step, cut in enumerate((*meshes, {}), 1):
+        moved = train("moved", 2 if cut else 1, cut=cut, max_steps=step, val_every=1, resume=True, **HALVES)
         if cut:
             written_by_ranks(moved / "final")
     assert_the_same_training(moved, whole)
@@ -184,15 +189,17 @@ def written_by_ranks(final: Path) -> None:
     assert len(state) > 50 and all(torch.equal(theirs[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2}])
+@pytest.mark.parametrize("cut", [CLOSE, *at_scale({"pp": 2})])
 def test_a_run_that_resumes_on_the_same_mesh_is_the_same_to_the_bit(cut, train):
-    whole = train("whole", 2, cut=cut, max_steps=2, micro_tokens=TIME)
-    for steps in (1, 2):
-        resumed = train("resumed", 2, cut=cut, max_steps=steps, resume=True, micro_tokens=TIME)
-    assert files(resumed / "final") == files(whole / "final")
+    whole = train("whole", 2, cut=cut, save_every=1, keep=9, **HALVES)
+    ended = files(whole / "final")
+    shutil.rmtree(whole / "final")
+    resumed = train("whole", 2, cut=cut, resume=True, **HALVES)
+    assert files(resumed / "final") == ended
+    assert len(read_metrics(resumed / "metrics.jsonl")) == 3
 
 
-@pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2, "schedule": "zbv"}])
+@pytest.mark.parametrize("cut", [CLOSE, FOLDED])
 def test_in_bfloat16_what_is_cut_is_near_what_is_not(cut, train, alone, monkeypatch):
     """Weights are rounded before they are gathered, gradients summed in float32: the router is rounded in neither."""
     if "pp" in cut:  # its stages then compare types with those that they expect
@@ -202,52 +209,43 @@ def test_in_bfloat16_what_is_cut_is_near_what_is_not(cut, train, alone, monkeypa
     assert_nearly_the_same(cut, one)
 
 
-@pytest.mark.parametrize("cut", [{"ep": 2, "zero": 3}, {"pp": 2}])
+@pytest.mark.parametrize("cut", [CLOSE, {"pp": 2}])
 def test_a_signal_to_one_rank_saves_what_all_have(cut, make, tmp_path):
     def of_rank(rank: int) -> None:
         def before(indices: Sequence[int]) -> None:
-            if rank and indices[0] in (2 * ROWS, 2 * ROWS + ROWS // 2):  # its first of step 3
+            if rank and indices[0] in (ROWS, ROWS + ROWS // 2):  # its first of step 2
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        given = {**OPTIONS, "dist": ShardSettings(**cut), "micro_tokens": TIME}
+        given = {**OPTIONS, "dist": ShardSettings(**cut), **HALVES}
         command_line(make(dataset=Rows(before), ranks=Ranks.start("cpu", timeout=30), **given | {"max_steps": 6}).run)
 
     ranks = on_ranks(2, of_rank, tmp_path)
     assert [rank.code for rank in ranks] == [0, 0], "".join(rank.output() for rank in ranks)
-    step = 3 if "pp" in cut else 2  # a pipeline ends the step it is in
+    step = 2 if "pp" in cut else 1  # a pipeline ends the step it is in
     assert "interrupted: saved" in ranks[0].output() and (tmp_path / "run" / f"step-{step}").is_dir()
 
 
-def ends_by_its_timeout(cut: dict, make: Maker, folder: Path) -> None:
+def in_step_two(deed: Callable[[], object], timeout: float, cut: dict, make: Maker, folder: Path) -> list[Forked]:
+    """Two ranks, of which the second does it."""
+
     def of_rank(rank: int) -> None:
-        def sleep(indices: Sequence[int]) -> None:
-            if rank and indices[0] >= ROWS:
-                time.sleep(6)
+        rows = Rows(lambda indices: deed() if rank and indices[0] >= ROWS else None)
+        given = {**OPTIONS, "dist": ShardSettings(**cut), **HALVES}
+        command_line(make(dataset=rows, ranks=Ranks.start("cpu", timeout=timeout), **given).run)
 
-        given = {**OPTIONS, "dist": ShardSettings(**cut), "max_steps": 3, "micro_tokens": TIME}
-        command_line(make(dataset=Rows(sleep), ranks=Ranks.start("cpu", timeout=3), **given).run)
+    return on_ranks(2, of_rank, folder)
 
-    ranks = on_ranks(2, of_rank, folder)
+
+@pytest.mark.parametrize("cut", [{"pp": 2}, *at_scale({"zero": 1}, CLOSE, {"pp": 2, "schedule": "dualpipev"})])
+def test_a_rank_that_sleeps_is_named(cut, make, tmp_path):
+    ranks = in_step_two(lambda: time.sleep(6), 3, cut, make, tmp_path)
     assert ranks[0].code == 2 and "Traceback" not in ranks[0].output()
     assert ranks[0].output().strip().splitlines()[-1].startswith("error: rank 0: no answer from rank 1 in 3 s; ")
 
 
-def test_a_rank_that_sleeps_is_named(make, tmp_path):
-    """In a pipeline; on the other meshes in make scale."""
-    ends_by_its_timeout({"pp": 2}, make, tmp_path)
-
-
-@pytest.mark.parametrize("cut", [{"zero": 3, "ep": 2}, {"pp": 2}, {"pp": 2, "schedule": "dualpipev"}])
+@pytest.mark.parametrize("cut", [CLOSE, {"pp": 2}, *at_scale({"pp": 2, "schedule": "dualpipev"})])
 def test_a_rank_that_dies_ends_the_run_in_one_line(cut, make, tmp_path):
-    def of_rank(rank: int) -> None:
-        def die(indices: Sequence[int]) -> None:
-            if rank and indices[0] >= ROWS:
-                os._exit(9)
-
-        given = {**OPTIONS, "dist": ShardSettings(**cut), "max_steps": 3, "micro_tokens": TIME}
-        command_line(make(dataset=Rows(die), ranks=Ranks.start("cpu", timeout=30), **given).run)
-
-    ranks = on_ranks(2, of_rank, tmp_path)
+    ranks = in_step_two(lambda: os._exit(9), 30, cut, make, tmp_path)
     assert [rank.code for rank in ranks] == [2, 9]
     (line,) = [line for line in ranks[0].output().splitlines() if "error" in line or "Traceback" in line]
     assert line == "error: rank 0: another rank has ended; its own message says why"

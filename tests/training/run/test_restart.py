@@ -18,7 +18,7 @@ from victim import differences
 import pretrain
 from training.trainer import Trainer
 
-OPTIONS = ["--max_steps", 6, "--save_every", 2, "--micro_tokens", 512, "--dist.timeout", 30]
+OPTIONS = ["--max_steps", 4, "--save_every", 2, "--micro_tokens", 512, "--dist.timeout", 30]
 
 
 def torchrun(arguments: list[object], logs: Path) -> None:

@@ -131,7 +131,9 @@ def test_who_waits_for_shards_ends_when_the_main_rank_is_gone(pretrain_arguments
 
 def test_what_the_reference_said_is_looked_for_on_rank_0_alone(apart, pretrained, world, tmp_path):
     """A run that ended before its first checkpoint leaves reference.safetensors on rank 0; both continue with it."""
-    arguments = ["--ckpt", pretrained / "final", "--data", world / "preferences.jsonl", "--out", "run"]
+    lines = (world / "preferences.jsonl").read_text(encoding="utf8").splitlines()[:24]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf8")
+    arguments = ["--ckpt", pretrained / "final", "--data", tmp_path / "pairs.jsonl", "--out", "run"]
     arguments += ["--sequence_length", 64, "--batch_tokens", 512, "--micro_tokens", 256, "--val_tokens", 512]
     arguments += ["--max_steps", 1, "--dist.timeout", 20, "--dtype", "fp32", "--device", "cpu"]
     assert_fine(apart(lambda rank: call_main(dpo_train.main, *arguments)))
