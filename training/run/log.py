@@ -7,7 +7,9 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from training.run.lines import duration, held_out_line, shown, step_line
 
 if TYPE_CHECKING:
     from training.run.trackers import Tracker
+    from training.settings import StageSettings
 
 STRUCTURED = ("sample", "max_vio", "expert_load", "held_out", "prompt", "text")  # not one number
 LARGEST = 1e300  # beyond it pictures cannot be scaled
@@ -141,6 +144,15 @@ class RunLog:
         """Print a line above the bar."""
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
         self._spoke = time.monotonic()
+
+
+def open_log(settings: StageSettings, step: int, main: bool) -> RunLog:
+    """Return the log of a run from a step on, with the trackers that its settings name."""
+    out, trackers = Path(settings.out), []
+    if settings.trackers and main:
+        opened = resolve_name("training.run.trackers:open_trackers")
+        trackers = opened(settings.trackers, out, step, settings.wandb, asdict(settings))
+    return RunLog(out, step, main, trackers)
 
 
 def _middle_left_out(text: str, most: int) -> str:
