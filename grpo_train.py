@@ -24,7 +24,7 @@ from training.alignment.sampler import Sampler
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import CutSettings
-from training.run.checkpoint import saved_run
+from training.run.progress import saved_run
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer
 from training.validation import problems_name

@@ -21,7 +21,7 @@ from training.losses import NextTokenLoss
 from training.machine import choose_dtype
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import ShardSettings
-from training.run.checkpoint import BEST, read_progress
+from training.run.progress import BEST, read_progress
 from training.run.saver import first_and_best
 from training.startup import begin, open_checkpoint
 from training.trainer import Trainer

@@ -10,7 +10,8 @@ from typing import Any
 
 from errors import UserError, one_line
 from eval.score_files import SCORES, read_scores
-from training.run.log import read_metrics, shown
+from training.run.lines import shown
+from training.run.log import read_metrics
 from training.validation import MEASURED_ON
 
 # The measures that only one stage logs; the losses of different stages are different things.

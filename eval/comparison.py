@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from eval.compared_run import ComparedRun
 from eval.score_files import draw_bars, shown, table
 from eval.scores import WHOLE, Score
-from training.run.log import ROUNDING
+from training.run.lines import ROUNDING
 from training.run.plots import PANELS, from_zero, load_pyplot, plain
 from training.validation import MEASURED_ON
 

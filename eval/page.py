@@ -17,9 +17,10 @@ from eval.comparison import draw, tables
 from LMConfig import LMConfig
 from model.costs import count, human
 from text.files import replacing
-from training.run.checkpoint import newest
-from training.run.log import duration, read_metrics
+from training.run.lines import duration
+from training.run.log import read_metrics
 from training.run.plots import draw_run, drawn
+from training.run.progress import newest
 
 STEPS = 6  # of a run whose samples are shown: the first, the last and some between
 SAMPLES = 8  # shown of one step

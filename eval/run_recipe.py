@@ -8,7 +8,7 @@ from typing import Any
 from errors import DamagedCheckpoint, UserError, require
 from eval.compared_run import ComparedRun
 from text.files import read_yaml
-from training.run.checkpoint import newest, read_progress
+from training.run.progress import newest, read_progress
 
 # Settings on which no loss depends, or which follow from the machine.
 OF_NO_MATTER = {

@@ -14,7 +14,7 @@ from model.costs import count
 from training.losses import Loss, Metric
 from training.machine import to_device
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import Progress
+from training.run.progress import Progress
 
 COUNT = "|count"  # behind the name of a pair, of its count
 # The measures whose name in a loss is a part of it; all others are logged as they are named.

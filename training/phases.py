@@ -14,9 +14,9 @@ from LMConfig import LMConfig
 from text.files import read_yaml
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import PROGRESS_FILE, newest, read_progress
 from training.run.lock import restarted
 from training.run.log import read_metrics
+from training.run.progress import PROGRESS_FILE, newest, read_progress
 from training.run.resume import check_unused
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from text.order import ROW_TOKENS
 from text.sources.registry import REGISTRY
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import DistSettings
-from training.run.log import legend
+from training.run.lines import legend
 from training.schedule import Budget, Schedule
 
 

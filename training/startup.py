@@ -15,8 +15,8 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.machine import choose_dtype, machine_peak
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import newest
 from training.run.lock import restarted
+from training.run.progress import newest
 from training.settings import StageSettings, model_config
 
 DEFERRED = "training.parallel.initial:Deferred"

@@ -25,8 +25,8 @@ from training.optim.build import step_scaled
 from training.parallel.ranks import Ranks
 from training.parallel.replication import Replicated
 from training.router_bias import update_router_biases
-from training.run.checkpoint import Progress
 from training.run.interrupt import Stopped
+from training.run.progress import Progress
 from training.settings import StageSettings
 
 if TYPE_CHECKING:

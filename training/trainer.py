@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errors import UserError, quiet_compiler
+from errors import UserError
 from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.batches import Batches
@@ -24,11 +24,12 @@ from training.metrics import FlopsCounter, StepResult, measures, step_entry, unt
 from training.optim.build import NO_RATIOS, build_optimizer, set_learning_rate
 from training.parallel.ranks import Ranks
 from training.parallel.replication import Replicated
-from training.run.checkpoint import BEST, Progress, Weights, WholeModel, identity, newest
+from training.run.checkpoint import Weights, WholeModel
 from training.run.estimate import Pace, fit_batch, fit_micro_batch
 from training.run.interrupt import Stopped
 from training.run.lock import RunLock
-from training.run.log import RunLog, counted
+from training.run.log import RunLog, open_log
+from training.run.progress import BEST, Progress, identity, newest
 from training.run.saver import RunCheckpoints
 from training.schedule import learning_rate, value_at
 from training.settings import StageSettings, save_resolved
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from training.run.samples import Samples
 
 CHECKS = "training.parallel.rank_checks"
-GRAPHS = 64  # that torch.compile may make of one kind of layer
 
 
 class Trainer:
@@ -144,21 +144,9 @@ class Trainer:
             carry = resolve_name("training.run.state:carry_optimizer")
             self.ranks.say(carry(Path(self.settings.ckpt), self.model, self.optimizer, self.shards))
         if self.progress.finished and not self.progress.late:
-            final, end = self.out / "final", self._end(self.progress)
-            if not self.ranks.on_main(lambda: newest(self.out) == final):
-                self.checkpoints.finish(self.progress, end)  # it was interrupted where this budget ends
-            else:
-                done = f"already complete after {counted(self.progress.step, 'step')} ({end})"
-                self.ranks.say(f"{self.out}: {done}; raise the budget to train further")
-            return final
+            return self.checkpoints.finish_again(self.progress, self._end(self.progress))
         if self.settings.compiles(self.ranks.device):
-            quiet_compiler()
-            # Each shape is one: of training and validation, their last batches, and several numbers of segments.
-            torch._dynamo.config.recompile_limit = GRAPHS
-            if self.settings.compile is None:  # nobody asked for it: what cannot be compiled here runs as it is
-                torch._dynamo.config.suppress_errors = True
-            for layer in [*self.model.model.layers, *self.model.mtp]:
-                layer.compile(dynamic=False)
+            resolve_name("training.compiled:compile_layers")(self.model, self.settings.compile is not None)
         if self.ranks.main:
             if not self.progress.finished:
                 self.pace.announce(self.model, self.dataset, self.counter.flops(), self.peak, self.dtype, self.progress)
@@ -166,11 +154,7 @@ class Trainer:
             save_resolved(self.settings, self.out / "config.yaml")
         if self.samples:
             self.samples.begin(self.progress.step)
-        step, named, trackers = self.progress.step, self.settings.trackers, []
-        if named and self.ranks.main:
-            opened = resolve_name("training.run.trackers:open_trackers")
-            trackers = opened(named, self.out, step, self.settings.wandb, asdict(self.settings))
-        log = RunLog(self.out, step, self.ranks.main, trackers)
+        log = open_log(self.settings, self.progress.step, self.ranks.main)
         with self.ranks.watch.listening(self.ranks.say), log:
             self.ranks.watch.show = log.doing
             with suppress(Stopped):  # the step it was in has changed nothing yet

@@ -19,7 +19,7 @@ from eval.compare import main
 from eval.compared_run import ComparedRun
 from eval.curves import Curve, measure_band, read_curve, write_curve
 from eval.verdict import compare_with, report
-from training.run.checkpoint import Progress
+from training.run.progress import Progress
 
 SETTINGS = {"model": {"preset": "demo"}, "optim": {"lr": 3e-3, "betas": [0.9, 0.99]}, "bias_speed": {"0": 0.01},
             "sequence_length": 256, "out": "x", "data": "a.csv", "log_every": 1}  # fmt: skip

@@ -16,7 +16,8 @@ from eval.page import PageTable, write_page
 from eval.report import main
 from LMConfig import LMConfig
 from model.costs import count, human
-from training.run.log import duration, read_metrics
+from training.run.lines import duration
+from training.run.log import read_metrics
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=x onerror=y> </pre> {{ 7 * 7 }} 小镇"
 

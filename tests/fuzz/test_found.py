@@ -33,9 +33,9 @@ from model.checkpoint.gguf_tokenizer import read_tokenizer
 from text.tokenizer import Tokenizer
 from training.distill.answers import Journal
 from training.distill.endpoint import MOST_BYTES
-from training.run.checkpoint import read_progress
 from training.run.log import RunLog, read_metrics
 from training.run.plots import draw_run
+from training.run.progress import read_progress
 
 DEEP = "[" * 30_000 + "]" * 30_000
 

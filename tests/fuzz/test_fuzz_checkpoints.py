@@ -17,7 +17,7 @@ from fuzz.mutations import PLACES, lay_out, put, values, written
 from fuzz.test_fuzz_files import opened, resumed, saved_run, tokenised
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from training.run.checkpoint import newest
+from training.run.progress import newest
 
 
 @thrown(2)

@@ -55,9 +55,10 @@ from training.alignment.reference import load_log_probs
 from training.distill.answers import Answer, Ask, Journal
 from training.fingerprinted import save_arrays
 from training.optim.build import OptimSettings, build_optimizer
-from training.run.checkpoint import Progress, Snapshot, WholeModel
+from training.run.checkpoint import Snapshot, WholeModel
 from training.run.log import RunLog, read_metrics
 from training.run.plots import draw_run
+from training.run.progress import Progress
 from training.run.resume import find_checkpoint
 from training.run.state import load_training_state
 from training.settings import model_config, save_resolved

@@ -19,8 +19,8 @@ from training.optim.build import OptimSettings
 from training.parallel.dist_settings import ShardSettings
 from training.parallel.mesh import check_mesh
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import read_progress
 from training.run.log import read_metrics
+from training.run.progress import read_progress
 from training.schedule import Budget, learning_rate
 from training.settings import NextTokenSettings
 from training.trainer import Trainer

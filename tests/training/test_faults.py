@@ -21,7 +21,7 @@ import training.run.checkpoint
 from errors import UserError, command_line
 from model import MiniDeepSeek
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import newest
+from training.run.progress import newest
 from training.run.resume import verify
 from training.run.saver import Saver
 

@@ -16,8 +16,8 @@ from errors import UserError, command_line
 from training.losses import Batch, Metric, NextTokenLoss
 from training.optim.build import state_tensors
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import read_progress
 from training.run.log import read_metrics
+from training.run.progress import read_progress
 
 
 class Poison:

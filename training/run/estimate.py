@@ -16,8 +16,8 @@ from model.costs import activation_numbers, human
 from model.costs import count as count_costs
 from training.losses import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import Progress, saved_run
-from training.run.log import counted, duration
+from training.run.lines import counted, duration
+from training.run.progress import Progress, saved_run
 from training.schedule import Budget
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset

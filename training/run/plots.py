@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from errors import DamagedCheckpoint
-from training.run.checkpoint import Progress, newest, read_progress
-from training.run.log import ROUNDING, counted, read_metrics, shown
+from training.run.lines import ROUNDING, counted, shown
+from training.run.log import read_metrics
+from training.run.progress import Progress, newest, read_progress
 
 # Title, unit, and what of an entry is drawn under which name. A panel of which a run has nothing is left out.
 PANELS = (

@@ -15,18 +15,8 @@ import xxhash
 
 from errors import DamagedCheckpoint, UserError
 from LMConfig import LMConfig
-from training.run.checkpoint import (
-    BEST,
-    MANIFEST,
-    PROGRESS_FILE,
-    Progress,
-    Resume,
-    checkpoints,
-    checksum,
-    give_back,
-    newest,
-    read_progress,
-)  # fmt: skip
+from training.run.checkpoint import MANIFEST, checksum
+from training.run.progress import BEST, PROGRESS_FILE, Progress, Resume, checkpoints, give_back, newest, read_progress
 
 LAST_GOOD = "last-good"
 SAMPLES = re.compile(r"(\d+) samples of (\w+), shares ([\d:]+)")  # as the identity of conversations and pairs begins

@@ -17,9 +17,11 @@ import torch
 from errors import folded, naming
 from text.tokenizer import Tokenizer
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import BEST, MEASURES, Progress, Snapshot, Weights, holds_run, keep_last
+from training.run.checkpoint import Snapshot, Weights
 from training.run.interrupt import aftermath
-from training.run.log import counted, held_out_text, read_metrics
+from training.run.lines import counted, held_out_text
+from training.run.log import read_metrics
+from training.run.progress import BEST, MEASURES, Progress, holds_run, keep_last, newest
 from training.settings import StageSettings
 from training.step import Dataset, PolicyDataset
 
@@ -188,6 +190,16 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Until what is being written is on the disk. Raises the error of a save that failed, on all ranks."""
         self._each(self.saver.wait)
+
+    def finish_again(self, progress: Progress, end: str) -> Path:
+        """Save the end of a run that was interrupted where its budget ends now, or say that it is there already."""
+        final = self._out / "final"
+        if not self._ranks.on_main(lambda: newest(self._out) == final):
+            self.finish(progress, end)
+        else:
+            done = f"already complete after {counted(progress.step, 'step')} ({end})"
+            self._ranks.say(f"{self._out}: {done}; raise the budget to train further")
+        return final
 
     def finish(self, progress: Progress, end: str) -> None:
         """Save the end of the run, which `end` has brought about, or the point where it was interrupted, and say so."""

@@ -13,7 +13,8 @@ from torch import nn
 
 from errors import DamagedCheckpoint, UserError
 from training.optim.build import MOMENTS
-from training.run.checkpoint import DATA, SHARDING, STATE_FILE, read_progress
+from training.run.checkpoint import DATA, SHARDING, STATE_FILE
+from training.run.progress import read_progress
 from training.settings import StageSettings
 
 if TYPE_CHECKING:

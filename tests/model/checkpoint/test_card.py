@@ -112,7 +112,7 @@ def test_the_command_writes_renews_and_keeps_what_is_edited(make, run):
 
 
 def test_the_best_checkpoint_has_a_card_of_its_own_step(make, monkeypatch, run):
-    monkeypatch.setattr("training.run.checkpoint.Progress.judge", lambda progress, _: progress.step == 1)
+    monkeypatch.setattr("training.run.progress.Progress.judge", lambda progress, _: progress.step == 1)
     trainer = make(max_steps=3, val_every=1, keep_best=True)
     trainer.run()
     assert run(main, "card", trainer.out / "best", trainer.out / "final").code == 0

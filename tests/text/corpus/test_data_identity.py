@@ -13,7 +13,8 @@ import pretrain
 from dataset import ChatDataset, PretrainDataset, PromptDataset
 from text.corpus.shard_set import ShardSet, read_index
 from text.corpus.shards import prepare_shards
-from training.run.checkpoint import read_progress, write_manifest
+from training.run.checkpoint import write_manifest
+from training.run.progress import read_progress
 
 
 def corpus(file: Path, more: int = 0) -> str:

@@ -120,7 +120,7 @@ def test_a_best_adapter_that_is_worse_than_none_is_merged_and_that_is_said(rate,
 def test_in_bfloat16_the_frozen_weights_train_validate_and_write_samples_and_the_best_is_merged(
     target, tune, pretrained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("training.run.checkpoint.Progress.judge", lambda progress, _: progress.step == 1)
+    monkeypatch.setattr("training.run.progress.Progress.judge", lambda progress, _: progress.step == 1)
     options = ["--max_steps", 2, "--val_every", 1, "--val_fraction", 0.1, "--dtype", "bf16", "--keep_best", "--merge"]
     options += ["--lora.targets", *target.split()]
     done = tune(tmp_path, *options)

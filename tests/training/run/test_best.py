@@ -9,8 +9,8 @@ import toy_stage
 from toy_stage import ROWS, Rows, files, interrupt_at, steps_logged
 
 from errors import UserError
-from training.run.checkpoint import Progress, read_progress
-from training.run.log import held_out_text
+from training.run.lines import held_out_text
+from training.run.progress import Progress, read_progress
 
 
 class Measured:

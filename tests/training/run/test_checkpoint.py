@@ -21,16 +21,8 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.fingerprinted import save_arrays
 from training.optim.build import OptimSettings, build_optimizer
-from training.run.checkpoint import (
-    MANIFEST,
-    Progress,
-    Snapshot,
-    WholeModel,
-    checkpoints,
-    keep_last,
-    newest,
-    read_progress,
-)
+from training.run.checkpoint import MANIFEST, Snapshot, WholeModel
+from training.run.progress import Progress, checkpoints, keep_last, newest, read_progress
 from training.run.resume import find_checkpoint
 from training.run.state import load_training_state
 

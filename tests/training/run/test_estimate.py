@@ -16,8 +16,8 @@ from model.costs import count
 from pretrain import PretrainSettings
 from training.machine import machine_peak
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import Progress
 from training.run.estimate import Pace, batch_line, length, memory, step_seconds
+from training.run.progress import Progress
 from training.schedule import Budget
 
 CPU, MB = torch.device("cpu"), 1e6

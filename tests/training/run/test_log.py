@@ -21,17 +21,8 @@ import training.run.log
 from errors import tracked, waiting
 from text.files import json_text
 from training.parallel.ranks import Ranks
-from training.run.log import (
-    COLUMNS,
-    HELD_OUT,
-    WIDTH,
-    RunLog,
-    duration,
-    held_out_line,
-    legend,
-    read_metrics,
-    step_line,
-)  # fmt: skip
+from training.run.lines import COLUMNS, HELD_OUT, duration, held_out_line, legend, step_line
+from training.run.log import WIDTH, RunLog, read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 

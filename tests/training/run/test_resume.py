@@ -23,8 +23,9 @@ from model import MiniDeepSeek
 from model.checkpoint.folder import to_hugging_face
 from training.optim.build import OptimSettings
 from training.parallel.ranks import Ranks
-from training.run.checkpoint import Snapshot, newest
+from training.run.checkpoint import Snapshot
 from training.run.log import RunLog, read_metrics
+from training.run.progress import newest
 from training.trainer import Trainer
 from training.validation import BitsPerByte
 
