@@ -49,7 +49,7 @@ def base(world, tokenizer_folder, pretrained, tmp_path) -> Path:
 @pytest.mark.parametrize(("stage", "ranks"), [("pretrain", 2), ("grpo", 1)])
 def test_a_stage_survives_a_kill(stage, ranks, base, tmp_path):
     """Each does, on one rank and on two, in make chaos."""
-    attack = Attack(ForkedStage(stage, base, ranks, tmp_path), tmp_path, seed=f"{stage} {ranks}")
+    attack = Attack(ForkedStage(stage, base, ranks, tmp_path), tmp_path, seed=f"0 {stage} {ranks}")
     _, found = attack.run(kills=1)
     assert attack.kills == 1 and not found
 
