@@ -283,7 +283,6 @@ class Target(NamedTuple):
     names: tuple[str, ...] = ()
 
 
-CHECKPOINT = ("config.json", "model.safetensors", "mtp.safetensors", "tokenizer.json", "tokenizer_config.json")
 TARGETS = {
     "checkpoint": Target(opened, lambda _, tools: tools.checkpoint),
     "sharded checkpoint": Target(opened, lambda _, tools: sharded(tools.checkpoint)),
