@@ -77,9 +77,11 @@ check-web: $(OUT)/grpo/final/config.json $(VENV)/installed-dev
 	$(RUN) tests/checks/check_web.py --ckpt $(CKPT) --shots out/web
 
 # One process a core, each with one thread: models this small only wait for each other's threads. Where two threads are
-# the claim, whoever waits leaves the core to the other process.
+# the claim, whoever waits leaves the core to the other process. To have asserts that show their values, each process would
+# rewrite every file first: those that fail are run again for it.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n logical --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n logical --dist worksteal --assert=plain \
+	    || { OMP_NUM_THREADS=1 $(RUN) -m pytest --last-failed --last-failed-no-failures none; exit 1; }
 
 fuzz: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/fuzz --hypothesis-profile=long

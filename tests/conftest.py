@@ -79,6 +79,14 @@ def no_measuring() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """What a process wrote that is killed is there all the same; the power does not fail here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_version() -> Iterator[None]:
     """The sources do not change meanwhile: each run would read them all again."""
     version = rank_checks.code_version()
@@ -323,6 +331,14 @@ def pretrained(once, pretrain_arguments: list[str]) -> Path:
         assert call_main(pretrain.main, *pretrain_arguments, "--out", folder / "pretrain", "--max_steps", 40) == 0
 
     return once("stages", make) / "pretrain"
+
+
+@pytest.fixture(scope="session")
+def demo_path(once) -> Path:
+    """What `make demo` leaves, at a tiny size: world, tokenizer, and a run folder of each stage."""
+    import demo_path
+
+    return once("demo", lambda folder: demo_path.walk(folder, RECIPE))
 
 
 @pytest.fixture

@@ -5,29 +5,17 @@ The chat is a process of its own; the other scripts are called as their command 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
-from conftest import RECIPE, call_main, long_lines
+from conftest import long_lines
 
-import dpo_train
-import full_sft
-import grpo_train
-import pretrain
-import world.__main__
 from cli import call, parse
 from distill import DistillSettings
 from dpo_train import DPOSettings
@@ -35,11 +23,8 @@ from eval.report import report
 from full_sft import SFTSettings
 from grpo_train import GRPOSettings
 from lora_sft import LoraSFTSettings
-from model import MiniDeepSeek
 from pretrain import PretrainSettings
-from text.tokenizer import Tokenizer
-from train_tokenizer import train_tokenizer
-from training.run.log import RunLog, read_metrics
+from training.run.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("pretrain", "sft", "dpo", "grpo")
@@ -54,66 +39,15 @@ def python(*arguments: object) -> subprocess.CompletedProcess:
     return done
 
 
-def stage(main: Callable[[], None], *arguments: object) -> str:
-    """A script to its end, in this process. Returns what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
-        assert call_main(main, *arguments) == 0
-    return shown.getvalue()
+def test_no_line_of_any_stage_is_longer_than_a_hundred_characters(demo_path):
+    said = (demo_path / "said.txt").read_text(encoding="utf8")
+    assert said.count("finished: ") == 4 and not long_lines(said, demo_path)
 
 
-def terminated(step: int, *arguments: object) -> str:
-    """pretrain.py, which is sent SIGTERM when it has logged a step."""
-    write = RunLog.write
-
-    def signalling(self: RunLog, metrics: dict[str, Any]) -> None:
-        write(self, metrics)
-        if metrics["step"] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "write", signalling)
-        return stage(pretrain.main, *arguments)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory) -> Path:
-    """Every stage once; pretraining is terminated and resumed on the way."""
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf8")
-    said = [stage(world.__main__.main, "--out", folder / "world", "--scale", 0.01)]
-    corpus = folder / "world" / "pretrain.csv"
-    options = ["--data", corpus, "--out", folder / "tokenizer", "--vocab_size", 500]
-    said.append(stage(lambda: call(train_tokenizer, ""), *options))
-    arguments = ["--config", folder / "tiny.yaml", "--data", corpus, "--tokenizer", folder / "tokenizer"]
-    arguments += ["--shards", folder / "shards", "--max_steps", 40, "--out", folder / "pretrain"]
-    said.append(shown := terminated(3, *arguments))
-    (saved,) = (folder / "pretrain").glob("step-*")
-    assert f"interrupted: saved {saved}; the same command with --resume continues from there" in shown
-    said.append(shown := stage(pretrain.main, *arguments, "--resume"))
-    assert f"resuming from {saved}" in shown and "finished: " in shown
-    rows = ["--batch_tokens", 1024, "--micro_tokens", 512, "--log_every", 1, "--dtype", "fp32"]
-    chats = ["--ckpt", folder / "pretrain" / "final", "--data", folder / "world" / "sft.jsonl", "--sequence_length", 64]
-    said.append(stage(full_sft.main, *chats, *rows, "--out", folder / "sft", "--max_steps", 30, "--optim.lr", 5e-3))
-    pairs = ["--ckpt", folder / "sft" / "final", "--data", folder / "world" / "preferences.jsonl"]
-    pairs += ["--val_text", folder / "world" / "heldout.txt", "--sequence_length", 128, "--val_tokens", 1024]
-    said.append(stage(dpo_train.main, *pairs, *rows, "--out", folder / "dpo", "--max_steps", 2, "--optim.lr", 1e-3))
-    sums = ["--ckpt", folder / "dpo" / "final", "--data", "arithmetic:1", "--rewards", '{"tag_count": 1, "near": 1}']
-    shape = ["--sequence_length", 64, "--max_new_tokens", 24, "--prompts", 4, "--group", 4, "--dtype", "fp32"]
-    said.append(stage(grpo_train.main, *sums, *shape, "--out", folder / "grpo", "--max_steps", 2, "--val_problems", 8))
-    (folder / "said.txt").write_text("".join(said), encoding="utf8")
-    for name, few in (("favours", 40), ("questions", 30)):
-        lines = (folder / "world" / f"heldout_{name}.jsonl").read_text(encoding="utf8").splitlines()[::few]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf8")
-    return folder
-
-
-def test_no_line_of_any_stage_is_longer_than_a_hundred_characters(path):
-    said = (path / "said.txt").read_text(encoding="utf8")
-    assert said.count("finished: ") == 4 and not long_lines(said, path)
-
-
-def test_a_stage_of_few_steps_says_so_before_the_first(path):
-    pretraining, tuning, preferring, solving, _ = (path / "said.txt").read_text(encoding="utf8").split("finished: ")
+def test_a_stage_of_few_steps_says_so_before_the_first(demo_path):
+    pretraining, tuning, preferring, solving, _ = (
+        (demo_path / "said.txt").read_text(encoding="utf8").split("finished: ")
+    )
     few = "notice: this run ends after 2 steps (--max_steps 2), too few to learn"
     for said in (preferring, solving):
         assert 0 < said.find(few) < said.find("step      1 ")
@@ -121,31 +55,19 @@ def test_a_stage_of_few_steps_says_so_before_the_first(path):
 
 
 @pytest.mark.parametrize(("stage", "steps", "fall"), [("pretrain", 40, 0.8), ("sft", 30, 0.5)])
-def test_the_loss_falls_in_each_stage(stage, steps, fall, path):
-    entries = read_metrics(path / stage / "metrics.jsonl")
+def test_the_loss_falls_in_each_stage(stage, steps, fall, demo_path):
+    entries = read_metrics(demo_path / stage / "metrics.jsonl")
     assert [entry["step"] for entry in entries] == list(range(steps + 1))
     assert entries[-1]["loss"] < entries[1]["loss"] - fall
     assert entries[-1]["val_bits_per_byte"] < entries[0]["val_bits_per_byte"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_leaves_a_complete_folder_that_transformers_opens_with_the_same_logits(stage, path):
-    names = {str(file.relative_to(path / stage)) for file in (path / stage).rglob("*") if file.is_file()}
+def test_each_stage_leaves_a_complete_folder(stage, demo_path):
+    """Which transformers opens with the same logits: model/test_transformers.py."""
+    names = {str(file.relative_to(demo_path / stage)) for file in (demo_path / stage).rglob("*") if file.is_file()}
     assert names >= {"config.yaml", "metrics.jsonl", "final/generation_config.json", "final/training/state.safetensors"}
     assert not [name for name in names if "partial" in name or name.endswith((".tmp", ".part"))]
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = path / stage / "final"
-    theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ours, tokenizer = MiniDeepSeek.from_pretrained(folder), Tokenizer.from_folder(folder)
-    text = "月牙镇的小明有3个苹果。 Crescent Town"
-    ids = tokenizer.encode(text)
-    assert their_tokenizer.encode(text, add_special_tokens=False) == ids
-    with torch.no_grad():
-        logits = ours(torch.tensor([ids])).logits
-        torch.testing.assert_close(theirs(torch.tensor([ids])).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_script_waits_for_no_library_that_it_may_not_need():
@@ -155,34 +77,34 @@ def test_a_script_waits_for_no_library_that_it_may_not_need():
     python("-c", f"import sys, {scripts}; found = {slow} & sys.modules.keys(); assert not found, found")
 
 
-def test_the_result_chats(path):
+def test_the_result_chats(demo_path):
     done = python(
-        "eval/chat.py", "--ckpt", path / "sft" / "final", "--once", "你好", "--temperature", 0, "--device", "cpu"
+        "eval/chat.py", "--ckpt", demo_path / "sft" / "final", "--once", "你好", "--temperature", 0, "--device", "cpu"
     )
     # What so little training says, if anything, is not known beforehand; that it ends its turn and is timed is.
     assert done.returncode == 0 and re.fullmatch(r"\[\d+ tokens, [\d.]+ tok/s\]", done.stderr.strip())
 
 
-def test_the_report_shows_every_stage(path, run):
-    options = ["--out", path, "--questions", path / "questions.jsonl", "--samples", 2, "--dtype", "fp32"]
-    done = run(lambda: call(report, ""), *options, "--favours", path / "favours.jsonl")
+def test_the_report_shows_every_stage(demo_path, run):
+    options = ["--out", demo_path, "--questions", demo_path / "questions.jsonl", "--samples", 2, "--dtype", "fp32"]
+    done = run(lambda: call(report, ""), *options, "--favours", demo_path / "favours.jsonl")
     assert done.code == 0, done.err
-    page = (path / "report" / "report.md").read_text(encoding="utf8")
+    page = (demo_path / "report" / "report.md").read_text(encoding="utf8")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     assert [row[0] for row in table[2:4]] == ["bits per byte", "exact answers"] and len(table) > 6
     bits = dict(zip(table[0][1:], map(float, table[2][1:]), strict=True))
     assert list(bits) == ["untrained", *STAGES] and bits["pretrain"] < bits["untrained"] - 0.5
     # On the text that pretraining held out.
-    last = read_metrics(path / "pretrain" / "metrics.jsonl")[-1]
+    last = read_metrics(demo_path / "pretrain" / "metrics.jsonl")[-1]
     assert bits["pretrain"] == pytest.approx(last["val_bits_per_byte"], abs=0.001)
     assert table[-1][0] == "preferred style" and all(cell.endswith("%") for cell in table[-1][1:])
     assert page.count("> **") == 2 and all(f"![{stage}]({stage}.png)" in page for stage in STAGES)
     for stage in STAGES:
-        assert (path / "report" / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
-    assert "untrained" in done.out and str(path / "report" / "report.md") in done.out.replace("\n", "")
-    assert done.out.endswith(f"all on one page: {path / 'report.html'}\n")
+        assert (demo_path / "report" / f"{stage}.png").read_bytes().startswith(b"\x89PNG")
+    assert "untrained" in done.out and str(demo_path / "report" / "report.md") in done.out.replace("\n", "")
+    assert done.out.endswith(f"all on one page: {demo_path / 'report.html'}\n")
     # All stages together, and each; what pretraining wrote on the way, and the command line that began it.
-    whole = (path / "report.html").read_text(encoding="utf8")
+    whole = (demo_path / "report.html").read_text(encoding="utf8")
     assert whole.count("data:image/png;base64,") == 5 and "What the model wrote on the way" in whole
     assert "<pre>python pretrain.py --config" in whole and "activated, MTP adds" in whole
     assert f'<td class="number">{table[2][1]}</td>' in whole and "right answer" in whole

@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call_main
 
-import dpo_train
-import full_sft
-import grpo_train
 from eval.answering import Answerer
 from model import MiniDeepSeek
 from text.chats.chat_template import encode_chat, render
@@ -28,25 +24,12 @@ CHATS = [
     ],
 ]
 STAGES = ["pretrain", "sft", "dpo", "grpo"]
-SMALL = ["--sequence_length", 64, "--dtype", "fp32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def stages(pretrained: Path, world: Path, once) -> Callable[[str], Path]:
-    """`stages(name)`: the final folder of a stage, each trained from the one before it."""
-    out = once("stages of transformers", lambda out: train_stages(pretrained, world, out))
-    return lambda name: (pretrained if name == "pretrain" else out / name) / "final"
-
-
-def train_stages(pretrained: Path, world: Path, out: Path) -> None:
-    tuned, preferred = out / "sft" / "final", out / "dpo" / "final"
-    sft = ["--ckpt", pretrained / "final", "--data", world / "sft.jsonl", "--batch_tokens", 1024, "--max_steps", 25]
-    dpo = ["--ckpt", tuned, "--data", world / "preferences.jsonl", "--batch_tokens", 512, "--max_steps", 2]
-    grpo = ["--ckpt", preferred, "--data", "arithmetic:1", "--prompts", 2, "--group", 2, "--max_steps", 1]
-    grpo += ["--max_new_tokens", 8, "--val_problems", 4]
-    assert call_main(full_sft.main, *sft, *SMALL, "--optim.lr", "5e-3", "--out", out / "sft") == 0
-    assert call_main(dpo_train.main, *dpo, *SMALL, "--out", out / "dpo") == 0
-    assert call_main(grpo_train.main, *grpo, *SMALL, "--out", out / "grpo") == 0
+def stages(demo_path: Path) -> Callable[[str], Path]:
+    """`stages(name)`: the final folder of a stage."""
+    return lambda name: demo_path / name / "final"
 
 
 @pytest.mark.parametrize("stage", STAGES)

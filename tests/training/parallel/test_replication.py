@@ -114,7 +114,7 @@ def test_weights_that_drift_apart_are_found_at_the_next_check(together, tmp_path
 
 def test_a_rank_that_sleeps_is_named_after_the_timeout(together, tmp_path):
     def sleep(trainer: Trainer, rank: int) -> None:
-        trainer.dataset = Rows(lambda indices: time.sleep(300) if indices[0] == 2 * ROWS + ROWS // 2 else None)
+        trainer.dataset = Rows(lambda indices: time.sleep(5) if indices[0] == 2 * ROWS + ROWS // 2 else None)
 
     ranks = together(sleep, patience=3.0)
     assert ranks[0].code == 2 and "Traceback" not in ranks[0].output()
