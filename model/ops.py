@@ -186,8 +186,8 @@ def run_experts(module: Experts, x_ND: Tensor, *routed: Tensor | Mapping) -> Ten
         return _experts_on_cpu(module, x_ND, *routed)
     weights_NK, indices_NK, corrections = routed
     dense = not corrections and isinstance(module.gate_up_proj, Tensor) and not torch.is_grad_enabled()
-    if dense and len(x_ND) <= FEW_TOKENS and not kernels.grouped.without_host(x_ND.dtype, x_ND.device):
-        return kernels.grouped.without_rows(x_ND, weights_NK, indices_NK, module.gate_up_proj, module.down_proj)
+    if dense and len(x_ND) <= FEW_TOKENS and not kernels.grouped_cuda.without_host(x_ND.dtype, x_ND.device):
+        return kernels.grouped_cuda.without_rows(x_ND, weights_NK, indices_NK, module.gate_up_proj, module.down_proj)
     return module.dispatched(x_ND, *routed)
 
 
@@ -204,9 +204,9 @@ def _experts_on_cpu(
 
 def expert_rows(module: Experts, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping) -> Tensor:
     """`rows` of the experts; without gradients on a CPU one expert after the other, the same bits."""
-    if kernels.on_cuda(x_ND) and not kernels.grouped.without_host(x_ND.dtype, x_ND.device):
+    if kernels.on_cuda(x_ND) and not kernels.grouped_cuda.without_host(x_ND.dtype, x_ND.device):
         # The host waits for the device here, once a layer.
-        plan = replace(plan, ends=kernels.grouped.read_ends(plan.ends))
+        plan = replace(plan, ends=kernels.grouped_cuda.read_ends(plan.ends))
     if not _in_turn(module, x_ND, corrections):
         return module.rows(x_ND, weights_R, plan, corrections)
     weights = (module.gate_up_proj, module.down_proj)
@@ -264,8 +264,8 @@ def grouped_linear(
         buffer: memory for the weight's gradient.
     """
     if kernels.on_cuda(x_RD):
-        without_host = kernels.grouped.without_host(x_RD.dtype, x_RD.device)
-        product = kernels.grouped.grouped_mm if without_host else kernels.grouped.LoopedLinear.apply
+        without_host = kernels.grouped_cuda.without_host(x_RD.dtype, x_RD.device)
+        product = kernels.grouped_cuda.grouped_mm if without_host else kernels.grouped_cuda.LoopedLinear.apply
         return product(x_RD, weight_EOD, ends_E)
     return kernels.grouped.GroupedLinear.apply(x_RD, weight_EOD, ends_E.tolist(), buffer or grad_buffer())
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model import kernels
 from model.experts import Experts
-from model.kernels.grouped import GradBuffer, weight_gradient
+from model.kernels.grouped import GradBuffer, each_gradient_into
 from model.kernels.products import product
 from model.mtp import MTPChain
 from model.ops import Linear, grouped_linear, linear
@@ -118,6 +119,13 @@ class WeightGradients:
                 waiting.pop(0)()
 
         return run
+
+
+def weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, weight_EOI: Tensor) -> Tensor:
+    """The gradient of the weight in `model.ops.grouped_linear`, computed apart."""
+    if kernels.on_cuda(grad_RO):
+        return kernels.grouped_cuda.weight_gradient(grad_RO, x_RI, ends_E, weight_EOI)
+    return each_gradient_into(torch.empty_like(weight_EOI, dtype=torch.float32), grad_RO, x_RI, ends_E.tolist())
 
 
 class _Wait(torch.autograd.Function):

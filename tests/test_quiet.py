@@ -44,20 +44,30 @@ def imports_of(path: Path) -> tuple[set[Path], set[str]]:
     return files, others
 
 
-def closure(script: str) -> set[str]:
-    """The packages that importing a script imports, itself or through files of the project."""
+def closure(script: str) -> tuple[set[str], set[str]]:
+    """The files of the project, and the other packages, that importing a script imports, itself or through these."""
     seen, packages, todo = set(), set(), {ROOT / script}
     while todo:
         files, others = imports_of(path := todo.pop())
         seen.add(path)
         todo |= files - seen
         packages |= others
-    return packages
+    return {path.relative_to(ROOT).as_posix() for path in seen}, packages
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_waits_for_no_library_that_takes_seconds(script):
-    assert not closure(script) & SLOW
+    assert not closure(script)[1] & SLOW
+
+
+def test_pretraining_imports_nothing_that_one_process_may_do_without():
+    """Kernels, decoding, a resume, other ranks, tokenising: found by name where they are taken."""
+    files, _ = closure("pretrain.py")
+    optional = ("model/kernels/", "model/decoding/", "training/parallel/group.py", "training/parallel/rank_checks.py",
+                *(f"training/run/{name}.py" for name in ("resume", "state", "plots", "samples")),
+                *(f"text/{name}.py" for name in ("corpus/tokenising", "corpus/documents", "sources/rows")))  # fmt: skip
+    assert [file for file in sorted(files) if file.startswith(optional)] == ["model/kernels/__init__.py"]
+    assert {"model/transformer.py", "training/trainer.py", "text/corpus/shards.py"} <= files
 
 
 def test_settings_need_no_slow_library_for_their_annotations():
@@ -87,7 +97,7 @@ def test_no_script_finds_other_folders_in_place_of_the_packages():
 
 
 def test_the_closure_sees_through_modules_and_contexts():
-    assert {"peft", "torch"} <= closure("training/adapters/adapter.py")
+    assert {"peft", "torch"} <= closure("training/adapters/adapter.py")[1]
 
 
 def test_remarks_of_an_import_are_quiet_and_errors_are_not(caplog, monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.cache import LatentCache
 from model.decoding.eager import EagerRunner
 from model.experts import Experts
-from model.kernels.grouped import without_host
+from model.kernels.grouped_cuda import without_host
 from model.ops import FEW_TOKENS
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-FILES = ("attention", "causal", "decode", "fused", "grouped", "products", "report")
+FILES = ("attention", "causal", "decode", "fused", "grouped", "grouped_cuda", "products", "report")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from LMConfig import LMConfig
-from model.kernels import attention, causal, grouped
+from model.kernels import attention, causal, grouped_cuda
 
 
 def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, time: int, compiled: bool = False) -> str:
@@ -23,6 +23,6 @@ def kernel_report(config: LMConfig, dtype: torch.dtype, device: torch.device, ti
     report += "" if isolated == whole else f", of isolated samples by {isolated}"
     if device.type == "cpu" or not config.is_moe_layer(config.num_hidden_layers - 1):
         return report
-    if grouped.without_host(dtype, device):
+    if grouped_cuda.without_host(dtype, device):
         return f"{report}; experts by grouped_mm"
     return f"{report}; experts one by one, a wait for the device in each layer (none: bf16 on sm90 and sm100)"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek, kernels
-from model.kernels import attention, grouped
+from model.kernels import attention, grouped, grouped_cuda
 from model.ops import packed_mask
 from training.losses import IGNORE, NextTokenLoss
 
@@ -110,14 +110,14 @@ def test_adapters_of_experts_have_them_too(card, tiny_model, monkeypatch):
 
 
 def calls_of(monkeypatch, *names: str) -> list[str]:
-    """Note the calls of these functions of model/kernels/grouped.py."""
+    """Note the calls of these functions of model/kernels/grouped_cuda.py."""
     calls: list[str] = []
 
     def noted(name: str, function: Callable) -> Callable:
         return lambda *given: calls.append(name) or function(*given)
 
     for name in names:
-        monkeypatch.setattr(grouped, name, noted(name, getattr(grouped, name)))
+        monkeypatch.setattr(grouped_cuda, name, noted(name, getattr(grouped_cuda, name)))
     return calls
 
 
@@ -139,7 +139,7 @@ def test_products_in_a_loop_are_those_of_a_cpu_where_experts_have_no_rows():
     torch.use_deterministic_algorithms(True)  # fills memory that nobody has written
     try:
         for product, given in (
-            (grouped.LoopedLinear, (ends,)),
+            (grouped_cuda.LoopedLinear, (ends,)),
             (grouped.GroupedLinear, (ends.tolist(), grouped.GradBuffer())),
         ):
             inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -154,11 +154,11 @@ def test_products_in_a_loop_are_those_of_a_cpu_where_experts_have_no_rows():
 
 def test_which_cards_multiply_all_experts_in_one_launch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 + device.index, 6))
-    half = {index: grouped.without_host(torch.bfloat16, torch.device("cuda", index)) for index in range(5)}
+    half = {index: grouped_cuda.without_host(torch.bfloat16, torch.device("cuda", index)) for index in range(5)}
     assert half == {0: False, 1: True, 2: True, 3: False, 4: False}  # 9: H100, 10: B200; not 12: 50x0
-    assert not grouped.without_host(torch.float32, torch.device("cuda", 1))
+    assert not grouped_cuda.without_host(torch.float32, torch.device("cuda", 1))
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert not grouped.without_host(torch.bfloat16, torch.device("cuda", 1))
+    assert not grouped_cuda.without_host(torch.bfloat16, torch.device("cuda", 1))
 
 
 def test_packed_rows_whose_ends_come_with_the_batch_need_no_count_of_the_device(model, on_cuda, monkeypatch):

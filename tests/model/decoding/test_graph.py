@@ -37,7 +37,7 @@ def tapes(on_cuda, monkeypatch) -> Iterator[list[Tape]]:
 def model(request, tiny_model, monkeypatch) -> MiniDeepSeek:
     """With experts as on an H100, and as on a card whose grouped products wait for the device."""
     if request.param == "without rows":
-        monkeypatch.setattr("model.kernels.grouped.without_host", lambda *_: False)
+        monkeypatch.setattr("model.kernels.grouped_cuda.without_host", lambda *_: False)
     return shaken(tiny_model(num_nextn_predict_layers=0)).to(BF16)
 
 
