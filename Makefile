@@ -129,7 +129,7 @@ chaos: $(VENV)/installed-dev
 
 # A case starts 2 to 8 processes: one after the other, each process with one thread.
 scale: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m scale tests/training tests/training/parallel/check_scale.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m scale tests/training
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(RUN) bench/scale.py --out out/scale
 
 # A tokenizer of its own: its figures are those of 6,400 tokens, whatever the demo has.

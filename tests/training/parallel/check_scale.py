@@ -37,6 +37,7 @@ CASES = {  # ranks, how they cut, rows, model, and how the step is cut
         8, {"pp": 2, "ep": 2, "zero": 1, "schedule": "dualpipev"}, Packed, {}, {**CUT, "batch_tokens": 16 * TIME},
     ),
     "ep 4": (4, {"ep": 4}, Packed, NO_MTP, CUT),
+    "zero 3, ep 2, tied, two MTP layers": (2, {"zero": 3, "ep": 2}, Packed, TIED | TWO_MTP, CUT),
     "zero 3, two MTP layers": (2, {"zero": 3}, Packed, TWO_MTP, CUT),
     "zero 1": (4, {"zero": 1}, Packed, TWO_MTP, ACCUMULATED),
     "zero 3": (4, {"zero": 3}, Uneven, TIED, CUT),

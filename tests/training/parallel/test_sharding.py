@@ -150,7 +150,7 @@ def test_weights_become_fp8_before_anything_has_rounded_them(train):
     assert_nearly_the_same(*runs)
 
 
-@pytest.mark.parametrize("cut", [{"zero": 1}, {"pp": 2}])
+@pytest.mark.parametrize("cut", [{"zero": 1}, {"pp": 2}, *at_scale(FOLDED)])
 def test_an_mtp_chain_without_weight_has_no_part_until_it_has_one(cut, train, alone):
     late = {"mtp_weight": {"0": 0.0, "0.6": 0.3}, "dtype": "bf16"}
     assert_nearly_the_same(train("cut", 2, cut=cut, **HALVES, **late), alone(Uneven, **late))
