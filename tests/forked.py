@@ -124,7 +124,7 @@ def start_ranks(world: int, work: Callable[[int], object], folder: Path, **envir
 
 
 def on_ranks(
-    world: int, work: Callable[[int], object], folder: Path, seconds: float = 60, **environment: str
+    world: int, work: Callable[[int], object], folder: Path, seconds: float = 150, **environment: str
 ) -> list[Forked]:
     """Call `work(rank)` on each of `world` ranks, as torchrun would, until all have ended, or one has failed.
 

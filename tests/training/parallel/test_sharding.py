@@ -238,9 +238,9 @@ def in_step_two(deed: Callable[[], object], timeout: float, cut: dict, make: Mak
 
 @pytest.mark.parametrize("cut", [{"pp": 2}, *at_scale({"zero": 1}, CLOSE, {"pp": 2, "schedule": "dualpipev"})])
 def test_a_rank_that_sleeps_is_named(cut, make, tmp_path):
-    ranks = in_step_two(lambda: time.sleep(5), 3, cut, make, tmp_path)
+    ranks = in_step_two(lambda: time.sleep(7), 5, cut, make, tmp_path)
     assert ranks[0].code == 2 and "Traceback" not in ranks[0].output()
-    assert ranks[0].output().strip().splitlines()[-1].startswith("error: rank 0: no answer from rank 1 in 3 s; ")
+    assert ranks[0].output().strip().splitlines()[-1].startswith("error: rank 0: no answer from rank 1 in 5 s; ")
 
 
 @pytest.mark.parametrize("cut", [CLOSE, {"pp": 2}, *at_scale({"pp": 2, "schedule": "dualpipev"})])
