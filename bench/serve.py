@@ -149,6 +149,7 @@ def running(options: argparse.Namespace) -> Iterator[tuple[psutil.Process, str]]
         "llama-server": [
             "llama-server", "--model", str(Path(options.folder) / GGUF), "--threads", threads,
             "--parallel", str(options.slots), "--ctx-size", str(options.slots * context),
+            "--no-cache-prompt",  # each measurement asks the same prompts
         ],
         "transformers": [*peer, "--device", "cpu"],
         "transformers, continuous batching": [*peer, "--device", "cpu", "--continuous-batching"],
@@ -192,7 +193,8 @@ def prompts(tokenizer: Tokenizer, count: int, tokens: int) -> list[str]:
 async def crowd(url: str, model: str, texts: Sequence[str], clients: int, new: int) -> list[float]:
     """Ask for all completions, so many at a time; return the seconds from each request to its first text."""
     left, firsts = iter(texts), []
-    limits = httpx.Limits(max_connections=clients)
+    # llama-server closes a connection that is kept just as the next request comes: each has one of its own.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=None, trust_env=False, verify=False, limits=limits) as client:
 
         async def ask() -> None:

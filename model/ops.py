@@ -183,7 +183,8 @@ def run_experts(module: Experts, x_ND: Tensor, *routed: Tensor | Mapping) -> Ten
     routed: weights_NK, indices_NK, corrections.
     """
     if kernels.on_cpu(x_ND):
-        return _experts_on_cpu(module, x_ND, *routed)
+        experts = _experts_outside_graphs if torch.compiler.is_compiling() else _experts_on_cpu
+        return experts(module, x_ND, *routed)
     weights_NK, indices_NK, corrections = routed
     dense = not corrections and isinstance(module.gate_up_proj, Tensor) and not torch.is_grad_enabled()
     if dense and len(x_ND) <= FEW_TOKENS and not kernels.grouped_cuda.without_host(x_ND.dtype, x_ND.device):
@@ -191,7 +192,6 @@ def run_experts(module: Experts, x_ND: Tensor, *routed: Tensor | Mapping) -> Ten
     return module.dispatched(x_ND, *routed)
 
 
-@torch._disable_dynamo  # torch.compiler.disable, but torch._dynamo is imported at the first call
 def _experts_on_cpu(
     module: Experts, x_ND: Tensor, weights_NK: Tensor, indices_NK: Tensor, corrections: Mapping
 ) -> Tensor:
@@ -200,6 +200,10 @@ def _experts_on_cpu(
         weights = weights_NK.to(x_ND.dtype)
         return kernels.grouped.few_experts(x_ND, weights, indices_NK, module.gate_up_proj, module.down_proj)
     return module.dispatched(x_ND, weights_NK, indices_NK, corrections)
+
+
+# torch.compiler.disable, but torch._dynamo, which takes as long as torch itself, is imported at the first call.
+_experts_outside_graphs = torch._disable_dynamo(_experts_on_cpu)
 
 
 def expert_rows(module: Experts, x_ND: Tensor, weights_R: Tensor, plan: Plan, corrections: Mapping) -> Tensor:
