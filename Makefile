@@ -1,5 +1,5 @@
 # make demo   raw text to a chatting model: tokenizer, pretraining, fine-tuning, preferences, sums with rewards, report.html
-#             (MINUTES=3, 7, 14 or 30: how far it is trained; DATA=my.csv: your own text)
+#             (MINUTES=3, 7, 14 or 30: how far it is trained; DATA=my.csv: your own text; SEED=1: another model)
 # make chat   talk to the result
 # make web    the same in a browser: the four stages side by side, with a look inside every token  (CKPT=DIR,DIR: other checkpoints; PORT=8000)
 # make r1     the R1 path from the demo's pretrained model: R1-Zero, cold start, reasoning RL, rejection sampling, SFT, RL
@@ -37,7 +37,9 @@ spent = $(word $(1),$(BUDGET))
 
 DATA ?=
 WORLD := data/demo
-OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)$(addprefix -,$(filter-out 7,$(MINUTES)))
+SEED ?=
+SEEDED := $(addprefix --seed ,$(SEED))
+OUT ?= $(if $(DATA),out/$(basename $(notdir $(DATA))),out/demo)$(addprefix -,$(filter-out 7,$(MINUTES)))$(addprefix -seed,$(SEED))
 # The made-up world repeats its sentences: without a limit, whole phrases would become tokens that hide the names in them.
 SHORT_TOKENS := $(if $(DATA),,--max_token_bytes 10)
 TEXT := $(if $(DATA),$(DATA),$(WORLD)/pretrain.csv)
@@ -190,21 +192,21 @@ $(OUT)/tokenizer/tokenizer.json: $(TEXT) | $(VENV)/installed
 
 $(OUT)/pretrain/final/config.json: $(OUT)/tokenizer/tokenizer.json
 	$(RUN) pretrain.py --config configs/demo/pretrain.yaml --data $(READ) --tokenizer $(OUT)/tokenizer \
-	    --out $(OUT)/pretrain --max_tokens $(call spent,1) --resume true
+	    --out $(OUT)/pretrain --max_tokens $(call spent,1) $(SEEDED) --resume true
 	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 
 $(OUT)/sft/final/config.json: $(OUT)/pretrain/final/config.json $(WORLD)/pretrain.csv
 	$(RUN) full_sft.py --config configs/demo/sft.yaml --ckpt $(OUT)/pretrain/final --data $(WORLD)/sft.jsonl \
-	    --out $(OUT)/sft --max_tokens $(call spent,2) --resume true
+	    --out $(OUT)/sft --max_tokens $(call spent,2) $(SEEDED) --resume true
 	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 
 $(OUT)/dpo/final/config.json: $(OUT)/sft/final/config.json
 	$(RUN) dpo_train.py --config configs/demo/dpo.yaml --ckpt $(OUT)/sft/final --data $(WORLD)/preferences.jsonl \
-	    --val_text $(WORLD)/heldout.txt --out $(OUT)/dpo --max_steps $(call spent,3) --resume true
+	    --val_text $(WORLD)/heldout.txt --out $(OUT)/dpo --max_steps $(call spent,3) $(SEEDED) --resume true
 	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 
 $(OUT)/grpo/final/config.json: $(OUT)/dpo/final/config.json
-	$(RUN) grpo_train.py --config configs/demo/grpo.yaml --ckpt $(OUT)/dpo/final --data arithmetic:1-2 --out $(OUT)/grpo --max_steps $(call spent,4) --resume true
+	$(RUN) grpo_train.py --config configs/demo/grpo.yaml --ckpt $(OUT)/dpo/final --data arithmetic:1-2 --out $(OUT)/grpo --max_steps $(call spent,4) $(SEEDED) --resume true
 	@test -f $@ || { echo "stopped before the end; make demo resumes from here" >&2; exit 1; }
 
 # The R1 path (DeepSeek-R1, section 2): each step is one config, and begins where the step before it ended or at the base.

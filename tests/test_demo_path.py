@@ -139,6 +139,13 @@ def test_minutes_of_make_demo_are_a_line_of_tokens_and_steps(minutes, tmp_path):
     assert {str(Path(stage.out).parent) for stage in stages} == {folder}
 
 
+def test_a_seed_of_make_demo_is_one_of_all_stages_in_a_folder_of_its_own(tmp_path):
+    kinds = (PretrainSettings, SFTSettings, DPOSettings, GRPOSettings)
+    made = commands("MINUTES=3", "SEED=5", f"WORLD={tmp_path}")[2:6]
+    stages = [parse(kind, "", command[1:]) for kind, command in zip(kinds, made, strict=True)]
+    assert {(stage.seed, str(Path(stage.out).parent)) for stage in stages} == {(5, "out/demo-3-seed5")}
+
+
 @pytest.mark.parametrize("minutes", ["", "5", "7 14", "07", "%", "."])
 def test_other_minutes_are_refused_in_one_line_with_the_four(minutes):
     command = ["make", "-n", "--no-print-directory", "demo", f"MINUTES={minutes}"]
