@@ -21,7 +21,7 @@ def resident() -> int:
 
 def seen_while(work: Callable[[], object]) -> list[int]:
     """Call `work`. Returns what was resident when weights were put into shards, and when training began."""
-    from training.parallel import initial
+    from training.parallel import initial, saved
     from training.trainer import Trainer
 
     checksum, run, seen = initial.checksum, Trainer.run, []
@@ -36,7 +36,8 @@ def seen_while(work: Callable[[], object]) -> list[int]:
 
     gc.collect()
     gc.freeze()
-    with patch.object(initial, "checksum", look), patch.object(Trainer, "run", begin):
+    looks = [patch.object(module, "checksum", look) for module in (initial, saved)]
+    with looks[0], looks[1], patch.object(Trainer, "run", begin):
         work()
     return seen
 

@@ -17,7 +17,7 @@ from errors import UserError
 from LMConfig import LMConfig
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import ShardSettings
-from training.parallel.mesh import check_mesh
+from training.parallel.mesh_checks import check_mesh
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
 from training.run.progress import read_progress

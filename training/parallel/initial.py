@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from errors import DamagedCheckpoint
 from LMConfig import LMConfig
 from model import MiniDeepSeek
-from model.checkpoint.folder import STACKED, TIED, describe, fill, released_name, released_views, single_experts
+from model.checkpoint.folder import TIED, describe, released_name, released_views
 from model.checkpoint.weight_files import WeightFiles
 from training.parallel.rank_checks import checksum
+from training.parallel.saved import meta_state, read
 
 if TYPE_CHECKING:
     from training.parallel.sharding import Shards
@@ -63,8 +63,7 @@ class Deferred(MiniDeepSeek):
 
         What lies there as one experts' matrices is one weight here, and comes expert by expert.
         """
-        with EmptyOnMeta():
-            state = MiniDeepSeek(self.config).to("meta").state_dict()
+        state = meta_state(self.config)
         for name in sorted(state):
             yield name, self._pieces(name, state[name])
 
@@ -170,44 +169,3 @@ def with_memory(model: MiniDeepSeek, device: torch.device) -> MiniDeepSeek:
     if model.config.tie_word_embeddings:  # which memory for each of them has untied
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
-
-
-def read(files: WeightFiles, config: LMConfig, shards: Shards) -> dict[str, Tensor]:
-    """Put in the weights of a folder. Returns checksums. Raises `DamagedCheckpoint`, as `model.checkpoint.folder.fill`.
-
-    config: of the model; the folder has all of its weights.
-    """
-    places: dict[str, tuple[Tensor, slice]] = {}
-    for weight, share in shards.places().items():
-        name, rows = released_name(weight.replace(".base_layer", ""), config), shards.rows(weight)  # under adapters
-        places[name] = share, rows
-        if STACKED.match(name):  # an expert is whole or not here
-            places |= {one: (view, slice(None)) for one, view in single_experts(name, share, rows.start or 0).items()}
-    if config.tie_word_embeddings:
-        places |= {name: places[other] for name, other in zip(TIED, TIED[::-1], strict=True) if other in places}
-    sums: dict[str, Tensor] = {}
-    tied: list[Tensor] = []
-
-    def kept() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in files:
-            yield name, tensor  # and it fits
-            sums[name] = checksum(tensor)
-            if name not in places:
-                continue
-            place, rows = places[name]
-            if config.tie_word_embeddings and name in TIED:
-                tied.append(sums[name])
-            place.copy_(tensor[rows] if tensor.dim() else tensor)
-
-    with EmptyOnMeta():
-        whole = MiniDeepSeek(config)
-    try:
-        with torch.no_grad():
-            fill(whole.to("meta"), kept())
-        if len({int(one) for one in tied}) > 1:
-            raise DamagedCheckpoint(
-                f"{' and '.join(TIED)} differ, though config.json ties them; set its tie_word_embeddings to false"
-            )
-    except DamagedCheckpoint as error:
-        raise DamagedCheckpoint(error if str(files.folder) in str(error) else f"{files.folder}: {error}") from None
-    return sums

@@ -35,6 +35,14 @@ def chunk_sizes(layers: int, chunks: int) -> list[int]:
     return [least + (chunk in by_need[:more]) for chunk in range(chunks)]
 
 
+def stage_layers(layers: int, depths: int, stages: int) -> list[range]:
+    """Return the main layers of each stage; the MTP chain of so many depths, on the last one, counts as layers too."""
+    sizes = chunk_sizes(layers + depths, stages)
+    sizes[-1] -= depths
+    ends = [sum(sizes[: place + 1]) for place in range(stages)]
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
 def parts(config: LMConfig, pp: int, folded: bool, time: int) -> list[Part]:
     """Return what each of `pp` ranks holds.
 

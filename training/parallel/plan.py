@@ -14,7 +14,7 @@ from errors import UserError, check_least, command_line
 from model.costs import count, human
 from training.parallel.dist_settings import ShardSettings
 from training.parallel.formulas import BF16, BUBBLES, FP32, GPUS, Line, exchanged, kept_by_report, kept_bytes, rows_sent
-from training.parallel.mesh import check_pipeline
+from training.parallel.mesh_checks import check_pipeline
 from training.parallel.placement import Part, parts, shared_by_ends
 from training.run.estimate import MOMENTS
 from training.settings import NextTokenSettings, model_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,26 +11,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import waiting
+from errors import DamagedCheckpoint, waiting
 from LMConfig import LMConfig, write_json
 from model import MiniDeepSeek
 from model.checkpoint.folder import (
+    STACKED,
     TIED,
     describe,
+    fill,
     is_mtp,
     mtp_copies,
     released_name,
     released_views,
+    single_experts,
     write_config,
     write_weights,
 )
-from model.checkpoint.weight_files import MTP, WEIGHTS
-from training.parallel.initial import read
+from model.checkpoint.weight_files import MTP, WEIGHTS, WeightFiles
+from training.parallel.rank_checks import checksum
 from training.parallel.ranks import Ranks
 from training.run.resume import same_shape
 
 if TYPE_CHECKING:
-    from training.parallel.sharding import Sharded
+    from training.parallel.sharding import Sharded, Shards
 
 LARGEST = 5 * 10**9  # bytes of a file of weights, unless a single one has more
 SHARD = "model-{:05}-of-{:05}.safetensors"
@@ -98,6 +101,47 @@ class ShardedModel:
             read(files, config, self.shards)
 
 
+def read(files: WeightFiles, config: LMConfig, shards: Shards) -> dict[str, Tensor]:
+    """Put in the weights of a folder. Returns checksums. Raises `DamagedCheckpoint`, as `model.checkpoint.folder.fill`.
+
+    config: of the model; the folder has all of its weights.
+    """
+    places: dict[str, tuple[Tensor, slice]] = {}
+    for weight, share in shards.places().items():
+        name, rows = released_name(weight.replace(".base_layer", ""), config), shards.rows(weight)  # under adapters
+        places[name] = share, rows
+        if STACKED.match(name):  # an expert is whole or not here
+            places |= {one: (view, slice(None)) for one, view in single_experts(name, share, rows.start or 0).items()}
+    if config.tie_word_embeddings:
+        places |= {name: places[other] for name, other in zip(TIED, TIED[::-1], strict=True) if other in places}
+    sums: dict[str, Tensor] = {}
+    tied: list[Tensor] = []
+
+    def kept() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in files:
+            yield name, tensor  # and it fits
+            sums[name] = checksum(tensor)
+            if name not in places:
+                continue
+            place, rows = places[name]
+            if config.tie_word_embeddings and name in TIED:
+                tied.append(sums[name])
+            place.copy_(tensor[rows] if tensor.dim() else tensor)
+
+    with torch.device("meta"):
+        whole = MiniDeepSeek(config)
+    try:
+        with torch.no_grad():
+            fill(whole, kept())
+        if len({int(one) for one in tied}) > 1:
+            raise DamagedCheckpoint(
+                f"{' and '.join(TIED)} differ, though config.json ties them; set its tie_word_embeddings to false"
+            )
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(error if str(files.folder) in str(error) else f"{files.folder}: {error}") from None
+    return sums
+
+
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that share no memory, as safetensors wants them."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
@@ -108,7 +152,7 @@ def files_of(config: LMConfig) -> dict[str, list[str]]:
 
     Where one is not enough for the others, all are in files with an index, embedding and head in the first one.
     """
-    state = _meta_state(config)
+    state = meta_state(config)
     mtp = [name for name in state if is_mtp(released_name(name, config), config)]
     parts, size = [[*TIED]], sum(state[name].nbytes for name in TIED)
     for name in [name for name in state if name not in (*mtp, *TIED)] + mtp:
@@ -126,7 +170,7 @@ def files_of(config: LMConfig) -> dict[str, list[str]]:
 
 def index_of(files: dict[str, list[str]], config: LMConfig) -> dict[str, object]:
     """Return the list of weights and their files, under the released names: MTP's and what these repeat too."""
-    state, places, total = _meta_state(config), {}, 0
+    state, places, total = meta_state(config), {}, 0
     for place, (file, names) in enumerate(files.items()):
         views = released_views({name: state[name] for name in names}, config)
         views |= {} if place else {name: state[original] for name, original in mtp_copies(config).items()}
@@ -135,6 +179,7 @@ def index_of(files: dict[str, list[str]], config: LMConfig) -> dict[str, object]
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
-def _meta_state(config: LMConfig) -> dict[str, Tensor]:
+def meta_state(config: LMConfig) -> dict[str, Tensor]:
+    """Return the state dict of a model of this config on the meta device."""
     with torch.device("meta"):
         return MiniDeepSeek(config).state_dict()

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.utils._pytree import tree_map
 
-from errors import UserError
 from model import MiniDeepSeek
 from model.pipeline import Stage, WeightGradients
 from model.transformer import Output
 from training.losses import INPUTS, Batch, Loss, Metric
 from training.machine import autocast
-from training.parallel.placement import chunk_sizes
+from training.parallel.placement import stage_layers
 
 if TYPE_CHECKING:
     from training.parallel.dist_settings import ShardSettings
@@ -62,7 +62,7 @@ class Pipeline:
         folded, self.count = settings.schedule in settings.FOLDED, settings.stages
         mine = (self._rank, self.count - 1 - self._rank) if folded else (self._rank,)
         self._rank_of = [min(stage, self.count - 1 - stage) if folded else stage for stage in range(self.count)]
-        layers = layers_of(whole, self.count)
+        layers = stage_layers(whole.config.num_hidden_layers, len(whole.mtp), self.count)
         self.stages = {
             stage: Stage(whole, layers[stage], stage == 0, stage == self.count - 1) for stage in sorted(mine)
         }
@@ -70,7 +70,7 @@ class Pipeline:
         self.within: Callable[[Work], Any] = lambda work: work()
         self._later = {stage: WeightGradients(module) for stage, module in self.stages.items() if folded}
         self._turns = {stage: _Turn(self, stage) for stage in self.stages}
-        self._schedule, self._shape, self._shapes, self._template = None, None, None, ()
+        self._schedule, self._shape = None, None
         self.ends = self._ends(mesh, settings.pp, folded)
         kept = {id(p) for module in self.stages.values() for p in (*module.parameters(), *module.buffers())}
         for part in whole.modules():
@@ -102,26 +102,17 @@ class Pipeline:
         return self._shared()
 
     def _shared(self) -> list[Measured]:
-        """Tell all stages what the last one measured: its names and shapes everywhere, its numbers there alone.
-
-        These are told when they have changed, which nobody but the last stage knows: one number a step.
-        """
-        found = [[*self._measured[number]] for number in sorted(self._measured)]
-        shapes = _each(found, lambda x: (x.shape, x.dtype))
-        news = torch.tensor(int(self.last is not None and shapes != self._shapes))
-        last = dist.get_global_rank(self._group, self._rank_of[-1]), self._group
-        dist.broadcast(news, *last)
-        if news:
-            self._shapes, box = shapes, [_each(found, lambda x: torch.empty_like(x, device="meta"))]
-            dist.broadcast_object_list(box, *last)
-            (self._template,) = box
+        """Tell all stages what the last one measured: its names and shapes everywhere, its numbers there alone."""
+        found = [self._measured[number] for number in sorted(self._measured)]
+        shapes = [tree_map(lambda x: torch.empty_like(x, device="meta"), found)]
+        dist.broadcast_object_list(shapes, dist.get_global_rank(self._group, self._rank_of[-1]), self._group)
         if not found:
             device = self._batches[0]["input_ids"].device
-            found = _each(self._template, lambda x: torch.zeros_like(x, device=device))
-        for (*_, metrics), counts in zip(found, self._counts, strict=True):
-            if counts is not None and "counts" in metrics:
-                metrics["counts"][: len(counts)] += counts
-        return [Measured(*each) for each in found]
+            found = tree_map(lambda x: torch.zeros_like(x, device=device), shapes[0])
+        for each, counts in zip(found, self._counts, strict=True):
+            if counts is not None and "counts" in each.metrics:
+                each.metrics["counts"][: len(counts)] += counts
+        return found
 
     def _of(self, batches: Sequence[Batch]) -> pipelining.schedules._PipelineSchedule:
         """The schedule for so many micro-batches of such a shape."""
@@ -224,30 +215,3 @@ class Piped(MiniDeepSeek):
     def forward(self, input_ids: Tensor, **inputs: Any) -> Output:
         """As of the whole; see `Pipeline.infer`."""
         return self._pipeline[0].infer(input_ids=input_ids, **inputs)
-
-
-def layers_of(whole: MiniDeepSeek, stages: int) -> list[range]:
-    """Return the main layers of each stage; the MTP chain, on the last one, counts as layers too."""
-    depths = len(whole.mtp)
-    sizes = chunk_sizes(whole.config.num_hidden_layers + depths, stages)
-    sizes[-1] -= depths
-    ends = [sum(sizes[: place + 1]) for place in range(stages)]
-    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-
-def check_stages(whole: MiniDeepSeek, settings: ShardSettings) -> None:
-    """Raise `UserError` where the layers of a stage are all frozen, as where only some have adapters."""
-    for number, layers in enumerate(layers_of(whole, settings.stages), 1):
-        if layers and not any(p.requires_grad for index in layers for p in whole.model.layers[index].parameters()):
-            raise UserError(
-                f"--dist.pp {settings.pp}: nothing trains in stage {number} of {settings.stages} "
-                f"({settings.schedule}); lower it, or give --lora.targets attention too"
-            )
-
-
-def _each(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(part, dict):
-        return {name: _each(value, change) for name, value in part.items()}
-    if isinstance(part, (tuple, list)):
-        return tuple(_each(value, change) for value in part)
-    return change(part)

@@ -23,10 +23,11 @@ from model.pipeline import Elsewhere
 from training.losses import Batch, Loss, Metric
 from training.optim.ema import MARK
 from training.parallel.initial import Deferred
-from training.parallel.mesh import Mesh, check_mesh
+from training.parallel.mesh import Mesh
+from training.parallel.mesh_checks import check_mesh, check_stages
 from training.parallel.rank_checks import check_facts, facts, listed
 from training.parallel.ranks import Ranks
-from training.parallel.schedule import Ends, Measured, Piped, Pipeline, Seed, check_stages
+from training.parallel.schedule import Ends, Measured, Piped, Pipeline, Seed
 from training.run.checkpoint import DATA
 from training.settings import StageSettings
 

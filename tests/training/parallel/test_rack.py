@@ -41,7 +41,8 @@ def on_rank(tmp_path) -> Callable[[int, Callable[[], None]], None]:
 @pytest.mark.parametrize("rank", [0, WORLD - 1])
 def test_each_rank_of_the_paper_holds_what_the_plan_says(rank, on_rank):
     def check() -> None:
-        from training.parallel.mesh import Mesh, check_mesh
+        from training.parallel.mesh import Mesh
+        from training.parallel.mesh_checks import check_mesh
         from training.parallel.ranks import Ranks
         from training.parallel.schedule import Pipeline
         from training.parallel.sharding import Sharded

@@ -28,7 +28,7 @@ from LMConfig import LMConfig
 from model import MiniDeepSeek
 from training.optim.build import OptimSettings
 from training.parallel.dist_settings import ShardSettings
-from training.parallel.mesh import check_mesh
+from training.parallel.mesh_checks import check_mesh
 from training.parallel.ranks import Ranks
 from training.run.log import read_metrics
 from training.run.state import read_state
@@ -164,7 +164,7 @@ def test_a_run_goes_from_mesh_to_mesh_and_to_one_process(meshes, train, monkeypa
     gather = saved.ShardedModel.tensors
 
     def tensors(weights: object) -> dict[str, torch.Tensor]:
-        found, whole = gather(weights), sum(t.nbytes for t in saved._meta_state(weights.model.config).values())
+        found, whole = gather(weights), sum(t.nbytes for t in saved.meta_state(weights.model.config).values())
         assert 0 < sum(tensor.nbytes for tensor in found.values()) < 0.9 * whole
         return found
 
@@ -303,7 +303,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(make):
         adapted = MiniDeepSeek(config)
     adapted.model.layers.requires_grad_(False)
     with pytest.raises(UserError, match=r"--dist.pp 2: nothing trains in stage 1 of 2 \(1f1b\); .* --lora.targets att"):
-        import_module("training.parallel.schedule").check_stages(adapted, ShardSettings(pp=2))
+        import_module("training.parallel.mesh_checks").check_stages(adapted, ShardSettings(pp=2))
     for zero in (2, 4):
         with pytest.raises(UserError, match=f"--dist.zero {zero}: one of 0, 1, 3"):
             ShardSettings(zero=zero)
