@@ -219,7 +219,9 @@ class Trainer:
                 rate = (progress.tokens - window_tokens) / max(progress.seconds - window_seconds, 1e-9)
                 window_tokens, window_seconds = progress.tokens, progress.seconds
                 reached = rate * self.counter.flops()
-                self.peak = max(self.peak, reached)  # a neighbour on the machine made what was measured too low
+                if reached > self.peak:  # a neighbour on the machine made what was measured too low
+                    self.peak = reached
+                    self.ranks.say(f"notice: {reached / 1e9:,.0f} GFLOP/s is the machine's peak from here on, for mfu")
                 entry = step_entry(result, progress, lr, rate, reached / self.peak, memory_used(self.ranks.device))
                 log.tell(entry)
                 measured = self._validate() if validate and not stop else {}

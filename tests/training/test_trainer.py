@@ -306,13 +306,14 @@ def unmeasured() -> Iterator[None]:
     machine_peak.cache_clear()
 
 
-def test_a_step_beyond_the_measured_peak_raises_it(unmeasured, make, monkeypatch):
+def test_a_step_beyond_the_measured_peak_raises_it_and_says_so(unmeasured, make, monkeypatch, capsys):
     """MFU is a share: of what was measured while a neighbour was busy, it would be more than all."""
     monkeypatch.setattr(training.machine, "measured_peak", lambda *_: 1.0)
     trainer = make(max_steps=3)
     trainer.run()
     shares = [entry["mfu"] for entry in read_metrics(trainer.out / "metrics.jsonl")[1:]]
     assert trainer.peak > 1 and max(shares) == 1 and min(shares) > 0
+    assert capsys.readouterr().out.count("is the machine's peak from here on") == shares.count(1) >= 1
 
 
 def test_the_peak_is_measured_once_on_an_empty_device_and_memory_is_counted_from_there(unmeasured, make, monkeypatch):
