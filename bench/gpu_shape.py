@@ -1,6 +1,6 @@
 """What real shapes cost, counted by the program: library calls, FLOPs and bytes of a step, on tensors without data.
 
-python bench/gpu_shape.py      the tables of docs/performance.md
+python bench/gpu_shape.py      two tables, of which docs/performance.md shows the most
 """
 
 from __future__ import annotations

@@ -225,8 +225,9 @@ def test_no_number_passes_no_bound():
     assert Finding("x", 1.0, 1.0).passed and Finding("x", float("nan")).passed
 
 
-def test_the_page_of_docs_has_a_line_for_each_check():
+def test_the_page_of_docs_names_each_check():
     for file in ("performance.md", "performance_zh.md"):
         text = (Path(__file__).parents[2] / "docs" / file).read_text(encoding="utf8")
-        listed = re.findall(r"^\| `(\w+)` \|", text[text.index("make gpu") :], re.M)
+        rows = re.findall(r"^\| (`[^|]+) \|", text[text.index("make gpu") :], re.M)
+        listed = re.findall(r"`(\w+)`", " ".join(rows))
         assert list(takewhile(lambda name: name in gpu.CHECKS, listed)) == list(gpu.CHECKS), file
