@@ -198,14 +198,17 @@ def sweeps(bench: Bench) -> Result:
 
 
 def reasoning(bench: Bench) -> Result:
+    """Reads what eval/reasoning.py wrote of each stage of the R1 path."""
     path = bench.others.get("r1", Path("none")) / "table.json"
     if not path.is_file():
         return Result(("stage",), [["not run: make r1"]], UNKNOWN, f"{path} is not there; make r1 writes it.")
     stages: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))
-    names = [name for name in stages[0] if name != "ckpt"]
-    rows = [[Path(stage.get("ckpt", "")).parent.name, *(_cell(stage.get(name)) for name in names)] for stage in stages]
-    return Result(("stage", *names), rows, UNKNOWN, "One seed: no noise is known.")
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    names = [Path(stage["name"]).parent.name for stage in stages]  # of OUT/r1/NAME/final
+    shares = [[f"{100 * stage[share]:.1f}" for share in ("correct", "strict_format", "language")] for stage in stages]
+    rows = [[name, *row, f"{stage['tokens']:.1f}"] for name, row, stage in zip(names, shares, stages, strict=True)]
+    right = {name: [100 * stage["correct"]] for name, stage in zip(names, stages, strict=True)}
+    figures.points(bench.figure("r1"), right, "held-out sums right, %")
+    note = "One seed: no noise is known. `sft` is distilled: the pretrained model, fine-tuned on answers of `reasoning`."
+    return Result(
+        ("stage", "right, %", "strict format, %", "one language, %", "tokens"), rows, UNKNOWN, note, ["r1.png"]
+    )

@@ -187,6 +187,18 @@ def test_claims_that_logs_decide(lab, tmp_path):
     assert (tmp_path / "figures" / "balance.png").stat().st_size > 5000
 
 
+def test_the_r1_path_is_shown_by_the_names_of_its_stages(lab, tmp_path):
+    claim = next(claim for claim in CLAIMS if claim.name == "r1")
+    bench = Bench(lab, {}, {"r1": tmp_path})
+    assert "make r1" in claim.measure(bench).note
+    shares = {"correct": 0.125, "strict_format": 1.0, "language": 0.5, "tokens": 40.25}
+    table = [{"name": f"out/demo/r1/{stage}/final", **shares} for stage in ("zero", "sft")]
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    result = claim.measure(bench)
+    assert result.rows == [[stage, "12.5", "100.0", "50.0", "40.2"] for stage in ("zero", "sft")]
+    assert len(result.header) == 5 and bench.figure("r1").stat().st_size > 5000
+
+
 def test_needles_are_told_apart_by_the_names_of_their_models(lab):
     """In any order. The stage finds 30 points more beyond the trained length, but not most; the base only guesses."""
     far = {"base/seed-0/final, YaRN x 16 untrained": 0.1, "context/seed-0/phase2/final": 0.4, "base/seed-0/final": 0.1,
