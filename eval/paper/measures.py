@@ -208,7 +208,6 @@ def reasoning(bench: Bench) -> Result:
     rows = [[name, *row, f"{stage['tokens']:.1f}"] for name, row, stage in zip(names, shares, stages, strict=True)]
     right = {name: [100 * stage["correct"]] for name, stage in zip(names, stages, strict=True)}
     figures.points(bench.figure("r1"), right, "held-out sums right, %")
-    note = "One seed: no noise is known. `sft` is distilled: the pretrained model, fine-tuned on answers of `reasoning`."
-    return Result(
-        ("stage", "right, %", "strict format, %", "one language, %", "tokens"), rows, UNKNOWN, note, ["r1.png"]
-    )
+    note = "One seed: no noise is known. `sft` is distilled: the pretrained model fine-tuned on answers of `reasoning`."
+    header = ("stage", "right, %", "strict format, %", "one language, %", "tokens")
+    return Result(header, rows, UNKNOWN, note, ["r1.png"])
