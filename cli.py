@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
@@ -17,6 +18,15 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from errors import UserError, is_broken, with_home
 from text.files import read_yaml
 
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print no traceback for Ctrl-C while a script still imports; later `errors.command_line` sees to it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _excepthook
 Settings = TypeVar("Settings")
 OPTION = re.compile(r"--?[A-Za-z][\w.-]*")  # what the parser takes for an option, and not for a text that begins so
 BOOLEANS = ("true", "false", "yes", "no")

@@ -23,7 +23,7 @@ LONGEST = 1000  # characters of a message; data may be quoted in it
 PATIENCE = 3.0  # seconds
 WIDTH = 100  # characters of a line that a run says, paths aside
 INDENT = " " * len("sample     ")
-QUIET = 30.0  # seconds after which a log file is told how far something is
+QUIET = 10.0  # seconds after which a log file is told how far something is
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you may write to"),

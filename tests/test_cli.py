@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 import sys
 from dataclasses import asdict
 
@@ -25,6 +27,13 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     settings = read("--config", path, "--seed", 7, "--optim.lr", 0.25, "--model.num_hidden_layers", 3)
     assert (settings.seed, settings.batch_tokens, settings.optim.lr, settings.optim.clip) == (7, 4096, 0.25, 2.0)
     assert settings.model == {"preset": "26m", "num_hidden_layers": 3}
+
+
+def test_ctrl_c_while_a_script_imports_is_one_line():
+    done = subprocess.run([sys.executable, "-c", "import cli; raise KeyboardInterrupt"], capture_output=True, text=True)
+    assert (done.stderr, done.returncode) == ("interrupted\n", -signal.SIGINT)
+    done = subprocess.run([sys.executable, "-c", "import cli; 1 / 0"], capture_output=True, text=True)
+    assert "ZeroDivisionError" in done.stderr and done.returncode == 1
 
 
 def test_the_home_folder_is_found_wherever_a_path_is_taken(tmp_path, monkeypatch):

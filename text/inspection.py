@@ -108,7 +108,7 @@ class Findings:
             *lines,
             f"tokens of one: median {middle + 1:,}, 90 % up to {high + 1:,}, longest {max(self.sizes) + 1:,}",
             f"{limits.told(self.kind)}: {self._fate()}",
-            f"{self.tokens:,} tokens, {self.trained:,} of them trained on",
+            f"{self.tokens:,} tokens" + f", {self.trained:,} of them trained on" * (self.kind != "prompt"),
             balance(self.report.rows, "rows", {**fates, **unused}),
         ]
 

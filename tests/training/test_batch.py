@@ -57,7 +57,8 @@ def recipe(tmp_path) -> Path:
         (["--max_minutes", 5], 1, 28, 28),  # but no step sees a row twice
         (["--max_minutes", 5], 8, 28, 24),
         (["--max_minutes", 5], 8, 5, 8),  # a row each at the least
-        (["--max_minutes", 5, "--max_steps", 8], 1, 28, 32),
+        (["--max_minutes", 5, "--max_steps", 8], 1, 28, 28),
+        (["--max_steps", 8], 1, 21, 21),
         (["--max_minutes", 5, "--batch_tokens=320"], 1, 28, 32),
         (["--batch_tokens=320"], 1, 91, 32),
     ],

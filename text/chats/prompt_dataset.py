@@ -97,7 +97,8 @@ class PromptDataset:
         """Print what was read, on one screen. use: what the problems are for."""
         lines = self.report.lines() if self.report.rows else []
         if self.too_long:
-            lines.append(f"  {self.too_long} left out: longer than {self.longest} tokens; raise --sequence_length")
+            limit = f"{self.longest} tokens, which --sequence_length leaves beside a reply; raise it"
+            lines.append(f"  {self.too_long} left out: longer than {limit}")
         if self.report.rows:
             fates = {use: self._used, "held out": self._held, "left out": self.too_long, **self.report.unused}
             lines.append(balance(self.report.rows, "rows", fates))

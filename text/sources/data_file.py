@@ -101,7 +101,7 @@ class DataFile:
         """Return the problem of a file or row that has other columns."""
         names = ", ".join(repr(name) for name in columns) or "none"
         problem = f"no column {self.column!r}, the columns are: {names}"
-        return FileProblem("no such column", line, problem, "name one of them as column")
+        return FileProblem("no such column", line, problem, "name one of them: --column")
 
     def conversion(self, source: str, codec: str) -> str:
         """Return the remedy for a file in another encoding than UTF-8; only text to train on can be given one."""

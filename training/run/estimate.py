@@ -74,7 +74,7 @@ def memory(settings: StageSettings, model: MiniDeepSeek, device: torch.device, d
         held += sum(p.numel() for p in whole) * (dtype.itemsize + FP32)
     if device.type == "cpu":
         held += PROCESS + settings.background_save * trained * (FP32 + MOMENTS[settings.optim.kind])
-    config, tokens = model.config, settings.micro_rows * settings.row_tokens
+    config, tokens = model.config, min(settings.micro_rows, settings.rows) * settings.row_tokens
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     numbers = activation_numbers(config)
     if settings.gradient_checkpointing:  # what enters each layer, and all of the one that is recomputed
@@ -121,9 +121,10 @@ class Pace:
         needs, has = memory(settings, model, ranks.device, dtype), memory_of(ranks.device)
         noun = "more step" if progress.step else "step"
         why = f" ({ranks.why})" if ranks.why else ""
-        by = "" if budget.steps_by.startswith("--max_steps") else f" ({budget.steps_by})"
-        ends = [counted(budget.max_steps, "step") + by] if budget.max_steps else []
-        ends += [f"{budget.max_minutes:g} minute{'s' * (budget.max_minutes != 1)}"] if budget.max_minutes else []
+        by = budget.steps_by.split()[0] if budget.steps_by.startswith("--max_steps") else budget.steps_by
+        ends = [f"{counted(budget.max_steps, 'step')} ({by})"] if budget.max_steps else []
+        if budget.max_minutes:
+            ends.append(f"{budget.max_minutes:g} minute{'s' * (budget.max_minutes != 1)} (--max_minutes)")
         ends += [counted(budget.max_tokens, "token")] if budget.max_tokens else []
         smaller, last = "", settings.rows
         if budget.batches:
@@ -247,15 +248,15 @@ def fit_micro_batch(settings: StageSettings, ranks: Ranks, model: MiniDeepSeek, 
 def fitting_rows(settings: StageSettings, world: int, samples: int) -> int:
     """Return the most rows, at most those of the settings and a multiple of `world`, that leave a run `ENOUGH` steps.
 
-    Where no number does, the most of those that leave it as many as it can have. Where only a clock ends it, all that
-    an epoch has: no step sees a row twice within one.
+    Where no number does, the most of those that leave it as many as it can have. Never more than an epoch has: no step
+    sees a row twice within one.
     """
 
     def steps(rows: int) -> float:
         return settings.budget(samples, rows).max_steps or math.inf
 
     enough = min(ENOUGH, steps(world))
-    most = settings.rows if steps(world) < math.inf else min(settings.rows, max(samples, world))
+    most = min(settings.rows, max(samples, world))
     choices = range(most - most % world, 0, -world)
     return next((rows for rows in choices if steps(rows) >= enough), settings.rows)
 

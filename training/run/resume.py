@@ -19,7 +19,8 @@ from training.run.checkpoint import MANIFEST, checksum
 from training.run.progress import BEST, PROGRESS_FILE, Progress, Resume, checkpoints, give_back, newest, read_progress
 
 LAST_GOOD = "last-good"
-SAMPLES = re.compile(r"(\d+) samples of (\w+), shares ([\d:]+)")  # as the identity of conversations and pairs begins
+# As the identity of conversations and pairs begins, and that of pretraining's windows.
+SAMPLES = re.compile(r"([\d:]+) (samples|windows)(?: of (\w+))?, shares ([\d:]+)")
 
 
 def check_unused(out: Path, resume: Resume) -> None:
@@ -118,7 +119,8 @@ def same_shape(folder: Path, saved: LMConfig, config: LMConfig) -> None:
 def _unchanged(folder: Path, name: str, before: Any, now: Any) -> None:
     if before != now:
         change = _other_data(name, before, now) or f"was trained with {name} = {before}, not {now}"
-        raise UserError(f"{folder}: {change}; a run cannot change it midway")
+        other = ", a new one can: --ckpt DIR in place of --resume" if name.startswith("data") else ""
+        raise UserError(f"{folder}: {change}; a run cannot change it midway{other}")
 
 
 def _other_data(name: str, before: Any, now: Any) -> str:
@@ -126,9 +128,10 @@ def _other_data(name: str, before: Any, now: Any) -> str:
     if name == "data.content":
         return "the data changed (as many before and now, other content)"
     old, new = (SAMPLES.match(str(value)) for value in (before, now))
-    if name != "data" or old is None or new is None or old.groups() == new.groups():
+    if name != "data" or old is None or new is None or old[2] != new[2] or old.groups() == new.groups():
         return ""
+    count, noun = f"{sum(map(int, new[1].split(':')))}", new[2]
     if old[1] != new[1]:
-        return f"the data changed ({old[1]} samples before, {new[1]} now)"
-    what = "other content" if old[2] != new[2] else "in other shares"
-    return f"the data changed ({new[1]} samples before and now, {what})"
+        return f"the data changed ({sum(map(int, old[1].split(':')))} {noun} before, {count} now)"
+    what = "other content" if old[3] != new[3] else "in other shares"
+    return f"the data changed ({count} {noun} before and now, {what})"

@@ -156,6 +156,6 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer, tmp_path,
     prompts.print_summary()
     shown = capsys.readouterr().out
     assert len(prompts) == 1 and "2 of 3 rows read, 1 skipped" in shown
-    assert "1 left out: longer than 20 tokens; raise --sequence_length" in shown
+    assert "1 left out: longer than 20 tokens, which --sequence_length leaves beside a reply; raise it" in shown
     with pytest.raises(UserError, match="all prompts have more than 3 tokens"):
         PromptDataset([(str(tmp_path / "p.jsonl"), 1.0)], tokenizer, 3)

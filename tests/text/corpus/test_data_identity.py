@@ -60,7 +60,7 @@ def test_other_data_of_the_same_size_do_not_continue_a_run(stage, stages, tmp_pa
     make(tmp_path / "data.jsonl", 1)
     refused = train(data, 2, "--resume")
     assert refused.code == 2 and ": the data changed (as many before and now, other content); " in refused.err
-    assert refused.err.endswith("; a run cannot change it midway\n")
+    assert refused.err.endswith("; a run cannot change it midway, a new one can: --ckpt DIR in place of --resume\n")
     make(tmp_path / "data.jsonl")
     forget_content(tmp_path / stage / "final")
     assert train(data, 2, "--resume").code == 0

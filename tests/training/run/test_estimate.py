@@ -83,6 +83,8 @@ def test_less_memory_with_smaller_micro_batches_and_recomputed_layers(model):
     most = memory(settings(), model, CPU, torch.float32)
     assert memory(settings(micro_tokens=8192), model, CPU, torch.float32) < 0.5 * most
     assert memory(settings(gradient_checkpointing=True), model, CPU, torch.float32) < 0.5 * most
+    few = settings(batch_tokens=8192)  # a micro-batch is never larger than its step
+    assert memory(few, model, CPU, torch.float32) == memory(settings(micro_tokens=8192), model, CPU, torch.float32)
 
 
 @pytest.mark.parametrize(

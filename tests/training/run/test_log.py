@@ -103,6 +103,7 @@ def test_a_log_file_hears_of_what_takes_long(tmp_path, capsys, monkeypatch):
     """Lines at most every `QUIET` seconds; a terminal has a bar with a percentage."""
     clock = [100.0]
     monkeypatch.setattr(training.run.log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training.run.log, "QUIET", 30.0)
     with RunLog(tmp_path, 0, True) as log:
         for done in range(100):
             log.doing("validating" if done > 20 else "sampling", done, 100)
@@ -115,6 +116,7 @@ def test_a_log_file_hears_of_what_takes_long(tmp_path, capsys, monkeypatch):
 def test_a_step_of_less_is_told_of_at_its_end(tmp_path, capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(training.run.log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training.run.log, "QUIET", 30.0)
     with RunLog(tmp_path, 0, True) as log:
         for step in (1, 2, 3):
             for done in range(4):
@@ -239,6 +241,7 @@ def test_what_lasts_long_is_said_and_what_does_not_is_not(capsys, monkeypatch):
 def test_what_is_tracked_is_told_now_and_then_in_a_log_file_and_in_a_bar_elsewhere(capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(errors.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(errors, "QUIET", 30.0)
 
     def items():
         for item in range(100):

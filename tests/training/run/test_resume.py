@@ -66,7 +66,7 @@ def test_a_resume_with_other_data_says_what_changed(now, said, make):
     first.identity, second.identity = "897 samples of 62403e833234, shares 4096", now
     trainer = make(dataset=first, max_steps=1)
     trainer.run()
-    with pytest.raises(UserError, match=r"; a run cannot change it midway$") as refused:
+    with pytest.raises(UserError, match=r"; a run cannot change it midway, a new one can: --ckpt DIR") as refused:
         make(dataset=second, max_steps=2, resume=True).run()
     assert f"{trainer.out / 'final'}: {said}" in str(refused.value)
 
