@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from errors import UserError, is_broken, with_home
 from text.files import read_yaml
 
+
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print no traceback for Ctrl-C while a script still imports; later `errors.command_line` sees to it."""
     if issubclass(kind, KeyboardInterrupt):
