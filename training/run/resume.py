@@ -130,8 +130,8 @@ def _other_data(name: str, before: Any, now: Any) -> str:
     old, new = (SAMPLES.match(str(value)) for value in (before, now))
     if name != "data" or old is None or new is None or old[2] != new[2] or old.groups() == new.groups():
         return ""
-    count, noun = f"{sum(map(int, new[1].split(':')))}", new[2]
-    if old[1] != new[1]:
-        return f"the data changed ({sum(map(int, old[1].split(':')))} {noun} before, {count} now)"
-    what = "other content" if old[3] != new[3] else "in other shares"
-    return f"the data changed ({count} {noun} before and now, {what})"
+    count, now = (sum(map(int, found[1].split(":"))) for found in (old, new))
+    if count != now:
+        return f"the data changed ({count} {new[2]} before, {now} now)"
+    what = "in other shares" if (old[1], old[3]) == (new[1], new[3]) else "other content"
+    return f"the data changed ({now} {new[2]} before and now, {what})"

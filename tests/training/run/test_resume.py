@@ -58,12 +58,15 @@ def test_resume_is_bit_exact(case, make):
             "897 samples of 62403e833234, shares 1:4095",
             "the data changed (897 samples before and now, in other shares)",
         ),
+        ("9:4 windows, shares 3072:1024", "the data changed (10 windows before, 13 now)"),
+        ("4:6 windows, shares 3072:1024", "the data changed (10 windows before and now, other content)"),
         ("9 windows, shares 4096", "was trained with data = 897 samples of 62403e833234, shares 4096, not 9 windows, "),
     ],
 )
 def test_a_resume_with_other_data_says_what_changed(now, said, make):
     first, second = Rows(), Rows()
-    first.identity, second.identity = "897 samples of 62403e833234, shares 4096", now
+    before = "9:1 windows, shares 3072:1024" if now.endswith(":1024") else "897 samples of 62403e833234, shares 4096"
+    first.identity, second.identity = before, now
     trainer = make(dataset=first, max_steps=1)
     trainer.run()
     with pytest.raises(UserError, match=r"; a run cannot change it midway, a new one can: --ckpt DIR") as refused:
