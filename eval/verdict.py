@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from errors import require
+from errors import one_line, require
 from eval.compared_run import ComparedRun
 from eval.curves import MEASURES, SIGMAS, Curve, logged, median
 from eval.run_recipe import differences, settings_of
@@ -112,4 +112,4 @@ def report(curve: Curve, run: ComparedRun, verdicts: Sequence[Verdict]) -> list[
             "nothing in its settings or log explains it: about one further seed in twenty leaves a band; else look at "
             "the data (their order, duplicates, another file of the same name) and at changes of the code"
         )
-    return lines
+    return [one_line(line) for line in lines]  # they quote settings of the run

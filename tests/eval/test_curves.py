@@ -123,6 +123,8 @@ def test_the_usual_causes_are_named(demo, make):
     assert "the budget is 60,000 tokens, not 120,000" in found
     found = said(demo, make(9, strays, settings={"model": {"preset": "demo", "n_routed_experts": 4}}))
     assert "model.n_routed_experts is 4, not the preset's" in found
+    found = said(demo, make(9, strays, settings={"optim": {"lr": "\x1b[2J"}}))  # which would clear the screen
+    assert "optim.lr is \\x1b[2J, not 0.003" in found
     fine = said(demo, make(10, grad_norm=4.0))
     assert "hint" not in fine and "different" not in fine
 

@@ -144,6 +144,7 @@ def test_the_options_of(throw, folder, script, data):
         for name in ("matplotlib.figure.Figure.savefig", "uvicorn.Server.run", "eval.serve.Worker"):
             patch.setattr(name, lambda *_, **__: None)
         patch.setattr("eval.paper.training.start", lambda *_: None)  # then no run is there
+        patch.setattr("eval.paper.training.training_rates", lambda given, *_: {name: [9.0] for name in given})
         patch.setattr("eval.run.find_spec", lambda _: None)  # lm-eval takes seconds to read its own task files
         patch.chdir(place)
         Path("OUT").mkdir()
