@@ -87,6 +87,9 @@ ELSEWHERE = {
     "model.n_routed_experts": "n_routed_experts num_experts",
 }
 
+# A step of GRPO is as large as its rollout.
+ELSEWHERE_IN_RL = {"prompts": "gradient_accumulation_steps accumulation_steps", **ELSEWHERE}
+
 
 def parse(kind: type[Settings], description: str, arguments: Sequence[str] | None = None) -> Settings:
     """Read `--config FILE` and the command line over it into the dataclass `kind`.
@@ -220,7 +223,8 @@ def _suggestion(name: str, known: set[str]) -> str:
     plain = name.lstrip("-").replace("-", "_").lower()
     end = plain.rpartition(".")[2]
     by_end = {option.rpartition(".")[2]: option for option in sorted(known, reverse=True)} | {one: one for one in known}
-    found = [plain, by_end.get(end), *(here for here, elsewhere in ELSEWHERE.items() if end in elsewhere.split())]
+    others = ELSEWHERE_IN_RL if "group" in known else ELSEWHERE
+    found = [plain, by_end.get(end), *(here for here, elsewhere in others.items() if end in elsewhere.split())]
     found += [by_end[near] for near in sorted(by_end, key=len) if near.startswith(plain)]
     found += [by_end[near] for near in difflib.get_close_matches(plain, by_end)]
     here = next((option for option in found if option and _is_known(option, known)), "")

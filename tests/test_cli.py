@@ -114,6 +114,8 @@ def refused(script: str, *arguments: str) -> str:
         ("dpo_train.py", "--beta", "--preference.beta"),
         ("grpo_train.py", "--num_generations", "--group"),
         ("grpo_train.py", "--batch_size", "--group"),
+        ("grpo_train.py", "--gradient_accumulation_steps", "--prompts"),
+        ("distill.py", "--gradient_accumulation_steps", "--batch_tokens"),
         ("pretrain.py", "--n_layers", "--model.num_hidden_layers"),
         ("full_sft.py", "--epochz", "--epochs"),
         ("full_sft.py", "--warmupp", "--optim.warmup"),
