@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import uvicorn
@@ -62,17 +63,26 @@ def serve(
         raise UserError("--ckpt: names no folder")
     bases = [(folder, "") for folder in folders] + [(base_of(one, folders), one) for one in paths(lora)]
     listening = listen(host, port)
-    answerers = {}
-    for name, (folder, adapter) in zip(names([adapter or folder for folder, adapter in bases]), bases, strict=True):
-        with waiting(f"loading {adapter or folder}"):
-            answerers[name] = Answerer.open(folder, device, dtype, adapter)
     hosts = [*LOOPBACK, host] if host in LOOPBACK else ["*"]
-    worker = Worker(answerers, slots, queue, Metrics())
+    # In a thread that ends, and OpenMP's threads with it: with more of those than cores they would sleep where they
+    # wait, not spin, and the worker would need 1.6 times as long for a token.
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        answerers = loader.submit(load, bases, device, dtype).result()
+        worker = loader.submit(Worker, answerers, slots, queue, Metrics()).result()
     app = create_app(worker, api_key, [origin for origin in cors.split(",") if origin], hosts)
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {', '.join(answerers)} at http://{shown}:{listening.getsockname()[1]}/  (Ctrl-C ends)", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=FAREWELL)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def load(bases: list[tuple[str, str]], device: str, dtype: str) -> dict[str, Answerer]:
+    """Open checkpoints, each with the adapter beside it or none; return them by their models' names."""
+    answerers = {}
+    for name, (folder, adapter) in zip(names([adapter or folder for folder, adapter in bases]), bases, strict=True):
+        with waiting(f"loading {adapter or folder}"):
+            answerers[name] = Answerer.open(folder, device, dtype, adapter)
+    return answerers
 
 
 def paths(text: str) -> list[str]:
