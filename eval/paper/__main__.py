@@ -10,7 +10,10 @@ What is trained already is not trained again; an interrupted run is resumed.
 from __future__ import annotations
 
 import os
+import shlex
 import time
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -59,6 +62,7 @@ def paper(
         out: folder for runs, figures and the page
         device: auto, cpu or cuda
     """
+    command = repeated(locals())
     check_least(1, seeds=seeds)
     require(seeds <= MOST_SEEDS, f"--seeds {seeds}: {MOST_SEEDS} at most")
     check_least(0, jobs=jobs)
@@ -79,8 +83,16 @@ def paper(
     for claim in chosen:
         print(f"measuring {claim.name}", flush=True)
         measured.append((claim, claim.measure(bench)))
-    page = write(Path(out), head(lab), measured)
+    page = write(Path(out), head(lab), measured, command)
     print(f"written: {page}, in {(time.monotonic() - began) / 60:.0f} minutes")
+
+
+def repeated(options: Mapping[str, str | int]) -> str:
+    """Return the command with these options of `paper` that measures a claim again, its name to be added."""
+    defaults = {name: parameter.default for name, parameter in signature(paper).parameters.items()}
+    given = {name: value for name, value in options.items() if name != "only" and value != defaults[name]}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "eval.paper", *words, "--only"])
 
 
 def head(lab: Laboratory) -> str:

@@ -18,20 +18,23 @@ def overview(measured: Sequence[tuple[Claim, Result]]) -> list[str]:
     return table(rows, ["claim", "here"])
 
 
-def section(claim: Claim, result: Result) -> list[str]:
+def section(claim: Claim, result: Result, command: str) -> list[str]:
     """Return the lines of a claim."""
     lines = [f'<a id="{claim.name}"></a>', f"## {claim.title}", ""]
     lines += [f"Paper: {claim.paper}.", "", *table(result.rows, result.header), ""]
     lines += [f"**{result.verdict[0].upper()}{result.verdict[1:]}.** {result.note}".rstrip(), ""]
     lines += [line for name in result.figures for line in (f"![{claim.title}](figures/{name})", "")]
-    return [*lines, f"`python -m eval.paper --only {claim.name}`", ""]
+    return [*lines, f"`{command} {claim.name}`", ""]
 
 
-def write(out: Path, head: str, measured: Sequence[tuple[Claim, Result]]) -> Path:
-    """Write paper.md beside the figures. head: what was trained, on what, how long."""
+def write(out: Path, head: str, measured: Sequence[tuple[Claim, Result]], command: str) -> Path:
+    """Write paper.md beside the figures.
+
+    head: what was trained, on what, how long. command: measures a claim again, whose name follows.
+    """
     lines = ["# The paper, measured", "", head, "", *overview(measured), ""]
     for claim, result in measured:
-        lines += section(claim, result)
+        lines += section(claim, result, command)
     path = out / "paper.md"
     with naming(path), replacing(path) as file:
         file.write("\n".join(lines).encode())

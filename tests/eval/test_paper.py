@@ -13,6 +13,7 @@ from data_files import entry, write_run
 from cli import parse
 from errors import UserError
 from eval.paper import context, speed, training
+from eval.paper.__main__ import repeated
 from eval.paper.arms import BASE, merged, read_arms
 from eval.paper.bench import Bench
 from eval.paper.claims import CLAIMS
@@ -182,9 +183,14 @@ def test_claims_that_logs_decide(lab, tmp_path):
     # One arm is clearly worse; another is in a single seed; the rest is as the base.
     assert found["sweeps"].verdict == f"bias-slower is worse, +0.1000 ± 0.0000; {UNKNOWN} of the others"
     assert "effects of up to 0.1155 bits per byte would not be seen" in found["sweeps"].note
-    page = write(tmp_path, "head", results).read_text(encoding="utf8")
-    assert all(f"(figures/{name}.png)" in page and f"--only {name}`" in page for name in names)
+    page = write(tmp_path, "head", results, "command --only").read_text(encoding="utf8")
+    assert all(f"(figures/{name}.png)" in page and f"`command --only {name}`" in page for name in names)
     assert (tmp_path / "figures" / "balance.png").stat().st_size > 5000
+
+
+def test_the_page_gives_a_command_that_measures_a_claim_again():
+    given = {"tokenizer": "my tokenizer", "data": "data/demo/pretrain.csv", "only": "mtp,fp8", "seeds": 2}
+    assert repeated(given) == "python -m eval.paper --tokenizer 'my tokenizer' --seeds 2 --only"
 
 
 def test_the_r1_path_is_shown_by_the_names_of_its_stages(lab, tmp_path):
