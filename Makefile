@@ -14,7 +14,7 @@
 # make gpu    the doctor for CUDA: every fast path against the plain one on this GPU, then speed: out/gpu/gpu.md
 # make bench  speed and memory beside transformers and others, interleaved: out/bench/summary.md and .png
 # make chaos  100 kills of training runs, at random and during saves; each must end as if nobody had disturbed it (10 minutes and more)
-# make paper  the claims of the paper at a small size, over three seeds, each with its noise: out/paper/paper.md (an hour and a half; ONLY=mtp,fp8)
+# make paper  the claims of the paper at a small size, over three seeds, each with its noise: out/paper/paper.md (half an hour, on slow days an hour and a half; ONLY=mtp,fp8)
 # make scale  every mesh (ZeRO, experts, pipelines; 2 to 8 processes) trains as one process does; bytes, memory, bubbles beside formulas: out/scale/summary.md (5 minutes)
 # make samples   the sample answers of README and docs, asked again of the demo's models      make figure   docs/model.svg
 # make notebook  JupyterLab with the eight notebooks      make check-notebooks  run them all (half an hour; installs jupyter on demand)
