@@ -200,6 +200,15 @@ def test_the_commands_of_dataset_have_their_help(run):
     assert shown.code == 0 and shown.out.startswith("usage: dataset.py judge ") and "--json" in shown.out
 
 
+@pytest.mark.parametrize("script", STAGES)
+def test_every_option_of_a_stage_says_what_it_is(script):
+    """A docstring with two of them in a line leaves the second without help."""
+    parser = _parser("")
+    parser.add_class_arguments(settings_of(script))
+    silent = [action.dest for action in parser._actions if action.help is None or not re.search(r"\w", action.help)]
+    assert len(parser._actions) > 50 and not silent
+
+
 def test_the_table_names_options_that_there_are():
     known = {"suite", "dist"}
     for script in STAGES:

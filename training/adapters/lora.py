@@ -23,7 +23,8 @@ class LoraSettings:
 
     Args:
         targets: attention, ffn (dense layers and shared experts), experts (routed ones) or all, separated by commas.
-        r: rank. alpha: scale.
+        r: rank.
+        alpha: scale.
         dropout: of what A reads; the routed experts have none.
         rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
         dora: train magnitude and direction apart (DoRA, Liu et al. 2024); not for experts.

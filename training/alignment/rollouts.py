@@ -25,7 +25,8 @@ class RolloutSettings:
     """How completions are made and what becomes of them.
 
     Args:
-        prompts: problems a step, over all ranks. group: completions of each, at least 2.
+        prompts: problems a step, over all ranks.
+        group: completions of each, at least 2.
         max_new_tokens: most tokens of a completion.
         temperature: of the sampling.
         loss: grpo, dapo or dr_grpo.
