@@ -91,8 +91,8 @@ def ours(options: argparse.Namespace) -> None:
     rollouts = Rollouts(prompts, rewards, Sampler(model, dtype), settings, ranks)
     experience = Experience(rollouts, length, rows, dtype)
     trainer = Trainer(settings, ranks, model, tokenizer, experience, GRPOLoss("grpo", options.new))
-    trainer.module = model
     trainer._set_rates()
+    trainer._replicate()
 
     def measure() -> dict[str, float]:
         start = time.perf_counter()
