@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,19 +110,11 @@ def trainer(place: Place) -> Iterator[Finding]:
             )  # fmt: skip
             data, named = RandomRows(width, model.config.vocab_size), SimpleNamespace(fingerprint="")
             made = Trainer(settings, Ranks(0, 1, place.device), model, named, data, NextTokenLoss())
-            made._began = time.perf_counter()
-            made._set_rates()
-            made._replicate()
-
-            def step(made: Trainer = made) -> None:
-                made._step()
-                made.progress.step += 1
-
             try:
                 for _ in range(3):
-                    step()
-                found.append(waits(place, step))
-                seconds = place.seconds(step, 2)
+                    made.advance()
+                found.append(waits(place, made.advance))
+                seconds = place.seconds(made.advance, 2)
             finally:
                 made.batches.close()
                 made.checkpoints.saver.close()

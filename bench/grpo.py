@@ -91,13 +91,10 @@ def ours(options: argparse.Namespace) -> None:
     rollouts = Rollouts(prompts, rewards, Sampler(model, dtype), settings, ranks)
     experience = Experience(rollouts, length, rows, dtype)
     trainer = Trainer(settings, ranks, model, tokenizer, experience, GRPOLoss("grpo", options.new))
-    trainer._set_rates()
-    trainer._replicate()
 
     def measure() -> dict[str, float]:
         start = time.perf_counter()
-        trainer._step()
-        trainer.progress.step += 1
+        trainer.advance()
         return {SPEED: rows / (time.perf_counter() - start)}
 
     harness.serve(measure, ranks.device)

@@ -228,24 +228,18 @@ def _counted(mesh: Mesh, out: str, memory: bool, pace: Mapping) -> Counted:
         trainer = Trainer(mesh.settings(out), ranks, model, tokenizer, rows, NextTokenLoss(mtp=len(model.mtp) > 0))
     trainer.pace.known = True  # or it would say how long the run will take
 
-    def step() -> None:
-        trainer._set_rates()
-        trainer._replicate()
-        trainer._step()
-        trainer.progress.step += 1
-
     with Trace() as trace:
-        step()  # there is state of the optimiser now, and FSDP2 has met its units
+        trainer.advance()  # there is state of the optimiser now, and FSDP2 has met its units
         modules = list((trainer.copies.parts if trainer.shards else trainer.model).modules())
         experts = [module for module in modules if isinstance(module, Experts)]
         rows_before = sum(getattr(module, "rows_sent", 0) for module in experts)
         with Sent() as sent, counting_products() as found:
-            step()
+            trainer.advance()
         rows = sum(getattr(module, "rows_sent", 0) for module in experts) - rows_before
-        peak = peak_of(step) if memory else 0
+        peak = peak_of(trainer.advance) if memory else 0
         if trainer.copies.pipeline:
             trace.events, trace.pace = [], pace
-            step()
+            trainer.advance()
     held = [p for _, p in (trainer.shards or trainer.model).named_parameters()]
     held += [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
     of = sum(isinstance(module, Linear) for module in modules) + 2 * len(experts)

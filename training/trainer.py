@@ -195,16 +195,8 @@ class Trainer:
         window_tokens, window_seconds = progress.tokens, progress.seconds
         stop = False
         while not stop and not progress.finished:
-            lr = self._set_rates()
-            self._replicate()
-            result = self._step()
-            if self.ema:
-                self.ema.update()
-            progress.step += 1
-            progress.tokens += result.tokens
-            if self.budget.batches:
-                progress.samples = self.batches.of_step(progress.step).start
-            progress.seconds, stop = result.shared["seconds"], result.shared["stop"] > 0
+            result, lr = self.advance()
+            stop = result.shared["stop"] > 0
             if result.shared["failed"]:
                 self.checkpoints.wait()  # raises the error of the save that has failed meanwhile
             every = settings.dist.check_every if self.ranks.world > 1 else 0
@@ -243,12 +235,23 @@ class Trainer:
             self.pace.pause = pause if validated else self.pace.pause
             self._began += pause
 
-    def _step(self) -> StepResult:
+    def advance(self) -> tuple[StepResult, float]:
+        """Train one optimizer step of the run and move its progress on. Returns its result and its learning rate."""
+        lr, progress = self._set_rates(), self.progress
+        self._replicate()
         step = OptimizerStep(
             self.settings, self.ranks, self.model, self.copies, self.dataset, self.batches, self.loss, self.optimizer,
             self.skipping, self.dtype, self._shared, None if self.pace.known else self.pace.report,
         )  # fmt: skip
-        return step.run(self.progress)
+        result = step.run(progress)
+        if self.ema:
+            self.ema.update()
+        progress.step += 1
+        progress.tokens += result.tokens
+        progress.seconds = result.shared["seconds"]
+        if self.budget.batches:
+            progress.samples = self.batches.of_step(progress.step).start
+        return result, lr
 
     @cached_property
     def batches(self) -> Batches:

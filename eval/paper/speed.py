@@ -54,10 +54,8 @@ class TimedTrainer(Trainer):
         """Do some more steps. Returns their tokens per second."""
         began, tokens = perf_counter(), 0
         for _ in range(steps):
-            self._set_rates()
-            self._replicate()
-            tokens += self._step().tokens  # which are read from the device: it has computed them
-            self.progress.step += 1
+            result, _ = self.advance()
+            tokens += result.tokens  # which are read from the device: it has computed them
         return tokens / (perf_counter() - began)
 
 

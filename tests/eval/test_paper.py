@@ -160,8 +160,8 @@ def test_speeds_are_those_of_the_arms_and_leave_no_run(arms, pretrained, monkeyp
         now[0] += 2.0 if trainer.model.mtp else 1.0
         return trainer_step(trainer)
 
-    trainer_step = speed.TimedTrainer._step
-    monkeypatch.setattr(speed.TimedTrainer, "_step", step)
+    trainer_step = speed.TimedTrainer.advance
+    monkeypatch.setattr(speed.TimedTrainer, "advance", step)
     monkeypatch.setattr(speed, "perf_counter", lambda: now[0])
     monkeypatch.setattr(speed, "ROUNDS", 2)
     small = {"sequence_length": 16, "batch_tokens": 32, "micro_tokens": 32}

@@ -134,17 +134,17 @@ def assert_measured(found: dict[str, object], want: dict[str, object]) -> None:
 @pytest.fixture
 def measure(make, tmp_path, monkeypatch) -> Callable[..., tuple[dict[str, object], dict[str, object]]]:
     """`measure(world, **options)`: what one step says of itself on so many ranks, and the truth."""
-    step = Trainer._step
+    step = Trainer.advance
 
     def tell(trainer: Trainer) -> object:
-        result = step(trainer)
+        result, lr = step(trainer)
         told = {"total": result.loss, "labels": result.labels, "counts": result.counts, **result.metrics}
         told["grad_norm"] = result.grad_norm
         torch.save(told, tmp_path / f"step-of-{trainer.ranks.rank}.pt")
-        return result
+        return result, lr
 
     def measure(world: int, **options: object) -> tuple[dict[str, object], dict[str, object]]:
-        monkeypatch.setattr(Trainer, "_step", tell)
+        monkeypatch.setattr(Trainer, "advance", tell)
         given = {**OPTIONS, "max_steps": 1, "mtp_weight": 0.3, **options}
         ranks = on_ranks(
             world, lambda rank: make("run", Uneven(), ranks=Ranks.start("cpu", timeout=30), **given).run(), tmp_path

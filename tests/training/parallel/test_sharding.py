@@ -78,7 +78,7 @@ def train(make, tmp_path) -> Callable[..., Path]:
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """After the second step there are as many hooks on modules and weights as after the first."""
-    step, counts = Trainer._step, []
+    step, counts = Trainer.advance, []
 
     def counted(trainer: Trainer) -> object:
         result = step(trainer)
@@ -88,7 +88,7 @@ def nothing_left_behind() -> Iterator[None]:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", counted)
+        patch.setattr(Trainer, "advance", counted)
         yield
     assert len({*counts}) <= 1, counts
 

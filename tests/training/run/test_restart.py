@@ -26,7 +26,7 @@ def torchrun(arguments: list[object], logs: Path) -> None:
 
     In the first attempt the second rank kills itself once step 2 is saved.
     """
-    step = Trainer._step
+    step = Trainer.advance
 
     def fatal(trainer: Trainer) -> object:
         first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
@@ -38,7 +38,7 @@ def torchrun(arguments: list[object], logs: Path) -> None:
 
     def work() -> None:
         torch.set_num_threads(1)
-        Trainer._step = fatal
+        Trainer.advance = fatal
         if code := call_main(pretrain.main, *arguments):
             sys.exit(code)
 
