@@ -14,8 +14,9 @@ import model.kernels as kernels
 from errors import UserError, quiet_compiler, quiet_imports
 
 KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
+EMBEDDINGS = ("embed_tokens", "lm_head")
 # Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
-LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
+LOOKED_UP = (*EMBEDDINGS, "mlp.gate.")
 SLOWEST = 0.99  # rate of decay with which a moment in bfloat16 still follows: one unit in its last place is 0.8 %
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 NO_RATIOS: Mapping[str, float] = {}
@@ -27,6 +28,7 @@ class OptimSettings:
 
     Args:
         lr: peak learning rate.
+        embedding_lr_ratio: learning rate of embedding and head over lr; Muon's wants several (muP, Yang et al. 2022).
         final_lr_ratio: last learning rate over the peak.
         warmup: share of the run with a linear warm-up.
         decay_from: share of the run from which the learning rate falls along a cosine.
@@ -44,6 +46,7 @@ class OptimSettings:
     """
 
     lr: float = 1e-3
+    embedding_lr_ratio: float = 1.0
     final_lr_ratio: float = 0.1
     warmup: float = 0.02
     decay_from: float = 0.5
@@ -58,7 +61,7 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"--optim.kind {self.kind}: one of {', '.join(KINDS)}")
-        for name in ("lr", "eps", "clip"):
+        for name in ("lr", "embedding_lr_ratio", "eps", "clip"):
             self._check(name, getattr(self, name) > 0, "a number above 0")
         for name in ("final_lr_ratio", "weight_decay"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
@@ -90,6 +93,7 @@ def build_optimizer(
     lr_ratios: learning rates over that of the settings, of parameters with these words in their names.
     Raises `UserError` for a kind whose package is not there.
     """
+    lr_ratios = {**lr_ratios, **dict.fromkeys(EMBEDDINGS, settings.embedding_lr_ratio)}
     groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
