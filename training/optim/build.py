@@ -14,9 +14,8 @@ import model.kernels as kernels
 from errors import UserError, quiet_compiler, quiet_imports
 
 KINDS = ("adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "muon")
-EMBEDDINGS = ("embed_tokens", "lm_head")
 # Matrices that Muon leaves to AdamW: rows that are looked up or chosen by, one token or expert each.
-LOOKED_UP = (*EMBEDDINGS, "mlp.gate.")
+LOOKED_UP = ("embed_tokens", "lm_head", "mlp.gate.")
 SLOWEST = 0.99  # rate of decay with which a moment in bfloat16 still follows: one unit in its last place is 0.8 %
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 NO_RATIOS: Mapping[str, float] = {}
@@ -28,7 +27,6 @@ class OptimSettings:
 
     Args:
         lr: peak learning rate.
-        embedding_lr_ratio: learning rate of embedding and head over lr; Muon's wants several (muP, Yang et al. 2022).
         final_lr_ratio: last learning rate over the peak.
         warmup: share of the run with a linear warm-up.
         decay_from: share of the run from which the learning rate falls along a cosine.
@@ -43,10 +41,10 @@ class OptimSettings:
             momentum for the matrices inside the layers, scaled so that the learning rate and the weight decay of AdamW
             suit it, and AdamW for embedding, head, router and norms.
         momentum: Muon's.
+        adamw_lr_ratio: learning rate over lr of what Muon leaves to AdamW; in short runs several.
     """
 
     lr: float = 1e-3
-    embedding_lr_ratio: float = 1.0
     final_lr_ratio: float = 0.1
     warmup: float = 0.02
     decay_from: float = 0.5
@@ -57,11 +55,12 @@ class OptimSettings:
     clip: float = 1.0
     kind: str = "adamw"
     momentum: float = 0.95
+    adamw_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"--optim.kind {self.kind}: one of {', '.join(KINDS)}")
-        for name in ("lr", "embedding_lr_ratio", "eps", "clip"):
+        for name in ("lr", "eps", "clip", "adamw_lr_ratio"):
             self._check(name, getattr(self, name) > 0, "a number above 0")
         for name in ("final_lr_ratio", "weight_decay"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
@@ -74,6 +73,8 @@ class OptimSettings:
         self._check("tails", fits, 'shares between decay_from and 1 with a rate over the peak: {"0.97": 0.1}')
         self._check("betas", all(0 <= rate < 1 for rate in self.betas), "a number from 0 to below 1")
         self._check("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
+        if self.adamw_lr_ratio != 1 and self.kind != "muon":
+            raise UserError(f"--optim.adamw_lr_ratio {self.adamw_lr_ratio}: is of --optim.kind muon; give --optim.lr")
         if self.kind == "adamw_bf16" and max(self.betas) > SLOWEST:
             raise UserError(
                 f"--optim.betas {list(self.betas)}: adamw_bf16 would round the steps of its moments away; "
@@ -93,12 +94,12 @@ def build_optimizer(
     lr_ratios: learning rates over that of the settings, of parameters with these words in their names.
     Raises `UserError` for a kind whose package is not there.
     """
-    lr_ratios = {**lr_ratios, **dict.fromkeys(EMBEDDINGS, settings.embedding_lr_ratio)}
     groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             ratio = next((ratio for word, ratio in lr_ratios.items() if word in name), 1.0)
             parts = _matrices_in(name, parameter) if settings.kind == "muon" else 0
+            ratio *= 1.0 if parts else settings.adamw_lr_ratio
             groups.setdefault((parameter.dim() >= 2, ratio, parts), []).append(parameter)
     described = [
         {"params": members, "weight_decay": settings.weight_decay if decays else 0.0, "lr_ratio": ratio, "parts": parts}

@@ -73,6 +73,21 @@ def test_embedding_head_router_and_norms_are_adamws(tiny_model):
     assert same == looked_up | {name for name, p in others.items() if p.dim() == 1}
 
 
+def test_what_adamw_has_moves_at_a_rate_of_its_own(tiny_model):
+    """Without decay a step's length is the learning rate's: of AdamW's parameters four times as long."""
+    plain, faster = tiny_model(), tiny_model()
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for model, ratio in ((plain, 1.0), (faster, 4.0)):
+        optimizer = build_optimizer(model, OptimSettings(kind="muon", weight_decay=0.0, adamw_lr_ratio=ratio))
+        set_learning_rate(optimizer, 1e-3)
+        step(model, optimizer, 0)
+    others = dict(faster.named_parameters())
+    for name, p in plain.named_parameters():
+        by_adamw = p.dim() == 1 or "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight")
+        moved = (4.0 if by_adamw else 1.0) * (p - before[name])
+        torch.testing.assert_close(others[name] - before[name], moved, rtol=1e-3, atol=1e-6)
+
+
 def test_orthogonal_leaves_the_directions_and_levels_the_lengths():
     x = torch.randn(3, 20, 50)
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
@@ -119,6 +134,8 @@ def test_two_ranks_with_muon_train_as_one_process_does(pretrain_arguments, tmp_p
     [
         (["--optim.kind", "moun"], "--optim.kind moun: one of adamw, .*muon"),
         (["--optim.momentum", "1"], "--optim.momentum 1.0: give a number from 0 to below 1"),
+        (["--optim.adamw_lr_ratio", "2"], "--optim.adamw_lr_ratio 2.0: is of --optim.kind muon; give --optim.lr"),
+        (["--optim.kind", "muon", "--optim.adamw_lr_ratio", "0"], "adamw_lr_ratio 0.0: give a number above 0"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(given, what, run, pretrain_arguments, tmp_path):

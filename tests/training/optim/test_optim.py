@@ -132,21 +132,3 @@ def test_a_kind_that_is_not_there_is_named(model, monkeypatch):
         monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         build_optimizer(model, OptimSettings(kind="paged_adamw8bit"))
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_embedding_and_head_learn_at_a_rate_of_their_own(tiny_model, kind):
-    """Of AdamW's first step every element has the learning rate's size."""
-    plain, faster = tiny_model(), tiny_model()
-    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
-    for model, ratio in ((plain, 1.0), (faster, 4.0)):
-        settings = OptimSettings(kind=kind, weight_decay=0.0, embedding_lr_ratio=ratio)
-        optimizer = build_optimizer(model, settings)
-        set_learning_rate(optimizer, 1e-3)
-        for seed, p in enumerate(model.parameters()):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
-        optimizer.step()
-    others = dict(faster.named_parameters())
-    for name, p in plain.named_parameters():
-        ratio = 4.0 if name in ("model.embed_tokens.weight", "lm_head.weight") else 1.0
-        torch.testing.assert_close(others[name] - before[name], ratio * (p - before[name]), rtol=1e-3, atol=1e-6)
