@@ -41,7 +41,7 @@ class OptimSettings:
             momentum for the matrices inside the layers, scaled so that the learning rate and the weight decay of AdamW
             suit it, and AdamW for embedding, head, router and norms.
         momentum: Muon's.
-        adamw_lr_ratio: learning rate over lr of what Muon leaves to AdamW; in short runs several.
+        adamw_lr_ratio: learning rate over lr of what Muon leaves to AdamW.
     """
 
     lr: float = 1e-3
@@ -73,8 +73,6 @@ class OptimSettings:
         self._check("tails", fits, 'shares between decay_from and 1 with a rate over the peak: {"0.97": 0.1}')
         self._check("betas", all(0 <= rate < 1 for rate in self.betas), "a number from 0 to below 1")
         self._check("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
-        if self.adamw_lr_ratio != 1 and self.kind != "muon":
-            raise UserError(f"--optim.adamw_lr_ratio {self.adamw_lr_ratio}: is of --optim.kind muon; give --optim.lr")
         if self.kind == "adamw_bf16" and max(self.betas) > SLOWEST:
             raise UserError(
                 f"--optim.betas {list(self.betas)}: adamw_bf16 would round the steps of its moments away; "
@@ -99,7 +97,7 @@ def build_optimizer(
         if parameter.requires_grad:
             ratio = next((ratio for word, ratio in lr_ratios.items() if word in name), 1.0)
             parts = _matrices_in(name, parameter) if settings.kind == "muon" else 0
-            ratio *= 1.0 if parts else settings.adamw_lr_ratio
+            ratio *= settings.adamw_lr_ratio if settings.kind == "muon" and not parts else 1.0
             groups.setdefault((parameter.dim() >= 2, ratio, parts), []).append(parameter)
     described = [
         {"params": members, "weight_decay": settings.weight_decay if decays else 0.0, "lr_ratio": ratio, "parts": parts}
