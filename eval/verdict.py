@@ -54,7 +54,7 @@ def compare_with(curve: Curve, run: ComparedRun) -> list[Verdict]:
         tokens = np.array([point.tokens for point in points])
         # Half-way between two points of the curve a stretch ends and the next begins.
         middles = (tokens[1:] + tokens[:-1]) / 2
-        own = own[own[:, 0] <= curve.facts["tokens"]] if len(own) else own
+        own = own[(own[:, 0] >= tokens[0]) & (own[:, 0] <= curve.facts["tokens"])] if len(own) else own
         if not len(own):
             continue
         expected = np.interp(own[:, 0], tokens, [point.mean for point in points])
