@@ -134,7 +134,7 @@ def test_all_of_a_command_line_is_reported_at_once():
 
 def test_a_group_of_options_takes_no_value_of_its_own():
     said = refused("full_sft.py", "--optim", "adamw_torch")
-    assert said.startswith("full_sft.py: --optim adamw_torch: --optim is a group of options: --optim.betas, ")
+    assert said.startswith("full_sft.py: --optim adamw_torch: --optim is a group of options: --optim.adamw_lr_ratio, ")
 
 
 def test_a_recipe_of_another_program_gets_the_names_here(tmp_path):
