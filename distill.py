@@ -128,15 +128,15 @@ def ask_for_answers(settings: DistillSettings, ranks: Ranks) -> Path:
     name, seed, sampling = settings.teacher, settings.seed, (settings.sample_temperature, settings.max_new_tokens)
     if is_endpoint(name):
         # It is asked without a seed, so another one would bring no other answers.
-        teacher, own = open_endpoint(name, settings, *sampling), (settings.teacher_model,)
+        teacher, own = open_endpoint(name, settings, *sampling), (name, settings.teacher_model)
     else:
         teacher = open_local(name, *sampling, seed, choose_dtype(settings.dtype, ranks.device), ranks.device)
-        own = identity(name), seed
+        own = identity(name), seed  # not its path: the same weights anywhere give the same answers
     sources = find_sources(settings.data, settings.datasets, kind=None)
     mix = find_sources(settings.mix, settings.datasets, "chat") if settings.mix else []
     return gather_answers(
         Path(settings.out), sources, settings.resume, settings.on_error, settings, teacher, seed,
-        (name, *own, *sampling), settings.max_new_tokens, mix,
+        (*own, *sampling), settings.max_new_tokens, mix,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from model import MiniDeepSeek
 from text.tokenizer import Tokenizer
 from training.distill.distillation import Logits, Teacher
 from training.losses import IGNORE, INPUTS, PLACES, Batch, located
+from training.run.checkpoint import checksum
 from training.startup import open_checkpoint
 
 UNPACKED = ("unpacked_ids", "unpacked_row", "unpacked_column")  # in a batch: see `unpacked`
@@ -173,7 +174,8 @@ def is_plain(model: Any, device: torch.device) -> bool:
     return parts.shape == whole.shape and bool((parts - whole).abs().max() <= CLOSE * whole.abs().max().clamp(min=1))
 
 
-def identity(name: str) -> list[tuple[str, int, int]] | str:
-    """Return what tells a folder's weights from others: its files' names, sizes and times; of a Hub id the name."""
+def identity(name: str) -> list[tuple[str, str]] | str:
+    """Return what tells a folder's weights from others, wherever it lies: its files' names and checksums; of a Hub id
+    the name."""
     files = sorted(path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files] or name
+    return [(path.name, checksum(path)) for path in files] or name

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,18 @@ def test_a_checkpoint_writes_a_file_and_a_fresh_student_learns_it(pretrained, tm
     assert done.code == 0, done.err
     assert MiniDeepSeek.from_pretrained(out / "final").config.hidden_size == 32
     assert (out / "final" / "tokenizer.json").read_text() == (pretrained / "final" / "tokenizer.json").read_text()
+
+
+def test_the_same_weights_answer_the_same_in_another_folder_at_another_time(pretrained, tmp_path, run):
+    found = []
+    for folder in ("one", "two"):
+        shutil.copytree(pretrained / "final", tmp_path / folder / "final")
+        os.utime(tmp_path / folder / "final" / "model.safetensors", ns=(len(found), len(found)))
+        few = ["--prompts", 8, "--samples", 8, "--at_least", -1, "--out", tmp_path / f"{folder}.jsonl"]
+        done = run(distill.main, *collecting(tmp_path / folder, "arithmetic:1", *few))
+        assert done.code == 0, done.err
+        found.append((tmp_path / f"{folder}.answers.jsonl").read_text("utf8"))
+    assert found[0] == found[1] and found[0].count("\n") == 64
 
 
 def test_many_ranks_do_not_ask(pretrained, tmp_path, run, monkeypatch):
