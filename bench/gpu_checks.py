@@ -20,11 +20,11 @@ from model.fp8 import BLOCK as FP8_BLOCK
 from model.fp8 import TILE, Quantised
 from model.fp8 import product as fp8_product
 from model.norm import RMSNorm
-from model.quantized import Int8Weight, QuantizedLinear
+from model.quantized import Int8Weight, QuantizedLinear, quantize_weights
 from model.rope import RotaryEmbedding
 from training.adapters.frozen import BLOCK, NF4Weight
 from training.losses import NextTokenLoss, cross_entropy_sum
-from training.optim.build import OptimSettings, build_optimizer
+from training.optim.build import OptimSettings, build_optimizer, step_scaled
 
 # The most that a result may differ, by the norm: sums in another order, or numbers rounded to 8 bits on the way.
 BOUNDS = {"fp32": 1e-5, "bf16": 0.02}
@@ -173,23 +173,26 @@ def checkpointing(place: Place) -> Iterator[Finding]:
 
 
 def optimizer(place: Place) -> Iterator[Finding]:
-    """Three steps of fused AdamW against its formula in float64 (Loshchilov and Hutter 2019, algorithm 2)."""
-    weight = torch.nn.Linear(64, 33, bias=False, device=place.device)
-    settings = OptimSettings(lr=0.01, weight_decay=0.1)
-    made = build_optimizer(weight, settings)
-    w, m, v = weight.weight.detach().double().clone(), 0.0, 0.0
-    (first, second), eps = settings.betas, settings.eps
-    for step in range(1, 4):
-        gradient = torch.randn(33, 64, device=place.device)
-        weight.weight.grad = gradient.clone()
-        made.step()
-        m, v = first * m + (1 - first) * gradient.double(), second * v + (1 - second) * gradient.double() ** 2
-        w = w - 0.01 * (m / (1 - first**step) / ((v / (1 - second**step)).sqrt() + eps) + 0.1 * w)
-    yield Finding("weights", relative(weight.weight.detach(), w), 1e-6)
+    """Three steps of AdamW, its gradients scaled, against its formula (Loshchilov and Hutter 2019, algorithm 2)."""
+    for kind, kept, bound in (("adamw", Tensor.double, 1e-6), ("adamw_bf16", Tensor.bfloat16, 1e-4)):
+        layer = torch.nn.Linear(64, 33, bias=False, device=place.device)
+        settings = OptimSettings(lr=0.01, weight_decay=0.1, kind=kind)
+        made = build_optimizer(layer, settings)
+        w = layer.weight.detach().double()
+        m, v = torch.zeros_like(w), torch.zeros_like(w)
+        (first, second), eps = settings.betas, settings.eps
+        for step in range(1, 4):
+            layer.weight.grad = torch.randn(33, 64, device=place.device)
+            gradient = layer.weight.grad.double() * 0.3**step
+            step_scaled(made, [layer.weight.grad], 0.3**step)
+            m, v = first * m + (1 - first) * gradient, second * v + (1 - second) * gradient**2
+            w = w - 0.01 * (m / (1 - first**step) / ((v / (1 - second**step)).sqrt() + eps) + 0.1 * w)
+            m, v = kept(m).double(), kept(v).double()
+        yield Finding(f"{kind}: weights", relative(layer.weight.detach(), w), bound)
 
 
 def quantized(place: Place) -> Iterator[Finding]:
-    """Weights in 8 and 4 bits: products, and the gradient of what goes in."""
+    """Weights in 8 and 4 bits, of layers and experts: products, and the gradient of what goes in."""
     out, size = (64, 128) if place.small else (768, 1024)
     eight = Int8Weight.rounded(torch.randn(out, size, device=place.device))
     codes = torch.randint(0, 256, (out * size // 2,), dtype=torch.uint8, device=place.device)
@@ -216,6 +219,23 @@ def quantized(place: Place) -> Iterator[Finding]:
                 return module(x)
 
         yield from compared("bf16", run, lambda x, w=exact[kind]: F.linear(x, w), [x], prefix=kind)
+
+    config = place.config()
+    routed = Experts(config).to(place.device)
+    for parameter in routed.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    quantize_weights(routed, "", Int8Weight.rounded)
+    dense = [weight.codes.double() * weight.scales.double() for weight in (routed.gate_up_proj, routed.down_proj)]
+    x = torch.randn(50, config.hidden_size, device=place.device, requires_grad=True)
+    weights = torch.rand(50, config.num_experts_per_tok, device=place.device)
+    indices = torch.rand(50, config.n_routed_experts, device=place.device).topk(config.num_experts_per_tok).indices
+
+    def run_experts(x: Tensor) -> Tensor:
+        with place.autocast(torch.bfloat16):
+            return routed(x, weights, indices)
+
+    plain = lambda x: plain_experts(x, weights, indices, *dense)  # noqa: E731
+    yield from compared("bf16", run_experts, plain, [x], prefix="experts in 8 bits")
 
 
 def fp8(place: Place) -> Iterator[Finding]:
@@ -283,11 +303,16 @@ def loss_and_routing(
     return total.detach(), chosen
 
 
-def trained(model: MiniDeepSeek, ids: Tensor, place: Place, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return loss and gradients of one forward and backward pass."""
+def trained(
+    model: MiniDeepSeek, ids: Tensor, place: Place, dtype: torch.dtype, packed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return loss and gradients of one forward and backward pass; packed: of isolated samples."""
     model.train().zero_grad()
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    if packed:
+        batch |= segments_of(*batch["labels"].shape, place.device)
     with place.autocast(dtype):
-        total, _, _ = NextTokenLoss()(model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+        total, _, _ = NextTokenLoss()(model, batch)
     total.backward()
     return total.detach(), gradients(model.parameters())
 

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from varlen_cpu import varlen_on_cpu
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek
@@ -125,20 +124,8 @@ def branches_for_cuda(place: Place) -> Iterator[None]:
     with ExitStack() as stack:
         if place.device.type == "cpu":
             stack.enter_context(patch("model.kernels.on_cuda", lambda x: True))
-            stack.enter_context(patch("torch.nn.attention.varlen.varlen_attn", segments_apart))
+            varlen_on_cpu()
         yield
-
-
-def segments_apart(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: object, scale: float, window_size: tuple[int, int]
-) -> Tensor:
-    """Stand for `varlen_attn`, which has no kernel for CPUs: one segment after the other. q, k, v: (R, heads, size)."""
-    edges, out = starts.tolist(), []
-    for begin, end in pairwise(edges):
-        parts = (x[begin:end].transpose(0, 1) for x in (q, k, v))
-        made = F.scaled_dot_product_attention(*parts, is_causal=window_size == (-1, 0), scale=scale)
-        out.append(made.transpose(0, 1))
-    return torch.cat(out)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,10 @@ HOST_READS = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what would be a wait for the device: reads of its numbers by the host, of any tensor."""
+    """Counts what would be a wait for the device: reads of its numbers by the host, of any tensor.
+
+    Copies between host and device, which are waits too, do not exist on a CPU: tests/host_waits.py counts those.
+    """
 
     def __init__(self) -> None:
         super().__init__()

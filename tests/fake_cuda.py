@@ -126,6 +126,12 @@ def packed_step() -> None:
     train(model(), Rows(packed=True), NextTokenLoss(), parts=2)
 
 
+def looped_step() -> None:
+    """On a card whose experts are computed one after the other: A100, 30x0, 40x0."""
+    with patch("torch.cuda.get_device_capability", lambda *_: (8, 0)):
+        train(model(), Rows(packed=True), NextTokenLoss())
+
+
 def recomputed_step() -> None:
     train(model(), Rows(), NextTokenLoss(), gradient_checkpointing=True)
 
@@ -218,8 +224,8 @@ def generation() -> None:
 
 
 CASES: list[Callable[[], None]] = [
-    moe_layer, training_step, packed_step, recomputed_step, fp8_step, preference_step, distillation_step, lora_step,
-    policy_loss, quantized_experts, decoding, generation,
+    moe_layer, training_step, packed_step, looped_step, recomputed_step, fp8_step, preference_step, distillation_step,
+    lora_step, policy_loss, quantized_experts, decoding, generation,
 ]  # fmt: skip
 
 

@@ -6,9 +6,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from kernel_cases import far, varlen_on_cpu
+from kernel_cases import far
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from varlen_cpu import varlen_on_cpu
 
 import model.kernels as kernels
 from grpo_train import GRPOSettings

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import far, varlen_on_cpu
+from kernel_cases import far
 from torch import Tensor
+from varlen_cpu import varlen_on_cpu
 
 from LMConfig import LMConfig
 from model import MiniDeepSeek, kernels

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.experts import Experts, Plan
 from model.moe import DeepseekMoE
@@ -216,12 +217,28 @@ def test_on_cuda_every_expert_has_a_block_where_gradients_are_recorded(case, on_
     assert_planned(plan, indices)
 
 
+class SortedSizes(TorchDispatchMode):
+    """Bytes of the numbers of each sort."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if str(function).startswith("aten.sort"):
+            self.sizes.append(arguments[0].itemsize)
+        return function(*arguments, **named or {})
+
+
 @pytest.mark.parametrize("count", [200, 256, 300])
 def test_on_cuda_choices_are_sorted_as_on_a_cpu(count, request):
     choices = torch.randint(count, (3000,))
     plain = sort_by_expert(choices, count)
     request.getfixturevalue("on_cuda")
-    assert all(torch.equal(short, long) for short, long in zip(sort_by_expert(choices, count), plain, strict=True))
+    with SortedSizes() as seen:
+        found = sort_by_expert(choices, count)
+    assert all(torch.equal(short, long) for short, long in zip(found, plain, strict=True))
+    assert seen.sizes == [1 if count <= 256 else 2]  # a radix sort passes over its keys once for each byte
 
 
 @pytest.mark.parametrize("loads", [[8, 16, 24], [9, 0, 0], [1, 1, 1], [7, 8, 0], [15, 15, 15], [16, 0, 1]])

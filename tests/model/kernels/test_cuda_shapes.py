@@ -20,6 +20,7 @@ WAITS = {
     "moe_layer": [],
     "training_step": 2 * STEP,  # of two steps
     "packed_step": STEP,
+    "looped_step": STEP + 2 * ["plan = replace(plan, ends=kernels.grouped_cuda.read_ends(plan.ends))"],
     "recomputed_step": STEP,
     "fp8_step": STEP + 2 * ["numbers = torch.cat((plan.ends, plan.counts)).tolist()"],  # for each product of experts
     "preference_step": STEP,
@@ -73,11 +74,14 @@ def test_every_way_to_wait_is_counted_once_and_nothing_else_is(seen):
             assert f'"{name.partition(": ")[2]}": lambda' in source[int(wait.split(":")[1]) - 1], (name, wait)
 
 
+PACKED = ("packed_step", "looped_step", "preference_step", "distillation_step", "lora_step")
 KERNELS = {
-    "_grouped_mm": tuple(case for case in WAITS if case != "fp8_step"),
+    "_grouped_mm": tuple(case for case in WAITS if case not in ("fp8_step", "looped_step")),
+    "each_expert": ("looped_step",),
+    "each_gradient": ("looped_step",),
     "_scaled_mm_v2": ("fp8_step",),
-    "_varlen_attn": ("packed_step", "preference_step", "distillation_step", "lora_step"),
-    "_varlen_attn_backward": ("packed_step", "preference_step", "distillation_step", "lora_step"),
+    "_varlen_attn": PACKED,
+    "_varlen_attn_backward": PACKED,
     "_fused_adamw_": tuple(case for case in WAITS if case.endswith("_step")),
 }
 
