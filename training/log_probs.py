@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import model.kernels as kernels
 from training.losses import chunks, label_places, padded
+
+TOGETHER = 256  # rows whose softmax is made at a time on a CPU
+
+
+def cached(chunk: slice, x: Tensor) -> list[slice]:
+    """Return the rows of a chunk in parts whose probabilities stay in a CPU's cache; on CUDA in one."""
+    size = chunk.stop - chunk.start if kernels.on_cuda(x) else TOGETHER
+    return [slice(start, min(start + size, chunk.stop)) for start in range(chunk.start, chunk.stop, size)]
 
 
 class _LabelLogProbs(torch.autograd.Function):
@@ -21,14 +30,16 @@ class _LabelLogProbs(torch.autograd.Function):
         weight = head_VD.to(hidden_ND.dtype)
         log_probs = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         normaliser, entropy = torch.empty_like(log_probs), torch.zeros_like(log_probs)
-        for part in chunks(hidden_ND, len(weight), copies=2):
+        for part in (part for chunk in chunks(hidden_ND, len(weight), copies=2) for part in cached(chunk, hidden_ND)):
             logits = (hidden_ND[part] @ weight.t()).float().div_(temperature)
-            normaliser[part] = logits.logsumexp(-1)
+            most = logits.amax(-1, keepdim=True)
+            p = (logits - most).exp_()  # times Z / exp(most)
+            total = p.sum(-1)
+            normaliser[part] = total.log() + most.squeeze(1)
             log_probs[part] = logits.gather(1, labels_N[part].unsqueeze(1)).squeeze(1) - normaliser[part]
             if with_entropy:
                 # H = -sum p log p = log Z - sum p z
-                p = (logits - normaliser[part].unsqueeze(1)).exp_()
-                entropy[part] = normaliser[part] - p.mul_(logits).sum(-1)
+                entropy[part] = normaliser[part] - p.mul_(logits).sum(-1).div_(total)
         ctx.save_for_backward(hidden_ND, weight, labels_N, normaliser)
         ctx.temperature, ctx.head_dtype = temperature, head_VD.dtype
         ctx.mark_non_differentiable(entropy)
@@ -39,13 +50,16 @@ class _LabelLogProbs(torch.autograd.Function):
         hidden, weight, labels, normaliser = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(weight, dtype=torch.float32)
-        for part in chunks(hidden, len(weight), copies=2):
-            p = (hidden[part] @ weight.t()).float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
-            # d(log p_y)/dz = (onehot(y) - p) / T
-            p[torch.arange(p.shape[0], device=p.device), labels[part]] -= 1
-            grad_logits = p.mul_((-grad_N[part] / ctx.temperature).unsqueeze(1)).to(weight.dtype)
-            torch.mm(grad_logits, weight, out=grad_hidden[part])
-            grad_head += grad_logits.t() @ hidden[part]
+        for chunk in chunks(hidden, len(weight), copies=2):
+            grad_logits = hidden.new_empty(chunk.stop - chunk.start, len(weight))
+            for part in cached(chunk, hidden):
+                p = (hidden[part] @ weight.t()).float().div_(ctx.temperature).sub_(normaliser[part].unsqueeze(1)).exp_()
+                # d(log p_y)/dz = (onehot(y) - p) / T
+                p[torch.arange(p.shape[0], device=p.device), labels[part]] -= 1
+                p.mul_((-grad_N[part] / ctx.temperature).unsqueeze(1))
+                grad_logits[part.start - chunk.start : part.stop - chunk.start] = p
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            grad_head += grad_logits.t() @ hidden[chunk]
         return grad_hidden, grad_head.to(ctx.head_dtype), None, None, None
 
 

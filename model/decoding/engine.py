@@ -78,9 +78,9 @@ class Engine:
         logits = torch.cat(logits) if len(logits) > 1 else logits[0]
         tokens, log_probs = self._choose(logits)
         events = []
-        for completion, token, log_prob, row in zip(running, tokens, log_probs, logits, strict=True):
+        for row, (completion, token, log_prob) in enumerate(zip(running, tokens, log_probs, strict=True)):
             if completion.request.observe:
-                completion.request.observe(row)
+                completion.request.observe(logits[row])
             completion.tokens.append(token)
             completion.log_probs.append(log_prob)
             if token in completion.request.stop:

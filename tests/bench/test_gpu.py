@@ -317,8 +317,8 @@ def test_the_page_of_docs_has_what_the_program_counts(file, whole):
     for name, preset in (("train_64m", "64m"), ("train_1b_moe", "1b-moe")):
         _, calls, moved = (finding["value"] for finding in rows[name]["findings"])
         assert re.search(rf"^\| `{preset}`[^|]*\| {calls:,.0f}, [\d,]+, {moved:,.0f} \|", text, re.M), (calls, moved)
-    few, moved, many, more = (finding["value"] for finding in rows["decode"]["findings"])
-    for batch, calls, moved in ((1, few, moved), (128, many, more)):
+    found = [finding["value"] for finding in rows["decode"]["findings"]]
+    for batch, calls, moved in ((1, *found[:2]), (128, *found[2:])):
         row = rf"^\| `64m`[^|]* {batch}\b[^|]*\| {calls:,.0f}, [\d.]+, {moved / 1e3:.2f} \|"
         assert re.search(row, text, re.M), (batch, calls, moved)
 
