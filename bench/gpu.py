@@ -132,13 +132,19 @@ def judge(name: str, place: Place) -> Row:
         row.why = f"{missing.name or missing} is not installed"
     except torch.OutOfMemoryError:
         row.why = "not enough memory"
+    except NotImplementedError as missing:  # by shape it may be an operation that this torch has on CUDA alone
+        row.verdict, row.why = NOT_RUN if place.small else FAILED, first_line(missing)
     except Exception as error:  # a card that refuses a kernel must not end the others
-        row.verdict, row.why = FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+        row.verdict, row.why = FAILED, first_line(error)
     if row.why and any(not finding.passed for finding in row.findings):
         row.verdict = FAILED
     place.clear()
     row.seconds = time.monotonic() - start
     return row
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
 
 
 def doc(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -154,6 +155,8 @@ def ranks(place: Place) -> Iterator[Finding]:
     """Two ranks by torchrun: the gradients of one."""
     if place.device.type == "cuda" and torch.cuda.device_count() < 2:
         raise NotRun("one device")
+    import training.parallel.replication  # noqa: F401 (a package that is missing there is missing here)
+
     with tempfile.TemporaryDirectory() as folder:
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
         root = str(Path(__file__).parent.parent)
@@ -162,7 +165,8 @@ def ranks(place: Place) -> Iterator[Finding]:
             [*run, place.device.type, folder], env=env, capture_output=True, text=True, timeout=SECONDS
         )
         if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+            said = re.findall(r"^(?:\[rank\d\]: )?(\w+(?:Error|Exception): .+)", done.stderr, re.M)
+            raise RuntimeError(said[-1] if said else f"torchrun ended with {done.returncode}")
         found = json.loads((Path(folder) / "found.json").read_text())
     yield Finding("gradients", found["gradients"], 1e-4)
     yield Finding("loss", found["loss"], 1e-5)

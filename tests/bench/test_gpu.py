@@ -291,6 +291,7 @@ def test_without_cuda_there_is_one_line_and_code_2(monkeypatch, capsys, tmp_path
         (ImportError("no", name="xyz"), gpu.NOT_RUN, "xyz is not installed"),
         (torch.OutOfMemoryError("CUDA out of memory"), gpu.NOT_RUN, "not enough memory"),
         (RuntimeError("no kernel image\nfor this"), gpu.FAILED, "RuntimeError: no kernel image"),
+        (NotImplementedError("not for CPUs\nbut"), gpu.NOT_RUN, "NotImplementedError: not for CPUs"),
     ],
 )
 def test_what_stops_one_check_stops_no_other(error, verdict, why, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import TypeVar
 
 import torch
@@ -30,7 +31,9 @@ def replicate(model: nn.Module, ranks: Ranks, gradients: str = "fp32") -> nn.Mod
         return model
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
-    copy = DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # of torch 2.11
+    copy = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{name: False})
     if gradients == "bf16":
         copy.register_comm_hook(None, average_in_bf16)
     return copy
