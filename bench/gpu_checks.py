@@ -174,7 +174,7 @@ def checkpointing(place: Place) -> Iterator[Finding]:
 
 def optimizer(place: Place) -> Iterator[Finding]:
     """Three steps of AdamW, its gradients scaled, against its formula (Loshchilov and Hutter 2019, algorithm 2)."""
-    for kind, kept, bound in (("adamw", Tensor.double, 1e-6), ("adamw_bf16", Tensor.bfloat16, 1e-4)):
+    for kind, stored, bound in (("adamw", Tensor.double, 1e-6), ("adamw_bf16", Tensor.bfloat16, 1e-4)):
         layer = torch.nn.Linear(64, 33, bias=False, device=place.device)
         settings = OptimSettings(lr=0.01, weight_decay=0.1, kind=kind)
         made = build_optimizer(layer, settings)
@@ -187,7 +187,7 @@ def optimizer(place: Place) -> Iterator[Finding]:
             step_scaled(made, [layer.weight.grad], 0.3**step)
             m, v = first * m + (1 - first) * gradient, second * v + (1 - second) * gradient**2
             w = w - 0.01 * (m / (1 - first**step) / ((v / (1 - second**step)).sqrt() + eps) + 0.1 * w)
-            m, v = kept(m).double(), kept(v).double()
+            m, v = stored(m).double(), stored(v).double()
         yield Finding(f"{kind}: weights", relative(layer.weight.detach(), w), bound)
 
 

@@ -120,7 +120,7 @@ class Place:
 
 @contextmanager
 def branches_for_cuda(place: Place) -> Iterator[None]:
-    """Have a CPU's tensors take the branches for CUDA."""
+    """Have a CPU's tensors take the branches for CUDA; `varlen_attn` has a kernel for CPUs from then on."""
     with ExitStack() as stack:
         if place.device.type == "cpu":
             stack.enter_context(patch("model.kernels.on_cuda", lambda x: True))

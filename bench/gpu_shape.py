@@ -178,6 +178,7 @@ def training(preset: str) -> Iterator[Finding]:
     work, tokens = training_work(config), ROWS * TIME
     yield Finding("FLOPs beside the formula", abs(work.flops / tokens / count(config, TIME).flops - 1), 0.05)
     yield Finding("calls of a step", work.calls, MOST_CALLS[preset], "calls")
+    yield Finding("FLOPs of a step", work.flops / 1e9, unit="GFLOP")
     yield Finding("bytes of a step", work.moved / 1e9, unit="GB")
 
 
@@ -193,6 +194,7 @@ def decode(place: Place) -> Iterator[Finding]:
     for rows in (1, 128):
         work = decoding_work(LMConfig.preset("64m"), rows)
         yield Finding(f"calls in a graph, batch {rows}", work.calls, MOST_CALLS["decode"], "calls")
+        yield Finding(f"FLOPs of a step, batch {rows}", work.flops / 1e9, unit="GFLOP")
         yield Finding(f"bytes of a step, batch {rows}", work.moved / 1e6, unit="MB")
 
 

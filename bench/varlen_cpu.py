@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def varlen_on_cpu() -> None:
-    """Give `varlen_attn`'s operations, which have kernels for CUDA only, plain ones on a CPU."""
+    """Register them, for the rest of the process."""
     from torch.nn.attention import varlen
 
     def forward(q, k, v, ends, ends_k, longest, longest_k, is_causal=False, scale=None, window_size=None, *_):

@@ -79,7 +79,7 @@ class WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, weight)
         gate, up = gate_up.chunk(2, dim=-1)
-        # The last product not in place: torch 2.11 compiles a result written in place without its gradient.
+        # Not in place: torch 2.11's compiler drops the gradient of a result that was written in place.
         return F.silu(gate).mul_(up) * weight.unsqueeze(1)
 
     @staticmethod

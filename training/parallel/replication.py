@@ -31,8 +31,9 @@ def replicate(model: nn.Module, ranks: Ranks, gradients: str = "fp32") -> nn.Mod
         return model
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     # Every rank computes the same router bias from summed loads; sending buffers would only cost time.
+    # torch 2.11 has `broadcast_buffers` alone, which leaves them out at the start as well: ranks begin equal anyway.
     known = signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # of torch 2.11
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     copy = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{name: False})
     if gradients == "bf16":
         copy.register_comm_hook(None, average_in_bf16)

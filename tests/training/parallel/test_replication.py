@@ -13,11 +13,34 @@ from toy_stage import ROWS, Rows
 
 from errors import UserError, command_line
 from model import MiniDeepSeek
-from training.parallel import rank_checks
+from training.parallel import rank_checks, replication
 from training.parallel.dist_settings import DistSettings
 from training.parallel.rank_checks import check_facts, checksums, code_version, facts, flat
 from training.parallel.ranks import Ranks
 from training.trainer import Trainer
+
+
+class Copy:
+    """What DistributedDataParallel is asked for."""
+
+    def __init__(self, module: object, device_ids: object, gradient_as_bucket_view: bool, **others: bool) -> None:
+        self.others = others
+
+
+class Older(Copy):
+    def __init__(self, *given: object, broadcast_buffers: bool = True, **named: bool) -> None:
+        super().__init__(*given, broadcast_buffers=broadcast_buffers, **named)
+
+
+class Newer(Copy):
+    def __init__(self, *given: object, forward_sync_buffers: bool = True, **named: bool) -> None:
+        super().__init__(*given, forward_sync_buffers=forward_sync_buffers, **named)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Older, "broadcast_buffers"), (Newer, "forward_sync_buffers")])
+def test_buffers_are_sent_by_no_torch(kind, name, monkeypatch):
+    monkeypatch.setattr(replication, "DistributedDataParallel", kind)
+    assert replication.replicate(torch.nn.Linear(1, 1), Ranks(0, 2, torch.device("cpu"))).others == {name: False}
 
 
 @pytest.fixture
