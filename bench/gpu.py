@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import gpu_attention
 import gpu_checks
 import gpu_decoding
 import gpu_shape
@@ -29,15 +30,12 @@ import torch
 from gpu_place import Finding, NotRun, Place, branches_for_cuda, number
 
 Check = Callable[[Place], Iterator[Finding]]
-CHECKS: dict[str, Check] = {**gpu_checks.CHECKS, **gpu_decoding.CHECKS, **gpu_training.CHECKS, **gpu_speed.CHECKS}
+MODULES = (gpu_checks, gpu_attention, gpu_decoding, gpu_training, gpu_speed)
+CHECKS: dict[str, Check] = {name: check for module in MODULES for name, check in module.CHECKS.items()}
 PASSED, FAILED, NOT_RUN, MEASURED = "passed", "FAILED", "not run", "measured"
 MINUTES = 8.0
-SECONDS = {
-    "compiled": 90,
-    "ranks": gpu_training.SECONDS,
-    "train_64m": 90,
-    "train_1b_moe": 150,
-}  # that these may take on a card
+# That these may take on a card.
+SECONDS = {"compiled": 90, "ranks": gpu_training.SECONDS, "train_64m": 90, "train_1b_moe": 150}
 
 
 @dataclass
